@@ -1,0 +1,47 @@
+# Two commands do everything: `make quickstart` and `make test`. Both install what they need into .venv, once.
+SHELL := bash
+VENV ?= .venv
+# the first interpreter that the stack supports (3.10 to 3.12)
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help install quickstart test test-fast lint constraints clean
+
+help:
+	@echo "make quickstart   draw a data set, convert it, train a tiny AlignCLIP, show what it learnt (minutes, CPU)"
+	@echo "make test         everything that needs no GPU"
+	@echo "make test-fast    the same without the slow end-to-end tests"
+	@echo "make lint         ruff and mypy"
+	@echo "make install      only install, into $(VENV)"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "alignclip needs Python 3.10, 3.11 or 3.12; none is on PATH (set PYTHON=/path/to/python)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+quickstart: install
+	$(BIN)/python -m alignclip.quickstart
+
+test: install
+	$(BIN)/python -m pytest -m 'not gpu' $(ARGS)
+
+test-fast: install
+	$(BIN)/python -m pytest -m 'not gpu and not slow' $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# names and versions only, for every supported Python and platform
+constraints: install
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.10 --no-header --no-annotate --quiet --upgrade -o constraints.txt
+
+clean:
+	rm -rf $(VENV) runs quickstart-run

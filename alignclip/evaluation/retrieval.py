@@ -1,0 +1,81 @@
+"""Image–text retrieval: recall@k in both directions, without ever holding the whole similarity matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.no_grad()
+def recall(
+    image_features: Tensor,
+    text_features: Tensor,
+    image_of_text: Tensor,
+    ks: Sequence[int] = (1, 5, 10),
+    block: int = 1024,
+) -> dict[str, float]:
+    """Recall@k by cosine similarity, as clip_benchmark defines it (https://github.com/LAION-AI/CLIP_benchmark).
+
+    ``image_retrieval_recall@k`` is the fraction of texts whose image is among the k images most similar to it;
+    ``text_retrieval_recall@k`` is the fraction of images for which at least one of their texts is among the k most
+    similar texts. Ties follow one rule: an item's rank is the number of items with a greater similarity plus the
+    number with an equal one and a lower index. Features that have all collapsed into one therefore score chance.
+
+    Args:
+        image_features: [N, d], need not be normalised.
+        text_features: [M, d], on the same device.
+        image_of_text: [M] integers, the row of the image that a text belongs to.
+        ks: the cut-offs; one beyond the number of items counts everything as found.
+        block: rows of the similarity matrix held at a time.
+
+    Returns:
+        ``image_retrieval_recall@k`` and ``text_retrieval_recall@k`` for each k, in [0, 1].
+
+    Raises:
+        ValueError: shapes that don't fit, an image index out of range, an image without a text, features that are not
+            finite (they would compare as the best of all), a k or block below 1.
+    """
+    _check(image_features, text_features, image_of_text, ks, block)
+    images = F.normalize(image_features.float(), dim=-1)
+    texts = F.normalize(text_features.float(), dim=-1)
+    owner = image_of_text.to(images.device).long()
+    index = torch.arange(len(images), device=images.device)
+    with torch.autocast(images.device.type, enabled=False):
+        image_ranks = _best_ranks(texts, images, owner, index, block)
+        text_ranks = _best_ranks(images, texts, index, owner, block)
+    result = {f"image_retrieval_recall@{k}": (image_ranks < k).double().mean().item() for k in ks}
+    result.update({f"text_retrieval_recall@{k}": (text_ranks < k).double().mean().item() for k in ks})
+    return result
+
+
+def _best_ranks(queries: Tensor, items: Tensor, query_label: Tensor, item_label: Tensor, block: int) -> Tensor:
+    """[queries] ranks, from 0, of the best-ranked item that carries the query's label."""
+    ranks = []
+    index = torch.arange(len(items), device=items.device)
+    for rows, labels in zip(queries.split(block), query_label.split(block), strict=True):
+        scores = rows @ items.T
+        positive = labels[:, None] == item_label
+        best = scores.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
+        equal = scores == best
+        first = torch.where(equal & positive, index, len(items)).amin(1, keepdim=True)
+        ranks.append((scores > best).sum(1) + (equal & (index < first)).sum(1))
+    return torch.cat(ranks)
+
+
+def _check(images: Tensor, texts: Tensor, image_of_text: Tensor, ks: Sequence[int], block: int) -> None:
+    if images.ndim != 2 or texts.ndim != 2 or images.shape[1] != texts.shape[1]:
+        raise ValueError(f"features must be [N, d] and [M, d], not {list(images.shape)} and {list(texts.shape)}")
+    if image_of_text.shape != texts.shape[:1] or image_of_text.is_floating_point():
+        raise ValueError(f"image_of_text must hold {len(texts)} integers, one a text, not {list(image_of_text.shape)}")
+    if not len(texts) or image_of_text.min() < 0 or image_of_text.max() >= len(images):
+        raise ValueError(f"image_of_text must name rows of the {len(images)} images")
+    without = len(images) - len(image_of_text.unique())
+    if without:
+        raise ValueError(f"{without} of {len(images)} images have no text")
+    if not (images.isfinite().all() and texts.isfinite().all()):
+        raise ValueError("features hold NaN or infinity")
+    if block < 1 or not ks or min(ks) < 1:
+        raise ValueError(f"ks and block must be at least 1, not {list(ks)} and {block}")

@@ -19,6 +19,26 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(names)}"
 
 
+def describe_storage_error(error: BaseException) -> str:
+    """One line on why a bucket or folder can't be read or written, with what to do where that is clear."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    names = {type(e).__name__ for e in chain}
+    text = " ".join(" ".join(str(e).split()) for e in chain)
+    if names & {"NoCredentialsError", "PartialCredentialsError"} or "DefaultCredentialsError" in names:
+        return "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or your cloud's equivalent)"
+    if "NoSuchBucket" in text:
+        return "no such bucket"
+    if any(code in text for code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "403", "Forbidden")):
+        return "access denied; check the credentials"
+    if names & {"EndpointConnectionError", "ConnectTimeoutError"}:
+        return f"can't connect: {' '.join(str(error).split())} (S3_ENDPOINT_URL?)"
+    if "FileNotFoundError" in names or "404" in text or "NoSuchKey" in text:
+        return "not found"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Print a :class:`UserError` as one line and exit with status 2; everything else keeps its stack trace."""

@@ -1,0 +1,78 @@
+"""What every run has besides Composer's own: its log line, and an orderly stop on SIGTERM."""
+
+from __future__ import annotations
+
+import signal
+import time
+from types import FrameType
+
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+
+
+class TrainingMonitor(Callback):
+    """Logs ``lr``, ``logit_scale`` (exponentiated, as open_clip logs it) and ``time/data_wait_fraction``.
+
+    The last is the share of wall-clock time that this rank waited for its next batch, since the last step logged.
+    The loss terms are logged by the Trainer (``loss/train/…``), samples/s by Composer's SpeedMonitor.
+    """
+
+    def __init__(self) -> None:
+        self._asked = 0.0
+        self._waited = 0.0
+        self._last_end: float | None = None
+
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        """The Trainer asks for a batch."""
+        self._asked = time.perf_counter()
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        """The batch is there."""
+        self._waited = time.perf_counter() - self._asked
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """Before the step: what it will use."""
+        logger.log_metrics({"lr": state.optimizers[0].param_groups[0]["lr"]})
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """After the step."""
+        logger.log_metrics({"logit_scale": float(state.outputs[2])})
+        now = time.perf_counter()
+        if self._last_end is not None:
+            logger.log_metrics({"time/data_wait_fraction": self._waited / (now - self._last_end)})
+        self._last_end = now
+
+
+class StopOnSigterm(Callback):
+    """A preempted node: SIGTERM to any rank makes all ranks save at the same batch end, and stop.
+
+    SIGTERM is blocked in this thread, so that the processes which it starts from now on — data workers, uploaders —
+    inherit the block and outlive a signal to the whole process group until the checkpoint is in the bucket.
+    A handler is there as well: threads that were running before may still take the signal.
+    """
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._received = False
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        self._received = True
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Agree on whether anyone was told to stop; the Trainer saves whenever training ends."""
+        received = self._received or signal.SIGTERM in signal.sigpending()
+        flag = state.device.tensor_to_device(torch.tensor([int(received)], dtype=torch.int32))
+        dist.all_reduce(flag, reduce_operation="MAX")
+        if flag.item() and not self._is_last_batch(state):
+            self.stopped = True
+            state.stop_training()
+
+    @staticmethod
+    def _is_last_batch(state: State) -> bool:
+        """Whether training ends here anyway: then it is finished, not stopped."""
+        elapsed = state.get_elapsed_duration()
+        return elapsed is not None and float(elapsed) >= 1

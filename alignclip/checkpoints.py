@@ -1,0 +1,250 @@
+"""A run and its save folder: what is there, whether it is this run's, and what of it may go.
+
+The folder is local or an object store's URI. Beside the checkpoints lies ``config.yaml``, the resolved configuration.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import yaml
+from composer.callbacks import CheckpointSaver
+from composer.core import Callback, State, Time
+from composer.loggers import Logger
+from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri
+from composer.utils.object_store import ObjectStore
+
+from alignclip.config import RunConfig, to_yaml
+from alignclip.errors import UserError, describe_storage_error
+
+log = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.yaml"
+# Sections that make a run what it is; a rerun with other values would be another run.
+FIXED = ("model", "loss", "data", "optimizer", "scheduler", "algorithms", "global_train_batch_size", "seed")
+# … except what only says where and how fast: the same samples in the same order.
+FREE = {
+    "model.encode_chunk_size", "data.num_workers", "data.prefetch_factor", "data.persistent_workers",
+    "data.pin_memory", "data.predownload", "data.cache_limit", "data.download_retry", "data.download_timeout",
+    "data.validate_hash", "data.keep_zip",
+}  # fmt: skip
+
+
+class SaveFolder:
+    """One run's folder. All of its methods are for rank 0 alone, except where they say otherwise.
+
+    Args:
+        config: of the run; ``save_folder`` and ``save_latest_filename`` may hold ``{run_name}``.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        assert config.save_folder
+        self.uri = config.save_folder.format(run_name=config.run_name).rstrip("/")
+        self.config = config
+        backend, _, path = parse_uri(self.uri)
+        self.remote = backend != ""
+        self.prefix = path.strip("/")
+        self.latest = str(config.save_latest_filename).format(run_name=config.run_name, rank=0)
+        self.store: ObjectStore | None = None
+
+    def open(self) -> None:
+        """Connect, and see that the folder can be read.
+
+        Raises:
+            UserError: no such bucket, no credentials, no connection.
+        """
+        try:
+            self.store = maybe_create_object_store_from_uri(self.uri) if self.remote else None
+            if self.store is not None:
+                self.store.list_objects(self._key(CONFIG_FILE))
+        except Exception as error:
+            raise UserError(f"save_folder={self.uri}: {describe_storage_error(error)}") from None
+
+    def check_and_write_config(self) -> None:
+        """Refuse to go on with another run's checkpoints; else leave this run's configuration beside them.
+
+        Raises:
+            UserError: the folder holds a run that was configured differently (with the differences), or a run at all
+                when ``autoresume`` is off.
+        """
+        before = self._read(CONFIG_FILE)
+        has_checkpoint = self.has_checkpoint()
+        if has_checkpoint and not self.config.autoresume:
+            raise UserError(
+                f"{self.uri} holds checkpoints of run '{self.config.run_name}' already; "
+                "set autoresume=true to go on with it, or choose another run_name"
+            )
+        if before is not None and has_checkpoint:
+            changed = differences(yaml.safe_load(before), yaml.safe_load(to_yaml(self.config)))
+            if changed:
+                raise UserError(
+                    f"run '{self.config.run_name}' in {self.uri} was started with other settings: "
+                    f"{'; '.join(changed)}. Put them back, or choose another run_name"
+                )
+        self._write(CONFIG_FILE, to_yaml(self.config))
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is a latest checkpoint to go on from."""
+        if self.remote:
+            return self._read(f"{self.latest}.symlink") is not None
+        return Path(self.uri, self.latest).exists()
+
+    def restore_latest_link(self) -> None:
+        """Local folder only: a run killed while it moved ``latest`` leaves none; the newest file is then complete."""
+        link = Path(self.uri, self.latest)
+        if self.remote or link.is_symlink() or not link.parent.is_dir():
+            return
+        found = [p for p in link.parent.iterdir() if _batch_of(p.name) is not None]
+        if found:
+            link.symlink_to(max(found, key=lambda p: _batch_of(p.name) or 0).name)
+
+    def remove_downloaded(self) -> None:
+        """Remove Composer's download of an earlier ``latest`` (each node's local rank 0).
+
+        Composer keeps it under ``<working directory>/s3:/<bucket>/…`` and would resume from it for ever.
+        """
+        if self.remote:
+            pattern = re.sub(r"rank0", "rank*", self.latest)
+            for path in Path(self.uri.replace("://", ":/")).resolve().glob(pattern):
+                path.unlink()
+
+    def rotate(self, keep: int) -> list[str]:
+        """Delete the oldest checkpoints but ``keep``; never the one that ``latest`` names, nor any newer.
+
+        Returns:
+            the keys deleted.
+        """
+        assert self.store is not None
+        pointer = self._read(f"{self.latest}.symlink")
+        newest = _batch_of(pointer.rpartition("/")[2]) if pointer else None
+        if newest is None:
+            return []
+        keys = self.store.list_objects(f"{self.prefix}/" if self.prefix else None)
+        by_batch: dict[int, list[str]] = {}
+        for key in keys:
+            batch = _batch_of(key.removeprefix(self.prefix).lstrip("/").split("/")[0])
+            if batch is not None and batch <= newest:
+                by_batch.setdefault(batch, []).append(key)
+        old = sorted(by_batch)[: -max(keep, 1)]
+        deleted = [key for batch in old for key in by_batch[batch]]
+        for key in deleted:
+            _delete(self.store, key)
+        return deleted
+
+    def _key(self, name: str) -> str:
+        return f"{self.prefix}/{name}" if self.prefix else name
+
+    def _read(self, name: str) -> str | None:
+        if self.store is None:
+            path = Path(self.uri, name)
+            return path.read_text() if path.is_file() else None
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder, "file")
+            try:
+                self.store.download_object(self._key(name), str(target))
+            except FileNotFoundError:
+                return None
+            return target.read_text()
+
+    def _write(self, name: str, text: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, name)
+            source.write_text(text)
+            if self.store is not None:
+                self.store.upload_object(self._key(name), str(source))
+            else:
+                Path(self.uri).mkdir(parents=True, exist_ok=True)
+                partial = Path(self.uri, f".{name}.partial")
+                shutil.copyfile(source, partial)
+                partial.replace(Path(self.uri, name))
+
+
+class RemoteRotation(Callback):
+    """Keeps the newest ``save_num_checkpoints_to_keep`` checkpoints of a bucket; Composer prunes local files only.
+
+    Works beside training, a batch after each save: between saves there is one more than asked for.
+    """
+
+    def __init__(self, folder: SaveFolder, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+        self._executor = ThreadPoolExecutor(1)
+        self._running: Future[list[str]] | None = None
+        self._seen: Time | None = None
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Start a rotation if a checkpoint was saved since the last one."""
+        if dist.get_global_rank() != 0 or (self._running is not None and not self._running.done()):
+            return
+        self._report()
+        saver = next(c for c in state.callbacks if isinstance(c, CheckpointSaver))
+        if saver.last_checkpoint_batch != self._seen:
+            self._seen = saver.last_checkpoint_batch
+            self._running = self._executor.submit(self.folder.rotate, self.keep)
+
+    def post_close(self) -> None:
+        """When the last uploads are through."""
+        if dist.get_global_rank() == 0:
+            self._running = self._executor.submit(self.folder.rotate, self.keep)
+            self._executor.shutdown()
+            self._report()
+
+    def _report(self) -> None:
+        """Old checkpoints that stay cost money, not the run: say so and go on."""
+        if self._running is not None and (error := self._running.exception()) is not None:
+            log.warning(f"could not remove old checkpoints of {self.folder.uri}: {describe_storage_error(error)}")
+        self._running = None
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What makes two configurations two different runs, as ``key: before → now``."""
+    old, new = _flatten(before), _flatten(now)
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        if key.split(".")[0] in FIXED and key not in FREE and not _is_cache_path(key) and old.get(key) != new.get(key):
+            found.append(f"{key}: {old.get(key, 'not set')} → {new.get(key, 'not set')}")
+    return found
+
+
+def _is_cache_path(key: str) -> bool:
+    """A stream's local folder may move."""
+    return key.startswith("data.streams.") and key.endswith(".local")
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _batch_of(name: str) -> int | None:
+    """The batch count in a checkpoint's name (``ep1-ba200-rank0.pt``, or ``ep1-ba200`` for a sharded one)."""
+    found = re.match(r"ep\d+-ba(\d+)\b", name)
+    return int(found.group(1)) if found else None
+
+
+def _delete(store: ObjectStore, key: str) -> None:
+    """Composer's object stores can't delete; their clients can.
+
+    Raises:
+        UserError: a store whose client is not known here.
+    """
+    kind = type(store).__name__
+    if kind == "S3ObjectStore":
+        store.client.delete_object(Bucket=store.bucket, Key=key)  # type: ignore[attr-defined]
+    elif kind == "GCSObjectStore":
+        store.bucket.blob(key).delete()  # type: ignore[attr-defined]
+    else:
+        raise UserError(
+            f"save_num_checkpoints_to_keep can't delete from a {kind}; set it to -1 and use a lifecycle rule"
+        )

@@ -1,0 +1,208 @@
+"""MDS shards → batches: one StreamingDataset of uint8 images, token ids and caption embeddings.
+
+Every random draw of a sample comes from (shuffle_seed, epoch, sample id), so that a run that was killed in the middle
+of an epoch goes on with the very batches it would have had.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import tempfile
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+from streaming import Stream, StreamingDataLoader, StreamingDataset
+from streaming.base.dataset import _ShardState
+from streaming.base.storage import CloudDownloader
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from alignclip.config import DataConfig, StreamConfig
+from alignclip.errors import UserError, describe_storage_error
+from alignclip.transforms import decode_image, random_resized_crop
+
+# DataConfig's own part; every other field of it is an argument of StreamingDataset
+NOT_STREAMING = {"streams", "scale", "ratio", "num_workers", "prefetch_factor", "persistent_workers", "pin_memory"}
+
+
+class ImageTextDataset(StreamingDataset):
+    """Image–text pairs from MDS columns ``image``, ``caption`` and, where the loss needs it, ``semantic``.
+
+    Yields dicts: ``image`` uint8 ``[3, size, size]``, ``text`` int64 ``[context_length]`` and, with
+    ``semantic=True``, ``semantic`` float16 ``[dimension]``.
+
+    Raises:
+        RuntimeError: a shard could not be downloaded, naming it and the cause. (StreamingDataset itself ends the
+            epoch early instead, without a word.)
+    """
+
+    def __init__(
+        self, config: DataConfig, *, batch_size: int, image_size: int, context_length: int, semantic: bool
+    ) -> None:
+        streaming_arguments = {
+            f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in NOT_STREAMING
+        }
+        streams = [
+            Stream(**dataclasses.asdict(stream) | {"local": local_folder(name, stream)})
+            for name, stream in config.streams.items()
+        ]
+        super().__init__(streams=streams, batch_size=batch_size, **streaming_arguments)
+        # Forked workers must not share the parent's connection to the bucket.
+        for stream in self.streams:
+            if stream._downloader is not None:
+                stream._downloader.clean_up()
+        self.image_size = image_size
+        self.scale, self.ratio = config.scale, config.ratio
+        self.semantic = semantic
+        self.tokenizer = SimpleTokenizer(context_length=context_length)
+        self.epoch = 0
+        self._failure: BaseException | None = None
+
+    def _resume_incr_epoch(self) -> tuple[int, int]:
+        self.epoch, sample_in_epoch = super()._resume_incr_epoch()
+        return self.epoch, sample_in_epoch
+
+    def __getitem__(self, at: int) -> dict[str, Tensor]:
+        """The sample with id ``at``; one whose image can't be decoded is replaced by the next, with a warning."""
+        sample_id = int(at)
+        for _ in range(100):
+            raw = super().__getitem__(sample_id)
+            try:
+                image = decode_image(raw["image"])
+                break
+            except OSError as error:
+                warnings.warn(f"sample '{raw.get('key', sample_id)}' has no readable image ({error})", stacklevel=2)
+                sample_id = (sample_id + 1) % self.size
+        else:
+            raise RuntimeError(f"100 samples in a row from sample {at} have no readable image")
+        seeds = np.random.SeedSequence([self.shuffle_seed, self.epoch, int(at)]).generate_state(2)
+        caption, semantic = raw["caption"], raw.get("semantic")
+        if isinstance(caption, list):  # several captions: draw one, with its row of the embeddings
+            drawn = int(seeds[1]) % len(caption)
+            caption, semantic = caption[drawn], None if semantic is None else semantic[drawn]
+        sample = {
+            "image": random_resized_crop(image, self.image_size, self.scale, self.ratio, int(seeds[0])),
+            "text": self.tokenizer(caption)[0],
+        }
+        if self.semantic:
+            sample["semantic"] = torch.from_numpy(np.array(semantic, dtype=np.float16))
+        return sample
+
+    def on_exception(self, future: Future[None]) -> None:
+        """Keep a download thread's exception for :meth:`__iter__`; raised here it would only reach a log."""
+        error = future.exception()
+        if error is not None:
+            self._failure = error
+            self._event.set()
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Download a shard; one that fails goes back to 'remote', so that sibling workers don't wait for it."""
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except BaseException:
+            if self._shard_states[shard_id] == _ShardState.PREPARING:
+                self._shard_states[shard_id] = _ShardState.REMOTE
+            raise
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """This worker's samples of the epoch."""
+        yield from super().__iter__()
+        if self._event.is_set():
+            where = ", ".join(stream.remote or stream.local for stream in self.streams)
+            cause = self._failure
+            raise RuntimeError(f"reading {where} failed: {type(cause).__name__}: {cause}") from cause
+
+
+def local_folder(name: str, stream: StreamConfig) -> str:
+    """Where a stream's shards are kept: ``local``, or a folder of its own below the temporary directory."""
+    if stream.local:
+        return stream.local
+    place = str(stream.remote).replace("://", "-").replace("/", "-")
+    return str(Path(tempfile.gettempdir()) / "alignclip-cache" / f"{name}-{place}")
+
+
+def build_dataloader(dataset: ImageTextDataset, config: DataConfig, pin_memory: bool) -> StreamingDataLoader:
+    """The resumable loader of a dataset, in whole batches only.
+
+    Raises:
+        UserError: the dataset has fewer samples than one batch.
+    """
+    loader = StreamingDataLoader(
+        dataset,
+        batch_size=dataset.batch_size,
+        num_workers=config.num_workers,
+        prefetch_factor=config.prefetch_factor if config.num_workers else None,
+        persistent_workers=config.persistent_workers and config.num_workers > 0,
+        pin_memory=pin_memory,
+        drop_last=True,
+        collate_fn=default_collate,
+        worker_init_fn=_keep_on_sigterm,
+    )
+    if len(loader) == 0:
+        raise UserError(
+            f"the set has {dataset.size} samples, fewer than one batch; lower global_train_batch_size "
+            f"(now {dataset.batch_size} on each rank)"
+        )
+    return loader
+
+
+def _keep_on_sigterm(worker: int) -> None:
+    """SIGTERM to the whole process group must leave the workers up until the last checkpoint is saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def check_streams(config: DataConfig, *, semantic: bool) -> None:
+    """Read each stream's ``index.json`` and make sure that it holds what training will ask for.
+
+    Raises:
+        UserError: a set that isn't there or can't be reached, one without the columns needed, or embeddings of
+            different dimensions.
+    """
+    dimensions: dict[str, str] = {}
+    for name, stream in config.streams.items():
+        where = f"data.streams.{name}"
+        index = _read_index(where, stream)
+        if not index.get("shards"):
+            raise UserError(f"{where}: the set is empty (no shards in its index.json)")
+        columns = dict(zip(index["shards"][0]["column_names"], index["shards"][0]["column_encodings"], strict=True))
+        needed = {"image", "caption"} | ({"semantic"} if semantic else set())
+        missing = sorted(needed - columns.keys())
+        if missing == ["semantic"]:
+            raise UserError(
+                f"{where} has no 'semantic' column, and loss.beta > 0 needs it: convert the set with caption "
+                "embeddings (convert/cc12m.py --encoder …), or set loss.rescale=false or loss.beta=0"
+            )
+        if missing:
+            raise UserError(f"{where} lacks the columns {missing}; it has {sorted(columns)}")
+        if semantic:
+            dimensions[name] = columns["semantic"]
+    if len(set(dimensions.values())) > 1:
+        raise UserError(f"the 'semantic' columns differ between streams: {dimensions}; use one sentence encoder")
+
+
+def _read_index(where: str, stream: StreamConfig) -> dict[str, Any]:
+    """The parsed ``index.json`` of a stream, fetched once and without retries: a typo should fail at once."""
+    subfolder = stream.split or ""
+    if not stream.remote:
+        path = Path(str(stream.local), subfolder, "index.json")
+        if not path.is_file():
+            raise UserError(f"{where}: no MDS set at {path.parent} (no index.json there)")
+        return json.loads(path.read_text())
+    remote = "/".join(part.rstrip("/") for part in (stream.remote, subfolder, "index.json") if part)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "index.json")
+        try:
+            CloudDownloader.direct_download(remote, str(path))
+            return json.loads(path.read_text())
+        except json.JSONDecodeError:
+            raise UserError(f"{where}: {remote} is not a streaming index") from None
+        except Exception as error:
+            raise UserError(f"{where}: can't read {remote}: {describe_storage_error(error)}") from None

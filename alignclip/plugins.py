@@ -1,0 +1,99 @@
+"""Composer's algorithms, callbacks and loggers by their class names, checked when the YAML is read."""
+
+from __future__ import annotations
+
+import inspect
+from types import ModuleType
+from typing import Any, TypeVar
+
+import composer.algorithms
+import composer.callbacks
+import composer.loggers
+from composer.core import Algorithm, Callback
+from composer.loggers import LoggerDestination
+from composer.utils import MissingConditionalImportError
+
+from alignclip.config import RunConfig
+from alignclip.errors import UserError, nearest
+
+T = TypeVar("T")
+Arguments = dict[str, Any]
+
+_DICT_BATCH = "it mixes or picks samples of (input, target) batches, and an image–text batch is neither"
+_WIDTH = "it changes what the image tower can take, and the position embedding has one size"
+# Algorithms of Composer that break these models or their objective.
+REFUSED_ALGORITHMS = {
+    "MixUp": _DICT_BATCH,
+    "CutMix": _DICT_BATCH,
+    "CutOut": _DICT_BATCH,
+    "LabelSmoothing": _DICT_BATCH,
+    "SelectiveBackprop": _DICT_BATCH,
+    "RandAugment": "set the crop under data.scale and data.ratio instead",
+    "AugMix": "set the crop under data.scale and data.ratio instead",
+    "ColOut": _WIDTH,
+    "ProgressiveResizing": _WIDTH,
+    "SeqLengthWarmup": "captions are already cut to the longest of the batch",
+    "Alibi": "it knows Hugging Face's language models only",
+    "GatedLinearUnits": "it knows Hugging Face's BERT only",
+}
+
+
+def check(config: RunConfig) -> None:
+    """Refuse unknown classes and arguments of ``algorithms``, ``callbacks`` and ``loggers``, naming the nearest.
+
+    Raises:
+        UserError: the first one found.
+    """
+    for section, module, base in _SECTIONS:
+        classes = _classes(module, base)
+        for name, arguments in getattr(config, section).items():
+            if name not in classes:
+                raise UserError(f"{section}: no class '{name}' in {module.__name__}; {nearest(name, classes)}")
+            if section == "algorithms" and name in REFUSED_ALGORITHMS:
+                raise UserError(f"algorithms.{name} is refused: {REFUSED_ALGORITHMS[name]}")
+            _check_arguments(f"{section}.{name}", classes[name], arguments or {})
+
+
+def build(config: RunConfig, section: str) -> list[Any]:
+    """Instances of everything that a section names, in its order.
+
+    Raises:
+        UserError: a package is missing, or the class refuses its arguments.
+    """
+    module, base = next((m, b) for s, m, b in _SECTIONS if s == section)
+    classes = _classes(module, base)
+    built = []
+    for name, arguments in getattr(config, section).items():
+        try:
+            built.append(classes[name](**(arguments or {})))
+        except MissingConditionalImportError as error:
+            raise UserError(f"{section}.{name}: {' '.join(str(error).split())}") from None
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{section}.{name}: {' '.join(str(error).split())}") from None
+    return built
+
+
+def _classes(module: ModuleType, base: type[T]) -> dict[str, type[T]]:
+    return {
+        name: value for name, value in vars(module).items() if isinstance(value, type) and issubclass(value, base)
+    }
+
+
+def _check_arguments(where: str, cls: type, arguments: Arguments) -> None:
+    parameters = inspect.signature(cls).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for key in arguments:
+        if key not in parameters:
+            raise UserError(f"unknown key '{where}.{key}'; {nearest(key, parameters)}")
+    missing = [n for n, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
+    missing = [n for n in missing if n not in arguments]
+    if missing:
+        raise UserError(f"{where} needs {', '.join(missing)}")
+
+
+_SECTIONS: tuple[tuple[str, ModuleType, type], ...] = (
+    ("algorithms", composer.algorithms, Algorithm),
+    ("callbacks", composer.callbacks, Callback),
+    ("loggers", composer.loggers, LoggerDestination),
+)

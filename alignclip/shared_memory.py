@@ -1,0 +1,87 @@
+"""Streaming's shared memory: what a killed run left is removed, what a live one uses is never touched.
+
+Streaming keeps its state in ``/dev/shm/NNNNNN_…``, NNNNNN being a run's prefix, and can't tell whose it is. So each
+run leaves a note beside its segments that says which process owns the prefix.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock
+
+SHM = Path("/dev/shm")
+NOTE = "alignclip_owner"
+
+
+@contextmanager
+def clean_start() -> Iterator[None]:
+    """Remove what dead runs left, then keep other starting runs of this user out while a dataset is built.
+
+    For one process a node. Does nothing where shared memory is not a folder (macOS).
+    """
+    with FileLock(Path(tempfile.gettempdir()) / f"alignclip-shm-{os.getuid()}.lock"):
+        remove_stale()
+        yield
+
+
+def claim(prefix: int) -> None:
+    """Note this process as the owner of a streaming prefix until it exits.
+
+    Args:
+        prefix: ``StreamingDataset._shm_prefix_int``.
+    """
+    if SHM.is_dir():
+        note = SHM / f"{prefix:06}_{NOTE}"
+        note.write_text(json.dumps(_identity(os.getpid())))
+        atexit.register(note.unlink, missing_ok=True)
+
+
+def remove_stale() -> list[int]:
+    """Remove the segments and lock files of every prefix whose owner is dead.
+
+    Returns:
+        the prefixes that were removed.
+    """
+    removed = []
+    for note in sorted(SHM.glob(f"*_{NOTE}")):
+        try:
+            owner = json.loads(note.read_text())
+        except (OSError, ValueError):
+            continue
+        if owner["namespace"] != _namespace() or owner == _identity(owner["pid"]):
+            continue  # out of sight, or alive
+        prefix = note.name.split("_")[0]
+        for path in [*SHM.glob(f"{prefix}_*"), *Path(tempfile.gettempdir()).glob(f"{prefix}_*filelock")]:
+            if path != note:
+                with suppress(OSError):
+                    path.unlink()
+        note.unlink(missing_ok=True)  # last: a cleaner that is killed half-way is followed by one that finishes
+        removed.append(int(prefix))
+    return removed
+
+
+def _identity(pid: int) -> dict[str, str | int] | None:
+    """A process, told apart from a later one of the same number by its start time; None where there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()
+    if fields[0] == "Z":  # killed, not yet reaped
+        return None
+    return {"pid": pid, "started": int(fields[19]), "namespace": _namespace()}
+
+
+def _namespace() -> str:
+    """Process ids mean nothing in another container that shares /dev/shm with this one."""
+    try:
+        return Path("/proc/self/ns/pid").readlink().name
+    except OSError:
+        return ""

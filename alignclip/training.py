@@ -1,0 +1,268 @@
+"""From a configuration to a trained model: the whole run, top to bottom."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import signal
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from composer import Trainer
+from composer.callbacks import SpeedMonitor
+from composer.core import Callback, DataSpec, Precision, Time, TimeUnit
+from composer.devices import Device
+from composer.utils import ParallelismConfig, dist, get_device, reproducibility
+from composer.utils.parallelism import FSDP2Config
+from streaming import StreamingDataLoader
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from alignclip import plugins, shared_memory
+from alignclip.callbacks import StopOnSigterm, TrainingMonitor
+from alignclip.checkpoints import RemoteRotation, SaveFolder
+from alignclip.config import RunConfig, SchedulerConfig, TrainerConfig, load
+from alignclip.data import ImageTextDataset, build_dataloader, check_streams
+from alignclip.distributed import mend_gloo_fsdp_average
+from alignclip.encoders import build_encoders, clamp_logit_scale_
+from alignclip.errors import UserError, one_line_errors
+from alignclip.losses import AlignCLIPLoss
+from alignclip.model import AlignCLIPModel
+from alignclip.optimization import build_optimizer, lr_multiplier
+
+EXAMPLES = """examples:
+  composer pretrain.py yamls/alignclip.yaml data.streams.cc12m.remote=s3://my-bucket/cc12m run_name=first
+  composer -n 2 pretrain.py yamls/clip.yaml global_train_batch_size=64 precision=fp32 device=cpu
+  composer pretrain.py yamls/alignclip.yaml save_folder=s3://my-bucket/runs/{run_name} save_interval=1000ba
+the same command goes on with a run that was stopped or killed"""
+
+STOPPED = 128 + signal.SIGTERM  # exit status of a run that SIGTERM ended early
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command ``pretrain.py config.yaml key.sub=value …``.
+
+    Returns:
+        the exit status: 0 finished, 2 bad input, 143 stopped by SIGTERM with everything saved.
+    """
+    parser = argparse.ArgumentParser(
+        prog="composer pretrain.py",
+        description="Pretrain CLIP, SharedCLIP or AlignCLIP.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="YAML file; README.md lists its sections")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    options = parser.parse_args(arguments)
+    with one_line_errors():
+        config = load(options.config, options.overrides)
+        plugins.check(config)
+        return run(config)
+
+
+def run(config: RunConfig) -> int:
+    """Train until ``max_duration``, from the latest checkpoint where there is one.
+
+    Raises:
+        UserError: anything that a person has to change first.
+    """
+    device = get_device(config.device)
+    dist.initialize_dist(device, timeout=config.dist_timeout)
+    check_parallelism(config, device)
+    folder = SaveFolder(config) if config.save_folder else None
+    on_rank_zero(lambda: check_inputs(config, folder))
+    # From here on SIGTERM means: save, then stop.
+    stop = StopOnSigterm() if folder is not None else None
+    trainer = build_trainer(config, device, folder, [stop] if stop else [])
+    end = Time.from_input(config.max_duration, TimeUnit.EPOCH)
+    done = trainer.state.timestamp.get(end.unit)
+    if done >= end:
+        trainer.close()
+        print_once(f"run '{config.run_name}' is finished: {done.value} of {end.value} {end.unit.value} are trained")
+        return 0
+    trainer.fit()
+    batch = trainer.state.timestamp.batch.value
+    trainer.close()
+    if stop is not None and stop.stopped:
+        print_once(f"stopped by SIGTERM after batch {batch}; everything is saved, the same command goes on from there")
+        return STOPPED
+    return 0
+
+
+def check_parallelism(config: RunConfig, device: Device) -> None:
+    """Settings against the number of processes and the device.
+
+    Raises:
+        UserError: they don't fit.
+    """
+    world, batch = dist.get_world_size(), config.global_train_batch_size
+    if batch % world:
+        raise UserError(
+            f"global_train_batch_size={batch} can't be divided among {world} processes; "
+            f"{batch // world * world or world} or {(batch // world + 1) * world} can"
+        )
+    try:
+        precision = Precision(config.precision)
+    except ValueError:
+        raise UserError(f"precision={config.precision}: valid: {', '.join(p.value for p in Precision)}") from None
+    if device.name == "cpu" and precision not in (Precision.FP32, Precision.AMP_BF16):
+        raise UserError(f"precision={config.precision} needs a GPU; on a CPU use fp32 or amp_bf16")
+    try:
+        Time.from_input(config.max_duration, TimeUnit.EPOCH)
+        Time.from_input(config.scheduler.t_warmup, TimeUnit.BATCH)
+    except ValueError as error:
+        raise UserError(f"max_duration={config.max_duration}, t_warmup={config.scheduler.t_warmup}: {error}") from None
+    if "/" in config.run_name:
+        raise UserError(f"run_name={config.run_name} must not hold a '/'")
+
+
+def check_inputs(config: RunConfig, folder: SaveFolder | None) -> None:
+    """Everything outside this process that the run needs: the sets and the save folder."""
+    check_streams(config.data, semantic=config.loss.needs_semantic)
+    if folder is not None:
+        folder.open()
+        folder.restore_latest_link()
+        folder.check_and_write_config()
+
+
+def on_rank_zero(action: Callable[[], None]) -> None:
+    """Run ``action`` on rank 0; an error there is everybody's error."""
+    errors: list[str | None] = [None]
+    if dist.get_global_rank() == 0:
+        try:
+            action()
+        except UserError as error:
+            errors = [str(error)]
+    dist.broadcast_object_list(errors)
+    if errors[0] is not None:
+        raise UserError(errors[0])
+
+
+def build_trainer(
+    config: RunConfig, device: Device, folder: SaveFolder | None, callbacks: Sequence[Callback] = ()
+) -> Trainer:
+    """Everything that a run is made of, put together; loads the latest checkpoint where ``autoresume`` finds one."""
+    if folder is not None:
+        remove_stale_download(folder)
+    loader = build_data(config, device)
+    reproducibility.seed_all(config.seed)  # the same weights on every rank
+    model = build_model(config, device)
+    optimizer = build_optimizer(config.optimizer, model)
+    # right after the step, so that EMA and the checkpoint see the clamped value
+    optimizer.register_step_post_hook(lambda *_: clamp_logit_scale_(model.encoders))
+    trainer = Trainer(
+        model=model,
+        train_dataloader=DataSpec(loader),
+        optimizers=optimizer,
+        schedulers=build_scheduler(config.scheduler, optimizer, config.max_duration, len(loader)),
+        step_schedulers_every_batch=True,
+        algorithms=plugins.build(config, "algorithms"),
+        callbacks=[*callbacks, *build_callbacks(config, folder)],
+        loggers=plugins.build(config, "loggers"),
+        **trainer_arguments(config, device),
+    )
+    if folder is not None:
+        remove_stale_download(folder)
+        if trainer._checkpoint_saver is not None:
+            # how soon `latest` follows an upload; Composer's 30 s are 30 s of training to lose
+            trainer._checkpoint_saver._symlink_upload_wait_before_next_try_in_seconds = 1.0
+    return trainer
+
+
+def remove_stale_download(folder: SaveFolder) -> None:
+    """Before Composer looks for ``latest`` and after it has read it; every node has its own copy."""
+    dist.barrier()
+    if dist.get_local_rank() == 0:
+        folder.remove_downloaded()
+    dist.barrier()
+
+
+def build_data(config: RunConfig, device: Device) -> StreamingDataLoader:
+    """The training data of this rank."""
+
+    def build() -> ImageTextDataset:
+        return ImageTextDataset(
+            config.data,
+            batch_size=config.global_train_batch_size // dist.get_world_size(),
+            image_size=config.model.vision_cfg.image_size,
+            context_length=config.model.text_cfg.context_length,
+            semantic=config.loss.needs_semantic,
+        )
+
+    if dist.get_local_rank() == 0:
+        with shared_memory.clean_start():
+            dataset = build()
+            shared_memory.claim(dataset._shm_prefix_int)
+    else:
+        dataset = build()
+    return build_dataloader(dataset, config.data, pin_memory=config.data.pin_memory and device.name == "gpu")
+
+
+def build_model(config: RunConfig, device: Device) -> AlignCLIPModel:
+    """Encoders and loss of a configuration, as a ComposerModel."""
+    loss = AlignCLIPLoss(**dataclasses.asdict(config.loss))
+    cpu_bf16 = device.name == "cpu" and config.precision == Precision.AMP_BF16.value
+    return AlignCLIPModel(build_encoders(config.model), loss, config.model.encode_chunk_size, cpu_bf16)
+
+
+def build_scheduler(
+    config: SchedulerConfig, optimizer: Optimizer, max_duration: str, batches_per_epoch: int
+) -> LambdaLR:
+    """Warm-up and cosine by the optimizer's own step count.
+
+    Composer's schedulers read the timestamp before it moves, so that the first two steps get the same rate.
+
+    Raises:
+        UserError: the warm-up is not shorter than the run.
+    """
+    warmup = in_batches(config.t_warmup, batches_per_epoch)
+    total = in_batches(max_duration, batches_per_epoch)
+    if warmup >= total:
+        raise UserError(
+            f"scheduler.t_warmup={config.t_warmup} ({warmup} batches) must be shorter than "
+            f"max_duration={max_duration} ({total} batches)"
+        )
+    return LambdaLR(optimizer, lambda step: lr_multiplier(step, warmup, total, config.alpha_f))
+
+
+def in_batches(duration: str, batches_per_epoch: int) -> int:
+    """A duration in epochs or batches as a number of batches."""
+    time = Time.from_input(duration, TimeUnit.BATCH)
+    if time.unit == TimeUnit.EPOCH:
+        return time.value * batches_per_epoch
+    if time.unit == TimeUnit.BATCH:
+        return time.value
+    raise UserError(f"duration '{duration}' must be in epochs (30ep) or batches (10000ba)")
+
+
+def build_callbacks(config: RunConfig, folder: SaveFolder | None) -> list[Callback]:
+    """The YAML's callbacks, and what every run has."""
+    callbacks: list[Callback] = [TrainingMonitor(), *plugins.build(config, "callbacks")]
+    if not any(isinstance(c, SpeedMonitor) for c in callbacks):
+        callbacks.append(SpeedMonitor(window_size=10))
+    keep = config.save_num_checkpoints_to_keep
+    if folder is not None and folder.remote and keep > 0:
+        callbacks.append(RemoteRotation(folder, keep))
+    return callbacks
+
+
+def trainer_arguments(config: RunConfig, device: Device) -> dict[str, Any]:
+    """The Trainer's own arguments, as the YAML has them but for what the machine can't do."""
+    arguments = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainerConfig)}
+    arguments["run_name"] = config.run_name or None
+    arguments["parallelism_config"] = None
+    fsdp2 = config.parallelism_config.fsdp2
+    if fsdp2 is not None:
+        arguments["parallelism_config"] = ParallelismConfig(fsdp2=FSDP2Config(**dataclasses.asdict(fsdp2)))
+        if device.name == "cpu" and dist.get_world_size() > 1:
+            mend_gloo_fsdp_average()
+    if device.name == "cpu":
+        arguments["precision"] = Precision.FP32  # the model does its own bf16 autocast there
+    return arguments
+
+
+def print_once(text: str) -> None:
+    """One line on the console of a run, whatever its number of processes."""
+    if dist.get_global_rank() == 0:
+        print(text, flush=True)

@@ -1,0 +1,248 @@
+"""The two encoders: a stock open_clip CLIP, some or all of whose modules serve both modalities.
+
+Everything shared is SharedCLIP (https://arxiv.org/abs/2406.17639, section 4.1), nothing shared is CLIP. The *vision*
+tower is pointed at the text tower's modules, because open_clip initialises text towers as published and leaves vision
+towers at PyTorch's defaults. A state dict has both towers' names, so a stock, unshared open_clip.CLIP loads it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+
+import open_clip
+import timm
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import text_global_pool
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from alignclip.config import ModelConfig
+from alignclip.errors import UserError, nearest
+
+MAX_LOGIT_SCALE = math.log(100)
+
+
+class CLIP(open_clip.CLIP):
+    """open_clip's CLIP with text trimmed to the batch's longest caption, and encoding in recomputed chunks."""
+
+    def forward(self, image: Tensor, text: Tensor, chunk_size: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode pairs: what DDP and FSDP wrap, so that every parameter of a step is used inside of it.
+
+        Args:
+            image: [n, 3, image_size, image_size], normalised pixels.
+            text: [n, l] token ids.
+            chunk_size: see :meth:`encode`.
+
+        Returns:
+            Image and text features, L2-normalised, [n, embed_dim] each, and exp(logit_scale), [1].
+        """
+        return *self.encode(image, text, chunk_size), self.logit_scale.exp()
+
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        """Text features, pooled at the end-of-text token, which has the highest id.
+
+        Positions behind the last end-of-text token of the batch are left out: under the causal mask they can't change
+        the features.
+
+        Args:
+            text: [n, l] token ids, padded with any id to any length.
+            normalize: whether to L2-normalise the features.
+
+        Returns:
+            [n, embed_dim].
+
+        Raises:
+            ValueError: a caption ends beyond the context length.
+        """
+        features = self._encode_trimmed_text(self._trim(text))
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def encode(self, images: Tensor, tokens: Tensor, chunk_size: int = 0) -> tuple[Tensor, Tensor]:
+        """Normalised features of a batch of pairs, in at least fp32.
+
+        Args:
+            images: [n, 3, image_size, image_size], normalised pixels.
+            tokens: [n, l] token ids.
+            chunk_size: with more than 0, so many samples are encoded at a time, and again in the backward pass, so
+                that memory grows with the chunk while features and gradients are those of the whole batch.
+
+        Returns:
+            Image and text features, [n, embed_dim] each.
+        """
+        # trimmed once for the batch: finding the length makes the host wait for the device
+        return (
+            _normalize(_in_chunks(self.encode_image, images, chunk_size)),
+            _normalize(_in_chunks(self._encode_trimmed_text, self._trim(tokens), chunk_size)),
+        )
+
+    def _encode_trimmed_text(self, text: Tensor) -> Tensor:
+        """[n, l] token ids, l up to the context length -> [n, embed_dim] features, all l positions computed."""
+        length = text.shape[1]
+        dtype = self.transformer.get_cast_dtype()
+        x = self.token_embedding(text).to(dtype) + self.positional_embedding[:length].to(dtype)
+        x = self.transformer(x, attn_mask=self.attn_mask[:length, :length])
+        features: Tensor = text_global_pool(self.ln_final(x), text, self.text_pool_type) @ self.text_projection
+        return features
+
+    def _trim(self, text: Tensor) -> Tensor:
+        """Cut behind the last end-of-text token. Counting non-zero ids would not do: 0 is also the token "!"."""
+        # a compiled graph has static shapes: full length rather than a graph for every length
+        if not torch.compiler.is_compiling():
+            text = text[:, : int(text.argmax(dim=-1).max()) + 1]
+        if text.shape[1] > self.context_length:
+            raise ValueError(f"captions of {text.shape[1]} tokens, but context_length is {self.context_length}")
+        return text
+
+
+def _in_chunks(encode: Callable[[Tensor], Tensor], inputs: Tensor, chunk_size: int) -> Tensor:
+    """``encode(inputs)``, a chunk at a time if ``chunk_size`` > 0, recomputed in the backward pass."""
+    if chunk_size <= 0:
+        return encode(inputs)
+    if not torch.is_grad_enabled():
+        return torch.cat([encode(chunk) for chunk in inputs.split(chunk_size)])
+    # the random state is restored for the second run, so patch dropout draws the same patches
+    return torch.cat(
+        [checkpoint(encode, chunk, use_reentrant=False, preserve_rng_state=True) for chunk in inputs.split(chunk_size)]
+    )
+
+
+def _normalize(features: Tensor) -> Tensor:
+    """L2-normalise in at least fp32: under bf16 autocast the norms would be off by up to 0.4 %."""
+    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+
+
+@torch.no_grad()
+def clamp_logit_scale_(model: nn.Module) -> None:
+    """Clamp ``model.logit_scale`` to [0, ln 100] in place, for right after an optimizer step.
+
+    Works on a parameter that FSDP2 has sharded, too, of which a rank may hold nothing. Source: CLIP,
+    https://arxiv.org/abs/2103.00020, section 2.5.
+    """
+    logit_scale = model.logit_scale
+    local = logit_scale.to_local() if isinstance(logit_scale, DTensor) else logit_scale
+    assert isinstance(local, Tensor)
+    local.clamp_(0, MAX_LOGIT_SCALE)
+
+
+def build_encoders(config: ModelConfig) -> CLIP:
+    """Build the encoders, randomly initialised from torch's global generator, on torch's default device.
+
+    Shared modules and the text tower are initialised as published, an unshared vision tower as open_clip does it.
+    ``logit_scale`` has shape [1], because FSDP shards no scalars.
+
+    Raises:
+        UserError: sizes that don't go together, naming the keys and their values.
+    """
+    _check_sizes(config)
+    vision, timm_name = config.vision_cfg, config.vision_cfg.timm_model_name
+    try:
+        model = CLIP(
+            config.embed_dim,
+            vision_cfg=asdict(vision),
+            text_cfg=asdict(config.text_cfg),
+            init_logit_scale=config.init_logit_scale,
+            nonscalar_logit_scale=True,
+        )
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        if timm_name is None:
+            raise
+        raise UserError(f"model.vision_cfg: timm can't build '{timm_name}' with these settings: {error}") from None
+    if timm_name is not None:
+        _check_timm_tower(config, model)
+
+    shared = config.shared
+    blocks = config.text_cfg.layers if shared.blocks == -1 else shared.blocks
+    for i in range(1, blocks + 1):
+        model.visual.transformer.resblocks[-i] = model.transformer.resblocks[-i]
+    if shared.ln_final:
+        model.visual.ln_post = model.ln_final
+    if shared.projection:
+        model.visual.proj = model.text_projection
+    return model
+
+
+def _check_sizes(config: ModelConfig) -> None:
+    """Refuse what open_clip would fail on with a shape error, or accept and compute something else."""
+    vision, text = config.vision_cfg, config.text_cfg
+    if text.width % text.heads:
+        raise UserError(f"model.text_cfg.width={text.width} is no multiple of model.text_cfg.heads={text.heads}")
+    if vision.timm_model_name is not None:
+        if not timm.is_model(vision.timm_model_name):
+            hint = nearest(vision.timm_model_name, timm.list_models())
+            # timm has a thousand models: without a close one, where to look
+            hint = hint if hint.startswith("did you mean") else "see timm.list_models()"
+            raise UserError(f"model.vision_cfg.timm_model_name: unknown '{vision.timm_model_name}'; {hint}")
+        if config.shared.blocks or config.shared.ln_final or config.shared.projection:
+            raise UserError(
+                f"model.shared: nothing can be shared with timm's tower model.vision_cfg.timm_model_name="
+                f"{vision.timm_model_name}; set blocks=0, ln_final=false and projection=false"
+            )
+        return
+    if vision.image_size % vision.patch_size:
+        below = vision.image_size // vision.patch_size * vision.patch_size
+        sizes = " or ".join(str(size) for size in (below, below + vision.patch_size) if size > 0)
+        raise UserError(
+            f"model.vision_cfg.image_size={vision.image_size} is no multiple of "
+            f"model.vision_cfg.patch_size={vision.patch_size}; the nearest are {sizes}"
+        )
+    if vision.width % vision.head_width:
+        raise UserError(
+            f"model.vision_cfg.width={vision.width} is no multiple of model.vision_cfg.head_width={vision.head_width}"
+        )
+    _check_sharing(config)
+
+
+def _check_sharing(config: ModelConfig) -> None:
+    """A shared module must have the same size in both towers."""
+    vision, text, shared = config.vision_cfg, config.text_cfg, config.shared
+    if shared.blocks < -1:
+        raise UserError(f"model.shared.blocks={shared.blocks} must be a number of blocks, or -1 for all of them")
+
+    def must_equal(what: str, vision_key: str, vision_value: float, text_key: str, text_value: float) -> None:
+        if vision_value != text_value:
+            raise UserError(
+                f"{what} needs equal towers, but model.vision_cfg.{vision_key}={vision_value} "
+                f"and model.text_cfg.{text_key}={text_value}"
+            )
+
+    wanted = {
+        f"model.shared.blocks={shared.blocks}": bool(shared.blocks),
+        "model.shared.ln_final=true": shared.ln_final,
+        "model.shared.projection=true": shared.projection,
+    }
+    for what, is_shared in wanted.items():
+        if is_shared:
+            must_equal(what, "width", vision.width, "width", text.width)
+    if not shared.blocks:
+        return
+    what = f"model.shared.blocks={shared.blocks}"
+    must_equal(what, "width/head_width", vision.width // vision.head_width, "heads", text.heads)
+    must_equal(what, "mlp_ratio", vision.mlp_ratio, "mlp_ratio", text.mlp_ratio)
+    if shared.blocks == -1:
+        must_equal(what, "layers", vision.layers, "layers", text.layers)
+    elif shared.blocks > min(vision.layers, text.layers):
+        raise UserError(
+            f"{what} is more than there are: model.vision_cfg.layers={vision.layers}, "
+            f"model.text_cfg.layers={text.layers}"
+        )
+
+
+def _check_timm_tower(config: ModelConfig, model: CLIP) -> None:
+    """Refuse a timm tower that would fail at the first batch, or whose gradients chunks would change."""
+    vision = config.vision_cfg
+    fixed_size = getattr(getattr(model.visual.trunk, "patch_embed", None), "img_size", None)
+    if fixed_size is not None and tuple(fixed_size) != (vision.image_size, vision.image_size):
+        raise UserError(
+            f"model.vision_cfg.image_size={vision.image_size}, but model.vision_cfg.timm_model_name="
+            f"{vision.timm_model_name} takes {fixed_size[0]}"
+        )
+    has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    if config.encode_chunk_size and has_batch_norm:
+        raise UserError(
+            f"model.encode_chunk_size={config.encode_chunk_size} would change the batch statistics of "
+            f"model.vision_cfg.timm_model_name={vision.timm_model_name}, which has batch norms; set it to 0"
+        )

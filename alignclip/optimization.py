@@ -1,0 +1,73 @@
+"""Parameter groups, optimizer and learning-rate schedule of the published recipe, through timm's factories."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import timm.optim
+import torch
+from torch import nn
+
+from alignclip.config import OptimizerConfig
+from alignclip.errors import UserError, nearest
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """``model``'s trainable parameters, each once, in a group without weight decay and one with ``weight_decay``.
+
+    Not decayed are parameters of at most one dimension (biases, norms, class embedding, logit scale), as in CLIP
+    (https://arxiv.org/abs/2103.00020, section 2.5). Position embeddings are decayed: open_clip's models would exempt
+    them by their ``no_weight_decay()``, which is therefore not consulted.
+    """
+    groups: list[dict[str, Any]] = timm.optim.param_groups_weight_decay(model, weight_decay)
+    return groups
+
+
+def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that ``config.opt`` names in timm, over :func:`parameter_groups`.
+
+    ``betas`` and ``eps`` reach the optimizer as they stand, so they are worth a look when ``opt`` changes. One that the
+    optimizer doesn't take is left out while it is at its default, and refused when it was set.
+
+    Raises:
+        UserError: an unknown name (with the nearest), one that isn't installed, or an argument it doesn't take.
+    """
+    try:
+        info = timm.optim.get_optimizer_info(config.opt)
+    except ValueError:
+        names = [str(name) for name in timm.optim.list_optimizers()]
+        raise UserError(f"optimizer.opt: unknown '{config.opt}'; {nearest(config.opt, names)}") from None
+
+    default = OptimizerConfig()
+    kwargs: dict[str, Any] = {}
+    if info.has_eps:
+        kwargs["eps"] = config.eps
+    elif config.eps != default.eps:
+        raise UserError(f"optimizer.eps: {config.opt} takes none; leave it out")
+    if info.has_betas and len(config.betas) == info.num_betas:
+        kwargs["betas"] = tuple(config.betas)
+    elif config.betas != default.betas:
+        takes = f"{info.num_betas} values" if info.has_betas else "none"
+        raise UserError(f"optimizer.betas: {config.opt} takes {takes}, not {config.betas}")
+
+    groups = parameter_groups(model, config.weight_decay)
+    try:
+        return timm.optim.create_optimizer_v2(groups, opt=config.opt, lr=config.lr, weight_decay=0.0, **kwargs)
+    except (AssertionError, ImportError, TypeError, ValueError) as error:
+        raise UserError(f"optimizer: {config.opt} can't be built: {error}") from None
+
+
+def lr_multiplier(step: int, warmup_steps: int, total_steps: int, alpha_f: float = 0.0) -> float:
+    """The factor on the base learning rate in optimizer step ``step``, counted from 0.
+
+    A linear warm-up, (step + 1) / warmup_steps, so that the first step already learns and step warmup_steps - 1 has the
+    full rate; then half a cosine from 1 to ``alpha_f`` at ``total_steps``, and ``alpha_f`` thereafter. With
+    alpha_f = 0, open_clip's and the published schedule.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if step >= total_steps:
+        return alpha_f
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps)))
+    return alpha_f + (1 - alpha_f) * cosine

@@ -1,0 +1,153 @@
+"""An output folder, local or in object storage, that is filled one complete sub-folder at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from alignclip.errors import UserError
+
+# Streaming is imported where it is used: that takes seconds, and a mistake in the command line should not.
+
+INDEX = "index.json"
+PARTIAL = ".partial-"  # a local sub-folder in the making
+UPLOAD_ATTEMPTS = 5  # on top of the provider's own; Streaming sleeps 1, 2, 4 … s between
+READ_TIMEOUT = 60.0  # seconds
+
+
+def one_line(error: BaseException) -> str:
+    """An exception in one line: the first of its message, or its name where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def uploader(local: Path, remote: str) -> Any:
+    """Streaming's uploader from the empty folder ``local`` to the URL ``remote``, once the bucket has answered.
+
+    Raises:
+        UserError: unknown scheme, no such bucket, no credentials, or a cloud library that is not installed.
+    """
+    from streaming.base.storage import CloudUploader
+    from streaming.base.storage.upload import UPLOADERS
+
+    scheme = urlparse(remote).scheme
+    if scheme not in UPLOADERS:
+        schemes = ", ".join(f"{name}://" for name in UPLOADERS if name and ":" not in name)
+        raise UserError(f"cannot write to '{remote}': Streaming knows {schemes} and local folders")
+    try:
+        return CloudUploader.get((str(local), remote), keep_local=True, retry=UPLOAD_ATTEMPTS)
+    except Exception as error:  # every provider has its own
+        raise UserError(f"cannot reach {remote}: {one_line(error)}") from error
+
+
+def list_remote(url: str) -> set[str]:
+    """The names of all objects under a URL, relative to it.
+
+    Raises:
+        UserError: it cannot be reached, or Streaming cannot list that kind of storage (S3, GCS and OCI it can).
+    """
+    with tempfile.TemporaryDirectory() as empty:
+        cloud = uploader(Path(empty), url)
+        try:
+            keys = cloud.list_objects()
+        except NotImplementedError:
+            raise UserError(f"Streaming cannot list {url}; name the files") from None
+        except Exception as error:
+            raise UserError(f"cannot list {url}: {one_line(error)}") from error
+    prefix = urlparse(url).path.strip("/")
+    return {key[len(prefix) :].lstrip("/") for key in keys or ()}
+
+
+class Store:
+    """The folder ``out``: a local path, or a URL that Streaming can write to."""
+
+    def __init__(self, out: str) -> None:
+        self.is_remote = "://" in out
+        self.out = out.rstrip("/") if self.is_remote else str(Path(out).expanduser().absolute())
+
+    def listing(self) -> set[str]:
+        """The names of the files here and one folder below, relative to ``out``; empty where nothing is there yet.
+
+        Raises:
+            UserError: ``out`` cannot be reached.
+        """
+        if not self.is_remote:
+            root = Path(self.out)
+            files = [path.relative_to(root) for path in (*root.glob("*"), *root.glob("*/*")) if path.is_file()]
+            return {str(file) for file in files if not file.parts[0].startswith(PARTIAL)}
+        from streaming.base.storage import CloudUploader
+
+        with tempfile.TemporaryDirectory() as empty:
+            listable = type(uploader(Path(empty), self.out)).list_objects is not CloudUploader.list_objects
+        # Azure's is missing in Streaming: nothing is found to be done before, and all is written again
+        return list_remote(self.out) if listable else set()
+
+    @contextmanager
+    def staged(self, name: str = "") -> Iterator[Path]:
+        """An empty folder whose files appear in ``out/name`` when the block ends, and not at all when it raises.
+
+        ``index.json`` goes last: where there is one, the folder is complete.
+
+        Raises:
+            UserError: ``out`` cannot be reached or written.
+        """
+        if self.is_remote:
+            with tempfile.TemporaryDirectory(prefix="alignclip-") as temporary:
+                folder = Path(temporary)
+                cloud = uploader(folder, f"{self.out}/{name}".rstrip("/"))
+                yield folder
+                try:
+                    for file in _index_last(folder):
+                        cloud.upload_file(file)
+                except Exception as error:
+                    raise UserError(f"cannot write to {self.out}/{name}: {one_line(error)}") from error
+            return
+        folder = Path(self.out) / f"{PARTIAL}{name}"  # on the same file system, so that a rename is all it takes
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"cannot write to {self.out}: {error.strerror}") from None
+        try:
+            yield folder
+            target = Path(self.out) / name
+            target.mkdir(exist_ok=True)
+            for file in _index_last(folder):
+                (folder / file).replace(target / file)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def read_json(self, names: Sequence[str]) -> list[Any]:
+        """The contents of these JSON files, in the same order.
+
+        Raises:
+            UserError: one of them cannot be read.
+        """
+        if not self.is_remote:
+            return [json.loads((Path(self.out) / name).read_text()) for name in names]
+        from streaming.base.storage import CloudDownloader
+
+        cloud = CloudDownloader.get(self.out)
+
+        def fetch(name: str) -> Any:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "file.json"
+                try:
+                    cloud.download(f"{self.out}/{name}", str(path), READ_TIMEOUT)
+                except Exception as error:
+                    raise UserError(f"cannot read {self.out}/{name}: {one_line(error)}") from error
+                return json.loads(path.read_text())
+
+        with ThreadPoolExecutor(16) as pool:
+            return list(pool.map(fetch, names))
+
+
+def _index_last(folder: Path) -> list[str]:
+    return sorted((path.name for path in folder.iterdir()), key=lambda name: (name == INDEX, name))

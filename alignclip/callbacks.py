@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from multiprocessing import resource_tracker
 from types import FrameType
 
 import torch
@@ -57,6 +58,7 @@ class StopOnSigterm(Callback):
         self.stopped = False
         self._received = False
         signal.signal(signal.SIGTERM, self._on_sigterm)
+        resource_tracker.ensure_running()  # its start ends with unblocking SIGTERM; it starts once
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:

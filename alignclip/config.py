@@ -161,8 +161,8 @@ class FSDP2Settings:
     activation_checkpointing: bool = False
     activation_cpu_offload: bool = False
     state_dict_type: str = "full"
-    load_monolith_rank0_only: bool = True  # what full checkpoints need
-    mixed_precision: str = "DEFAULT"
+    # FULL: parameters stay fp32 and autocast works as under DDP; DEFAULT casts all of them, logit_scale too
+    mixed_precision: str = "FULL"
     verbose: bool = False
 
 
@@ -241,6 +241,8 @@ REFUSED = {
     "data.batch_size": "set global_train_batch_size, the batch over all ranks",
     "data.local": "name the set under data.streams, e.g. data.streams.cc12m.local=/tmp/cc12m",
     "data.remote": "name the set under data.streams, e.g. data.streams.cc12m.remote=s3://bucket/cc12m",
+    "parallelism_config.fsdp2.load_monolith_rank0_only": "under FSDP2 the other ranks would keep their random weights; "
+    "full checkpoints are read on every rank",
     "parallelism_config.fsdp": "FSDP1 needs a module to run once a step, which shared blocks do not; use "
     "parallelism_config.fsdp2",
 }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import signal
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -144,7 +143,6 @@ def build_dataloader(dataset: ImageTextDataset, config: DataConfig, pin_memory: 
         pin_memory=pin_memory,
         drop_last=True,
         collate_fn=default_collate,
-        worker_init_fn=_keep_on_sigterm,
     )
     if len(loader) == 0:
         raise UserError(
@@ -152,11 +150,6 @@ def build_dataloader(dataset: ImageTextDataset, config: DataConfig, pin_memory: 
             f"(now {dataset.batch_size} on each rank)"
         )
     return loader
-
-
-def _keep_on_sigterm(worker: int) -> None:
-    """SIGTERM to the whole process group must leave the workers up until the last checkpoint is saved."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def check_streams(config: DataConfig, *, semantic: bool) -> None:

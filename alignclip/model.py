@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from composer.models import ComposerModel
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from alignclip.encoders import CLIP
 from alignclip.losses import AlignCLIPLoss
@@ -34,6 +36,7 @@ class AlignCLIPModel(ComposerModel):
         self.criterion = criterion
         self.encode_chunk_size = encode_chunk_size
         self.cpu_bf16 = cpu_bf16
+        self.register_load_state_dict_pre_hook(tie_names)
         # One FSDP unit a block; Composer looks for these functions on the ComposerModel's children.
         self.encoders.fsdp_wrap_fn = is_block
         self.encoders.activation_checkpointing_fn = is_block
@@ -56,6 +59,20 @@ class AlignCLIPModel(ComposerModel):
     def loss(self, outputs: Features, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The loss terms of this rank's rows of the global batch: ``total``, ``contrastive``, ``separation``."""
         return self.criterion(*outputs, batch.get("semantic"))
+
+
+def tie_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Give every name of a shared parameter the same value before a state dict is loaded.
+
+    torch's ``set_model_state_dict`` shards a full state dict for FSDP2 under one name of a shared module alone.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(prefix + name)
+    for group in names.values():
+        sharded = next((n for n in group if isinstance(state_dict.get(n), DTensor)), None)
+        if sharded is not None:
+            state_dict.update(dict.fromkeys(group, state_dict[sharded]))
 
 
 def is_block(module: nn.Module) -> bool:

@@ -2,7 +2,8 @@
 
 Adds one callback that writes, on rank 0 and step by step, the global loss terms to the last bit
 (``RECORDS/steps.jsonl``, appended, so that a resumed run goes on in it) and the reduced gradients of the first
-``ALIGNCLIP_TEST_GRADIENTS`` steps (``RECORDS/gradients-N.pt``, before clipping).
+``ALIGNCLIP_TEST_GRADIENTS`` steps (``RECORDS/gradients-N.pt``, before clipping). ``ALIGNCLIP_TEST_STEP_SECONDS`` slows
+every step down, and after step ``ALIGNCLIP_TEST_HOLD_AT`` the run does nothing but upload, until it is killed.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
+from composer.callbacks import CheckpointSaver
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
@@ -25,6 +28,8 @@ class Recorder(Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.gradient_steps = int(os.environ.get("ALIGNCLIP_TEST_GRADIENTS", "0"))
+        self.step_seconds = float(os.environ.get("ALIGNCLIP_TEST_STEP_SECONDS", "0"))
+        self.hold_at = int(os.environ.get("ALIGNCLIP_TEST_HOLD_AT", "-1"))
         self.lr = 0.0
 
     def batch_start(self, state: State, logger: Logger) -> None:
@@ -43,6 +48,7 @@ class Recorder(Callback):
             torch.save(gradients, self.folder / f"gradients-{step}.pt")
 
     def batch_end(self, state: State, logger: Logger) -> None:
+        time.sleep(self.step_seconds)
         if dist.get_global_rank() != 0:
             return
         scale = state.outputs[2]
@@ -55,6 +61,13 @@ class Recorder(Callback):
         }
         with (self.folder / "steps.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        while int(state.timestamp.batch) - 1 == self.hold_at:
+            for callback in state.callbacks:
+                if isinstance(callback, CheckpointSaver):
+                    callback.batch_end(state, logger)  # where it moves `latest`
+            time.sleep(0.2)
 
 
 def main(arguments: list[str]) -> int:

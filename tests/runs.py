@@ -1,0 +1,150 @@
+"""Real runs for the tests: a small MDS set, a tiny model, ``composer`` as a user would call it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from streaming import MDSWriter
+
+COMPOSER = Path(sys.executable).with_name("composer")
+RECORDING = Path(__file__).with_name("recording.py")
+PRETRAIN = Path(__file__).parent.parent / "pretrain.py"
+TIMEOUT = 240.0  # seconds, for a run of a few steps on a busy machine
+
+TINY = """
+max_duration: 40ba
+global_train_batch_size: 16
+precision: fp32
+device: cpu
+progress_bar: false
+save_interval: 5ba
+model:
+  embed_dim: 32
+  vision_cfg: {image_size: 32, patch_size: 8, width: 32, layers: 2, head_width: 16}
+  text_cfg: {width: 32, layers: 2, heads: 2}
+  shared: {blocks: -1, ln_final: true, projection: true}
+loss: {beta: 0.5}
+data: {num_workers: 2, num_canonical_nodes: 2, pin_memory: false}
+scheduler: {t_warmup: 5ba}
+"""
+
+
+def write_set(out: str, count: int = 256, dimension: int = 16, columns: str = "semantic", seed: int = 0) -> None:
+    """An image–text set of coloured gradients, in shards small enough that there are several."""
+    rng = np.random.default_rng(seed)
+    encodings = {"key": "str", "image": "bytes", "caption": "str"}
+    if columns == "semantic":
+        encodings["semantic"] = f"ndarray:float16:{dimension}"
+    with MDSWriter(out=out, columns=encodings, hashes=["xxh64"], size_limit="40kb") as writer:
+        for i in range(count):
+            sample: dict[str, object] = {
+                "key": f"{i:05}",
+                "image": jpeg(rng),
+                "caption": " ".join(rng.choice(["red", "blue", "a", "dot", "on", "the", "left"], rng.integers(2, 9))),
+            }
+            if columns == "semantic":
+                sample["semantic"] = rng.normal(size=dimension).astype(np.float16)
+            writer.write(sample)
+
+
+def jpeg(rng: np.random.Generator, size: tuple[int, int] = (48, 40), mode: str = "RGB") -> bytes:
+    picture = Image.fromarray(rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    picture.convert(mode).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def write_config(folder: Path, remote: str, save_folder: str | None = None, text: str = TINY) -> Path:
+    """A YAML for a set at ``remote`` (cached in a folder of its own) or in a local folder."""
+    stream = f"remote: {remote}, local: {folder / 'cache'}" if "://" in remote else f"local: {remote}"
+    lines = text.replace("data: {", f"data: {{streams: {{e: {{{stream}}}}}, ", 1)
+    lines += f"save_folder: {save_folder}\n" if save_folder else "autoresume: false\n"
+    path = folder / "tiny.yaml"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(lines)
+    return path
+
+
+def launch(
+    *arguments: str | Path, processes: int = 1, cwd: Path, env: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """``composer -n N …`` in a process group of its own; its output goes to ``cwd/output.txt``."""
+    cwd.mkdir(parents=True, exist_ok=True)
+    command = [str(COMPOSER), "-n", str(processes), *map(str, arguments)]
+    with (cwd / "output.txt").open("a") as output:
+        return subprocess.Popen(
+            command,
+            cwd=cwd,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            text=True,
+        )
+
+
+def run(
+    *arguments: str | Path, processes: int = 1, cwd: Path, env: dict[str, str] | None = None, status: int = 0
+) -> str:
+    """Launch, wait, and return what was printed; any other exit status than ``status`` is an error."""
+    process = launch(*arguments, processes=processes, cwd=cwd, env=env)
+    try:
+        code = process.wait(TIMEOUT)
+    finally:
+        kill_group(process)
+    text = (cwd / "output.txt").read_text()
+    assert code == status, f"exit status {code}\n{text[-6000:]}"
+    return text
+
+
+def kill_group(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> None:
+    """Signal a launcher, its ranks and everything they started."""
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return
+    if number == signal.SIGKILL:
+        process.wait(30)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], cwd: Path) -> None:
+    """Until the condition holds; a run that ends before is an error."""
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        text = (cwd / "output.txt").read_text()[-6000:]
+        assert process.poll() is None, f"ended too early\n{text}"
+        assert time.monotonic() < deadline, f"waited too long\n{text}"
+        time.sleep(0.2)
+
+
+def steps(records: Path) -> list[dict[str, float]]:
+    """The records of ``recording.py``, in the order in which they were written; loss terms are floats again."""
+    path = records / "steps.jsonl"
+    if not path.exists():
+        return []
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: float.fromhex(v) if isinstance(v, str) else v for k, v in line.items()} for line in lines]
+
+
+def gradient_error(ours: Path, theirs: Path, step: int) -> float:
+    """‖ours − theirs‖ / ‖theirs‖ over all parameters of a recorded step; the worst single parameter if that is more."""
+    a, b = (torch.load(folder / f"gradients-{step}.pt", weights_only=True) for folder in (ours, theirs))
+    assert a.keys() == b.keys()
+
+    def norm(tensors: list[torch.Tensor]) -> float:
+        return float(torch.cat([t.flatten() for t in tensors]).norm())
+
+    whole = norm([a[k] - b[k] for k in a]) / norm(list(b.values()))
+    return max(whole, *(norm([a[k] - b[k]]) / norm([b[k]]) for k in b))

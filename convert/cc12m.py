@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,10 @@ def convert(options: ConvertOptions) -> Counts:
             )
     todo = {name: tar for name, tar in names.items() if name not in counts}
     done = {name: _counts(entry) for name, entry in counts.items()}
+    start = time.monotonic()
     done.update(convert_all(todo, columns, options))
-    return _finish(store, done, columns, options)
+    seconds = time.monotonic() - start
+    return replace(_finish(store, done, columns, options), seconds=seconds)
 
 
 def _unique_names(inputs: Sequence[str]) -> dict[str, str]:
@@ -130,6 +133,8 @@ def _finish(store: Store, done: dict[str, Counts], columns: dict[str, str], opti
     shards = []
     for name, index in zip(names, store.read_json([f"{name}/{INDEX}" for name in names]), strict=True):
         for shard in index["shards"]:
+            if not shard["samples"]:  # MDSWriter begins with an empty one where the first sample exceeds the size limit
+                continue
             for file in (shard["raw_data"], shard["zip_data"]):
                 if file:
                     file["basename"] = f"{name}/{file['basename']}"
@@ -183,14 +188,15 @@ def parse(arguments: Sequence[str] | None = None) -> ConvertOptions:
     return ConvertOptions(**vars(parser.parse_args(arguments)))
 
 
-def summary(counts: Counts, options: ConvertOptions, seconds: float) -> str:
+def summary(counts: Counts, options: ConvertOptions) -> str:
     """The counts as a small table, and the command that comes next."""
     out = Store(options.out).out
     new = counts.written - counts.resumed
     rows = [("written", f"{counts.written:,} samples"), ("skipped", f"{sum(counts.skipped.values()):,}")]
     rows += [(f"  {reason}", f"{number:,}") for reason, number in sorted(counts.skipped.items())]
     rows += [("size", f"{counts.bytes / 2**20:,.1f} MiB"), ("where", out)]
-    rows += [("this run", f"{new:,} samples in {seconds:,.0f} s, {new / seconds:,.0f} samples/s")]
+    rate = f", {new / counts.seconds:,.0f} samples/s" if new else ""
+    rows += [("this run", f"{new:,} samples in {counts.seconds:,.0f} s{rate}")]
     recipe = "alignclip" if options.semantic else "sharedclip"
     stream = f"data.streams.cc12m.local={shlex.quote(out)}"
     if "://" in out:
@@ -202,14 +208,13 @@ def summary(counts: Counts, options: ConvertOptions, seconds: float) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Convert and print a summary; exit status 2 with one line for what the user can mend."""
     options = parse(arguments)
-    start = time.monotonic()
     try:
         with one_line_errors():
             counts = convert(options)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None
-    print(summary(counts, options, time.monotonic() - start))
+    print(summary(counts, options))
 
 
 if __name__ == "__main__":

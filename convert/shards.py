@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
@@ -64,12 +64,16 @@ class ConvertOptions:
 
 @dataclass
 class Counts:
-    """Samples written (``resumed`` of them by earlier runs), left out by reason, and the bytes of the stored shards."""
+    """Samples written (``resumed`` of them by earlier runs), left out by reason, and the bytes of the stored shards.
+
+    ``seconds``: how long this run took over the tars that were left.
+    """
 
     written: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     bytes: int = 0
     resumed: int = 0
+    seconds: float = 0.0
 
     def skip(self, reason: str, number: int = 1) -> None:
         """Count ``number`` samples as left out."""
@@ -185,7 +189,8 @@ def convert_tar(tar: str, name: str, columns: dict[str, str], options: ConvertOp
                 if _progress:
                     _progress.add(written=len(batch))
         counts.bytes = sum(file.stat().st_size for file in folder.iterdir() if file.name != INDEX)
-        (folder / COUNTS).write_text(json.dumps({"source": tar, **asdict(counts)}, indent=2))
+        kept = {"source": tar, "written": counts.written, "skipped": counts.skipped, "bytes": counts.bytes}
+        (folder / COUNTS).write_text(json.dumps(kept, indent=2))
     return counts
 
 

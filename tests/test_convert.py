@@ -248,6 +248,13 @@ def test_local_shards_are_read_back_equal(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob(".partial-*"))
 
 
+def test_samples_beyond_the_size_limit(tmp_path: Path) -> None:
+    quick([three_tars(tmp_path / "in")], tmp_path / "out", size_limit="500b")
+    assert_three_tars(read_back(None, tmp_path / "out"))
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert [shard["samples"] for shard in index["shards"]] == [1] * 15
+
+
 def test_compressed_shards(tmp_path: Path) -> None:
     quick([three_tars(tmp_path / "in")], tmp_path / "out", compression="zstd:3")
     assert len(list((tmp_path / "out").glob("*/shard.*.mds.zstd"))) == 3

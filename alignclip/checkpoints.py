@@ -13,12 +13,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import yaml
 from composer.callbacks import CheckpointSaver
 from composer.core import Callback, State, Time
 from composer.loggers import Logger
 from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri
 from composer.utils.object_store import ObjectStore
+from omegaconf import OmegaConf
 
 from alignclip.config import RunConfig, to_yaml
 from alignclip.errors import UserError, describe_storage_error
@@ -81,7 +81,7 @@ class SaveFolder:
                 "set autoresume=true to go on with it, or choose another run_name"
             )
         if before is not None and has_checkpoint:
-            changed = differences(yaml.safe_load(before), yaml.safe_load(to_yaml(self.config)))
+            changed = differences(_plain(before), _plain(to_yaml(self.config)))
             if changed:
                 raise UserError(
                     f"run '{self.config.run_name}' in {self.uri} was started with other settings: "
@@ -210,6 +210,13 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if key.split(".")[0] in FIXED and key not in FREE and not _is_cache_path(key) and old.get(key) != new.get(key):
             found.append(f"{key}: {old.get(key, 'not set')} → {new.get(key, 'not set')}")
     return found
+
+
+def _plain(text: str) -> dict[str, Any]:
+    """YAML text as nested dicts."""
+    values = OmegaConf.to_container(OmegaConf.create(text))
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
 
 
 def _is_cache_path(key: str) -> bool:

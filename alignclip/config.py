@@ -252,13 +252,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, lay ``key.sub=value`` overrides over it and check both against :class:`RunConfig`.
 
     Raises:
-        UserError: no such file, not YAML, an unknown key (with the nearest valid one), a value of a wrong type or range.
+        UserError: no such file, not YAML, an unknown key (with the nearest one), a wrong type or range.
     """
     try:
         from_file = OmegaConf.load(path)
     except FileNotFoundError:
         yamls = [str(p) for p in Path(path).parent.glob("*.yaml")]
-        raise UserError(f"no config file '{path}': {nearest(str(path), yamls) if yamls else 'no YAML lies there'}") from None
+        raise UserError(
+            f"no config file '{path}': {nearest(str(path), yamls) if yamls else 'no YAML lies there'}"
+        ) from None
     except Exception as error:
         raise UserError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(from_file, DictConfig):
@@ -355,9 +357,13 @@ def validate(config: RunConfig) -> None:
         if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
             raise UserError(f"data.{key} must be two numbers, 0 < smallest <= largest, not {bounds}")
     if not data.streams:
-        raise UserError("data.streams is empty: name at least one set, e.g. data.streams.cc12m.remote=s3://bucket/cc12m")
+        raise UserError(
+            "data.streams is empty: name at least one set, e.g. data.streams.cc12m.remote=s3://bucket/cc12m"
+        )
     for name, stream in data.streams.items():
         if not (stream.remote or stream.local):
             raise UserError(f"data.streams.{name} has neither remote nor local")
     if config.autoresume and not (config.save_folder and config.run_name and config.save_latest_filename):
-        raise UserError("autoresume=true needs run_name, save_folder and save_latest_filename (or set autoresume=false)")
+        raise UserError(
+            "autoresume=true needs run_name, save_folder and save_latest_filename (or set autoresume=false)"
+        )

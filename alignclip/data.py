@@ -69,7 +69,7 @@ class ImageTextDataset(StreamingDataset):
         self.epoch, sample_in_epoch = super()._resume_incr_epoch()
         return self.epoch, sample_in_epoch
 
-    def __getitem__(self, at: int) -> dict[str, Tensor]:
+    def __getitem__(self, at: int) -> dict[str, Tensor]:  # type: ignore[override]  # one sample at a time
         """The sample with id ``at``; one whose image can't be decoded is replaced by the next, with a warning."""
         sample_id = int(at)
         for _ in range(100):

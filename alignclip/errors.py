@@ -14,9 +14,15 @@ class UserError(Exception):
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """The end of an error sentence: the valid name closest to ``name``, or all of them where none is close."""
-    names = sorted(valid)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(names)}"
+    names = {valid_name.lower(): valid_name for valid_name in sorted(valid)}
+    close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.6)
+    return f"did you mean '{names[close[0]]}'?" if close else f"valid: {', '.join(names.values())}"
+
+
+def one_line(error: BaseException) -> str:
+    """An exception in one line: the first of its message, or its name where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def describe_storage_error(error: BaseException) -> str:
@@ -25,18 +31,20 @@ def describe_storage_error(error: BaseException) -> str:
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
     names = {type(e).__name__ for e in chain}
-    text = " ".join(" ".join(str(e).split()) for e in chain)
-    if names & {"NoCredentialsError", "PartialCredentialsError"} or "DefaultCredentialsError" in names:
+    # botocore's code of an HTTP error; other clouds have it in the text
+    codes = {str(getattr(e, "response", {}).get("Error", {}).get("Code")) for e in chain}
+    text = " ".join(one_line(e) for e in chain)
+    if names & {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"}:
         return "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or your cloud's equivalent)"
-    if "NoSuchBucket" in text:
-        return "no such bucket"
-    if any(code in text for code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "403", "Forbidden")):
+    if codes & {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"} or "Forbidden" in text:
         return "access denied; check the credentials"
+    if "NoSuchBucket" in codes or "NoSuchBucket" in text:
+        return "no such bucket"
     if names & {"EndpointConnectionError", "ConnectTimeoutError"}:
-        return f"can't connect: {' '.join(str(error).split())} (S3_ENDPOINT_URL?)"
-    if "FileNotFoundError" in names or "404" in text or "NoSuchKey" in text:
-        return "not found"
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return f"can't connect: {one_line(error)} (S3_ENDPOINT_URL?)"
+    if "FileNotFoundError" in names or codes & {"404", "NoSuchKey"}:
+        return "not found; check the bucket and the path"
+    return one_line(error)
 
 
 @contextmanager

@@ -56,7 +56,9 @@ class AlignCLIPModel(ComposerModel):
         with autocast:
             return self.encoders(normalize(batch["image"]), batch["text"], chunk_size=self.encode_chunk_size)
 
-    def loss(self, outputs: Features, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def loss(  # type: ignore[override]  # Composer takes a dict as well as a tensor
+        self, outputs: Features, batch: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         """The loss terms of this rank's rows of the global batch: ``total``, ``contrastive``, ``separation``."""
         return self.criterion(*outputs, batch.get("semantic"))
 

@@ -45,7 +45,7 @@ def check(config: RunConfig) -> None:
         UserError: the first one found.
     """
     for section, module, base in _SECTIONS:
-        classes = _classes(module, base)
+        classes: dict[str, type[Any]] = _classes(module, base)
         for name, arguments in getattr(config, section).items():
             if name not in classes:
                 raise UserError(f"{section}: no class '{name}' in {module.__name__}; {nearest(name, classes)}")
@@ -61,7 +61,7 @@ def build(config: RunConfig, section: str) -> list[Any]:
         UserError: a package is missing, or the class refuses its arguments.
     """
     module, base = next((m, b) for s, m, b in _SECTIONS if s == section)
-    classes = _classes(module, base)
+    classes: dict[str, type[Any]] = _classes(module, base)
     built = []
     for name, arguments in getattr(config, section).items():
         try:
@@ -74,9 +74,7 @@ def build(config: RunConfig, section: str) -> list[Any]:
 
 
 def _classes(module: ModuleType, base: type[T]) -> dict[str, type[T]]:
-    return {
-        name: value for name, value in vars(module).items() if isinstance(value, type) and issubclass(value, base)
-    }
+    return {name: value for name, value in vars(module).items() if isinstance(value, type) and issubclass(value, base)}
 
 
 def _check_arguments(where: str, cls: type, arguments: Arguments) -> None:

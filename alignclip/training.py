@@ -8,7 +8,6 @@ import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from composer import Trainer
 from composer.callbacks import SpeedMonitor
 from composer.core import Callback, DataSpec, Precision, Time, TimeUnit

@@ -45,9 +45,7 @@ def decode_image(data: bytes) -> Tensor:
         return pil_to_tensor(picture.convert("RGB"))
 
 
-def random_resized_crop(
-    image: Tensor, size: int, scale: Sequence[float], ratio: Sequence[float], seed: int
-) -> Tensor:
+def random_resized_crop(image: Tensor, size: int, scale: Sequence[float], ratio: Sequence[float], seed: int) -> Tensor:
     """open_clip's training crop, drawn from ``seed`` alone so that a resumed run crops as the killed one would have.
 
     Args:

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from alignclip.errors import UserError
-from convert.storage import one_line
+from alignclip.errors import UserError, one_line
 
 DEFAULT_ENCODER = "sentence-transformers/all-mpnet-base-v2"
 BATCH_SIZE = 256

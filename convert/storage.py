@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from alignclip.errors import UserError
+from alignclip.errors import UserError, describe_storage_error
 
 # Streaming is imported where it is used: that takes seconds, and a mistake in the command line should not.
 
@@ -20,12 +20,6 @@ INDEX = "index.json"
 PARTIAL = ".partial-"  # a local sub-folder in the making
 UPLOAD_ATTEMPTS = 5  # on top of the provider's own; Streaming sleeps 1, 2, 4 … s between
 READ_TIMEOUT = 60.0  # seconds
-
-
-def one_line(error: BaseException) -> str:
-    """An exception in one line: the first of its message, or its name where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def uploader(local: Path, remote: str) -> Any:
@@ -44,7 +38,7 @@ def uploader(local: Path, remote: str) -> Any:
     try:
         return CloudUploader.get((str(local), remote), keep_local=True, retry=UPLOAD_ATTEMPTS)
     except Exception as error:  # every provider has its own
-        raise UserError(f"cannot reach {remote}: {one_line(error)}") from error
+        raise UserError(f"cannot reach {remote}: {describe_storage_error(error)}") from error
 
 
 def list_remote(url: str) -> set[str]:
@@ -60,7 +54,7 @@ def list_remote(url: str) -> set[str]:
         except NotImplementedError:
             raise UserError(f"Streaming cannot list {url}; name the files") from None
         except Exception as error:
-            raise UserError(f"cannot list {url}: {one_line(error)}") from error
+            raise UserError(f"cannot list {url}: {describe_storage_error(error)}") from error
     prefix = urlparse(url).path.strip("/")
     return {key[len(prefix) :].lstrip("/") for key in keys or ()}
 
@@ -107,7 +101,7 @@ class Store:
                     for file in _index_last(folder):
                         cloud.upload_file(file)
                 except Exception as error:
-                    raise UserError(f"cannot write to {self.out}/{name}: {one_line(error)}") from error
+                    raise UserError(f"cannot write to {self.out}/{name}: {describe_storage_error(error)}") from error
             return
         folder = Path(self.out) / f"{PARTIAL}{name}"  # on the same file system, so that a rename is all it takes
         try:
@@ -142,7 +136,7 @@ class Store:
                 try:
                     cloud.download(f"{self.out}/{name}", str(path), READ_TIMEOUT)
                 except Exception as error:
-                    raise UserError(f"cannot read {self.out}/{name}: {one_line(error)}") from error
+                    raise UserError(f"cannot read {self.out}/{name}: {describe_storage_error(error)}") from error
                 return json.loads(path.read_text())
 
         with ThreadPoolExecutor(16) as pool:

@@ -21,8 +21,8 @@ from urllib.parse import urlparse
 
 from PIL import Image
 
-from alignclip.errors import UserError
-from convert.storage import list_remote, one_line
+from alignclip.errors import UserError, describe_storage_error
+from convert.storage import list_remote
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 # What may lie behind these extensions. Nothing else is tried: some of PIL's other formats start programs.
@@ -151,7 +151,7 @@ def local_copy(tar: str) -> Iterator[Path]:
 
                 CloudDownloader.direct_download(tar, str(path), FETCH_TIMEOUT)
         except Exception as error:  # every provider has its own
-            raise UserError(f"cannot fetch {tar}: {one_line(error)}") from error
+            raise UserError(f"cannot fetch {tar}: {describe_storage_error(error)}") from error
         yield path
 
 

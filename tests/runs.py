@@ -46,7 +46,7 @@ def write_set(out: str, count: int = 256, dimension: int = 16, columns: str = "s
     encodings = {"key": "str", "image": "bytes", "caption": "str"}
     if columns == "semantic":
         encodings["semantic"] = f"ndarray:float16:{dimension}"
-    with MDSWriter(out=out, columns=encodings, hashes=["xxh64"], size_limit="40kb") as writer:
+    with MDSWriter(out=out, columns=encodings, hashes=["xxh64"], size_limit="12kb") as writer:
         for i in range(count):
             sample: dict[str, object] = {
                 "key": f"{i:05}",

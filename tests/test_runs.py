@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -79,7 +80,7 @@ def test_killed_twice_goes_on_bit_for_bit(s3: S3Server, dataset: str, reference:
         kill_group(process)
     output = run(*arguments, cwd=tmp_path)
     recorded = [int(r["step"]) for r in steps(tmp_path / "records")]
-    restarts = [b for a, b in zip(recorded, recorded[1:], strict=False) if b != a + 1]
+    restarts = [b for a, b in pairwise(recorded) if b != a + 1]
     assert len(restarts) == 2, "each kill should have cost the steps since the last checkpoint, and no more"
     assert restarts[0] == 10
     assert 10 <= restarts[1] <= 25

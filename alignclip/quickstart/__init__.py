@@ -1,0 +1,1 @@
+"""The whole path at laptop size, on scenes that it draws itself."""

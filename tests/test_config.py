@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from composer import Trainer
+from runs import TINY
+
+from alignclip import config as configuration
+from alignclip import plugins
+from alignclip.config import TrainerConfig, load, to_yaml
+from alignclip.errors import UserError
+
+YAMLS = sorted((Path(__file__).parent.parent / "yamls").glob("*.yaml"))
+
+# Arguments of the Trainer that this project makes itself, or that would change the objective, or evaluation's.
+OURS = {
+    "self", "model", "train_dataloader", "optimizers", "schedulers", "step_schedulers_every_batch", "algorithms",
+    "callbacks", "loggers", "device_train_microbatch_size", "accumulate_train_batch_on_tokens",
+}  # fmt: skip
+NOT_IN_A_YAML = {"algorithm_passes", "console_stream", "load_object_store", "profiler", "train_dataloader_label"}
+EVALUATION = {"eval_dataloader", "eval_interval", "eval_subset_num_batches"}
+
+
+@pytest.fixture
+def yaml(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(TINY.replace("data: {", "data: {streams: {e: {local: somewhere}}, ") + "autoresume: false\n")
+    return path
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.stem)
+def test_shipped_yamls_are_valid(path: Path) -> None:
+    plugins.check(load(path))
+
+
+def test_every_trainer_argument_is_a_key_or_left_out_on_purpose() -> None:
+    keys = {f.name for f in fields(TrainerConfig)}
+    assert set(inspect.signature(Trainer.__init__).parameters) == keys | OURS | NOT_IN_A_YAML | EVALUATION
+
+
+def test_published_recipe() -> None:
+    alignclip = load(next(p for p in YAMLS if p.stem == "alignclip"))
+    optimizer, scheduler, loss, model = alignclip.optimizer, alignclip.scheduler, alignclip.loss, alignclip.model
+    assert (alignclip.max_duration, alignclip.global_train_batch_size) == ("30ep", 512)
+    assert (optimizer.opt, optimizer.lr, optimizer.betas, optimizer.weight_decay) == ("adamw", 1e-3, [0.9, 0.98], 0.1)
+    # the published loop back-propagates four times this loss, with eps 1e-6
+    assert optimizer.eps == 1e-6 / 4
+    assert (scheduler.t_warmup, scheduler.alpha_f) == ("10000ba", 0.0)
+    assert (loss.alpha, loss.beta, loss.separate_image, loss.separate_text, loss.rescale) == (1, 0.5, True, True, True)
+    assert (model.embed_dim, model.vision_cfg.width, model.vision_cfg.layers, model.vision_cfg.patch_size) == (
+        768,
+        768,
+        12,
+        16,
+    )
+    assert (model.text_cfg.width, model.text_cfg.heads, model.text_cfg.layers) == (768, 12, 12)
+    assert alignclip.data.scale == [0.9, 1.0]
+    for name in ("clip", "sharedclip"):
+        other = load(next(p for p in YAMLS if p.stem == name))
+        assert other.optimizer.eps == 1e-6
+        assert other.loss.beta == 0
+        assert other.data == alignclip.data
+
+
+def test_overrides_win_and_the_resolved_file_reads_back(yaml: Path, tmp_path: Path) -> None:
+    config = load(yaml, ["optimizer.lr=3e-4", "data.streams.other.remote=s3://b/x", "algorithms.EMA.half_life=100ba"])
+    assert config.optimizer.lr == 3e-4
+    assert config.data.streams.keys() == {"e", "other"}
+    assert config.algorithms == {"EMA": {"half_life": "100ba"}}
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load(tmp_path / "again.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("optimiser.lr=1", "unknown key 'optimiser'; did you mean 'optimizer'?"),
+        ("model.vision_cfg.patchsize=8", "unknown key 'model.vision_cfg.patchsize'; did you mean 'patch_size'?"),
+        ("data.streams.e.remot=s3://x", "unknown key 'data.streams.e.remot'; did you mean 'remote'?"),
+        ("max_durations=1ep", "did you mean 'max_duration'?"),
+        ("model.embed_dim=wide", "model.embed_dim: Value 'wide'"),
+        ("global_train_batch_size=16.5", "global_train_batch_size"),
+        ("data.shuffle=perhaps", "data.shuffle"),
+        ("model=3", "'model' is a section"),
+        ("data=null", "data: "),
+        ("nonsense", "not of the form key.sub=value"),
+        ("device_train_microbatch_size=4", "model.encode_chunk_size"),
+        ("parallelism_config.fsdp.verbose=true", "parallelism_config.fsdp2"),
+        ("global_train_batch_size=0", "must be positive"),
+        ("loss.beta=-1", "must not be negative"),
+        ("model.encode_chunk_size=-4", "must not be negative"),
+        ("data.scale=[1.0]", "data.scale must be two numbers"),
+        ("data.streams.other.split=train", "data.streams.other has neither remote nor local"),
+        ("autoresume=true", "autoresume=true needs run_name"),
+    ],
+)
+def test_bad_values_are_one_line(yaml: Path, override: str, says: str) -> None:
+    with pytest.raises(UserError) as error:
+        load(yaml, [override])
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_rescale_off_with_a_side_off(yaml: Path) -> None:
+    with pytest.raises(UserError, match="separate_image"):
+        load(yaml, ["loss.rescale=false", "loss.separate_text=false"])
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    (tmp_path / "alignclip.yaml").write_text("max_duration: 1ep\n")
+    with pytest.raises(
+        UserError, match=r"no config file .*alignclp\.yaml'; did you mean '.*alignclip\.yaml'|did you mean"
+    ):
+        load(tmp_path / "alignclp.yaml")
+    (tmp_path / "broken.yaml").write_text("model: {embed_dim: 3\n")
+    with pytest.raises(UserError, match="is not a YAML file"):
+        load(tmp_path / "broken.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(UserError, match="does not hold keys and values"):
+        load(tmp_path / "list.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["algorithms.Ema.half_life=1ba"], "no class 'Ema' in composer.algorithms; did you mean 'EMA'?"),
+        (["algorithms.EMA.halflife=1ba"], "unknown key 'algorithms.EMA.halflife'; did you mean 'half_life'?"),
+        (["algorithms.GradientClipping.clipping_type=norm"], "algorithms.GradientClipping needs clipping_threshold"),
+        (["algorithms.MixUp.alpha=0.2"], "algorithms.MixUp is refused"),
+        (["callbacks.LrMonitor={}"], "did you mean 'LRMonitor'?"),
+        (["loggers.TensorBoardLogger={}"], "did you mean 'TensorboardLogger'?"),
+    ],
+)
+def test_classes_are_checked_when_the_file_is_read(yaml: Path, overrides: list[str], says: str) -> None:
+    with pytest.raises(UserError) as error:
+        plugins.check(load(yaml, overrides))
+    assert says in str(error.value)
+
+
+def test_refused_keys_are_no_keys() -> None:
+    top = {f.name for f in fields(configuration.RunConfig)}
+    assert not [key for key in configuration.REFUSED if key in top]

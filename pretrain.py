@@ -2,7 +2,8 @@
 
 import sys
 
-from alignclip.training import main
-
 if __name__ == "__main__":
+    # here, because the processes that upload checkpoints import this file too, and need nothing of it
+    from alignclip.training import main
+
     sys.exit(main(sys.argv[1:]))

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 from s3 import S3Server
 
+# The models are tiny: threads of several processes would only wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests reach nothing outside this machine: a model that isn't there is an error at once, not a download.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tokenizers' own threads warn in forked DataLoader workers.

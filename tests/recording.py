@@ -6,77 +6,9 @@ Adds one callback that writes, on rank 0 and step by step, the global loss terms
 every step down, and after step ``ALIGNCLIP_TEST_HOLD_AT`` the run does nothing but upload, until it is killed.
 """
 
-from __future__ import annotations
-
-import json
-import os
 import sys
-import time
-from pathlib import Path
 
-import torch
-from composer.callbacks import CheckpointSaver
-from composer.core import Callback, State
-from composer.loggers import Logger
-from composer.utils import dist
-from torch.distributed.tensor import DTensor
+if __name__ == "__main__":  # as in pretrain.py
+    from recorder import main
 
-from alignclip import training
-
-
-class Recorder(Callback):
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.gradient_steps = int(os.environ.get("ALIGNCLIP_TEST_GRADIENTS", "0"))
-        self.step_seconds = float(os.environ.get("ALIGNCLIP_TEST_STEP_SECONDS", "0"))
-        self.hold_at = int(os.environ.get("ALIGNCLIP_TEST_HOLD_AT", "-1"))
-        self.lr = 0.0
-
-    def batch_start(self, state: State, logger: Logger) -> None:
-        self.lr = state.optimizers[0].param_groups[0]["lr"]
-
-    def after_backward(self, state: State, logger: Logger) -> None:
-        step = int(state.timestamp.batch)
-        if step >= self.gradient_steps:
-            return
-        gradients = {}
-        for name, parameter in state.model.named_parameters():
-            gradient = parameter.grad
-            gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-            gradients[name.removeprefix("module.").removeprefix("encoders.")] = gradient.clone()
-        if dist.get_global_rank() == 0:
-            torch.save(gradients, self.folder / f"gradients-{step}.pt")
-
-    def batch_end(self, state: State, logger: Logger) -> None:
-        time.sleep(self.step_seconds)
-        if dist.get_global_rank() != 0:
-            return
-        scale = state.outputs[2]
-        record = {
-            "step": int(state.timestamp.batch) - 1,
-            "lr": self.lr,
-            "logit_scale": float(scale),
-            "sharded": sum(isinstance(p, DTensor) for p in state.model.parameters()),
-            **{key: float(value).hex() for key, value in state.total_loss_dict.items()},
-        }
-        with (self.folder / "steps.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        while int(state.timestamp.batch) - 1 == self.hold_at:
-            for callback in state.callbacks:
-                if isinstance(callback, CheckpointSaver):
-                    callback.batch_end(state, logger)  # where it moves `latest`
-            time.sleep(0.2)
-
-
-def main(arguments: list[str]) -> int:
-    folder = Path(arguments[0])
-    folder.mkdir(parents=True, exist_ok=True)
-    build_callbacks = training.build_callbacks
-    training.build_callbacks = lambda config, save: [*build_callbacks(config, save), Recorder(folder)]
-    return training.main(arguments[1:])
-
-
-if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

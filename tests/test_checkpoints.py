@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from runs import write_config
+from s3 import S3Server
+
+from alignclip.checkpoints import SaveFolder, differences
+from alignclip.config import RunConfig, load
+from alignclip.errors import UserError
+
+
+def config_for(folder: Path, save_folder: str, *overrides: str) -> RunConfig:
+    return load(write_config(folder, str(folder / "set"), save_folder), ["run_name=first", *overrides])
+
+
+def put(s3: S3Server, uri: str, body: str) -> None:
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    s3.client.put_object(Bucket=bucket, Key=key, Body=body.encode())
+
+
+def test_rotation_keeps_the_newest_and_what_latest_names(s3: S3Server, tmp_path: Path) -> None:
+    uri = f"{s3.bucket()}/runs/first"
+    folder = SaveFolder(config_for(tmp_path, uri.replace("first", "{run_name}")))
+    folder.open()
+    assert folder.rotate(2) == [], "no checkpoint yet"
+    for batch in (900, 1000, 2000, 10000):
+        put(s3, f"{uri}/ep0-ba{batch}-rank0.pt", "x")
+    put(s3, f"{uri}/ep0-ba100/__0_0.distcp", "a sharded one")
+    put(s3, f"{uri}/config.yaml", "run_name: first")
+    put(s3, f"{s3.bucket()}/ep0-ba1-rank0.pt", "somebody else's")
+    assert folder.rotate(2) == [], "nothing goes before latest is there"
+    put(s3, f"{uri}/latest-rank0.pt.symlink", "runs/first/ep0-ba2000-rank0.pt")
+    assert sorted(folder.rotate(2)) == ["runs/first/ep0-ba100/__0_0.distcp", "runs/first/ep0-ba900-rank0.pt"]
+    left = [key.rpartition("/")[2] for key in s3.keys(uri)]
+    assert left == [
+        "config.yaml", "ep0-ba1000-rank0.pt", "ep0-ba10000-rank0.pt", "ep0-ba2000-rank0.pt", "latest-rank0.pt.symlink",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_another_run_under_the_same_name_is_refused(
+    s3: S3Server, tmp_path: Path, place: str, request: pytest.FixtureRequest
+) -> None:
+    save_folder = str(tmp_path / "runs") if place == "local" else f"{s3.bucket()}/runs"
+    first = SaveFolder(config_for(tmp_path, save_folder))
+    first.open()
+    first.check_and_write_config()
+    # no checkpoint yet: nothing to protect
+    changed = SaveFolder(config_for(tmp_path, save_folder, "loss.beta=1.0"))
+    changed.open()
+    changed.check_and_write_config()
+    first.check_and_write_config()
+    if place == "local":
+        Path(save_folder, "ep0-ba5-rank0.pt").write_text("weights")
+        Path(save_folder, "latest-rank0.pt").symlink_to("ep0-ba5-rank0.pt")
+    else:
+        put(s3, f"{save_folder}/latest-rank0.pt.symlink", "runs/ep0-ba5-rank0.pt")
+    with pytest.raises(UserError, match=r"loss\.beta: 0\.5 → 1\.0.*choose another run_name"):
+        changed.check_and_write_config()
+    # where and how fast may change
+    faster = SaveFolder(config_for(tmp_path, save_folder, "data.num_workers=7", "max_duration=50ba", "precision=fp32"))
+    faster.open()
+    faster.check_and_write_config()
+    fresh = SaveFolder(config_for(tmp_path, save_folder, "autoresume=false"))
+    fresh.open()
+    with pytest.raises(UserError, match="holds checkpoints of run 'first' already"):
+        fresh.check_and_write_config()
+
+
+def test_differences_name_added_and_removed_keys() -> None:
+    before = {"data": {"streams": {"a": {"remote": "s3://x", "local": "/1"}}}, "algorithms": {}, "precision": "fp32"}
+    now = {
+        "data": {"streams": {"a": {"remote": "s3://y", "local": "/2"}}},
+        "algorithms": {"EMA": {"half_life": "1ba"}},
+        "precision": "amp_bf16",
+    }
+    found = differences(before, now)
+    assert "data.streams.a.remote: s3://x → s3://y" in found
+    assert "algorithms.EMA.half_life: not set → 1ba" in found
+    assert not [line for line in found if "local" in line or "precision" in line]
+
+
+def test_a_missing_bucket_and_missing_credentials_are_one_line(
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"save_folder=s3://no-such-bucket-here/x: no such bucket"):
+        SaveFolder(config_for(tmp_path, "s3://no-such-bucket-here/x")).open()
+    bucket = s3.bucket()
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    with pytest.raises(UserError, match="no credentials found"):
+        SaveFolder(config_for(tmp_path, f"{bucket}/x")).open()
+
+
+def test_a_lost_latest_link_is_restored(tmp_path: Path) -> None:
+    folder = SaveFolder(config_for(tmp_path, str(tmp_path / "runs")))
+    folder.restore_latest_link()  # no folder yet
+    (tmp_path / "runs").mkdir()
+    for batch in (5, 900, 1000):
+        (tmp_path / "runs" / f"ep0-ba{batch}-rank0.pt").write_text(str(batch))
+    folder.restore_latest_link()
+    assert (tmp_path / "runs" / "latest-rank0.pt").read_text() == "1000"
+    folder.restore_latest_link()
+    assert (tmp_path / "runs" / "latest-rank0.pt").read_text() == "1000"
+
+
+def test_only_composers_download_is_removed(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    bucket = s3.bucket()
+    stale = tmp_path / "s3:" / bucket.removeprefix("s3://") / "runs" / "latest-rank0.pt"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("old")
+    SaveFolder(config_for(tmp_path, f"{bucket}/runs")).remove_downloaded()
+    assert not stale.exists()
+    local = tmp_path / "mine" / "latest-rank0.pt"
+    local.parent.mkdir()
+    local.write_text("precious")
+    SaveFolder(config_for(tmp_path, str(local.parent))).remove_downloaded()
+    assert local.exists()

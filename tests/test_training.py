@@ -1,0 +1,183 @@
+"""The run in this process: what the YAML's algorithms, scheduler and precision do, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from composer import Trainer
+from composer.core import Callback, State
+from composer.loggers import InMemoryLogger, Logger
+from composer.utils import get_device
+from runs import write_config, write_set
+
+from alignclip import training
+from alignclip.config import RunConfig, load
+from alignclip.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "set"
+    write_set(str(folder), 64)
+    return folder
+
+
+class Watch(Callback):
+    """Keeps what the tests compare: gradients after clipping, weights after every step."""
+
+    def __init__(self) -> None:
+        self.gradient_norms: list[float] = []
+        self.weights: list[dict[str, torch.Tensor]] = []
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def after_backward(self, state: State, logger: Logger) -> None:
+        if not self.gradients:
+            self.gradients = {n: p.grad.clone() for n, p in state.model.named_parameters() if p.grad is not None}
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        grads = [p.grad for p in state.model.parameters() if p.grad is not None]
+        self.gradient_norms.append(float(torch.cat([g.flatten() for g in grads]).norm()))
+        self.weights.append({n: p.detach().clone() for n, p in state.model.named_parameters()})
+
+
+@pytest.fixture
+def fit(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    trainers: list[Trainer] = []
+
+    def fit(*overrides: str) -> tuple[Trainer, Watch, InMemoryLogger]:
+        fixed = ("max_duration=8ba", "data.num_workers=0", "loggers.InMemoryLogger={}")
+        config, watch = configuration(dataset, tmp_path, *fixed, *overrides), Watch()
+        build_callbacks = training.build_callbacks
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "build_callbacks", lambda c, f: [*build_callbacks(c, f), watch])
+            trainer = training.build_trainer(config, get_device("cpu"), None)
+        trainers.append(trainer)
+        trainer.fit()
+        (memory,) = [d for d in trainer.logger.destinations if isinstance(d, InMemoryLogger)]
+        return trainer, watch, memory
+
+    yield fit
+    for trainer in trainers:
+        trainer.close()
+
+
+def configuration(dataset: Path, folder: Path, *overrides: str) -> RunConfig:
+    return load(write_config(folder, str(dataset)), overrides)
+
+
+def logged(memory: InMemoryLogger, name: str) -> list[float]:
+    return [float(value) for _, value in memory.data[name]]
+
+
+def test_what_is_logged(fit) -> None:
+    _, _, memory = fit()
+    assert {"loss/train/total", "loss/train/contrastive", "loss/train/separation", "logit_scale"} <= memory.data.keys()
+    assert {"lr", "time/data_wait_fraction"} <= memory.data.keys()
+    # the published schedule at the rates that the steps really use: (t + 1)/5 up to step 4, then the cosine from step 5
+    rates = logged(memory, "lr")
+    expected = [1e-3 * (t + 1) / 5 for t in range(5)]
+    expected += [1e-3 * 0.5 * (1 + math.cos(math.pi * (t - 5) / 3)) for t in range(5, 8)]
+    assert rates == pytest.approx(expected, rel=1e-9)
+    total, contrastive, separation = (
+        logged(memory, f"loss/train/{name}") for name in ("total", "contrastive", "separation")
+    )
+    assert total == pytest.approx([c + 0.5 * s for c, s in zip(contrastive, separation, strict=True)], rel=1e-6)
+    assert logged(memory, "logit_scale")[0] == pytest.approx(1 / 0.07, rel=1e-6)
+    assert all(0 <= share <= 1 for share in logged(memory, "time/data_wait_fraction"))
+
+
+@pytest.mark.parametrize("start", [4.6, 0.02])
+def test_logit_scale_is_clamped_after_every_step_and_before_ema(fit, start: float) -> None:
+    """From just inside either bound, at a rate that takes it outside in one step."""
+    trainer, watch, _ = fit(
+        f"model.init_logit_scale={start}",
+        "optimizer.lr=0.5",
+        "scheduler.t_warmup=1ba",
+        "algorithms.EMA.half_life=1ba",
+        "algorithms.EMA.update_interval=1ba",
+    )
+    scales = [float(w["encoders.logit_scale"]) for w in watch.weights]
+    assert all(0 <= s <= math.log(100) + 1e-6 for s in scales)
+    assert any(abs(s - value) < 1e-6 for s in scales for value in (0.0, math.log(100))), scales
+    (ema,) = [a for a in trainer.state.algorithms if type(a).__name__ == "EMA"]
+    average = float(ema.ema_model.named_parameters_dict["encoders.logit_scale"])
+    assert 0 <= average <= math.log(100) + 1e-6
+
+
+def test_ema_is_the_running_mean_of_the_weights(fit) -> None:
+    trainer, watch, _ = fit("algorithms.EMA.half_life=2ba", "algorithms.EMA.update_interval=1ba")
+    (ema,) = [a for a in trainer.state.algorithms if type(a).__name__ == "EMA"]
+    smoothing = math.exp(-math.log(2) / 2)
+    name = "encoders.visual.transformer.resblocks.0.mlp.c_fc.weight"
+    # Composer starts the average at the weights of the first update
+    expected = copy.deepcopy(watch.weights[0][name])
+    for weights in watch.weights[1:]:
+        expected = smoothing * expected + (1 - smoothing) * weights[name]
+    average = ema.ema_model.named_parameters_dict[name]
+    assert torch.allclose(average, expected, atol=1e-6)
+    assert not torch.allclose(average, watch.weights[-1][name], atol=1e-6)
+
+
+def test_gradients_are_clipped(fit) -> None:
+    _, free, _ = fit()
+    assert max(free.gradient_norms) > 0.05
+    _, clipped, _ = fit(
+        "algorithms.GradientClipping.clipping_type=norm", "algorithms.GradientClipping.clipping_threshold=0.05"
+    )
+    assert clipped.gradient_norms == pytest.approx([0.05] * 8, rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [3, 16, 100])
+def test_chunks_give_the_gradients_of_the_whole_batch(fit, size: int) -> None:
+    _, whole, _ = fit()
+    _, chunked, _ = fit(f"model.encode_chunk_size={size}")
+    assert whole.gradients.keys() == chunked.gradients.keys()
+    for name, gradient in whole.gradients.items():
+        assert (chunked.gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_bf16_on_a_cpu(fit) -> None:
+    _, _, exact = fit()
+    trainer, _, half = fit("precision=amp_bf16")
+    assert next(trainer.state.model.parameters()).dtype == torch.float32
+    a, b = logged(exact, "loss/train/total"), logged(half, "loss/train/total")
+    assert a != b
+    assert a == pytest.approx(b, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["model.vision_cfg.image_size=33"], "image_size"),
+        (["scheduler.t_warmup=8ba"], "must be shorter than max_duration=8ba (8 batches)"),
+        (["scheduler.t_warmup=5sp"], "must be in epochs"),
+        (["optimizer.opt=adamv"], "did you mean 'adam'?"),
+        (["global_train_batch_size=65"], "the set has 64 samples, fewer than one batch"),
+        (["loggers.WandBLogger={}"], "loggers.WandBLogger"),
+    ],
+)
+def test_what_only_building_shows_is_one_line(dataset: Path, tmp_path: Path, overrides: list[str], says: str) -> None:
+    config = configuration(dataset, tmp_path, "max_duration=8ba", "data.num_workers=0", *overrides)
+    with pytest.raises(UserError) as error:
+        training.build_trainer(config, get_device("cpu"), None)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("precision=amp_fp16", "precision=amp_fp16 needs a GPU"),
+        ("precision=bf17", "precision=bf17: valid: "),
+        ("max_duration=3parsecs", "max_duration=3parsecs"),
+        ("run_name=a/b", "must not hold a '/'"),
+    ],
+)
+def test_what_does_not_fit_the_machine(dataset: Path, tmp_path: Path, override: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        training.check_parallelism(configuration(dataset, tmp_path, override), get_device("cpu"))

@@ -8,6 +8,7 @@ from multiprocessing import resource_tracker
 from types import FrameType
 
 import torch
+from composer.callbacks import CheckpointSaver
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
@@ -64,6 +65,14 @@ class StopOnSigterm(Callback):
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
         self._received = True
 
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Start the processes that upload: their imports take a third of the launcher's 30 s, or more."""
+        for saver in (c for c in state.callbacks if isinstance(c, CheckpointSaver)):
+            uploader = saver.remote_uploader
+            if uploader is not None and (dist.get_global_rank() == 0 or state.fsdp_sharded_state_dict_enabled):
+                for executor in (uploader.upload_executor, *[uploader.check_remote_files_exist_executor] * 2):
+                    executor.submit(dist.get_global_rank)  # any function of Composer's
+
     def batch_end(self, state: State, logger: Logger) -> None:
         """Agree on whether anyone was told to stop; the Trainer saves whenever training ends."""
         received = self._received or signal.SIGTERM in signal.sigpending()
@@ -72,6 +81,11 @@ class StopOnSigterm(Callback):
         if flag.item() and not self._is_last_batch(state):
             self.stopped = True
             state.stop_training()
+
+    def post_close(self) -> None:
+        """Everything is saved: a launcher that ends the others when the first rank exits does no harm any more."""
+        if self.stopped:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     @staticmethod
     def _is_last_batch(state: State) -> bool:

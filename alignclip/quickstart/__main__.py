@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import shlex
 import subprocess
 import sys
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"save_folder={folder / 'checkpoints'}",
             *options.overrides,
         ]
-        call("composer", ROOT / "pretrain.py", CONFIG, *overrides)
+        call(Path(sys.executable).with_name("composer"), ROOT / "pretrain.py", CONFIG, *overrides)
         evaluate(load(CONFIG, overrides), folder)
     print(next_steps(folder))
 
@@ -78,7 +79,7 @@ def make_set(folder: Path, split: str, count: int) -> None:
         "--encoder",
         encoder,
         "--processes",
-        2,
+        1,
     )
 
 
@@ -94,8 +95,8 @@ def call(*command: object) -> None:
     """Show a command and run it."""
     words = [str(word) for word in command]
     print(f"\n$ {shlex.join(words)}", flush=True)
-    executable = Path(sys.executable).with_name(words[0])
-    status = subprocess.run([str(executable) if executable.exists() else words[0], *words[1:]]).returncode
+    # threads that wait by spinning take the cores from the data workers
+    status = subprocess.run(words, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}).returncode
     if status:
         raise UserError(f"the command above ended with status {status}")
 

@@ -171,7 +171,7 @@ def test_a_broken_shard_is_an_error(s3: S3Server, build: Build, tmp_path: Path) 
 def test_an_outage_is_waited_for(s3: S3Server, tmp_path: Path) -> None:
     """The server goes away when some shards are read, and comes back: nobody notices. In a process of its own."""
     remote = f"{s3.bucket()}/outage"
-    write_set(remote, 64)
+    write_set(remote, 400)
     script = f"""
         import sys
         from alignclip.config import DataConfig, StreamConfig
@@ -179,7 +179,7 @@ def test_an_outage_is_waited_for(s3: S3Server, tmp_path: Path) -> None:
         stream = StreamConfig(remote={remote!r}, local={str(tmp_path / "cache")!r})
         config = DataConfig(
             streams={{"s": stream}}, num_canonical_nodes=1, num_workers=1, download_retry=6, download_timeout=2.0,
-            predownload=8, prefetch_factor=1,
+            predownload=8, prefetch_factor=1, shuffle=False,
         )
         dataset = ImageTextDataset(config, batch_size=4, image_size=32, context_length=20, semantic=True)
         for i, batch in enumerate(build_dataloader(dataset, config, pin_memory=False)):
@@ -202,7 +202,7 @@ def test_an_outage_is_waited_for(s3: S3Server, tmp_path: Path) -> None:
     finally:
         s3.start()
     rest, _ = reader.communicate(timeout=120)
-    assert rest.split("\n")[-2] == "batch 15"
+    assert rest.split("\n")[-2] == "batch 99"
     assert reader.returncode == 0
 
 

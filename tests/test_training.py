@@ -91,9 +91,9 @@ def test_what_is_logged(fit) -> None:
     assert all(0 <= share <= 1 for share in logged(memory, "time/data_wait_fraction"))
 
 
-@pytest.mark.parametrize("start", [4.6, 0.02])
+@pytest.mark.parametrize("start", [6.0, 0.02])
 def test_logit_scale_is_clamped_after_every_step_and_before_ema(fit, start: float) -> None:
-    """From just inside either bound, at a rate that takes it outside in one step."""
+    """From above the upper bound, and from just above the lower at a rate that crosses it in one step."""
     trainer, watch, _ = fit(
         f"model.init_logit_scale={start}",
         "optimizer.lr=0.5",

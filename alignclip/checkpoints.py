@@ -41,11 +41,17 @@ class SaveFolder:
 
     Args:
         config: of the run; ``save_folder`` and ``save_latest_filename`` may hold ``{run_name}``.
+
+    Raises:
+        UserError: ``save_folder`` holds another placeholder.
     """
 
     def __init__(self, config: RunConfig) -> None:
         assert config.save_folder
-        self.uri = config.save_folder.format(run_name=config.run_name).rstrip("/")
+        try:
+            self.uri = config.save_folder.format(run_name=config.run_name).rstrip("/")
+        except (KeyError, IndexError, ValueError):
+            raise UserError(f"save_folder={config.save_folder} may hold {{run_name}}, and no other braces") from None
         self.config = config
         backend, _, path = parse_uri(self.uri)
         self.remote = backend != ""

@@ -56,7 +56,7 @@ class Recorder(Callback):
             file.write(json.dumps(record) + "\n")
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        while int(state.timestamp.batch) - 1 == self.hold_at:
+        while int(state.timestamp.batch) - 1 == self.hold_at and not (self.folder / "go-on").exists():
             for callback in state.callbacks:
                 if isinstance(callback, CheckpointSaver):
                     callback.batch_end(state, logger)  # where it moves `latest`

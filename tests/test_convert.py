@@ -391,19 +391,19 @@ def test_an_outage_leaves_no_index(s3: Any, tmp_path: Path, monkeypatch: pytest.
 
 def test_no_bucket_and_no_credentials(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = three_tars(tmp_path / "in")
-    with pytest.raises(UserError, match=r"cannot reach s3://not-there/x: .*404"):
+    with pytest.raises(UserError, match=r"cannot reach s3://not-there/x: not found; check the bucket"):
         quick([source], "s3://not-there/x")
     with pytest.raises(UserError, match=r"cannot fetch s3://not-there/a\.tar: .*"):
         quick(["s3://not-there/a.tar"], tmp_path / "out")
     bucket = s3.bucket()
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    with pytest.raises(UserError, match=rf"cannot reach {bucket}: .*403"):
+    with pytest.raises(UserError, match=rf"cannot reach {bucket}: access denied"):
         quick([source], bucket)
     for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(variable)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
-    with pytest.raises(UserError, match="Unable to locate credentials"):
+    with pytest.raises(UserError, match="no credentials found"):
         quick([source], bucket)
 
 

@@ -69,6 +69,17 @@ class ImageTextDataset(StreamingDataset):
         self.epoch, sample_in_epoch = super()._resume_incr_epoch()
         return self.epoch, sample_in_epoch
 
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """Where to go on after ``num_samples`` of the epoch.
+
+        Between two epochs the Trainer counts 0 samples of the coming one, and Streaming takes them for the past one's:
+        a run that resumed from there would see the same epoch again.
+        """
+        state = super().state_dict(num_samples, from_beginning)
+        if from_beginning and num_samples == 0:
+            state["epoch"] = self.next_epoch
+        return state
+
     def __getitem__(self, at: int) -> dict[str, Tensor]:  # type: ignore[override]  # one sample at a time
         """The sample with id ``at``; one whose image can't be decoded is replaced by the next, with a warning."""
         sample_id = int(at)

@@ -16,6 +16,7 @@ from composer.utils import get_device
 from runs import write_config, write_set
 
 from alignclip import training
+from alignclip.checkpoints import SaveFolder
 from alignclip.config import RunConfig, load
 from alignclip.errors import UserError
 
@@ -148,6 +149,31 @@ def test_bf16_on_a_cpu(fit) -> None:
     a, b = logged(exact, "loss/train/total"), logged(half, "loss/train/total")
     assert a != b
     assert a == pytest.approx(b, rel=0.05)
+
+
+@pytest.mark.parametrize("interval", ["1ep", "4ba", "3ba"])
+def test_goes_on_from_a_checkpoint_between_or_inside_epochs(dataset: Path, tmp_path: Path, interval: str) -> None:
+    """Two epochs of four batches; the second trainer starts from the first one's first checkpoint."""
+    more = ("scheduler.t_warmup=1ba", "loggers.InMemoryLogger={}")
+    config = load(
+        write_config(tmp_path, str(dataset), str(tmp_path / "saved")),
+        ("max_duration=2ep", "data.num_workers=0", "run_name=r", f"save_interval={interval}", *more),
+    )
+    losses = []
+    for _ in range(2):
+        folder = SaveFolder(config)
+        trainer = training.build_trainer(config, get_device("cpu"), folder)
+        trainer.fit()
+        (memory,) = [d for d in trainer.logger.destinations if isinstance(d, InMemoryLogger)]
+        losses.append(logged(memory, "loss/train/total"))
+        trainer.close()
+        link = tmp_path / "saved" / "latest-rank0.pt"
+        link.unlink()
+        first = min((tmp_path / "saved").glob("ep*.pt"), key=lambda p: p.stat().st_mtime)
+        link.symlink_to(first.name)
+    assert len(losses[0]) == 8
+    saved_after = 3 if interval == "3ba" else 4
+    assert losses[1] == losses[0][saved_after:]
 
 
 @pytest.mark.parametrize(

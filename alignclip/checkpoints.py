@@ -9,6 +9,7 @@ import logging
 import re
 import shutil
 import tempfile
+import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,10 @@ log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 # Sections that make a run what it is; a rerun with other values would be another run.
-FIXED = ("model", "loss", "data", "optimizer", "scheduler", "algorithms", "global_train_batch_size", "seed")
+FIXED = (
+    "model", "loss", "data", "optimizer", "scheduler", "algorithms", "global_train_batch_size", "seed",
+    "train_subset_num_batches",
+)  # fmt: skip
 # … except what only says where and how fast: the same samples in the same order.
 FREE = {
     "model.encode_chunk_size", "data.num_workers", "data.prefetch_factor", "data.persistent_workers",
@@ -81,18 +85,21 @@ class SaveFolder:
         """
         before = self._read(CONFIG_FILE)
         has_checkpoint = self.has_checkpoint()
-        if has_checkpoint and not self.config.autoresume:
+        if not self.config.autoresume and (has_checkpoint or self._checkpoint_files()):
             raise UserError(
                 f"{self.uri} holds checkpoints of run '{self.config.run_name}' already; "
                 "set autoresume=true to go on with it, or choose another run_name"
             )
         if before is not None and has_checkpoint:
-            changed = differences(_plain(before), _plain(to_yaml(self.config)))
+            old, now = _plain(before), _plain(to_yaml(self.config))
+            changed = differences(_plain(to_yaml(RunConfig())) | old, now)
             if changed:
                 raise UserError(
                     f"run '{self.config.run_name}' in {self.uri} was started with other settings: "
                     f"{'; '.join(changed)}. Put them back, or choose another run_name"
                 )
+            if old.get("max_duration") != now["max_duration"]:
+                print(f"max_duration: {old.get('max_duration')} → {now['max_duration']}; the learning rate follows it")
         self._write(CONFIG_FILE, to_yaml(self.config))
 
     def has_checkpoint(self) -> bool:
@@ -102,13 +109,15 @@ class SaveFolder:
         return Path(self.uri, self.latest).exists()
 
     def restore_latest_link(self) -> None:
-        """Local folder only: a run killed while it moved ``latest`` leaves none; the newest file is then complete."""
+        """Local folder only: a run killed while it moved ``latest`` leaves none; point it at the newest whole file."""
         link = Path(self.uri, self.latest)
         if self.remote or link.is_symlink() or not link.parent.is_dir():
             return
-        found = [p for p in link.parent.iterdir() if _batch_of(p.name) is not None]
-        if found:
-            link.symlink_to(max(found, key=lambda p: _batch_of(p.name) or 0).name)
+        found = [link.parent / name for name in self._checkpoint_files()]
+        # a file that was being written has no zip directory at its end, a sharded checkpoint no metadata
+        whole = [p for p in found if zipfile.is_zipfile(p) or (p / ".metadata").is_file()]
+        if whole:
+            link.symlink_to(max(whole, key=lambda p: _batch_of(p.name) or 0).name)
 
     def remove_downloaded(self) -> None:
         """Remove Composer's download of an earlier ``latest`` (each node's local rank 0).
@@ -118,7 +127,7 @@ class SaveFolder:
         if self.remote:
             pattern = re.sub(r"rank0", "rank*", self.latest)
             for path in Path(self.uri.replace("://", ":/")).resolve().glob(pattern):
-                path.unlink()
+                path.unlink(missing_ok=True)  # nodes may share the working directory
 
     def rotate(self, keep: int) -> list[str]:
         """Delete the oldest checkpoints but ``keep``; never the one that ``latest`` names, nor any newer.
@@ -142,6 +151,16 @@ class SaveFolder:
         for key in deleted:
             _delete(self.store, key)
         return deleted
+
+    def _checkpoint_files(self) -> list[str]:
+        """Names of checkpoints in the folder, whether or not ``latest`` knows them."""
+        if self.store is not None:
+            keys = self.store.list_objects(f"{self.prefix}/" if self.prefix else None)
+            names = {key.removeprefix(self.prefix).lstrip("/").split("/")[0] for key in keys}
+        else:
+            folder = Path(self.uri)
+            names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        return sorted(name for name in names if _batch_of(name) is not None)
 
     def _key(self, name: str) -> str:
         return f"{self.prefix}/{name}" if self.prefix else name
@@ -213,7 +232,8 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     old, new = _flatten(before), _flatten(now)
     found = []
     for key in sorted(old.keys() | new.keys()):
-        if key.split(".")[0] in FIXED and key not in FREE and not _is_cache_path(key) and old.get(key) != new.get(key):
+        fixed = key.split(".")[0] in FIXED and key not in FREE and not _is_cache_path(key, new)
+        if fixed and old.get(key) != new.get(key):
             found.append(f"{key}: {old.get(key, 'not set')} → {new.get(key, 'not set')}")
     return found
 
@@ -225,9 +245,10 @@ def _plain(text: str) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def _is_cache_path(key: str) -> bool:
-    """A stream's local folder may move."""
-    return key.startswith("data.streams.") and key.endswith(".local")
+def _is_cache_path(key: str, values: dict[str, Any]) -> bool:
+    """Whether a key is the local copy of a remote stream, which may move; without a remote it is the set itself."""
+    stream, _, name = key.rpartition(".")
+    return stream.startswith("data.streams.") and name == "local" and bool(values.get(f"{stream}.remote"))
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -190,7 +190,6 @@ class TrainerConfig:
     compile_config: Optional[dict[str, Any]] = None
     train_subset_num_batches: int = -1
     spin_dataloaders: bool = True
-    scale_schedule_ratio: float = 1.0
     progress_bar: bool = True
     log_to_console: bool = False
     console_log_interval: str = "1ba"
@@ -232,12 +231,15 @@ class RunConfig(TrainerConfig):
     loggers: dict[str, Optional[dict[str, Any]]] = field(default_factory=dict)
 
 
+VOCABULARY = 49408  # of CLIP's byte pairs
+
 # Settings that exist in Composer, Streaming or open_clip and would change what is trained without a word.
 REFUSED = {
     "device_train_microbatch_size": "microbatches would shrink the set of negatives of a contrastive loss; set "
     "model.encode_chunk_size instead: chunks of that size are encoded and recomputed, the loss sees the whole batch",
     "accumulate_train_batch_on_tokens": "a contrastive loss sees the whole batch at once; set model.encode_chunk_size",
     "eval_interval": "evaluation is not part of pretraining yet; evaluate the saved checkpoints",
+    "scale_schedule_ratio": "the schedule follows max_duration and scheduler.t_warmup; change these",
     "data.batch_size": "set global_train_batch_size, the batch over all ranks",
     "data.local": "name the set under data.streams, e.g. data.streams.cc12m.local=/tmp/cc12m",
     "data.remote": "name the set under data.streams, e.g. data.streams.cc12m.remote=s3://bucket/cc12m",
@@ -280,6 +282,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except omegaconf.errors.OmegaConfBaseException as error:
         key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
         raise UserError(f"{path}: {key}{str(error).splitlines()[0]}") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
     assert isinstance(config, RunConfig)
     validate(config)
     return config
@@ -307,10 +311,22 @@ def _check_keys(values: Any, schema: Any, prefix: str, where: str) -> None:
         if inner is None:
             continue
         if typing.get_origin(hints[key]) is dict:
+            if value is not None and not isinstance(value, dict):
+                raise UserError(f"{where}: '{full}' holds names with settings below each, not {value!r}")
             for name, entry in (value or {}).items():
                 _check_keys(entry, inner, f"{full}.{name}.", where)
         else:
             _check_keys(value, inner, f"{full}.", where)
+
+
+def _check_finite(section: Any, prefix: str) -> None:
+    """No setting is NaN or infinite."""
+    for f in dataclasses.fields(section):
+        value = getattr(section, f.name)
+        if dataclasses.is_dataclass(value):
+            _check_finite(value, f"{prefix}{f.name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{prefix}{f.name} must be a finite number, not {value}")
 
 
 def _dataclass_in(hint: Any) -> type | None:
@@ -326,12 +342,17 @@ def validate(config: RunConfig) -> None:
         UserError: the first contradiction found.
     """
     model, loss, data = config.model, config.loss, config.data
+    _check_finite(config, "")
     positive = {
         "global_train_batch_size": config.global_train_batch_size,
         "model.embed_dim": model.embed_dim,
         "model.vision_cfg.image_size": model.vision_cfg.image_size,
         "model.vision_cfg.patch_size": model.vision_cfg.patch_size,
+        "model.vision_cfg.layers": model.vision_cfg.layers,
+        "model.vision_cfg.head_width": model.vision_cfg.head_width,
         "model.text_cfg.context_length": model.text_cfg.context_length,
+        "model.text_cfg.layers": model.text_cfg.layers,
+        "model.text_cfg.heads": model.text_cfg.heads,
         "data.num_canonical_nodes": data.num_canonical_nodes,
         "data.download_retry": data.download_retry,
         "optimizer.lr": config.optimizer.lr,
@@ -344,6 +365,11 @@ def validate(config: RunConfig) -> None:
         "loss.alpha": loss.alpha,
         "loss.beta": loss.beta,
         "data.num_workers": data.num_workers,
+        "data.shuffle_seed": data.shuffle_seed,
+        "data.predownload": data.predownload or 0,
+        "data.download_timeout": data.download_timeout,
+        "optimizer.weight_decay": config.optimizer.weight_decay,
+        "scheduler.alpha_f": config.scheduler.alpha_f,
     }
     for key, value in not_negative.items():
         if value < 0:
@@ -363,6 +389,24 @@ def validate(config: RunConfig) -> None:
     for name, stream in data.streams.items():
         if not (stream.remote or stream.local):
             raise UserError(f"data.streams.{name} has neither remote nor local")
+    if model.text_cfg.vocab_size < VOCABULARY:
+        raise UserError(
+            f"model.text_cfg.vocab_size={model.text_cfg.vocab_size}: CLIP's tokenizer has {VOCABULARY} tokens"
+        )
+    if not 0 <= model.vision_cfg.patch_dropout < 1:
+        raise UserError(f"model.vision_cfg.patch_dropout={model.vision_cfg.patch_dropout} must lie in [0, 1)")
+    keep = config.save_num_checkpoints_to_keep
+    if keep != -1 and keep < 1:
+        raise UserError(f"save_num_checkpoints_to_keep={keep} must be -1 (all) or at least 1")
+    if keep != -1 and not config.save_filename.startswith("ep{epoch}-ba{batch}"):
+        raise UserError(
+            f"save_num_checkpoints_to_keep={keep} knows checkpoints by names that start with ep{{epoch}}-ba{{batch}}, "
+            f"and save_filename={config.save_filename} does not; keep all (-1) or rename"
+        )
+    if config.autoresume and (config.save_weights_only or config.save_ignore_keys):
+        raise UserError(
+            "save_weights_only and save_ignore_keys leave out what a resumed run needs; set autoresume=false with them"
+        )
     if config.autoresume and not (config.save_folder and config.run_name and config.save_latest_filename):
         raise UserError(
             "autoresume=true needs run_name, save_folder and save_latest_filename (or set autoresume=false)"

@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 from streaming import Stream, StreamingDataLoader, StreamingDataset
+from streaming.base import partition, shuffle
 from streaming.base.dataset import _ShardState
 from streaming.base.storage import CloudDownloader
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from alignclip.config import DataConfig, StreamConfig
-from alignclip.errors import UserError, describe_storage_error
+from alignclip.errors import UserError, describe_storage_error, nearest
 from alignclip.transforms import decode_image, random_resized_crop
 
 # DataConfig's own part; every other field of it is an argument of StreamingDataset
@@ -170,6 +171,9 @@ def check_streams(config: DataConfig, *, semantic: bool) -> None:
         UserError: a set that isn't there or can't be reached, one without the columns needed, or embeddings of
             different dimensions.
     """
+    for key, algorithms in (("shuffle_algo", shuffle.algos), ("partition_algo", partition.algos)):
+        if (name := getattr(config, key)) not in algorithms:  # Streaming itself finds out in the first epoch
+            raise UserError(f"data.{key}={name} does not exist; {nearest(name, algorithms)}")
     dimensions: dict[str, str] = {}
     for name, stream in config.streams.items():
         where = f"data.streams.{name}"
@@ -199,14 +203,31 @@ def _read_index(where: str, stream: StreamConfig) -> dict[str, Any]:
         path = Path(str(stream.local), subfolder, "index.json")
         if not path.is_file():
             raise UserError(f"{where}: no MDS set at {path.parent} (no index.json there)")
-        return json.loads(path.read_text())
+        try:
+            return _parse_index(path)
+        except ValueError:
+            raise UserError(f"{where}: {path} is not a streaming index") from None
     remote = "/".join(part.rstrip("/") for part in (stream.remote, subfolder, "index.json") if part)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "index.json")
         try:
             CloudDownloader.direct_download(remote, str(path))
-            return json.loads(path.read_text())
-        except json.JSONDecodeError:
-            raise UserError(f"{where}: {remote} is not a streaming index") from None
         except Exception as error:
             raise UserError(f"{where}: can't read {remote}: {describe_storage_error(error)}") from None
+        try:
+            index = _parse_index(path)
+        except ValueError:
+            raise UserError(f"{where}: {remote} is not a streaming index") from None
+    # Streaming takes the index that is there already, whatever the remote one says
+    cached = Path(local_folder(where.rpartition(".")[2], stream), subfolder, "index.json")
+    if cached.is_file() and json.loads(cached.read_text()) != index:
+        raise UserError(f"{where}: {cached.parent} holds another set than {remote}; remove it or choose another local")
+    return index
+
+
+def _parse_index(path: Path) -> dict[str, Any]:
+    """The parsed index; ValueError where it is not one of MDS shards."""
+    index = json.loads(path.read_text())
+    if not isinstance(index, dict) or any("column_names" not in shard for shard in index.get("shards", [])):
+        raise ValueError("not an index of MDS shards")
+    return index

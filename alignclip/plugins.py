@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import time
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -64,8 +66,13 @@ def build(config: RunConfig, section: str) -> list[Any]:
     classes: dict[str, type[Any]] = _classes(module, base)
     built = []
     for name, arguments in getattr(config, section).items():
+        arguments = dict(arguments or {})
+        if name == "FileLogger" and "overwrite" not in arguments:
+            # it refuses a file that is there, and a resumed run should keep its predecessor's: one file a start
+            path = Path(arguments.get("filename", "{run_name}/logs-rank{rank}.txt"))
+            arguments["filename"] = str(path.with_name(f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}{path.suffix}"))
         try:
-            built.append(classes[name](**(arguments or {})))
+            built.append(classes[name](**arguments))
         except MissingConditionalImportError as error:
             raise UserError(f"{section}.{name}: {' '.join(str(error).split())}") from None
         except (TypeError, ValueError) as error:
@@ -74,7 +81,12 @@ def build(config: RunConfig, section: str) -> list[Any]:
 
 
 def _classes(module: ModuleType, base: type[T]) -> dict[str, type[T]]:
-    return {name: value for name, value in vars(module).items() if isinstance(value, type) and issubclass(value, base)}
+    """The classes of a module that a YAML may name; checkpoints are saved by ``save_folder`` and its neighbours."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, base) and value is not base and name != "CheckpointSaver"
+    }
 
 
 def _check_arguments(where: str, cls: type, arguments: Arguments) -> None:

@@ -10,25 +10,11 @@ import atexit
 import json
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-
-from filelock import FileLock
 
 SHM = Path("/dev/shm")
 NOTE = "alignclip_owner"
-
-
-@contextmanager
-def clean_start() -> Iterator[None]:
-    """Remove what dead runs left, then keep other starting runs of this user out while a dataset is built.
-
-    For one process a node. Does nothing where shared memory is not a folder (macOS).
-    """
-    with FileLock(Path(tempfile.gettempdir()) / f"alignclip-shm-{os.getuid()}.lock"):
-        remove_stale()
-        yield
 
 
 def claim(prefix: int) -> None:
@@ -44,7 +30,10 @@ def claim(prefix: int) -> None:
 
 
 def remove_stale() -> list[int]:
-    """Remove the segments and lock files of every prefix whose owner is dead.
+    """Remove the segments and lock files of every prefix whose owner is dead; other users' notes stay.
+
+    No lock: a prefix with a dead owner's note is nobody's, and Streaming gives it to nobody while its files are there.
+    Does nothing where shared memory is not a folder (macOS).
 
     Returns:
         the prefixes that were removed.
@@ -53,6 +42,8 @@ def remove_stale() -> list[int]:
     for note in sorted(SHM.glob(f"*_{NOTE}")):
         try:
             owner = json.loads(note.read_text())
+            if note.stat().st_uid != os.getuid():
+                continue
         except (OSError, ValueError):
             continue
         if owner["namespace"] != _namespace() or owner == _identity(owner["pid"]):
@@ -62,8 +53,9 @@ def remove_stale() -> list[int]:
             if path != note:
                 with suppress(OSError):
                     path.unlink()
-        note.unlink(missing_ok=True)  # last: a cleaner that is killed half-way is followed by one that finishes
-        removed.append(int(prefix))
+        with suppress(OSError):  # last: a cleaner that is killed half-way is followed by one that finishes
+            note.unlink()
+            removed.append(int(prefix))
     return removed
 
 

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import signal
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from composer import Trainer
@@ -25,7 +26,7 @@ from alignclip.config import RunConfig, SchedulerConfig, TrainerConfig, load
 from alignclip.data import ImageTextDataset, build_dataloader, check_streams
 from alignclip.distributed import mend_gloo_fsdp_average
 from alignclip.encoders import build_encoders, clamp_logit_scale_
-from alignclip.errors import UserError, one_line_errors
+from alignclip.errors import UserError, one_line, one_line_errors
 from alignclip.losses import AlignCLIPLoss
 from alignclip.model import AlignCLIPModel
 from alignclip.optimization import build_optimizer, lr_multiplier
@@ -119,6 +120,8 @@ def check_parallelism(config: RunConfig, device: Device) -> None:
 def check_inputs(config: RunConfig, folder: SaveFolder | None) -> None:
     """Everything outside this process that the run needs: the sets and the save folder."""
     check_streams(config.data, semantic=config.loss.needs_semantic)
+    if config.load_path and "://" not in config.load_path and not Path(config.load_path).exists():
+        raise UserError(f"load_path={config.load_path}: no such file")
     if folder is not None:
         folder.open()
         folder.restore_latest_link()
@@ -131,8 +134,10 @@ def on_rank_zero(action: Callable[[], None]) -> None:
     if dist.get_global_rank() == 0:
         try:
             action()
-        except UserError as error:
-            errors = [str(error)]
+        except Exception as error:
+            errors = [str(error) if isinstance(error, UserError) else f"rank 0: {type(error).__name__}: {error}"]
+            dist.broadcast_object_list(errors)  # or the others would wait for ever
+            raise
     dist.broadcast_object_list(errors)
     if errors[0] is not None:
         raise UserError(errors[0])
@@ -145,6 +150,8 @@ def build_trainer(
     if folder is not None:
         remove_stale_download(folder)
     loader = build_data(config, device)
+    subset = config.train_subset_num_batches
+    batches_per_epoch = len(loader) if subset < 0 else min(subset, len(loader))
     reproducibility.seed_all(config.seed)  # the same weights on every rank
     model = build_model(config, device)
     optimizer = build_optimizer(config.optimizer, model)
@@ -154,7 +161,7 @@ def build_trainer(
         model=model,
         train_dataloader=DataSpec(loader),
         optimizers=optimizer,
-        schedulers=build_scheduler(config.scheduler, optimizer, config.max_duration, len(loader)),
+        schedulers=build_scheduler(config.scheduler, optimizer, config.max_duration, batches_per_epoch),
         step_schedulers_every_batch=True,
         algorithms=plugins.build(config, "algorithms"),
         callbacks=[*callbacks, *build_callbacks(config, folder)],
@@ -180,21 +187,20 @@ def remove_stale_download(folder: SaveFolder) -> None:
 def build_data(config: RunConfig, device: Device) -> StreamingDataLoader:
     """The training data of this rank."""
 
-    def build() -> ImageTextDataset:
-        return ImageTextDataset(
+    if dist.get_local_rank() == 0:
+        shared_memory.remove_stale()
+    try:
+        dataset = ImageTextDataset(
             config.data,
             batch_size=config.global_train_batch_size // dist.get_world_size(),
             image_size=config.model.vision_cfg.image_size,
             context_length=config.model.text_cfg.context_length,
             semantic=config.loss.needs_semantic,
         )
-
+    except (ValueError, KeyError, TypeError) as error:  # of StreamingDataset, about its own arguments
+        raise UserError(f"data: {one_line(error)}") from error
     if dist.get_local_rank() == 0:
-        with shared_memory.clean_start():
-            dataset = build()
-            shared_memory.claim(dataset._shm_prefix_int)
-    else:
-        dataset = build()
+        shared_memory.claim(dataset._shm_prefix_int)
     return build_dataloader(dataset, config.data, pin_memory=config.data.pin_memory and device.name == "gpu")
 
 
@@ -216,6 +222,8 @@ def build_scheduler(
         UserError: the warm-up is not shorter than the run.
     """
     warmup = in_batches(config.t_warmup, batches_per_epoch)
+    if warmup < 0:
+        raise UserError(f"scheduler.t_warmup={config.t_warmup} must not be negative")
     total = in_batches(max_duration, batches_per_epoch)
     if warmup >= total:
         raise UserError(

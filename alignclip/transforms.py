@@ -41,8 +41,14 @@ def decode_image(data: bytes) -> Tensor:
             return image
         if image is not None and image.shape[0] == 1:
             return image.expand(3, -1, -1)
-    with Image.open(io.BytesIO(data)) as picture:
-        return pil_to_tensor(picture.convert("RGB"))
+    try:
+        # of these formats only: some of PIL's others start programs
+        with Image.open(io.BytesIO(data), formats=["JPEG", "PNG", "WEBP"]) as picture:
+            return pil_to_tensor(picture.convert("RGB"))
+    except OSError:
+        raise
+    except Exception as error:  # broken files make PIL raise nearly anything
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def random_resized_crop(image: Tensor, size: int, scale: Sequence[float], ratio: Sequence[float], seed: int) -> Tensor:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from runs import write_config
 from s3 import S3Server
 
@@ -94,16 +95,35 @@ def test_a_missing_bucket_and_missing_credentials_are_one_line(
         SaveFolder(config_for(tmp_path, f"{bucket}/x")).open()
 
 
-def test_a_lost_latest_link_is_restored(tmp_path: Path) -> None:
+def test_a_lost_latest_link_is_restored_to_the_newest_whole_file(tmp_path: Path) -> None:
     folder = SaveFolder(config_for(tmp_path, str(tmp_path / "runs")))
     folder.restore_latest_link()  # no folder yet
     (tmp_path / "runs").mkdir()
-    for batch in (5, 900, 1000):
-        (tmp_path / "runs" / f"ep0-ba{batch}-rank0.pt").write_text(str(batch))
+    (tmp_path / "runs" / "ep0-ba5-rank0.pt").write_bytes(b"PK half a checkpoint")
     folder.restore_latest_link()
-    assert (tmp_path / "runs" / "latest-rank0.pt").read_text() == "1000"
+    link = tmp_path / "runs" / "latest-rank0.pt"
+    assert not link.is_symlink(), "a run killed in its first save has nothing to go on from"
+    for batch in (900, 1000):
+        torch.save({"batch": batch}, tmp_path / "runs" / f"ep0-ba{batch}-rank0.pt")
+    (tmp_path / "runs" / "ep0-ba1100-rank0.pt").write_bytes(b"PK half a checkpoint")
     folder.restore_latest_link()
-    assert (tmp_path / "runs" / "latest-rank0.pt").read_text() == "1000"
+    assert torch.load(link, weights_only=True) == {"batch": 1000}
+    folder.restore_latest_link()
+    assert torch.load(link, weights_only=True) == {"batch": 1000}
+
+
+def test_checkpoints_without_latest_are_protected(tmp_path: Path) -> None:
+    config = config_for(tmp_path, str(tmp_path / "runs"), "autoresume=false", "save_latest_filename=null")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "ep0-ba5-rank0.pt").write_text("weights")
+    with pytest.raises(UserError, match="holds checkpoints of run 'first' already"):
+        SaveFolder(config).check_and_write_config()
+
+
+def test_a_local_set_is_the_set_and_a_cache_is_not() -> None:
+    before = {"data": {"streams": {"a": {"remote": None, "local": "/1"}}}}
+    now = {"data": {"streams": {"a": {"remote": None, "local": "/2"}}}}
+    assert differences(before, now) == ["data.streams.a.local: /1 → /2"]
 
 
 def test_only_composers_download_is_removed(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ YAMLS = sorted((Path(__file__).parent.parent / "yamls").glob("*.yaml"))
 OURS = {
     "self", "model", "train_dataloader", "optimizers", "schedulers", "step_schedulers_every_batch", "algorithms",
     "callbacks", "loggers", "device_train_microbatch_size", "accumulate_train_batch_on_tokens",
+    "scale_schedule_ratio",
 }  # fmt: skip
 NOT_IN_A_YAML = {"algorithm_passes", "console_stream", "load_object_store", "profiler", "train_dataloader_label"}
 EVALUATION = {"eval_dataloader", "eval_interval", "eval_subset_num_batches"}
@@ -95,6 +96,12 @@ def test_overrides_win_and_the_resolved_file_reads_back(yaml: Path, tmp_path: Pa
         ("data.scale=[1.0]", "data.scale must be two numbers"),
         ("data.streams.other.split=train", "data.streams.other has neither remote nor local"),
         ("autoresume=true", "autoresume=true needs run_name"),
+        ("data.streams=[a]", "'data.streams' holds names"),
+        ("loss.beta=nan", "loss.beta must be a finite number"),
+        ("model.text_cfg.heads=0", "must be positive"),
+        ("model.text_cfg.vocab_size=100", "CLIP's tokenizer has 49408 tokens"),
+        ("save_num_checkpoints_to_keep=0", "must be -1 (all) or at least 1"),
+        ("scale_schedule_ratio=0.5", "is refused"),
     ],
 )
 def test_bad_values_are_one_line(yaml: Path, override: str, says: str) -> None:
@@ -102,6 +109,15 @@ def test_bad_values_are_one_line(yaml: Path, override: str, says: str) -> None:
         load(yaml, [override])
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_what_a_resumed_run_needs_is_saved(yaml: Path) -> None:
+    resumed = ["autoresume=true", "run_name=a", "save_folder=b"]
+    for override in ("save_weights_only=true", "save_ignore_keys=[state/optimizers]"):
+        with pytest.raises(UserError, match="leave out what a resumed run needs"):
+            load(yaml, [*resumed, override])
+    with pytest.raises(UserError, match="knows checkpoints by names"):
+        load(yaml, ["save_num_checkpoints_to_keep=2", "save_filename=ba{batch}.pt"])
 
 
 def test_rescale_off_with_a_side_off(yaml: Path) -> None:
@@ -131,6 +147,7 @@ def test_bad_files(tmp_path: Path) -> None:
         (["algorithms.GradientClipping.clipping_type=norm"], "algorithms.GradientClipping needs clipping_threshold"),
         (["algorithms.MixUp.alpha=0.2"], "algorithms.MixUp is refused"),
         (["callbacks.LrMonitor={}"], "did you mean 'LRMonitor'?"),
+        (["callbacks.CheckpointSaver={}"], "no class 'CheckpointSaver'"),
         (["loggers.TensorBoardLogger={}"], "did you mean 'TensorboardLogger'?"),
     ],
 )

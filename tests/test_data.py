@@ -217,11 +217,22 @@ def test_missing_sets_are_one_line(s3: S3Server, tmp_path: Path, monkeypatch: py
     assert "can't read s3://no-such-bucket-here/x/index.json: not found; check the bucket" in says(
         "s3://no-such-bucket-here/x"
     )
+    with pytest.raises(UserError, match=r"data\.shuffle_algo=py1x does not exist; did you mean 'py1"):
+        check_streams(config_for(tmp_path, shuffle_algo="py1x"), semantic=False)
     bucket = s3.bucket()
     assert "not found" in says(f"{bucket}/no-such-set")
     write_set(f"{bucket}/plain", 4, columns="plain")
     assert "has no 'semantic' column" in says(f"{bucket}/plain")
-    check_streams(config_for(f"{bucket}/plain"), semantic=False)
+    plain = config_for(f"{bucket}/plain")
+    check_streams(plain, semantic=False)
+    write_set(str(tmp_path / "cache"), 5, columns="plain")
+    plain.streams["s0"].local = str(tmp_path / "cache")
+    with pytest.raises(UserError, match="holds another set than"):
+        check_streams(plain, semantic=False)
+    (tmp_path / "odd").mkdir()
+    for text in ("{", "[]", '{"shards": [{"basename": "x"}]}'):
+        (tmp_path / "odd" / "index.json").write_text(text)
+        assert "is not a streaming index" in says(tmp_path / "odd")
     write_set(str(tmp_path / "a"), 4, dimension=16)
     write_set(str(tmp_path / "b"), 4, dimension=24)
     assert "ndarray:float16:16" in says(tmp_path / "a", tmp_path / "b")

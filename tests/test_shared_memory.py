@@ -20,9 +20,9 @@ from alignclip import shared_memory
 from alignclip.config import DataConfig, StreamConfig
 from alignclip.data import ImageTextDataset
 config = DataConfig(streams={"a": StreamConfig(local=sys.argv[1])}, num_canonical_nodes=1)
-with shared_memory.clean_start():
-    dataset = ImageTextDataset(config, batch_size=4, image_size=32, context_length=20, semantic=False)
-    shared_memory.claim(dataset._shm_prefix_int)
+shared_memory.remove_stale()
+dataset = ImageTextDataset(config, batch_size=4, image_size=32, context_length=20, semantic=False)
+shared_memory.claim(dataset._shm_prefix_int)
 print(dataset._shm_prefix_int, flush=True)
 sys.stdin.readline()
 """

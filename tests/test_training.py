@@ -185,6 +185,7 @@ def test_goes_on_from_a_checkpoint_between_or_inside_epochs(dataset: Path, tmp_p
         (["optimizer.opt=adamv"], "did you mean 'adam'?"),
         (["global_train_batch_size=65"], "the set has 64 samples, fewer than one batch"),
         (["loggers.WandBLogger={}"], "loggers.WandBLogger"),
+        (["data.sampling_method=even"], "data: "),
     ],
 )
 def test_what_only_building_shows_is_one_line(dataset: Path, tmp_path: Path, overrides: list[str], says: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,16 @@ def one_line(error: BaseException) -> str:
     """An exception in one line: the first of its message, or its name where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def check_place(what: str, place: str) -> None:
+    """Refuse ``s3:/bucket``, which is no URL, and as a path would be a folder named ``s3:`` in the working directory.
+
+    Raises:
+        UserError: names ``what`` and the URL that was meant.
+    """
+    if found := re.match(r"([A-Za-z][A-Za-z0-9]+):/(?!/)", place):
+        raise UserError(f"{what}={place} has one slash; did you mean '{found[1]}://{place[found.end() :]}'?")
 
 
 def describe_storage_error(error: BaseException) -> str:

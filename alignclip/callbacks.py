@@ -1,7 +1,8 @@
-"""What every run has besides Composer's own: its log line, and an orderly stop on SIGTERM."""
+"""What every run has besides Composer's own: its log line, and an orderly stop on SIGTERM or Ctrl-C."""
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from multiprocessing import resource_tracker
@@ -47,22 +48,28 @@ class TrainingMonitor(Callback):
         self._last_end = now
 
 
-class StopOnSigterm(Callback):
-    """A preempted node: SIGTERM to any rank makes all ranks save at the same batch end, and stop.
+class StopOnSignal(Callback):
+    """A preempted node, or Ctrl-C: SIGTERM to any rank makes all ranks save at the same batch end, and stop.
 
     SIGTERM is blocked in this thread, so that the processes which it starts from now on — data workers, uploaders —
     inherit the block and outlive a signal to the whole process group until the checkpoint is in the bucket.
     A handler is there as well: threads that were running before may still take the signal.
+
+    Ctrl-C reaches all of them too. Under the launcher it counts as SIGTERM (the launcher sends that one as well, and
+    a second Ctrl-C makes it kill them); a process that was started without it ends at once, as any would.
     """
 
     def __init__(self) -> None:
         self.stopped = False
         self._received = False
-        signal.signal(signal.SIGTERM, self._on_sigterm)
-        resource_tracker.ensure_running()  # its start ends with unblocking SIGTERM; it starts once
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        launched = "LOCAL_RANK" in os.environ
+        self._signals = {signal.SIGTERM, signal.SIGINT} if launched else {signal.SIGTERM}
+        for number in self._signals:
+            signal.signal(number, self._on_signal)
+        resource_tracker.ensure_running()  # its start ends with unblocking both; it starts once
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
 
-    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._received = True
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -75,7 +82,7 @@ class StopOnSigterm(Callback):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Agree on whether anyone was told to stop; the Trainer saves whenever training ends."""
-        received = self._received or signal.SIGTERM in signal.sigpending()
+        received = self._received or bool(self._signals & signal.sigpending())
         flag = state.device.tensor_to_device(torch.tensor([int(received)], dtype=torch.int32))
         dist.all_reduce(flag, reduce_operation="MAX")
         if flag.item() and not self._is_last_batch(state):
@@ -85,7 +92,8 @@ class StopOnSigterm(Callback):
     def post_close(self) -> None:
         """Everything is saved: a launcher that ends the others when the first rank exits does no harm any more."""
         if self.stopped:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            for number in self._signals:
+                signal.signal(number, signal.SIG_IGN)
 
     @staticmethod
     def _is_last_batch(state: State) -> bool:

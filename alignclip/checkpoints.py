@@ -21,7 +21,8 @@ from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri
 from composer.utils.object_store import ObjectStore
 from omegaconf import OmegaConf
 
-from alignclip.config import RunConfig, to_yaml
+from alignclip.config import RunConfig
+from alignclip.config_file import to_yaml
 from alignclip.errors import UserError, describe_storage_error
 
 log = logging.getLogger(__name__)
@@ -64,20 +65,23 @@ class SaveFolder:
         self.store: ObjectStore | None = None
 
     def open(self) -> None:
-        """Connect, and see that the folder can be read.
+        """Connect, or make the local folder, and see that it can be read.
 
         Raises:
-            UserError: no such bucket, no credentials, no connection.
+            UserError: no such bucket, no credentials, no connection; no such place on this machine.
         """
         try:
-            self.store = maybe_create_object_store_from_uri(self.uri) if self.remote else None
-            if self.store is not None:
+            if self.remote:
+                self.store = maybe_create_object_store_from_uri(self.uri)
+                assert self.store is not None
                 self.store.list_objects(self._key(CONFIG_FILE))
+            else:
+                Path(self.uri).mkdir(parents=True, exist_ok=True)
         except Exception as error:
             raise UserError(f"save_folder={self.uri}: {describe_storage_error(error)}") from None
 
-    def check_and_write_config(self) -> None:
-        """Refuse to go on with another run's checkpoints; else leave this run's configuration beside them.
+    def check_config(self) -> None:
+        """Refuse to go on with another run's checkpoints.
 
         Raises:
             UserError: the folder holds a run that was configured differently (with the differences), or a run at all
@@ -100,7 +104,17 @@ class SaveFolder:
                 )
             if old.get("max_duration") != now["max_duration"]:
                 print(f"max_duration: {old.get('max_duration')} → {now['max_duration']}; the learning rate follows it")
-        self._write(CONFIG_FILE, to_yaml(self.config))
+
+    def write_config(self) -> None:
+        """Leave this run's configuration beside its checkpoints, to be compared when it goes on.
+
+        Raises:
+            UserError: the folder can't be written.
+        """
+        try:
+            self._write(CONFIG_FILE, to_yaml(self.config))
+        except Exception as error:  # of the file system, or any cloud's
+            raise UserError(f"save_folder={self.uri} can't be written: {describe_storage_error(error)}") from None
 
     def has_checkpoint(self) -> bool:
         """Whether there is a latest checkpoint to go on from."""
@@ -202,6 +216,7 @@ class RemoteRotation(Callback):
         self._executor = ThreadPoolExecutor(1)
         self._running: Future[list[str]] | None = None
         self._seen: Time | None = None
+        self._closed = False
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Start a rotation if a checkpoint was saved since the last one."""
@@ -214,8 +229,9 @@ class RemoteRotation(Callback):
             self._running = self._executor.submit(self.folder.rotate, self.keep)
 
     def post_close(self) -> None:
-        """When the last uploads are through."""
-        if dist.get_global_rank() == 0:
+        """When the last uploads are through. Composer calls it twice, the second time as Python ends."""
+        if dist.get_global_rank() == 0 and not self._closed:
+            self._closed = True
             self._running = self._executor.submit(self.folder.rotate, self.keep)
             self._executor.shutdown()
             self._report()

@@ -1,23 +1,14 @@
-"""Every setting of a run: typed dataclasses, one YAML file over them, ``key.sub=value`` over that.
+"""Every setting of a run, typed, with its default.
 
 Keys are the argument names of Composer's Trainer, of Streaming's StreamingDataset and of open_clip's model
-configuration wherever these have one. An unknown key or a wrong type is an error that names the place.
+configuration wherever these have one. :mod:`alignclip.config_file` reads YAML files and command lines into them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import typing
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Optional
-
-import omegaconf
-from omegaconf import DictConfig, OmegaConf
-
-from alignclip.errors import UserError, nearest
 
 # OmegaConf reads annotations at run time, and on Python 3.10 it knows Optional[X] better than X | None.
 # ruff: noqa: UP045
@@ -174,6 +165,18 @@ class ParallelismSettings:
 
 
 @dataclass
+class CompileSettings:
+    """The arguments of :func:`torch.compile`; an empty section compiles with its defaults."""
+
+    fullgraph: bool = False
+    dynamic: Optional[bool] = None
+    backend: str = "inductor"
+    mode: Optional[str] = None
+    options: Optional[dict[str, Any]] = None
+    disable: bool = False
+
+
+@dataclass
 class TrainerConfig:
     """The arguments of :class:`composer.Trainer` that a YAML can hold, under their own names."""
 
@@ -187,12 +190,12 @@ class TrainerConfig:
     ddp_sync_strategy: Optional[str] = None
     dist_timeout: float = 600.0
     deterministic_mode: bool = False
-    compile_config: Optional[dict[str, Any]] = None
+    compile_config: Optional[CompileSettings] = None
     train_subset_num_batches: int = -1
     spin_dataloaders: bool = True
-    progress_bar: bool = True
+    progress_bar: Optional[bool] = None  # null: where the output is a terminal; into a file go lines instead
     log_to_console: bool = False
-    console_log_interval: str = "1ba"
+    console_log_interval: str = "10ba"
     log_traces: bool = False
     auto_log_hparams: bool = False
     python_log_level: Optional[str] = None
@@ -229,185 +232,3 @@ class RunConfig(TrainerConfig):
     algorithms: dict[str, Optional[dict[str, Any]]] = field(default_factory=dict)
     callbacks: dict[str, Optional[dict[str, Any]]] = field(default_factory=dict)
     loggers: dict[str, Optional[dict[str, Any]]] = field(default_factory=dict)
-
-
-VOCABULARY = 49408  # of CLIP's byte pairs
-
-# Settings that exist in Composer, Streaming or open_clip and would change what is trained without a word.
-REFUSED = {
-    "device_train_microbatch_size": "microbatches would shrink the set of negatives of a contrastive loss; set "
-    "model.encode_chunk_size instead: chunks of that size are encoded and recomputed, the loss sees the whole batch",
-    "accumulate_train_batch_on_tokens": "a contrastive loss sees the whole batch at once; set model.encode_chunk_size",
-    "eval_interval": "evaluation is not part of pretraining yet; evaluate the saved checkpoints",
-    "scale_schedule_ratio": "the schedule follows max_duration and scheduler.t_warmup; change these",
-    "data.batch_size": "set global_train_batch_size, the batch over all ranks",
-    "data.local": "name the set under data.streams, e.g. data.streams.cc12m.local=/tmp/cc12m",
-    "data.remote": "name the set under data.streams, e.g. data.streams.cc12m.remote=s3://bucket/cc12m",
-    "parallelism_config.fsdp2.load_monolith_rank0_only": "under FSDP2 the other ranks would keep their random weights; "
-    "full checkpoints are read on every rank",
-    "parallelism_config.fsdp": "FSDP1 needs a module to run once a step, which shared blocks do not; use "
-    "parallelism_config.fsdp2",
-}
-
-
-def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file, lay ``key.sub=value`` overrides over it and check both against :class:`RunConfig`.
-
-    Raises:
-        UserError: no such file, not YAML, an unknown key (with the nearest one), a wrong type or range.
-    """
-    try:
-        from_file = OmegaConf.load(path)
-    except FileNotFoundError:
-        yamls = [str(p) for p in Path(path).parent.glob("*.yaml")]
-        raise UserError(
-            f"no config file '{path}': {nearest(str(path), yamls) if yamls else 'no YAML lies there'}"
-        ) from None
-    except Exception as error:
-        raise UserError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from None
-    if not isinstance(from_file, DictConfig):
-        raise UserError(f"{path} does not hold keys and values")
-    for item in overrides:
-        if "=" not in item:
-            raise UserError(f"override '{item}' is not of the form key.sub=value")
-    try:
-        from_line = OmegaConf.from_dotlist(list(overrides))
-    except Exception as error:
-        raise UserError(f"overrides {list(overrides)}: {' '.join(str(error).split())}") from None
-    for where, layer in ((str(path), from_file), ("the command line", from_line)):
-        _check_keys(OmegaConf.to_container(layer), RunConfig, "", where)
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), from_file, from_line)
-        config = OmegaConf.to_object(merged)
-    except omegaconf.errors.OmegaConfBaseException as error:
-        key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-        raise UserError(f"{path}: {key}{str(error).splitlines()[0]}") from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
-    assert isinstance(config, RunConfig)
-    validate(config)
-    return config
-
-
-def to_yaml(config: RunConfig) -> str:
-    """The resolved configuration as YAML text, every default spelled out; :func:`load` reads it back equal."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def _check_keys(values: Any, schema: Any, prefix: str, where: str) -> None:
-    """Walk a plain dict beside the dataclass it is meant for and refuse the first key that the dataclass lacks."""
-    if not isinstance(values, dict):
-        if values is not None and prefix:
-            raise UserError(f"{where}: '{prefix[:-1]}' is a section with keys of its own, not the value {values!r}")
-        return
-    hints = typing.get_type_hints(schema)
-    for key, value in values.items():
-        full = f"{prefix}{key}"
-        if full in REFUSED:
-            raise UserError(f"{where}: '{full}' is refused: {REFUSED[full]}")
-        if key not in hints:
-            raise UserError(f"{where}: unknown key '{full}'; {nearest(str(key), hints)}")
-        inner = _dataclass_in(hints[key])
-        if inner is None:
-            continue
-        if typing.get_origin(hints[key]) is dict:
-            if value is not None and not isinstance(value, dict):
-                raise UserError(f"{where}: '{full}' holds names with settings below each, not {value!r}")
-            for name, entry in (value or {}).items():
-                _check_keys(entry, inner, f"{full}.{name}.", where)
-        else:
-            _check_keys(value, inner, f"{full}.", where)
-
-
-def _check_finite(section: Any, prefix: str) -> None:
-    """No setting is NaN or infinite."""
-    for f in dataclasses.fields(section):
-        value = getattr(section, f.name)
-        if dataclasses.is_dataclass(value):
-            _check_finite(value, f"{prefix}{f.name}.")
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{prefix}{f.name} must be a finite number, not {value}")
-
-
-def _dataclass_in(hint: Any) -> type | None:
-    """The dataclass that an annotation (X, Optional[X] or dict[str, X]) holds, if it holds one."""
-    candidates = (hint, *typing.get_args(hint))
-    return next((c for c in candidates if isinstance(c, type) and dataclasses.is_dataclass(c)), None)
-
-
-def validate(config: RunConfig) -> None:
-    """What types can't say: ranges, and settings that exclude one another.
-
-    Raises:
-        UserError: the first contradiction found.
-    """
-    model, loss, data = config.model, config.loss, config.data
-    _check_finite(config, "")
-    positive = {
-        "global_train_batch_size": config.global_train_batch_size,
-        "model.embed_dim": model.embed_dim,
-        "model.vision_cfg.image_size": model.vision_cfg.image_size,
-        "model.vision_cfg.patch_size": model.vision_cfg.patch_size,
-        "model.vision_cfg.layers": model.vision_cfg.layers,
-        "model.vision_cfg.head_width": model.vision_cfg.head_width,
-        "model.text_cfg.context_length": model.text_cfg.context_length,
-        "model.text_cfg.layers": model.text_cfg.layers,
-        "model.text_cfg.heads": model.text_cfg.heads,
-        "data.num_canonical_nodes": data.num_canonical_nodes,
-        "data.download_retry": data.download_retry,
-        "optimizer.lr": config.optimizer.lr,
-    }
-    for key, value in positive.items():
-        if value <= 0:
-            raise UserError(f"{key} must be positive, not {value}")
-    not_negative = {
-        "model.encode_chunk_size": model.encode_chunk_size,
-        "loss.alpha": loss.alpha,
-        "loss.beta": loss.beta,
-        "data.num_workers": data.num_workers,
-        "data.shuffle_seed": data.shuffle_seed,
-        "data.predownload": data.predownload or 0,
-        "data.download_timeout": data.download_timeout,
-        "optimizer.weight_decay": config.optimizer.weight_decay,
-        "scheduler.alpha_f": config.scheduler.alpha_f,
-    }
-    for key, value in not_negative.items():
-        if value < 0:
-            raise UserError(f"{key} must not be negative, but is {value}")
-    if loss.beta and not loss.rescale and not (loss.separate_image and loss.separate_text):
-        raise UserError(
-            "loss.rescale=false separates both sides always; set loss.separate_image and loss.separate_text to true"
-        )
-    for key in ("scale", "ratio"):
-        bounds = getattr(data, key)
-        if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
-            raise UserError(f"data.{key} must be two numbers, 0 < smallest <= largest, not {bounds}")
-    if not data.streams:
-        raise UserError(
-            "data.streams is empty: name at least one set, e.g. data.streams.cc12m.remote=s3://bucket/cc12m"
-        )
-    for name, stream in data.streams.items():
-        if not (stream.remote or stream.local):
-            raise UserError(f"data.streams.{name} has neither remote nor local")
-    if model.text_cfg.vocab_size < VOCABULARY:
-        raise UserError(
-            f"model.text_cfg.vocab_size={model.text_cfg.vocab_size}: CLIP's tokenizer has {VOCABULARY} tokens"
-        )
-    if not 0 <= model.vision_cfg.patch_dropout < 1:
-        raise UserError(f"model.vision_cfg.patch_dropout={model.vision_cfg.patch_dropout} must lie in [0, 1)")
-    keep = config.save_num_checkpoints_to_keep
-    if keep != -1 and keep < 1:
-        raise UserError(f"save_num_checkpoints_to_keep={keep} must be -1 (all) or at least 1")
-    if keep != -1 and not config.save_filename.startswith("ep{epoch}-ba{batch}"):
-        raise UserError(
-            f"save_num_checkpoints_to_keep={keep} knows checkpoints by names that start with ep{{epoch}}-ba{{batch}}, "
-            f"and save_filename={config.save_filename} does not; keep all (-1) or rename"
-        )
-    if config.autoresume and (config.save_weights_only or config.save_ignore_keys):
-        raise UserError(
-            "save_weights_only and save_ignore_keys leave out what a resumed run needs; set autoresume=false with them"
-        )
-    if config.autoresume and not (config.save_folder and config.run_name and config.save_latest_filename):
-        raise UserError(
-            "autoresume=true needs run_name, save_folder and save_latest_filename (or set autoresume=false)"
-        )

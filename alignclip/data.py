@@ -113,6 +113,7 @@ class ImageTextDataset(StreamingDataset):
         if error is not None:
             self._failure = error
             self._event.set()
+            self._iterator.on_exit()  # a thread that raises doesn't say that it has exited; both may, and be waited for
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Download a shard; one that fails goes back to 'remote', so that sibling workers don't wait for it."""
@@ -125,8 +126,12 @@ class ImageTextDataset(StreamingDataset):
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """This worker's samples of the epoch."""
-        yield from super().__iter__()
-        if self._event.is_set():
+        try:
+            yield from super().__iter__()
+        except RuntimeError:
+            if self._failure is None:
+                raise
+        if self._failure is not None:
             where = ", ".join(stream.remote or stream.local for stream in self.streams)
             cause = self._failure
             raise RuntimeError(f"reading {where} failed: {type(cause).__name__}: {cause}") from cause
@@ -202,7 +207,10 @@ def _read_index(where: str, stream: StreamConfig) -> dict[str, Any]:
     if not stream.remote:
         path = Path(str(stream.local), subfolder, "index.json")
         if not path.is_file():
-            raise UserError(f"{where}: no MDS set at {path.parent} (no index.json there)")
+            raise UserError(
+                f"{where}: no MDS set at {path.parent} (no index.json there); set {where}.remote or .local, "
+                f"or take it out with {where}=null"
+            )
         try:
             return _parse_index(path)
         except ValueError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -60,9 +61,13 @@ def describe_storage_error(error: BaseException) -> str:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Print a :class:`UserError` as one line and exit with status 2; everything else keeps its stack trace."""
+    """Print a :class:`UserError` as one line and exit with status 2; everything else keeps its stack trace.
+
+    Of several processes on a machine the first one speaks: they all read the same input.
+    """
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

@@ -50,6 +50,9 @@ def check(config: RunConfig) -> None:
         classes: dict[str, type[Any]] = _classes(module, base)
         for name, arguments in getattr(config, section).items():
             if name not in classes:
+                home = [s for s, m, b in _SECTIONS if name in _classes(m, b)]
+                if home:
+                    raise UserError(f"{section}: {name} is one of the {home[0]}: {home[0]}.{name}")
                 raise UserError(f"{section}: no class '{name}' in {module.__name__}; {nearest(name, classes)}")
             if section == "algorithms" and name in REFUSED_ALGORITHMS:
                 raise UserError(f"algorithms.{name} is refused: {REFUSED_ALGORITHMS[name]}")
@@ -74,7 +77,9 @@ def build(config: RunConfig, section: str) -> list[Any]:
         try:
             built.append(classes[name](**arguments))
         except MissingConditionalImportError as error:
-            raise UserError(f"{section}.{name}: {' '.join(str(error).split())}") from None
+            extra = _EXTRAS.get(name)
+            hint = f"pip install 'alignclip[{extra}]'" if extra else " ".join(str(error).split())
+            raise UserError(f"{section}.{name} needs a package that is not installed: {hint}") from None
         except (TypeError, ValueError) as error:
             raise UserError(f"{section}.{name}: {' '.join(str(error).split())}") from None
     return built
@@ -102,6 +107,8 @@ def _check_arguments(where: str, cls: type, arguments: Arguments) -> None:
         raise UserError(f"{where} needs {', '.join(missing)}")
 
 
+# Ours, where Composer's message would name its own.
+_EXTRAS = {"TensorboardLogger": "tensorboard", "WandBLogger": "wandb"}
 _SECTIONS: tuple[tuple[str, ModuleType, type], ...] = (
     ("algorithms", composer.algorithms, Algorithm),
     ("callbacks", composer.callbacks, Callback),

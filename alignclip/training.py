@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,60 +20,38 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from alignclip import plugins, shared_memory
-from alignclip.callbacks import StopOnSigterm, TrainingMonitor
+from alignclip.callbacks import StopOnSignal, TrainingMonitor
 from alignclip.checkpoints import RemoteRotation, SaveFolder
-from alignclip.config import RunConfig, SchedulerConfig, TrainerConfig, load
+from alignclip.config import RunConfig, SchedulerConfig, TrainerConfig
 from alignclip.data import ImageTextDataset, build_dataloader, check_streams
 from alignclip.distributed import mend_gloo_fsdp_average
 from alignclip.encoders import build_encoders, clamp_logit_scale_
-from alignclip.errors import UserError, one_line, one_line_errors
+from alignclip.errors import UserError, nearest, one_line
 from alignclip.losses import AlignCLIPLoss
 from alignclip.model import AlignCLIPModel
 from alignclip.optimization import build_optimizer, lr_multiplier
 
-EXAMPLES = """examples:
-  composer pretrain.py yamls/alignclip.yaml data.streams.cc12m.remote=s3://my-bucket/cc12m run_name=first
-  composer -n 2 pretrain.py yamls/clip.yaml global_train_batch_size=64 precision=fp32 device=cpu
-  composer pretrain.py yamls/alignclip.yaml save_folder=s3://my-bucket/runs/{run_name} save_interval=1000ba
-the same command goes on with a run that was stopped or killed"""
-
-STOPPED = 128 + signal.SIGTERM  # exit status of a run that SIGTERM ended early
-
-
-def main(arguments: Sequence[str]) -> int:
-    """The command ``pretrain.py config.yaml key.sub=value …``.
-
-    Returns:
-        the exit status: 0 finished, 2 bad input, 143 stopped by SIGTERM with everything saved.
-    """
-    parser = argparse.ArgumentParser(
-        prog="composer pretrain.py",
-        description="Pretrain CLIP, SharedCLIP or AlignCLIP.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", help="YAML file; README.md lists its sections")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
-    options = parser.parse_args(arguments)
-    with one_line_errors():
-        config = load(options.config, options.overrides)
-        plugins.check(config)
-        return run(config)
+DEVICES = ("cpu", "gpu", "mps")
+STOPPED = 128 + signal.SIGTERM  # exit status of a run that a signal ended early
 
 
 def run(config: RunConfig) -> int:
     """Train until ``max_duration``, from the latest checkpoint where there is one.
 
+    Returns:
+        0 finished, :data:`STOPPED` where a signal ended it early with everything saved.
+
     Raises:
         UserError: anything that a person has to change first.
     """
-    device = get_device(config.device)
+    plugins.check(config)
+    device = choose_device(config)
     dist.initialize_dist(device, timeout=config.dist_timeout)
     check_parallelism(config, device)
     folder = SaveFolder(config) if config.save_folder else None
     on_rank_zero(lambda: check_inputs(config, folder))
-    # From here on SIGTERM means: save, then stop.
-    stop = StopOnSigterm() if folder is not None else None
+    # From here on SIGTERM and Ctrl-C mean: save, then stop.
+    stop = StopOnSignal() if folder is not None else None
     trainer = build_trainer(config, device, folder, [stop] if stop else [])
     end = Time.from_input(config.max_duration, TimeUnit.EPOCH)
     done = trainer.state.timestamp.get(end.unit)
@@ -81,13 +59,50 @@ def run(config: RunConfig) -> int:
         trainer.close()
         print_once(f"run '{config.run_name}' is finished: {done.value} of {end.value} {end.unit.value} are trained")
         return 0
+    if folder is not None:
+        on_rank_zero(folder.write_config)
+    print_once(describe(config, trainer, folder))
     trainer.fit()
     batch = trainer.state.timestamp.batch.value
     trainer.close()
+    where = f"; checkpoints in {folder.uri}" if folder is not None else ""
     if stop is not None and stop.stopped:
-        print_once(f"stopped by SIGTERM after batch {batch}; everything is saved, the same command goes on from there")
+        print_once(f"stopped by a signal after batch {batch}{where}; the same command goes on from there")
         return STOPPED
+    print_once(f"run '{trainer.state.run_name}' is done: {batch} batches{where}")
     return 0
+
+
+def describe(config: RunConfig, trainer: Trainer, folder: SaveFolder | None) -> str:
+    """What is about to be trained, on what, from where: three lines for the top of a log."""
+    state, batch = trainer.state, trainer.state.timestamp.batch.value
+    parameters = sum(p.numel() for p in state.model.parameters()) / 1e6
+    loader = state.train_dataloader
+    assert isinstance(loader, StreamingDataLoader)
+    assert isinstance(loader.dataset, ImageTextDataset)
+    start = f"goes on after batch {batch}, from the latest checkpoint" if batch else "starts"
+    processes = f"{dist.get_world_size()} × {state.device.name}"
+    batches = f"{len(loader):,} batches of {config.global_train_batch_size:,} an epoch"
+    checkpoints = f"{folder.uri}, every {config.save_interval}" if folder else "none (save_folder is not set)"
+    return (
+        f"run '{state.run_name}' {start}: {parameters:,.1f} M parameters, {processes}, {config.precision}\n"
+        f"  data: {loader.dataset.size:,} samples, {batches}, {config.max_duration} in all\n"
+        f"  checkpoints: {checkpoints}"
+    )
+
+
+def choose_device(config: RunConfig) -> Device:
+    """The device by its name in the YAML, or the best one there is.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if config.device not in (None, *DEVICES):
+        raise UserError(f"device={config.device}: {nearest(str(config.device), DEVICES)}")
+    try:
+        return get_device(config.device)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"device={config.device} can't be used on this machine: {one_line(error)}") from None
 
 
 def check_parallelism(config: RunConfig, device: Device) -> None:
@@ -102,19 +117,11 @@ def check_parallelism(config: RunConfig, device: Device) -> None:
             f"global_train_batch_size={batch} can't be divided among {world} processes; "
             f"{batch // world * world or world} or {(batch // world + 1) * world} can"
         )
-    try:
-        precision = Precision(config.precision)
-    except ValueError:
-        raise UserError(f"precision={config.precision}: valid: {', '.join(p.value for p in Precision)}") from None
-    if device.name == "cpu" and precision not in (Precision.FP32, Precision.AMP_BF16):
+    precisions = [precision.value for precision in Precision]
+    if config.precision not in precisions:
+        raise UserError(f"precision={config.precision}: {nearest(config.precision, precisions)}")
+    if device.name == "cpu" and config.precision not in (Precision.FP32.value, Precision.AMP_BF16.value):
         raise UserError(f"precision={config.precision} needs a GPU; on a CPU use fp32 or amp_bf16")
-    try:
-        Time.from_input(config.max_duration, TimeUnit.EPOCH)
-        Time.from_input(config.scheduler.t_warmup, TimeUnit.BATCH)
-    except ValueError as error:
-        raise UserError(f"max_duration={config.max_duration}, t_warmup={config.scheduler.t_warmup}: {error}") from None
-    if "/" in config.run_name:
-        raise UserError(f"run_name={config.run_name} must not hold a '/'")
 
 
 def check_inputs(config: RunConfig, folder: SaveFolder | None) -> None:
@@ -125,7 +132,7 @@ def check_inputs(config: RunConfig, folder: SaveFolder | None) -> None:
     if folder is not None:
         folder.open()
         folder.restore_latest_link()
-        folder.check_and_write_config()
+        folder.check_config()
 
 
 def on_rank_zero(action: Callable[[], None]) -> None:
@@ -222,8 +229,6 @@ def build_scheduler(
         UserError: the warm-up is not shorter than the run.
     """
     warmup = in_batches(config.t_warmup, batches_per_epoch)
-    if warmup < 0:
-        raise UserError(f"scheduler.t_warmup={config.t_warmup} must not be negative")
     total = in_batches(max_duration, batches_per_epoch)
     if warmup >= total:
         raise UserError(
@@ -236,11 +241,7 @@ def build_scheduler(
 def in_batches(duration: str, batches_per_epoch: int) -> int:
     """A duration in epochs or batches as a number of batches."""
     time = Time.from_input(duration, TimeUnit.BATCH)
-    if time.unit == TimeUnit.EPOCH:
-        return time.value * batches_per_epoch
-    if time.unit == TimeUnit.BATCH:
-        return time.value
-    raise UserError(f"duration '{duration}' must be in epochs (30ep) or batches (10000ba)")
+    return time.value * batches_per_epoch if time.unit == TimeUnit.EPOCH else time.value
 
 
 def build_callbacks(config: RunConfig, folder: SaveFolder | None) -> list[Callback]:
@@ -258,6 +259,11 @@ def trainer_arguments(config: RunConfig, device: Device) -> dict[str, Any]:
     """The Trainer's own arguments, as the YAML has them but for what the machine can't do."""
     arguments = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainerConfig)}
     arguments["run_name"] = config.run_name or None
+    if config.progress_bar is None:  # a bar is unreadable in a file
+        arguments["progress_bar"] = sys.stderr.isatty()
+        arguments["log_to_console"] = config.log_to_console or not sys.stderr.isatty()
+    if config.compile_config is not None:
+        arguments["compile_config"] = dataclasses.asdict(config.compile_config)
     arguments["parallelism_config"] = None
     fsdp2 = config.parallelism_config.fsdp2
     if fsdp2 is not None:

@@ -8,7 +8,8 @@ from runs import write_config
 from s3 import S3Server
 
 from alignclip.checkpoints import SaveFolder, differences
-from alignclip.config import RunConfig, load
+from alignclip.config import RunConfig
+from alignclip.config_file import load
 from alignclip.errors import UserError
 
 
@@ -47,27 +48,26 @@ def test_another_run_under_the_same_name_is_refused(
     save_folder = str(tmp_path / "runs") if place == "local" else f"{s3.bucket()}/runs"
     first = SaveFolder(config_for(tmp_path, save_folder))
     first.open()
-    first.check_and_write_config()
+    first.write_config()
     # no checkpoint yet: nothing to protect
     changed = SaveFolder(config_for(tmp_path, save_folder, "loss.beta=1.0"))
     changed.open()
-    changed.check_and_write_config()
-    first.check_and_write_config()
+    changed.check_config()
     if place == "local":
         Path(save_folder, "ep0-ba5-rank0.pt").write_text("weights")
         Path(save_folder, "latest-rank0.pt").symlink_to("ep0-ba5-rank0.pt")
     else:
         put(s3, f"{save_folder}/latest-rank0.pt.symlink", "runs/ep0-ba5-rank0.pt")
     with pytest.raises(UserError, match=r"loss\.beta: 0\.5 → 1\.0.*choose another run_name"):
-        changed.check_and_write_config()
+        changed.check_config()
     # where and how fast may change
     faster = SaveFolder(config_for(tmp_path, save_folder, "data.num_workers=7", "max_duration=50ba", "precision=fp32"))
     faster.open()
-    faster.check_and_write_config()
+    faster.check_config()
     fresh = SaveFolder(config_for(tmp_path, save_folder, "autoresume=false"))
     fresh.open()
     with pytest.raises(UserError, match="holds checkpoints of run 'first' already"):
-        fresh.check_and_write_config()
+        fresh.check_config()
 
 
 def test_differences_name_added_and_removed_keys() -> None:
@@ -117,7 +117,7 @@ def test_checkpoints_without_latest_are_protected(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "ep0-ba5-rank0.pt").write_text("weights")
     with pytest.raises(UserError, match="holds checkpoints of run 'first' already"):
-        SaveFolder(config).check_and_write_config()
+        SaveFolder(config).check_config()
 
 
 def test_a_local_set_is_the_set_and_a_cache_is_not() -> None:
@@ -139,3 +139,11 @@ def test_only_composers_download_is_removed(s3: S3Server, tmp_path: Path, monkey
     local.write_text("precious")
     SaveFolder(config_for(tmp_path, str(local.parent))).remove_downloaded()
     assert local.exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="save_folder=/proc/runs: "):
+        SaveFolder(config_for(tmp_path, "/proc/runs")).open()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"save_folder=.*file/runs: "):
+        SaveFolder(config_for(tmp_path, str(tmp_path / "file" / "runs"))).open()

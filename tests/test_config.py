@@ -8,9 +8,9 @@ import pytest
 from composer import Trainer
 from runs import TINY
 
-from alignclip import config as configuration
 from alignclip import plugins
-from alignclip.config import TrainerConfig, load, to_yaml
+from alignclip.config import RunConfig, TrainerConfig
+from alignclip.config_file import REFUSED, load, to_yaml
 from alignclip.errors import UserError
 
 YAMLS = sorted((Path(__file__).parent.parent / "yamls").glob("*.yaml"))
@@ -102,6 +102,23 @@ def test_overrides_win_and_the_resolved_file_reads_back(yaml: Path, tmp_path: Pa
         ("model.text_cfg.vocab_size=100", "CLIP's tokenizer has 49408 tokens"),
         ("save_num_checkpoints_to_keep=0", "must be -1 (all) or at least 1"),
         ("scale_schedule_ratio=0.5", "is refused"),
+        ("lr=1e-4", "the command line: unknown key 'lr'; did you mean 'optimizer.lr'?"),
+        ("--optimizer.lr=1e-4", "write 'optimizer.lr=1e-4', without dashes"),
+        ("optimizer.lr=fast", "the command line: optimizer.lr: Value 'fast'"),
+        ("data.streams.e=null", "data.streams is empty"),
+        ("save_interval=2", "save_interval=2 has no unit: 2ep (epochs) or 2ba (batches)?"),
+        ("save_interval=0ba", "save_interval=0ba must be positive"),
+        ("save_interval=10m", "save_interval=10m is no time"),
+        ("max_duration=6", "max_duration=6 has no unit"),
+        ("max_duration=1000sp", "write a number and a unit, ep (epochs), ba (batches)"),
+        ("max_duration=3parsecs", "max_duration=3parsecs is no time"),
+        ("max_duration=1.5ep", "the number before ep must be whole"),
+        ("scheduler.t_warmup=-5ba", "scheduler.t_warmup=-5ba is no time"),
+        ("console_log_interval=1.2.3ba", "is no time"),
+        ("save_folder=s3:/bucket/x", "save_folder=s3:/bucket/x has one slash; did you mean 's3://bucket/x'?"),
+        ("data.streams.e.remote=gs:/b", "did you mean 'gs://b'?"),
+        ("run_name=a/b", "must not hold a '/'"),
+        ("compile_config.mod=max-autotune", "did you mean 'mode'?"),
     ],
 )
 def test_bad_values_are_one_line(yaml: Path, override: str, says: str) -> None:
@@ -109,6 +126,16 @@ def test_bad_values_are_one_line(yaml: Path, override: str, says: str) -> None:
         load(yaml, [override])
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("time", ["1ep", "3e3ba", "500sp", "90sec", "0.1dur", "20BA"])
+def test_composers_times_are_times(yaml: Path, time: str) -> None:
+    assert load(yaml, [f"save_interval={time}", "scheduler.t_warmup=0ba"]).save_interval == time
+
+
+def test_a_set_of_the_file_can_be_replaced_on_the_command_line(yaml: Path) -> None:
+    config = load(yaml, ["data.streams.e=null", "data.streams.mine.local=/data/mine"])
+    assert config.data.streams.keys() == {"mine"}
 
 
 def test_what_a_resumed_run_needs_is_saved(yaml: Path) -> None:
@@ -131,6 +158,10 @@ def test_bad_files(tmp_path: Path) -> None:
         UserError, match=r"no config file .*alignclp\.yaml'; did you mean '.*alignclip\.yaml'|did you mean"
     ):
         load(tmp_path / "alignclp.yaml")
+    with pytest.raises(UserError, match="the first argument is the YAML file"):
+        load("run_name=a")
+    with pytest.raises(UserError, match="is a folder"):
+        load(tmp_path)
     (tmp_path / "broken.yaml").write_text("model: {embed_dim: 3\n")
     with pytest.raises(UserError, match="is not a YAML file"):
         load(tmp_path / "broken.yaml")
@@ -149,6 +180,7 @@ def test_bad_files(tmp_path: Path) -> None:
         (["callbacks.LrMonitor={}"], "did you mean 'LRMonitor'?"),
         (["callbacks.CheckpointSaver={}"], "no class 'CheckpointSaver'"),
         (["loggers.TensorBoardLogger={}"], "did you mean 'TensorboardLogger'?"),
+        (["callbacks.EMA.half_life=1ba"], "callbacks: EMA is one of the algorithms: algorithms.EMA"),
     ],
 )
 def test_classes_are_checked_when_the_file_is_read(yaml: Path, overrides: list[str], says: str) -> None:
@@ -158,5 +190,5 @@ def test_classes_are_checked_when_the_file_is_read(yaml: Path, overrides: list[s
 
 
 def test_refused_keys_are_no_keys() -> None:
-    top = {f.name for f in fields(configuration.RunConfig)}
-    assert not [key for key in configuration.REFUSED if key in top]
+    top = {f.name for f in fields(RunConfig)}
+    assert not [key for key in REFUSED if key in top]

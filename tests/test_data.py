@@ -3,9 +3,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,6 +158,48 @@ def test_a_shard_that_is_gone_is_an_error_with_its_cause(
         list(loader)
 
 
+def test_both_download_threads_may_fail(
+    s3: S3Server, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is slow to tell that it failed, so the second tries the same shard: an error, and no hang."""
+    remote = f"{s3.bucket()}/gone"
+    write_set(remote, 64)
+    bucket = remote.removeprefix("s3://").split("/")[0]
+    for key in s3.keys(remote):
+        if key.endswith(".mds"):
+            s3.client.delete_object(Bucket=bucket, Key=key)
+    config = config_for(remote, download_retry=1)
+    config.streams["s0"].local = str(tmp_path / "cache")
+    failures: list[BaseException | None] = []
+    note, follow = ImageTextDataset.on_exception, ImageTextDataset._ready_thread
+
+    def slow_note(dataset: ImageTextDataset, future: Future[None]) -> None:
+        failures.append(future.exception())
+        time.sleep(2)
+        note(dataset, future)
+
+    def late_follow(dataset: ImageTextDataset, iterator: Any) -> None:
+        time.sleep(1)
+        follow(dataset, iterator)
+
+    monkeypatch.setattr(ImageTextDataset, "on_exception", slow_note)
+    monkeypatch.setattr(ImageTextDataset, "_ready_thread", late_follow)
+    dataset, raised = build(config), []
+
+    def read() -> None:
+        with pytest.raises(RuntimeError, match="reading s3://") as error:
+            list(dataset)
+        raised.append(error.value)
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert len(raised) == 1
+    assert len(failures) == 2
+    assert None not in failures
+
+
 def test_a_broken_shard_is_an_error(s3: S3Server, build: Build, tmp_path: Path) -> None:
     remote = f"{s3.bucket()}/broken"
     write_set(remote, 64)
@@ -213,7 +260,9 @@ def test_missing_sets_are_one_line(s3: S3Server, tmp_path: Path, monkeypatch: py
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert says(tmp_path / "nowhere") == f"data.streams.s0: no MDS set at {tmp_path / 'nowhere'} (no index.json there)"
+    nowhere = f"data.streams.s0: no MDS set at {tmp_path / 'nowhere'} (no index.json there)"
+    assert says(tmp_path / "nowhere").startswith(nowhere)
+    assert says(tmp_path / "nowhere").endswith("take it out with data.streams.s0=null")
     assert "can't read s3://no-such-bucket-here/x/index.json: not found; check the bucket" in says(
         "s3://no-such-bucket-here/x"
     )

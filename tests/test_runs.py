@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from itertools import pairwise
 from pathlib import Path
@@ -79,6 +80,10 @@ def test_killed_twice_goes_on_bit_for_bit(s3: S3Server, dataset: str, reference:
         wait_for(lambda at=saved: latest(s3, save_folder) >= at, process, tmp_path)
         kill_group(process)
     output = run(*arguments, cwd=tmp_path)
+    assert "run 'killed' starts" in output
+    assert re.search(r"run 'killed' goes on after batch 10, from the latest checkpoint", output)
+    assert f"run 'killed' is done: 40 batches; checkpoints in {save_folder}" in output
+    assert "Traceback" not in output
     recorded = [int(r["step"]) for r in steps(tmp_path / "records")]
     restarts = [b for a, b in pairwise(recorded) if b != a + 1]
     assert len(restarts) == 2, "each kill should have cost the steps since the last checkpoint, and no more"
@@ -148,16 +153,19 @@ def test_fsdp_stopped_by_sigterm_goes_on(s3: S3Server, dataset: str, reference: 
     assert torch.equal(weights["encoders.visual.proj"], weights["encoders.text_projection"])
 
 
-def test_sigterm_to_the_whole_group(s3: S3Server, dataset: str, reference: Path, tmp_path: Path) -> None:
-    """As a scheduler ends a job: launcher, ranks, data workers and uploaders all get the signal."""
-    save_folder = f"{s3.bucket()}/runs/preempted"
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_to_the_whole_group(
+    s3: S3Server, dataset: str, reference: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """As a scheduler ends a job, or a terminal: launcher, ranks, data workers and uploaders all get the signal."""
+    save_folder = f"{s3.bucket()}/runs/{number.name}"
     config = write_config(tmp_path, dataset, save_folder)
     arguments = (RECORDING, tmp_path / "records", config, "run_name=preempted")
     process = launch(*arguments, cwd=tmp_path, env={"ALIGNCLIP_TEST_HOLD_AT": "6"})
     # from then on the uploaders are there: the launcher gives 30 s, and on a busy machine they need that to start
     wait_for(lambda: latest(s3, save_folder) == 5, process, tmp_path)
     (rank,) = [p for p in psutil.Process(process.pid).children() if "recording.py" in " ".join(p.cmdline())]
-    kill_group(process, signal.SIGTERM)
+    kill_group(process, number)
     (tmp_path / "records" / "go-on").touch()
     psutil.wait_procs([rank], timeout=60)
     assert not rank.is_running()

@@ -17,7 +17,8 @@ from runs import write_config, write_set
 
 from alignclip import training
 from alignclip.checkpoints import SaveFolder
-from alignclip.config import RunConfig, load
+from alignclip.config import RunConfig
+from alignclip.config_file import load
 from alignclip.errors import UserError
 
 
@@ -181,10 +182,9 @@ def test_goes_on_from_a_checkpoint_between_or_inside_epochs(dataset: Path, tmp_p
     [
         (["model.vision_cfg.image_size=33"], "image_size"),
         (["scheduler.t_warmup=8ba"], "must be shorter than max_duration=8ba (8 batches)"),
-        (["scheduler.t_warmup=5sp"], "must be in epochs"),
         (["optimizer.opt=adamv"], "did you mean 'adam'?"),
         (["global_train_batch_size=65"], "the set has 64 samples, fewer than one batch"),
-        (["loggers.WandBLogger={}"], "loggers.WandBLogger"),
+        (["loggers.WandBLogger={}"], "pip install 'alignclip[wandb]'"),
         (["data.sampling_method=even"], "data: "),
     ],
 )
@@ -201,10 +201,16 @@ def test_what_only_building_shows_is_one_line(dataset: Path, tmp_path: Path, ove
     [
         ("precision=amp_fp16", "precision=amp_fp16 needs a GPU"),
         ("precision=bf17", "precision=bf17: valid: "),
-        ("max_duration=3parsecs", "max_duration=3parsecs"),
-        ("run_name=a/b", "must not hold a '/'"),
     ],
 )
 def test_what_does_not_fit_the_machine(dataset: Path, tmp_path: Path, override: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         training.check_parallelism(configuration(dataset, tmp_path, override), get_device("cpu"))
+
+
+@pytest.mark.parametrize(("name", "says"), [("cuda", "valid: cpu, gpu, mps"), ("gpu", "can't be used on this machine")])
+def test_a_device_that_is_not_there(dataset: Path, tmp_path: Path, name: str, says: str) -> None:
+    if name == "gpu" and torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    with pytest.raises(UserError, match=says):
+        training.choose_device(configuration(dataset, tmp_path, f"device={name}"))

@@ -19,7 +19,8 @@ from streaming import LocalDataset
 from torch import Tensor
 from tqdm import tqdm
 
-from alignclip.config import RunConfig, load
+from alignclip.config import RunConfig
+from alignclip.config_file import load
 from alignclip.encoders import CLIP, build_encoders
 from alignclip.errors import UserError, one_line_errors
 from alignclip.evaluation.gap import modality_gap

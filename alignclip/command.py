@@ -1,0 +1,39 @@
+"""The command ``composer pretrain.py config.yaml key.sub=value …``: arguments in, exit status out."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from alignclip.config_file import load
+from alignclip.errors import one_line_errors
+
+EXAMPLES = """examples:
+  composer pretrain.py yamls/alignclip.yaml data.streams.cc12m.remote=s3://my-bucket/cc12m run_name=first
+  composer -n 2 pretrain.py yamls/clip.yaml global_train_batch_size=64 precision=fp32 device=cpu
+  composer pretrain.py yamls/alignclip.yaml save_folder=s3://my-bucket/runs/{run_name} save_interval=1000ba
+  composer pretrain.py yamls/alignclip.yaml data.streams.cc12m=null data.streams.mine.local=/data/mine
+the same command goes on with a run that was stopped or killed"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train as the arguments say.
+
+    Returns:
+        the exit status: 0 finished, 2 bad input, 143 stopped by a signal with everything saved.
+    """
+    parser = argparse.ArgumentParser(
+        prog="composer pretrain.py",
+        description="Pretrain CLIP, SharedCLIP or AlignCLIP.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="YAML file; README.md lists its sections")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    options, dashed = parser.parse_known_args(arguments)
+    with one_line_errors():
+        config = load(options.config, [*options.overrides, *dashed])
+        # Composer's import takes many seconds, and a typo above should not
+        from alignclip.training import run
+
+        return run(config)

@@ -1,0 +1,144 @@
+"""What types can't say of a configuration: ranges, units of time, settings that exclude one another."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+from alignclip.config import RunConfig
+from alignclip.errors import UserError, check_place
+
+VOCABULARY = 49408  # of CLIP's byte pairs
+# The schedule counts batches; Composer's intervals can be more. Without a unit Composer would take seconds or epochs.
+_SCHEDULE_UNITS = {"ep": "epochs", "ba": "batches"}
+_INTERVAL_UNITS = _SCHEDULE_UNITS | {"sp": "samples", "sec": "seconds", "dur": "a share of the run"}
+
+
+def validate(config: RunConfig) -> None:
+    """What types can't say: ranges, and settings that exclude one another.
+
+    Raises:
+        UserError: the first contradiction found.
+    """
+    model, loss, data = config.model, config.loss, config.data
+    _check_finite(config, "")
+    _check_times(config)
+    _check_places(config)
+    positive = {
+        "global_train_batch_size": config.global_train_batch_size,
+        "model.embed_dim": model.embed_dim,
+        "model.vision_cfg.image_size": model.vision_cfg.image_size,
+        "model.vision_cfg.patch_size": model.vision_cfg.patch_size,
+        "model.vision_cfg.layers": model.vision_cfg.layers,
+        "model.vision_cfg.head_width": model.vision_cfg.head_width,
+        "model.text_cfg.context_length": model.text_cfg.context_length,
+        "model.text_cfg.layers": model.text_cfg.layers,
+        "model.text_cfg.heads": model.text_cfg.heads,
+        "data.num_canonical_nodes": data.num_canonical_nodes,
+        "data.download_retry": data.download_retry,
+        "optimizer.lr": config.optimizer.lr,
+    }
+    for key, value in positive.items():
+        if value <= 0:
+            raise UserError(f"{key} must be positive, not {value}")
+    not_negative = {
+        "model.encode_chunk_size": model.encode_chunk_size,
+        "loss.alpha": loss.alpha,
+        "loss.beta": loss.beta,
+        "data.num_workers": data.num_workers,
+        "data.shuffle_seed": data.shuffle_seed,
+        "data.predownload": data.predownload or 0,
+        "data.download_timeout": data.download_timeout,
+        "optimizer.weight_decay": config.optimizer.weight_decay,
+        "scheduler.alpha_f": config.scheduler.alpha_f,
+    }
+    for key, value in not_negative.items():
+        if value < 0:
+            raise UserError(f"{key} must not be negative, but is {value}")
+    if loss.beta and not loss.rescale and not (loss.separate_image and loss.separate_text):
+        raise UserError(
+            "loss.rescale=false separates both sides always; set loss.separate_image and loss.separate_text to true"
+        )
+    for key in ("scale", "ratio"):
+        bounds = getattr(data, key)
+        if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
+            raise UserError(f"data.{key} must be two numbers, 0 < smallest <= largest, not {bounds}")
+    if not data.streams:
+        raise UserError(
+            "data.streams is empty: name at least one set, e.g. data.streams.cc12m.remote=s3://bucket/cc12m"
+        )
+    for name, stream in data.streams.items():
+        if not (stream.remote or stream.local):
+            raise UserError(f"data.streams.{name} has neither remote nor local")
+    if model.text_cfg.vocab_size < VOCABULARY:
+        raise UserError(
+            f"model.text_cfg.vocab_size={model.text_cfg.vocab_size}: CLIP's tokenizer has {VOCABULARY} tokens"
+        )
+    if not 0 <= model.vision_cfg.patch_dropout < 1:
+        raise UserError(f"model.vision_cfg.patch_dropout={model.vision_cfg.patch_dropout} must lie in [0, 1)")
+    if "/" in config.run_name:
+        raise UserError(f"run_name={config.run_name} must not hold a '/'")
+    keep = config.save_num_checkpoints_to_keep
+    if keep != -1 and keep < 1:
+        raise UserError(f"save_num_checkpoints_to_keep={keep} must be -1 (all) or at least 1")
+    if keep != -1 and not config.save_filename.startswith("ep{epoch}-ba{batch}"):
+        raise UserError(
+            f"save_num_checkpoints_to_keep={keep} knows checkpoints by names that start with ep{{epoch}}-ba{{batch}}, "
+            f"and save_filename={config.save_filename} does not; keep all (-1) or rename"
+        )
+    if config.autoresume and (config.save_weights_only or config.save_ignore_keys):
+        raise UserError(
+            "save_weights_only and save_ignore_keys leave out what a resumed run needs; set autoresume=false with them"
+        )
+    if config.autoresume and not (config.save_folder and config.run_name and config.save_latest_filename):
+        raise UserError(
+            "autoresume=true needs run_name, save_folder and save_latest_filename (or set autoresume=false)"
+        )
+
+
+def _check_finite(section: Any, prefix: str) -> None:
+    """No setting is NaN or infinite."""
+    for f in dataclasses.fields(section):
+        value = getattr(section, f.name)
+        if dataclasses.is_dataclass(value):
+            _check_finite(value, f"{prefix}{f.name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{prefix}{f.name} must be a finite number, not {value}")
+
+
+def _check_times(config: RunConfig) -> None:
+    """Every time has a number and a unit that it may have."""
+    schedule = {"max_duration": config.max_duration, "scheduler.t_warmup": config.scheduler.t_warmup}
+    intervals = {"save_interval": config.save_interval, "console_log_interval": config.console_log_interval}
+    for times, units in ((schedule, _SCHEDULE_UNITS), (intervals, _INTERVAL_UNITS)):
+        for key, text in times.items():
+            found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)([a-z]*)", text.strip().lower())
+            number = _number(found[1]) if found else None
+            if found is None or number is None or found[2] not in ("", *units):
+                names = ", ".join(f"{unit} ({name})" for unit, name in units.items())
+                raise UserError(f"{key}={text} is no time: write a number and a unit, {names}")
+            if not found[2]:
+                raise UserError(f"{key}={text} has no unit: {text}ep (epochs) or {text}ba (batches)?")
+            if found[2] != "dur" and number != int(number):
+                raise UserError(f"{key}={text}: the number before {found[2]} must be whole")
+            if number <= 0 and key != "scheduler.t_warmup":
+                raise UserError(f"{key}={text} must be positive")
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _check_places(config: RunConfig) -> None:
+    """Folders and URLs look like what they are."""
+    places = {"save_folder": config.save_folder, "load_path": config.load_path}
+    for name, stream in config.data.streams.items():
+        places |= {f"data.streams.{name}.remote": stream.remote, f"data.streams.{name}.local": stream.local}
+    for key, place in places.items():
+        if place:
+            check_place(key, place)

@@ -20,13 +20,12 @@ from tqdm import tqdm
 from alignclip.errors import UserError
 from convert import tars
 from convert.captions import DEFAULT_ENCODER, load_encoder
-from convert.storage import INDEX, Store
+from convert.storage import COUNTS, INDEX, Store
 from convert.tars import Sample, Skipped
 
 if TYPE_CHECKING:
     from streaming import MDSWriter
 
-COUNTS = "counts.json"  # in each sub-folder, beside its index
 HASHES = ["xxh64"]  # what training validates
 SAMPLES_AT_ONCE = 1024  # held in memory, and embedded together
 
@@ -37,7 +36,7 @@ class ConvertOptions:
 
     ``tars`` are patterns (see :func:`convert.tars.expand`). ``caption_key``: take captions from that entry of the
     ``json`` members; None: from the ``txt`` members, or else the ``caption`` entry. ``size_limit`` and ``compression``
-    are :class:`streaming.MDSWriter`'s.
+    are :class:`streaming.MDSWriter`'s. ``next_step``: the summary ends with the command that trains on the set.
     """
 
     tars: Sequence[str]
@@ -50,6 +49,12 @@ class ConvertOptions:
     compression: str | None = None
     processes: int = 1
     progress: bool = True
+    next_step: bool = True
+
+    def __post_init__(self) -> None:
+        """Make a local encoder's path absolute, so that it is the same one however it is written."""
+        if (folder := Path(self.encoder).expanduser()).is_dir():
+            self.encoder = str(folder.resolve())
 
     def fixed(self) -> dict[str, Any]:
         """The options that every part of one set has to share."""
@@ -66,13 +71,18 @@ class ConvertOptions:
 class Counts:
     """Samples written (``resumed`` of them by earlier runs), left out by reason, and the bytes of the stored shards.
 
-    ``seconds``: how long this run took over the tars that were left.
+    ``texts``: see :class:`convert.tars.Skipped`, of the first such sample of each tar. Of a whole run: ``tars`` it was
+    given, ``converted`` of them by itself in ``seconds``; ``truncated``: the sub-folders of broken tars in the set.
     """
 
     written: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     bytes: int = 0
     resumed: int = 0
+    texts: set[str] = field(default_factory=set)
+    tars: int = 0
+    converted: int = 0
+    truncated: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     def skip(self, reason: str, number: int = 1) -> None:
@@ -80,10 +90,11 @@ class Counts:
         self.skipped[reason] = self.skipped.get(reason, 0) + number
 
     def add(self, other: Counts) -> None:
-        """Count what ``other`` has counted."""
+        """Count what ``other``, of one tar, has counted."""
         self.written += other.written
         self.bytes += other.bytes
         self.resumed += other.resumed
+        self.texts |= other.texts
         for reason, number in other.skipped.items():
             self.skip(reason, number)
 
@@ -176,6 +187,7 @@ def convert_tar(tar: str, name: str, columns: dict[str, str], options: ConvertOp
     counts = Counts()
     encoder = load_encoder(options.encoder) if options.semantic else None
     with Store(options.out).staged(name) as folder, tars.local_copy(tar) as path:
+        stat = path.stat()  # before it is read: a tar that still grows will be another one
         with mds_writer(columns, folder, options) as writer:
             samples = _good_samples(path, counts, options)
             while batch := list(islice(samples, SAMPLES_AT_ONCE)):
@@ -189,9 +201,33 @@ def convert_tar(tar: str, name: str, columns: dict[str, str], options: ConvertOp
                 if _progress:
                     _progress.add(written=len(batch))
         counts.bytes = sum(file.stat().st_size for file in folder.iterdir() if file.name != INDEX)
-        kept = {"source": tar, "written": counts.written, "skipped": counts.skipped, "bytes": counts.bytes}
+        kept = {
+            "source": tar,
+            "source_bytes": stat.st_size,
+            "source_modified": stat.st_mtime_ns,
+            "written": counts.written,
+            "skipped": counts.skipped,
+            "bytes": counts.bytes,
+        }
         (folder / COUNTS).write_text(json.dumps(kept, indent=2))
     return counts
+
+
+def is_current(tar: str, kept: dict[str, Any]) -> bool:
+    """Whether the complete sub-folder of a tar, its ``counts.json`` being ``kept``, can stay as it is.
+
+    It can't where nothing was written; where a local tar has another size now, or was truncated and has changed since;
+    and where a remote tar was truncated: Streaming lists no sizes, so that only fetching it tells.
+    """
+    truncated = tars.TRUNCATED_TAR in kept["skipped"]
+    if not kept["written"]:
+        return False
+    if "://" in tar:
+        return not truncated
+    stat = Path(tar).stat()
+    if stat.st_size != kept.get("source_bytes", stat.st_size):
+        return False
+    return not truncated or stat.st_mtime_ns == kept.get("source_modified")
 
 
 def _good_samples(path: Path, counts: Counts, options: ConvertOptions) -> Iterator[Sample]:
@@ -199,6 +235,7 @@ def _good_samples(path: Path, counts: Counts, options: ConvertOptions) -> Iterat
     for item in tars.read_samples(path, options.caption_key):
         if isinstance(item, Skipped):
             reason: str | None = item.reason
+            counts.texts = counts.texts or set(item.texts)
         else:
             reason = tars.check_image(item.image) if options.decode_check else None
             if reason is None:

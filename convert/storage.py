@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -17,6 +18,7 @@ from alignclip.errors import UserError, describe_storage_error
 # Streaming is imported where it is used: that takes seconds, and a mistake in the command line should not.
 
 INDEX = "index.json"
+COUNTS = "counts.json"  # in each sub-folder, beside its index
 PARTIAL = ".partial-"  # a local sub-folder in the making
 UPLOAD_ATTEMPTS = 5  # on top of the provider's own; Streaming sleeps 1, 2, 4 … s between
 READ_TIMEOUT = 60.0  # seconds
@@ -50,13 +52,37 @@ def list_remote(url: str) -> set[str]:
     with tempfile.TemporaryDirectory() as empty:
         cloud = uploader(Path(empty), url)
         try:
-            keys = cloud.list_objects()
+            return set(_keys(cloud))
         except NotImplementedError:
             raise UserError(f"Streaming cannot list {url}; name the files") from None
         except Exception as error:
             raise UserError(f"cannot list {url}: {describe_storage_error(error)}") from error
-    prefix = urlparse(url).path.strip("/")
-    return {key[len(prefix) :].lstrip("/") for key in keys or ()}
+
+
+def _keys(cloud: Any) -> dict[str, str]:
+    """Name below the uploader's URL -> key in the bucket, of every object there."""
+    prefix = urlparse(cloud.remote).path.strip("/")
+    names = {key[len(prefix) :].lstrip("/"): key for key in cloud.list_objects() or ()}
+    return {name: key for name, key in names.items() if name and not name.endswith("/")}  # some stores list folders
+
+
+def _empty(cloud: Any) -> None:
+    """Delete a sub-folder's objects at the uploader's URL where Streaming's client can: S3 and GCS.
+
+    Elsewhere, or where the credentials don't allow it, they stay and are overwritten or named by no index.
+    """
+    client: Any = getattr(cloud, "s3", None) or getattr(cloud, "gcs_client", None)
+    try:
+        keys = _keys(cloud)
+    except NotImplementedError:
+        return
+    bucket = urlparse(cloud.remote).netloc
+    with suppress(Exception):  # every provider has its own
+        for name in _ours(keys):
+            if hasattr(client, "delete_object"):  # boto3
+                client.delete_object(Bucket=bucket, Key=keys[name])
+            elif client is not None:
+                client.bucket(bucket).blob(keys[name]).delete()
 
 
 class Store:
@@ -64,7 +90,7 @@ class Store:
 
     def __init__(self, out: str) -> None:
         self.is_remote = "://" in out
-        self.out = out.rstrip("/") if self.is_remote else str(Path(out).expanduser().absolute())
+        self.out = out.rstrip("/") if self.is_remote else str(Path(out).expanduser().resolve())
 
     def listing(self) -> set[str]:
         """The names of the files here and one folder below, relative to ``out``; empty where nothing is there yet.
@@ -87,7 +113,9 @@ class Store:
     def staged(self, name: str = "") -> Iterator[Path]:
         """An empty folder whose files appear in ``out/name`` when the block ends, and not at all when it raises.
 
-        ``index.json`` goes last: where there is one, the folder is complete.
+        ``index.json`` follows what it names and ``counts.json`` goes last: where there are both, a sub-folder is
+        complete. One that is there already is replaced as a whole, its ``counts.json`` going first: after a kill in
+        between it is incomplete. The root's index must not name its shards any more by then.
 
         Raises:
             UserError: ``out`` cannot be reached or written.
@@ -98,7 +126,9 @@ class Store:
                 cloud = uploader(folder, f"{self.out}/{name}".rstrip("/"))
                 yield folder
                 try:
-                    for file in _index_last(folder):
+                    if name:
+                        _empty(cloud)
+                    for file in _in_order(folder):
                         cloud.upload_file(file)
                 except Exception as error:
                     raise UserError(f"cannot write to {self.out}/{name}: {describe_storage_error(error)}") from error
@@ -113,7 +143,10 @@ class Store:
             yield folder
             target = Path(self.out) / name
             target.mkdir(exist_ok=True)
-            for file in _index_last(folder):
+            if name:
+                for file in _ours(path.name for path in target.iterdir()):
+                    (target / file).unlink()
+            for file in _in_order(folder):
                 (folder / file).replace(target / file)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -143,5 +176,11 @@ class Store:
             return list(pool.map(fetch, names))
 
 
-def _index_last(folder: Path) -> list[str]:
-    return sorted((path.name for path in folder.iterdir()), key=lambda name: (name == INDEX, name))
+def _ours(files: Iterable[str]) -> list[str]:
+    """Those of a sub-folder's files that a converter has written, ``counts.json`` first."""
+    ours = [name for name in files if name in (COUNTS, INDEX) or fnmatch(name, "shard.*.mds*")]
+    return sorted(ours, key=lambda name: name != COUNTS)
+
+
+def _in_order(folder: Path) -> list[str]:
+    return sorted((path.name for path in folder.iterdir()), key=lambda name: (name == COUNTS, name == INDEX, name))

@@ -6,16 +6,20 @@ import glob
 import io
 import json
 import re
+import shutil
 import tarfile
 import tempfile
+import time
+import urllib.error
 import urllib.request
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from gzip import BadGzipFile
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -27,7 +31,9 @@ from convert.storage import list_remote
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 # What may lie behind these extensions. Nothing else is tried: some of PIL's other formats start programs.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
-FETCH_TIMEOUT = 600.0  # seconds
+FETCH_TIMEOUT = 600.0  # seconds, for a whole tar from object storage
+HTTP_TIMEOUT = 60.0  # seconds without a byte
+HTTP_ATTEMPTS = 4  # 1, 2 and 4 s apart
 
 MISSING_IMAGE = "missing image"
 MISSING_CAPTION = "missing caption"
@@ -48,10 +54,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A sample left out, or with :data:`TRUNCATED_TAR` the unreadable rest of a tar, and why."""
+    """A sample left out, or with :data:`TRUNCATED_TAR` the unreadable rest of a tar, and why.
+
+    ``texts``: with :data:`MISSING_CAPTION` the entries of the ``json`` member that could have been captions.
+    """
 
     key: str
     reason: str
+    texts: tuple[str, ...] = field(default=(), compare=False)
 
 
 def expand(patterns: Sequence[str]) -> list[str]:
@@ -145,7 +155,7 @@ def local_copy(tar: str) -> Iterator[Path]:
         path = Path(folder) / "input.tar"
         try:
             if urlparse(tar).scheme in ("http", "https"):
-                urllib.request.urlretrieve(tar, path)
+                _fetch_http(tar, path)
             else:
                 from streaming.base.storage import CloudDownloader
 
@@ -153,6 +163,27 @@ def local_copy(tar: str) -> Iterator[Path]:
         except Exception as error:  # every provider has its own
             raise UserError(f"cannot fetch {tar}: {describe_storage_error(error)}") from error
         yield path
+
+
+def _fetch_http(url: str, path: Path) -> None:
+    """Download a file, from its start again where the server or the line fails for the moment.
+
+    Raises:
+        OSError, HTTPException: it cannot be fetched, or fewer bytes came than were announced.
+    """
+    for attempt in range(HTTP_ATTEMPTS):
+        try:
+            with urllib.request.urlopen(url, timeout=HTTP_TIMEOUT) as answer, path.open("wb") as file:
+                shutil.copyfileobj(answer, file)
+            announced = answer.headers.get("Content-Length")
+            if announced and path.stat().st_size != int(announced):
+                raise OSError(f"the connection broke after {path.stat().st_size} of {announced} bytes")
+            return
+        except (OSError, HTTPException) as error:
+            lasting = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code not in (408, 429)
+            if lasting or attempt == HTTP_ATTEMPTS - 1:
+                raise
+            time.sleep(2**attempt)
 
 
 def read_samples(path: Path, caption_key: str | None = None) -> Iterator[Sample | Skipped]:
@@ -203,7 +234,7 @@ def _sample(key: str, members: dict[str, bytes], caption_key: str | None) -> Sam
         return Skipped(key, MISSING_IMAGE)
     caption = _caption(members, caption_key)
     if caption is None:
-        return Skipped(key, MISSING_CAPTION)
+        return Skipped(key, MISSING_CAPTION, _texts(members))
     if not caption.strip():
         return Skipped(key, EMPTY_CAPTION)
     return Sample(key, image, caption)
@@ -219,6 +250,15 @@ def _caption(members: dict[str, bytes], caption_key: str | None) -> str | None:
     if not isinstance(caption, str):
         return None
     return caption.encode("utf-8", errors="replace").decode("utf-8")  # JSON's \ud800 has no UTF-8 form
+
+
+def _texts(members: dict[str, bytes]) -> tuple[str, ...]:
+    """The keys of the ``json`` member's strings."""
+    try:
+        entries = json.loads(members["json"].decode("utf-8", errors="replace")).items()
+    except (KeyError, AttributeError, ValueError):
+        return ()
+    return tuple(key for key, value in entries if isinstance(value, str) and key.isprintable())
 
 
 def check_image(image: bytes) -> str | None:

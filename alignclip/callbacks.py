@@ -76,7 +76,7 @@ class StopOnSignal(Callback):
         """Start the processes that upload: their imports take a third of the launcher's 30 s, or more."""
         for saver in (c for c in state.callbacks if isinstance(c, CheckpointSaver)):
             uploader = saver.remote_uploader
-            if uploader is not None and (dist.get_global_rank() == 0 or state.fsdp_sharded_state_dict_enabled):
+            if uploader is not None and dist.get_global_rank() == 0:
                 for executor in (uploader.upload_executor, *[uploader.check_remote_files_exist_executor] * 2):
                     executor.submit(dist.get_global_rank)  # any function of Composer's
 

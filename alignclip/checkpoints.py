@@ -128,8 +128,7 @@ class SaveFolder:
         if self.remote or link.is_symlink() or not link.parent.is_dir():
             return
         found = [link.parent / name for name in self._checkpoint_files()]
-        # a file that was being written has no zip directory at its end, a sharded checkpoint no metadata
-        whole = [p for p in found if zipfile.is_zipfile(p) or (p / ".metadata").is_file()]
+        whole = [p for p in found if zipfile.is_zipfile(p)]  # one that was being written lacks the directory at its end
         if whole:
             link.symlink_to(max(whole, key=lambda p: _batch_of(p.name) or 0).name)
 
@@ -157,7 +156,7 @@ class SaveFolder:
         keys = self.store.list_objects(f"{self.prefix}/" if self.prefix else None)
         by_batch: dict[int, list[str]] = {}
         for key in keys:
-            batch = _batch_of(key.removeprefix(self.prefix).lstrip("/").split("/")[0])
+            batch = _batch_of(key.removeprefix(self.prefix).lstrip("/"))
             if batch is not None and batch <= newest:
                 by_batch.setdefault(batch, []).append(key)
         old = sorted(by_batch)[: -max(keep, 1)]
@@ -278,7 +277,7 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _batch_of(name: str) -> int | None:
-    """The batch count in a checkpoint's name (``ep1-ba200-rank0.pt``, or ``ep1-ba200`` for a sharded one)."""
+    """The batch count in a checkpoint's name (``ep1-ba200-rank0.pt``)."""
     found = re.match(r"ep\d+-ba(\d+)\b", name)
     return int(found.group(1)) if found else None
 

@@ -151,7 +151,6 @@ class FSDP2Settings:
     reshard_after_forward: bool = True
     activation_checkpointing: bool = False
     activation_cpu_offload: bool = False
-    state_dict_type: str = "full"
     # FULL: parameters stay fp32 and autocast works as under DDP; DEFAULT casts all of them, logit_scale too
     mixed_precision: str = "FULL"
     verbose: bool = False

@@ -33,6 +33,7 @@ REFUSED = {
     "data.remote": "name the set under data.streams, e.g. data.streams.cc12m.remote=s3://bucket/cc12m",
     "parallelism_config.fsdp2.load_monolith_rank0_only": "under FSDP2 the other ranks would keep their random weights; "
     "full checkpoints are read on every rank",
+    "parallelism_config.fsdp2.state_dict_type": "checkpoints are full ones, one file whatever the number of processes",
     "parallelism_config.fsdp": "FSDP1 needs a module to run once a step, which shared blocks do not; use "
     "parallelism_config.fsdp2",
 }

@@ -160,6 +160,8 @@ def build_dataloader(dataset: ImageTextDataset, config: DataConfig, pin_memory: 
         pin_memory=pin_memory,
         drop_last=True,
         collate_fn=default_collate,
+        # its own: a loader that starts draws once, and from torch's global generator a resumed run would draw again
+        generator=torch.Generator().manual_seed(config.shuffle_seed),
     )
     if len(loader) == 0:
         raise UserError(

@@ -180,6 +180,9 @@ def build_trainer(
         if trainer._checkpoint_saver is not None:
             # how soon `latest` follows an upload; Composer's 30 s are 30 s of training to lose
             trainer._checkpoint_saver._symlink_upload_wait_before_next_try_in_seconds = 1.0
+    if trainer._rng_state is not None:
+        # patch dropout draws from it; in the middle of an epoch Composer restores it only for loaders that can't resume
+        reproducibility.load_rng_state(trainer._rng_state)
     return trainer
 
 
@@ -267,7 +270,8 @@ def trainer_arguments(config: RunConfig, device: Device) -> dict[str, Any]:
     arguments["parallelism_config"] = None
     fsdp2 = config.parallelism_config.fsdp2
     if fsdp2 is not None:
-        arguments["parallelism_config"] = ParallelismConfig(fsdp2=FSDP2Config(**dataclasses.asdict(fsdp2)))
+        fsdp2_config = FSDP2Config(state_dict_type="full", **dataclasses.asdict(fsdp2))
+        arguments["parallelism_config"] = ParallelismConfig(fsdp2=fsdp2_config)
         if device.name == "cpu" and dist.get_world_size() > 1:
             mend_gloo_fsdp_average()
     if device.name == "cpu":

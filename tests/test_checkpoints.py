@@ -29,12 +29,12 @@ def test_rotation_keeps_the_newest_and_what_latest_names(s3: S3Server, tmp_path:
     assert folder.rotate(2) == [], "no checkpoint yet"
     for batch in (900, 1000, 2000, 10000):
         put(s3, f"{uri}/ep0-ba{batch}-rank0.pt", "x")
-    put(s3, f"{uri}/ep0-ba100/__0_0.distcp", "a sharded one")
+    put(s3, f"{uri}/ep0-ba100-rank0.pt", "x")
     put(s3, f"{uri}/config.yaml", "run_name: first")
     put(s3, f"{s3.bucket()}/ep0-ba1-rank0.pt", "somebody else's")
     assert folder.rotate(2) == [], "nothing goes before latest is there"
     put(s3, f"{uri}/latest-rank0.pt.symlink", "runs/first/ep0-ba2000-rank0.pt")
-    assert sorted(folder.rotate(2)) == ["runs/first/ep0-ba100/__0_0.distcp", "runs/first/ep0-ba900-rank0.pt"]
+    assert sorted(folder.rotate(2)) == ["runs/first/ep0-ba100-rank0.pt", "runs/first/ep0-ba900-rank0.pt"]
     left = [key.rpartition("/")[2] for key in s3.keys(uri)]
     assert left == [
         "config.yaml", "ep0-ba1000-rank0.pt", "ep0-ba10000-rank0.pt", "ep0-ba2000-rank0.pt", "latest-rank0.pt.symlink",

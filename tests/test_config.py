@@ -117,6 +117,7 @@ def test_overrides_win_and_the_resolved_file_reads_back(yaml: Path, tmp_path: Pa
         ("console_log_interval=1.2.3ba", "is no time"),
         ("save_folder=s3:/bucket/x", "save_folder=s3:/bucket/x has one slash; did you mean 's3://bucket/x'?"),
         ("data.streams.e.remote=gs:/b", "did you mean 'gs://b'?"),
+        ("parallelism_config.fsdp2.state_dict_type=sharded", "is refused: checkpoints are full ones"),
         ("run_name=a/b", "must not hold a '/'"),
         ("compile_config.mod=max-autotune", "did you mean 'mode'?"),
     ],

@@ -152,29 +152,43 @@ def test_bf16_on_a_cpu(fit) -> None:
     assert a == pytest.approx(b, rel=0.05)
 
 
-@pytest.mark.parametrize("interval", ["1ep", "4ba", "3ba"])
-def test_goes_on_from_a_checkpoint_between_or_inside_epochs(dataset: Path, tmp_path: Path, interval: str) -> None:
+@pytest.mark.parametrize(
+    ("interval", "more"),
+    [
+        ("1ep", []),
+        ("4ba", []),
+        ("3ba", []),
+        ("3ba", ["algorithms.EMA.half_life=2ba", "algorithms.EMA.update_interval=1ba"]),
+        ("3ba", ["model.vision_cfg.patch_dropout=0.5", "model.shared.blocks=0"]),
+    ],
+    ids=["between epochs", "both", "inside an epoch", "EMA", "patch dropout"],
+)
+def test_goes_on_from_a_checkpoint(dataset: Path, tmp_path: Path, interval: str, more: list[str]) -> None:
     """Two epochs of four batches; the second trainer starts from the first one's first checkpoint."""
-    more = ("scheduler.t_warmup=1ba", "loggers.InMemoryLogger={}")
+    fixed = ("max_duration=2ep", "data.num_workers=0", "run_name=r", "scheduler.t_warmup=1ba")
     config = load(
         write_config(tmp_path, str(dataset), str(tmp_path / "saved")),
-        ("max_duration=2ep", "data.num_workers=0", "run_name=r", f"save_interval={interval}", *more),
+        (*fixed, f"save_interval={interval}", "loggers.InMemoryLogger={}", *more),
     )
-    losses = []
+    losses, averages = [], []
     for _ in range(2):
         folder = SaveFolder(config)
         trainer = training.build_trainer(config, get_device("cpu"), folder)
         trainer.fit()
         (memory,) = [d for d in trainer.logger.destinations if isinstance(d, InMemoryLogger)]
         losses.append(logged(memory, "loss/train/total"))
+        for algorithm in trainer.state.algorithms:
+            averages.append(copy.deepcopy(algorithm.ema_model.named_parameters_dict))
         trainer.close()
         link = tmp_path / "saved" / "latest-rank0.pt"
         link.unlink()
         first = min((tmp_path / "saved").glob("ep*.pt"), key=lambda p: p.stat().st_mtime)
         link.symlink_to(first.name)
     assert len(losses[0]) == 8
-    saved_after = 3 if interval == "3ba" else 4
-    assert losses[1] == losses[0][saved_after:]
+    assert losses[1] == losses[0][3 if interval == "3ba" else 4 :]
+    if averages:
+        assert averages[0].keys() == averages[1].keys()
+        assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,292 @@
+"""Retrieval sets to MDS: miniatures in each set's own layout, every caption with its image."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from alignclip.errors import UserError
+from convert import retrieval
+from convert.retrieval import Options, convert, main, parse
+from convert.storage import Store
+
+
+def picture(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (6, 4), (number % 256, number // 256, 99)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def write(path: Path, data: bytes | str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return path
+
+
+def texts(number: int, captions: int = 5) -> list[str]:
+    return [f"picture {number}, said in way {i}.\n" for i in range(captions)]  # COCO's have such ends
+
+
+def quick(dataset: str, images: Path, annotations: Path, out: Path | str, **changes: Any) -> str:
+    return convert(Options(dataset, str(images), str(annotations), str(out), progress=False, **changes))
+
+
+def read_back(folder: Path) -> tuple[dict[str, tuple[bytes, list[str]]], dict[str, Any]]:
+    """The image and captions of each key, in order, and ``dataset.json``."""
+    from streaming import LocalDataset
+
+    dataset = LocalDataset(str(folder))
+    rows = [dataset[i] for i in range(dataset.num_samples)]
+    assert {tuple(sorted(row)) for row in rows} == {("caption", "image", "key")}
+    index = json.loads((folder / "index.json").read_text())
+    assert all(shard["hashes"] == ["xxh64"] for shard in index["shards"])
+    assert index["shards"][0]["column_encodings"][index["shards"][0]["column_names"].index("caption")] == "json"
+    described = json.loads((folder / "dataset.json").read_text())
+    assert described["samples"] == len(rows)
+    return {row["key"]: (row["image"], row["caption"]) for row in rows}, described
+
+
+# miniatures
+
+SPLITS = ["train", "test", "val", "test", "restval", "test"]
+
+
+def make_karpathy(root: Path, dataset: str) -> Path:
+    """Six images, those of ``SPLITS``; the last has six captions."""
+    coco = dataset == "coco"
+    images = []
+    for i, split in enumerate(SPLITS):
+        folder = "train2014" if split in ("train", "restval") else "val2014"
+        name = f"COCO_{folder}_{i:012}.jpg" if coco else f"{1000 + i}.jpg"
+        sentences = [{"raw": text, "sentid": j} for j, text in enumerate(texts(i, 6 if i == 5 else 5))]
+        image = {"filename": name, "imgid": i, "split": split, "sentences": sentences}
+        images.append({**image, "filepath": folder} if coco else image)
+        write(root / (folder if coco else "flickr30k-images") / name, picture(i))
+    return write(root / f"dataset_{dataset}.json", json.dumps({"images": images, "dataset": dataset}))
+
+
+def make_coco_api(root: Path) -> Path:
+    """Ids out of order, the captions of an image not together."""
+    ids = [300, 100, 200]
+    images = [{"id": i, "file_name": f"{i:012}.jpg", "height": 4, "width": 6} for i in ids]
+    captions = [{"id": 10 * j + i, "image_id": i, "caption": texts(i)[j]} for j in range(5) for i in ids]
+    for i in ids:
+        write(root / "val2017" / f"{i:012}.jpg", picture(i))
+    content = {"images": images, "annotations": captions, "info": {}, "licenses": []}
+    return write(root / "annotations" / "captions_val2017.json", json.dumps(content))
+
+
+def make_flickr_lines(root: Path, form: str) -> Path:
+    lines = {"token": "{name}#{j}\t{text}", "csv": "{name}| {j}| {text}", "txt": "{name},{text}"}
+    header = {"token": [], "csv": ["image_name| comment_number| comment"], "txt": ["image,caption"]}[form]
+    rows = []
+    for i in range(4):
+        write(root / "images" / f"{1000 + i}.jpg", picture(i))
+        rows += [lines[form].format(name=f"{1000 + i}.jpg", j=j, text=text.strip()) for j, text in enumerate(texts(i))]
+    if form == "csv":  # a line of Kaggle's file is like this
+        rows[-1] = rows[-1].replace("| 4|", "| 4  ")
+    name = {"token": "results_20130124.token", "csv": "results.csv", "txt": "flickr30k_test_karpathy.txt"}[form]
+    return write(root / name, "\n".join([*header, *rows]) + "\n")
+
+
+# each named set
+
+
+@pytest.mark.parametrize("below", ["", "val2014"])
+def test_coco_karpathy(below: str, tmp_path: Path) -> None:
+    annotations = make_karpathy(tmp_path / "coco", "coco")
+    quick("coco", tmp_path / "coco" / below, annotations, tmp_path / "out")
+    rows, described = read_back(tmp_path / "out")
+    assert rows == {f"val2014/COCO_val2014_{i:012}.jpg": (picture(i), texts(i, 6 if i == 5 else 5)) for i in (1, 3, 5)}
+    assert (described["dataset"], described["split"], described["annotations"]) == ("coco", "test", str(annotations))
+    quick("coco", tmp_path / "coco", annotations, tmp_path / "restval", split="restval")
+    assert list(read_back(tmp_path / "restval")[0]) == ["train2014/COCO_train2014_000000000004.jpg"]
+
+
+@pytest.mark.parametrize("below", ["", "val2017"])
+@pytest.mark.parametrize("dataset", ["coco2017", "coco"])  # clip_benchmark's coco_test_karpathy.json is such a file
+def test_coco_api_layout(dataset: str, below: str, tmp_path: Path) -> None:
+    annotations = make_coco_api(tmp_path / "coco")
+    quick(dataset, tmp_path / "coco" / below, annotations, tmp_path / "out")
+    rows, described = read_back(tmp_path / "out")
+    assert list(rows.items()) == [(f"{i:012}.jpg", (picture(i), texts(i))) for i in (100, 200, 300)]
+    assert described["split"] == ("val" if dataset == "coco2017" else "test")
+    pytest.importorskip("pycocotools")
+    from torchvision.datasets import CocoCaptions  # what clip_benchmark reads it with
+
+    theirs = CocoCaptions(str(tmp_path / "coco" / "val2017"), str(annotations))
+    assert [captions for _, captions in theirs] == [captions for _, captions in rows.values()]
+
+
+@pytest.mark.parametrize("below", ["", "flickr30k-images"])
+def test_flickr_karpathy(below: str, tmp_path: Path) -> None:
+    annotations = make_karpathy(tmp_path / "flickr", "flickr30k")
+    quick("flickr30k", tmp_path / "flickr" / below, annotations, tmp_path / "out")
+    rows, _ = read_back(tmp_path / "out")
+    assert rows == {f"{1000 + i}.jpg": (picture(i), texts(i, 6 if i == 5 else 5)) for i in (1, 3, 5)}
+
+
+@pytest.mark.parametrize("form", ["token", "csv", "txt"])
+def test_flickr_lines(form: str, tmp_path: Path) -> None:
+    annotations = make_flickr_lines(tmp_path, form)
+    split_file = write(tmp_path / "test.txt", "1003\n1001.jpg\n")  # Flickr30k Entities' have no .jpg
+    quick("flickr30k", tmp_path / "images", annotations, tmp_path / "out", split_file=str(split_file))
+    rows, described = read_back(tmp_path / "out")
+    expected = {f"{1000 + i}.jpg": (picture(i), [text.strip() for text in texts(i)]) for i in (3, 1)}
+    assert list(rows.items()) == list(expected.items())
+    assert described["split"] == "test"
+
+
+def test_flickr_of_clip_benchmark(tmp_path: Path) -> None:
+    flickr = pytest.importorskip("clip_benchmark.datasets.flickr")
+    annotations = make_flickr_lines(tmp_path, "txt")
+    quick("flickr30k", tmp_path / "images", annotations, tmp_path / "out")
+    theirs = flickr.Flickr(str(tmp_path / "images"), str(annotations))
+    assert [(name, captions) for name, (_, captions) in read_back(tmp_path / "out")[0].items()] == theirs.data
+
+
+@pytest.mark.parametrize(("suffix", "comma"), [("csv", ","), ("tsv", "\t")])
+def test_pairs(suffix: str, comma: str, tmp_path: Path) -> None:
+    rows = [("number", "image", "caption"), ("1", "a.jpg", '"one, ""so"" said"'), ("2", "sub/b.jpg", "ein Bär")]
+    rows += [("3", "a.jpg", "again"), ("4", "c.jpg", " "), ("5", str(tmp_path / "elsewhere.jpg"), "absolute")]
+    annotations = write(tmp_path / f"my.{suffix}", "\ufeff" + "\r\n".join(comma.join(row) for row in rows))
+    for i, name in enumerate(["images/a.jpg", "images/sub/b.jpg", "images/c.jpg", "elsewhere.jpg"]):
+        write(tmp_path / name, picture(i))
+    message = quick("pairs", tmp_path / "images", annotations, tmp_path / "out", split="mine")
+    assert "skipped               1\n  no caption          1\n" in message
+    result, described = read_back(tmp_path / "out")
+    assert result == {
+        "a.jpg": (picture(0), ['one, "so" said', "again"]),
+        "sub/b.jpg": (picture(1), ["ein Bär"]),
+        str(tmp_path / "elsewhere.jpg"): (picture(3), ["absolute"]),
+    }
+    assert described["skipped"] == {"missing image": 0, "no caption": 1, "unreadable image": 0}
+    assert described["split"] == "mine"
+
+
+# images that are not there
+
+
+def test_missing_images_are_named_or_skipped(tmp_path: Path) -> None:
+    annotations = make_karpathy(tmp_path, "coco")
+    lost = tmp_path / "val2014" / f"COCO_val2014_{3:012}.jpg"
+    lost.unlink()
+    with pytest.raises(UserError, match=rf"1 of 3 images are missing, the first is {lost}; --skip-missing"):
+        quick("coco", tmp_path, annotations, tmp_path / "out")
+    write(tmp_path / "val2014" / f"COCO_val2014_{1:012}.jpg", b"no image")
+    message = quick("coco", tmp_path, annotations, tmp_path / "out", skip_missing=True)
+    assert "cannot be decoded: val2014/COCO_val2014_000000000001.jpg" in message
+    rows, described = read_back(tmp_path / "out")
+    assert list(rows) == [f"val2014/COCO_val2014_{5:012}.jpg"]
+    assert described["skipped"] == {"missing image": 1, "no caption": 0, "unreadable image": 1}
+    shutil.rmtree(tmp_path / "val2014")
+    with pytest.raises(UserError, match=r"3 of 3 images are missing, .*; is --images right\?"):
+        quick("coco", tmp_path, annotations, tmp_path / "other", skip_missing=True)
+
+
+# complete or absent
+
+
+def test_a_complete_set_stays_and_another_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    annotations, out = make_karpathy(tmp_path, "coco"), tmp_path / "out"
+    command = ["coco", "--images", str(tmp_path), "--annotations", str(annotations), "--out", str(out)]
+    main([*command, "--limit", "2"])
+    main([*command, "--limit", "2"])
+    assert f"{out} holds coco (test) already, 2 samples: nothing to do" in capsys.readouterr().out
+    assert [key[-6:] for key in read_back(out)[0]] == ["01.jpg", "03.jpg"]
+    for changes in ({"split": "val"}, {}, {"limit": 3}):
+        with pytest.raises(UserError, match=r"already holds coco \(test"):
+            quick("coco", tmp_path, annotations, out, **changes)
+
+
+def test_s3_and_back(s3: Any, tmp_path: Path) -> None:
+    from streaming import StreamingDataset
+
+    out = f"{s3.bucket()}/eval/flickr"
+    annotations = make_karpathy(tmp_path, "flickr30k")
+    quick("flickr30k", tmp_path, annotations, out)
+    assert sorted(Store(out).listing()) == ["dataset.json", "index.json", "shard.00000.mds"]
+    dataset = StreamingDataset(remote=out, local=str(tmp_path / "cache"), batch_size=1, validate_hash="xxh64")
+    rows = {row["key"]: (row["image"], row["caption"]) for row in (dataset[i] for i in range(3))}
+    assert rows == {f"{1000 + i}.jpg": (picture(i), texts(i, 6 if i == 5 else 5)) for i in (1, 3, 5)}
+    assert "nothing to do" in quick("flickr30k", tmp_path, annotations, out)
+
+
+# bad input
+
+
+def bad_inputs(folder: Path) -> list[tuple[list[str], str]]:
+    images = folder / "flickr30k-images"
+    numbers = itertools.count()
+    karpathy, token = make_karpathy(folder, "flickr30k"), make_flickr_lines(folder, "token")
+
+    def given(dataset: str, annotations: Path | str, *more: str) -> list[str]:
+        if isinstance(annotations, str):
+            annotations = write(folder / f"{next(numbers)}.csv", annotations)
+        return [dataset, "--images", str(images), "--annotations", str(annotations), *more]
+
+    def file(name: str, content: str) -> Path:
+        return write(folder / name, content)
+
+    test = str(file("test.txt", "1001\n77\n"))
+    return [
+        (given("flicker30k", karpathy), "unknown dataset 'flicker30k'; did you mean 'flickr30k'?"),
+        (given("flickr30k", karpathy, "--split", "tset"), "has no split 'tset'; did you mean 'test'?"),
+        (["coco", "--images", str(images)], "--annotations is missing"),
+        (["coco", "--annotations", str(karpathy)], "--images is missing"),
+        (given("coco", folder / "none.json"), "none.json does not exist"),
+        (given("coco", images), "cannot read --annotations"),
+        (given("coco", file("broken.json", "{")), "is not JSON"),
+        (given("coco", file("other.json", '{"image": []}')), "is not laid out as coco is: no entry 'images'"),
+        (given("coco", file("list.json", "[1]")), "is not laid out as coco is"),
+        (given("coco2017", file("one.json", '{"images": [], "annotations": [{"image_id": 1}]}')), "no entry 1"),
+        (given("coco2017", file("empty.json", '{"images": [], "annotations": []}')), "has no captions"),
+        (given("flickr30k", karpathy, "--split-file", test), "has splits of its own"),
+        (given("coco", karpathy, "--split-file", test), "--split-file is for flickr30k"),
+        (given("flickr30k", token), "holds all splits; name the images of 'test' with --split-file"),
+        (given("flickr30k", token, "--split-file", test), "1 of 2 images of --split-file are not in"),
+        (given("flickr30k", token, "--split-file", str(folder / "none")), "none does not exist"),
+        (given("flickr30k", file("odd.txt", "image,caption\nno image\n")), "line 2 is no image and caption: no image"),
+        (given("pairs", "file,caption\na.jpg,b\n"), "has no column 'image'; it has file, caption"),
+        (given("pairs", ""), "has no column 'image'; it has none"),
+        (given("pairs", "image,caption\na.jpg\n"), "line 2: less than 2 columns, or no image"),
+        (
+            given("pairs", "image,caption\na.jpg,one, two\n"),
+            "line 2: more than 2 columns, or no image (captions with separators",
+        ),
+        (given("pairs", 'image,caption\na.jpg,"Stop" sign\n'), "line 2: ',' expected after '\"' (captions with"),
+        (given("pairs", 'image,caption\na.jpg,"Stop sign\nb.jpg,c\n'), "line 2: unexpected end of data"),
+        (given("pairs", "image,caption\n"), "has no captions"),
+        (given("pairs", "image,caption\na.jpg, \n"), "there are no images"),
+        (given("pairs", write(folder / "latin.csv", b"image,caption\na.jpg,B\xe4r\n")), "is not laid out as pairs is"),
+        (given("flickr30k", karpathy, "--limit", "-1"), "--limit must be at least 1"),
+        (given("flickr30k", karpathy, "--out", "s3:/bucket"), "did you mean 's3://bucket'?"),
+        (["coco", "--annotations", str(karpathy), "--images", "s3://bucket/coco"], "local folders"),
+    ]
+
+
+def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in bad_inputs(tmp_path / "in"):
+        out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
+        with pytest.raises(SystemExit) as ended:
+            main([*arguments, *out])
+        assert ended.value.code == 2, arguments
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: "), arguments
+        assert message in error
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
+def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = capsys.readouterr().out
+    assert "examples:" in text
+    assert all(name in text for name in retrieval.SOURCES)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from release_format import renamed
 from torch import Tensor
 
 from alignclip.config import ModelConfig, SharedConfig, TextConfig, VisionConfig
 from alignclip.encoders import CLIP, build_encoders
+from alignclip.release_format import renamed
 
 FIXTURES = Path(__file__).parent / "fixtures"
 EVERYTHING = {"blocks": -1, "ln_final": True, "projection": True}

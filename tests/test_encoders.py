@@ -11,12 +11,12 @@ import open_clip
 import pytest
 import torch
 from models import EVERYTHING, FIXTURES, MODELS, load_published, reference, small_batch, small_config
-from release_format import our_names, renamed
 
 from alignclip.config import ModelConfig, SharedConfig, TextConfig, VisionConfig
 from alignclip.encoders import build_encoders
 from alignclip.errors import UserError
 from alignclip.losses import AlignCLIPLoss
+from alignclip.release_format import our_names, renamed
 
 # --- the published code -------------------------------------------------------------------------------------------
 

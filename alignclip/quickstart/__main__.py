@@ -26,6 +26,7 @@ from alignclip.errors import UserError, one_line_errors
 from alignclip.evaluation.gap import modality_gap
 from alignclip.evaluation.plots import embedding_map
 from alignclip.evaluation.retrieval import recall
+from alignclip.loading import load_encoders
 from alignclip.quickstart import scenes
 from alignclip.transforms import center_crop, normalize
 
@@ -108,7 +109,7 @@ def evaluate(config: RunConfig, folder: Path) -> None:
     images, tokens = read_pairs(config, folder / "mds" / "test")
     checkpoint = folder / "checkpoints" / "latest-rank0.pt"
     before = encode(untrained(config), images, tokens, "encoding, untrained")
-    after = encode(trained(config, checkpoint), images, tokens, "encoding, trained")
+    after = encode(load_encoders(checkpoint), images, tokens, "encoding, trained")
     count = len(images)
     results = [
         {**modality_gap(*features), **recall(*features, image_of_text=torch.arange(count))}
@@ -139,14 +140,6 @@ def untrained(config: RunConfig) -> CLIP:
     """The model as training starts with it."""
     torch.manual_seed(config.seed)
     return build_encoders(config.model)
-
-
-def trained(config: RunConfig, checkpoint: Path) -> CLIP:
-    """The model of a checkpoint that this machine has just written (checkpoints are pickles: trust matters)."""
-    weights = torch.load(checkpoint, map_location="cpu", weights_only=False)["state"]["model"]
-    model = build_encoders(config.model)
-    model.load_state_dict({key.removeprefix("encoders."): value for key, value in weights.items()})
-    return model
 
 
 @torch.inference_mode()

@@ -1,0 +1,167 @@
+"""Where a trained model lies: a path, a URL of an object store or a Hugging Face id → a file on this machine.
+
+What says how large the model is, ``config.yaml`` or ``open_clip_config.json``, lies beside the file afterwards.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from alignclip.errors import UserError, check_place, describe_storage_error, nearest, one_line
+
+RUN_CONFIG = "config.yaml"
+EXPORT_CONFIG = "open_clip_config.json"
+EXPORT_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # the first that is there
+LATEST = "latest-rank0.pt"
+WEIGHT_FILES = {".pt", ".pth", ".bin", ".safetensors"}
+READ_TIMEOUT = 60.0  # seconds, of an object store
+HUB_TIMEOUT = 10.0  # seconds, for a first answer
+
+
+def fetch(place: str, downloads: Path) -> Path:
+    """The local file with the weights that a person means by ``place``.
+
+    Args:
+        place: see :func:`alignclip.loading.load`.
+        downloads: an empty folder for what comes from an object store. The Hub has a cache of its own.
+
+    Raises:
+        UserError: there is no such thing, or it can't be reached.
+    """
+    check_place("path", place)
+    if place.startswith("hf-hub:"):
+        return _from_hub(place)
+    if "://" in place:
+        return _from_store(place.rstrip("/"), downloads)
+    return _on_disk(place)
+
+
+def few(names: Iterable[str]) -> str:
+    """The first three of many names, and how many more there are."""
+    first = list(names)
+    return ", ".join(first[:3]) + (f" and {len(first) - 3} more" if len(first) > 3 else "")
+
+
+def _on_disk(place: str) -> Path:
+    """The file itself, a folder's export, or a run's latest checkpoint."""
+    path = Path(place.removeprefix("local-dir:")).expanduser()
+    if path.is_dir() and (path / EXPORT_CONFIG).is_file():
+        found = [path / name for name in EXPORT_WEIGHTS if (path / name).is_file()]
+        if not found:
+            raise UserError(f"{place} has an {EXPORT_CONFIG}, but no {' or '.join(EXPORT_WEIGHTS)}")
+        return found[0]
+    is_folder = path.is_dir() and not (path / ".metadata").is_file()
+    if is_folder:
+        path /= LATEST
+    # a bucket's way to write a link, in a folder that was copied from one
+    pointer = path.with_name(f"{path.name}.symlink")
+    if not path.exists() and pointer.is_file():
+        path = path.with_name(pointer.read_text().strip().rpartition("/")[2])
+    if (path / ".metadata").is_file():
+        raise UserError(f"{place} is a sharded checkpoint: a part for each process, not one file for all")
+    if path.is_file():
+        return path
+    if path.is_symlink():
+        raise UserError(f"{path} points to {path.readlink()}, which is not there")
+    beside = sorted(p.name for p in path.parent.glob("*") if p.suffix in WEIGHT_FILES)
+    if is_folder:
+        below = sorted(str(p.parent) for p in path.parent.glob(f"*/{LATEST}"))
+        hint = f"did you mean '{below[0]}'?" if below else f"its weights: {few(beside) or 'none'}"
+        raise UserError(f"the folder {place} has neither a {LATEST} nor an {EXPORT_CONFIG}; {hint}")
+    if re.fullmatch(r"[\w-]+/[\w.-]+", place) and not path.parent.is_dir():
+        raise UserError(f"no such file: {place}; did you mean 'hf-hub:{place}'?")
+    raise UserError(f"no such file: {place}; {nearest(path.name, beside) if beside else 'no weights lie there'}")
+
+
+def _from_store(url: str, downloads: Path) -> Path:
+    """Download what a URL means, and the configuration beside it."""
+    from streaming.base.storage import CloudDownloader  # takes seconds
+
+    try:
+        store = CloudDownloader.get(url)
+    except Exception as error:  # an unknown scheme, or a cloud's library that isn't installed
+        raise UserError(f"can't read {url}: {one_line(error)}") from None
+
+    def get(remote: str, name: str) -> bool:
+        try:
+            store.download(remote, str(downloads / name), READ_TIMEOUT)
+        except Exception as error:  # every provider has its own
+            reason = describe_storage_error(error)
+            if reason.startswith("not found") or "NotFound" in type(error).__name__:
+                return False
+            raise UserError(f"can't read {remote}: {reason}") from None
+        return True
+
+    parent, _, name = url.rpartition("/") if Path(url).suffix in WEIGHT_FILES else (url, "", "")
+    get(f"{parent}/{RUN_CONFIG}", RUN_CONFIG)
+    is_export = get(f"{parent}/{EXPORT_CONFIG}", EXPORT_CONFIG)
+    names = [name] if name else [*(EXPORT_WEIGHTS if is_export else ()), LATEST]
+    for name in names:
+        if get(f"{parent}/{name}", name):
+            return downloads / name
+        if get(f"{parent}/{name}.symlink", "symlink"):  # Composer's link in a bucket: an object with the key
+            target = "/".join([*url.split("/")[:3], (downloads / "symlink").read_text().strip()])
+            if get(target, name):
+                return downloads / name
+            raise UserError(f"{parent}/{name} points to {target}, which is not there, or is a sharded checkpoint")
+    raise UserError(f"no {' or '.join(names)} at {parent}; check the bucket and the path")
+
+
+def _from_hub(place: str) -> Path:
+    """The cached copy of ``hf-hub:ORG/NAME`` (an export, or its one file of weights) or ``hf-hub:ORG/NAME/FILE``.
+
+    What is there is asked for first, once: a download would try for minutes to reach a Hub that doesn't answer.
+    """
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    org, name, *rest = f"{place.removeprefix('hf-hub:')}/".split("/")
+    repository, file = f"{org}/{name}", "/".join(rest).rstrip("/")
+    if not name:
+        raise UserError(f"{place}: write hf-hub:ORG/NAME, or hf-hub:ORG/NAME/FILE")
+    cached: Path | None = None
+    try:
+        try:
+            listed = hub.HfApi().model_info(repository, timeout=HUB_TIMEOUT).siblings or []
+            files = [entry.rfilename for entry in listed]
+        except errors.HfHubHTTPError:  # the Hub's own answer
+            raise
+        except OSError:  # no answer: what was downloaded before
+            cached = Path(hub.snapshot_download(repository, local_files_only=True))
+            files = sorted(path.relative_to(cached).as_posix() for path in cached.rglob("*"))
+        file = file or _choose(place, files)
+        if file not in files:
+            weights = [known for known in files if Path(known).suffix in WEIGHT_FILES]
+            raise UserError(f"{place} is not {'in the local cache' if cached else 'there'}; {nearest(file, weights)}")
+        if cached is not None:
+            return cached / file
+        for config in (RUN_CONFIG, EXPORT_CONFIG):
+            beside = Path(file).with_name(config).as_posix()
+            if beside in files:
+                hub.hf_hub_download(repository, beside, etag_timeout=HUB_TIMEOUT)
+        return Path(hub.hf_hub_download(repository, file, etag_timeout=HUB_TIMEOUT))
+    except errors.GatedRepoError:
+        raise UserError(f"{place}: access has to be asked for at huggingface.co/{repository}") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(f"{place}: no such repository, or a private one (set HF_TOKEN)") from None
+    except errors.LocalEntryNotFoundError:
+        raise UserError(f"{place} is not in the local cache, and huggingface.co can't be reached") from None
+    except (OSError, ValueError) as error:  # requests' exceptions are OSErrors; an impossible name is a ValueError
+        raise UserError(f"{place}: {one_line(error)}") from None
+
+
+def _choose(place: str, files: list[str]) -> str:
+    """The file of weights among those of a repository that holds one model.
+
+    Raises:
+        UserError: there are none, or several of which a person has to choose.
+    """
+    weights = [file for file in files if Path(file).suffix in WEIGHT_FILES]
+    export = [file for file in EXPORT_WEIGHTS if file in weights and EXPORT_CONFIG in files]
+    if not weights:
+        raise UserError(f"{place}: no weights there")
+    if not export and len(weights) > 1:
+        raise UserError(f"{place} has several models: {few(weights)}; name one, e.g. {place}/{weights[0]}")
+    return (export or weights)[0]

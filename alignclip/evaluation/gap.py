@@ -1,22 +1,26 @@
-"""How images and texts lie in the shared embedding space: alignment, the gap between them, uniformity."""
+"""How images and texts lie in the shared embedding space: alignment, the gap between them, uniformity, rank."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from alignclip.evaluation.geometry import NO_VARIANCE, effective_rank, linear_separability, unit_pairs
 
 
 @torch.no_grad()
-def modality_gap(image_features: Tensor, text_features: Tensor, block: int = 1024) -> dict[str, float]:
+def modality_gap(
+    image_features: Tensor, text_features: Tensor, block: int = 1024, separability: bool = True
+) -> dict[str, float]:
     """The modality gap of N image–text pairs; row i of both is pair i.
 
     Args:
         image_features: [N, d], need not be normalised.
         text_features: [N, d], on the same device.
         block: rows of a similarity matrix held at a time.
+        separability: whether to fit the classifier of ``linear_separability``, which needs scikit-learn.
 
     Returns:
         - ``alignment_score``: mean cosine similarity of the pairs, in [−1, 1], 1 is best
@@ -27,30 +31,38 @@ def modality_gap(image_features: Tensor, text_features: Tensor, block: int = 102
         - ``uniformity_image``, ``uniformity_text``: log of the mean of exp(−2‖x − y‖²) over all x ≠ y of a modality,
           in [−8, 0], lower is more uniform (Wang & Isola 2020, https://arxiv.org/abs/2005.10242).
         - ``uniformity_cross``: the same between each image and the texts of the other pairs.
+        - ``rmg``: the relative modality gap, in [0, 1], 0 is no gap; NaN where all features are one point
+          (Schrodi et al. 2025, https://arxiv.org/abs/2404.07983). Take one caption an image: copies of an image would
+          count as distances of 0 within a modality.
+        - ``effective_rank_image``, ``effective_rank_text``: how many axes a modality's variance is spread over, in
+          [1, min(d, N − 1)], :func:`alignclip.evaluation.geometry.effective_rank`.
+        - ``linear_separability``: how well a plane tells images from texts, in [0, 1], 0.5 is not at all,
+          :func:`alignclip.evaluation.geometry.linear_separability`.
 
     Raises:
+        UserError: scikit-learn is not installed.
         ValueError: shapes that differ, fewer than two pairs, a block below 1, features that are not finite.
     """
-    if image_features.ndim != 2 or image_features.shape != text_features.shape:
-        raise ValueError(
-            f"features must be two of [N, d], not {list(image_features.shape)} and {list(text_features.shape)}"
-        )
-    if len(image_features) < 2 or block < 1:
-        raise ValueError(f"two pairs and a block of 1 at least, not {len(image_features)} and {block}")
-    if not (image_features.isfinite().all() and text_features.isfinite().all()):
-        raise ValueError("features hold NaN or infinity")
-    images = F.normalize(image_features.float(), dim=-1)
-    texts = F.normalize(text_features.float(), dim=-1)
+    if block < 1:
+        raise ValueError(f"block must be at least 1, not {block}")
+    images, texts = unit_pairs(image_features, text_features)
     with torch.autocast(images.device.type, enabled=False):
-        image_mean, text_mean = images.double().mean(0), texts.double().mean(0)
-        return {
-            "alignment_score": (images.double() * texts.double()).sum(-1).mean().item(),
+        image_mean, text_mean = images.mean(0), texts.mean(0)
+        gap = {
+            "alignment_score": (images * texts).sum(-1).mean().item(),
             "centroid_distance": (image_mean - text_mean).norm().item(),
             "centroid_angle": _angle(image_mean, text_mean),
-            "uniformity_image": _uniformity(images, images, block),
-            "uniformity_text": _uniformity(texts, texts, block),
-            "uniformity_cross": _uniformity(images, texts, block),
+            # the N×N kernels are fp32: that is all their logarithm needs
+            "uniformity_image": _uniformity(images.float(), images.float(), block),
+            "uniformity_text": _uniformity(texts.float(), texts.float(), block),
+            "uniformity_cross": _uniformity(images.float(), texts.float(), block),
+            "rmg": _relative_modality_gap(images, texts),
+            "effective_rank_image": effective_rank(images),
+            "effective_rank_text": effective_rank(texts),
         }
+    if separability:
+        gap["linear_separability"] = linear_separability(images, texts)
+    return gap
 
 
 def _angle(a: Tensor, b: Tensor) -> float:
@@ -68,3 +80,20 @@ def _uniformity(x: Tensor, y: Tensor, block: int) -> float:
         kernel.diagonal(start).zero_()
         total += kernel.sum(dtype=torch.float64)
     return math.log(total.item() / (len(x) * (len(x) - 1)))
+
+
+def _relative_modality_gap(images: Tensor, texts: Tensor) -> float:
+    """Mean distance of pairs over itself plus the mean distance within a modality, d(x, y) = (1 − cos(x, y)) / 2.
+
+    Source: Schrodi et al. 2025, https://arxiv.org/abs/2404.07983, and their code, ``compute_rmg`` in
+    ``analysis/gap_precompute.py`` of https://github.com/lmb-freiburg/two-effects-one-trigger.
+    """
+
+    def within(x: Tensor) -> Tensor:
+        # Σ_{i≠j} x_i·x_j = ‖Σ x_i‖² − Σ ‖x_i‖², without the N×N matrix
+        cosines = (x.sum(0).square().sum() - x.square().sum()) / (len(x) * (len(x) - 1))
+        return ((1 - cosines) / 2).clamp(min=0)
+
+    pairs = ((1 - (images * texts).sum(-1).mean()) / 2).clamp(min=0)
+    total = pairs + (within(images) + within(texts)) / 2
+    return (pairs / total).item() if total > NO_VARIANCE else math.nan

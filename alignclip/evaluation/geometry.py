@@ -1,0 +1,164 @@
+"""Where images and texts lie in the shared space, beyond single figures: spectra, cosines, and a gap closed by hand."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alignclip.evaluation.linear_probe import library
+
+# Total variance of unit vectors that differ by rounding only: fp32 gives about 1e-14
+NO_VARIANCE = 1e-12
+
+
+@torch.no_grad()
+def linear_separability(image_features: Tensor, text_features: Tensor, seed: int = 0) -> float:
+    """Accuracy of a linear classifier that tells image from text features, on pairs it has not seen.
+
+    Source: Fahim et al. 2024, https://arxiv.org/abs/2405.18570. There 80 % of all features are for training; here half
+    of the *pairs*, so that no test feature has its partner in training. Coordinates are standardised: those of unit
+    vectors shrink with the width, and scikit-learn's default strength would regularise wide spaces more.
+
+    Args:
+        image_features: [N, d], need not be normalised.
+        text_features: [N, d], row i being pair i.
+        seed: of the split; the same on any device.
+
+    Returns:
+        In [0, 1]: 0.5 where the modalities can't be told apart, 1 where a plane separates them.
+
+    Raises:
+        UserError: scikit-learn is not installed.
+        ValueError: shapes that differ, fewer than two pairs, features not finite.
+    """
+    images, texts = unit_pairs(image_features, text_features)
+    preprocessing, linear_model = library("sklearn.preprocessing"), library("sklearn.linear_model")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    both = torch.stack([images, texts], dim=1).cpu()
+    train, test = (both[rows].flatten(0, 1).numpy() for rows in order.tensor_split([len(order) // 2]))
+    # 0 and 1 in turn: an image, its text, the next image, …
+    is_text = torch.arange(len(both) * 2) % 2
+    scaler = preprocessing.StandardScaler().fit(train)
+    probe = linear_model.LogisticRegression(max_iter=1000).fit(scaler.transform(train), is_text[: len(train)].numpy())
+    return float(probe.score(scaler.transform(test), is_text[: len(test)].numpy()))
+
+
+@torch.no_grad()
+def spectrum(features: Tensor) -> Tensor:
+    """Eigenvalues of the covariance of normalised features: the share of variance that each principal axis has.
+
+    Args:
+        features: [N, d] of one modality, need not be normalised.
+
+    Returns:
+        [d] in descending order, summing to 1, in fp64; all 0 where the features don't vary.
+
+    Raises:
+        ValueError: not [N, d], fewer than two rows, features not finite.
+    """
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"features must be [N, d] with two rows at least, not {list(features.shape)}")
+    unit = _unit(features)
+    centred = unit - unit.mean(0)
+    covariance = centred.T @ centred / len(unit)
+    total = covariance.trace()
+    if total <= NO_VARIANCE:
+        return torch.zeros_like(covariance[0])
+    eigenvalues = torch.linalg.eigvalsh(covariance).flip(0).clamp(min=0)
+    return eigenvalues / eigenvalues.sum()
+
+
+def effective_rank(features: Tensor) -> float:
+    """The effective rank of the covariance of normalised features: exp of the entropy of its :func:`spectrum`.
+
+    Source: Roy & Vetterli 2007, https://infoscience.epfl.ch/record/110188/files/RoyV07.pdf, for the covariance matrix;
+    its singular values are its eigenvalues.
+
+    Args:
+        features: [N, d] of one modality, need not be normalised.
+
+    Returns:
+        In [1, min(d, N − 1)], as many axes as variance is spread over; 0 where the features don't vary.
+
+    Raises:
+        ValueError: not [N, d], fewer than two rows, features not finite.
+    """
+    shares = spectrum(features)
+    return torch.special.entr(shares).sum().exp().item() if shares.any() else 0.0
+
+
+@torch.no_grad()
+def close_gap(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+    """Move the two modalities onto each other after training, each by half of the gap, and normalise again.
+
+    Source: Liang et al. 2022, https://arxiv.org/abs/2203.02053, section 5, and their code, ``shift_features.ipynb``
+    of https://github.com/Weixin-Liang/Modality-Gap. Before the last normalisation both means are the same point;
+    after it they are near each other where the modalities spread alike.
+
+    Args:
+        image_features: [N, d], need not be normalised.
+        text_features: [N, d], row i being pair i, on the same device.
+
+    Returns:
+        Image and text features, [N, d], L2-normalised, in at least fp32.
+
+    Raises:
+        ValueError: shapes that differ, fewer than two pairs, features not finite.
+    """
+    images, texts = unit_pairs(image_features, text_features)
+    gap = images.mean(0) - texts.mean(0)
+    dtype = torch.promote_types(image_features.dtype, torch.float32)
+    return F.normalize(images - gap / 2, dim=-1).to(dtype), F.normalize(texts + gap / 2, dim=-1).to(dtype)
+
+
+@torch.no_grad()
+def pair_cosines(
+    image_features: Tensor, text_features: Tensor, count: int = 10_000, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Cosine similarities of all pairs and of a sample of non-pairs, for histograms.
+
+    Args:
+        image_features: [N, d], need not be normalised.
+        text_features: [N, d], row i being pair i, on the same device.
+        count: how many images to draw with the text of another pair, uniformly and with replacement.
+        seed: of that draw; the same on any device.
+
+    Returns:
+        [N] of the pairs and [count] of non-pairs, in [−1, 1], in fp64.
+
+    Raises:
+        ValueError: shapes that differ, fewer than two pairs, features not finite, a count below 1.
+    """
+    images, texts = unit_pairs(image_features, text_features)
+    if count < 1:
+        raise ValueError(f"count must be at least 1, not {count}")
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randint(len(images), (count,), generator=generator)
+    text = (image + torch.randint(1, len(images), (count,), generator=generator)) % len(images)
+    image, text = image.to(images.device), text.to(images.device)
+    # in parts: the rows drawn may be many more than there are
+    parts = zip(image.split(4096), text.split(4096), strict=True)
+    non_pairs = torch.cat([(images[i] * texts[j]).sum(-1) for i, j in parts])
+    return (images * texts).sum(-1), non_pairs
+
+
+def unit_pairs(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+    """Both features L2-normalised, in fp64, where they are N ≥ 2 pairs.
+
+    Raises:
+        ValueError: shapes that differ, fewer than two pairs, features not finite.
+    """
+    if image_features.ndim != 2 or image_features.shape != text_features.shape:
+        raise ValueError(
+            f"features must be two of [N, d], not {list(image_features.shape)} and {list(text_features.shape)}"
+        )
+    if len(image_features) < 2:
+        raise ValueError(f"two pairs at least, not {len(image_features)}")
+    return _unit(image_features), _unit(text_features)
+
+
+def _unit(features: Tensor) -> Tensor:
+    if not features.isfinite().all():
+        raise ValueError("features hold NaN or infinity")
+    return F.normalize(features.detach().double(), dim=-1)

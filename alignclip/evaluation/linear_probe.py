@@ -1,0 +1,128 @@
+"""Linear probe: multinomial logistic regression on frozen image features, its strength chosen without the test set."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from alignclip.errors import UserError, one_line
+from alignclip.evaluation.zero_shot import accuracy_of_ranks, target_ranks
+
+STRENGTHS = tuple(10.0**exponent for exponent in range(-6, 7))
+
+
+def library(module: str) -> Any:
+    """Import a module of scikit-learn or SciPy, which come with the extra ``evaluate``.
+
+    Raises:
+        UserError: it is not installed; names the extra.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        name = {"sklearn": "scikit-learn", "scipy": "SciPy"}[module.partition(".")[0]]
+        raise UserError(f"this needs {name}: pip install 'alignclip[evaluate]' ({one_line(error)})") from None
+
+
+def linear_probe(
+    train_features: Tensor,
+    train_targets: Tensor,
+    test_features: Tensor,
+    test_targets: Tensor,
+    *,
+    seed: int = 0,
+    validation_fraction: float = 0.1,
+    strengths: Sequence[float] = STRENGTHS,
+    max_iter: int = 1000,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Fit L2-regularised logistic regression on training features, and measure it on test features.
+
+    The protocol of CLIP (https://arxiv.org/abs/2103.00020, appendix A.3): scikit-learn's L-BFGS with up to 1,000
+    iterations; the strength with the best accuracy on a held-out, stratified part of the training set, of equal ones
+    the strongest regularisation; then a fit to the whole training set. Two differences: the grid has one value a
+    decade (CLIP: eight, around the peak), and features are normalised, as in clip_benchmark. Needs 16·N·d bytes.
+
+    Args:
+        train_features: [N, d], need not be normalised.
+        train_targets: [N] integers; any labels, they need not be consecutive.
+        test_features: [M, d].
+        test_targets: [M] integers, among the training set's.
+        seed: of the split into training and validation part.
+        validation_fraction: the part held out, in (0, 1); at least one sample a class in number.
+        strengths: values of C to try: the weight of the loss, summed over samples, against ½‖weights‖².
+        max_iter: iterations of a fit.
+        progress: show a progress bar over the fits.
+
+    Returns:
+        ``acc1``, ``acc5`` and ``mean_per_class_recall`` on the test set, in [0, 1], as in
+        :func:`alignclip.evaluation.zero_shot.accuracy`, and ``C``, the chosen strength.
+
+    Raises:
+        UserError: scikit-learn is not installed.
+        ValueError: shapes that don't fit, features not finite, fewer than two classes, a class with a single training
+            sample, a test class that has none, a fraction or strengths out of range.
+    """
+    _check(train_features, train_targets, test_features, test_targets)
+    if not 0 < validation_fraction < 1 or not strengths or min(strengths) <= 0:
+        raise ValueError(f"a fraction in (0, 1) and strengths above 0, not {validation_fraction} and {strengths}")
+    linear_model, selection = library("sklearn.linear_model"), library("sklearn.model_selection")
+    x, x_test = (F.normalize(features.detach().double().cpu(), dim=-1) for features in (train_features, test_features))
+    # targets as positions in the sorted classes, which is how scikit-learn orders its scores
+    classes, y = train_targets.cpu().unique(return_inverse=True)
+    y_test = torch.searchsorted(classes, test_targets.cpu())
+
+    held_out = min(max(round(validation_fraction * len(y)), len(classes)), len(y) - len(classes))
+    x_fit, x_held, y_fit, y_held = selection.train_test_split(
+        x.numpy(), y.numpy(), test_size=held_out, stratify=y.numpy(), random_state=seed
+    )
+    # from strong to weak regularisation, each fit starting at the last one's solution
+    probe = linear_model.LogisticRegression(max_iter=max_iter, warm_start=True)
+    best, best_accuracy = 0.0, -1.0
+    with tqdm(total=len(strengths) + 1, desc="linear probe", unit="fit", disable=not progress) as bar:
+        for strength in sorted(strengths):
+            with warnings.catch_warnings():
+                # the weakest regularisations need not converge; only the final fit's warning matters
+                warnings.simplefilter("ignore", library("sklearn.exceptions").ConvergenceWarning)
+                probe.set_params(C=strength).fit(x_fit, y_fit)
+            accuracy = float((probe.predict(x_held) == y_held).mean())
+            if accuracy > best_accuracy:
+                best, best_accuracy = strength, accuracy
+            bar.set_postfix(C=f"{strength:g}", held_out_acc1=f"{accuracy:.4f}")
+            bar.update()
+        probe = linear_model.LogisticRegression(C=best, max_iter=max_iter).fit(x.numpy(), y.numpy())
+        bar.update()
+    scores = torch.as_tensor(probe.decision_function(x_test.numpy()))
+    if len(classes) == 2:  # a single column, the second class's
+        scores = torch.stack([-scores, scores], dim=1)
+    return {**accuracy_of_ranks(target_ranks(scores, y_test), y_test), "C": best}
+
+
+def _check(train_features: Tensor, train_targets: Tensor, test_features: Tensor, test_targets: Tensor) -> None:
+    for features, targets in ((train_features, train_targets), (test_features, test_targets)):
+        if features.ndim != 2 or features.shape[1] != train_features.shape[1]:
+            raise ValueError(
+                f"features must be [N, d] and [M, d], not {list(train_features.shape)} and {list(test_features.shape)}"
+            )
+        if targets.shape != features.shape[:1] or targets.is_floating_point() or not len(targets):
+            raise ValueError(f"targets must be {len(features)} integers, not {targets.dtype} {list(targets.shape)}")
+        if not features.isfinite().all():
+            raise ValueError("features hold NaN or infinity")
+    classes, counts = train_targets.cpu().unique(return_counts=True)
+    if len(classes) < 2:
+        raise ValueError("the training set has a single class")
+    if len(single := classes[counts == 1]):
+        raise ValueError(
+            f"{len(single)} of {len(classes)} classes have a single training sample, which can't be both fitted and "
+            f"held out: {single[:5].tolist()}{' …' if len(single) > 5 else ''}"
+        )
+    unknown = sorted(set(test_targets.tolist()) - set(classes.tolist()))
+    if unknown:
+        raise ValueError(f"{len(unknown)} classes of the test set are not in the training set: {unknown[:5]}")

@@ -1,0 +1,126 @@
+"""Zero-shot classification: a classifier made of prompts, and its accuracy, by clip_benchmark's definitions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alignclip.errors import UserError
+
+
+def build_classifier(
+    encode: Callable[[list[str]], Tensor], classnames: Sequence[str], templates: Sequence[str | Callable[[str], str]]
+) -> Tensor:
+    """One vector a class: the mean of its prompts' normalised features, normalised again.
+
+    The same as open_clip's ``build_zero_shot_classifier`` (``open_clip/zero_shot_classifier.py``, after CLIP,
+    https://arxiv.org/abs/2103.00020, section 3.1.4), but the prompts of all classes are encoded together.
+    For a set with some of the classes, such as the 200 of ImageNet-A, pass ``classifier[subset]`` on: the scores
+    are then restricted as that set's authors do it, and targets are positions in the subset.
+
+    Args:
+        encode: n texts -> [n, d] L2-normalised features, :meth:`alignclip.evaluation.encoding.Encoder.texts`.
+        classnames: C names.
+        templates: clip_benchmark's ``"a photo of a {c}."``, open_clip's ``"a photo of a {}."``, or callables.
+
+    Returns:
+        [C, d], L2-normalised rows in fp32, where the features are.
+
+    Raises:
+        UserError: a template without a place for the class name, or with another placeholder.
+        ValueError: no classes or templates, a single string instead of a list.
+    """
+    if isinstance(classnames, str) or isinstance(templates, str) or not classnames or not templates:
+        raise ValueError("classnames and templates must be lists with at least one entry")
+    features = encode([_fill(template, name) for name in classnames for template in templates])
+    return F.normalize(features.view(len(classnames), len(templates), -1).mean(1), dim=-1)
+
+
+def _fill(template: str | Callable[[str], str], name: str) -> str:
+    if not isinstance(template, str):
+        return template(name)
+    try:
+        prompt = template.format(name, c=name)
+        constant = prompt == template.format(name + "x", c=name + "x")
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(f"template '{template}': {error!r}; the class name's place is {{c}}") from None
+    if constant:
+        raise UserError(f"template '{template}' has no place for the class name: write {{c}}")
+    return prompt
+
+
+@torch.no_grad()
+def accuracy(image_features: Tensor, classifier: Tensor, targets: Tensor, block: int = 1024) -> dict[str, float]:
+    """Zero-shot accuracy by cosine similarity, as clip_benchmark defines it.
+
+    Source: https://github.com/LAION-AI/CLIP_benchmark, ``metrics/zeroshot_classification.py``. Ties follow one rule:
+    a class's rank is the number of classes with a greater similarity plus the number with an equal one and a lower
+    index. Features that have all collapsed into one therefore score chance.
+
+    Args:
+        image_features: [N, d], need not be normalised.
+        classifier: [C, d], from :func:`build_classifier`, on the same device; need not be normalised.
+        targets: [N] integers in [0, C).
+        block: rows of the similarity matrix held at a time.
+
+    Returns:
+        In [0, 1]: ``acc1``; ``acc5``, the fraction of images whose class is among the five most similar, or among all
+        where there are fewer (clip_benchmark: NaN); ``mean_per_class_recall``, the mean over the classes that occur in
+        ``targets`` of the fraction of their images that ``acc1`` counts (scikit-learn's ``balanced_accuracy_score``).
+
+    Raises:
+        ValueError: shapes that don't fit, no images, a target out of range, features not finite, a block below 1.
+    """
+    if image_features.ndim != 2 or classifier.ndim != 2 or image_features.shape[1] != classifier.shape[1]:
+        raise ValueError(
+            f"features must be [N, d] and the classifier [C, d], "
+            f"not {list(image_features.shape)} and {list(classifier.shape)}"
+        )
+    check_targets(targets, len(image_features), len(classifier))
+    if not (image_features.isfinite().all() and classifier.isfinite().all()):
+        raise ValueError("features or classifier hold NaN or infinity")
+    if block < 1:
+        raise ValueError(f"block must be at least 1, not {block}")
+    images = F.normalize(image_features.float(), dim=-1)
+    classes = F.normalize(classifier.float(), dim=-1)
+    targets = targets.to(images.device).long()
+    with torch.autocast(images.device.type, enabled=False):
+        blocks = zip(images.split(block), targets.split(block), strict=True)
+        ranks = torch.cat([target_ranks(rows @ classes.T, labels) for rows, labels in blocks])
+    return accuracy_of_ranks(ranks, targets)
+
+
+def check_targets(targets: Tensor, samples: int, classes: int) -> None:
+    """Refuse targets that are not ``samples`` integers in [0, ``classes``).
+
+    Raises:
+        ValueError: says what they are instead.
+    """
+    if targets.shape != (samples,) or targets.is_floating_point() or not samples:
+        raise ValueError(f"targets must be {samples or 'some'} integers, not {targets.dtype} {list(targets.shape)}")
+    if targets.min() < 0 or targets.max() >= classes:
+        raise ValueError(f"targets lie in [{targets.min()}, {targets.max()}], but there are {classes} classes")
+
+
+def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
+    """[N] ranks, from 0, of each row's target among scores [N, C]; of equal scores the lower index comes first."""
+    own = scores.gather(1, targets[:, None])
+    earlier = torch.arange(scores.shape[1], device=scores.device) < targets[:, None]
+    return (scores > own).sum(1) + ((scores == own) & earlier).sum(1)
+
+
+def accuracy_of_ranks(ranks: Tensor, targets: Tensor) -> dict[str, float]:
+    """``acc1``, ``acc5`` and ``mean_per_class_recall`` of the targets' ranks, [N] each; see :func:`accuracy`."""
+    # on the CPU: a weighted bincount on a GPU is not deterministic
+    ranks, targets = ranks.cpu(), targets.cpu()
+    right = (ranks == 0).double()
+    samples = targets.bincount()
+    recall = targets.bincount(weights=right)[samples > 0] / samples[samples > 0]
+    return {
+        "acc1": right.mean().item(),
+        "acc5": (ranks < 5).double().mean().item(),
+        "mean_per_class_recall": recall.mean().item(),
+    }

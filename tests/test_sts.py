@@ -1,0 +1,149 @@
+"""Textual similarity: the benchmark's file format, SciPy's figures, and each sentence encoded once."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import EVERYTHING, small_config
+from open_clip.tokenizer import SimpleTokenizer
+
+from alignclip.encoders import build_encoders
+from alignclip.errors import UserError
+from alignclip.evaluation.encoding import Encoder
+from alignclip.evaluation.sts import read_sts, similarity, spearman
+
+stats = pytest.importorskip("scipy.stats")
+
+# As in sts-test.csv: no header, lone quotes, sources in further columns, non-ASCII, whole and decimal scores
+MINIATURE = (
+    "main-captions\tMSRvid\t2012test\t0024\t2.500\tA girl is styling her hair.\tA girl is brushing her hair.\n"
+    "main-captions\tMSRvid\t2012test\t0045\t5.000\tA man plays a guitar.\tA man is playing a guitar.\n"
+    'main-news\theadlines\t2015\t0110\t0.8\t"Hobbit" tops the box office\tOpposition\u2028leader: "no deal\n'
+    "main-forums\tanswer-answer\t2016\t0629\t3\tThere are a few things: \tIt's Söderlund's.\t"
+    "StackExchange Network: http://a.b/1 Author: X\tStackExchange Network: http://a.b/2\n"
+    "main-captions\tMSRvid\t2012test\t0046\t0\tA man plays a guitar.\tA girl is styling her hair.\n"
+)
+
+
+def write(tmp_path, text, encoding="utf-8"):
+    path = tmp_path / "sts-test.csv"
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_reads_the_benchmarks_layout(tmp_path, ending):
+    first, second, scores = read_sts(write(tmp_path, MINIATURE.replace("\n", ending)))
+    assert scores == [2.5, 5, 0.8, 3, 0]
+    assert first[0] == "A girl is styling her hair."
+    assert first[2] == '"Hobbit" tops the box office'
+    assert second[2] == 'Opposition\u2028leader: "no deal'
+    assert second[3] == "It's Söderlund's."
+    assert second[4] == "A girl is styling her hair."
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (MINIATURE + "a\tb\tc\td\t1\te\n", "line 6: 6 tab-separated columns instead of 7 (genre, filename"),
+        (MINIATURE.replace("\t", ","), "line 1: 1 tab-separated columns instead of 7"),
+        (MINIATURE.replace("2.500", "5.1"), "line 1: the score (column 5) is '5.1', not a number from 0 to 5"),
+        (MINIATURE.replace("0.8", "-0.1"), "line 3: the score (column 5) is '-0.1'"),
+        (MINIATURE.replace("0.8", "nan"), "line 3: the score (column 5) is 'nan'"),
+        ("genre\tfilename\tyear\tindex\tscore\tsentence1\tsentence2\n" + MINIATURE, "line 1: the score (column 5)"),
+        (MINIATURE.replace("A man is playing a guitar.", " "), "line 2: an empty sentence"),
+        ("\n\n", "holds no sentence pairs"),
+    ],
+)
+def test_a_wrong_file_is_one_line_that_says_where(tmp_path, text, message):
+    path = write(tmp_path, text)
+    with pytest.raises(UserError) as error:
+        read_sts(path)
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_missing_or_no_text_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"can't read .*nothing.csv: No such file"):
+        read_sts(tmp_path / "nothing.csv")
+    with pytest.raises(UserError, match="UTF-8"):
+        read_sts(write(tmp_path, MINIATURE, "utf-16"))
+
+
+def random_pairs(count=40):
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(count, 8, generator=generator), torch.randn(count, 8, generator=generator)
+    gold = F.cosine_similarity(a, b) + 0.3 * torch.randn(count, generator=generator)
+    return a, b, ((gold + 2) * 2).round() / 2  # people's scores are tied
+
+
+def test_spearman_is_scipys():
+    a, b, gold = random_pairs()
+    cosines = [(x @ y / x.norm() / y.norm()).item() for x, y in zip(a, b, strict=True)]
+    expected = stats.spearmanr(cosines, gold.numpy()).statistic
+    assert 0.2 < expected < 0.95
+    assert spearman(a, b, gold) == {"spearman": pytest.approx(expected)}
+    assert spearman(a, b, gold.tolist()) == spearman(a, b, gold)
+
+
+def test_lengths_and_scales_do_not_matter_and_signs_do():
+    a, b, gold = random_pairs()
+    lengths = torch.arange(1, 41)[:, None] / 10
+    assert spearman(a * lengths, b / lengths, gold.exp()) == pytest.approx(spearman(a, b, gold))
+    assert spearman(a, -b, gold)["spearman"] == pytest.approx(-spearman(a, b, gold)["spearman"])
+    cosines = F.cosine_similarity(a, b)
+    assert spearman(a, b, cosines) == {"spearman": pytest.approx(1)}
+
+
+@pytest.mark.filterwarnings("ignore:An input array is constant")
+def test_equal_scores_have_no_correlation():
+    a, b, gold = random_pairs()
+    assert torch.tensor(spearman(a, b, gold * 0)["spearman"]).isnan()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a, b, g: (a, b[:, :3], g), "two features of"),
+        (lambda a, b, g: (a, b, g[:3]), "two features of"),
+        (lambda a, b, g: (a[:1], b[:1], g[:1]), "two pairs"),
+        (lambda a, b, g: (a / 0, b, g), "NaN"),
+        (lambda a, b, g: (a, b, g * torch.nan), "NaN"),
+    ],
+)
+def test_bad_input_is_an_error(change, message):
+    with pytest.raises(ValueError, match=message):
+        spearman(*change(*random_pairs()))
+
+
+def small_model():
+    torch.manual_seed(0)
+    text = {"context_length": 32, "vocab_size": 49408}
+    return build_encoders(small_config(shared=EVERYTHING, text=text)).eval(), SimpleTokenizer(context_length=32)
+
+
+def test_a_file_is_encoded_sentence_by_sentence_and_each_once(tmp_path, monkeypatch):
+    model, tokenizer = small_model()
+    path = write(tmp_path, MINIATURE)
+    first, second, scores = read_sts(path)
+    with torch.no_grad():
+        features = [[model.encode_text(tokenizer([s]))[0] for s in sentences] for sentences in (first, second)]
+    cosines = [F.cosine_similarity(a, b, dim=0).item() for a, b in zip(*features, strict=True)]
+    expected = stats.spearmanr(cosines, scores).statistic
+    asked = []
+
+    def spy(texts):
+        asked.extend(texts)
+        return Encoder(model, torch.device("cpu"), batch_size=3, progress=False).texts(texts)
+
+    for pairs in (path, str(path), (first, second, scores)):
+        asked.clear()
+        assert similarity(spy, pairs)["spearman"] == pytest.approx(expected)
+        assert len(asked) == 8
+        assert sorted(asked) == sorted({*first, *second})
+
+
+@pytest.mark.parametrize("pairs", [([], [], []), (["a"], ["b", "c"], [1.0]), (["a", "b"], ["c", "d"], [1.0])])
+def test_lists_that_do_not_fit_are_errors(pairs):
+    with pytest.raises(ValueError, match=r"two pairs|second sentences|two features of"):
+        similarity(Encoder(small_model()[0], torch.device("cpu"), progress=False).texts, pairs)

@@ -81,13 +81,17 @@ class StopOnSignal(Callback):
                     executor.submit(dist.get_global_rank)  # any function of Composer's
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Agree on whether anyone was told to stop; the Trainer saves whenever training ends."""
+        """Stop where anyone was told to; the Trainer saves whenever training ends."""
+        if self.requested(state) and not self._is_last_batch(state):
+            self.stopped = True
+            state.stop_training()
+
+    def requested(self, state: State) -> bool:
+        """Whether any rank was told to stop; all have to ask at the same time."""
         received = self._received or bool(self._signals & signal.sigpending())
         flag = state.device.tensor_to_device(torch.tensor([int(received)], dtype=torch.int32))
         dist.all_reduce(flag, reduce_operation="MAX")
-        if flag.item() and not self._is_last_batch(state):
-            self.stopped = True
-            state.stop_training()
+        return bool(flag.item())
 
     def post_close(self) -> None:
         """Everything is saved: a launcher that ends the others when the first rank exits does no harm any more."""

@@ -194,13 +194,18 @@ class SaveFolder:
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, name)
             source.write_text(text)
-            if self.store is not None:
-                self.store.upload_object(self._key(name), str(source))
-            else:
-                Path(self.uri).mkdir(parents=True, exist_ok=True)
-                partial = Path(self.uri, f".{name}.partial")
-                shutil.copyfile(source, partial)
-                partial.replace(Path(self.uri, name))
+            self.keep_file(source, name)
+
+    def keep_file(self, source: Path, name: str) -> None:
+        """Move a local file into the folder, where it appears complete or not at all."""
+        if self.store is not None:
+            self.store.upload_object(self._key(name), str(source))
+            source.unlink()
+            return
+        Path(self.uri).mkdir(parents=True, exist_ok=True)
+        partial = Path(self.uri, f".{name}.partial")
+        shutil.move(source, partial)
+        partial.replace(Path(self.uri, name))
 
 
 class RemoteRotation(Callback):

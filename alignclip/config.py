@@ -80,12 +80,18 @@ class LossConfig:
 
 
 @dataclass
-class StreamConfig:
-    """One MDS set, in :class:`streaming.Stream`'s argument names."""
+class SetConfig:
+    """Where an MDS set lies (``remote``) and is cached (``local``), in :class:`streaming.Stream`'s argument names."""
 
     remote: Optional[str] = None
     local: Optional[str] = None
     split: Optional[str] = None
+
+
+@dataclass
+class StreamConfig(SetConfig):
+    """One set to train on, in :class:`streaming.Stream`'s argument names."""
+
     proportion: Optional[float] = None
     repeat: Optional[float] = None
     choose: Optional[int] = None
@@ -218,6 +224,29 @@ class TrainerConfig:
 
 
 @dataclass
+class EvaluatorConfig(SetConfig):
+    """One evaluation: a task on a set; ``local`` is the file itself where the task is ``sts``."""
+
+    task: str = ""  # one of TASKS
+    train: Optional[SetConfig] = None  # linear_probe: what the classifier is fitted to
+    outliers: Optional[SetConfig] = None  # out_of_distribution: what is told apart from the set, e.g. ImageNet-O
+    interval: str = "1ep"  # of a training run
+    batch_size: int = 256  # samples a rank encodes at a time
+    num_workers: int = 4
+
+
+TASKS = ("zero_shot", "out_of_distribution", "linear_probe", "retrieval", "gap", "sts")
+
+
+@dataclass
+class KeepBestConfig:
+    """The checkpoint to keep beside the latest ones: the best by one metric of one evaluator."""
+
+    metric: str = ""  # name of the evaluator/name of the metric, e.g. coco/image_retrieval_recall@5
+    mode: str = "max"  # or min, where less is better
+
+
+@dataclass
 class RunConfig(TrainerConfig):
     """A pretraining run: what is trained, on what, how; and, at the top level, the Trainer's own arguments."""
 
@@ -227,7 +256,22 @@ class RunConfig(TrainerConfig):
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    evaluators: dict[str, EvaluatorConfig] = field(default_factory=dict)
+    keep_best: Optional[KeepBestConfig] = None
     # Composer class name -> its arguments; checked against the class's signature (alignclip.plugins)
     algorithms: dict[str, Optional[dict[str, Any]]] = field(default_factory=dict)
     callbacks: dict[str, Optional[dict[str, Any]]] = field(default_factory=dict)
     loggers: dict[str, Optional[dict[str, Any]]] = field(default_factory=dict)
+
+
+@dataclass
+class EvaluateConfig:
+    """``evaluate.py``: what is evaluated, on what."""
+
+    checkpoint: Optional[str] = None  # anything that alignclip.load takes
+    checkpoints: dict[str, str] = field(default_factory=dict)  # several, by the names that they get in tables and plots
+    evaluators: dict[str, EvaluatorConfig] = field(default_factory=dict)
+    out: str = "evaluation"  # folder of results.json and the plots
+    precision: str = "amp_bf16"
+    device: Optional[str] = None
+    dist_timeout: float = 3600.0

@@ -7,10 +7,11 @@ import math
 import re
 from typing import Any
 
-from alignclip.config import RunConfig
-from alignclip.errors import UserError, check_place
+from alignclip.config import TASKS, EvaluateConfig, EvaluatorConfig, RunConfig, SetConfig
+from alignclip.errors import UserError, check_place, nearest
 
 VOCABULARY = 49408  # of CLIP's byte pairs
+_EVALUATION_PRECISIONS = ("fp32", "amp_bf16", "amp_fp16")
 # The schedule counts batches; Composer's intervals can be more. Without a unit Composer would take seconds or epochs.
 _SCHEDULE_UNITS = {"ep": "epochs", "ba": "batches"}
 _INTERVAL_UNITS = _SCHEDULE_UNITS | {"sp": "samples", "sec": "seconds", "dur": "a share of the run"}
@@ -26,6 +27,8 @@ def validate(config: RunConfig) -> None:
     _check_finite(config, "")
     _check_times(config)
     _check_places(config)
+    _check_evaluators(config.evaluators)
+    _check_keep_best(config)
     positive = {
         "global_train_batch_size": config.global_train_batch_size,
         "model.embed_dim": model.embed_dim,
@@ -112,6 +115,7 @@ def _check_times(config: RunConfig) -> None:
     """Every time has a number and a unit that it may have."""
     schedule = {"max_duration": config.max_duration, "scheduler.t_warmup": config.scheduler.t_warmup}
     intervals = {"save_interval": config.save_interval, "console_log_interval": config.console_log_interval}
+    intervals |= {f"evaluators.{name}.interval": e.interval for name, e in config.evaluators.items()}
     for times, units in ((schedule, _SCHEDULE_UNITS), (intervals, _INTERVAL_UNITS)):
         for key, text in times.items():
             found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)([a-z]*)", text.strip().lower())
@@ -142,3 +146,63 @@ def _check_places(config: RunConfig) -> None:
     for key, place in places.items():
         if place:
             check_place(key, place)
+
+
+def validate_evaluation(config: EvaluateConfig) -> None:
+    """As :func:`validate`, for ``evaluate.py``.
+
+    Raises:
+        UserError: the first contradiction found.
+    """
+    if bool(config.checkpoint) == bool(config.checkpoints):
+        raise UserError(
+            "name what to evaluate: checkpoint=runs/first/latest-rank0.pt, or several as checkpoints.NAME=…, not both"
+        )
+    if config.precision not in _EVALUATION_PRECISIONS:
+        raise UserError(f"precision={config.precision}: {nearest(config.precision, _EVALUATION_PRECISIONS)}")
+    if not config.evaluators:
+        raise UserError("evaluators is empty: name at least one, e.g. evaluators.coco.task=retrieval")
+    _check_evaluators(config.evaluators)
+
+
+def _check_evaluators(evaluators: dict[str, EvaluatorConfig]) -> None:
+    """Each has a task, and what that needs."""
+    for name, evaluator in evaluators.items():
+        where = f"evaluators.{name}"
+        if "/" in name:
+            raise UserError(f"{where}: a name must not hold a '/'")
+        if evaluator.task not in TASKS:
+            raise UserError(f"{where}.task={evaluator.task or 'null'}: {nearest(evaluator.task, TASKS)}")
+        sets: dict[str, SetConfig | None] = {where: evaluator}
+        for key, task in (("train", "linear_probe"), ("outliers", "out_of_distribution")):
+            part = getattr(evaluator, key)
+            if (part is not None) != (evaluator.task == task):
+                verb = "needs" if part is None else "has no use for"
+                raise UserError(f"{where}: {evaluator.task} {verb} {key}, a set of its own")
+            sets[f"{where}.{key}"] = part
+        for key, part in sets.items():
+            if part is not None:
+                if not (part.remote or part.local):
+                    raise UserError(f"{key} has neither remote nor local")
+                check_place(f"{key}.remote", part.remote or "")
+        if evaluator.task == "sts" and not evaluator.local:
+            raise UserError(f"{where}: sts reads a file: {where}.local=stsbenchmark/sts-test.csv")
+        for key in ("batch_size", "num_workers"):
+            if getattr(evaluator, key) < (key == "batch_size"):
+                raise UserError(f"{where}.{key}={getattr(evaluator, key)} is too small")
+
+
+def _check_keep_best(config: RunConfig) -> None:
+    best = config.keep_best
+    if best is None:
+        return
+    name = best.metric.partition("/")[0]
+    if name not in config.evaluators or "/" not in best.metric:
+        valid = [f"{evaluator}/…" for evaluator in config.evaluators]
+        raise UserError(
+            f"keep_best.metric={best.metric} must be an evaluator and its metric: {', '.join(valid) or 'none'}"
+        )
+    if best.mode not in ("max", "min"):
+        raise UserError(f"keep_best.mode={best.mode}: valid: max, min")
+    if not config.save_folder:
+        raise UserError("keep_best needs a save_folder")

@@ -10,23 +10,26 @@ import typing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import omegaconf
 from omegaconf import DictConfig, OmegaConf
 
-from alignclip.config import RunConfig
-from alignclip.config_checks import validate
+from alignclip.config import EvaluateConfig, RunConfig
+from alignclip.config_checks import validate, validate_evaluation
 from alignclip.errors import UserError, nearest
 
+T = TypeVar("T")
+
 ON_THE_LINE = "the command line"
+NAMED = ("data.streams", "evaluators")  # sections of names that a person chooses
 
 # Settings that exist in Composer, Streaming or open_clip and would change what is trained without a word.
 REFUSED = {
     "device_train_microbatch_size": "microbatches would shrink the set of negatives of a contrastive loss; set "
     "model.encode_chunk_size instead: chunks of that size are encoded and recomputed, the loss sees the whole batch",
     "accumulate_train_batch_on_tokens": "a contrastive loss sees the whole batch at once; set model.encode_chunk_size",
-    "eval_interval": "evaluation is not part of pretraining yet; evaluate the saved checkpoints",
+    "eval_interval": "each of the evaluators has its own: evaluators.NAME.interval",
     "scale_schedule_ratio": "the schedule follows max_duration and scheduler.t_warmup; change these",
     "data.batch_size": "set global_train_batch_size, the batch over all ranks",
     "data.local": "name the set under data.streams, e.g. data.streams.cc12m.local=/tmp/cc12m",
@@ -40,26 +43,43 @@ REFUSED = {
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file, lay ``key.sub=value`` overrides over it and check both against :class:`RunConfig`.
+    """Read the configuration of a pretraining run: a YAML file and ``key.sub=value`` overrides over it.
 
-    ``data.streams.NAME=null`` takes a set out that the file has.
+    ``data.streams.NAME=null`` takes a set out that the file has, ``evaluators.NAME=null`` an evaluator.
 
     Raises:
         UserError: no such file, not YAML, an unknown key (with the nearest one), a wrong type or range.
     """
+    config = _read(path, overrides, RunConfig)
+    validate(config)
+    return config
+
+
+def load_evaluation(path: str | Path, overrides: Sequence[str] = ()) -> EvaluateConfig:
+    """Read the configuration of ``evaluate.py``, as :func:`load` reads a run's.
+
+    Raises:
+        UserError: as :func:`load`.
+    """
+    config = _read(path, overrides, EvaluateConfig)
+    validate_evaluation(config)
+    return config
+
+
+def _read(path: str | Path, overrides: Sequence[str], schema: type[T]) -> T:
     from_file, from_line = _read_file(path), _read_line(overrides)
-    merged: Any = OmegaConf.structured(RunConfig)
-    removed = _removed_streams(from_file) | _removed_streams(from_line)
+    merged: Any = OmegaConf.structured(schema)
+    removed = _nulls(from_file) | _nulls(from_line)
     for where, layer in ((str(path), from_file), (ON_THE_LINE, from_line)):
-        _check_keys(OmegaConf.to_container(layer), RunConfig, "", where)
-        for name in removed & _streams(layer).keys():
-            del layer.data.streams[name]
+        _check_keys(OmegaConf.to_container(layer), schema, schema, "", where)
+        for section, name in removed:
+            if name in _names(layer, section):
+                del OmegaConf.select(layer, section)[name]
         with _one_line(where):
             merged = OmegaConf.merge(merged, layer)
     with _one_line(str(path)):
         config = OmegaConf.to_object(merged)
-    assert isinstance(config, RunConfig)
-    validate(config)
+    assert isinstance(config, schema)
     return config
 
 
@@ -94,16 +114,17 @@ def _read_line(overrides: Sequence[str]) -> DictConfig:
         raise UserError(f"overrides {list(overrides)}: {' '.join(str(error).split())}") from None
 
 
-def _streams(layer: DictConfig) -> dict[str, Any]:
-    """``data.streams`` of a layer as it is written, where it is a section at all."""
+def _names(layer: DictConfig, section: str) -> dict[str, Any]:
+    """What a layer has in a section of names, where it has that section at all."""
     values: Any = OmegaConf.to_container(layer)
-    for key in ("data", "streams"):
+    for key in section.split("."):
         values = values.get(key) if isinstance(values, dict) else None
     return values if isinstance(values, dict) else {}
 
 
-def _removed_streams(layer: DictConfig) -> set[str]:
-    return {name for name, stream in _streams(layer).items() if stream is None}
+def _nulls(layer: DictConfig) -> set[tuple[str, str]]:
+    """The names that a layer sets to null, to take them out of the layers below."""
+    return {(s, name) for s in NAMED for name, entry in _names(layer, s).items() if entry is None}
 
 
 @contextmanager
@@ -123,7 +144,7 @@ def to_yaml(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def _check_keys(values: Any, schema: Any, prefix: str, where: str) -> None:
+def _check_keys(values: Any, schema: Any, root: type, prefix: str, where: str) -> None:
     """Walk a plain dict beside the dataclass it is meant for and refuse the first key that the dataclass lacks."""
     if not isinstance(values, dict):
         if values is not None and prefix:
@@ -135,7 +156,7 @@ def _check_keys(values: Any, schema: Any, prefix: str, where: str) -> None:
         if full in REFUSED:
             raise UserError(f"{where}: '{full}' is refused: {REFUSED[full]}")
         if key not in hints:
-            elsewhere = [known for known in _all_keys(RunConfig) if known.rpartition(".")[2] == key]
+            elsewhere = [known for known in _all_keys(root) if known.rpartition(".")[2] == key]
             hint = f"did you mean '{elsewhere[0]}'?" if len(elsewhere) == 1 else nearest(str(key), hints)
             raise UserError(f"{where}: unknown key '{full}'; {hint}")
         inner = _dataclass_in(hints[key])
@@ -145,9 +166,9 @@ def _check_keys(values: Any, schema: Any, prefix: str, where: str) -> None:
             if value is not None and not isinstance(value, dict):
                 raise UserError(f"{where}: '{full}' holds names with settings below each, not {value!r}")
             for name, entry in (value or {}).items():
-                _check_keys(entry, inner, f"{full}.{name}.", where)
+                _check_keys(entry, inner, root, f"{full}.{name}.", where)
         else:
-            _check_keys(value, inner, f"{full}.", where)
+            _check_keys(value, inner, root, f"{full}.", where)
 
 
 def _all_keys(schema: type, prefix: str = "") -> list[str]:

@@ -25,7 +25,7 @@ from streaming.base.storage import CloudDownloader
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from alignclip.config import DataConfig, StreamConfig
+from alignclip.config import DataConfig, SetConfig, StreamConfig
 from alignclip.errors import UserError, describe_storage_error, nearest
 from alignclip.transforms import decode_image, random_resized_crop
 
@@ -137,7 +137,7 @@ class ImageTextDataset(StreamingDataset):
             raise RuntimeError(f"reading {where} failed: {type(cause).__name__}: {cause}") from cause
 
 
-def local_folder(name: str, stream: StreamConfig) -> str:
+def local_folder(name: str, stream: SetConfig) -> str:
     """Where a stream's shards are kept: ``local``, or a folder of its own below the temporary directory."""
     if stream.local:
         return stream.local

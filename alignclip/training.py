@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from composer import Trainer
 from composer.callbacks import SpeedMonitor
 from composer.core import Callback, DataSpec, Precision, Time, TimeUnit
@@ -27,6 +28,7 @@ from alignclip.data import ImageTextDataset, build_dataloader, check_streams
 from alignclip.distributed import mend_gloo_fsdp_average
 from alignclip.encoders import build_encoders, clamp_logit_scale_
 from alignclip.errors import UserError, nearest, one_line
+from alignclip.evaluation.callback import BestCheckpoint, EvaluationCallback
 from alignclip.losses import AlignCLIPLoss
 from alignclip.model import AlignCLIPModel
 from alignclip.optimization import build_optimizer, lr_multiplier
@@ -45,7 +47,7 @@ def run(config: RunConfig) -> int:
         UserError: anything that a person has to change first.
     """
     plugins.check(config)
-    device = choose_device(config)
+    device = choose_device(config.device)
     dist.initialize_dist(device, timeout=config.dist_timeout)
     check_parallelism(config, device)
     folder = SaveFolder(config) if config.save_folder else None
@@ -91,18 +93,18 @@ def describe(config: RunConfig, trainer: Trainer, folder: SaveFolder | None) -> 
     )
 
 
-def choose_device(config: RunConfig) -> Device:
+def choose_device(name: str | None) -> Device:
     """The device by its name in the YAML, or the best one there is.
 
     Raises:
         UserError: there is no such device here.
     """
-    if config.device not in (None, *DEVICES):
-        raise UserError(f"device={config.device}: {nearest(str(config.device), DEVICES)}")
+    if name not in (None, *DEVICES):
+        raise UserError(f"device={name}: {nearest(str(name), DEVICES)}")
     try:
-        return get_device(config.device)
+        return get_device(name)
     except (ValueError, ImportError) as error:
-        raise UserError(f"device={config.device} can't be used on this machine: {one_line(error)}") from None
+        raise UserError(f"device={name} can't be used on this machine: {one_line(error)}") from None
 
 
 def check_parallelism(config: RunConfig, device: Device) -> None:
@@ -171,7 +173,7 @@ def build_trainer(
         schedulers=build_scheduler(config.scheduler, optimizer, config.max_duration, batches_per_epoch),
         step_schedulers_every_batch=True,
         algorithms=plugins.build(config, "algorithms"),
-        callbacks=[*callbacks, *build_callbacks(config, folder)],
+        callbacks=[*callbacks, *build_callbacks(config, folder), *build_evaluation(config, model, device, folder)],
         loggers=plugins.build(config, "loggers"),
         **trainer_arguments(config, device),
     )
@@ -258,13 +260,42 @@ def build_callbacks(config: RunConfig, folder: SaveFolder | None) -> list[Callba
     return callbacks
 
 
+def build_evaluation(
+    config: RunConfig, model: AlignCLIPModel, device: Device, folder: SaveFolder | None
+) -> list[Callback]:
+    """What the YAML's ``evaluators`` and ``keep_best`` ask for; it goes last, so that it sees what others did."""
+    if not config.evaluators:
+        return []
+    best = BestCheckpoint(config.keep_best, folder) if config.keep_best and folder is not None else None
+    return [
+        EvaluationCallback(
+            config.evaluators,
+            model.encoders,
+            config.model.vision_cfg.image_size,
+            autocast_dtype(config.precision),
+            show_progress(config),
+            best,
+        )
+    ]
+
+
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """What autocast computes in under one of Composer's precisions; None: no autocast."""
+    return {Precision.AMP_BF16.value: torch.bfloat16, Precision.AMP_FP16.value: torch.float16}.get(precision)
+
+
+def show_progress(config: RunConfig) -> bool:
+    """Whether there are progress bars: unless the YAML says so, where somebody looks at them."""
+    return sys.stderr.isatty() if config.progress_bar is None else config.progress_bar
+
+
 def trainer_arguments(config: RunConfig, device: Device) -> dict[str, Any]:
     """The Trainer's own arguments, as the YAML has them but for what the machine can't do."""
     arguments = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainerConfig)}
     arguments["run_name"] = config.run_name or None
-    if config.progress_bar is None:  # a bar is unreadable in a file
-        arguments["progress_bar"] = sys.stderr.isatty()
-        arguments["log_to_console"] = config.log_to_console or not sys.stderr.isatty()
+    arguments["progress_bar"] = show_progress(config)
+    if config.progress_bar is None and not show_progress(config):  # a bar is unreadable in a file
+        arguments["log_to_console"] = True
     if config.compile_config is not None:
         arguments["compile_config"] = dataclasses.asdict(config.compile_config)
     arguments["parallelism_config"] = None

@@ -9,11 +9,12 @@ from composer import Trainer
 from runs import TINY
 
 from alignclip import plugins
-from alignclip.config import RunConfig, TrainerConfig
-from alignclip.config_file import REFUSED, load, to_yaml
+from alignclip.config import TASKS, RunConfig, TrainerConfig
+from alignclip.config_file import REFUSED, load, load_evaluation, to_yaml
 from alignclip.errors import UserError
 
-YAMLS = sorted((Path(__file__).parent.parent / "yamls").glob("*.yaml"))
+EVALUATE = Path(__file__).parent.parent / "yamls" / "evaluate.yaml"
+YAMLS = sorted(path for path in EVALUATE.parent.glob("*.yaml") if path != EVALUATE)
 
 # Arguments of the Trainer that this project makes itself, or that would change the objective, or evaluation's.
 OURS = {
@@ -35,6 +36,52 @@ def yaml(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.stem)
 def test_shipped_yamls_are_valid(path: Path) -> None:
     plugins.check(load(path))
+
+
+def test_the_shipped_evaluation_is_valid() -> None:
+    config = load_evaluation(EVALUATE, ["checkpoint=runs/first", "evaluators.cars=null"])
+    assert {evaluator.task for evaluator in config.evaluators.values()} == set(TASKS)
+    assert "cars" not in config.evaluators
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["checkpoint=a", "checkpoints.b=c"], "not both"),
+        ([], "name what to evaluate"),
+        (["checkpoint=a", "evaluators.x.task=zeroshot"], "did you mean 'zero_shot'?"),
+        (["checkpoint=a", "evaluators.x.task=gap"], "evaluators.x has neither remote nor local"),
+        (["checkpoint=a", "evaluators.coco.train.local=b"], "retrieval has no use for train"),
+        (["checkpoint=a", "evaluators.x.task=linear_probe", "evaluators.x.local=b"], "linear_probe needs train"),
+        (["checkpoint=a", "evaluators.coco.remote=s3:/b/c"], "did you mean 's3://b/c'?"),
+        (["checkpoint=a", "evaluators.coco.batch_size=0"], "batch_size=0 is too small"),
+        (["checkpoint=a", "evaluators.coco.intervall=1ep"], "did you mean 'interval'?"),
+        (["checkpoint=a", "max_duration=1ep"], "unknown key 'max_duration'"),
+    ],
+)
+def test_bad_evaluations_are_one_line(overrides: list[str], says: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_evaluation(EVALUATE, overrides)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["keep_best.metric=a/acc1"], "an evaluator and its metric: none"),
+        (
+            ["evaluators.a.task=gap", "evaluators.a.local=x", "keep_best.metric=a"],
+            "must be an evaluator and its metric",
+        ),
+        (["evaluators.a.task=gap", "evaluators.a.local=x", "keep_best.metric=a/b", "keep_best.mode=low"], "valid: max"),
+        (["evaluators.a.task=gap", "evaluators.a.local=x", "keep_best.metric=a/b"], "needs a save_folder"),
+        (["evaluators.a.task=gap", "evaluators.a.local=x", "evaluators.a.interval=5"], "has no unit"),
+    ],
+)
+def test_bad_evaluators_of_a_run(yaml: Path, overrides: list[str], says: str) -> None:
+    with pytest.raises(UserError) as error:
+        load(yaml, overrides)
+    assert says in str(error.value)
 
 
 def test_every_trainer_argument_is_a_key_or_left_out_on_purpose() -> None:

@@ -1,30 +1,50 @@
-"""One picture of the modality gap: image and text embeddings before and after training."""
+"""Pictures of the modality gap, one PNG each, written whole or not at all: maps, cosines, spectra, retrieval."""
 
 from __future__ import annotations
 
+import math
+import textwrap
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from alignclip.evaluation.gap import modality_gap
+from alignclip.errors import UserError, one_line
+from alignclip.evaluation.geometry import pair_cosines, spectrum, unit_pairs
 
-# Okabe and Ito's blue and orange: told apart with any colour vision, and in grey
-IMAGE_COLOUR, TEXT_COLOUR = "#0072B2", "#E69F00"
-LINES = 60  # pairs that are joined by a line
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Array = np.ndarray
+Features = tuple[Tensor, Tensor]  # of images and of texts
+
+# Okabe and Ito's, told apart with any colour vision; their yellow darkened, for lines on white. Blue and orange differ
+# in grey as well; eight greys don't: hence the markers
+COLOURS = ("#0072B2", "#E69F00", "#000000", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#A89A00")
+MARKERS = "osD^vPX<>"
+DASHED = (0, (3, 1.5))
+DPI = 130
+LINES, POINTS = 60, 1500  # pairs of a map that are joined by a line, and that are drawn at all
+BINS = 80
+FLOOR = 1e-8  # a share of the variance below it is rounding
+METRICS = {"alignment_score": "alignment score: mean cosine of pairs", "centroid_distance": "gap: distance of means"}
+RECALLS = {
+    f"{found}_retrieval_recall@{k}": f"{query} → {found}\nR@{k}"
+    for query, found in (("text", "image"), ("image", "text"))
+    for k in (1, 5, 10)
+}
 
 
 def embedding_map(
-    before: tuple[Tensor, Tensor],
-    after: tuple[Tensor, Tensor],
+    before: Features,
+    after: Features,
     path: str | Path,
     titles: tuple[str, str] = ("before training", "after training"),
 ) -> None:
-    """Draw image and text embeddings before and after training side by side, as one PNG.
-
-    Each panel shows its own two first principal components of images and texts together, at the same scale; lines
-    join some of the pairs. The gap, ‖mean image − mean text‖, is in the title, measured in the whole space.
+    """Draw image and text embeddings before and after training side by side: :func:`embedding_maps` of two.
 
     Args:
         before: image and text features, [N, d] each, row i of both being pair i; need not be normalised.
@@ -33,41 +53,296 @@ def embedding_map(
         titles: what to call the panels.
 
     Raises:
-        ValueError: from :func:`alignclip.evaluation.gap.modality_gap`, shapes that differ or features not finite.
-        ImportError: matplotlib is not installed (it comes with the extra ``quickstart``).
+        ValueError: features that are not two of [N ≥ 2, d ≥ 2], or not finite.
+        UserError: matplotlib is not installed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    _maps([(titles[0], before), (titles[1], after)], path)
+
+
+def embedding_maps(pairs: dict[str, Features], path: str | Path) -> None:
+    """Draw image and text embeddings, a panel a checkpoint, in rows of three.
+
+    Each panel shows its own two first principal components of images and texts together, images to the left and below,
+    all at the same scale; lines join some of the pairs. The gap, ‖mean image − mean text‖, and the alignment score are
+    in the title, measured in the whole space and on all pairs, of which 1,500 at most are drawn.
+
+    Args:
+        pairs: image and text features by checkpoint, [N, d] each, row i of both being pair i; need not be normalised.
+        path: the PNG to write; its folder must exist.
+
+    Raises:
+        ValueError: no checkpoints; features of one that are not two of [N ≥ 2, d ≥ 2], or not finite: which.
+        UserError: matplotlib is not installed.
+    """
+    _maps(list(pairs.items()), path)
+
+
+def cosine_histograms(pairs: dict[str, Features], path: str | Path) -> None:
+    """Draw how the cosines of pairs (solid) and of non-pairs (dashed) are distributed, all checkpoints in one panel.
+
+    Each curve has area 1, over the same bins, and a marker at its mean; that of the pairs, the alignment score, is in
+    the legend. Peaks of more than eight times the flattest checkpoint's, as the narrow cones of an untrained model have
+    them, are cut, and the legend has their height. Arguments and errors: those of :func:`embedding_maps`.
+    """
+    panel = _figure(pairs, 8.5, 4.6).subplots()
+    # rounding may leave [-1, 1], where the bins end
+    cosines = {name: [x.clamp(-1, 1).numpy() for x in pair_cosines(*_unit(name, pairs[name]))] for name in pairs}
+    edges = _edges([values for both in cosines.values() for values in both])
+    curves = [[_density(values, edges) for values in both] for both in cosines.values()]
+    top = _top([[curve.max() for curve in both] for both in curves])
+    labels = []
+    for index, (name, both) in enumerate(cosines.items()):
+        peak = max(curve.max() for curve in curves[index])
+        cut = f" (peak of {peak:.0f} cut)" if peak > top else ""
+        labels.append(f"{name}: alignment\N{NO-BREAK SPACE}{both[0].mean():.2f}{cut}")
+        for values, curve, line in zip(both, curves[index], ("-", DASHED), strict=True):
+            style = _style(index)
+            panel.stairs(curve, edges, color=style["color"], linestyle=line, linewidth=1.5)
+            height = curve[np.clip(np.searchsorted(edges, values.mean(), side="right") - 1, 0, BINS - 1)]
+            panel.plot(values.mean(), min(height, top), **style, linestyle="none", clip_on=False)
+    panel.margins(x=0.01)
+    panel.set(ylim=(0, top), xlabel="cosine of image and text", ylabel="density")
+    panel.set_title("cosines of pairs (solid) and of non-pairs (dashed)", fontsize=11, pad=10)
+    _finish(panel.figure, path, labels)
+
+
+def spectra(pairs: dict[str, Features], path: str | Path) -> None:
+    """Draw the eigenvalues of the covariance of images (solid) and of texts (dashed), all checkpoints in one panel.
+
+    Those of a modality sum to 1: :func:`alignclip.evaluation.geometry.spectrum`. A curve that falls early is of
+    features on few axes. Shares below 1e-8 are rounding and not drawn; features that don't vary have no curve, and the
+    legend says so. Arguments and errors: those of :func:`embedding_maps`.
+    """
+    panel = _figure(pairs, 8.5, 4.6).subplots()
+    labels = []
+    for index, (name, features) in enumerate(pairs.items()):
+        both = [spectrum(x).numpy() for x in _unit(name, features)]
+        still = [modality for modality, values in zip(("images", "texts"), both, strict=True) if not values.any()]
+        labels.append(f"{name} ({' and '.join(still)} don't vary)" if still else name)
+        for values, line in zip(both, ("-", DASHED), strict=True):
+            drawn = values[values > FLOOR]
+            # markers of different checkpoints at different places
+            every = (0.015 * (index + 1), 0.14)
+            axes = np.arange(1, len(drawn) + 1)
+            panel.plot(axes, drawn, **_style(index), linestyle=line, linewidth=1.5, markevery=every)
+    panel.set(yscale="log", xlabel="principal axis", ylabel="share of the variance")
+    panel.set_title("spectra of images (solid) and of texts (dashed)", fontsize=11)
+    _finish(panel.figure, path, labels)
+
+
+def gap_against_step(points: Sequence[tuple[str, int, dict[str, float]]], path: str | Path) -> None:
+    """Draw how alignment score and gap change in training, a line a run.
+
+    Args:
+        points: a checkpoint each, in any order: its run, its batch, and what ``modality_gap`` returned for it.
+        path: the PNG to write; its folder must exist.
+
+    Raises:
+        ValueError: no points, or one without a finite ``alignment_score`` and ``centroid_distance``: which.
+        UserError: matplotlib is not installed.
+    """
+    runs = _runs(points)
+    panels = _figure(runs, 9, 4).subplots(1, 2, sharex=True)
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    for panel, (metric, title) in zip(panels, METRICS.items(), strict=True):
+        for index, values in enumerate(runs.values()):
+            panel.plot(values["batch"], values[metric], **_style(index), linewidth=1.5)
+        panel.set_title(title, fontsize=11)
+        panel.set_xlabel("batch")
+        # 0 is in view: a small change looks small
+        panel.set_ylim(min(panel.get_ylim()[0], 0), max(panel.get_ylim()[1], 0))
+        panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+    _finish(panels[0].figure, path, runs)
+
+
+def recall_bars(results: dict[str, dict[str, dict[str, float]]], path: str | Path) -> None:
+    """Draw recall@1, 5 and 10 in both directions as bars, a panel an evaluator, a colour a checkpoint.
+
+    Up to four checkpoints, the values are written on the bars.
+
+    Args:
+        results: checkpoint → evaluator → metrics; evaluators without recalls are left out.
+        path: the PNG to write; its folder must exist.
+
+    Raises:
+        ValueError: no evaluator has recalls, or one is not in [0, 1]: which.
+        UserError: matplotlib is not installed.
+    """
+    evaluators = _recalls(results)
+    names = [name for name in results if any(name in bars for bars in evaluators.values())]
+    panels = _figure(names, 9.5, 3.2 * len(evaluators)).subplots(len(evaluators), squeeze=False)[:, 0]
+    width = 0.84 / len(names)
+    for panel, (evaluator, bars) in zip(panels, evaluators.items(), strict=True):
+        for index, name in enumerate(names):
+            values = bars.get(name, [math.nan] * len(RECALLS))
+            x = np.arange(len(RECALLS)) + (index - (len(names) - 1) / 2) * width
+            drawn = panel.bar(x, values, 0.92 * width, color=_style(index)["color"])
+            if len(names) <= 4:
+                texts = ["" if math.isnan(value) else f"{value:.1f}" for value in values]
+                panel.bar_label(drawn, texts, fontsize=8, padding=1)
+        panel.set_xticks(np.arange(len(RECALLS)), list(RECALLS.values()))
+        panel.set_ylim(0, max(1.0, 1.1 * np.nanmax(list(bars.values()))))
+        panel.set_ylabel("recall, %")
+        panel.set_title(_text(evaluator, 90), fontsize=11)
+    _finish(panels[0].figure, path, names, marker="s", linestyle="none", markersize=8)
+
+
+def _maps(pairs: Sequence[tuple[str, Features]], path: str | Path) -> None:
+    columns = max(1, min(3, len(pairs)))
+    titles = [_text(name, 42 if columns == 3 else 56) for name, _ in pairs]
+    rows = [titles[row : row + columns] for row in range(0, len(titles), columns)]
+    side = 3.7 if columns == 3 else 4.6
+    height = sum(side + 0.6 + 0.17 * max(title.count("\n") for title in row) for row in rows)
+    panels = _figure(titles, side * columns, height).subplots(
+        len(rows), columns, sharex=True, sharey=True, squeeze=False
+    )
     from matplotlib.collections import LineCollection
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 5.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    extent = 0.0
-    for panel, (images, texts), title in zip(panels, (before, after), titles, strict=True):
-        gap = modality_gap(images, texts)
-        image_points, text_points = _project(images, texts)
-        ends = torch.stack([image_points, text_points], dim=1)
-        some = ends[:: max(1, len(ends) // LINES)]
-        panel.add_collection(LineCollection(list(some.numpy()), colors="0.6", linewidths=0.5, zorder=1))
-        for points, colour, name in ((image_points, IMAGE_COLOUR, "image"), (text_points, TEXT_COLOUR, "text")):
-            panel.scatter(*points.T.numpy(), s=9, c=colour, alpha=0.7, linewidths=0, label=name, zorder=2)
-        panel.set_title(
-            f"{title}: gap {gap['centroid_distance']:.2f}, alignment {gap['alignment_score']:.2f}", fontsize=11
-        )
-        extent = max(extent, 1.05 * ends.abs().max().item())
+    extent = 1e-6
+    for panel, title, (name, features) in zip(panels.flat, titles, pairs, strict=False):
+        images, texts = _unit(name, features)
+        if images.shape[1] < 2:
+            raise ValueError(f"{name}: features must have two dimensions at least, not 1")
+        points = np.stack(_project(images, texts), axis=1)
+        extent = max(extent, 1.05 * abs(points).max())
+        points = points[:: math.ceil(len(points) / POINTS)]
+        some = points[:: math.ceil(len(points) / LINES)]
+        panel.add_collection(LineCollection(list(some), colors="0.6", linewidths=0.5, zorder=1))
+        # in random order: neither modality covers the other
+        order = np.random.default_rng(0).permutation(2 * len(points))
+        colours = np.array(COLOURS)[order % 2]
+        panel.scatter(*points.reshape(-1, 2)[order].T, s=9, c=colours, alpha=0.7, linewidths=0, zorder=2)
+        distance, alignment = _gap(images, texts)
+        panel.set_title(f"{title}\ngap {distance:.2f}, alignment {alignment:.2f}", fontsize=10)
         panel.set_aspect("equal")
+    panels[0, 0].set(xlim=(-extent, extent), ylim=(-extent, extent))
+    for panel in panels.flat[len(pairs) :]:
+        panel.set_visible(False)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("second principal component")
+    # the lowest of each column
+    for panel in panels.flat[len(pairs) - columns : len(pairs)]:
         panel.set_xlabel("first principal component")
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("second principal component")
-    panels[0].set(xlim=(-extent, extent), ylim=(-extent, extent))
-    panels[1].legend(frameon=False, markerscale=2, loc="upper right")
-    figure.savefig(path, dpi=130, format="png")
+        panel.tick_params(labelbottom=True)
+    _finish(panels[0, 0].figure, path, ["image", "text"], "right", marker="o", linestyle="none")
 
 
-def _project(images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, 2] each: the two principal components of normalised images and texts together."""
-    points = F.normalize(torch.cat([images, texts]).detach().float().cpu(), dim=-1)
+def _unit(name: str, features: Features) -> Features:
+    """The features of a checkpoint L2-normalised, on the CPU, in fp64."""
+    try:
+        images, texts = unit_pairs(*features)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return images.cpu(), texts.cpu()
+
+
+def _gap(images: Tensor, texts: Tensor) -> tuple[float, float]:
+    """``centroid_distance`` and ``alignment_score`` of unit vectors, without the N×N figures of ``modality_gap``."""
+    return (images.mean(0) - texts.mean(0)).norm().item(), (images * texts).sum(-1).mean().item()
+
+
+def _project(images: Tensor, texts: Tensor) -> tuple[Array, Array]:
+    """[N, 2] each: two principal components of both together, the mean image to the left of the text's and below."""
+    points = torch.cat([images, texts])
     centred = points - points.mean(0)
-    _, _, directions = torch.linalg.svd(centred, full_matrices=False)
-    return (centred @ directions[:2].T).split([len(images), len(texts)])
+    # of [d, d] rather than of [2N, d]; eigenvalues ascend
+    directions = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, [-1, -2]]
+    image_points, text_points = (centred @ directions).split(len(images))
+    sign = 1 - 2 * (image_points.mean(0) > text_points.mean(0)).double()
+    return (image_points * sign).numpy(), (text_points * sign).numpy()
+
+
+def _edges(cosines: Sequence[Array]) -> Array:
+    """[BINS + 1] edges of equal bins that span all values, within −1 and 1."""
+    low, high = min(x.min() for x in cosines), max(x.max() for x in cosines)
+    if high - low < 1e-3:
+        # all but constant: bins that can be told apart
+        low, high = max(-1.0, low - 0.01), min(1.0, high + 0.01)
+    return np.linspace(low, high, BINS + 1)
+
+
+def _density(values: Array, edges: Array) -> Array:
+    """[BINS] heights of a histogram of area 1."""
+    heights: Array = np.histogram(values, edges, density=True)[0]
+    return heights
+
+
+def _top(peaks: list[list[float]]) -> float:
+    """Where the y axis ends, by the peaks of each checkpoint: above all but those that would flatten the others."""
+    limit = 8 * min(max(both) for both in peaks)
+    return 1.08 * max(peak for both in peaks for peak in both if peak <= limit)
+
+
+def _runs(points: Sequence[tuple[str, int, dict[str, float]]]) -> dict[str, dict[str, list[float]]]:
+    """Run → "batch" and METRICS → values, by batch; the runs in the order that they were given in."""
+    runs: dict[str, dict[str, list[float]]] = {run: {"batch": [], **{m: [] for m in METRICS}} for run, _, _ in points}
+    for run, batch, metrics in sorted(points, key=lambda point: point[1]):
+        runs[run]["batch"].append(batch)
+        for metric in METRICS:
+            if not math.isfinite(metrics.get(metric, math.nan)):
+                raise ValueError(f"{run}, batch {batch}: {metric} must be finite, not {metrics.get(metric)}")
+            runs[run][metric].append(metrics[metric])
+    return runs
+
+
+def _recalls(results: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[str, list[float]]]:
+    """Evaluator → checkpoint → percent by RECALLS, NaN where one is missing."""
+    evaluators: dict[str, dict[str, list[float]]] = {}
+    for checkpoint, of_checkpoint in results.items():
+        for evaluator, metrics in of_checkpoint.items():
+            wrong = [name for name in RECALLS if not 0 <= metrics.get(name, 0) <= 1]
+            if wrong:
+                raise ValueError(f"{checkpoint}, {evaluator}: {wrong[0]} must be in [0, 1], not {metrics[wrong[0]]}")
+            if not RECALLS.keys().isdisjoint(metrics):
+                bars = [100 * metrics.get(name, math.nan) for name in RECALLS]
+                evaluators.setdefault(evaluator, {})[checkpoint] = bars
+    if not evaluators:
+        raise ValueError(f"no evaluator has any of {', '.join(RECALLS)}")
+    return evaluators
+
+
+def _figure(names: Collection[str], width: float, height: float) -> Figure:
+    """An empty figure of so many inches, for some checkpoints at least, which pyplot doesn't know."""
+    if not names:
+        raise ValueError("no checkpoints to draw")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(f"plots need matplotlib: pip install 'alignclip[evaluate]' ({one_line(error)})") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _text(name: str, width: int) -> str:
+    """A name in lines of so many characters at most, shown as it is: no formulas between dollar signs."""
+    return "\n".join(textwrap.wrap(name, width, break_on_hyphens=False)).replace("$", r"\$")
+
+
+def _style(index: int) -> dict[str, Any]:
+    """Colour and marker of a checkpoint, the same in all plots."""
+    colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+    return {"color": colour, "marker": marker, "markersize": 7, "markeredgecolor": "white", "markeredgewidth": 0.6}
+
+
+def _finish(figure: Any, path: str | Path, names: Collection[str], side: str = "center", **style: Any) -> None:
+    """Add the legend below the panels, where the figure grows, and write the PNG: beside its place, then renamed."""
+    from matplotlib.lines import Line2D
+
+    labels = [_text(name, 90) for name in names]
+    longest = max(len(line) for label in labels for line in label.split("\n"))
+    columns = max(1, min(4, int(figure.get_figwidth() / (0.6 + 0.085 * longest))))
+    lines = math.ceil(sum(1 + label.count("\n") for label in labels) / columns)
+    figure.set_figheight(figure.get_figheight() + 0.2 + 0.2 * lines)
+    handles = [Line2D([], [], **{**_style(index), **style}) for index in range(len(labels))]
+    figure.legend(handles, labels, loc=f"outside lower {side}", ncols=columns, frameon=False, fontsize=9)
+    for panel in figure.axes:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(labelsize=9)
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        figure.savefig(partial, dpi=DPI, format="png", backend="agg")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,145 @@
+"""The command ``composer evaluate.py config.yaml key.sub=value …``: checkpoints × evaluators → table, JSON, plots."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from alignclip.config import EvaluateConfig
+from alignclip.config_file import load_evaluation
+from alignclip.errors import one_line_errors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EXAMPLES = """examples:
+  composer evaluate.py yamls/evaluate.yaml checkpoint=runs/first evaluators.coco.remote=s3://my-bucket/eval/coco
+  composer -n 8 evaluate.py yamls/evaluate.yaml checkpoint=s3://my-bucket/runs/first/latest-rank0.pt
+  composer evaluate.py yamls/evaluate.yaml checkpoints.clip=runs/clip checkpoints.alignclip=runs/alignclip
+an evaluator of the file that you don't want: evaluators.NAME=null"""
+
+Metrics = dict[str, float]
+Results = dict[str, dict[str, Metrics]]  # checkpoint → evaluator → metric → value
+Pairs = tuple["Tensor", "Tensor"]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Evaluate as the arguments say.
+
+    Returns:
+        the exit status: 0 done, 2 bad input.
+    """
+    parser = argparse.ArgumentParser(
+        prog="composer evaluate.py",
+        description="Evaluate checkpoints: zero-shot, retrieval, linear probe, text similarity, modality gap.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="YAML file, e.g. yamls/evaluate.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    options, dashed = parser.parse_known_args(arguments)
+    with one_line_errors():
+        run(load_evaluation(options.config, [*options.overrides, *dashed]))
+    return 0
+
+
+def run(config: EvaluateConfig) -> Results:
+    """Evaluate every checkpoint by every evaluator, on all ranks together; rank 0 writes what was found.
+
+    Raises:
+        UserError: a checkpoint or a set is not there, or not what it should be.
+    """
+    from composer.utils import dist
+
+    from alignclip.evaluation.encoding import Encoder
+    from alignclip.evaluation.tasks import Evaluator
+    from alignclip.loading import load_encoders
+    from alignclip.training import autocast_dtype, choose_device
+
+    device = choose_device(config.device)
+    dist.initialize_dist(device, timeout=config.dist_timeout)
+    results: Results = {}
+    pairs = {}
+    opened: dict[int, list[Evaluator]] = {}  # by image size: the sets are opened once
+    for name, place in ({"model": str(config.checkpoint)} if config.checkpoint else config.checkpoints).items():
+        model = device.module_to_device(load_encoders(place))
+        encoder = Encoder(model, next(model.parameters()).device, autocast_dtype(config.precision))
+        if encoder.image_size not in opened:
+            opened[encoder.image_size] = [Evaluator(n, c, encoder.image_size) for n, c in config.evaluators.items()]
+        results[name] = {}
+        for evaluator in opened[encoder.image_size]:
+            encoder.batch_size = evaluator.config.batch_size
+            result = evaluator(encoder)
+            results[name][evaluator.name] = result.metrics
+            if result.pairs is not None:
+                pairs[f"{name} · {evaluator.name}"] = (result.pairs[0].cpu(), result.pairs[1].cpu())
+    if dist.get_global_rank() == 0:
+        print(f"\n{table(results)}\n")
+        write(config, results, pairs)
+    dist.barrier()
+    return results
+
+
+def table(results: Results) -> str:
+    """Metrics in rows, checkpoints in columns."""
+    names = list(results)
+    rows = [["", *names]]
+    for evaluator, metrics in next(iter(results.values())).items():
+        rows.append([evaluator, *[""] * len(names)])
+        for metric in metrics:
+            rows.append([f"  {metric}", *(f"{results[name][evaluator][metric]:.4f}" for name in names)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )
+
+
+def write(config: EvaluateConfig, results: Results, pairs: dict[str, Pairs]) -> None:
+    """``results.json`` and the plots, into ``config.out``."""
+    from alignclip.evaluation import plots
+
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoints = {"model": config.checkpoint} if config.checkpoint else config.checkpoints
+    content = {
+        "checkpoints": checkpoints,
+        "precision": config.precision,
+        "results": results,
+        "versions": {name: importlib.metadata.version(name) for name in ("alignclip", "torch", "open_clip_torch")},
+    }
+    partial = out / ".results.json.partial"
+    partial.write_text(json.dumps(content, indent=2))
+    partial.replace(out / "results.json")
+    written = [out / "results.json"]
+    if pairs:
+        for draw, name in (
+            (plots.cosine_histograms, "cosines"),
+            (plots.embedding_maps, "embeddings"),
+            (plots.spectra, "spectra"),
+        ):
+            draw(pairs, out / f"{name}.png")
+            written.append(out / f"{name}.png")
+    if any("image_retrieval_recall@1" in metrics for one in results.values() for metrics in one.values()):
+        plots.recall_bars(results, out / "recall.png")
+        written.append(out / "recall.png")
+    points = list(gap_points(checkpoints, results))
+    if len(points) > 1:
+        plots.gap_against_step(points, out / "gap.png")
+        written.append(out / "gap.png")
+    print("written: " + ", ".join(map(str, written)))
+
+
+def gap_points(checkpoints: dict[str, str], results: Results) -> Iterator[tuple[str, int, Metrics]]:
+    """(run, batch, gap metrics) of the checkpoints whose file names tell their batch (``ep1-ba200-rank0.pt``)."""
+    for name, place in checkpoints.items():
+        folder, _, file = place.rpartition("/")
+        found = re.match(r"ep\d+-ba(\d+)", file)
+        for metrics in results[name].values():
+            if found and "centroid_distance" in metrics:
+                yield folder.rpartition("/")[2] or "run", int(found[1]), metrics

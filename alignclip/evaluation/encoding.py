@@ -1,0 +1,173 @@
+"""Features of a whole set, encoded by all ranks together and known to each of them, in the set's order.
+
+Every rank encodes an equal share, the last sample repeated to fill it up: ranks with fewer calls than others would
+leave these waiting where the model itself is spread over ranks (FSDP).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from open_clip.tokenizer import SimpleTokenizer
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
+
+from alignclip.encoders import CLIP
+from alignclip.errors import UserError
+from alignclip.transforms import normalize
+
+
+@dataclass
+class Encoder:
+    """A model and how it is run.
+
+    Attributes:
+        model: in whatever mode it is; it is put into eval mode while it encodes and back afterwards.
+        device: where it is.
+        dtype: of autocast while encoding, e.g. ``torch.bfloat16``; None runs in the model's own.
+        batch_size: samples a rank encodes at a time.
+        progress: show a bar on rank 0.
+    """
+
+    model: CLIP
+    device: torch.device
+    dtype: torch.dtype | None = None
+    batch_size: int = 256
+    progress: bool = True
+
+    @property
+    def image_size(self) -> int:
+        """Pixels a side."""
+        size = self.model.visual.image_size
+        return int(size[0] if isinstance(size, tuple | list) else size)
+
+    @property
+    def tokenizer(self) -> SimpleTokenizer:
+        """CLIP's, at this model's context length."""
+        return SimpleTokenizer(context_length=self.model.context_length)
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """exp(logit_scale), [1]."""
+        scale = self.model.logit_scale.detach()
+        return (scale.full_tensor() if isinstance(scale, DTensor) else scale).exp()
+
+    def images(self, samples: Dataset[Any], num_workers: int = 0, name: str = "images") -> tuple[Tensor, list[Any]]:
+        """Encode the images of a map-style dataset.
+
+        Args:
+            samples: N items ``(image, other)``: uint8 ``[3, size, size]`` and anything that can be pickled.
+            num_workers: processes of this rank that read and decode.
+            name: of the progress bar.
+
+        Returns:
+            [N, d] L2-normalised float32 on the device, and the N others; on every rank, in the dataset's order.
+
+        Raises:
+            UserError: on every rank, where one of them can't read a sample.
+        """
+        count = len(samples)  # type: ignore[arg-type]
+        share = -(-count // _world())
+        mine = [min(i, count - 1) for i in range(_rank() * share, (_rank() + 1) * share)]
+        loader = DataLoader(
+            Subset(samples, mine),
+            batch_size=self.batch_size,
+            num_workers=num_workers,
+            collate_fn=_collate,
+            generator=torch.Generator(),  # its own: in training the global one must not notice
+        )
+        others: list[Any] = []
+        failures: list[str] = []
+
+        def batches() -> Iterator[Tensor]:
+            batches: Iterator[tuple[Tensor, list[Any]]] = iter(loader)
+            for _ in range(len(loader)):
+                try:
+                    images, other = next(batches)
+                    others.extend(other)
+                except Exception as error:  # go on as if, and tell the others when they listen
+                    # a worker's error has a stack trace in its text, and ends with what it was
+                    failures.append((str(error).strip().splitlines() or [type(error).__name__])[-1])
+                    batches = iter(())
+                    images = torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8)
+                yield normalize(images.to(self.device))
+
+        features = self._encode(self.model.encode_image, batches(), len(loader), name)
+        if failures := _gather_objects(failures[:1]):
+            raise UserError(failures[0])
+        return _gather(features).flatten(0, 1)[:count], _gather_objects(others)[:count]
+
+    def texts(self, texts: Sequence[str], name: str = "texts") -> Tensor:
+        """Encode captions, the short ones with the short ones: a batch is computed up to its longest.
+
+        Args:
+            texts: M captions, the same on every rank.
+            name: of the progress bar.
+
+        Returns:
+            [M, d] L2-normalised float32 on the device, on every rank, in the given order.
+        """
+        tokens = self.tokenizer(list(texts)).int()
+        # longest first, so that a batch that is too large fails at once
+        order = tokens.argmax(-1).argsort(descending=True, stable=True)
+        # dealt out like cards, so that every rank has as much to compute
+        share = -(-len(texts) // _world())
+        mine = order[[min(i * _world() + _rank(), len(texts) - 1) for i in range(share)]]
+        batches = tokens[mine].split(self.batch_size)
+        on_device = (batch.long().to(self.device) for batch in batches)
+        gathered = _gather(self._encode(self.model.encode_text, on_device, len(batches), name))
+        features = torch.empty(len(texts), gathered.shape[-1], device=self.device)
+        features[order.to(self.device)] = gathered.transpose(0, 1).flatten(0, 1)[: len(texts)]
+        return features
+
+    def _encode(self, encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor], total: int, name: str) -> Tensor:
+        """Normalised features of this rank's batches, one below the other."""
+        bar = tqdm(batches, total=total, desc=name, unit="batch", disable=not self.progress or _rank() != 0)
+        autocast: AbstractContextManager[Any] = (
+            torch.autocast(self.device.type, dtype=self.dtype) if self.dtype else nullcontext()
+        )
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), autocast:
+                return torch.cat([F.normalize(encode(batch).float(), dim=-1) for batch in bar])
+        finally:
+            self.model.train(was_training)
+
+
+def _collate(items: list[tuple[Tensor, Any]]) -> tuple[Tensor, list[Any]]:
+    return torch.stack([image for image, _ in items]), [other for _, other in items]
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _gather(share: Tensor) -> Tensor:
+    """[n, d] on each rank → [ranks, n, d] on all."""
+    if _world() == 1:
+        return share[None]
+    shares = [torch.empty_like(share) for _ in range(_world())]
+    dist.all_gather(shares, share.contiguous())
+    return torch.stack(shares)
+
+
+def _gather_objects(share: list[Any]) -> list[Any]:
+    """The ranks' lists, one behind the other."""
+    if _world() == 1:
+        return share
+    shares: list[list[Any]] = [[]] * _world()
+    dist.all_gather_object(shares, share)
+    return [item for one in shares for item in one]

@@ -1,0 +1,92 @@
+"""Evaluation sets: MDS shards read sample by sample, each exactly once, from object storage as training reads them."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from streaming import Stream, StreamingDataset
+from streaming.base.storage import CloudDownloader
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from alignclip import shared_memory
+from alignclip.config import SetConfig
+from alignclip.data import local_folder
+from alignclip.errors import UserError, describe_storage_error
+from alignclip.transforms import center_crop
+
+CLASSES = "classes.json"  # class names and templates, beside the index
+
+
+class EvaluationSet(Dataset[tuple[Tensor, Any]]):
+    """A set by index: ``(image, other)``, where other is the label of a classification set or the captions of a pair.
+
+    Args:
+        stream: where it lies and is cached.
+        image_size: pixels a side of what the model takes.
+        column: ``label`` (int) or ``caption`` (text, or a list of texts).
+
+    Raises:
+        UserError: it isn't there, can't be read, or has no such column.
+    """
+
+    def __init__(self, stream: SetConfig, image_size: int, column: str) -> None:
+        self.name = stream.remote or stream.local
+        local = local_folder("evaluation", stream)
+        try:
+            self._dataset = StreamingDataset(
+                streams=[Stream(remote=stream.remote, local=local, split=stream.split, validate_hash="xxh64")],
+                batch_size=1,
+                shuffle=False,
+            )
+        except Exception as error:  # of the file system, or any cloud's
+            raise UserError(f"evaluation set {self.name}: {describe_storage_error(error)}") from None
+        shared_memory.claim(self._dataset._shm_prefix_int)
+        columns = self._dataset.shards[0].column_names  # type: ignore[attr-defined]
+        missing = sorted({"image", column} - set(columns))
+        if missing:
+            raise UserError(f"evaluation set {self.name} lacks the columns {missing}; it has {sorted(columns)}")
+        for one in self._dataset.streams:  # forked workers must not share the connection
+            if one._downloader is not None:
+                one._downloader.clean_up()
+        self.image_size = image_size
+        self.column = column
+
+    def __len__(self) -> int:
+        return int(self._dataset.size)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        sample = self._dataset[index]
+        try:
+            image = center_crop(sample["image"], self.image_size)
+        except OSError as error:
+            # a set with a hole would be another set
+            raise RuntimeError(f"{self.name}: the image of sample '{sample.get('key', index)}': {error}") from None
+        other = sample[self.column]
+        return image, int(other) if self.column == "label" else other
+
+
+def read_classes(stream: SetConfig) -> tuple[list[str], list[str]]:
+    """The class names and the prompt templates of a classification set.
+
+    Raises:
+        UserError: no such file beside the index, or not one of ``convert/classification.py``.
+    """
+    where = "/".join(part.rstrip("/") for part in (stream.remote or stream.local, stream.split, CLASSES) if part)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(where)
+        try:
+            if stream.remote:
+                path = Path(folder, CLASSES)
+                CloudDownloader.direct_download(where, str(path))
+            values = json.loads(path.read_text())
+            return list(values["classnames"]), list(values["templates"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{where} holds no classnames and templates; write the set with convert/classification.py"
+            ) from None
+        except Exception as error:  # every provider has its own
+            raise UserError(f"can't read {where}: {describe_storage_error(error)}") from None

@@ -1,0 +1,170 @@
+"""What ``evaluators:`` names: a task on a set, for any model; in training and after it alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from alignclip.config import EvaluatorConfig, SetConfig
+from alignclip.errors import UserError
+from alignclip.evaluation.encoding import Encoder
+from alignclip.evaluation.gap import modality_gap
+from alignclip.evaluation.geometry import close_gap
+from alignclip.evaluation.linear_probe import linear_probe
+from alignclip.evaluation.retrieval import recall
+from alignclip.evaluation.sets import EvaluationSet, read_classes
+from alignclip.evaluation.shift import max_softmax, out_of_distribution
+from alignclip.evaluation.sts import read_sts, similarity
+from alignclip.evaluation.zero_shot import accuracy, build_classifier
+
+Metrics = dict[str, float]
+
+
+@dataclass
+class Result:
+    """What a task found.
+
+    Attributes:
+        metrics: by clip_benchmark's names where it has them.
+        pairs: the features of image–text pairs, [N, d] each, where the task has such: what plots are made of.
+    """
+
+    metrics: Metrics
+    pairs: tuple[Tensor, Tensor] | None = None
+
+
+class Evaluator:
+    """One entry of ``evaluators``: its sets, opened once, and its task. On every rank, at the same time.
+
+    Raises:
+        UserError: a set is not there, or not what the task needs.
+    """
+
+    def __init__(self, name: str, config: EvaluatorConfig, image_size: int) -> None:
+        self.name, self.config = name, config
+        self._sets: dict[str, EvaluationSet] = {}
+        self._classes: dict[str, tuple[list[str], list[str]]] = {}
+        if config.task == "sts":
+            self._sentences = read_sts(str(config.local))
+            return
+        column = "caption" if config.task in ("retrieval", "gap") else "label"
+        parts: dict[str, SetConfig | None] = {"": config, "train": config.train, "outliers": config.outliers}
+        for part, stream in parts.items():
+            if stream is not None:
+                self._sets[part] = EvaluationSet(stream, image_size, column)
+                if config.task in ("zero_shot", "out_of_distribution"):
+                    self._classes[part] = read_classes(stream)
+
+    def __call__(self, encoder: Encoder) -> Result:
+        """Evaluate a model; every rank encodes its share, and every rank gets the result.
+
+        Raises:
+            UserError: a sample can't be read, on whichever rank; a package for the metrics is missing.
+            ValueError: features that are not finite.
+        """
+        tasks: dict[str, Callable[[Encoder], Result]] = {
+            "zero_shot": self._zero_shot,
+            "out_of_distribution": self._out_of_distribution,
+            "linear_probe": self._linear_probe,
+            "retrieval": self._retrieval,
+            "gap": self._gap,
+            "sts": self._sts,
+        }
+        return tasks[self.config.task](encoder)
+
+    def _images(self, encoder: Encoder, part: str = "") -> tuple[Tensor, list[Any]]:
+        label = f"{self.name}: images" + (f" ({part})" if part else "")
+        return encoder.images(self._sets[part], self.config.num_workers, label)
+
+    def _classifier(self, encoder: Encoder, part: str = "") -> Tensor:
+        names, templates = self._classes[part]
+        return build_classifier(lambda texts: encoder.texts(texts, f"{self.name}: prompts"), names, templates)
+
+    def _zero_shot(self, encoder: Encoder) -> Result:
+        classifier = self._classifier(encoder)
+        features, labels = self._images(encoder)
+        return Result(_computed(lambda: accuracy(features, classifier, torch.tensor(labels))))
+
+    def _out_of_distribution(self, encoder: Encoder) -> Result:
+        """Known classes against unknown ones, and what a classifier of the outliers' own labels gets right.
+
+        Where the outliers' classes are some of the set's, as ImageNet-O's are of ImageNet's, the set is cut down to
+        these, as its authors do it.
+        """
+        names, other = self._classes[""][0], self._classes["outliers"][0]
+        classifier, own = self._classifier(encoder), self._classifier(encoder, "outliers")
+        inside, labels = self._images(encoder)
+        outside, outside_labels = self._images(encoder, "outliers")
+        scale = encoder.logit_scale
+        if set(other) < set(names):
+            kept = [names.index(name) for name in other]
+            classifier = classifier[kept]
+            inside = inside[torch.isin(torch.tensor(labels), torch.tensor(kept)).to(inside.device)]
+
+        def compute() -> Metrics:
+            scores = [max_softmax(features, classifier, scale) for features in (inside, outside)]
+            return out_of_distribution(*scores) | accuracy(outside, own, torch.tensor(outside_labels))
+
+        return Result(_computed(compute))
+
+    def _linear_probe(self, encoder: Encoder) -> Result:
+        train, train_labels = self._images(encoder, "train")
+        test, labels = self._images(encoder)
+        return Result(
+            _computed(
+                lambda: linear_probe(
+                    train, torch.tensor(train_labels), test, torch.tensor(labels), progress=encoder.progress
+                )
+            )
+        )
+
+    def _retrieval(self, encoder: Encoder) -> Result:
+        images, texts, owner = self._pairs(encoder, every_caption=True)
+        return Result(_computed(lambda: recall(images, texts, owner)))
+
+    def _gap(self, encoder: Encoder) -> Result:
+        """The geometry of the pairs, and retrieval once the centroids have been moved together."""
+        images, texts, owner = self._pairs(encoder, every_caption=False)
+
+        def compute() -> Metrics:
+            closed = recall(*close_gap(images, texts), owner)
+            return {
+                **modality_gap(images, texts),
+                **{f"closed_{name}": value for name, value in closed.items()},
+            }
+
+        return Result(_computed(compute), pairs=(images, texts))
+
+    def _pairs(self, encoder: Encoder, every_caption: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Image features, caption features, and the row of the image that each caption belongs to."""
+        images, captions = self._images(encoder)
+        several = [[c] if isinstance(c, str) else list(c) for c in captions]
+        several = several if every_caption else [one[:1] for one in several]
+        owner = torch.tensor([row for row, one in enumerate(several) for _ in one])
+        texts = encoder.texts([caption for one in several for caption in one], f"{self.name}: captions")
+        return images, texts, owner
+
+    def _sts(self, encoder: Encoder) -> Result:
+        return Result(similarity(lambda texts: encoder.texts(texts, f"{self.name}: sentences"), self._sentences))
+
+
+def _computed(metrics: Callable[[], Metrics]) -> Metrics:
+    """Compute on rank 0, so that all ranks go on with the same numbers; an error there is everybody's."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return metrics()
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = [metrics()]
+        except (ValueError, UserError) as error:
+            found = [error]
+    dist.broadcast_object_list(found)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    result: Metrics = found[0]
+    return result

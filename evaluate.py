@@ -1,0 +1,8 @@
+"""Evaluate checkpoints: ``composer evaluate.py yamls/evaluate.yaml checkpoint=… key.sub=value …``."""
+
+import sys
+
+if __name__ == "__main__":
+    from alignclip.evaluation.command import main
+
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,57 @@
+"""Evaluation end to end from a bucket: inside a sharded run of two processes, and of its checkpoint afterwards."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from runs import PRETRAIN, RECORDING, run, steps, write_config, write_set
+from s3 import S3Server
+
+pytestmark = pytest.mark.slow
+
+EVALUATE = PRETRAIN.with_name("evaluate.py")
+FSDP = "parallelism_config.fsdp2.reshard_after_forward=true"
+
+
+@pytest.mark.world_size(2)
+def test_during_a_sharded_run_and_after_it(s3: S3Server, tmp_path: Path) -> None:
+    train, test = f"{s3.bucket()}/train", f"{s3.bucket()}/test"
+    write_set(train, 64)
+    write_set(test, 37, seed=1)  # no multiple of anything
+    save_folder = f"{s3.bucket()}/runs/evaluated"
+    sets = [
+        f"evaluators.{task}.{key}"
+        for task in ("retrieval", "gap")
+        for key in (f"task={task}", f"remote={test}", f"local={tmp_path / 'eval-cache' / task}", "batch_size=8")
+    ]
+    config = write_config(tmp_path, train, save_folder)
+    settings = ["run_name=evaluated", "max_duration=6ba", "save_interval=6ba", FSDP]
+    settings += ["keep_best.metric=retrieval/image_retrieval_recall@10"]
+    intervals = ["evaluators.retrieval.interval=2ba", "evaluators.gap.interval=1ep"]
+    output = run(RECORDING, tmp_path / "records", config, *settings, *sets, *intervals, processes=2, cwd=tmp_path)
+    assert all(r["sharded"] for r in steps(tmp_path / "records"))
+    assert re.findall(r"batch (\d+), (\w+): ", output) == [
+        ("2", "retrieval"), ("4", "retrieval"), ("4", "gap"), ("6", "retrieval"), ("6", "gap"),
+    ]  # fmt: skip
+    assert "Traceback" not in output
+    names = [key.rpartition("/")[2] for key in s3.keys(save_folder)]
+    assert "best-rank0.pt" in names
+    (tmp_path / "evaluate.yaml").write_text("precision: fp32\ndevice: cpu\n")
+    found = {}
+    for processes, place in ((1, save_folder), (2, f"{save_folder}/latest-rank0.pt")):
+        out = tmp_path / f"evaluation-{processes}"
+        arguments = [EVALUATE, tmp_path / "evaluate.yaml", f"checkpoints.last={place}", f"out={out}", *sets]
+        printed = run(*arguments, processes=processes, cwd=out)
+        found[processes] = json.loads((out / "results.json").read_text())["results"]["last"]
+        assert "image_retrieval_recall@10" in printed
+        pictures = {path.name for path in out.glob("*.png")}
+        assert pictures == {"cosines.png", "embeddings.png", "spectra.png", "recall.png"}
+    for evaluator, metrics in found[1].items():
+        assert found[2][evaluator] == pytest.approx(metrics, abs=1e-6)
+    # the last line of the run's own evaluation is of the same weights
+    shown = dict(re.findall(r"([\w@]+) (-?[\d.]+)", re.findall(r"batch 6, gap: (.*)", output)[0]))
+    for name, value in shown.items():
+        assert float(value) == pytest.approx(found[1]["gap"][name], abs=1e-4), name

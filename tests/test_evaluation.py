@@ -1,0 +1,230 @@
+"""Evaluation of a model on sets: features in the set's order on any number of ranks, each task against its parts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import processes
+import pytest
+import torch
+import torch.nn.functional as F
+from models import EVERYTHING, small_config
+from runs import jpeg
+from s3 import S3Server
+from streaming import MDSWriter
+
+from alignclip.config import EvaluatorConfig, SetConfig
+from alignclip.encoders import CLIP, build_encoders
+from alignclip.errors import UserError
+from alignclip.evaluation.encoding import Encoder
+from alignclip.evaluation.retrieval import recall
+from alignclip.evaluation.sets import EvaluationSet, read_classes
+from alignclip.evaluation.tasks import Evaluator
+from alignclip.transforms import center_crop, normalize
+
+CLASSES = ["dog", "red car", "a tree in the snow"]
+WORDS = ["red", "blue", "dog", "car", "on", "the", "left", "of", "a", "tree"]
+
+
+def small_model() -> CLIP:
+    torch.manual_seed(0)
+    return build_encoders(small_config(shared=EVERYTHING, text={"context_length": 32, "vocab_size": 49408}))
+
+
+def encoder_of(model: CLIP, batch_size: int = 4) -> Encoder:
+    return Encoder(model, torch.device("cpu"), batch_size=batch_size, progress=False)
+
+
+def write_labelled(out: str, count: int, seed: int = 0, classes: list[str] = CLASSES) -> list[tuple[bytes, int]]:
+    rng = np.random.default_rng(seed)
+    samples = [(jpeg(rng), int(rng.integers(len(classes)))) for _ in range(count)]
+    with MDSWriter(out=out, columns={"key": "str", "image": "bytes", "label": "int"}, hashes=["xxh64"]) as writer:
+        for i, (image, label) in enumerate(samples):
+            writer.write({"key": str(i), "image": image, "label": label})
+    return samples
+
+
+def write_classes(folder: Path, classes: list[str] = CLASSES) -> None:
+    (folder / "classes.json").write_text(json.dumps({"classnames": classes, "templates": ["a {c}.", "the {c}"]}))
+
+
+def write_captioned(out: str, count: int, several: bool) -> list[tuple[bytes, Any]]:
+    rng = np.random.default_rng(1)
+
+    def caption() -> str:
+        return " ".join(rng.choice(WORDS, rng.integers(1, 12)))
+
+    samples: list[tuple[bytes, Any]] = [
+        (jpeg(rng), [caption() for _ in range(rng.integers(1, 4))] if several else caption()) for _ in range(count)
+    ]
+    columns = {"key": "str", "image": "bytes", "caption": "json" if several else "str"}
+    with MDSWriter(out=out, columns=columns, hashes=["xxh64"], size_limit="20kb") as writer:
+        for i, (image, captions) in enumerate(samples):
+            writer.write({"key": str(i), "image": image, "caption": captions})
+    return samples
+
+
+@torch.no_grad()
+def one_by_one(model: CLIP, images: list[bytes], texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The features by the plainest loop."""
+    model.eval()
+    tokenizer = encoder_of(model).tokenizer
+    size = encoder_of(model).image_size
+    return (
+        torch.cat([F.normalize(model.encode_image(normalize(center_crop(i, size)[None])), dim=-1) for i in images]),
+        torch.cat([F.normalize(model.encode_text(tokenizer([t])), dim=-1) for t in texts]),
+    )
+
+
+@pytest.mark.parametrize("count", [1, 4, 9])
+def test_features_come_in_the_sets_order(tmp_path: Path, count: int) -> None:
+    samples = write_labelled(str(tmp_path / "set"), count)
+    model = small_model().train()
+    encoder = encoder_of(model)
+    dataset = EvaluationSet(SetConfig(local=str(tmp_path / "set")), encoder.image_size, "label")
+    features, labels = encoder.images(dataset)
+    texts = [" ".join(WORDS[: 1 + i * 3 % 7]) for i in range(count)]
+    expected = one_by_one(model, [image for image, _ in samples], texts)
+    assert labels == [label for _, label in samples]
+    torch.testing.assert_close(features, expected[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(encoder.texts(texts), expected[1], rtol=0, atol=1e-6)
+
+
+def test_the_model_goes_on_training_and_the_global_generator_stays(tmp_path: Path) -> None:
+    write_labelled(str(tmp_path / "set"), 5)
+    model = small_model().train()
+    dataset = EvaluationSet(SetConfig(local=str(tmp_path / "set")), encoder_of(model).image_size, "label")
+    before = torch.get_rng_state()
+    encoder_of(model).images(dataset)
+    encoder_of(model).texts(["a", "b"])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+
+
+def encode_on_a_rank(folder: str, count: int) -> tuple[torch.Tensor, list[Any], torch.Tensor, dict[str, float]]:
+    encoder = encoder_of(small_model(), batch_size=3)
+    dataset = EvaluationSet(SetConfig(local=folder), encoder.image_size, "caption")
+    features, captions = encoder.images(dataset)
+    config = EvaluatorConfig(task="retrieval", local=folder, batch_size=3, num_workers=0)
+    metrics = Evaluator("pairs", config, encoder.image_size)(encoder).metrics
+    return features, captions, encoder.texts([" ".join(WORDS[: i % 9]) for i in range(count)]), metrics
+
+
+@pytest.mark.world_size(3)
+@pytest.mark.parametrize("count", [1, 2, 10, 13])
+def test_several_ranks_find_what_one_finds(tmp_path: Path, count: int) -> None:
+    """Whatever the size: fewer samples than ranks, shares that don't come out even."""
+    write_captioned(str(tmp_path / "set"), count, several=True)
+    alone = encode_on_a_rank(str(tmp_path / "set"), count)
+    for features, captions, texts, metrics in processes.run(3, encode_on_a_rank, str(tmp_path / "set"), count):
+        torch.testing.assert_close(features, alone[0], rtol=0, atol=1e-6)
+        assert captions == alone[1]
+        torch.testing.assert_close(texts, alone[2], rtol=0, atol=1e-6)
+        assert metrics == alone[3]
+
+
+def read_broken(folder: str) -> str:
+    encoder = encoder_of(small_model(), batch_size=2)
+    dataset = EvaluationSet(SetConfig(local=folder), encoder.image_size, "label")
+    with pytest.raises(UserError) as error:
+        encoder.images(dataset)
+    return str(error.value)
+
+
+@pytest.mark.world_size(2)
+def test_a_sample_that_one_rank_cannot_read_is_everybodys_error(tmp_path: Path) -> None:
+    columns = {"key": "str", "image": "bytes", "label": "int"}
+    with MDSWriter(out=str(tmp_path / "set"), columns=columns, hashes=["xxh64"]) as writer:
+        for i in range(9):
+            image = b"\xff\xd8\xff broken" if i == 6 else jpeg(np.random.default_rng(i))
+            writer.write({"key": f"k{i}", "image": image, "label": 0})
+    said = processes.run(2, read_broken, str(tmp_path / "set"))
+    assert said[0] == said[1]
+    assert "the image of sample 'k6'" in said[0]
+
+
+@pytest.fixture
+def evaluate() -> Any:
+    model = small_model()
+
+    def evaluate(config: EvaluatorConfig) -> dict[str, float]:
+        config.num_workers, config.batch_size = 2, 4
+        return Evaluator("e", config, encoder_of(model).image_size)(encoder_of(model)).metrics
+
+    evaluate.model = model  # type: ignore[attr-defined]
+    return evaluate
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_retrieval_from_a_bucket(s3: S3Server, tmp_path: Path, evaluate: Any, several: bool) -> None:
+    remote = f"{s3.bucket()}/coco"
+    samples = write_captioned(remote, 14, several)
+    found = evaluate(EvaluatorConfig(task="retrieval", remote=remote, local=str(tmp_path / "cache")))
+    captions = [[c] if isinstance(c, str) else c for _, c in samples]
+    texts = [c for one in captions for c in one]
+    assert (len(texts) > 14) == several
+    images, features = one_by_one(evaluate.model, [image for image, _ in samples], texts)
+    owner = torch.tensor([i for i, one in enumerate(captions) for _ in one])
+    assert found == recall(images, features, owner)
+
+
+def test_zero_shot_and_shift(tmp_path: Path, evaluate: Any) -> None:
+    samples = write_labelled(str(tmp_path / "set"), 12)
+    write_classes(tmp_path / "set")
+    known = evaluate(EvaluatorConfig(task="zero_shot", local=str(tmp_path / "set")))
+    prompts = [template.format(c=c) for c in CLASSES for template in ("a {c}.", "the {c}")]
+    images, texts = one_by_one(evaluate.model, [image for image, _ in samples], prompts)
+    classifier = F.normalize(texts.view(3, 2, -1).mean(1), dim=-1)
+    right = (images @ classifier.T).argmax(1) == torch.tensor([label for _, label in samples])
+    assert known["acc1"] == pytest.approx(right.double().mean().item())
+    assert known["acc5"] == 1
+    outliers = [CLASSES[2], CLASSES[0]]
+    write_labelled(str(tmp_path / "out"), 6, seed=5, classes=outliers)
+    write_classes(tmp_path / "out", outliers)
+    config = EvaluatorConfig(task="out_of_distribution", local=str(tmp_path / "set"))
+    config.outliers = SetConfig(local=str(tmp_path / "out"))
+    found = evaluate(config)
+    # both sides are looked at through the outliers' two classes alone
+    scale = evaluate.model.logit_scale.exp()
+    kept = [i for i, (_, label) in enumerate(samples) if CLASSES[label] in outliers]
+    inside = (scale * images[kept] @ classifier[[2, 0]].T).softmax(1).amax(1)
+    out_images = EvaluationSet(config.outliers, encoder_of(evaluate.model).image_size, "label")
+    outside_features, labels = encoder_of(evaluate.model).images(out_images)
+    logits = outside_features @ classifier[[2, 0]].T
+    outside = (scale * logits).softmax(1).amax(1)
+    auroc = (inside[:, None] > outside).double().mean().item()
+    assert found["auroc"] == pytest.approx(auroc, abs=1e-6)
+    assert found["acc1"] == pytest.approx((logits.argmax(1) == torch.tensor(labels)).double().mean().item())
+    assert {"aupr", "fpr95", "mean_per_class_recall"} <= found.keys()
+
+
+def test_linear_probe_gap_and_sts(tmp_path: Path, evaluate: Any) -> None:
+    write_labelled(str(tmp_path / "train"), 60)
+    write_labelled(str(tmp_path / "test"), 20, seed=1)
+    config = EvaluatorConfig(task="linear_probe", local=str(tmp_path / "test"))
+    config.train = SetConfig(local=str(tmp_path / "train"))
+    assert {"acc1", "acc5", "mean_per_class_recall", "C"} == evaluate(config).keys()
+    write_captioned(str(tmp_path / "pairs"), 12, several=True)
+    gap = evaluate(EvaluatorConfig(task="gap", local=str(tmp_path / "pairs")))
+    assert {"alignment_score", "centroid_distance", "rmg", "linear_separability"} <= gap.keys()
+    assert {"closed_image_retrieval_recall@1", "effective_rank_image", "uniformity_cross"} <= gap.keys()
+    lines = [f"g\tf\t2012\t{i}\t{i / 2}\t{' '.join(WORDS[:i])} x\t{' '.join(WORDS[i:])} y" for i in range(1, 8)]
+    (tmp_path / "sts-test.csv").write_text("\n".join(lines))
+    found = evaluate(EvaluatorConfig(task="sts", local=str(tmp_path / "sts-test.csv")))
+    assert -1 <= found["spearman"] <= 1
+
+
+def test_wrong_sets_are_one_line(tmp_path: Path) -> None:
+    write_labelled(str(tmp_path / "set"), 2)
+    with pytest.raises(UserError, match=r"nowhere: "):
+        EvaluationSet(SetConfig(local=str(tmp_path / "nowhere")), 16, "label")
+    with pytest.raises(UserError, match=r"lacks the columns \['caption'\]; it has \['image', 'key', 'label'\]"):
+        EvaluationSet(SetConfig(local=str(tmp_path / "set")), 16, "caption")
+    with pytest.raises(UserError, match=r"can't read .*classes.json: not found"):
+        read_classes(SetConfig(local=str(tmp_path / "set")))
+    (tmp_path / "set" / "classes.json").write_text("[]")
+    with pytest.raises(UserError, match=r"convert/classification.py"):
+        read_classes(SetConfig(local=str(tmp_path / "set")))

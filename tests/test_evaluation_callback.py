@@ -1,0 +1,162 @@
+"""Evaluation during training: at its intervals, without a trace in the losses, the best checkpoint kept."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from composer import Trainer
+from composer.loggers import InMemoryLogger
+from composer.utils import get_device
+from runs import run, write_config, write_set
+
+from alignclip import training
+from alignclip.checkpoints import SaveFolder
+from alignclip.config import EvaluatorConfig
+from alignclip.config_file import load
+from alignclip.errors import UserError
+from alignclip.evaluation.encoding import Encoder
+from alignclip.evaluation.tasks import Evaluator
+from alignclip.loading import load_encoders
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "set"
+    write_set(str(folder), 64)
+    return folder
+
+
+def train(dataset: Path, folder: Path, *overrides: str) -> tuple[Trainer, InMemoryLogger]:
+    """Two epochs of four batches."""
+    config = load(
+        write_config(folder, str(dataset), str(folder / "saved")),
+        ("max_duration=2ep", "data.num_workers=0", "run_name=r", "scheduler.t_warmup=1ba", *overrides,
+         "loggers.InMemoryLogger={}", "model.vision_cfg.patch_dropout=0.5", "model.shared.blocks=0"),
+    )  # fmt: skip
+    folder = SaveFolder(config)
+    trainer = training.build_trainer(config, get_device("cpu"), folder)
+    folder.write_config()
+    trainer.fit()
+    trainer.close()
+    (memory,) = [d for d in trainer.logger.destinations if isinstance(d, InMemoryLogger)]
+    return trainer, memory
+
+
+def logged(memory: InMemoryLogger, name: str) -> dict[int, float]:
+    return {stamp.batch.value: float(value) for stamp, value in memory.data.get(name, [])}
+
+
+def retrieval(dataset: Path, name: str = "pairs", **more: Any) -> list[str]:
+    values = {"task": "retrieval", "local": dataset, "num_workers": 0, "batch_size": 16, **more}
+    return [f"evaluators.{name}.{key}={value}" for key, value in values.items()]
+
+
+def test_evaluators_have_their_intervals_and_leave_no_trace(dataset: Path, tmp_path: Path) -> None:
+    _, without = train(dataset, tmp_path / "a")
+    trainer, memory = train(
+        dataset, tmp_path / "b", *retrieval(dataset, interval="3ba"), *retrieval(dataset, "gap", task="gap")
+    )
+    # patch dropout draws from the global generator in every step
+    assert logged(memory, "loss/train/total") == logged(without, "loss/train/total")
+    assert logged(memory, "metrics/pairs/image_retrieval_recall@5").keys() == {3, 6, 8}
+    assert logged(memory, "metrics/gap/centroid_distance").keys() == {4, 8}
+    assert len(memory.data["metrics/gap/centroid_distance"]) == 2, "the end of the run is also the end of an epoch"
+    assert trainer.state.model.training
+
+
+@pytest.mark.parametrize("more", [[], ["algorithms.EMA.half_life=4ba", "algorithms.EMA.update_interval=1ba"]])
+def test_the_last_evaluation_is_of_the_model_that_is_saved(dataset: Path, tmp_path: Path, more: list[str]) -> None:
+    _, memory = train(dataset, tmp_path, *retrieval(dataset, task="gap", interval="1ep"), *more)
+    encoder = Encoder(load_encoders(str(tmp_path / "saved")), torch.device("cpu"), batch_size=16, progress=False)
+    config = EvaluatorConfig(task="gap", local=str(dataset), num_workers=0)
+    after = Evaluator("pairs", config, encoder.image_size)(encoder).metrics
+    for name, value in after.items():
+        assert logged(memory, f"metrics/pairs/{name}")[8] == pytest.approx(value, abs=1e-6), name
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_the_best_checkpoint_is_kept(dataset: Path, tmp_path: Path, mode: str) -> None:
+    name = "pairs/alignment_score"
+    best = [f"keep_best.metric={name}", f"keep_best.mode={mode}", "save_interval=2ba"]
+    evaluators = retrieval(dataset, task="gap", interval="1ba")
+    _, memory = train(dataset, tmp_path, *evaluators, *best)
+    values = logged(memory, f"metrics/{name}")
+    assert len(values) == 8
+    pick = max if mode == "max" else min
+    at = pick(values, key=lambda batch: values[batch])
+    kept = torch.load(tmp_path / "saved" / "best-rank0.pt", weights_only=False)
+    assert kept["state"]["timestamp"]["Timestamp"]["batch"] == at
+    assert not list((tmp_path / "saved").glob(".*partial"))
+
+
+def test_a_resumed_run_has_to_beat_its_past(dataset: Path, tmp_path: Path) -> None:
+    """With a past best that nothing can beat, the resumed run keeps none."""
+    best = ["keep_best.metric=pairs/centroid_distance", "keep_best.mode=min", "save_interval=1ep"]
+    evaluators = retrieval(dataset, task="gap", interval="1ba")
+    train(dataset, tmp_path, *evaluators, *best)
+    first = min((tmp_path / "saved").glob("ep*.pt"), key=lambda p: p.stat().st_mtime)
+    state = torch.load(first, weights_only=False)
+    kept = state["state"]["callbacks"]["EvaluationCallback"]
+    assert kept["best"] > 0
+    kept["best"] = 0.0
+    torch.save(state, first)
+    link = tmp_path / "saved" / "latest-rank0.pt"
+    link.unlink()
+    link.symlink_to(first.name)
+    (tmp_path / "saved" / "best-rank0.pt").unlink()
+    _, memory = train(dataset, tmp_path, *evaluators, *best)
+    assert logged(memory, "metrics/pairs/centroid_distance").keys() == {5, 6, 7, 8}
+    assert not (tmp_path / "saved" / "best-rank0.pt").exists()
+
+
+def test_an_evaluation_that_fails_does_not_end_the_run(
+    dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = tmp_path / "broken"
+    write_set(str(broken), 20)
+    shard = sorted(broken.glob("*.mds"))[0]
+    evaluators = retrieval(broken, "broken") + retrieval(dataset, "whole")
+    config = load(
+        write_config(tmp_path, str(dataset), str(tmp_path / "saved")),
+        ["max_duration=1ep", "data.num_workers=0", "run_name=r", "scheduler.t_warmup=1ba", *evaluators,
+         "loggers.InMemoryLogger={}"],
+    )  # fmt: skip
+    trainer = training.build_trainer(config, get_device("cpu"), SaveFolder(config))
+    shard.write_bytes(b"\xff" * shard.stat().st_size)
+    trainer.fit()
+    trainer.close()
+    (memory,) = [d for d in trainer.logger.destinations if isinstance(d, InMemoryLogger)]
+    assert "evaluator 'broken' at batch 4" in caplog.text
+    assert logged(memory, "metrics/whole/image_retrieval_recall@1").keys() == {4}
+    assert not [name for name in memory.data if "broken" in name]
+
+
+def test_a_set_that_is_not_there_is_told_before_the_first_step(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"evaluation set .*nowhere"):
+        train(dataset, tmp_path, *retrieval(tmp_path / "nowhere"))
+
+
+def test_a_run_that_is_told_to_stop_saves_before_anything_else(dataset: Path, tmp_path: Path) -> None:
+    """In a process of its own, because of its signals: SIGTERM while the first of two evaluators works."""
+    evaluators = retrieval(dataset, "first", interval="2ba") + retrieval(dataset, "second", interval="2ba")
+    config = write_config(tmp_path, str(dataset), str(tmp_path / "saved"))
+    script = tmp_path / "stopped.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "from alignclip import command\n"
+        "from alignclip.evaluation import tasks\n"
+        "found = tasks.recall\n"
+        "def recall(*args):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return found(*args)\n"
+        "tasks.recall = recall\n"
+        "sys.exit(command.main(sys.argv[1:]))\n"
+    )
+    output = run(script, config, "run_name=r", "max_duration=8ba", *evaluators, cwd=tmp_path, status=143)
+    assert re.findall(r"batch (\d+), (\w+)", output) == [("2", "first")]
+    assert "stopped by a signal after batch 3" in output
+    assert (tmp_path / "saved" / "latest-rank0.pt").resolve().name == "ep0-ba3-rank0.pt"

@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -70,4 +71,6 @@ def one_line_errors() -> Iterator[None]:
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(5)  # the launcher ends the others at the first exit, and its own status is the first rank's
         raise SystemExit(2) from None

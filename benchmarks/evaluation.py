@@ -10,6 +10,7 @@
    and takes the ten best of each row and column. Fails where a recall differs.
 
 Every run is a process of its own, the two ways in turn, and is timed after a small warm-up; what is shown are medians.
+CPU seconds are those of all threads: they say more than the clock where other programs run at the same time.
 Peak memory is what a run adds to its process after imports, model, inputs and warm-up: resident memory on the CPU (as
 ``ru_maxrss``, but from Linux's ``/proc``, because a new process inherits the parent's ``ru_maxrss``), PyTorch's
 allocations on a GPU.
@@ -80,6 +81,7 @@ class Run:
     """One timed run: ``peak`` in bytes; ``result`` without tensors, which would travel in shared memory."""
 
     seconds: float
+    cpu_seconds: float
     peak: int
     result: Any
 
@@ -134,10 +136,10 @@ def prepare_retrieval(options: Options, ours: bool) -> tuple[Callable[[], Any], 
     # a cosine of about 0.16: half of the captions find their image among 5,000
     texts = 6 * torch.randn(options.images, CAPTIONS, DIM, generator=generator) + images[:, None]
     owner = torch.arange(options.images).repeat_interleave(CAPTIONS)
-    inputs = [part.to(options.device) for part in (images, texts.flatten(0, 1), owner)]
-    few = [inputs[0][:10], inputs[1][: 10 * CAPTIONS], inputs[2][: 10 * CAPTIONS]]
-    compute = partial(recall, block=options.block) if ours else whole_matrix_recall
-    return lambda: compute(*few), lambda: compute(*inputs)
+    images, texts, owner = (part.to(options.device) for part in (images, texts.flatten(0, 1), owner))
+    compute = partial(recall, ks=KS, block=options.block) if ours else whole_matrix_recall
+    few = 10 * CAPTIONS
+    return lambda: compute(images[:10], texts[:few], owner[:few]), lambda: compute(images, texts, owner)
 
 
 @torch.no_grad()
@@ -170,7 +172,7 @@ def measure(task: str, ours: bool, options: Options) -> Run:
     """In a process of its own."""
     warm_up, work = PREPARE[task](options, ours)
     warm_up()
-    cuda = torch.device(options.device).type == "cuda"
+    cuda = options.device == "cuda"
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -178,13 +180,13 @@ def measure(task: str, ours: bool, options: Options) -> Run:
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the highest so far is now what is resident
         before = highest_resident()
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     result = work()
     if cuda:
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     peak = torch.cuda.max_memory_allocated() if cuda else highest_resident()
-    return Run(seconds, peak - before, result)
+    return Run(seconds, cpu_seconds, peak - before, result)
 
 
 def highest_resident() -> int:
@@ -208,15 +210,17 @@ def alternate(task: str, options: Options) -> tuple[list[Run], list[Run]]:
 
 def print_table(rate: str, items: int, unit: float, names: tuple[str, str], runs: tuple[list[Run], list[Run]]) -> None:
     """Medians of ours and of the plain way, and ours in relation to it; ``items / unit`` a second are the rate."""
-    seconds = [[run.seconds for run in one] for one in runs]
-    rates = [items / statistics.median(one) / unit for one in seconds]
+    seconds = [statistics.median(run.seconds for run in one) for one in runs]
+    cpu = [statistics.median(run.cpu_seconds for run in one) for one in runs]
     peaks = [statistics.median(run.peak for run in one) / 2**20 for one in runs]
-    print(f"{'':<44}{'seconds (min–max)':>26}{rate:>16}{'peak memory':>16}")
-    for name, one, speed, peak in zip(names, seconds, rates, peaks, strict=True):
-        spread = f"{statistics.median(one):.2f} ({min(one):.2f}–{max(one):.2f})"
-        print(f"{name:<44}{spread:>26}{speed:>16,.1f}{f'{peak:,.0f} MiB':>16}")
-    memory = f"{peaks[0] / peaks[1]:.2f}×" if peaks[1] else "–"
-    print(f"{'ratio':<44}{'':>26}{f'{rates[0] / rates[1]:.2f}×':>16}{memory:>16}")
+    rates = [items / unit / one for one in seconds]
+    print(f"{'':<44}{'seconds (min–max)':>22}{'CPU s':>8}{rate:>12}{'peak memory':>14}")
+    for i, one in enumerate(runs):
+        spread = f"{seconds[i]:.2f} ({min(run.seconds for run in one):.2f}–{max(run.seconds for run in one):.2f})"
+        print(f"{names[i]:<44}{spread:>22}{cpu[i]:>8.2f}{rates[i]:>12,.1f}{f'{peaks[i]:,.0f} MiB':>14}")
+    ratios = [one[0] / one[1] if one[1] else float("nan") for one in (seconds, cpu, rates, peaks)]
+    time_, cpu_, rate_, peak_ = (f"{ratio:.2f}×" for ratio in ratios)
+    print(f"{'ratio':<44}{time_:>22}{cpu_:>8}{rate_:>12}{peak_:>14}")
 
 
 def compare_classifier(options: Options) -> bool:
@@ -249,16 +253,15 @@ def compare_retrieval(options: Options) -> bool:
     print_table("M pairs/s", options.images * captions, 1e6, labels, (ours, plain))
     print("recall@k        " + "".join(f"{k:>8}" for k in KS))
     for way in ("image", "text"):
-        print(
-            f"{way + ' retrieval':<16}" + "".join(f"{plain[0].result[f'{way}_retrieval_recall@{k}']:>8.4f}" for k in KS)
-        )
+        recalls = [plain[0].result[f"{way}_retrieval_recall@{k}"] for k in KS]
+        print(f"{way + ' retrieval':<16}" + "".join(f"{recall:>8.4f}" for recall in recalls))
     equal = all(run.result == plain[0].result for run in ours + plain)
     print("the two are equal" if equal else f"NOT EQUAL: ours {ours[0].result}, plain {plain[0].result}")
     return equal
 
 
 def machine(device: str) -> str:
-    if torch.device(device).type == "cuda":
+    if device == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo").read_text().splitlines()
     name = next((line.split(": ")[1] for line in info if line.startswith("model name")), platform.processor())
@@ -277,10 +280,12 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
-    number = {"type": int, "metavar": "N"}
+    number: dict[str, Any] = {"type": int, "metavar": "N"}
     parser.add_argument("--only", choices=list(PREPARE), help="one of the two (default: both)")
     parser.add_argument("--repeats", default=3, help="runs of each way (default: %(default)s)", **number)
-    parser.add_argument("--device", default=cuda, help="default: cuda where there is one, else cpu")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default=cuda, help="default: cuda where there is one, else cpu"
+    )
     parser.add_argument("--precision", choices=list(LIMIT), default="fp32", help="of encoding (default: %(default)s)")
     parser.add_argument("--classes", default=20, help="of ImageNet's 1,000 (default: %(default)s)", **number)
     parser.add_argument("--width", default=256, help="of the text tower, k × 64 (default: %(default)s)", **number)
@@ -295,6 +300,8 @@ def main() -> int:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
         if options.width % 64:
             raise UserError(f"--width {options.width} is no multiple of 64")
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda, but PyTorch sees none here")
         if options.classes > 1000:
             raise UserError(f"--classes {options.classes} is more than ImageNet's 1,000")
         print(f"torch {torch.__version__} on {machine(options.device)}", flush=True)

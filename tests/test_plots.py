@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # a layout that d
 
 LONG = [
     "ViT-B-16 AlignCLIP alpha=1 beta=0.5 cc12m 30 epochs ep30-ba587700-rank0.pt · flickr30k-test",
-    "runs/$HOME/a_name_without_any_blanks/that_goes_on_and_on_and_on_until/the_line_is_full_and_more/ep1-ba2$ · coco",
+    "runs/$HOME/a_name_without_any_blanks/" + "/".join(["that_goes_on_and_on"] * 5) + "/ep1-ba2$ · coco",
     "_underscored",
     *(f"epoch {epoch} · coco_val2017" for epoch in range(5)),
 ]
@@ -226,6 +226,9 @@ def test_histograms_are_of_the_cosines(tmp_path, figures):
     means = [line.get_xdata()[0] for line in panel.lines]
     assert means[0] == pytest.approx(cosines.diagonal().mean().item())
     assert means[1] == pytest.approx(apart.mean().item(), abs=0.02)
+    marker = panel.lines[0]
+    row = np.searchsorted(edges, means[0]) - 1
+    assert marker.get_ydata()[0] == heights[row]
     labels = [text.get_text().replace("\N{NO-BREAK SPACE}", " ") for text in figures[0].legends[0].get_texts()]
     assert labels[0] == f"a: alignment {cosines.diagonal().mean():.2f}"
     assert labels[1].startswith("b: alignment 1.00")
@@ -295,6 +298,8 @@ def test_maps_show_the_pairs_and_their_gap(tmp_path, figures):
     plots.embedding_maps(features, tmp_path / "plot.png")
     panels = figures[0].axes
     assert [panel.get_visible() for panel in panels] == [True] * 4 + [False] * 2
+    labelled = [any(label.get_visible() for label in panel.get_xticklabels()) for panel in panels[:4]]
+    assert labelled == [bool(panel.get_xlabel()) for panel in panels[:4]] == [False, True, True, True]
     assert len({panel.get_xlim() for panel in panels[:4]} | {panel.get_ylim() for panel in panels[:4]}) == 1
     for panel, (name, (images, texts)) in zip(panels, features.items(), strict=False):
         gap = modality_gap(images, texts, separability=False)
@@ -370,3 +375,10 @@ def test_checkpoints_differ_in_colour_or_marker():
     styles = [(plots._style(i)["color"], plots._style(i)["marker"]) for i in range(30)]
     assert len(set(styles)) == 30
     assert len({colour for colour, _ in styles[:8]}) == len({marker for _, marker in styles[:8]}) == 8
+
+
+def test_names_are_shown_as_they_are_in_lines_that_fit():
+    assert plots._text("$a$_b · c", 90) == r"\$a\$_b · c"  # no formula
+    assert plots._text("ViT-B-16 of run-a", 12) == "ViT-B-16 of\nrun-a"
+    assert plots._text("x" * 25, 10) == "\n".join(["x" * 10, "x" * 10, "x" * 5])
+    assert plots._text("", 10) == ""

@@ -66,8 +66,10 @@ def run(config: EvaluateConfig) -> Results:
     results: Results = {}
     pairs = {}
     opened: dict[int, list[Evaluator]] = {}  # by image size: the sets are opened once
-    for name, place in ({"model": str(config.checkpoint)} if config.checkpoint else config.checkpoints).items():
-        model = device.module_to_device(load_encoders(place))
+    places = {"model": str(config.checkpoint)} if config.checkpoint else config.checkpoints
+    # all of them first: one that is not there should not be found out after hours with the others
+    for name, model in {name: load_encoders(place) for name, place in places.items()}.items():
+        device.module_to_device(model)
         encoder = Encoder(model, next(model.parameters()).device, autocast_dtype(config.precision))
         if encoder.image_size not in opened:
             opened[encoder.image_size] = [Evaluator(n, c, encoder.image_size) for n, c in config.evaluators.items()]
@@ -78,6 +80,7 @@ def run(config: EvaluateConfig) -> Results:
             results[name][evaluator.name] = result.metrics
             if result.pairs is not None:
                 pairs[f"{name} · {evaluator.name}"] = (result.pairs[0].cpu(), result.pairs[1].cpu())
+        model.cpu()
     if dist.get_global_rank() == 0:
         print(f"\n{table(results)}\n")
         write(config, results, pairs)

@@ -6,13 +6,13 @@ import argparse
 import importlib.metadata
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alignclip.config import EvaluateConfig
 from alignclip.config_file import load_evaluation
-from alignclip.errors import one_line_errors
+from alignclip.errors import UserError, one_line_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,23 +119,24 @@ def write(config: EvaluateConfig, results: Results, pairs: dict[str, Pairs]) -> 
     partial = out / ".results.json.partial"
     partial.write_text(json.dumps(content, indent=2))
     partial.replace(out / "results.json")
-    written = [out / "results.json"]
+    drawings: dict[str, Callable[[Path], None]] = {}
     if pairs:
-        for draw, name in (
-            (plots.cosine_histograms, "cosines"),
-            (plots.embedding_maps, "embeddings"),
-            (plots.spectra, "spectra"),
-        ):
-            draw(pairs, out / f"{name}.png")
-            written.append(out / f"{name}.png")
+        drawings["cosines"] = lambda path: plots.cosine_histograms(pairs, path)
+        drawings["embeddings"] = lambda path: plots.embedding_maps(pairs, path)
+        drawings["spectra"] = lambda path: plots.spectra(pairs, path)
     if any("image_retrieval_recall@1" in metrics for one in results.values() for metrics in one.values()):
-        plots.recall_bars(results, out / "recall.png")
-        written.append(out / "recall.png")
+        drawings["recall"] = lambda path: plots.recall_bars(results, path)
     points = list(gap_points(checkpoints, results))
-    if len(points) > 1:
-        plots.gap_against_step(points, out / "gap.png")
-        written.append(out / "gap.png")
-    print("written: " + ", ".join(map(str, written)))
+    if len({batch for _, batch, _ in points}) > 1:
+        drawings["gap"] = lambda path: plots.gap_against_step(points, path)
+    written = ["results.json"]
+    for name, draw in drawings.items():
+        try:
+            draw(out / f"{name}.png")
+            written.append(f"{name}.png")
+        except (ValueError, UserError) as error:  # the numbers are what counts, and they are written
+            print(f"{name}.png could not be drawn: {error}")
+    print(f"written to {out}: {', '.join(written)}")
 
 
 def gap_points(checkpoints: dict[str, str], results: Results) -> Iterator[tuple[str, int, Metrics]]:
@@ -143,6 +144,6 @@ def gap_points(checkpoints: dict[str, str], results: Results) -> Iterator[tuple[
     for name, place in checkpoints.items():
         folder, _, file = place.rpartition("/")
         found = re.match(r"ep\d+-ba(\d+)", file)
-        for metrics in results[name].values():
+        for evaluator, metrics in results[name].items():
             if found and "centroid_distance" in metrics:
-                yield folder.rpartition("/")[2] or "run", int(found[1]), metrics
+                yield f"{folder.rpartition('/')[2] or 'run'} · {evaluator}", int(found[1]), metrics

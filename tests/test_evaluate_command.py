@@ -1,0 +1,58 @@
+"""What evaluate.py makes of its results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from alignclip.config import EvaluateConfig
+from alignclip.evaluation.command import gap_points, main, table, write
+
+GAP = {"centroid_distance": 0.5, "alignment_score": 0.25}
+RECALL = {f"{side}_retrieval_recall@{k}": k / 100 for side in ("image", "text") for k in (1, 5, 10)}
+
+
+def test_table_has_a_column_for_each_checkpoint() -> None:
+    lines = table({"a": {"coco": {"acc1": 0.5}}, "a longer name": {"coco": {"acc1": 0.25}}}).splitlines()
+    assert [line.split() for line in lines] == [["a", "a", "longer", "name"], ["coco"], ["acc1", "0.5000", "0.2500"]]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_gap_against_step_takes_the_batch_from_the_name() -> None:
+    checkpoints = {
+        "x": "s3://b/runs/first/ep1-ba200-rank0.pt",
+        "y": "runs/first/latest-rank0.pt",
+        "z": "ep0-ba7-rank0.pt",
+    }
+    results = dict.fromkeys(checkpoints, {"coco": GAP, "cifar10": {"acc1": 0.5}})
+    assert list(gap_points(checkpoints, results)) == [("first · coco", 200, GAP), ("run · coco", 7, GAP)]
+
+
+def test_everything_is_written_and_a_plot_that_fails_takes_nothing_with_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {f"ba{batch}": f"runs/first/ep0-ba{batch}-rank0.pt" for batch in (10, 20)}
+    results = {name: {"gap": GAP, "coco": RECALL} for name in places}
+    features = torch.randn(2, 30, 8)
+    config = EvaluateConfig(checkpoints=places, out=str(tmp_path / "out"))
+    write(config, results, dict.fromkeys(places, (features[0], features[1])))
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"results.json", "cosines.png", "embeddings.png", "spectra.png", "recall.png", "gap.png"}
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["results"] == results
+    config.out = str(tmp_path / "nan")
+    write(config, results, dict.fromkeys(places, (features[0] * torch.nan, features[1])))
+    assert {path.name for path in (tmp_path / "nan").iterdir()} == {"results.json", "recall.png", "gap.png"}
+    assert "cosines.png could not be drawn" in capsys.readouterr().out
+
+
+def test_a_missing_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "e.yaml").write_text("evaluators: {a: {task: gap, local: x}}\ndevice: cpu\n")
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "e.yaml"), f"checkpoint={tmp_path / 'nowhere.pt'}"])
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert "nowhere.pt" in said

@@ -27,7 +27,7 @@ def test_gap_against_step_takes_the_batch_from_the_name() -> None:
         "y": "runs/first/latest-rank0.pt",
         "z": "ep0-ba7-rank0.pt",
     }
-    results = dict.fromkeys(checkpoints, {"coco": GAP, "cifar10": {"acc1": 0.5}})
+    results = {name: {"coco": GAP, "cifar10": {"acc1": 0.5}} for name in checkpoints}
     assert list(gap_points(checkpoints, results)) == [("first · coco", 200, GAP), ("run · coco", 7, GAP)]
 
 

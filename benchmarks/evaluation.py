@@ -12,8 +12,8 @@
 Every run is a process of its own, the two ways in turn, and is timed after a small warm-up; what is shown are medians.
 CPU seconds are those of all threads: they say more than the clock where other programs run at the same time.
 Peak memory is what a run adds to its process after imports, model, inputs and warm-up: resident memory on the CPU (as
-``ru_maxrss``, but from Linux's ``/proc``, because a new process inherits the parent's ``ru_maxrss``), PyTorch's
-allocations on a GPU.
+``ru_maxrss``, but from Linux's ``/proc``, because a new process inherits the parent's ``ru_maxrss``), with what the C
+library keeps of freed memory; PyTorch's allocations on a GPU.
 
     python benchmarks/evaluation.py                     # a few minutes on 2 cores, 20 of the classes
     python benchmarks/evaluation.py --classes 1000      # ImageNet's whole classifier
@@ -52,7 +52,7 @@ LIMIT = {"fp32": 1e-5, "amp_bf16": 1e-2}  # bf16 rounds to three digits, a littl
 EXAMPLES = """examples:
   python benchmarks/evaluation.py
   python benchmarks/evaluation.py --only classifier --classes 1000 --width 512 --layers 12 --precision amp_bf16
-  python benchmarks/evaluation.py --only retrieval --block 256 --repeats 5
+  python benchmarks/evaluation.py --only retrieval --block 64 --repeats 5
   python benchmarks/evaluation.py --classes 5 --width 64 --layers 2 --images 200 --repeats 1    # does it run?"""
 
 
@@ -248,7 +248,7 @@ def compare_retrieval(options: Options) -> bool:
     ours, plain = alternate("retrieval", options)
     captions = options.images * CAPTIONS
     print(f"\nretrieval: {options.images:,} images × {captions:,} captions, features {DIM} wide, fp32")
-    labels = (f"blocks of {options.block:,} rows, ranks counted", "whole matrix, torch.topk")
+    labels = (f"blocks of {options.block:,} rows", "whole matrix, torch.topk")
     # a pair counts once, though both directions look at it
     print_table("M pairs/s", options.images * captions, 1e6, labels, (ours, plain))
     print("recall@k        " + "".join(f"{k:>8}" for k in KS))
@@ -292,7 +292,7 @@ def main() -> int:
     parser.add_argument("--layers", default=6, help="of the text tower (default: %(default)s)", **number)
     parser.add_argument("--batch-size", default=256, help="ours (default: %(default)s)", **number)
     parser.add_argument("--images", default=5000, help="in retrieval, 5 captions each (default: %(default)s)", **number)
-    parser.add_argument("--block", default=1024, help="rows at a time, ours (default: %(default)s)", **number)
+    parser.add_argument("--block", default=256, help="rows at a time, ours (default: %(default)s)", **number)
     options = Options(**vars(parser.parse_args()))
     with one_line_errors():
         for name, value in vars(options).items():

@@ -25,7 +25,7 @@ def test_during_a_sharded_run_and_after_it(s3: S3Server, tmp_path: Path) -> None
     sets = [
         f"evaluators.{task}.{key}"
         for task in ("retrieval", "gap")
-        for key in (f"task={task}", f"remote={test}", f"local={tmp_path / 'eval-cache' / task}", "batch_size=8")
+        for key in (f"task={task}", f"remote={test}", f"local={tmp_path / 'eval-cache'}", "batch_size=8")
     ]
     config = write_config(tmp_path, train, save_folder)
     settings = ["run_name=evaluated", "max_duration=6ba", "save_interval=6ba", FSDP]

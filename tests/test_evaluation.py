@@ -21,7 +21,7 @@ from alignclip.encoders import CLIP, build_encoders
 from alignclip.errors import UserError
 from alignclip.evaluation.encoding import Encoder
 from alignclip.evaluation.retrieval import recall
-from alignclip.evaluation.sets import EvaluationSet, read_classes
+from alignclip.evaluation.sets import EvaluationSet, OpenSets, read_classes
 from alignclip.evaluation.tasks import Evaluator
 from alignclip.transforms import center_crop, normalize
 
@@ -84,7 +84,7 @@ def test_features_come_in_the_sets_order(tmp_path: Path, count: int) -> None:
     samples = write_labelled(str(tmp_path / "set"), count)
     model = small_model().train()
     encoder = encoder_of(model)
-    dataset = EvaluationSet(SetConfig(local=str(tmp_path / "set")), encoder.image_size, "label")
+    dataset = EvaluationSet(SetConfig(local=str(tmp_path / "set")), encoder.image_size, "label", OpenSets())
     features, labels = encoder.images(dataset)
     texts = [" ".join(WORDS[: 1 + i * 3 % 7]) for i in range(count)]
     expected = one_by_one(model, [image for image, _ in samples], texts)
@@ -96,7 +96,7 @@ def test_features_come_in_the_sets_order(tmp_path: Path, count: int) -> None:
 def test_the_model_goes_on_training_and_the_global_generator_stays(tmp_path: Path) -> None:
     write_labelled(str(tmp_path / "set"), 5)
     model = small_model().train()
-    dataset = EvaluationSet(SetConfig(local=str(tmp_path / "set")), encoder_of(model).image_size, "label")
+    dataset = EvaluationSet(SetConfig(local=str(tmp_path / "set")), encoder_of(model).image_size, "label", OpenSets())
     before = torch.get_rng_state()
     encoder_of(model).images(dataset)
     encoder_of(model).texts(["a", "b"])
@@ -106,10 +106,10 @@ def test_the_model_goes_on_training_and_the_global_generator_stays(tmp_path: Pat
 
 def encode_on_a_rank(folder: str, count: int) -> tuple[torch.Tensor, list[Any], torch.Tensor, dict[str, float]]:
     encoder = encoder_of(small_model(), batch_size=3)
-    dataset = EvaluationSet(SetConfig(local=folder), encoder.image_size, "caption")
+    dataset = EvaluationSet(SetConfig(local=folder), encoder.image_size, "caption", OpenSets())
     features, captions = encoder.images(dataset)
     config = EvaluatorConfig(task="retrieval", local=folder, batch_size=3, num_workers=0)
-    metrics = Evaluator("pairs", config, encoder.image_size)(encoder).metrics
+    metrics = Evaluator("pairs", config, encoder.image_size, OpenSets())(encoder).metrics
     return features, captions, encoder.texts([" ".join(WORDS[: i % 9]) for i in range(count)]), metrics
 
 
@@ -128,7 +128,7 @@ def test_several_ranks_find_what_one_finds(tmp_path: Path, count: int) -> None:
 
 def read_broken(folder: str) -> str:
     encoder = encoder_of(small_model(), batch_size=2)
-    dataset = EvaluationSet(SetConfig(local=folder), encoder.image_size, "label")
+    dataset = EvaluationSet(SetConfig(local=folder), encoder.image_size, "label", OpenSets())
     with pytest.raises(UserError) as error:
         encoder.images(dataset)
     return str(error.value)
@@ -152,7 +152,7 @@ def evaluate() -> Any:
 
     def evaluate(config: EvaluatorConfig) -> dict[str, float]:
         config.num_workers, config.batch_size = 2, 4
-        return Evaluator("e", config, encoder_of(model).image_size)(encoder_of(model)).metrics
+        return Evaluator("e", config, encoder_of(model).image_size, OpenSets())(encoder_of(model)).metrics
 
     evaluate.model = model  # type: ignore[attr-defined]
     return evaluate
@@ -191,7 +191,7 @@ def test_zero_shot_and_shift(tmp_path: Path, evaluate: Any) -> None:
     scale = evaluate.model.logit_scale.exp()
     kept = [i for i, (_, label) in enumerate(samples) if CLASSES[label] in outliers]
     inside = (scale * images[kept] @ classifier[[2, 0]].T).softmax(1).amax(1)
-    out_images = EvaluationSet(config.outliers, encoder_of(evaluate.model).image_size, "label")
+    out_images = EvaluationSet(config.outliers, encoder_of(evaluate.model).image_size, "label", OpenSets())
     outside_features, labels = encoder_of(evaluate.model).images(out_images)
     logits = outside_features @ classifier[[2, 0]].T
     outside = (scale * logits).softmax(1).amax(1)
@@ -220,11 +220,23 @@ def test_linear_probe_gap_and_sts(tmp_path: Path, evaluate: Any) -> None:
 def test_wrong_sets_are_one_line(tmp_path: Path) -> None:
     write_labelled(str(tmp_path / "set"), 2)
     with pytest.raises(UserError, match=r"nowhere: "):
-        EvaluationSet(SetConfig(local=str(tmp_path / "nowhere")), 16, "label")
+        EvaluationSet(SetConfig(local=str(tmp_path / "nowhere")), 16, "label", OpenSets())
     with pytest.raises(UserError, match=r"lacks the columns \['caption'\]; it has \['image', 'key', 'label'\]"):
-        EvaluationSet(SetConfig(local=str(tmp_path / "set")), 16, "caption")
+        EvaluationSet(SetConfig(local=str(tmp_path / "set")), 16, "caption", OpenSets())
     with pytest.raises(UserError, match=r"can't read .*classes.json: not found"):
         read_classes(SetConfig(local=str(tmp_path / "set")))
     (tmp_path / "set" / "classes.json").write_text("[]")
     with pytest.raises(UserError, match=r"convert/classification.py"):
         read_classes(SetConfig(local=str(tmp_path / "set")))
+
+
+def test_evaluators_may_share_a_set(s3: S3Server, tmp_path: Path) -> None:
+    """Two tasks on one remote set, with one cache, as a person would write it."""
+    remote = f"{s3.bucket()}/shared"
+    write_captioned(remote, 8, several=True)
+    opened, encoder = OpenSets(), encoder_of(small_model())
+    found = {}
+    for task in ("retrieval", "gap"):
+        config = EvaluatorConfig(task=task, remote=remote, local=str(tmp_path / "cache"), num_workers=0)
+        found[task] = Evaluator(task, config, encoder.image_size, opened)(encoder).metrics
+    assert found["retrieval"].keys() <= {name.removeprefix("closed_") for name in found["gap"]}

@@ -19,6 +19,7 @@ from alignclip.config import EvaluatorConfig
 from alignclip.config_file import load
 from alignclip.errors import UserError
 from alignclip.evaluation.encoding import Encoder
+from alignclip.evaluation.sets import OpenSets
 from alignclip.evaluation.tasks import Evaluator
 from alignclip.loading import load_encoders
 
@@ -73,7 +74,7 @@ def test_the_last_evaluation_is_of_the_model_that_is_saved(dataset: Path, tmp_pa
     _, memory = train(dataset, tmp_path, *retrieval(dataset, task="gap", interval="1ep"), *more)
     encoder = Encoder(load_encoders(str(tmp_path / "saved")), torch.device("cpu"), batch_size=16, progress=False)
     config = EvaluatorConfig(task="gap", local=str(dataset), num_workers=0)
-    after = Evaluator("pairs", config, encoder.image_size)(encoder).metrics
+    after = Evaluator("pairs", config, encoder.image_size, OpenSets())(encoder).metrics
     for name, value in after.items():
         assert logged(memory, f"metrics/pairs/{name}")[8] == pytest.approx(value, abs=1e-6), name
 

@@ -26,6 +26,7 @@ from alignclip.config import EvaluatorConfig, KeepBestConfig
 from alignclip.encoders import CLIP
 from alignclip.errors import UserError, describe_storage_error, nearest
 from alignclip.evaluation.encoding import Encoder
+from alignclip.evaluation.sets import OpenSets
 from alignclip.evaluation.tasks import Evaluator, Metrics
 
 log = logging.getLogger(__name__)
@@ -63,9 +64,10 @@ class EvaluationCallback(Callback):
     ) -> None:
         self._encoders, self._dtype, self._progress = encoders, dtype, progress
         self._best = best
+        opened = OpenSets()
         self._evaluators: list[tuple[Evaluator, Callable[[State, Event], bool]]] = [
             (
-                Evaluator(name, config, image_size),
+                Evaluator(name, config, image_size, opened),
                 create_interval_scheduler(config.interval, checkpoint_events=False, final_events=set(EVENTS)),
             )
             for name, config in evaluators.items()

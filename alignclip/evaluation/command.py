@@ -57,6 +57,7 @@ def run(config: EvaluateConfig) -> Results:
     from composer.utils import dist
 
     from alignclip.evaluation.encoding import Encoder
+    from alignclip.evaluation.sets import OpenSets
     from alignclip.evaluation.tasks import Evaluator
     from alignclip.loading import load_encoders
     from alignclip.training import autocast_dtype, choose_device
@@ -65,16 +66,18 @@ def run(config: EvaluateConfig) -> Results:
     dist.initialize_dist(device, timeout=config.dist_timeout)
     results: Results = {}
     pairs = {}
-    opened: dict[int, list[Evaluator]] = {}  # by image size: the sets are opened once
+    opened = OpenSets()
+    evaluators: dict[int, list[Evaluator]] = {}  # by image size
     places = {"model": str(config.checkpoint)} if config.checkpoint else config.checkpoints
     # all of them first: one that is not there should not be found out after hours with the others
     for name, model in {name: load_encoders(place) for name, place in places.items()}.items():
         device.module_to_device(model)
         encoder = Encoder(model, next(model.parameters()).device, autocast_dtype(config.precision))
-        if encoder.image_size not in opened:
-            opened[encoder.image_size] = [Evaluator(n, c, encoder.image_size) for n, c in config.evaluators.items()]
+        size = encoder.image_size
+        if size not in evaluators:
+            evaluators[size] = [Evaluator(n, c, size, opened) for n, c in config.evaluators.items()]
         results[name] = {}
-        for evaluator in opened[encoder.image_size]:
+        for evaluator in evaluators[size]:
             encoder.batch_size = evaluator.config.batch_size
             result = evaluator(encoder)
             results[name][evaluator.name] = result.metrics

@@ -15,7 +15,7 @@ def recall(
     text_features: Tensor,
     image_of_text: Tensor,
     ks: Sequence[int] = (1, 5, 10),
-    block: int = 1024,
+    block: int = 256,
 ) -> dict[str, float]:
     """Recall@k by cosine similarity, as clip_benchmark defines it (https://github.com/LAION-AI/CLIP_benchmark).
 
@@ -42,27 +42,44 @@ def recall(
     images = F.normalize(image_features.float(), dim=-1)
     texts = F.normalize(text_features.float(), dim=-1)
     owner = image_of_text.to(images.device).long()
-    index = torch.arange(len(images), device=images.device)
     with torch.autocast(images.device.type, enabled=False):
-        image_ranks = _best_ranks(texts, images, owner, index, block)
-        text_ranks = _best_ranks(images, texts, index, owner, block)
+        image_ranks = _best_ranks(texts, images, owner[:, None], max(ks), block)
+        text_ranks = _best_ranks(images, texts, _texts_of_images(owner, len(images)), max(ks), block)
     result = {f"image_retrieval_recall@{k}": (image_ranks < k).double().mean().item() for k in ks}
     result.update({f"text_retrieval_recall@{k}": (text_ranks < k).double().mean().item() for k in ks})
     return result
 
 
-def _best_ranks(queries: Tensor, items: Tensor, query_label: Tensor, item_label: Tensor, block: int) -> Tensor:
-    """[queries] ranks, from 0, of the best-ranked item that carries the query's label."""
+def _best_ranks(queries: Tensor, items: Tensor, positives: Tensor, most: int, block: int) -> Tensor:
+    """[queries] ranks, from 0, of the best-ranked of each query's positives; exact below ``most``.
+
+    ``positives``: [queries, any] rows of ``items`` in ascending order, filled up with -1.
+    """
     ranks = []
     index = torch.arange(len(items), device=items.device)
-    for rows, labels in zip(queries.split(block), query_label.split(block), strict=True):
+    for rows, mine in zip(queries.split(block), positives.split(block), strict=True):
         scores = rows @ items.T
-        positive = labels[:, None] == item_label
-        best = scores.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
-        equal = scores == best
-        first = torch.where(equal & positive, index, len(items)).amin(1, keepdim=True)
-        ranks.append((scores > best).sum(1) + (equal & (index < first)).sum(1))
+        own = scores.gather(1, mine.clamp_min(0)).masked_fill(mine < 0, -torch.inf)
+        best = own.amax(1, keepdim=True)
+        top = scores.topk(min(most, len(items))).values
+        rank = (top > best).sum(1)
+        # where others are equal, the order decides; that is rare, and only those rows are looked at as a whole
+        tied = (((top == best).sum(1) > 1) | (top[:, -1:] == best).squeeze(1)).nonzero().squeeze(1)
+        first = mine.masked_fill(own < best, len(items))[tied].amin(1, keepdim=True)
+        rank[tied] += ((scores[tied] == best[tied]) & (index < first)).sum(1)
+        ranks.append(rank)
     return torch.cat(ranks)
+
+
+def _texts_of_images(image_of_text: Tensor, images: int) -> Tensor:
+    """[images, most] the rows of each image's texts in ascending order, filled up with -1."""
+    order = image_of_text.argsort(stable=True)
+    counts = image_of_text.bincount(minlength=images)
+    # a text's place among those of its image: its position in the sorted list less where its image begins
+    place = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[image_of_text[order]]
+    texts = order.new_full((images, int(counts.max())), -1)
+    texts[image_of_text[order], place] = order
+    return texts
 
 
 def _check(images: Tensor, texts: Tensor, image_of_text: Tensor, ks: Sequence[int], block: int) -> None:

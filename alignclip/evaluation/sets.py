@@ -21,6 +21,38 @@ from alignclip.transforms import center_crop
 CLASSES = "classes.json"  # class names and templates, beside the index
 
 
+class OpenSets:
+    """The sets of a process, each opened once: Streaming refuses a second reader of the same cache."""
+
+    def __init__(self) -> None:
+        self._opened: dict[tuple[str | None, str, str | None], StreamingDataset] = {}
+
+    def open(self, stream: SetConfig) -> StreamingDataset:
+        """The samples of a set by index.
+
+        Raises:
+            UserError: it isn't there or can't be read.
+        """
+        key = (stream.remote, local_folder("evaluation", stream), stream.split)
+        if key in self._opened:
+            return self._opened[key]
+        remote, local, split = key
+        try:
+            dataset = StreamingDataset(
+                streams=[Stream(remote=remote, local=local, split=split, validate_hash="xxh64")],
+                batch_size=1,
+                shuffle=False,
+            )
+        except Exception as error:  # of the file system, or any cloud's
+            raise UserError(f"evaluation set {remote or local}: {describe_storage_error(error)}") from None
+        shared_memory.claim(dataset._shm_prefix_int)
+        for one in dataset.streams:  # forked workers must not share the connection
+            if one._downloader is not None:
+                one._downloader.clean_up()
+        self._opened[key] = dataset
+        return dataset
+
+
 class EvaluationSet(Dataset[tuple[Tensor, Any]]):
     """A set by index: ``(image, other)``, where other is the label of a classification set or the captions of a pair.
 
@@ -28,30 +60,19 @@ class EvaluationSet(Dataset[tuple[Tensor, Any]]):
         stream: where it lies and is cached.
         image_size: pixels a side of what the model takes.
         column: ``label`` (int) or ``caption`` (text, or a list of texts).
+        opened: the sets of this process.
 
     Raises:
         UserError: it isn't there, can't be read, or has no such column.
     """
 
-    def __init__(self, stream: SetConfig, image_size: int, column: str) -> None:
+    def __init__(self, stream: SetConfig, image_size: int, column: str, opened: OpenSets) -> None:
         self.name = stream.remote or stream.local
-        local = local_folder("evaluation", stream)
-        try:
-            self._dataset = StreamingDataset(
-                streams=[Stream(remote=stream.remote, local=local, split=stream.split, validate_hash="xxh64")],
-                batch_size=1,
-                shuffle=False,
-            )
-        except Exception as error:  # of the file system, or any cloud's
-            raise UserError(f"evaluation set {self.name}: {describe_storage_error(error)}") from None
-        shared_memory.claim(self._dataset._shm_prefix_int)
+        self._dataset = opened.open(stream)
         columns = self._dataset.shards[0].column_names  # type: ignore[attr-defined]
         missing = sorted({"image", column} - set(columns))
         if missing:
             raise UserError(f"evaluation set {self.name} lacks the columns {missing}; it has {sorted(columns)}")
-        for one in self._dataset.streams:  # forked workers must not share the connection
-            if one._downloader is not None:
-                one._downloader.clean_up()
         self.image_size = image_size
         self.column = column
 

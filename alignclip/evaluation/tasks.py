@@ -17,7 +17,7 @@ from alignclip.evaluation.gap import modality_gap
 from alignclip.evaluation.geometry import close_gap
 from alignclip.evaluation.linear_probe import linear_probe
 from alignclip.evaluation.retrieval import recall
-from alignclip.evaluation.sets import EvaluationSet, read_classes
+from alignclip.evaluation.sets import EvaluationSet, OpenSets, read_classes
 from alignclip.evaluation.shift import max_softmax, out_of_distribution
 from alignclip.evaluation.sts import read_sts, similarity
 from alignclip.evaluation.zero_shot import accuracy, build_classifier
@@ -39,13 +39,13 @@ class Result:
 
 
 class Evaluator:
-    """One entry of ``evaluators``: its sets, opened once, and its task. On every rank, at the same time.
+    """One entry of ``evaluators``: its sets and its task. On every rank, at the same time.
 
     Raises:
         UserError: a set is not there, or not what the task needs.
     """
 
-    def __init__(self, name: str, config: EvaluatorConfig, image_size: int) -> None:
+    def __init__(self, name: str, config: EvaluatorConfig, image_size: int, opened: OpenSets) -> None:
         self.name, self.config = name, config
         self._sets: dict[str, EvaluationSet] = {}
         self._classes: dict[str, tuple[list[str], list[str]]] = {}
@@ -56,7 +56,7 @@ class Evaluator:
         parts: dict[str, SetConfig | None] = {"": config, "train": config.train, "outliers": config.outliers}
         for part, stream in parts.items():
             if stream is not None:
-                self._sets[part] = EvaluationSet(stream, image_size, column)
+                self._sets[part] = EvaluationSet(stream, image_size, column, opened)
                 if config.task in ("zero_shot", "out_of_distribution"):
                     self._classes[part] = read_classes(stream)
 

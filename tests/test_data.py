@@ -178,7 +178,8 @@ def test_both_download_threads_may_fail(
         note(dataset, future)
 
     def late_follow(dataset: ImageTextDataset, iterator: Any) -> None:
-        time.sleep(1)
+        while not failures:
+            time.sleep(0.01)
         follow(dataset, iterator)
 
     monkeypatch.setattr(ImageTextDataset, "on_exception", slow_note)

@@ -78,7 +78,9 @@ class SaveFolder:
             else:
                 Path(self.uri).mkdir(parents=True, exist_ok=True)
         except Exception as error:
-            raise UserError(f"save_folder={self.uri}: {describe_storage_error(error)}") from None
+            local = not self.remote and isinstance(error, OSError)
+            why = str(error.strerror) if local else describe_storage_error(error)  # type: ignore[attr-defined]
+            raise UserError(f"save_folder={self.uri}: {why}") from None
 
     def check_config(self) -> None:
         """Refuse to go on with another run's checkpoints.
@@ -96,6 +98,11 @@ class SaveFolder:
             )
         if before is not None and has_checkpoint:
             old, now = _plain(before), _plain(to_yaml(self.config))
+            if old.get("run_name") != now["run_name"]:
+                raise UserError(
+                    f"{self.uri} is the folder of run '{old.get('run_name')}', not of '{now['run_name']}'; "
+                    "choose another save_folder, e.g. one with {run_name} in it"
+                )
             changed = differences(_plain(to_yaml(RunConfig())) | old, now)
             if changed:
                 raise UserError(

@@ -10,7 +10,7 @@ from alignclip.errors import one_line_errors
 
 EXAMPLES = """examples:
   composer pretrain.py yamls/alignclip.yaml data.streams.cc12m.remote=s3://my-bucket/cc12m run_name=first
-  composer -n 2 pretrain.py yamls/clip.yaml global_train_batch_size=64 precision=fp32 device=cpu
+  composer -n 2 pretrain.py yamls/quickstart.yaml run_name=small data.streams.scenes.local=/data/mine
   composer pretrain.py yamls/alignclip.yaml save_folder=s3://my-bucket/runs/{run_name} save_interval=1000ba
   composer pretrain.py yamls/alignclip.yaml data.streams.cc12m=null data.streams.mine.local=/data/mine
 the same command goes on with a run that was stopped or killed"""
@@ -29,7 +29,9 @@ def main(arguments: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="YAML file; README.md lists its sections")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.sub=value", help="settings that replace the file's"
+    )
     options, dashed = parser.parse_known_args(arguments)
     with one_line_errors():
         config = load(options.config, [*options.overrides, *dashed])

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from open_clip.tokenizer import SimpleTokenizer
 from streaming import Stream, StreamingDataLoader, StreamingDataset
 from streaming.base import partition, shuffle
@@ -164,9 +165,10 @@ def build_dataloader(dataset: ImageTextDataset, config: DataConfig, pin_memory: 
         generator=torch.Generator().manual_seed(config.shuffle_seed),
     )
     if len(loader) == 0:
+        world = dist.get_world_size() if dist.is_initialized() else 1
         raise UserError(
-            f"the set has {dataset.size} samples, fewer than one batch; lower global_train_batch_size "
-            f"(now {dataset.batch_size} on each rank)"
+            f"the set has {dataset.size} samples, fewer than one batch; lower global_train_batch_size to "
+            f"{dataset.size // world * world} or less (it is {int(dataset.batch_size or 0) * world})"
         )
     return loader
 

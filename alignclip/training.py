@@ -104,7 +104,7 @@ def choose_device(name: str | None) -> Device:
     try:
         return get_device(name)
     except (ValueError, ImportError) as error:
-        raise UserError(f"device={name} can't be used on this machine: {one_line(error)}") from None
+        raise UserError(f"device={name}: there is none on this machine ({one_line(error)}); device=cpu?") from None
 
 
 def check_parallelism(config: RunConfig, device: Device) -> None:
@@ -198,9 +198,9 @@ def remove_stale_download(folder: SaveFolder) -> None:
 
 def build_data(config: RunConfig, device: Device) -> StreamingDataLoader:
     """The training data of this rank."""
-
     if dist.get_local_rank() == 0:
         shared_memory.remove_stale()
+    dist.barrier()  # the ranks of a machine look for the first free prefix, and have to find the same
     try:
         dataset = ImageTextDataset(
             config.data,
@@ -294,8 +294,9 @@ def trainer_arguments(config: RunConfig, device: Device) -> dict[str, Any]:
     arguments = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainerConfig)}
     arguments["run_name"] = config.run_name or None
     arguments["progress_bar"] = show_progress(config)
-    if config.progress_bar is None and not show_progress(config):  # a bar is unreadable in a file
-        arguments["log_to_console"] = True
+    # a bar is unreadable in a file; the other ranks' console is what the launcher shows when it ends
+    wanted = config.log_to_console or (config.progress_bar is None and not show_progress(config))
+    arguments["log_to_console"] = wanted and dist.get_global_rank() == 0
     if config.compile_config is not None:
         arguments["compile_config"] = dataclasses.asdict(config.compile_config)
     arguments["parallelism_config"] = None

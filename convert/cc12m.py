@@ -11,6 +11,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -285,10 +286,14 @@ def _next_command(out: str, counts: Counts, options: ConvertOptions) -> str:
     composer = Path(sys.executable).with_name("composer")
     words = [str(_from_here(composer)) if composer.exists() else "composer"]
     words += [str(_from_here(path)) for path in (ROOT / "pretrain.py", ROOT / "yamls" / f"{recipe}.yaml")]
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", out.rpartition("/")[2]).strip("-") or "mine"
+    words += [f"run_name={name}"]
+    if name != "cc12m":  # the recipe's own
+        words += ["data.streams.cc12m=null"]
     if "://" in out:
-        words += [f"data.streams.cc12m.remote={out}", "data.streams.cc12m.local=/tmp/cc12m"]
+        words += [f"data.streams.{name}.remote={out}", f"data.streams.{name}.local=/tmp/{name}"]
     else:
-        words += [f"data.streams.cc12m.local={out}"]
+        words += [f"data.streams.{name}.local={out}"]
     if counts.written < SMALL:
         words += ["data.num_canonical_nodes=1", "scheduler.t_warmup=100ba"]
     return shlex.join(words)

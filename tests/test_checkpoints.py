@@ -60,6 +60,10 @@ def test_another_run_under_the_same_name_is_refused(
         put(s3, f"{save_folder}/latest-rank0.pt.symlink", "runs/ep0-ba5-rank0.pt")
     with pytest.raises(UserError, match=r"loss\.beta: 0\.5 → 1\.0.*choose another run_name"):
         changed.check_config()
+    other = SaveFolder(config_for(tmp_path, save_folder, "run_name=second"))
+    other.open()
+    with pytest.raises(UserError, match="is the folder of run 'first', not of 'second'"):
+        other.check_config()
     # where and how fast may change
     faster = SaveFolder(config_for(tmp_path, save_folder, "data.num_workers=7", "max_duration=50ba", "precision=fp32"))
     faster.open()
@@ -142,7 +146,7 @@ def test_only_composers_download_is_removed(s3: S3Server, tmp_path: Path, monkey
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="save_folder=/proc/runs: "):
+    with pytest.raises(UserError, match="save_folder=/proc/runs: No such file or directory"):
         SaveFolder(config_for(tmp_path, "/proc/runs")).open()
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"save_folder=.*file/runs: "):

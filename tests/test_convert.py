@@ -737,7 +737,8 @@ def test_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert Path(next_words[0]).resolve() == Path(sys.executable).with_name("composer").resolve()
     assert next_words[1:3] == ["pretrain.py", "yamls/sharedclip.yaml"]
     config = load(REPOSITORY / next_words[2], next_words[3:])
-    assert config.data.streams["cc12m"].local == str(out)
+    assert config.run_name == "out"
+    assert {name: stream.local for name, stream in config.data.streams.items()} == {"out": str(out)}
     assert next_words[-2:] == ["data.num_canonical_nodes=1", "scheduler.t_warmup=100ba"]
 
     main([*command, "--no-next"])

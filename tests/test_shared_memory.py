@@ -4,12 +4,17 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import processes
+import psutil
 import pytest
-from runs import write_set
+from composer.utils import get_device
+from runs import write_config, write_set
 
-from alignclip import shared_memory
+from alignclip import shared_memory, training
+from alignclip.config_file import load
 from alignclip.shared_memory import NOTE, SHM
 
 pytestmark = pytest.mark.skipif(not SHM.is_dir(), reason="shared memory is not a folder here")
@@ -77,3 +82,29 @@ def test_a_process_number_that_was_given_again_is_another_process() -> None:
     note = SHM / f"999998_{NOTE}"
     note.write_text(json.dumps(identity | {"started": 0}))
     assert 999998 in shared_memory.remove_stale()
+
+
+def build_on_a_rank(folder: str) -> int:
+    config = load(write_config(Path(folder) / f"rank{os.environ['RANK']}", f"{folder}/set"), ["data.num_workers=0"])
+    remove = shared_memory.remove_stale
+
+    def slowly() -> list[int]:
+        time.sleep(2)
+        return remove()
+
+    shared_memory.remove_stale = slowly
+    return training.build_data(config, get_device("cpu")).dataset._shm_prefix_int
+
+
+@pytest.mark.world_size(2)
+def test_ranks_wait_for_the_burial(tmp_path: Path) -> None:
+    """A run that was killed left the first prefixes; all ranks of the next have to see the same ones free."""
+    write_set(str(tmp_path / "set"), 32)
+    dead, prefix = hold(tmp_path / "set")
+    for child in psutil.Process(dead.pid).children(recursive=True):
+        child.kill()  # Python's own cleaner of shared memory, which kill -9 to the group takes along
+    dead.kill()
+    dead.wait()
+    assert len(segments(prefix)) > 4
+    first, second = processes.run(2, build_on_a_rank, str(tmp_path))
+    assert first == second

@@ -197,7 +197,10 @@ def test_goes_on_from_a_checkpoint(dataset: Path, tmp_path: Path, interval: str,
         (["model.vision_cfg.image_size=33"], "image_size"),
         (["scheduler.t_warmup=8ba"], "must be shorter than max_duration=8ba (8 batches)"),
         (["optimizer.opt=adamv"], "did you mean 'adam'?"),
-        (["global_train_batch_size=65"], "the set has 64 samples, fewer than one batch"),
+        (
+            ["global_train_batch_size=65"],
+            "fewer than one batch; lower global_train_batch_size to 64 or less (it is 65)",
+        ),
         (["loggers.WandBLogger={}"], "pip install 'alignclip[wandb]'"),
         (["data.sampling_method=even"], "data: "),
     ],
@@ -222,7 +225,7 @@ def test_what_does_not_fit_the_machine(dataset: Path, tmp_path: Path, override: 
         training.check_parallelism(configuration(dataset, tmp_path, override), get_device("cpu"))
 
 
-@pytest.mark.parametrize(("name", "says"), [("cuda", "valid: cpu, gpu, mps"), ("gpu", "can't be used on this machine")])
+@pytest.mark.parametrize(("name", "says"), [("cuda", "valid: cpu, gpu, mps"), ("gpu", "there is none on this machine")])
 def test_a_device_that_is_not_there(name: str, says: str) -> None:
     if name == "gpu" and torch.cuda.is_available():
         pytest.skip("this machine has one")

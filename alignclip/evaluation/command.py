@@ -41,7 +41,9 @@ def main(arguments: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="YAML file, e.g. yamls/evaluate.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.sub=value", help="settings that replace the file's"
+    )
     options, dashed = parser.parse_known_args(arguments)
     with one_line_errors():
         run(load_evaluation(options.config, [*options.overrides, *dashed]))

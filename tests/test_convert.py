@@ -748,8 +748,8 @@ def test_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.chdir(tmp_path)
     options = parse([*command[:2], "--out", "s3://bucket/a b"])
     large = summary(Counts(written=100_000, converted=3, seconds=1.0), options)
-    remote = "'data.streams.cc12m.remote=s3://bucket/a b' data.streams.cc12m.local=/tmp/cc12m"
-    assert large.endswith(f"{REPOSITORY}/pretrain.py {REPOSITORY}/yamls/alignclip.yaml {remote}")
+    remote = "data.streams.cc12m=null 'data.streams.a-b.remote=s3://bucket/a b' data.streams.a-b.local=/tmp/a-b"
+    assert large.endswith(f"{REPOSITORY}/pretrain.py {REPOSITORY}/yamls/alignclip.yaml run_name=a-b {remote}")
 
 
 def test_one_slash_in_a_url_of_tars(tmp_path: Path) -> None:

@@ -46,16 +46,14 @@ def test_equals_brute_force_under_ties(block):
 
 
 def clip_benchmark_recall(images, texts, image_of_text, k):
-    """What clip_benchmark's zeroshot_retrieval computes: any positive among ``topk``, averaged."""
+    """clip_benchmark's own function, and what its ``evaluate`` makes of it: found is anything above 0."""
+    from clip_benchmark.metrics.zeroshot_retrieval import recall_at_k
+
     scores = texts @ images.T
     positive = torch.zeros_like(scores, dtype=torch.bool)
     positive[torch.arange(len(texts)), image_of_text] = True
-
-    def any_of_top(scores, positive):
-        top = scores.topk(k, dim=1).indices
-        return (positive.gather(1, top).sum(1) > 0).double().mean().item()
-
-    return any_of_top(scores, positive), any_of_top(scores.T, positive.T)
+    both = recall_at_k(scores, positive, k), recall_at_k(scores.T, positive.T.contiguous(), k)
+    return [(found > 0).double().mean().item() for found in both]
 
 
 def test_equals_clip_benchmark_with_five_captions_an_image():

@@ -81,6 +81,11 @@ def validate(config: RunConfig) -> None:
         )
     if not 0 <= model.vision_cfg.patch_dropout < 1:
         raise UserError(f"model.vision_cfg.patch_dropout={model.vision_cfg.patch_dropout} must lie in [0, 1)")
+    if config.parallelism_config.fsdp2 is not None and "EMA" in config.algorithms:
+        raise UserError(
+            "algorithms.EMA averages in pieces under parallelism_config.fsdp2, and checkpoints would hold the "
+            "first rank's alone; use one or the other"
+        )
     if "/" in config.run_name:
         raise UserError(f"run_name={config.run_name} must not hold a '/'")
     keep = config.save_num_checkpoints_to_keep

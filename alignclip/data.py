@@ -26,7 +26,7 @@ from streaming.base.storage import CloudDownloader
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from alignclip.config import DataConfig, SetConfig, StreamConfig
+from alignclip.config import DataConfig, SetConfig
 from alignclip.errors import UserError, describe_storage_error, nearest
 from alignclip.transforms import decode_image, random_resized_crop
 
@@ -34,7 +34,20 @@ from alignclip.transforms import decode_image, random_resized_crop
 NOT_STREAMING = {"streams", "scale", "ratio", "num_workers", "prefetch_factor", "persistent_workers", "pin_memory"}
 
 
-class ImageTextDataset(StreamingDataset):
+class ReleasingDataset(StreamingDataset):
+    """A StreamingDataset in which a download that failed is nobody's: Streaming's own readers wait for it for ever."""
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Download a shard; one that fails goes back to 'remote', so that sibling workers don't wait for it."""
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except BaseException:
+            if self._shard_states[shard_id] == _ShardState.PREPARING:
+                self._shard_states[shard_id] = _ShardState.REMOTE
+            raise
+
+
+class ImageTextDataset(ReleasingDataset):
     """Image–text pairs from MDS columns ``image``, ``caption`` and, where the loss needs it, ``semantic``.
 
     Yields dicts: ``image`` uint8 ``[3, size, size]``, ``text`` int64 ``[context_length]`` and, with
@@ -116,15 +129,6 @@ class ImageTextDataset(StreamingDataset):
             self._event.set()
             self._iterator.on_exit()  # a thread that raises doesn't say that it has exited; both may, and be waited for
 
-    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Download a shard; one that fails goes back to 'remote', so that sibling workers don't wait for it."""
-        try:
-            super().prepare_shard(shard_id, blocking)
-        except BaseException:
-            if self._shard_states[shard_id] == _ShardState.PREPARING:
-                self._shard_states[shard_id] = _ShardState.REMOTE
-            raise
-
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """This worker's samples of the epoch."""
         try:
@@ -186,7 +190,8 @@ def check_streams(config: DataConfig, *, semantic: bool) -> None:
     dimensions: dict[str, str] = {}
     for name, stream in config.streams.items():
         where = f"data.streams.{name}"
-        index = _read_index(where, stream)
+        hint = f"; set {where}.remote or .local, or take it out with {where}=null"
+        index = read_index(where, stream, local_folder(name, stream), hint)
         if not index.get("shards"):
             raise UserError(f"{where}: the set is empty (no shards in its index.json)")
         columns = dict(zip(index["shards"][0]["column_names"], index["shards"][0]["column_encodings"], strict=True))
@@ -205,16 +210,23 @@ def check_streams(config: DataConfig, *, semantic: bool) -> None:
         raise UserError(f"the 'semantic' columns differ between streams: {dimensions}; use one sentence encoder")
 
 
-def _read_index(where: str, stream: StreamConfig) -> dict[str, Any]:
-    """The parsed ``index.json`` of a stream, fetched once and without retries: a typo should fail at once."""
+def read_index(where: str, stream: SetConfig, local: str, hint: str = "") -> dict[str, Any]:
+    """The parsed ``index.json`` of a set, fetched once and without retries: a typo should fail at once.
+
+    Args:
+        where: the set's place in the configuration, for messages.
+        stream: where it lies.
+        local: where it lies or is cached.
+        hint: what else a person could do where there is none.
+
+    Raises:
+        UserError: there is none, it can't be read, or another set is cached in ``local``.
+    """
     subfolder = stream.split or ""
     if not stream.remote:
         path = Path(str(stream.local), subfolder, "index.json")
         if not path.is_file():
-            raise UserError(
-                f"{where}: no MDS set at {path.parent} (no index.json there); set {where}.remote or .local, "
-                f"or take it out with {where}=null"
-            )
+            raise UserError(f"{where}: no MDS set at {path.parent} (no index.json there){hint}")
         try:
             return _parse_index(path)
         except ValueError:
@@ -231,7 +243,7 @@ def _read_index(where: str, stream: StreamConfig) -> dict[str, Any]:
         except ValueError:
             raise UserError(f"{where}: {remote} is not a streaming index") from None
     # Streaming takes the index that is there already, whatever the remote one says
-    cached = Path(local_folder(where.rpartition(".")[2], stream), subfolder, "index.json")
+    cached = Path(local, subfolder, "index.json")
     if cached.is_file() and json.loads(cached.read_text()) != index:
         raise UserError(f"{where}: {cached.parent} holds another set than {remote}; remove it or choose another local")
     return index

@@ -64,13 +64,12 @@ def describe_storage_error(error: BaseException) -> str:
 def one_line_errors() -> Iterator[None]:
     """Print a :class:`UserError` as one line and exit with status 2; everything else keeps its stack trace.
 
-    Of several processes on a machine the first one speaks: they all read the same input.
+    Of several processes on a machine the first one speaks first: they all read the same input.
     """
     try:
         yield
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(5)  # the launcher ends the others at the first exit, and its own status is the first rank's
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(5)  # the launcher ends all others when one exits: the first one's exit ends this one here
+        print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

@@ -99,7 +99,7 @@ class AlignCLIPLoss(nn.Module):
             )
         _check_shapes(image_features, text_features, logit_scale, semantic_features)
         dtype = torch.promote_types(torch.promote_types(image_features.dtype, text_features.dtype), torch.float32)
-        with _full_precision(image_features.device.type):
+        with full_precision(image_features.device.type):
             image, text, scale = image_features.to(dtype), text_features.to(dtype), logit_scale.to(dtype)
             all_image, all_text = _gather_features(image, text, self.group)
             # the column of each row's own sample
@@ -182,7 +182,7 @@ def _check_shapes(image: Tensor, text: Tensor, logit_scale: Tensor, semantic: Te
 
 
 @contextmanager
-def _full_precision(device_type: str) -> Iterator[None]:
+def full_precision(device_type: str) -> Iterator[None]:
     """fp32 matrix products in fp32: no autocast, no TF32 (bf16 logits at s = 100 are off by 0.4)."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -199,14 +199,14 @@ class _MatmulTransposed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(a, b)
-        with _full_precision(a.device.type):
+        with full_precision(a.device.type):
             return a @ b.T
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b = ctx.saved_tensors
         (grad,) = grads
-        with _full_precision(grad.device.type):
+        with full_precision(grad.device.type):
             return (
                 grad @ b if ctx.needs_input_grad[0] else None,
                 grad.T @ a if ctx.needs_input_grad[1] else None,

@@ -16,7 +16,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def convert(options: ConvertOptions) -> Counts:
     store = Store(options.out)
     listing = store.listing()
     columns = _check(options)
-    complete = _begin(store, listing, options)
+    complete = _begin(store, listing, options, names)
     for name, tar in names.items():
         if name in complete and complete[name]["written"] and complete[name]["source"] != tar:
             raise UserError(
@@ -125,14 +125,17 @@ def _check_compression(name: str | None) -> None:
     raise UserError(f"--compression {name} is not one of Streaming's; valid: {', '.join(valid)}")
 
 
-def _begin(store: Store, listing: set[str], options: ConvertOptions) -> dict[str, dict[str, Any]]:
+def _begin(store: Store, listing: set[str], options: ConvertOptions, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Write the options into ``out``, or compare them with those there; return what sub-folders are complete.
 
     While nothing has been written, for instance because of a wrong caption key, other options take their place.
     """
     if OPTIONS not in listing:
-        if INDEX in listing:
-            raise UserError(f"{store.out} already holds a data set that is not this converter's; choose another --out")
+        # a tar's sub-folder is replaced as a whole, and must not be somebody else's
+        foreign = [name for name in ("", *names) if f"{name}/{INDEX}".lstrip("/") in listing]
+        if foreign:
+            place = f"{store.out}/{foreign[0]}".rstrip("/")
+            raise UserError(f"{place} already holds a data set that is not this converter's; choose another --out")
         complete: dict[str, dict[str, Any]] = {}
         different = list(options.fixed())
     else:

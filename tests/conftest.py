@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 
 import pytest
 from s3 import S3Server
+
+from alignclip.shared_memory import NOTE, SHM
 
 # The models are tiny: threads of several processes would only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -41,3 +44,13 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
             yield server
         finally:
             server.stop()
+
+
+@pytest.fixture(autouse=True)
+def shared_memory_goes_with_the_test() -> Iterator[None]:
+    """What a test's datasets have left: each new one opens the memory of all that are there, and would for ever."""
+    yield
+    for note in SHM.glob(f"*_{NOTE}"):
+        if json.loads(note.read_text() or "{}").get("pid") == os.getpid():
+            for path in SHM.glob(f"{note.name.split('_')[0]}_*"):
+                path.unlink(missing_ok=True)

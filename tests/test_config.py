@@ -195,6 +195,11 @@ def test_what_a_resumed_run_needs_is_saved(yaml: Path) -> None:
         load(yaml, ["save_num_checkpoints_to_keep=2", "save_filename=ba{batch}.pt"])
 
 
+def test_ema_is_not_for_sharded_models(yaml: Path) -> None:
+    with pytest.raises(UserError, match="use one or the other"):
+        load(yaml, ["algorithms.EMA.half_life=1ba", "parallelism_config.fsdp2.verbose=false"])
+
+
 def test_rescale_off_with_a_side_off(yaml: Path) -> None:
     with pytest.raises(UserError, match="separate_image"):
         load(yaml, ["loss.rescale=false", "loss.separate_text=false"])

@@ -752,6 +752,19 @@ def test_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert large.endswith(f"{REPOSITORY}/pretrain.py {REPOSITORY}/yamls/alignclip.yaml run_name=a-b {remote}")
 
 
+def test_a_set_of_somebody_else_below_out_is_not_touched(tmp_path: Path) -> None:
+    """Streaming's own layout of splits: train/ and val/ without an index above them."""
+    source = three_tars(tmp_path / "in")
+    name = sorted(source.glob("*.tar"))[1].stem
+    (tmp_path / "out" / name).mkdir(parents=True)
+    for file in ("index.json", "shard.00000.mds"):
+        (tmp_path / "out" / name / file).write_text("precious")
+    with pytest.raises(UserError, match=f"out/{name} already holds a data set that is not this converter's"):
+        quick([source], tmp_path / "out")
+    assert (tmp_path / "out" / name / "shard.00000.mds").read_text() == "precious"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {name}
+
+
 def test_one_slash_in_a_url_of_tars(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^--tars=s3:/raw/a\.tar has one slash; did you mean 's3://raw/a\.tar'\?"):
         quick([tmp_path / "b.tar", "s3:/raw/a.tar"], tmp_path / "out")

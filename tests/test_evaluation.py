@@ -217,9 +217,40 @@ def test_linear_probe_gap_and_sts(tmp_path: Path, evaluate: Any) -> None:
     assert -1 <= found["spearman"] <= 1
 
 
+def test_a_download_that_fails_is_an_error_each_time_and_waits_for_nobody(s3: S3Server, tmp_path: Path) -> None:
+    """Several workers read one shard that is gone: none waits for another, then or at the next evaluation."""
+    remote = f"{s3.bucket()}/gone"
+    write_captioned(remote, 40, several=False)
+    bucket = remote.removeprefix("s3://").partition("/")[0]
+    shard = sorted(key for key in s3.keys(remote) if key.endswith(".mds"))[1]
+    body = s3.client.get_object(Bucket=bucket, Key=shard)["Body"].read()
+    s3.client.delete_object(Bucket=bucket, Key=shard)
+    config = EvaluatorConfig(task="retrieval", remote=remote, local=str(tmp_path / "cache"), num_workers=2)
+    encoder = encoder_of(small_model(), batch_size=2)
+    evaluator = Evaluator("pairs", config, encoder.image_size, OpenSets())
+    for _ in range(2):
+        with pytest.raises(UserError, match=Path(shard).name):
+            evaluator(encoder)
+    s3.client.put_object(Bucket=bucket, Key=shard, Body=body)
+    assert "image_retrieval_recall@1" in evaluator(encoder).metrics
+
+
+def test_another_set_in_the_cache_is_refused(s3: S3Server, tmp_path: Path) -> None:
+    remote = f"{s3.bucket()}/replaced"
+    write_captioned(remote, 4, several=False)
+    encoder = encoder_of(small_model())
+    stream = SetConfig(remote=remote, local=str(tmp_path / "cache"))
+    EvaluationSet(stream, encoder.image_size, "caption", OpenSets())
+    for key in s3.keys(remote):
+        s3.client.delete_object(Bucket=remote.removeprefix("s3://").split("/")[0], Key=key)
+    write_captioned(remote, 6, several=False)
+    with pytest.raises(UserError, match="holds another set"):
+        EvaluationSet(stream, encoder.image_size, "caption", OpenSets())
+
+
 def test_wrong_sets_are_one_line(tmp_path: Path) -> None:
     write_labelled(str(tmp_path / "set"), 2)
-    with pytest.raises(UserError, match=r"nowhere: "):
+    with pytest.raises(UserError, match=r"evaluation set .*nowhere: no MDS set at"):
         EvaluationSet(SetConfig(local=str(tmp_path / "nowhere")), 16, "label", OpenSets())
     with pytest.raises(UserError, match=r"lacks the columns \['caption'\]; it has \['image', 'key', 'label'\]"):
         EvaluationSet(SetConfig(local=str(tmp_path / "set")), 16, "caption", OpenSets())

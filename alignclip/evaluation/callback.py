@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -106,7 +104,7 @@ class EvaluationCallback(Callback):
         encoder = Encoder(self._encoders, device, self._dtype, config.batch_size, self._progress)
         try:
             metrics = evaluator(encoder).metrics
-        except (ValueError, UserError) as error:  # on every rank alike
+        except UserError as error:  # on every rank alike
             log.warning(f"evaluator '{evaluator.name}' at batch {state.timestamp.batch.value}: {error}")
             return {}
         named = {f"{evaluator.name}/{key}": value for key, value in metrics.items()}
@@ -125,11 +123,6 @@ class EvaluationCallback(Callback):
         if self._best is not None and state.get("best") is not None:
             self._best.value = state["best"]
 
-    def post_close(self) -> None:
-        """Wait for the last upload."""
-        if self._best is not None:
-            self._best.wait()
-
 
 @contextmanager
 def _as_saved(state: State, logger: Logger) -> Iterator[None]:
@@ -147,17 +140,15 @@ def _as_saved(state: State, logger: Logger) -> Iterator[None]:
 class BestCheckpoint:
     """Keeps the checkpoint with the best value of one metric as ``best-rank0.pt``, complete at any time.
 
-    A bucket gets it beside training; while one upload is under way, a better one waits for it.
+    ``value`` is that of the checkpoint that is kept: one that could not be written has to be beaten by nobody.
     """
 
     def __init__(self, config: KeepBestConfig, folder: SaveFolder) -> None:
         self.config, self.folder = config, folder
         self.value: float | None = None
-        self._executor = ThreadPoolExecutor(1)
-        self._upload: Future[None] | None = None
 
     def offer(self, metrics: Metrics, state: State) -> None:
-        """Save ``state`` if its metrics are the best so far; on every rank.
+        """Save ``state`` if its metrics are the best so far; on every rank, and training waits for it.
 
         Raises:
             UserError: the evaluator has other metrics than the one that is asked for.
@@ -171,22 +162,19 @@ class BestCheckpoint:
         value, sign = metrics[name], 1 if self.config.mode == "max" else -1
         if math.isnan(value) or (self.value is not None and sign * value <= sign * self.value):
             return
-        self.value = value
         with tempfile.TemporaryDirectory() as temporary:
             saved = save_checkpoint(state, f"{temporary}/{BEST}")
-            if dist.get_global_rank() == 0 and saved:
-                self.wait()
-                print(f"best {name} so far: {value:.4f}; kept as {self.folder.uri}/{BEST}", flush=True)
-                kept = Path(tempfile.mkdtemp(), BEST)
-                shutil.move(saved, kept)
-                self._upload = self._executor.submit(self._keep, kept)
+            kept = [dist.get_global_rank() == 0 and saved is not None and self._keep(Path(saved), value)]
+        dist.broadcast_object_list(kept)
+        if kept[0]:
+            self.value = value
 
-    def _keep(self, file: Path) -> None:
-        self.folder.keep_file(file, BEST)
-        file.parent.rmdir()
-
-    def wait(self) -> None:
-        """Until the last one is where it belongs; a failure is reported."""
-        if self._upload is not None and (error := self._upload.exception()) is not None:
+    def _keep(self, file: Path, value: float) -> bool:
+        """Put a file where it belongs; whether that worked."""
+        try:
+            self.folder.keep_file(file, BEST)
+        except Exception as error:  # of the file system, or any cloud's
             log.warning(f"could not keep the best checkpoint in {self.folder.uri}: {describe_storage_error(error)}")
-        self._upload = None
+            return False
+        print(f"best {self.config.metric} so far: {value:.4f}; kept as {self.folder.uri}/{BEST}", flush=True)
+        return True

@@ -58,6 +58,7 @@ def run(config: EvaluateConfig) -> Results:
     """
     from composer.utils import dist
 
+    from alignclip import shared_memory
     from alignclip.evaluation.encoding import Encoder
     from alignclip.evaluation.sets import OpenSets
     from alignclip.evaluation.tasks import Evaluator
@@ -66,6 +67,9 @@ def run(config: EvaluateConfig) -> Results:
 
     device = choose_device(config.device)
     dist.initialize_dist(device, timeout=config.dist_timeout)
+    if dist.get_local_rank() == 0:
+        shared_memory.remove_stale()
+    dist.barrier()
     results: Results = {}
     pairs = {}
     opened = OpenSets()

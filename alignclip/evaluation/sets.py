@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from streaming import Stream, StreamingDataset
+from streaming import Stream
 from streaming.base.storage import CloudDownloader
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from alignclip import shared_memory
 from alignclip.config import SetConfig
-from alignclip.data import local_folder
+from alignclip.data import ReleasingDataset, local_folder, read_index
 from alignclip.errors import UserError, describe_storage_error
 from alignclip.transforms import center_crop
 
@@ -25,9 +26,9 @@ class OpenSets:
     """The sets of a process, each opened once: Streaming refuses a second reader of the same cache."""
 
     def __init__(self) -> None:
-        self._opened: dict[tuple[str | None, str, str | None], StreamingDataset] = {}
+        self._opened: dict[tuple[str | None, str, str | None], ReleasingDataset] = {}
 
-    def open(self, stream: SetConfig) -> StreamingDataset:
+    def open(self, stream: SetConfig) -> ReleasingDataset:
         """The samples of a set by index.
 
         Raises:
@@ -37,15 +38,17 @@ class OpenSets:
         if key in self._opened:
             return self._opened[key]
         remote, local, split = key
+        read_index(f"evaluation set {remote or local}", stream, local)
         try:
-            dataset = StreamingDataset(
+            dataset = ReleasingDataset(
                 streams=[Stream(remote=remote, local=local, split=split, validate_hash="xxh64")],
                 batch_size=1,
                 shuffle=False,
             )
         except Exception as error:  # of the file system, or any cloud's
             raise UserError(f"evaluation set {remote or local}: {describe_storage_error(error)}") from None
-        shared_memory.claim(dataset._shm_prefix_int)
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # the memory is the first process's
+            shared_memory.claim(dataset._shm_prefix_int)
         for one in dataset.streams:  # forked workers must not share the connection
             if one._downloader is not None:
                 one._downloader.clean_up()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from alignclip.config import EvaluatorConfig, SetConfig
-from alignclip.errors import UserError
+from alignclip.errors import UserError, one_line
 from alignclip.evaluation.encoding import Encoder
 from alignclip.evaluation.gap import modality_gap
 from alignclip.evaluation.geometry import close_gap
@@ -21,6 +23,7 @@ from alignclip.evaluation.sets import EvaluationSet, OpenSets, read_classes
 from alignclip.evaluation.shift import max_softmax, out_of_distribution
 from alignclip.evaluation.sts import read_sts, similarity
 from alignclip.evaluation.zero_shot import accuracy, build_classifier
+from alignclip.losses import full_precision
 
 Metrics = dict[str, float]
 
@@ -64,8 +67,8 @@ class Evaluator:
         """Evaluate a model; every rank encodes its share, and every rank gets the result.
 
         Raises:
-            UserError: a sample can't be read, on whichever rank; a package for the metrics is missing.
-            ValueError: features that are not finite.
+            UserError: a sample can't be read, on whichever rank; the metrics can't be computed: features that are not
+                finite, a package that is missing.
         """
         tasks: dict[str, Callable[[Encoder], Result]] = {
             "zero_shot": self._zero_shot,
@@ -150,21 +153,36 @@ class Evaluator:
         return images, texts, owner
 
     def _sts(self, encoder: Encoder) -> Result:
-        return Result(similarity(lambda texts: encoder.texts(texts, f"{self.name}: sentences"), self._sentences))
+        first, second, scores = self._sentences
+        sentences = list(dict.fromkeys([*first, *second]))
+        features = encoder.texts(sentences, f"{self.name}: sentences")
+        return Result(_computed(lambda: similarity(lambda _: features, (first, second, scores))))
 
 
 def _computed(metrics: Callable[[], Metrics]) -> Metrics:
-    """Compute on rank 0, so that all ranks go on with the same numbers; an error there is everybody's."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return metrics()
+    """Compute on rank 0, so that all ranks go on with the same numbers; an error there is everybody's.
+
+    In full precision: of cosines in TF32, the third digit is already noise.
+
+    Raises:
+        UserError: the computation failed.
+    """
     found: list[Any] = [None]
-    if dist.get_rank() == 0:
+    if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            found = [metrics()]
-        except (ValueError, UserError) as error:
-            found = [error]
-    dist.broadcast_object_list(found)
+            with full_precision("cuda" if torch.cuda.is_available() else "cpu"):
+                found = [metrics()]
+        except Exception as error:  # of any of the libraries that compute
+            found = [error if isinstance(error, UserError) else UserError(one_line(error))]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(found, group=_patient_group())
     if isinstance(found[0], Exception):
         raise found[0]
     result: Metrics = found[0]
     return result
+
+
+@cache
+def _patient_group() -> Any:
+    """All ranks, for waiting on one that computes: a probe of a large set takes longer than other collectives may."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=2))

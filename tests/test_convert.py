@@ -782,7 +782,8 @@ def test_command_with_embeddings(s3: Any, tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "15 samples" in result.stdout
-    assert f"composer pretrain.py yamls/alignclip.yaml data.streams.cc12m.remote={out} " in result.stdout
+    stream = f"data.streams.cc12m=null data.streams.pairs.remote={out} "
+    assert f"composer pretrain.py yamls/alignclip.yaml run_name=pairs {stream}" in result.stdout
     assert "num_canonical_nodes=1" in result.stdout
 
     rows = read_back(out, tmp_path / "cache")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from collections.abc import Iterator
 
 import pytest
@@ -17,6 +18,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tokenizers' own threads warn in forked DataLoader workers.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Each StreamingDataset keeps the memory of all others open until its process ends: more files than many shells allow.
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -22,20 +22,25 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         the exit status: 0 finished, 2 bad input, 143 stopped by a signal with everything saved.
     """
+    config, overrides = read_arguments(
+        arguments, "composer pretrain.py", "Pretrain CLIP, SharedCLIP or AlignCLIP.", EXAMPLES
+    )
+    with one_line_errors():
+        settings = load(config, overrides)
+        # Composer's import takes many seconds, and a typo above should not
+        from alignclip.training import run
+
+        return run(settings)
+
+
+def read_arguments(arguments: Sequence[str], prog: str, description: str, examples: str) -> tuple[str, list[str]]:
+    """The YAML file and the overrides of a command ``prog config.yaml key.sub=value …``; those with dashes, too."""
     parser = argparse.ArgumentParser(
-        prog="composer pretrain.py",
-        description="Pretrain CLIP, SharedCLIP or AlignCLIP.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=prog, description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", help="YAML file; README.md lists its sections")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key.sub=value", help="settings that replace the file's"
     )
     options, dashed = parser.parse_known_args(arguments)
-    with one_line_errors():
-        config = load(options.config, [*options.overrides, *dashed])
-        # Composer's import takes many seconds, and a typo above should not
-        from alignclip.training import run
-
-        return run(config)
+    return options.config, [*options.overrides, *dashed]

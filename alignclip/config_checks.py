@@ -29,6 +29,41 @@ def validate(config: RunConfig) -> None:
     _check_places(config)
     _check_evaluators(config.evaluators)
     _check_keep_best(config)
+    _check_signs(config)
+    if loss.beta and not loss.rescale and not (loss.separate_image and loss.separate_text):
+        raise UserError(
+            "loss.rescale=false separates both sides always; set loss.separate_image and loss.separate_text to true"
+        )
+    for key in ("scale", "ratio"):
+        bounds = getattr(data, key)
+        if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
+            raise UserError(f"data.{key} must be two numbers, 0 < smallest <= largest, not {bounds}")
+    if not data.streams:
+        raise UserError(
+            "data.streams is empty: name at least one set, e.g. data.streams.cc12m.remote=s3://bucket/cc12m"
+        )
+    for name, stream in data.streams.items():
+        if not (stream.remote or stream.local):
+            raise UserError(f"data.streams.{name} has neither remote nor local")
+    if model.text_cfg.vocab_size < VOCABULARY:
+        raise UserError(
+            f"model.text_cfg.vocab_size={model.text_cfg.vocab_size}: CLIP's tokenizer has {VOCABULARY} tokens"
+        )
+    if not 0 <= model.vision_cfg.patch_dropout < 1:
+        raise UserError(f"model.vision_cfg.patch_dropout={model.vision_cfg.patch_dropout} must lie in [0, 1)")
+    if config.parallelism_config.fsdp2 is not None and "EMA" in config.algorithms:
+        raise UserError(
+            "algorithms.EMA averages in pieces under parallelism_config.fsdp2, and checkpoints would hold the "
+            "first rank's alone; use one or the other"
+        )
+    if "/" in config.run_name:
+        raise UserError(f"run_name={config.run_name} must not hold a '/'")
+    _check_checkpoints(config)
+
+
+def _check_signs(config: RunConfig) -> None:
+    """Numbers that must be positive, or not negative."""
+    model, loss, data = config.model, config.loss, config.data
     positive = {
         "global_train_batch_size": config.global_train_batch_size,
         "model.embed_dim": model.embed_dim,
@@ -60,34 +95,10 @@ def validate(config: RunConfig) -> None:
     for key, value in not_negative.items():
         if value < 0:
             raise UserError(f"{key} must not be negative, but is {value}")
-    if loss.beta and not loss.rescale and not (loss.separate_image and loss.separate_text):
-        raise UserError(
-            "loss.rescale=false separates both sides always; set loss.separate_image and loss.separate_text to true"
-        )
-    for key in ("scale", "ratio"):
-        bounds = getattr(data, key)
-        if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
-            raise UserError(f"data.{key} must be two numbers, 0 < smallest <= largest, not {bounds}")
-    if not data.streams:
-        raise UserError(
-            "data.streams is empty: name at least one set, e.g. data.streams.cc12m.remote=s3://bucket/cc12m"
-        )
-    for name, stream in data.streams.items():
-        if not (stream.remote or stream.local):
-            raise UserError(f"data.streams.{name} has neither remote nor local")
-    if model.text_cfg.vocab_size < VOCABULARY:
-        raise UserError(
-            f"model.text_cfg.vocab_size={model.text_cfg.vocab_size}: CLIP's tokenizer has {VOCABULARY} tokens"
-        )
-    if not 0 <= model.vision_cfg.patch_dropout < 1:
-        raise UserError(f"model.vision_cfg.patch_dropout={model.vision_cfg.patch_dropout} must lie in [0, 1)")
-    if config.parallelism_config.fsdp2 is not None and "EMA" in config.algorithms:
-        raise UserError(
-            "algorithms.EMA averages in pieces under parallelism_config.fsdp2, and checkpoints would hold the "
-            "first rank's alone; use one or the other"
-        )
-    if "/" in config.run_name:
-        raise UserError(f"run_name={config.run_name} must not hold a '/'")
+
+
+def _check_checkpoints(config: RunConfig) -> None:
+    """What is saved is what a resumed run, and the rotation, will look for."""
     keep = config.save_num_checkpoints_to_keep
     if keep != -1 and keep < 1:
         raise UserError(f"save_num_checkpoints_to_keep={keep} must be -1 (all) or at least 1")

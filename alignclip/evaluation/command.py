@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import re
@@ -10,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from alignclip.command import read_arguments
 from alignclip.config import EvaluateConfig
 from alignclip.config_file import load_evaluation
 from alignclip.errors import UserError, one_line_errors
@@ -34,19 +34,10 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         the exit status: 0 done, 2 bad input.
     """
-    parser = argparse.ArgumentParser(
-        prog="composer evaluate.py",
-        description="Evaluate checkpoints: zero-shot, retrieval, linear probe, text similarity, modality gap.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", help="YAML file, e.g. yamls/evaluate.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key.sub=value", help="settings that replace the file's"
-    )
-    options, dashed = parser.parse_known_args(arguments)
+    description = "Evaluate checkpoints: zero-shot, retrieval, linear probe, text similarity, modality gap."
+    config, overrides = read_arguments(arguments, "composer evaluate.py", description, EXAMPLES)
     with one_line_errors():
-        run(load_evaluation(options.config, [*options.overrides, *dashed]))
+        run(load_evaluation(config, overrides))
     return 0
 
 

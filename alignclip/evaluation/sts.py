@@ -113,6 +113,12 @@ def similarity(encode: Callable[[list[str]], Tensor], pairs: str | Path | Rows) 
     first, second, scores = read_sts(pairs) if isinstance(pairs, (str, Path)) else pairs
     if len(first) != len(second) or not first:
         raise ValueError(f"{len(first)} first and {len(second)} second sentences; two pairs at least")
-    row_of = {sentence: row for row, sentence in enumerate(dict.fromkeys([*first, *second]))}
-    features = encode(list(row_of))
+    sentences = unique(first, second)
+    row_of = {sentence: row for row, sentence in enumerate(sentences)}
+    features = encode(sentences)
     return spearman(features[[row_of[s] for s in first]], features[[row_of[s] for s in second]], scores)
+
+
+def unique(first: Sequence[str], second: Sequence[str]) -> list[str]:
+    """The sentences that :func:`similarity` asks to encode, in its order: each once."""
+    return list(dict.fromkeys([*first, *second]))

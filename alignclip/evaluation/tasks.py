@@ -21,7 +21,7 @@ from alignclip.evaluation.linear_probe import linear_probe
 from alignclip.evaluation.retrieval import recall
 from alignclip.evaluation.sets import EvaluationSet, OpenSets, read_classes
 from alignclip.evaluation.shift import max_softmax, out_of_distribution
-from alignclip.evaluation.sts import read_sts, similarity
+from alignclip.evaluation.sts import read_sts, similarity, unique
 from alignclip.evaluation.zero_shot import accuracy, build_classifier
 from alignclip.losses import full_precision
 
@@ -154,8 +154,8 @@ class Evaluator:
 
     def _sts(self, encoder: Encoder) -> Result:
         first, second, scores = self._sentences
-        sentences = list(dict.fromkeys([*first, *second]))
-        features = encoder.texts(sentences, f"{self.name}: sentences")
+        # on all ranks, and the rest on one
+        features = encoder.texts(unique(first, second), f"{self.name}: sentences")
         return Result(_computed(lambda: similarity(lambda _: features, (first, second, scores))))
 
 

@@ -2,6 +2,8 @@
 
 Streaming keeps its state in ``/dev/shm/NNNNNN_…``, NNNNNN being a run's prefix, and can't tell whose it is. So each
 run leaves a note beside its segments that says which process owns the prefix.
+
+On its way to a free prefix a dataset opens the memory of all others; importing this module has it closed again.
 """
 
 from __future__ import annotations
@@ -13,18 +15,36 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from streaming.base.shared import SharedMemory, prefix
+
 SHM = Path("/dev/shm")
 NOTE = "alignclip_owner"
 
 
-def claim(prefix: int) -> None:
+class _Glimpsed(SharedMemory):
+    """Shared memory that is closed with the last reference, where this process has not created it.
+
+    Streaming's own stays open to the end of the process: a thousand files with some fifteen sets, as many as most
+    shells allow.
+    """
+
+    def __init__(
+        self, name: str | None = None, create: bool | None = None, size: int = 0, auto_cleanup: bool = True
+    ) -> None:
+        super().__init__(name, create, size, auto_cleanup and create is not False)
+
+
+prefix.SharedMemory = _Glimpsed  # type: ignore[misc]  # what the search for a free prefix opens
+
+
+def claim(prefix_int: int) -> None:
     """Note this process as the owner of a streaming prefix until it exits.
 
     Args:
-        prefix: ``StreamingDataset._shm_prefix_int``.
+        prefix_int: ``StreamingDataset._shm_prefix_int``.
     """
     if SHM.is_dir():
-        note = SHM / f"{prefix:06}_{NOTE}"
+        note = SHM / f"{prefix_int:06}_{NOTE}"
         note.write_text(json.dumps(_identity(os.getpid())))
         atexit.register(note.unlink, missing_ok=True)
 
@@ -48,14 +68,14 @@ def remove_stale() -> list[int]:
             continue
         if owner["namespace"] != _namespace() or owner == _identity(owner["pid"]):
             continue  # out of sight, or alive
-        prefix = note.name.split("_")[0]
-        for path in [*SHM.glob(f"{prefix}_*"), *Path(tempfile.gettempdir()).glob(f"{prefix}_*filelock")]:
+        owned = note.name.split("_")[0]
+        for path in [*SHM.glob(f"{owned}_*"), *Path(tempfile.gettempdir()).glob(f"{owned}_*filelock")]:
             if path != note:
                 with suppress(OSError):
                     path.unlink()
         with suppress(OSError):  # last: a cleaner that is killed half-way is followed by one that finishes
             note.unlink()
-            removed.append(int(prefix))
+            removed.append(int(owned))
     return removed
 
 

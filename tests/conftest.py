@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import atexit
 import os
-import resource
 from collections.abc import Iterator
 
 import pytest
 from s3 import S3Server
-
-from alignclip.shared_memory import NOTE, SHM
+from streaming.base.shared import SharedMemory
 
 # The models are tiny: threads of several processes would only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,9 +16,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tokenizers' own threads warn in forked DataLoader workers.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Each StreamingDataset keeps the memory of all others open until its process ends: more files than many shells allow.
-_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -51,10 +46,17 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 
 @pytest.fixture(autouse=True)
-def shared_memory_goes_with_the_test() -> Iterator[None]:
-    """What a test's datasets have left: each new one opens the memory of all that are there, and would for ever."""
+def shared_memory_goes_with_the_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a test's datasets open is closed with them: Streaming keeps it to the end of the process."""
+    opened: list[SharedMemory] = []
+    initialise = SharedMemory.__init__
+
+    def remember(self: SharedMemory, *args: object, **options: object) -> None:
+        initialise(self, *args, **options)  # type: ignore[arg-type]
+        opened.append(self)
+
+    monkeypatch.setattr(SharedMemory, "__init__", remember)
     yield
-    for note in SHM.glob(f"*_{NOTE}"):
-        if json.loads(note.read_text() or "{}").get("pid") == os.getpid():
-            for path in SHM.glob(f"{note.name.split('_')[0]}_*"):
-                path.unlink(missing_ok=True)
+    for memory in opened:
+        memory.cleanup()
+        atexit.unregister(memory.cleanup)

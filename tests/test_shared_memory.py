@@ -66,6 +66,26 @@ def test_the_dead_are_buried_and_the_living_left_alone(tmp_path: Path) -> None:
             process.kill()
 
 
+MANY = """
+import resource, sys
+from alignclip.config import SetConfig
+from alignclip.evaluation.sets import OpenSets
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (500, most))
+opened = OpenSets()
+print(len([opened.open(SetConfig(local=folder)) for folder in sys.argv[1:]]))
+"""
+
+
+def test_many_sets_fit_into_few_open_files(tmp_path: Path) -> None:
+    """Each opens the memory of all before it to find a prefix of its own; kept open, 20 sets took over 2,000 files."""
+    for i in range(20):
+        write_set(str(tmp_path / f"set{i}"), 2)
+    command = [sys.executable, "-c", MANY, *(str(folder) for folder in tmp_path.iterdir())]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (run.returncode, run.stdout) == (0, "20\n"), run.stderr
+
+
 def test_processes_of_another_container_are_not_judged() -> None:
     note = SHM / f"999999_{NOTE}"
     note.write_text(json.dumps({"pid": 2**22 + 1, "started": 1, "namespace": "pid:[1]"}))

@@ -24,15 +24,16 @@ def blobs(classes=4, count=160, noise=1.4, seed=0):
 
 
 def brute_force(x, y, x_test, y_test, strengths, seed, fraction):
-    """A fresh fit for every strength, without warm starts."""
+    """A fresh fit for every strength by another solver, to the last digit."""
     from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
     from sklearn.model_selection import train_test_split
 
     x, x_test = (F.normalize(v.double(), dim=-1).numpy() for v in (x, x_test))
     a, b, ya, yb = train_test_split(x, y.numpy(), test_size=fraction, stratify=y.numpy(), random_state=seed)
-    scores = [linear_model.LogisticRegression(C=c, max_iter=1000).fit(a, ya).score(b, yb) for c in strengths]
+    exactly = {"solver": "newton-cg", "tol": 1e-10, "max_iter": 10_000}
+    scores = [linear_model.LogisticRegression(C=c, **exactly).fit(a, ya).score(b, yb) for c in strengths]
     best = strengths[int(np.argmax(scores))]
-    probe = linear_model.LogisticRegression(C=best, max_iter=1000).fit(x, y.numpy())
+    probe = linear_model.LogisticRegression(C=best, **exactly).fit(x, y.numpy())
     found = {"acc1": probe.score(x_test, y_test.numpy()), "C": best}
     found["mean_per_class_recall"] = balanced_accuracy_score(y_test.numpy(), probe.predict(x_test))
     found["acc5"] = 1.0
@@ -78,11 +79,12 @@ def test_the_test_set_has_no_say_in_the_strength(monkeypatch):
     for labels in (y_test.flip(0), torch.zeros_like(y_test)):
         chosen.add(linear_probe(x, y, -x_test, labels, strengths=GRID, progress=False)["C"])
     assert len(chosen) == 1
-    assert [c for c, _, _ in fitted[:5]] == [*GRID, *chosen]
+    normalised = F.normalize(x.double(), dim=-1).numpy()
+    assert [c / normalised.var(axis=0).mean() for c, _, _ in fitted[:5]] == pytest.approx([*GRID, *chosen])
     # 144 of the 160 while choosing, all of them in the end, and none of them is of the test set
     assert [len(targets) for _, _, targets in fitted[:5]] == [144, 144, 144, 144, 160]
-    known = {row.tobytes() for row in F.normalize(x.double(), dim=-1).numpy()}
-    assert all(row.tobytes() in known for _, features, _ in fitted for row in features)
+    known = (normalised - normalised.mean(axis=0)) / normalised.var(axis=0).mean() ** 0.5
+    assert all(np.abs(known - row).max(axis=1).min() < 1e-9 for _, features, _ in fitted for row in features)
     # stratified: nine tenths of each class
     for label, count in zip(*np.unique(y.numpy(), return_counts=True), strict=True):
         assert abs((fitted[0][2] == label).sum() - 0.9 * count) <= 1
@@ -102,6 +104,19 @@ def test_labels_and_lengths_of_features_do_not_matter():
     expected = linear_probe(x, y, x_test, y_test, strengths=GRID, progress=False)
     found = linear_probe(x * lengths, labels[y], x_test / lengths, labels[y_test], strengths=GRID, progress=False)
     assert found == pytest.approx(expected)
+
+
+def test_features_that_all_point_one_way_are_fitted_to_the_end():
+    """As a collapsed model's do: scikit-learn stops early on them as they are, at its default tolerance."""
+    x, y, x_test, y_test = blobs(classes=6, count=600, noise=0.5)
+    x, x_test = (v * 1.5 ** -torch.arange(8) + 100 for v in (x, x_test))
+    assert F.cosine_similarity(x[:1], x).min() > 0.999
+    expected = brute_force(x, y, x_test, y_test, [1e5], 0, 0.1)["acc1"]
+    a, b = (F.normalize(v.double(), dim=-1).numpy() for v in (x, x_test))
+    as_they_are = linear_model.LogisticRegression(C=1e5, max_iter=1000).fit(a, y.numpy())
+    assert as_they_are.score(b, y_test.numpy()) < expected - 0.1
+    found = linear_probe(x, y, x_test, y_test, strengths=[1e5], progress=False)
+    assert found["acc1"] == pytest.approx(expected, abs=0.005)
 
 
 def test_few_samples_a_class_are_enough():

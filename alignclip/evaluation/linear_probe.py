@@ -48,7 +48,9 @@ def linear_probe(
     The protocol of CLIP (https://arxiv.org/abs/2103.00020, appendix A.3): scikit-learn's L-BFGS with up to 1,000
     iterations; the strength with the best accuracy on a held-out, stratified part of the training set, of equal ones
     the strongest regularisation; then a fit to the whole training set. Two differences: the grid has one value a
-    decade (CLIP: eight, around the peak), and features are normalised, as in clip_benchmark. Needs 16·N·d bytes.
+    decade (CLIP: eight, around the peak), and features are normalised, as in clip_benchmark. They are centred and
+    scaled, and C with them: the same problem (the intercept bears no penalty), but one that L-BFGS solves for the
+    features of a collapsed model, too, all of which point one way. Needs 16·N·d bytes.
 
     Args:
         train_features: [N, d], need not be normalised.
@@ -75,6 +77,9 @@ def linear_probe(
         raise ValueError(f"a fraction in (0, 1) and strengths above 0, not {validation_fraction} and {strengths}")
     linear_model, selection = library("sklearn.linear_model"), library("sklearn.model_selection")
     x, x_test = (F.normalize(features.detach().double().cpu(), dim=-1) for features in (train_features, test_features))
+    mean = x.mean(dim=0)
+    variance = (x - mean).square().mean().item() or 1.0  # all alike: there is nothing to scale
+    x, x_test = ((features - mean) / variance**0.5 for features in (x, x_test))
     # targets as positions in the sorted classes, which is how scikit-learn orders its scores
     classes, y = train_targets.cpu().unique(return_inverse=True)
     y_test = torch.searchsorted(classes, test_targets.cpu())
@@ -91,13 +96,13 @@ def linear_probe(
             with warnings.catch_warnings():
                 # the weakest regularisations need not converge; only the final fit's warning matters
                 warnings.simplefilter("ignore", library("sklearn.exceptions").ConvergenceWarning)
-                probe.set_params(C=strength).fit(x_fit, y_fit)
+                probe.set_params(C=strength * variance).fit(x_fit, y_fit)
             accuracy = float((probe.predict(x_held) == y_held).mean())
             if accuracy > best_accuracy:
                 best, best_accuracy = strength, accuracy
             bar.set_postfix(C=f"{strength:g}", held_out_acc1=f"{accuracy:.4f}")
             bar.update()
-        probe = linear_model.LogisticRegression(C=best, max_iter=max_iter).fit(x.numpy(), y.numpy())
+        probe = linear_model.LogisticRegression(C=best * variance, max_iter=max_iter).fit(x.numpy(), y.numpy())
         bar.update()
     scores = torch.as_tensor(probe.decision_function(x_test.numpy()))
     if len(classes) == 2:  # a single column, the second class's

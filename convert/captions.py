@@ -37,7 +37,7 @@ class SentenceEncoder:
     def __init__(self, name: str) -> None:
         if importlib.util.find_spec("sentence_transformers") is None:
             raise UserError("caption embeddings need sentence-transformers: pip install 'alignclip[convert]'")
-        place = _find(name)  # a wrong name is told before the seconds that these imports take
+        place = find_encoder(name)
         import torch
         from sentence_transformers import SentenceTransformer
 
@@ -72,8 +72,8 @@ class SentenceEncoder:
         return halves
 
 
-def _find(name: str) -> str:
-    """What SentenceTransformer is to load: a local folder, a model that the hub has, or else its folder in the cache.
+def find_encoder(name: str) -> str:
+    """What SentenceTransformer is to load: a local folder, a model that the hub has, or its folder in the cache.
 
     The hub is asked once: SentenceTransformer itself would ask for file after file, each with retries.
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
+import time
+import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -14,14 +17,63 @@ from typing import Any
 from urllib.parse import urlparse
 
 from alignclip.errors import UserError, describe_storage_error
+from convert.patience import patiently
 
 # Streaming is imported where it is used: that takes seconds, and a mistake in the command line should not.
 
 INDEX = "index.json"
 COUNTS = "counts.json"  # in each sub-folder, beside its index
 PARTIAL = ".partial-"  # a local sub-folder in the making
-UPLOAD_ATTEMPTS = 5  # on top of the provider's own; Streaming sleeps 1, 2, 4 … s between
+TEMPORARY = f"alignclip-{os.getpid()}-"  # folders in TMPDIR, which a process that is killed can't remove
 READ_TIMEOUT = 60.0  # seconds
+FETCH_TIMEOUT = 600.0  # seconds, for a whole input from object storage
+HTTP_TIMEOUT = 60.0  # seconds without a byte
+
+
+@contextmanager
+def fetched(place: str) -> Iterator[Path]:
+    """The file at a path or URL as a local file: itself, or a temporary copy of a remote one.
+
+    Raises:
+        UserError: it cannot be fetched.
+    """
+    if "://" not in place:
+        yield Path(place)
+        return
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
+        path = Path(folder, place.rsplit("/", 1)[1] or "file")
+        try:
+            if urlparse(place).scheme in ("http", "https"):
+                patiently(lambda: _fetch_http(place, path), place)
+            else:
+                from streaming.base.storage import CloudDownloader
+
+                patiently(lambda: CloudDownloader.direct_download(place, str(path), FETCH_TIMEOUT), place)
+        except Exception as error:  # every provider has its own
+            raise UserError(f"cannot fetch {place}: {describe_storage_error(error)}") from error
+        yield path
+
+
+def _fetch_http(url: str, path: Path) -> None:
+    """Download a file.
+
+    Raises:
+        OSError, HTTPException: it cannot be fetched, or fewer bytes came than were announced.
+    """
+    with urllib.request.urlopen(url, timeout=HTTP_TIMEOUT) as answer, path.open("wb") as file:
+        shutil.copyfileobj(answer, file)
+    announced = answer.headers.get("Content-Length")
+    if announced and path.stat().st_size != int(announced):
+        raise ConnectionError(f"the connection broke after {path.stat().st_size} of {announced} bytes")
+
+
+def remove_stale_copies() -> None:
+    """Remove temporary folders of processes that were killed, an hour after they were last used."""
+    for folder in Path(tempfile.gettempdir()).glob("alignclip-*-*"):
+        pid = folder.name.split("-")[1]
+        with suppress(OSError):
+            if pid.isdecimal() and not Path("/proc", pid).exists() and time.time() - folder.stat().st_mtime > 3600:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def uploader(local: Path, remote: str) -> Any:
@@ -38,7 +90,7 @@ def uploader(local: Path, remote: str) -> Any:
         schemes = ", ".join(f"{name}://" for name in UPLOADERS if name and ":" not in name)
         raise UserError(f"cannot write to '{remote}': Streaming knows {schemes} and local folders")
     try:
-        return CloudUploader.get((str(local), remote), keep_local=True, retry=UPLOAD_ATTEMPTS)
+        return CloudUploader.get((str(local), remote), keep_local=True, retry=1)  # we wait longer
     except Exception as error:  # every provider has its own
         raise UserError(f"cannot reach {remote}: {describe_storage_error(error)}") from error
 
@@ -92,6 +144,12 @@ class Store:
         self.is_remote = "://" in out
         self.out = out.rstrip("/") if self.is_remote else str(Path(out).expanduser().resolve())
 
+    def remove_partial(self) -> None:
+        """Remove what killed runs have left in the making; remotely there is no such thing."""
+        if not self.is_remote:
+            for folder in Path(self.out).glob(f"{PARTIAL}*"):
+                shutil.rmtree(folder, ignore_errors=True)
+
     def listing(self) -> set[str]:
         """The names of the files here and one folder below, relative to ``out``; empty where nothing is there yet.
 
@@ -110,7 +168,7 @@ class Store:
         return list_remote(self.out) if listable else set()
 
     @contextmanager
-    def staged(self, name: str = "") -> Iterator[Path]:
+    def staged(self, name: str = "", replace: bool = True) -> Iterator[Path]:
         """An empty folder whose files appear in ``out/name`` when the block ends, and not at all when it raises.
 
         ``index.json`` follows what it names and ``counts.json`` goes last: where there are both, a sub-folder is
@@ -121,29 +179,29 @@ class Store:
             UserError: ``out`` cannot be reached or written.
         """
         if self.is_remote:
-            with tempfile.TemporaryDirectory(prefix="alignclip-") as temporary:
+            with tempfile.TemporaryDirectory(prefix=TEMPORARY) as temporary:
                 folder = Path(temporary)
-                cloud = uploader(folder, f"{self.out}/{name}".rstrip("/"))
+                cloud = patiently(lambda: uploader(folder, f"{self.out}/{name}".rstrip("/")), self.out)
                 yield folder
                 try:
-                    if name:
-                        _empty(cloud)
+                    if name and replace:
+                        patiently(lambda: _empty(cloud), self.out)
                     for file in _in_order(folder):
-                        cloud.upload_file(file)
+                        patiently(lambda file=file: cloud.upload_file(file), self.out)  # type: ignore[misc]
                 except Exception as error:
                     raise UserError(f"cannot write to {self.out}/{name}: {describe_storage_error(error)}") from error
             return
-        folder = Path(self.out) / f"{PARTIAL}{name}"  # on the same file system, so that a rename is all it takes
         try:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+            Path(self.out).mkdir(parents=True, exist_ok=True)
+            # on the same file system, so that a rename is all it takes
+            folder = Path(tempfile.mkdtemp(prefix=f"{PARTIAL}{name.replace('/', '-')}-", dir=self.out))
         except OSError as error:
             raise UserError(f"cannot write to {self.out}: {error.strerror}") from None
         try:
             yield folder
             target = Path(self.out) / name
-            target.mkdir(exist_ok=True)
-            if name:
+            target.mkdir(parents=True, exist_ok=True)
+            if name and replace:
                 for file in _ours(path.name for path in target.iterdir()):
                     (target / file).unlink()
             for file in _in_order(folder):
@@ -167,7 +225,7 @@ class Store:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "file.json"
                 try:
-                    cloud.download(f"{self.out}/{name}", str(path), READ_TIMEOUT)
+                    patiently(lambda: cloud.download(f"{self.out}/{name}", str(path), READ_TIMEOUT), self.out)
                 except Exception as error:
                     raise UserError(f"cannot read {self.out}/{name}: {describe_storage_error(error)}") from error
                 return json.loads(path.read_text())

@@ -1,0 +1,280 @@
+"""A whole conversion: what is there already, what is left to do, and the index over all of it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from alignclip.errors import UserError, check_place, nearest
+from convert import inputs
+from convert.captions import find_encoder, load_encoder
+from convert.images import CHECKS
+from convert.options import ConvertOptions, Counts
+from convert.report import REPORT, write_report
+from convert.samples import BROKEN_INPUT, MISSING_CAPTION
+from convert.shards import VAL, counts_of, is_current, mds_writer
+from convert.storage import COUNTS, INDEX, Store, remove_stale_copies
+from convert.workers import convert_all
+
+OPTIONS = "convert.json"  # at the root, written first: what a later run must agree with
+ENOUGH = 1000  # samples: before, a share of bad ones says little
+DATASET = "dataset.json"  # at the root, written last but for the index: what the set is
+
+
+def convert(options: ConvertOptions) -> Counts:
+    """Convert the inputs to MDS; return the counts of the whole set in ``options.out``, earlier runs' parts included.
+
+    Raises:
+        UserError: an input, the encoder or the output is not there; ``out`` was begun with other options or from other
+            files of the same names; no sample was written, or more than ``max_bad`` of them are bad.
+    """
+    for what, places in (("--out", [options.out]), ("--inputs", options.inputs)):
+        for place in places:
+            check_place(what, place)
+    _check_numbers(options)
+    names = _unique_names(inputs.expand(options.inputs), options)
+    store = Store(options.out)
+    listing = store.listing()
+    columns = _check(options)
+    complete = _begin(store, listing, options, names)
+    remove_stale_copies()
+    store.remove_partial()
+    for name, source in names.items():
+        if name in complete and complete[name]["written"] and complete[name]["source"] != source:
+            raise UserError(
+                f"{store.out}/{name} was made from {complete[name]['source']}, not from {source}; choose another --out"
+            )
+    again = {name for name, source in names.items() if name in complete and not is_current(source, complete[name])}
+    done = {name: counts_of(kept) for name, kept in complete.items() if name not in again}
+    todo = {name: source for name, source in names.items() if name not in done}
+    if INDEX in listing and any(complete[name]["written"] for name in again):
+        # Their shards will be replaced, under the same names. Were this run killed, the set is smaller but consistent.
+        _publish(store, done, columns, options)
+    sources = {name: kept["source"] for name, kept in complete.items()} | names
+    start = time.monotonic()
+    try:
+        convert_all(todo, done, columns, options, lambda done: _check_bad(done, options, ENOUGH))
+    finally:
+        if any(counts.bad or counts.noted for counts in done.values()):
+            with store.staged() as folder:
+                (folder / REPORT).write_text(write_report(done, sources), encoding="utf-8")
+    seconds = time.monotonic() - start
+    _check_bad(done, options, 0)
+    total = _total(done)
+    _publish(store, done, columns, options)
+    broken = sorted(name for name, counts in done.items() if BROKEN_INPUT in counts.skipped)
+    return replace(total, inputs=len(names), converted=len(todo), broken=broken, seconds=seconds)
+
+
+def _unique_names(shards: Sequence[str], options: ConvertOptions) -> dict[str, str]:
+    """Sub-folder name -> input shard, of which there may be one each."""
+    names: dict[str, str] = {}
+    for shard in shards:
+        name = inputs.name_of(shard)
+        if name in names:
+            raise UserError(
+                f"{names[name]} and {shard} would both become '{name}'; give each folder of inputs an --out of its own "
+                "(training takes several streams)"
+            )
+        if name == VAL and options.held_out:
+            raise UserError(f"{shard} would become '{VAL}', which is the held-out split's name; rename it")
+        names[name] = shard
+    return names
+
+
+def _check_numbers(options: ConvertOptions) -> None:
+    images = options.images
+    for flag, value, low, high in (
+        ("--processes", options.processes, 1, None),
+        ("--held-out", options.held_out, 0, 0.5),
+        ("--max-bad", options.max_bad, 0, 1),
+        ("--quality", images.quality, 1, 100),
+        ("--min-side", images.min_side, 0, None),
+        ("--resize", 1 if images.resize is None else images.resize, 1, None),
+    ):
+        if value < low or (high is not None and value > high):
+            raise UserError(
+                f"{flag} must be at least {low}{'' if high is None else f' and at most {high}'}, not {value}"
+            )
+    if images.check not in CHECKS:
+        raise UserError(f"--check {images.check} does not exist; {nearest(images.check, CHECKS)}")
+
+
+def _check(options: ConvertOptions) -> dict[str, str]:
+    """Try the options that would otherwise fail in the first worker; return the MDS columns."""
+    columns = {"key": "str", "image": "bytes", "caption": "str"}
+    if options.semantic:
+        find_encoder(options.encoder)  # a wrong name is told before the seconds that imports take
+    _check_compression(options.compression)
+    _check_hashes(options.hashes)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            mds_writer(columns, Path(folder) / "empty", options).finish()
+        except ValueError as error:
+            raise UserError(f"--size-limit {options.size_limit}: {error}") from None
+    if options.semantic:
+        columns["semantic"] = f"ndarray:float16:{load_encoder(options.encoder).dimension}"
+    return columns
+
+
+def _check_hashes(names: Sequence[str]) -> None:
+    from streaming.base.hashing import get_hashes
+
+    for name in names:
+        if name not in get_hashes():
+            raise UserError(f"--hashes {name} is not one of Streaming's; {nearest(name, get_hashes())}")
+
+
+def _check_compression(name: str | None) -> None:
+    from streaming.base.compression import get_compressions
+
+    if name is None or name in get_compressions():
+        return
+    levels: dict[str, list[int]] = {}
+    for algorithm, _, level in (valid.partition(":") for valid in sorted(get_compressions())):
+        levels.setdefault(algorithm, []).extend([int(level)] if level else [])
+    valid = (f"{key}[:{min(found)}-{max(found)}]" if found else key for key, found in levels.items())
+    raise UserError(f"--compression {name} is not one of Streaming's; valid: {', '.join(valid)}")
+
+
+def _begin(store: Store, listing: set[str], options: ConvertOptions, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Write the options into ``out``, or compare them with those there; return what sub-folders are complete.
+
+    While nothing has been written, for instance because of a wrong caption key, other options take their place.
+    """
+    if OPTIONS not in listing:
+        # a tar's sub-folder is replaced as a whole, and must not be somebody else's
+        foreign = [name for name in ("", *names) if f"{name}/{INDEX}".lstrip("/") in listing]
+        if foreign:
+            place = f"{store.out}/{foreign[0]}".rstrip("/")
+            raise UserError(f"{place} already holds a data set that is not this converter's; choose another --out")
+        complete: dict[str, dict[str, Any]] = {}
+        different = list(options.fixed())
+    else:
+        parts = sorted(file.split("/")[0] for file in listing if file.endswith(f"/{INDEX}"))
+        parts = [name for name in parts if f"{name}/{COUNTS}" in listing]
+        before, *kept = store.read_json([OPTIONS, *(f"{name}/{COUNTS}" for name in parts)])
+        complete = dict(zip(parts, kept, strict=True))
+        different = [key for key, value in options.fixed().items() if before.get(key) != value]
+    if not different:
+        return complete
+    if any(kept["written"] for kept in complete.values()):
+        key = min(different, key=lambda name: (name == "quality", different.index(name)))
+        raise UserError(
+            f"{store.out} was begun with {_flag(key, before.get(key))}, this run has "
+            f"{_flag(key, options.fixed()[key])}: finish it with the same options, choose another --out or delete "
+            f"{store.out} to start again"
+        )
+    with store.staged() as folder:
+        (folder / OPTIONS).write_text(json.dumps(options.fixed(), indent=2))
+    return {}
+
+
+def _flag(key: str, value: Any) -> str:
+    """A fixed option as it is given on the command line."""
+    if key == "encoder" and value is None:
+        return "--no-semantic"
+    if isinstance(value, list):
+        value = " ".join(map(str, value))
+    flag = f"--{key.replace('_', '-')}"
+    return f"no {flag}" if value is None else f"{flag} {value}"
+
+
+def _total(done: dict[str, Counts]) -> Counts:
+    total = Counts()
+    for part in done.values():
+        total.add(part)
+    return total
+
+
+def _check_bad(done: dict[str, Counts], options: ConvertOptions, enough: int) -> None:
+    """Fail where more than ``max_bad`` of the samples, of which there are more than ``enough``, were left out."""
+    total = _total(done)
+    read = total.written + total.bad
+    if read < enough:
+        return
+    if not total.written:
+        raise UserError(_why_nothing(total, len(done), options))
+    if total.bad > options.max_bad * read:
+        why = ", ".join(f"{reason} {number:,}" for reason, number in sorted(total.skipped.items()))
+        raise UserError(
+            f"{total.bad:,} of {read:,} samples are bad, more than --max-bad {options.max_bad:g} ({why}); "
+            f"{REPORT} in {options.out} has examples"
+        )
+
+
+def _why_nothing(total: Counts, number: int, options: ConvertOptions) -> str:
+    """The message of a run that has not written one sample: what was skipped, and what the captions may be called."""
+    skipped = ", ".join(f"{reason} {count:,}" for reason, count in sorted(total.skipped.items()))
+    message = f"no sample was written from {inputs_in_words(number)}; skipped: {skipped or 'nothing'}"
+    if MISSING_CAPTION not in total.skipped:
+        return message
+    key, texts = options.caption_key, sorted(total.texts)
+    if not texts:
+        return f"{message}. There are no texts in json members" + ("" if key else ", and there are no txt members")
+    they_have = f"they have: {', '.join(texts)}"
+    if key is None:
+        return f"{message}. There are no txt members, and no 'caption' in json members; {they_have} (--caption-key)"
+    hint = nearest(key, texts)
+    they_have += f"; {hint}" if hint.startswith("did you") else ""
+    return f"{message}. --caption-key '{key}' is no text in the json members; {they_have}"
+
+
+def inputs_in_words(number: int) -> str:
+    """How many inputs."""
+    return "1 input" if number == 1 else f"{number:,} inputs"
+
+
+def _publish(store: Store, done: dict[str, Counts], columns: dict[str, str], options: ConvertOptions) -> None:
+    """Write ``dataset.json`` and the index of these sub-folders, and of those of the held-out split."""
+    total = _total(done)
+    packages = ["alignclip", "mosaicml-streaming", "pillow"]
+    packages += ["sentence-transformers", "transformers", "torch"] if options.semantic else []
+    dataset = {
+        "encoder": options.encoder if options.semantic else None,
+        "dimension": int(columns["semantic"].rsplit(":", 1)[1]) if options.semantic else None,
+        "source": list(options.inputs),
+        "inputs": len(done),
+        "samples": total.written - total.held_out,
+        "held_out": total.held_out,
+        "skipped": total.skipped,
+        "noted": total.noted,
+        "bytes": total.bytes,
+        "options": options.fixed(),
+        "versions": {package: importlib.metadata.version(package) for package in packages},
+    }
+    if options.held_out:
+        _write_index(store, VAL, sorted(name for name in done if done[name].held_out))
+    with store.staged() as folder:
+        (folder / DATASET).write_text(json.dumps(dataset, indent=2))
+        (folder / INDEX).write_text(_index(store, "", sorted(done)))
+
+
+def _write_index(store: Store, split: str, names: Sequence[str]) -> None:
+    index = _index(store, split, names)
+    with store.staged(split, replace=False) as folder:
+        (folder / INDEX).write_text(index)
+
+
+def _index(store: Store, split: str, names: Sequence[str]) -> str:
+    """The index over these sub-folders of a split.
+
+    Streaming's merge_index opens a connection for each of them and takes every .json in them for an index.
+    """
+    shards = []
+    paths = [f"{split}/{name}/{INDEX}".lstrip("/") for name in names]
+    for name, index in zip(names, store.read_json(paths), strict=True):
+        for shard in index["shards"]:
+            if not shard["samples"]:  # MDSWriter begins with an empty one where the first sample exceeds the size limit
+                continue
+            for file in (shard["raw_data"], shard["zip_data"]):
+                if file:
+                    file["basename"] = f"{name}/{file['basename']}"
+            shards.append(shard)
+    return json.dumps({"version": 2, "shards": shards})

@@ -1,0 +1,124 @@
+"""Is an image whole, is it usable, and, if it's wanted, a smaller JPEG of it."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from convert.samples import IMAGE_TOO_LARGE
+
+# What may lie behind the extensions. Nothing else is tried: some of PIL's other formats start programs.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
+CHECKS = ("decode", "header", "none")
+
+UNKNOWN_FORMAT = "not JPEG, PNG or WebP"
+UNDECODABLE_IMAGE = "undecodable image"
+IMAGE_TOO_SMALL = "image too small"
+
+EXIF_ORIENTATION = 0x0112
+MODES = {"CMYK": "CMYK", "P": "palette", "PA": "palette", "RGBA": "transparency", "LA": "transparency"}
+
+
+class Unusable(Exception):
+    """An image that is left out: reason, and detail for the report."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """What is done to images.
+
+    ``check``: ``decode`` everything, read the ``header``, or ``none``. ``min_side``: pixels of the shorter side, of
+    what is checked. ``resize``: the shorter side of what is stored, where that is smaller; None: the file as it is.
+    ``quality``: of the JPEGs that ``resize`` writes, 1–100.
+    """
+
+    check: str = "decode"
+    min_side: int = 16
+    resize: int | None = None
+    quality: int = 90
+
+
+def prepare(data: bytes, options: ImageOptions) -> tuple[bytes, tuple[str, ...]]:
+    """Check an image file, and shrink it where that is wanted.
+
+    Files are stored as they are: training reads CMYK, palettes and the first picture of an animation as open_clip does,
+    transparency dropped, EXIF's rotation ignored. Only one that is shrunk becomes an RGB JPEG, upright, and one with
+    16-bit greys a PNG with 8.
+
+    Returns:
+        the bytes to store, and what is unusual about the image.
+
+    Raises:
+        Unusable: broken, of another format, too small or too large.
+    """
+    if options.check == "none" and not options.resize:
+        return data, ()
+    try:
+        with warnings.catch_warnings():
+            # of the second kind are the limits of memory, of the others a broken file's EXIF
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as picture:
+                if min(picture.size) < options.min_side:
+                    raise Unusable(IMAGE_TOO_SMALL, f"{picture.width} × {picture.height} pixels")
+                notes = _notes(picture)
+                if picture.mode.startswith("I"):
+                    picture, data = _eight_bits(picture)
+                if options.resize and (min(picture.size) > options.resize or picture.format not in ("JPEG", "MPO")):
+                    return shrink(picture, options.resize, options.quality), notes
+                if options.check == "decode":
+                    # a JPEG's coefficients are all read at any scale, and at an eighth that is all the work there is
+                    picture.draft(None, (1, 1))
+                    picture.load()
+                return data, notes
+    except Unusable:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise Unusable(IMAGE_TOO_LARGE, str(error)) from None
+    except UnidentifiedImageError:
+        raise Unusable(UNKNOWN_FORMAT, f"it begins with {data[:12]!r}") from None
+    except Exception as error:  # PIL's decoders raise nearly anything on broken files
+        raise Unusable(UNDECODABLE_IMAGE, f"{type(error).__name__}: {error}") from None
+
+
+def shrink(picture: Image.Image, side: int, quality: int) -> bytes:
+    """A JPEG whose shorter side is at most ``side`` pixels, upright, in RGB."""
+    scale = min(1.0, side / min(picture.size))
+    # JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where twice the result's is left: faster, no visible difference
+    picture.draft("RGB", (round(2 * scale * picture.width), round(2 * scale * picture.height)))
+    upright = ImageOps.exif_transpose(picture).convert("RGB")
+    scale = min(1.0, side / min(upright.size))
+    if scale < 1:
+        width, height = (max(side, round(scale * length)) for length in upright.size)
+        upright = upright.resize((width, height), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    upright.save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+def _eight_bits(picture: Image.Image) -> tuple[Image.Image, bytes]:
+    """The upper half of 16-bit greys, as a picture and a PNG; PIL, and so training, makes all above 255 white."""
+    grey = Image.fromarray((np.asarray(picture).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+    file = io.BytesIO()
+    grey.save(file, "PNG")
+    return grey, file.getvalue()
+
+
+def _notes(picture: Image.Image) -> tuple[str, ...]:
+    """What is unusual: told in the report, because what training sees of it may surprise."""
+    notes = [MODES[picture.mode]] if picture.mode in MODES else []
+    if picture.mode.startswith("I"):
+        notes += ["16-bit grey, stored with 8"]
+    if getattr(picture, "is_animated", False):
+        notes += ["animated"]
+    if "exif" in picture.info and picture.getexif().get(EXIF_ORIENTATION, 1) != 1:
+        notes += ["EXIF-rotated"]
+    return tuple(f"image: {note}" for note in notes)

@@ -1,0 +1,158 @@
+"""Input shards: what the patterns on the command line stand for, and how each is read.
+
+An input shard is named by a string: a path or URL, with ``#`` and a part where one file is several: rows of a CSV file,
+a shard of an MDS set. A new format is one function that yields samples, and a line in :func:`read`.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from urllib.parse import urlparse
+
+from alignclip.errors import UserError
+from convert import mds, tables, tars
+from convert.samples import Sample, Skipped
+from convert.storage import INDEX, fetched, list_remote
+
+# What a folder stands for is decided by the first of these that it holds; img2dataset puts a parquet file beside a tar
+FORMATS = (".tar", ".tar.gz", ".tgz", ".parquet", ".csv", ".tsv")
+SEVERAL = (".csv", ".tsv", f"/{INDEX}")  # files of which each is several input shards
+
+
+def expand(patterns: Sequence[str]) -> list[str]:
+    """The input shards that ``patterns`` name, each once, in the order of the patterns.
+
+    A pattern is a path or URL; a folder, which stands for its tars, or else its parquet or CSV files; with
+    ``{00000..00123}`` or ``{a,b}`` each of these; with ``*``, ``?`` or ``[]`` those that exist; an MDS set's
+    ``index.json``. Folders and wildcards also work in the object stores that Streaming can list (S3, GCS, OCI).
+
+    Raises:
+        UserError: a pattern matches nothing, or a file that is named does not exist.
+    """
+    from braceexpand import braceexpand
+
+    found: list[str] = []
+    missing: list[str] = []
+    unseen: list[str] = []  # URLs of single files
+    for pattern in patterns:
+        try:
+            names = list(braceexpand(pattern))
+        except ValueError:
+            raise UserError(f"unbalanced braces in '{pattern}'") from None
+        for name in names:
+            found += _expand_remote(name, unseen) if "://" in name else _expand_local(name, missing)
+    missing += _missing_remote(unseen)
+    if missing:
+        raise UserError(f"{len(missing)} of {len(found)} inputs do not exist, the first is {missing[0]}")
+    if not found:
+        raise UserError("no inputs")
+    return [part for file in dict.fromkeys(found) for part in _parts(file)]
+
+
+def _expand_local(name: str, missing: list[str]) -> list[str]:
+    """What one path stands for; a single file that isn't there is put on the list ``missing``."""
+    path = Path(name).expanduser().absolute()
+    if path.is_dir():
+        files = _of_one_format([file.name for file in path.iterdir()])
+        if not files:
+            raise UserError(f"no {', '.join('*' + suffix for suffix in FORMATS)} in the folder {path}")
+        return [str(path / file) for file in files]
+    if path.exists() or not glob.has_magic(name):
+        if not path.exists():
+            missing.append(str(path))
+        return [str(path)]
+    files = sorted(str(file) for file in Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+    if not files:
+        raise UserError(f"no file matches '{name}'")
+    return files
+
+
+def _of_one_format(names: Sequence[str]) -> list[str]:
+    for suffix in FORMATS:
+        if files := sorted(name for name in names if name.lower().endswith(suffix)):
+            return files
+    return []
+
+
+def _expand_remote(url: str, unseen: list[str]) -> list[str]:
+    """What one URL stands for; a single file, which has not been looked for, is put on the list ``unseen``."""
+    is_http = urlparse(url).scheme in ("http", "https")
+    is_pattern = not is_http and glob.has_magic(url)
+    if is_http or (not is_pattern and (url.lower().endswith((*FORMATS, ".gz")) or url.endswith(f"/{INDEX}"))):
+        if not is_http:
+            unseen.append(url)
+        return [url]
+    folder, pattern = url.rsplit("/", 1) if is_pattern else (url.rstrip("/"), None)
+    if glob.has_magic(folder):
+        raise UserError(f"a wildcard in '{url}' may stand in the last part only; use braces for the folders")
+    there = [name for name in list_remote(folder) if "/" not in name]
+    names = sorted(name for name in there if fnmatch(name, pattern)) if pattern else _of_one_format(there)
+    if not names:
+        raise UserError(f"nothing matches '{folder}/{pattern or '*.tar'}'")
+    return [f"{folder}/{name}" for name in names]
+
+
+def _missing_remote(urls: Sequence[str]) -> list[str]:
+    """Which of these URLs a listing of their folders lacks; folders that can't be listed are taken on trust."""
+    missing: list[str] = []
+    for folder in dict.fromkeys(url.rsplit("/", 1)[0] for url in urls):
+        try:
+            names = list_remote(folder)
+        except UserError:  # Azure, or a public bucket that may be read but not listed: fetching will tell
+            continue
+        missing += [url for url in urls if url.rsplit("/", 1)[0] == folder and url.rsplit("/", 1)[1] not in names]
+    return missing
+
+
+def _parts(file: str) -> list[str]:
+    """The input shards of a file."""
+    if not file.lower().endswith(SEVERAL):
+        return [file]
+    with fetched(file) as path:
+        if file.endswith(INDEX):
+            return [f"{file}#{shard}" for shard in mds.shards_of(path)]
+        if "://" in file:
+            raise UserError(f"{file}: a CSV file names local images, so it has to be a local file itself")
+        return [f"{file}#{first}-{last}" for first, last in tables.parts_of_csv(path)]
+
+
+def file_of(shard: str) -> str:
+    """The file that an input shard is or is a part of."""
+    return shard.partition("#")[0]
+
+
+def name_of(shard: str) -> str:
+    """The output's sub-folder: the file name up to its first dot, and the part."""
+    file, _, part = shard.partition("#")
+    if file.endswith(f"/{INDEX}"):
+        return part.replace("/", "-").replace(".mds", "").replace(".", "-")
+    stem = file.rsplit("/", 1)[1].split(".")[0]
+    return f"{stem}-{int(part.partition('-')[0]) // tables.ROWS:05}" if part else stem
+
+
+@contextmanager
+def opened(shard: str, caption_key: str | None) -> Iterator[tuple[Path, Iterator[Sample | Skipped]]]:
+    """The local file of an input shard, fetched where it is remote, and its samples.
+
+    Raises:
+        UserError: it cannot be fetched, or has no such columns.
+    """
+    with fetched(file_of(shard)) as path:
+        yield path, read(shard, path, caption_key)
+
+
+def read(shard: str, path: Path, caption_key: str | None) -> Iterator[Sample | Skipped]:
+    """The samples of an input shard in order, at most a few in memory at a time."""
+    file, _, part = shard.partition("#")
+    if file.endswith(f"/{INDEX}"):
+        return mds.read_mds(path, file.rsplit("/", 1)[0], part)
+    if file.lower().endswith(".parquet"):
+        return tables.read_parquet(path, caption_key)
+    if part:
+        first, _, last = part.partition("-")
+        return tables.read_csv(path, int(first), int(last), path.parent, caption_key)
+    return tars.read_tar(path, caption_key)

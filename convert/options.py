@@ -1,0 +1,116 @@
+"""What a conversion is to do, and what it has counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from convert.captions import DEFAULT_ENCODER
+from convert.images import ImageOptions
+
+EXAMPLES = 5  # of each reason, kept of an input shard for the report
+
+
+@dataclass
+class ConvertOptions:
+    """What is converted, where to, and how.
+
+    ``inputs``: patterns (see :func:`convert.inputs.expand`). ``caption_key``: take captions from that entry of the
+    ``json`` members or that column; None: see the input's format. ``held_out``: the share of the samples, chosen by
+    a hash of their keys, that becomes the split ``val``. ``size_limit``, ``compression`` and ``hashes`` are
+    :class:`streaming.MDSWriter`'s. ``max_bad``: the share of bad samples above which the conversion fails.
+    ``scheduler``: a Dask scheduler's address; None: ``processes`` on this machine. ``next_step``: the summary ends with
+    the command that trains on the set.
+    """
+
+    inputs: Sequence[str]
+    out: str
+    encoder: str = DEFAULT_ENCODER
+    semantic: bool = True
+    caption_key: str | None = None
+    images: ImageOptions = field(default_factory=ImageOptions)
+    held_out: float = 0.0
+    size_limit: str = "64mb"
+    compression: str | None = None
+    hashes: Sequence[str] = ("xxh64",)  # what training validates
+    max_bad: float = 0.5
+    processes: int = 1
+    scheduler: str | None = None
+    progress: bool = True
+    next_step: bool = True
+
+    def __post_init__(self) -> None:
+        """Make a local encoder's path absolute, so that it is the same one however it is written."""
+        if (folder := Path(self.encoder).expanduser()).is_dir():
+            self.encoder = str(folder.resolve())
+
+    def fixed(self) -> dict[str, Any]:
+        """The options that every part of one set has to share."""
+        return {
+            "encoder": self.encoder if self.semantic else None,
+            "caption_key": self.caption_key,
+            "check": self.images.check,
+            "min_side": self.images.min_side,
+            "resize": self.images.resize,
+            "quality": self.images.quality if self.images.resize else None,
+            "held_out": self.held_out,
+            "size_limit": self.size_limit,
+            "compression": self.compression,
+            "hashes": list(self.hashes),
+        }
+
+
+@dataclass
+class Counts:
+    """Samples written, ``held_out`` of them, and ``resumed`` by earlier runs; left out by reason; mended or unusual.
+
+    ``bytes``: of the stored shards. ``examples``: of each reason or note a few (key, detail). ``texts``: see
+    :class:`convert.samples.Skipped`, of the first such sample of each input. Of a whole run: ``inputs`` it was given,
+    ``converted`` of them by itself in ``seconds``; ``broken``: the sub-folders of truncated inputs in the set.
+    """
+
+    written: int = 0
+    held_out: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    noted: dict[str, int] = field(default_factory=dict)
+    bytes: int = 0
+    examples: dict[str, list[list[str]]] = field(default_factory=dict)
+    resumed: int = 0
+    texts: set[str] = field(default_factory=set)
+    inputs: int = 0
+    converted: int = 0
+    broken: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def bad(self) -> int:
+        """How many samples were left out."""
+        return sum(self.skipped.values())
+
+    def skip(self, reason: str, key: str = "", detail: str = "") -> None:
+        """Count a sample as left out."""
+        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+        self._keep(reason, key, detail)
+
+    def note(self, note: str, key: str = "") -> None:
+        """Count a sample as mended or unusual."""
+        self.noted[note] = self.noted.get(note, 0) + 1
+        self._keep(note, key, "")
+
+    def _keep(self, what: str, key: str, detail: str) -> None:
+        kept = self.examples.setdefault(what, [])
+        if len(kept) < EXAMPLES:
+            kept.append([key[:200], detail[:200]])
+
+    def add(self, other: Counts) -> None:
+        """Count what ``other``, of one input, has counted."""
+        self.written += other.written
+        self.held_out += other.held_out
+        self.bytes += other.bytes
+        self.resumed += other.resumed
+        self.texts |= other.texts
+        for mine, theirs in ((self.skipped, other.skipped), (self.noted, other.noted)):
+            for reason, number in theirs.items():
+                mine[reason] = mine.get(reason, 0) + number

@@ -1,0 +1,95 @@
+"""What every input format yields: image–caption pairs, and those that are left out, with the reason."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+MAX_IMAGE_BYTES = 64 * 2**20  # of one file; larger ones are not even read
+MAX_TEXT_BYTES = 2**20  # of a txt or json member
+MAX_CAPTION = 10_000  # characters; a model reads some 300, and what is longer is a page, not a caption
+
+MISSING_IMAGE = "missing image"
+EMPTY_IMAGE = "empty image"
+MISSING_CAPTION = "missing caption"
+EMPTY_CAPTION = "empty caption"
+LONG_CAPTION = "caption too long"
+DUPLICATE_KEY = "duplicate key"
+IMAGE_TOO_LARGE = "image too large"
+BROKEN_INPUT = "truncated file"
+
+HTML_ENTITIES = "caption: HTML entities"
+INVALID_UTF8 = "caption: invalid UTF-8"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One pair: the key that it has in its source, the image file's bytes as they are, the caption.
+
+    ``notes``: what was mended or is unusual, counted like the reasons for leaving samples out.
+    """
+
+    key: str
+    image: bytes
+    caption: str
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A sample left out, or with :data:`BROKEN_INPUT` the unreadable rest of a source, and why.
+
+    ``detail``: more about the reason, for the report. ``texts``: with :data:`MISSING_CAPTION` the entries that could
+    have been captions.
+    """
+
+    key: str
+    reason: str
+    detail: str = field(default="", compare=False)
+    texts: tuple[str, ...] = field(default=(), compare=False)
+
+
+def caption_of(entries: Any, caption_key: str) -> str | None:
+    """The caption in a parsed ``json`` member or a row of a table; None where there is no such text."""
+    caption = entries.get(caption_key) if isinstance(entries, Mapping) else None
+    if not isinstance(caption, str):
+        return None
+    return caption.encode("utf-8", errors="replace").decode("utf-8")  # JSON's \ud800 has no UTF-8 form
+
+
+def parse_json(data: bytes | None) -> Any:
+    """A ``json`` member, or None where it is missing or broken."""
+    try:
+        return json.loads((data or b"").decode("utf-8", errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def texts_of(entries: Any) -> tuple[str, ...]:
+    """The names of the entries that hold text."""
+    if not isinstance(entries, Mapping):
+        return ()
+    return tuple(str(key) for key, value in entries.items() if isinstance(value, str) and str(key).isprintable())
+
+
+def pair(key: str, image: bytes | None, caption: str | None, entries: Any = None) -> Sample | Skipped:
+    """A sample from its parts, or why it is none. HTML entities in the caption become what they stand for."""
+    if image is None:
+        return Skipped(key, MISSING_IMAGE)
+    if not image:
+        return Skipped(key, EMPTY_IMAGE)
+    if caption is None:
+        return Skipped(key, MISSING_CAPTION, texts=texts_of(entries))
+    if len(caption) > MAX_CAPTION:
+        return Skipped(key, LONG_CAPTION, f"{len(caption):,} characters")
+    notes = [INVALID_UTF8] if "\ufffd" in caption else []
+    if "&" in caption and (plain := html.unescape(html.unescape(caption))) != caption:
+        caption = plain  # twice, as open_clip's tokeniser does, so that the sentence encoder sees the same text
+        notes += [HTML_ENTITIES]
+    if not caption.strip():
+        return Skipped(key, EMPTY_CAPTION)
+    return Sample(key, image, caption, tuple(notes))

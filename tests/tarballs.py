@@ -1,0 +1,107 @@
+"""What the converter's tests read and look at: small tars of pairs, and the shards that were made of them."""
+
+from __future__ import annotations
+
+import http.server
+import io
+import json
+import tarfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from convert.dataset import convert
+from convert.options import ConvertOptions, Counts
+from convert.storage import Store
+
+
+def draw(seed: int, image_format: str = "JPEG", size: tuple[int, int] = (40, 30)) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, image_format)
+    return file.getvalue()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def pairs(first: int, number: int) -> list[tuple[str, bytes]]:
+    """Members of good samples, as img2dataset writes them."""
+    members = []
+    for i in range(first, first + number):
+        meta = {"caption": f"not picture {i}", "title": f"title {i}"}
+        members += [
+            (f"{i:05}.jpg", draw(i)),
+            (f"{i:05}.json", json.dumps(meta).encode()),
+            (f"{i:05}.txt", f"picture {i}".encode()),
+        ]
+    return members
+
+
+def three_tars(folder: Path) -> Path:
+    for i in range(3):
+        write_tar(folder / f"{i:05}.tar", pairs(10 * i, 5))
+    return folder
+
+
+def quick(tar_patterns: list[Any], out: str | Path, **changes: Any) -> Counts:
+    options: dict[str, Any] = {"semantic": False, "progress": False, **changes}
+    return convert(ConvertOptions([str(pattern) for pattern in tar_patterns], str(out), **options))
+
+
+def read_back(remote: str | None, local: Path, **arguments: Any) -> dict[str, dict[str, Any]]:
+    from streaming import StreamingDataset
+
+    dataset = StreamingDataset(
+        remote=remote, local=str(local), batch_size=1, shuffle=False, validate_hash="xxh64", **arguments
+    )
+    rows = [dataset[i] for i in range(dataset.num_samples)]
+    assert len({row["key"] for row in rows}) == len(rows)
+    return {row["key"]: row for row in rows}
+
+
+def assert_three_tars(rows: dict[str, dict[str, Any]]) -> None:
+    numbers = [*range(5), *range(10, 15), *range(20, 25)]
+    assert list(rows) == [f"{i:05}" for i in numbers]
+    for i in numbers:
+        assert rows[f"{i:05}"] == {"key": f"{i:05}", "image": draw(i), "caption": f"picture {i}"}
+
+
+def cut(path: Path, samples: int) -> None:
+    """Shorten a tar of ``pairs`` by all samples but the first ones, inside the file that follows."""
+    data = path.read_bytes()
+    with tarfile.open(path) as tar:
+        path.write_bytes(data[: tar.getmembers()[3 * samples].offset_data + 5])
+
+
+def stage(store: Store, *names: str) -> None:
+    """Fill the sub-folder 00000 with these files; a folder for a name that ends in a slash."""
+    with store.staged("00000") as folder:
+        for name in names:
+            (folder / name).mkdir() if name.endswith("/") else (folder / name).write_text("{}")
+
+
+def upload(s3: Any, folder: Path, uri: str) -> None:
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    for path in sorted(folder.iterdir()):
+        s3.client.upload_file(str(path), bucket, f"{prefix}/{path.name}")
+
+
+@contextmanager
+def serve(handler: Any) -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()

@@ -1,0 +1,176 @@
+"""Conversion from and to object storage and the web, with their troubles."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tarballs import assert_three_tars, cut, pairs, quick, read_back, serve, stage, three_tars, upload, write_tar
+
+from alignclip.errors import UserError
+from convert import patience, storage
+from convert.inputs import expand
+from convert.storage import Store
+
+
+def test_a_part_that_is_being_uploaded_again_is_incomplete(
+    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patience, "PATIENCE", 0.1)
+    store = Store(f"{s3.bucket()}/out")
+    stage(store, "shard.00000.mds", "shard.00001.mds", "index.json", "counts.json")
+    with pytest.raises(UserError, match=r"cannot write to s3://.*/out/00000: "):
+        stage(store, "shard.00000.mds", "index.json/", "counts.json")  # a folder can't be uploaded
+    assert store.listing() == {"00000/shard.00000.mds"}
+
+
+def test_from_s3_to_s3(s3: Any, tmp_path: Path) -> None:
+    bucket = s3.bucket()
+    upload(s3, three_tars(tmp_path / "in"), f"{bucket}/raw")
+    every = [f"{bucket}/raw/{i:05}.tar" for i in range(3)]
+    for pattern in ("", "/", "/*.tar", "/{00000..00002}.tar"):
+        assert expand([f"{bucket}/raw{pattern}"]) == every
+    with pytest.raises(UserError, match=rf"1 of 4 inputs do not exist, the first is {bucket}/raw/00003\.tar"):
+        expand([bucket + "/raw/{00000..00003}.tar"])
+    with pytest.raises(UserError, match="nothing matches"):
+        expand([f"{bucket}/raw/x*.tar"])
+
+    out = f"{bucket}/deep/pairs"
+    counts = quick([f"{bucket}/raw"], out + "/")
+    assert counts.written == 15
+    assert_three_tars(read_back(out, tmp_path / "cache"))
+    names = [f"{i:05}/{name}" for i in range(3) for name in ("counts.json", "index.json", "shard.00000.mds")]
+    names += ["convert.json", "dataset.json", "index.json"]
+    assert s3.keys(out) == sorted(f"deep/pairs/{name}" for name in names)
+    assert json.loads((tmp_path / "cache" / "index.json").read_text())["shards"]
+
+    name, key = bucket.removeprefix("s3://"), "deep/pairs/00001/index.json"
+    written = {entry: s3.client.head_object(Bucket=name, Key=entry)["LastModified"] for entry in s3.keys(out)}
+    s3.client.delete_object(Bucket=name, Key=key)
+    again = quick([f"{bucket}/raw"], out)
+    assert (again.written, again.resumed) == (15, 10)
+    assert_three_tars(read_back(out, tmp_path / "second-cache"))
+    kept = "deep/pairs/00000/shard.00000.mds"
+    assert s3.client.head_object(Bucket=name, Key=kept)["LastModified"] == written[kept]
+    with pytest.raises(UserError, match="was begun with no --caption-key, this run has --caption-key title:"):
+        quick([f"{bucket}/raw"], out, caption_key="title")
+
+
+def test_a_truncated_tar_in_a_bucket_is_converted_again(s3: Any, tmp_path: Path) -> None:
+    source, bucket = three_tars(tmp_path / "in"), s3.bucket()
+    whole = (source / "00001.tar").read_bytes()
+    cut(source / "00001.tar", 4)
+    upload(s3, source, f"{bucket}/raw")
+    first = quick([f"{bucket}/raw"], f"{bucket}/pairs")
+    assert (first.written, first.broken) == (14, ["00001"])
+
+    (source / "00001.tar").write_bytes(whole)
+    upload(s3, source, f"{bucket}/raw")
+    again = quick([f"{bucket}/raw"], f"{bucket}/pairs")
+    assert (again.written, again.resumed, again.converted, again.broken) == (15, 10, 1, [])
+    assert_three_tars(read_back(f"{bucket}/pairs", tmp_path / "cache"))
+    assert quick([f"{bucket}/raw"], f"{bucket}/pairs").converted == 0
+
+
+def test_no_objects_stay_of_a_part_that_became_smaller(s3: Any, tmp_path: Path) -> None:
+    out = f"{s3.bucket()}/out"
+    for samples in (3, 1):
+        path = write_tar(tmp_path / "a.tar", pairs(0, samples))
+        assert quick([path], out, size_limit="500b").written == samples
+    (index,) = Store(out).read_json(["a/index.json"])
+    named = {f"out/a/{shard['raw_data']['basename']}" for shard in index["shards"]}
+    assert {key for key in s3.keys(out) if key.endswith(".mds")} == named
+
+
+def test_an_outage_leaves_no_index(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "PATIENCE", 0.1)
+    store = Store(f"{s3.bucket()}/out")
+
+    def write_and_lose_the_server() -> None:
+        with store.staged("00000") as folder:
+            (folder / "index.json").write_text("{}")
+            (folder / "shard.00000.mds").write_bytes(b"data")
+            s3.stop()
+
+    try:
+        with pytest.raises(UserError, match=r"cannot write to s3://.*/out/00000: "):
+            write_and_lose_the_server()
+    finally:
+        s3.start()
+    assert store.listing() == set()
+    with store.staged("00000") as folder:
+        (folder / "index.json").write_text("{}")
+    assert store.listing() == {"00000/index.json"}
+
+
+def test_no_bucket_and_no_credentials(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = three_tars(tmp_path / "in")
+    with pytest.raises(UserError, match=r"cannot reach s3://not-there/x: not found; check the bucket"):
+        quick([source], "s3://not-there/x")
+    with pytest.raises(UserError, match=r"cannot fetch s3://not-there/a\.tar: .*"):
+        quick(["s3://not-there/a.tar"], tmp_path / "out")
+    bucket = s3.bucket()
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(UserError, match=rf"cannot reach {bucket}: access denied"):
+        quick([source], bucket)
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="no credentials found"):
+        quick([source], bucket)
+
+
+def test_tars_over_http(tmp_path: Path) -> None:
+    with serve(
+        functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(three_tars(tmp_path / "in")))
+    ) as url:
+        assert quick([url + "/{00000..00002}.tar"], tmp_path / "out").written == 15
+        with pytest.raises(UserError, match=rf"cannot fetch {url}/00009\.tar: HTTP Error 404"):
+            quick([f"{url}/00009.tar"], tmp_path / "none")
+    assert_three_tars(read_back(None, tmp_path / "out"))
+
+
+class Troubled(http.server.BaseHTTPRequestHandler):
+    """Serves ``body``, after the troubles of ``left`` one by one: an HTTP status, ``cut`` or ``stall``."""
+
+    body = b""
+    left: tuple[Any, ...] = ()
+
+    def do_GET(self) -> None:
+        trouble, *rest = type(self).left or (200,)
+        type(self).left = tuple(rest)
+        self.send_response(trouble if isinstance(trouble, int) else 200)
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        if trouble == "stall":
+            time.sleep(3)
+        elif trouble == "cut":
+            self.wfile.write(self.body[:-3000])
+        else:
+            self.wfile.write(self.body)
+
+
+def test_http_that_fails_for_the_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "HTTP_TIMEOUT", 0.5)
+    monkeypatch.setattr(Troubled, "body", write_tar(tmp_path / "a.tar", pairs(0, 5)).read_bytes())
+    with serve(Troubled) as url:
+        monkeypatch.setattr(Troubled, "left", (503, "cut", "stall"))
+        counts = quick([f"{url}/a.tar"], tmp_path / "out")
+        assert (counts.written, counts.skipped, Troubled.left) == (5, {}, ())
+
+        monkeypatch.setattr(patience, "PATIENCE", 0.1)
+        size = len(Troubled.body)
+        for trouble, message in (
+            ("cut", f"the connection broke after {size - 3000} of {size} bytes"),
+            ("stall", "timed out"),
+            (503, "HTTP Error 503"),
+        ):
+            monkeypatch.setattr(Troubled, "left", (trouble,) * 9)
+            with pytest.raises(UserError, match=rf"cannot fetch {url}/b\.tar: {message}"):
+                quick([f"{url}/b.tar"], tmp_path / "none")

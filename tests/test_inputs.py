@@ -1,0 +1,41 @@
+"""Naming inputs, and reading those that are no tars."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tarballs import quick, three_tars
+
+from alignclip.errors import UserError
+from convert.inputs import expand
+
+
+def test_expand(tmp_path: Path) -> None:
+    three_tars(tmp_path / "in")
+    every = [str(tmp_path / "in" / f"{i:05}.tar") for i in range(3)]
+    (tmp_path / "in" / "sizes.json").write_text("{}")
+    for pattern in ("in", "in/{00000..00002}.tar", "in/*.tar", "in/0000?.tar", "**/*.tar"):
+        assert expand([str(tmp_path / pattern)]) == every
+    assert expand([every[2], str(tmp_path / "in")]) == [every[2], *every[:2]]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("in/{00001..00004}.tar", r"2 of 4 inputs do not exist, the first is .*/in/00003\.tar"),
+        ("in/x*.tar", r"no file matches '.*/in/x\*\.tar'"),
+        ("empty", r"no \*\.tar, .*, \*\.csv, \*\.tsv in the folder .*/empty"),
+        ("in/{00001..", r"unbalanced braces in"),
+    ],
+)
+def test_expand_says_what_is_missing(tmp_path: Path, pattern: str, message: str) -> None:
+    three_tars(tmp_path / "in")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=message):
+        expand([str(tmp_path / pattern)])
+
+
+def test_one_slash_in_a_url_of_tars(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^--inputs=s3:/raw/a\.tar has one slash; did you mean 's3://raw/a\.tar'\?"):
+        quick([tmp_path / "b.tar", "s3:/raw/a.tar"], tmp_path / "out")

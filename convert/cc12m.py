@@ -79,7 +79,7 @@ def parse(arguments: Sequence[str] | None = None) -> ConvertOptions:
         metavar="SHARE",
         help=f"of the samples, by a hash of the key: split {VAL}",
     )
-    to.add_argument("--size-limit", default="64mb", metavar="SIZE", help="of a shard (default: %(default)s)")
+    to.add_argument("--size-limit", default="32mb", metavar="SIZE", help="of a shard (default: %(default)s)")
     to.add_argument("--compression", metavar="ALGO", help="Streaming's, as zstd:7; JPEGs hardly shrink (default: none)")
     to.add_argument(
         "--hashes",

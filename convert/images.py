@@ -7,19 +7,30 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from convert.samples import IMAGE_TOO_LARGE
 
 # What may lie behind the extensions. Nothing else is tried: some of PIL's other formats start programs.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 CHECKS = ("decode", "header", "none")
+MAX_PIXELS = 50_000_000  # 150 MB in memory as RGB; a page of a scanned newspaper has 40 million
+warnings.filterwarnings("ignore", module="PIL")  # of many pixels, which are checked here, and of odd EXIF
 
 UNKNOWN_FORMAT = "not JPEG, PNG or WebP"
 UNDECODABLE_IMAGE = "undecodable image"
 IMAGE_TOO_SMALL = "image too small"
 
 EXIF_ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 MODES = {"CMYK": "CMYK", "P": "palette", "PA": "palette", "RGBA": "transparency", "LA": "transparency"}
 
 
@@ -62,26 +73,25 @@ def prepare(data: bytes, options: ImageOptions) -> tuple[bytes, tuple[str, ...]]
     if options.check == "none" and not options.resize:
         return data, ()
     try:
-        with warnings.catch_warnings():
-            # of the second kind are the limits of memory, of the others a broken file's EXIF
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as picture:
-                if min(picture.size) < options.min_side:
-                    raise Unusable(IMAGE_TOO_SMALL, f"{picture.width} × {picture.height} pixels")
-                notes = _notes(picture)
-                if picture.mode.startswith("I"):
-                    picture, data = _eight_bits(picture)
-                if options.resize and (min(picture.size) > options.resize or picture.format not in ("JPEG", "MPO")):
-                    return shrink(picture, options.resize, options.quality), notes
-                if options.check == "decode":
-                    # a JPEG's coefficients are all read at any scale, and at an eighth that is all the work there is
-                    picture.draft(None, (1, 1))
-                    picture.load()
-                return data, notes
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as picture:
+            width, height = picture.size
+            if min(width, height) < options.min_side:
+                raise Unusable(IMAGE_TOO_SMALL, f"{width} × {height} pixels")
+            if width * height > MAX_PIXELS:
+                raise Unusable(IMAGE_TOO_LARGE, f"{width} × {height} pixels")
+            notes = _notes(picture)
+            if picture.mode.startswith("I"):
+                picture, data = _eight_bits(picture)
+            if options.resize and (min(width, height) > options.resize or picture.format not in ("JPEG", "MPO")):
+                return shrink(picture, options.resize, options.quality), notes
+            if options.check == "decode":
+                # a JPEG's coefficients are all read at any scale, and at an eighth that is all the work there is
+                picture.draft(None, (1, 1))
+                picture.load()
+            return data, notes
     except Unusable:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Image.DecompressionBombError as error:
         raise Unusable(IMAGE_TOO_LARGE, str(error)) from None
     except UnidentifiedImageError:
         raise Unusable(UNKNOWN_FORMAT, f"it begins with {data[:12]!r}") from None
@@ -94,13 +104,14 @@ def shrink(picture: Image.Image, side: int, quality: int) -> bytes:
     scale = min(1.0, side / min(picture.size))
     # JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where twice the result's is left: faster, no visible difference
     picture.draft("RGB", (round(2 * scale * picture.width), round(2 * scale * picture.height)))
-    upright = ImageOps.exif_transpose(picture).convert("RGB")
+    turn = _turn(picture)
+    upright = picture.convert("RGB") if turn is None else picture.convert("RGB").transpose(turn)
     scale = min(1.0, side / min(upright.size))
     if scale < 1:
         width, height = (max(side, round(scale * length)) for length in upright.size)
         upright = upright.resize((width, height), Image.Resampling.BICUBIC)
     file = io.BytesIO()
-    upright.save(file, "JPEG", quality=quality)
+    upright.save(file, "JPEG", quality=quality, comment=b"")  # a PNG's may be too long for a JPEG
     return file.getvalue()
 
 
@@ -112,6 +123,14 @@ def _eight_bits(picture: Image.Image) -> tuple[Image.Image, bytes]:
     return grey, file.getvalue()
 
 
+def _turn(picture: Image.Image) -> Image.Transpose | None:
+    """What makes a picture upright by its EXIF; None where it is, or where the EXIF is broken."""
+    try:
+        return UPRIGHT.get(picture.getexif().get(EXIF_ORIENTATION, 1))
+    except Exception:  # PIL raises nearly anything on broken files
+        return None
+
+
 def _notes(picture: Image.Image) -> tuple[str, ...]:
     """What is unusual: told in the report, because what training sees of it may surprise."""
     notes = [MODES[picture.mode]] if picture.mode in MODES else []
@@ -119,6 +138,6 @@ def _notes(picture: Image.Image) -> tuple[str, ...]:
         notes += ["16-bit grey, stored with 8"]
     if getattr(picture, "is_animated", False):
         notes += ["animated"]
-    if "exif" in picture.info and picture.getexif().get(EXIF_ORIENTATION, 1) != 1:
+    if "exif" in picture.info and _turn(picture) is not None:
         notes += ["EXIF-rotated"]
     return tuple(f"image: {note}" for note in notes)

@@ -22,7 +22,8 @@ def write_report(done: Mapping[str, Counts], sources: Mapping[str, str]) -> str:
         total.add(counts)
     read = total.written + total.bad
     lines = ["# Conversion report", ""]
-    lines += [f"{read:,} samples read from {len(done):,} inputs, {total.written:,} written, {total.bad:,} skipped."]
+    inputs = "1 input" if len(done) == 1 else f"{len(done):,} inputs"
+    lines += [f"{read:,} samples read from {inputs}, {total.written:,} written, {total.bad:,} skipped."]
     for title, numbers in (("Skipped", total.skipped), ("Written, but mended or unusual", total.noted)):
         if not numbers:
             continue
@@ -46,8 +47,9 @@ def _examples(reason: str, done: Mapping[str, Counts], sources: Mapping[str, str
             if not left:
                 return
             left -= 1
-            yield f"- `{_plain(key) or '?'}` in {sources[name]}" + (f": {_plain(detail)}" if detail else "")
+            yield f"- `{_plain(key) or '?'}` in `{_plain(sources[name])}`" + (f": `{_plain(detail)}`" if detail else "")
 
 
 def _plain(text: str) -> str:
+    """What may stand between backticks in a line of Markdown."""
     return "".join(character if character.isprintable() and character != "`" else "·" for character in text)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_IMAGE_BYTES = 64 * 2**20  # of one file; larger ones are not even read
 MAX_TEXT_BYTES = 2**20  # of a txt or json member
+MAX_NAMES = 20  # of json entries or columns, in an error message
 MAX_CAPTION = 10_000  # characters; a model reads some 300, and what is longer is a page, not a caption
 
 MISSING_IMAGE = "missing image"
@@ -64,16 +66,21 @@ def caption_of(entries: Any, caption_key: str) -> str | None:
 def parse_json(data: bytes | None) -> Any:
     """A ``json`` member, or None where it is missing or broken."""
     try:
-        return json.loads((data or b"").decode("utf-8", errors="replace"))
+        return json.loads((data or b"").decode("utf-8-sig", errors="replace"))
     except (ValueError, RecursionError):
         return None
 
 
 def texts_of(entries: Any) -> tuple[str, ...]:
-    """The names of the entries that hold text."""
+    """The names of the entries that hold text, for a message: not too many, not too long."""
     if not isinstance(entries, Mapping):
         return ()
-    return tuple(str(key) for key, value in entries.items() if isinstance(value, str) and str(key).isprintable())
+    return listable(key for key, value in entries.items() if isinstance(value, str))
+
+
+def listable(names: Iterable[str]) -> tuple[str, ...]:
+    """Those of these names that can stand in a message of one line: a broken file's can be anything."""
+    return tuple(islice((name for name in names if name.isprintable() and len(name) <= 60), MAX_NAMES))
 
 
 def pair(key: str, image: bytes | None, caption: str | None, entries: Any = None) -> Sample | Skipped:
@@ -86,6 +93,7 @@ def pair(key: str, image: bytes | None, caption: str | None, entries: Any = None
         return Skipped(key, MISSING_CAPTION, texts=texts_of(entries))
     if len(caption) > MAX_CAPTION:
         return Skipped(key, LONG_CAPTION, f"{len(caption):,} characters")
+    caption = caption.removeprefix("\ufeff")  # a byte order mark
     notes = [INVALID_UTF8] if "\ufffd" in caption else []
     if "&" in caption and (plain := html.unescape(html.unescape(caption))) != caption:
         caption = plain  # twice, as open_clip's tokeniser does, so that the sentence encoder sees the same text

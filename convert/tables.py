@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from convert.samples import (
     IMAGE_EXTENSIONS,
     IMAGE_TOO_LARGE,
     MAX_IMAGE_BYTES,
-    MAX_TEXT_BYTES,
+    MISSING_IMAGE,
     Sample,
     Skipped,
     caption_of,
+    listable,
     pair,
 )
 
@@ -27,6 +28,7 @@ ROWS_AT_ONCE = 32  # of a parquet file, in memory
 IMAGE_COLUMNS = (*IMAGE_EXTENSIONS, "image")
 PATH_COLUMNS = ("image", "filepath", "path", "image_path", "file_name")
 CAPTION_COLUMNS = ("caption", "text", "title", "txt")
+MAX_FIELD = 2**24  # characters of a CSV file's field: what is longer is a quotation mark that nothing closes
 
 
 def read_parquet(path: Path, caption_key: str | None = None) -> Iterator[Sample | Skipped]:
@@ -40,32 +42,65 @@ def read_parquet(path: Path, caption_key: str | None = None) -> Iterator[Sample 
         from pyarrow import parquet
     except ImportError:
         raise UserError("parquet files need pyarrow: pip install 'alignclip[convert]'") from None
+    broken = (pyarrow.ArrowException, OSError)
     try:
         table = parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
+        schema = table.schema_arrow
+    except broken as error:
         yield Skipped("", BROKEN_INPUT, one_line(error))
         return
-    image_column = _column("image", IMAGE_COLUMNS, None, table.schema_arrow.names, path)
-    caption_column = _column("caption", CAPTION_COLUMNS, caption_key, table.schema_arrow.names, path)
-    columns = [image_column, caption_column, *(["key"] if "key" in table.schema_arrow.names else [])]
+    image_column = _column("image", IMAGE_COLUMNS, None, schema.names, path)
+    caption_column = _column("caption", CAPTION_COLUMNS, caption_key, schema.names, path)
+    stored = schema.types[schema.names.index(image_column)]
+    if pyarrow.types.is_struct(stored):
+        stored = next((field.type for field in stored if field.name == "bytes"), stored)
+    if not (pyarrow.types.is_binary(stored) or pyarrow.types.is_large_binary(stored)):
+        kind = str(stored).split("<")[0]
+        raise UserError(f"{path}: the column '{image_column}' has to hold image files' bytes; it is of type {kind}")
+    columns = [image_column, caption_column, *(["key"] if "key" in schema.names else [])]
     number = 0
     try:
-        for batch in table.iter_batches(ROWS_AT_ONCE, columns=columns):
-            for row in batch.to_pylist():
-                key = str(row.get("key") or f"{path.stem}-{number:08}")
+        for batch in table.iter_batches(ROWS_AT_ONCE, columns=list(dict.fromkeys(columns))):
+            values = {name: _values(batch.column(name)) for name in batch.schema.names}
+            for i in range(len(batch)):
+                row = {name: column[i] for name, column in values.items()}
+                key = row.get("key")
+                key = f"{path.stem}-{number:08}" if key is None or key == "" else str(key)
                 number += 1
-                image = row[image_column]
-                if isinstance(image, dict):
-                    image = image.get("bytes")
-                yield pair(key, image, caption_of(row, caption_column))
-    except (pyarrow.ArrowException, OSError) as error:
+                yield pair(key, row[image_column], caption_of(row, caption_column))
+    except broken as error:
         yield Skipped("", BROKEN_INPUT, one_line(error))
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of a column, of a struct its ``bytes``; invalid UTF-8, at which pyarrow raises, becomes U+FFFD."""
+    import pyarrow
+    from pyarrow import compute
+
+    if pyarrow.types.is_struct(column.type):
+        column = compute.struct_field(column, "bytes")
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+        texts = column.cast(pyarrow.large_binary()).to_pylist()
+        return [None if text is None else text.decode("utf-8", "replace") for text in texts]
+    values: list[Any] = column.to_pylist()
+    return values
 
 
 def parts_of_csv(path: Path) -> list[tuple[int, int]]:
-    """The rows of a CSV or TSV file in pieces of :data:`ROWS`: first row and the one after the last."""
+    """The rows of a CSV or TSV file in pieces of :data:`ROWS`: first row and the one after the last.
+
+    Raises:
+        UserError: a field that does not end.
+    """
+    csv.field_size_limit(MAX_FIELD)
     with _open(path) as file:
-        number = max(sum(1 for _ in csv.reader(file, delimiter=_delimiter(path))) - 1, 0)
+        lines = csv.reader(file, delimiter=_delimiter(path))
+        try:
+            number = max(sum(1 for row in lines if row) - 1, 0)
+        except csv.Error as error:
+            raise UserError(f"{path}, line {lines.line_num}: {error} (a quotation mark that nothing closes?)") from None
     return [(first, min(first + ROWS, number)) for first in range(0, number, ROWS)]
 
 
@@ -82,26 +117,27 @@ def read_csv(path: Path, first: int, last: int, folder: Path, caption_key: str |
     Raises:
         UserError: there is no such column.
     """
-    csv.field_size_limit(MAX_TEXT_BYTES)
+    csv.field_size_limit(MAX_FIELD)
     with _open(path) as file:
         rows = csv.DictReader(file, delimiter=_delimiter(path))
         names = list(rows.fieldnames or ())
         image_column = _column("image", PATH_COLUMNS, None, names, path)
         caption_column = _column("caption", CAPTION_COLUMNS, caption_key, names, path)
-        try:
-            for row in islice(rows, first, last):
-                name = row[image_column] or ""
-                key = row.get("key") or name
-                image = folder / name
-                caption = caption_of(row, caption_column)
-                if not name or not image.is_file():
-                    yield pair(key, None, caption)
-                elif image.stat().st_size > MAX_IMAGE_BYTES:
-                    yield Skipped(key, IMAGE_TOO_LARGE, f"{image.stat().st_size:,} bytes")
-                else:
-                    yield pair(key, image.read_bytes(), caption)
-        except (csv.Error, OSError) as error:
-            yield Skipped("", BROKEN_INPUT, one_line(error))
+        for row in islice(rows, first, last):
+            yield _of_row(row, row[image_column] or "", folder, caption_of(row, caption_column))
+
+
+def _of_row(row: Mapping[str, str], name: str, folder: Path, caption: str | None) -> Sample | Skipped:
+    key = row.get("key") or name
+    image = folder / name
+    try:
+        if not image.is_file():
+            return Skipped(key, MISSING_IMAGE, f"no file {image}")
+        if (size := image.stat().st_size) > MAX_IMAGE_BYTES:
+            return Skipped(key, IMAGE_TOO_LARGE, f"{size:,} bytes")
+        return pair(key, image.read_bytes(), caption)
+    except OSError as error:  # a name too long, no permission
+        return Skipped(key, MISSING_IMAGE, f"{error.strerror}: {image}")
 
 
 def _open(path: Path) -> Any:
@@ -109,13 +145,14 @@ def _open(path: Path) -> Any:
 
 
 def _delimiter(path: Path) -> str:
-    return "\t" if path.suffix == ".tsv" else ","
+    return "\t" if path.suffix.lower() == ".tsv" else ","
 
 
 def _column(what: str, usual: Sequence[str], wanted: str | None, names: Sequence[str], path: Path) -> str:
     found = [name for name in ([wanted] if wanted else usual) if name in names]
     if found:
         return found[0]
+    there = listable(names)
     if wanted:
-        raise UserError(f"{path} has no column '{wanted}'; {nearest(wanted, names)}")
-    raise UserError(f"{path} has no {what} column ({', '.join(usual)}); it has {', '.join(names)}")
+        raise UserError(f"{path} has no column '{wanted}'; {nearest(wanted, there)}")
+    raise UserError(f"{path} has no {what} column ({', '.join(usual)}); it has {', '.join(there)}")

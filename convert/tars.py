@@ -23,6 +23,8 @@ from convert.samples import (
     parse_json,
 )
 
+BUFFER = 2**20  # bytes read at once: several samples, and all their headers
+
 # webdataset's: the key is the path up to the first dot of the file name
 NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
 LIMITS = dict.fromkeys(IMAGE_EXTENSIONS, MAX_IMAGE_BYTES) | {"txt": MAX_TEXT_BYTES, "json": MAX_TEXT_BYTES}
@@ -39,7 +41,7 @@ def read_tar(path: Path, caption_key: str | None = None) -> Iterator[Sample | Sk
     members: dict[str, bytes] = {}
     too_large: dict[str, int] = {}  # extension -> bytes, of members that are not read
     try:
-        with tarfile.open(path, "r:*") as tar:
+        with path.open("rb", buffering=BUFFER) as file, tarfile.open(fileobj=file) as tar:
             for member in tar:
                 tar.members.clear()  # type: ignore[attr-defined]  # or it remembers every header
                 name = member.name

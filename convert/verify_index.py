@@ -1,0 +1,265 @@
+"""What an MDS set says about itself, held against what is there: the index, the files, the converter's counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
+
+from alignclip.errors import UserError, one_line
+from convert.storage import COUNTS, INDEX, Store
+from convert.verify_findings import Entry, Overview, Problems, folder_of, stored_file
+
+CONVERTER, DATASET, CLASSES = "convert.json", "dataset.json", "classes.json"
+OURS = {INDEX, COUNTS, CONVERTER, DATASET, CLASSES, "report.md"}  # beside shards
+FIELDS = {"column_encodings", "column_names", "column_sizes", "compression", "format", "hashes", "raw_data", "samples"}
+FIELDS |= {"size_limit", "version", "zip_data"}
+
+
+def look(store: Store) -> Overview:
+    """Read the index and hold it against a listing, the sizes of local files, and the converter's counts.
+
+    Raises:
+        UserError: there is no set, or it can't be reached or read.
+    """
+    listed = _read_listed(store)
+    found = Overview()
+    listing: set[str] | None = None
+    try:
+        listing = list_files(store)
+    except UserError as error:
+        found.notes.append(f"{error}: which files are there is not known")
+    if listing is not None and INDEX not in listing:  # Azure's can't be listed
+        listing = None
+        found.notes.append("this storage can't be listed: which files are there is not known")
+    everything = listing
+    if listing is not None and (others := _other_sets(listing)):
+        found.notes.append(f"below are other sets, to be checked with --split: {', '.join(others)}")
+        below = tuple(f"{folder}/" for folder in others)
+        listing = {name for name in listing if not name.startswith(below)}
+    usable: list[Entry] = []
+    if not listed:
+        found.problems.add("no shards", INDEX, "names no shards")
+    for number, entry in enumerate(listed):
+        if why := _why_unusable(entry):
+            found.problems.add("entries that can't be read", INDEX, f"shard {number} {why}")
+        else:
+            usable.append(entry)
+            _count(entry, found)
+            if _is_there(entry, store, everything, found.problems) and entry["samples"]:
+                found.entries.append(entry)
+    _compare(usable, found)
+    _check_counts(store, listing, found)
+    if listing is not None:
+        _find_orphans(store, listing, found, {file for entry in usable for file in _files(entry)})
+    return found
+
+
+def list_files(store: Store) -> set[str]:
+    """The names of all files of the set, relative to it.
+
+    Raises:
+        UserError: it can't be reached, or must not be listed.
+    """
+    if store.is_remote:
+        return store.listing()
+    root = Path(store.out)
+    files = (path.relative_to(root) for path in root.rglob("*") if path.is_file())
+    return {file.as_posix() for file in files if not any(part.startswith(".") for part in file.parts)}
+
+
+def _files(entry: Entry) -> list[str]:
+    """Of a compressed shard the raw file as well: reading a local set leaves it beside the other."""
+    return [file["basename"] for file in (entry["raw_data"], entry["zip_data"]) if file]
+
+
+def _read_listed(store: Store) -> list[Entry]:
+    """The ``shards`` of the index."""
+    try:
+        index = store.read_json([INDEX])[0]
+    except (OSError, UserError) as error:
+        why = f"no {INDEX} there" if isinstance(error, FileNotFoundError) else one_line(error)
+        raise UserError(f"no MDS set at {store.out} ({why}){_instead(store)}") from None
+    except ValueError as error:
+        raise UserError(f"{store.out}/{INDEX} is not JSON: {one_line(error)}") from None
+    if not isinstance(index, dict) or not isinstance(index.get("shards"), list):
+        raise UserError(f"{store.out}/{INDEX} is not a streaming index")
+    if index.get("version") != 2:
+        raise UserError(f"{store.out}/{INDEX} has version {index.get('version')}; Streaming reads 2")
+    return cast("list[Entry]", index["shards"])
+
+
+def _instead(store: Store) -> str:
+    """The end of the sentence that there is no set: what there is."""
+    try:
+        listing = list_files(store)
+    except UserError:
+        return ""
+    if CONVERTER in listing:
+        return "; its conversion was not finished: run the convert command again"
+    below = sorted(folder_of(name) for name in listing if name.endswith(f"/{INDEX}"))
+    below = [name for name in below if not any(name.startswith(f"{other}/") for other in below)]
+    return f"; there is one in {', '.join(below[:3])}: --split {below[0]}" if below else ""
+
+
+def _why_unusable(entry: Any) -> str | None:
+    """Why Streaming could not read, or not safely, the shard that an entry describes; None where it could."""
+    from streaming.base.format import reader_from_json
+
+    if not isinstance(entry, dict):
+        return "is no object"
+    if missing := sorted(FIELDS - entry.keys()):
+        return f"lacks {', '.join(missing)}"
+    if entry["format"] != "mds":
+        return f"has the format {entry['format']}, not mds"
+    try:
+        reader_from_json("", None, entry).validate(allow_unsafe_types=False)
+        for file in (entry["raw_data"], entry["zip_data"]):
+            path = PurePosixPath(file["basename"]) if file else PurePosixPath()
+            if path.is_absolute() or ".." in path.parts:
+                return f"names a file outside the set: {path}"
+            if file and not (isinstance(file["bytes"], int) and isinstance(file["hashes"], dict)):
+                return f"has no size or no hashes of {path}"
+        dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
+        if not isinstance(entry["samples"], int) or entry["samples"] < 0:
+            return f"has {entry['samples']} samples"
+    except Exception as error:  # whatever is in the file
+        return f"can't be read: {type(error).__name__}: {one_line(error)}"
+    if bool(entry["compression"]) != bool(entry["zip_data"]):
+        return "is compressed and has no zip_data, or the other way round"
+    return None
+
+
+def _count(entry: Entry, found: Overview) -> None:
+    """Add a usable entry's numbers."""
+    found.shards += 1
+    found.samples += entry["samples"]
+    found.bytes += stored_file(entry)["bytes"]
+    found.indexed[folder_of(stored_file(entry)["basename"])] += entry["samples"]
+
+
+def _is_there(entry: Entry, store: Store, listing: set[str] | None, problems: Problems) -> bool:
+    """Look for the file, without fetching it; a local one has to have its size."""
+    name, size = stored_file(entry)["basename"], stored_file(entry)["bytes"]
+    if store.is_remote:
+        is_there = listing is None or name in listing
+    else:
+        path = Path(store.out, name)
+        is_there = path.is_file()
+        if is_there and path.stat().st_size != size:
+            problems.add("size differs", name, f"{path.stat().st_size:,} bytes, the index says {size:,}")
+            return False
+    if not is_there:
+        problems.add("missing", name)
+    return is_there
+
+
+def _compare(usable: Sequence[Entry], found: Overview) -> None:
+    """Hold the entries against one another."""
+    columns = [tuple(zip(entry["column_names"], entry["column_encodings"], strict=True)) for entry in usable]
+    most = Counter(columns).most_common(1)
+    found.columns = dict(most[0][0]) if most else {}
+    for entry, own in zip(usable, columns, strict=True):
+        if dict(own) != found.columns:
+            text = ", ".join(f"{name} {encoding}" for name, encoding in own)
+            found.problems.add("other columns", stored_file(entry)["basename"], f"its columns are others: {text}")
+    if empty := sum(not entry["samples"] for entry in usable):
+        found.notes.append(f"shards without samples: {empty:,}")
+    if unhashed := sum(not stored_file(entry)["hashes"] for entry in usable):
+        found.notes.append(f"shards without hashes, where a flipped bit is found by chance only: {unhashed:,}")
+    for name, number in Counter(stored_file(entry)["basename"] for entry in usable).items():
+        if number > 1:
+            found.problems.add("named more than once", name, f"the index names it {number} times")
+
+
+def _read_objects(store: Store, names: Sequence[str], problems: Problems) -> dict[str, dict[str, Any]]:
+    """The contents of JSON files with an object in them, side by side; those that can't be read are problems."""
+    contents: dict[str, Any] = {}
+    try:
+        contents = dict(zip(names, store.read_json(names), strict=True))
+    except (OSError, ValueError, UserError):  # one of them; which is not said
+        for name in names:
+            try:
+                contents[name] = store.read_json([name])[0]
+            except (OSError, ValueError, UserError) as error:
+                why = "is missing" if isinstance(error, FileNotFoundError) else f"can't be read: {one_line(error)}"
+                problems.add("counts that can't be read", name, why)
+    for name in [name for name, content in contents.items() if not isinstance(content, dict)]:
+        problems.add("counts that can't be read", name, "is no object")
+        del contents[name]
+    return contents
+
+
+def _check_counts(store: Store, listing: set[str] | None, found: Overview) -> None:
+    """Hold ``dataset.json`` and every sub-folder's ``counts.json`` against the index."""
+    problems = found.problems
+    if listing is None:
+        root = _read_objects(store, [DATASET], Problems())  # whether there is one can't be known
+    else:
+        root = _read_objects(store, [name for name in (DATASET, CLASSES) if name in listing], problems)
+    found.dataset = root.get(DATASET, {})
+    if isinstance(names := root.get(CLASSES, {}).get("classnames"), list):
+        found.classes = [str(name) for name in names]
+    samples = found.dataset.get("samples", found.samples)
+    if samples != found.samples:
+        problems.add("counts differ", DATASET, f"says {samples} samples, the index has {found.samples}")
+    if listing is None:
+        parts, counted = set(found.indexed), "options" in found.dataset
+    else:
+        ours = {name for name in listing if PurePosixPath(name).name in (INDEX, COUNTS)}
+        parts = set(found.indexed) | {folder_of(name) for name in ours}
+        counted = CONVERTER in listing or any(f"{part}/{COUNTS}" in listing for part in parts)
+        found.is_held_out = counted and not listing & {CONVERTER, DATASET}
+    parts.discard("")
+    if not counted or not parts:
+        if isinstance(samples, int) and _are_counts(found.dataset.get("skipped")):  # an evaluation set's
+            found.written = samples
+            found.skipped.update(found.dataset["skipped"])
+        return
+    names = [f"{part}/{COUNTS}" for part in sorted(parts)]
+    for name in names:
+        if listing is not None and name not in listing:
+            problems.add("counts missing", name, "is missing: the conversion of this part was not finished")
+    contents = _read_objects(store, [name for name in names if listing is None or name in listing], problems)
+    found.written = 0
+    for name, counts in contents.items():
+        written, held_out, skipped = (counts.get(what, 0) for what in ("written", "held_out", "skipped"))
+        indexed = found.indexed[folder_of(name)]
+        if not isinstance(written, int) or not isinstance(held_out, int) or not _are_counts(skipped):
+            problems.add("counts that can't be read", name, "has no numbers of samples written and skipped")
+            continue
+        found.written += written
+        found.held_out += held_out
+        found.skipped.update(skipped)
+        if written and folder_of(name) not in found.indexed:
+            problems.add(
+                "not in the index", name, f"says {written} written, and {store.out}/{INDEX} names none of them"
+            )
+        elif written != indexed:
+            problems.add("counts differ", name, f"says {written} written, the index has {indexed}")
+
+
+def _are_counts(skipped: Any) -> bool:
+    return isinstance(skipped, dict) and all(isinstance(number, int) for number in skipped.values())
+
+
+def _other_sets(listing: set[str]) -> list[str]:
+    """The folders of sets below this one: with a ``dataset.json``, or with an index over counted sub-folders."""
+    counted = {folder_of(folder_of(name)) for name in listing if name.endswith(f"/{COUNTS}")}
+    found = {folder_of(name) for name in listing if name.endswith(f"/{DATASET}")}
+    found |= {folder for folder in counted if f"{folder}/{INDEX}" in listing}
+    return sorted(found - {""})
+
+
+def _find_orphans(store: Store, listing: set[str], found: Overview, named: set[str]) -> None:
+    """Note the files that no index names; a sub-folder's own may name an empty shard that the root's leaves out."""
+    orphans = {name for name in listing - named if PurePosixPath(name).name not in OURS}
+    indexes = sorted({f"{folder_of(name)}/{INDEX}" for name in orphans if folder_of(name)} & listing)
+    for name, index in _read_objects(store, indexes, Problems()).items():
+        for entry in index.get("shards", ()):
+            if not _why_unusable(entry):
+                orphans -= {f"{folder_of(name)}/{file}" for file in _files(entry)}
+    if orphans:
+        some = ", ".join(sorted(orphans)[:3])
+        found.notes.append(f"files that no index names: {len(orphans):,} ({some}{', …' if len(orphans) > 3 else ''})")

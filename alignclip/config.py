@@ -227,7 +227,7 @@ class TrainerConfig:
 class EvaluatorConfig(SetConfig):
     """One evaluation: a task on a set; ``local`` is the file itself where the task is ``sts``."""
 
-    task: str = ""  # one of TASKS
+    task: str = ""  # one of METRICS
     train: Optional[SetConfig] = None  # linear_probe: what the classifier is fitted to
     outliers: Optional[SetConfig] = None  # out_of_distribution: what is told apart from the set, e.g. ImageNet-O
     interval: str = "1ep"  # of a training run
@@ -235,7 +235,21 @@ class EvaluatorConfig(SetConfig):
     num_workers: int = 4
 
 
-TASKS = ("zero_shot", "out_of_distribution", "linear_probe", "retrieval", "gap", "sts")
+_ACCURACY = ("acc1", "acc5", "mean_per_class_recall")
+_RECALL = tuple(f"{found}_retrieval_recall@{k}" for found in ("image", "text") for k in (1, 5, 10))
+_GEOMETRY = (
+    *("alignment_score", "centroid_distance", "centroid_angle", "rmg", "linear_separability"),
+    *(f"uniformity_{of}" for of in ("image", "text", "cross")),
+    *(f"effective_rank_{of}" for of in ("image", "text")),
+)
+METRICS = {  # of each task
+    "zero_shot": _ACCURACY,
+    "out_of_distribution": ("auroc", "aupr", "fpr95", *_ACCURACY),
+    "linear_probe": (*_ACCURACY, "C"),
+    "retrieval": _RECALL,
+    "gap": (*_GEOMETRY, *(f"closed_{name}" for name in _RECALL)),
+    "sts": ("spearman",),
+}
 
 
 @dataclass

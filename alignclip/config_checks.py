@@ -7,7 +7,7 @@ import math
 import re
 from typing import Any
 
-from alignclip.config import TASKS, EvaluateConfig, EvaluatorConfig, RunConfig, SetConfig
+from alignclip.config import METRICS, EvaluateConfig, EvaluatorConfig, RunConfig, SetConfig
 from alignclip.errors import UserError, check_place, nearest
 
 VOCABULARY = 49408  # of CLIP's byte pairs
@@ -187,8 +187,8 @@ def _check_evaluators(evaluators: dict[str, EvaluatorConfig]) -> None:
         where = f"evaluators.{name}"
         if "/" in name:
             raise UserError(f"{where}: a name must not hold a '/'")
-        if evaluator.task not in TASKS:
-            raise UserError(f"{where}.task={evaluator.task or 'null'}: {nearest(evaluator.task, TASKS)}")
+        if evaluator.task not in METRICS:
+            raise UserError(f"{where}.task={evaluator.task or 'null'}: {nearest(evaluator.task, METRICS)}")
         sets: dict[str, SetConfig | None] = {where: evaluator}
         for key, task in (("train", "linear_probe"), ("outliers", "out_of_distribution")):
             part = getattr(evaluator, key)
@@ -214,10 +214,12 @@ def _check_keep_best(config: RunConfig) -> None:
         return
     name = best.metric.partition("/")[0]
     if name not in config.evaluators or "/" not in best.metric:
-        valid = [f"{evaluator}/…" for evaluator in config.evaluators]
-        raise UserError(
-            f"keep_best.metric={best.metric} must be an evaluator and its metric: {', '.join(valid) or 'none'}"
-        )
+        valid = ", ".join(f"{evaluator}/…" for evaluator in config.evaluators) or "there are none"
+        raise UserError(f"keep_best.metric={best.metric} must be an evaluator and its metric: {valid}")
+    task = config.evaluators[name].task
+    if best.metric.partition("/")[2] not in METRICS[task]:
+        metrics = [f"{name}/{metric}" for metric in METRICS[task]]
+        raise UserError(f"keep_best.metric={best.metric} is no metric of {task}; {nearest(best.metric, metrics)}")
     if best.mode not in ("max", "min"):
         raise UserError(f"keep_best.mode={best.mode}: valid: max, min")
     if not config.save_folder:

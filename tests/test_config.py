@@ -9,7 +9,7 @@ from composer import Trainer
 from runs import TINY
 
 from alignclip import plugins
-from alignclip.config import TASKS, RunConfig, TrainerConfig
+from alignclip.config import METRICS, RunConfig, TrainerConfig
 from alignclip.config_file import REFUSED, load, load_evaluation, to_yaml
 from alignclip.errors import UserError
 
@@ -40,7 +40,7 @@ def test_shipped_yamls_are_valid(path: Path) -> None:
 
 def test_the_shipped_evaluation_is_valid() -> None:
     config = load_evaluation(EVALUATE, ["checkpoint=runs/first", "evaluators.cars=null"])
-    assert {evaluator.task for evaluator in config.evaluators.values()} == set(TASKS)
+    assert {evaluator.task for evaluator in config.evaluators.values()} == set(METRICS)
     assert "cars" not in config.evaluators
 
 
@@ -68,13 +68,20 @@ def test_bad_evaluations_are_one_line(overrides: list[str], says: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["keep_best.metric=a/acc1"], "an evaluator and its metric: none"),
+        (["keep_best.metric=a/acc1"], "an evaluator and its metric: there are none"),
         (
             ["evaluators.a.task=gap", "evaluators.a.local=x", "keep_best.metric=a"],
             "must be an evaluator and its metric",
         ),
-        (["evaluators.a.task=gap", "evaluators.a.local=x", "keep_best.metric=a/b", "keep_best.mode=low"], "valid: max"),
-        (["evaluators.a.task=gap", "evaluators.a.local=x", "keep_best.metric=a/b"], "needs a save_folder"),
+        (
+            ["evaluators.a.task=gap", "evaluators.a.local=x", "keep_best.metric=a/rmg", "keep_best.mode=low"],
+            "valid: max",
+        ),
+        (["evaluators.a.task=gap", "evaluators.a.local=x", "keep_best.metric=a/rmg"], "needs a save_folder"),
+        (
+            ["evaluators.a.task=gap", "evaluators.a.local=x", "keep_best.metric=a/alignment"],
+            "keep_best.metric=a/alignment is no metric of gap; did you mean 'a/alignment_score'?",
+        ),
         (["evaluators.a.task=gap", "evaluators.a.local=x", "evaluators.a.interval=5"], "has no unit"),
     ],
 )

@@ -38,12 +38,13 @@ def test_everything_is_written_and_a_plot_that_fails_takes_nothing_with_it(
     results = {name: {"gap": GAP, "coco": RECALL} for name in places}
     features = torch.randn(2, 30, 8)
     config = EvaluateConfig(checkpoints=places, out=str(tmp_path / "out"))
-    write(config, results, dict.fromkeys(places, (features[0], features[1])))
+    write(config, results, dict.fromkeys(places, (features[0], features[1])), {"cars": "no MDS set"})
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written == {"results.json", "cosines.png", "embeddings.png", "spectra.png", "recall.png", "gap.png"}
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["results"] == results
+    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (content["results"], content["failed"]) == (results, {"cars": "no MDS set"})
     config.out = str(tmp_path / "nan")
-    write(config, results, dict.fromkeys(places, (features[0] * torch.nan, features[1])))
+    write(config, results, dict.fromkeys(places, (features[0] * torch.nan, features[1])), {})
     assert {path.name for path in (tmp_path / "nan").iterdir()} == {"results.json", "recall.png", "gap.png"}
     assert "cosines.png could not be drawn" in capsys.readouterr().out
 

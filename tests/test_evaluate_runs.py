@@ -6,9 +6,11 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
-from runs import PRETRAIN, RECORDING, run, steps, write_config, write_set
+from runs import PRETRAIN, RECORDING, jpeg, run, steps, write_config, write_set
 from s3 import S3Server
+from streaming import MDSWriter
 
 pytestmark = pytest.mark.slow
 
@@ -55,3 +57,52 @@ def test_during_a_sharded_run_and_after_it(s3: S3Server, tmp_path: Path) -> None
     shown = dict(re.findall(r"([\w@]+) (-?[\d.]+)", re.findall(r"batch 6, gap: (.*)", output)[0]))
     for name, value in shown.items():
         assert float(value) == pytest.approx(found[1]["gap"][name], abs=1e-4), name
+
+
+BAD = {  # evaluator -> what it is told
+    "missing": "no MDS set at",
+    "folder": "no MDS set at",
+    "empty": "contains no samples",
+    "captionless": "lacks the columns ['caption']",
+    "classes": "lie in [0, 3], but there are 3",
+    "sts": "no such file",
+}
+
+
+@pytest.mark.world_size(2)
+def test_what_is_bad_is_told_and_the_others_are_evaluated(tmp_path: Path) -> None:
+    """On two ranks: none waits for the other where a set can't be opened."""
+    write_set(str(tmp_path / "train"), 16)
+    write_set(str(tmp_path / "pairs"), 12, seed=1)
+    columns = {"key": "str", "image": "bytes", "label": "int"}
+    with MDSWriter(out=str(tmp_path / "labelled"), columns=columns) as writer:
+        for i in range(8):
+            writer.write({"key": f"k{i}", "image": jpeg(np.random.default_rng(i)), "label": i % 4})
+    (tmp_path / "labelled" / "classes.json").write_text('{"classnames": ["a", "b", "c"], "templates": ["a {c}"]}')
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "nothing" / "index.json").write_text('{"version": 2, "shards": []}')
+    config = write_config(tmp_path, str(tmp_path / "train"), str(tmp_path / "runs"))
+    run(PRETRAIN, config, "run_name=bad", "max_duration=1ba", "scheduler.t_warmup=0ba", cwd=tmp_path)
+    yaml = f"""
+precision: fp32
+device: cpu
+evaluators:
+  missing: {{task: zero_shot, local: {tmp_path}/nowhere}}
+  folder: {{task: retrieval, local: {tmp_path}}}
+  empty: {{task: gap, local: {tmp_path}/nothing}}
+  captionless: {{task: retrieval, local: {tmp_path}/labelled}}
+  classes: {{task: zero_shot, local: {tmp_path}/labelled}}
+  sts: {{task: sts, local: {tmp_path}/sts.csv}}
+  good: {{task: retrieval, local: {tmp_path}/pairs, batch_size: 4}}
+"""
+    (tmp_path / "e.yaml").write_text(yaml)
+    arguments = [EVALUATE, tmp_path / "e.yaml", f"checkpoint={tmp_path}/runs", f"out={tmp_path}/out"]
+    output = run(*arguments, processes=2, cwd=tmp_path, status=1)
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["results"]["model"].keys() == {"good"}
+    assert found["failed"].keys() == BAD.keys()
+    for name, why in found["failed"].items():
+        assert BAD[name] in why
+        assert "\n" not in why
+        assert f"not evaluated: {name}: {why}" in output
+    assert "Traceback" not in output

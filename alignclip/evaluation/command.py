@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,25 +34,32 @@ def main(arguments: Sequence[str]) -> int:
     """Evaluate as the arguments say.
 
     Returns:
-        the exit status: 0 done, 2 bad input.
+        the exit status: 0 done, 1 some evaluators could not be run, 2 bad input.
     """
     description = "Evaluate checkpoints: zero-shot, retrieval, linear probe, text similarity, modality gap."
     config, overrides = read_arguments(arguments, "composer evaluate.py", description, EXAMPLES)
     with one_line_errors():
-        run(load_evaluation(config, overrides))
-    return 0
+        failed = run(load_evaluation(config, overrides))
+    return 1 if failed else 0
 
 
-def run(config: EvaluateConfig) -> Results:
+def run(config: EvaluateConfig) -> dict[str, str]:
     """Evaluate every checkpoint by every evaluator, on all ranks together; rank 0 writes what was found.
 
+    An evaluator that can't be run is told at once, and again at the end; the others are.
+
+    Returns:
+        why evaluators could not be run, by their names.
+
     Raises:
-        UserError: a checkpoint or a set is not there, or not what it should be.
+        UserError: a checkpoint is not there, or not what it should be; ``out`` can't be written; no evaluator could be
+            run.
     """
     from composer.utils import dist
 
     from alignclip import shared_memory
     from alignclip.evaluation.encoding import Encoder
+    from alignclip.evaluation.ranks import agree
     from alignclip.evaluation.sets import OpenSets
     from alignclip.evaluation.tasks import Evaluator
     from alignclip.loading import load_encoders
@@ -61,7 +70,9 @@ def run(config: EvaluateConfig) -> Results:
     if dist.get_local_rank() == 0:
         shared_memory.remove_stale()
     dist.barrier()
+    agree(_make(Path(config.out)) if dist.get_global_rank() == 0 else None)
     results: Results = {}
+    failed: dict[str, str] = {}
     pairs = {}
     opened = OpenSets()
     evaluators: dict[int, list[Evaluator]] = {}  # by image size
@@ -72,30 +83,71 @@ def run(config: EvaluateConfig) -> Results:
         encoder = Encoder(model, next(model.parameters()).device, autocast_dtype(config.precision))
         size = encoder.image_size
         if size not in evaluators:
-            evaluators[size] = [Evaluator(n, c, size, opened) for n, c in config.evaluators.items()]
+            evaluators[size] = []
+            for key, evaluator_config in config.evaluators.items():
+                with _told(failed, key):
+                    evaluators[size].append(Evaluator(key, evaluator_config, size, opened))
         results[name] = {}
         for evaluator in evaluators[size]:
             encoder.batch_size = evaluator.config.batch_size
-            result = evaluator(encoder)
+            result = None
+            with _told(failed, evaluator.name):
+                result = evaluator(encoder)
+            if result is None:
+                continue
             results[name][evaluator.name] = result.metrics
             if result.pairs is not None:
                 pairs[f"{name} · {evaluator.name}"] = (result.pairs[0].cpu(), result.pairs[1].cpu())
         model.cpu()
+    if not any(results.values()):
+        raise UserError(f"nothing was evaluated: {next(iter(failed.values()))}")
     if dist.get_global_rank() == 0:
         print(f"\n{table(results)}\n")
-        write(config, results, pairs)
+        write(config, results, pairs, failed)
+        for key, why in failed.items():
+            print(f"not evaluated: {key}: {why}", flush=True)
     dist.barrier()
-    return results
+    return failed
+
+
+@contextmanager
+def _told(failed: dict[str, str], name: str) -> Iterator[None]:
+    """Go on without an evaluator that can't be run, on all ranks: a set on one of them alone is no set."""
+    from alignclip.evaluation.ranks import agree, rank
+
+    failure = None
+    try:
+        yield
+    except UserError as error:
+        failure = error
+    try:
+        agree(failure)
+    except UserError as error:
+        failed[name] = str(error)
+        if rank() == 0:
+            print(f"error: {name}: {error}; without it: evaluators.{name}=null", file=sys.stderr, flush=True)
+
+
+def _make(out: Path) -> UserError | None:
+    """The folder for what is found: better known to be unwritable now than after hours."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".writable").touch()
+        (out / ".writable").unlink()
+    except OSError as error:
+        return UserError(f"out={out}: {error.strerror}")
+    return None
 
 
 def table(results: Results) -> str:
     """Metrics in rows, checkpoints in columns."""
     names = list(results)
     rows = [["", *names]]
-    for evaluator, metrics in next(iter(results.values())).items():
+    metrics = {key: found for one in results.values() for key, found in one.items()}  # one may lack what another has
+    for evaluator in metrics:
         rows.append([evaluator, *[""] * len(names)])
-        for metric in metrics:
-            rows.append([f"  {metric}", *(f"{results[name][evaluator][metric]:.4f}" for name in names)])
+        for metric in metrics[evaluator]:
+            rows.append([f"  {metric}", *(_number(results[name].get(evaluator, {}).get(metric)) for name in names)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
@@ -103,7 +155,13 @@ def table(results: Results) -> str:
     )
 
 
-def write(config: EvaluateConfig, results: Results, pairs: dict[str, Pairs]) -> None:
+def _number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e3 else f"{value:g}"
+
+
+def write(config: EvaluateConfig, results: Results, pairs: dict[str, Pairs], failed: dict[str, str]) -> None:
     """``results.json`` and the plots, into ``config.out``."""
     from alignclip.evaluation import plots
 
@@ -114,6 +172,7 @@ def write(config: EvaluateConfig, results: Results, pairs: dict[str, Pairs]) -> 
         "checkpoints": checkpoints,
         "precision": config.precision,
         "results": results,
+        "failed": failed,
         "versions": {name: importlib.metadata.version(name) for name in ("alignclip", "torch", "open_clip_torch")},
     }
     partial = out / ".results.json.partial"

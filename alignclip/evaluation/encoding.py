@@ -6,13 +6,13 @@ leave these waiting where the model itself is spread over ranks (FSDP).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from alignclip.encoders import CLIP
 from alignclip.errors import UserError
+from alignclip.evaluation.ranks import gather, gather_objects, rank, world
 from alignclip.transforms import normalize
 
 
@@ -75,8 +76,9 @@ class Encoder:
             UserError: on every rank, where one of them can't read a sample.
         """
         count = len(samples)  # type: ignore[arg-type]
-        share = -(-count // _world())
-        mine = [min(i, count - 1) for i in range(_rank() * share, (_rank() + 1) * share)]
+        num_workers = min(num_workers, os.cpu_count() or 1)  # more only wait for one another, and PyTorch warns of them
+        share = -(-count // world())
+        mine = [min(i, count - 1) for i in range(rank() * share, (rank() + 1) * share)]
         loader = DataLoader(
             Subset(samples, mine),
             batch_size=self.batch_size,
@@ -101,9 +103,9 @@ class Encoder:
                 yield normalize(images.to(self.device))
 
         features = self._encode(self.model.encode_image, batches(), len(loader), name)
-        if failures := _gather_objects(failures[:1]):
+        if failures := gather_objects(failures[:1]):
             raise UserError(failures[0])
-        return _gather(features).flatten(0, 1)[:count], _gather_objects(others)[:count]
+        return gather(features).flatten(0, 1)[:count], gather_objects(others)[:count]
 
     def texts(self, texts: Sequence[str], name: str = "texts") -> Tensor:
         """Encode captions, the short ones with the short ones: a batch is computed up to its longest.
@@ -119,18 +121,18 @@ class Encoder:
         # longest first, so that a batch that is too large fails at once
         order = tokens.argmax(-1).argsort(descending=True, stable=True)
         # dealt out like cards, so that every rank has as much to compute
-        share = -(-len(texts) // _world())
-        mine = order[[min(i * _world() + _rank(), len(texts) - 1) for i in range(share)]]
+        share = -(-len(texts) // world())
+        mine = order[[min(i * world() + rank(), len(texts) - 1) for i in range(share)]]
         batches = tokens[mine].split(self.batch_size)
         on_device = (batch.long().to(self.device) for batch in batches)
-        gathered = _gather(self._encode(self.model.encode_text, on_device, len(batches), name))
+        gathered = gather(self._encode(self.model.encode_text, on_device, len(batches), name))
         features = torch.empty(len(texts), gathered.shape[-1], device=self.device)
         features[order.to(self.device)] = gathered.transpose(0, 1).flatten(0, 1)[: len(texts)]
         return features
 
     def _encode(self, encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor], total: int, name: str) -> Tensor:
         """Normalised features of this rank's batches, one below the other."""
-        bar = tqdm(batches, total=total, desc=name, unit="batch", disable=not self.progress or _rank() != 0)
+        bar = tqdm(batches, total=total, desc=name, unit="batch", disable=not self.progress or rank() != 0)
         autocast: AbstractContextManager[Any] = (
             torch.autocast(self.device.type, dtype=self.dtype) if self.dtype else nullcontext()
         )
@@ -145,29 +147,3 @@ class Encoder:
 
 def _collate(items: list[tuple[Tensor, Any]]) -> tuple[Tensor, list[Any]]:
     return torch.stack([image for image, _ in items]), [other for _, other in items]
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _gather(share: Tensor) -> Tensor:
-    """[n, d] on each rank → [ranks, n, d] on all."""
-    if _world() == 1:
-        return share[None]
-    shares = [torch.empty_like(share) for _ in range(_world())]
-    dist.all_gather(shares, share.contiguous())
-    return torch.stack(shares)
-
-
-def _gather_objects(share: list[Any]) -> list[Any]:
-    """The ranks' lists, one behind the other."""
-    if _world() == 1:
-        return share
-    shares: list[list[Any]] = [[]] * _world()
-    dist.all_gather_object(shares, share)
-    return [item for one in shares for item in one]

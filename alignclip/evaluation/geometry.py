@@ -98,15 +98,19 @@ def close_gap(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Te
 
     Args:
         image_features: [N, d], need not be normalised.
-        text_features: [N, d], row i being pair i, on the same device.
+        text_features: [M, d], on the same device.
 
     Returns:
-        Image and text features, [N, d], L2-normalised, in at least fp32.
+        Image and text features, [N, d] and [M, d], L2-normalised, in at least fp32.
 
     Raises:
-        ValueError: shapes that differ, fewer than two pairs, features not finite.
+        ValueError: features that are not [N, d] and [M, d], or not finite.
     """
-    images, texts = unit_pairs(image_features, text_features)
+    if image_features.ndim != 2 or image_features.shape[1:] != text_features.shape[1:]:
+        raise ValueError(
+            f"features must be [N, d] and [M, d], not {list(image_features.shape)} and {list(text_features.shape)}"
+        )
+    images, texts = _unit(image_features), _unit(text_features)
     gap = images.mean(0) - texts.mean(0)
     dtype = torch.promote_types(image_features.dtype, torch.float32)
     return F.normalize(images - gap / 2, dim=-1).to(dtype), F.normalize(texts + gap / 2, dim=-1).to(dtype)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from alignclip.errors import UserError, one_line
 from alignclip.evaluation.zero_shot import accuracy_of_ranks, target_ranks
 
+SMALL = 2**21  # numbers in the features
 STRENGTHS = tuple(10.0**exponent for exponent in range(-6, 7))
 
 
@@ -27,7 +28,7 @@ def library(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        name = {"sklearn": "scikit-learn", "scipy": "SciPy"}[module.partition(".")[0]]
+        name = {"scipy": "SciPy"}.get(module.partition(".")[0], "scikit-learn")  # which brings threadpoolctl
         raise UserError(f"this needs {name}: pip install 'alignclip[evaluate]' ({one_line(error)})") from None
 
 
@@ -91,7 +92,9 @@ def linear_probe(
     # from strong to weak regularisation, each fit starting at the last one's solution
     probe = linear_model.LogisticRegression(max_iter=max_iter, warm_start=True)
     best, best_accuracy = 0.0, -1.0
-    with tqdm(total=len(strengths) + 1, desc="linear probe", unit="fit", disable=not progress) as bar:
+    # of a small set's products, threads cost more than they bring, the more so where others use the cores
+    threads = library("threadpoolctl").threadpool_limits(1 if x.numel() < SMALL else None)
+    with threads, tqdm(total=len(strengths) + 1, desc="linear probe", unit="fit", disable=not progress) as bar:
         for strength in sorted(strengths):
             with warnings.catch_warnings():
                 # the weakest regularisations need not converge; only the final fit's warning matters

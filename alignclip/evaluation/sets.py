@@ -17,6 +17,7 @@ from alignclip import shared_memory
 from alignclip.config import SetConfig
 from alignclip.data import ReleasingDataset, local_folder, read_index
 from alignclip.errors import UserError, describe_storage_error
+from alignclip.evaluation.ranks import agree
 from alignclip.transforms import center_crop
 
 CLASSES = "classes.json"  # class names and templates, beside the index
@@ -38,7 +39,12 @@ class OpenSets:
         if key in self._opened:
             return self._opened[key]
         remote, local, split = key
-        read_index(f"evaluation set {remote or local}", stream, local)
+        failure = None
+        try:
+            read_index(f"evaluation set {remote or local}", stream, local)
+        except UserError as error:
+            failure = error
+        agree(failure)  # the ranks open a set together
         try:
             dataset = ReleasingDataset(
                 streams=[Stream(remote=remote, local=local, split=split, validate_hash="xxh64")],
@@ -88,7 +94,7 @@ class EvaluationSet(Dataset[tuple[Tensor, Any]]):
             image = center_crop(sample["image"], self.image_size)
         except OSError as error:
             # a set with a hole would be another set
-            raise RuntimeError(f"{self.name}: the image of sample '{sample.get('key', index)}': {error}") from None
+            raise RuntimeError(f"{self.name}: the image of sample {index} '{sample.get('key')}': {error}") from None
         other = sample[self.column]
         return image, int(other) if self.column == "label" else other
 

@@ -60,8 +60,11 @@ class Evaluator:
         for part, stream in parts.items():
             if stream is not None:
                 self._sets[part] = EvaluationSet(stream, image_size, column, opened)
-                if config.task in ("zero_shot", "out_of_distribution"):
-                    self._classes[part] = read_classes(stream)
+        for part, stream in parts.items():  # when all ranks have opened all sets: that, they do together
+            if stream is not None and column == "label":
+                self._classes[part] = read_classes(stream)
+        if config.task == "linear_probe":
+            _check_same(self._classes["train"][0], self._classes[""][0], name)
 
     def __call__(self, encoder: Encoder) -> Result:
         """Evaluate a model; every rank encodes its share, and every rank gets the result.
@@ -127,27 +130,30 @@ class Evaluator:
         )
 
     def _retrieval(self, encoder: Encoder) -> Result:
-        images, texts, owner = self._pairs(encoder, every_caption=True)
+        images, texts, owner = self._pairs(encoder)
         return Result(_computed(lambda: recall(images, texts, owner)))
 
     def _gap(self, encoder: Encoder) -> Result:
-        """The geometry of the pairs, and retrieval once the centroids have been moved together."""
-        images, texts, owner = self._pairs(encoder, every_caption=False)
+        """The geometry of images and their first captions, and retrieval once the centroids have been moved together.
+
+        That is over all captions, as the task ``retrieval`` has it.
+        """
+        images, texts, owner = self._pairs(encoder)
+        first = texts[torch.searchsorted(owner, torch.arange(len(images))).to(texts.device)]
 
         def compute() -> Metrics:
             closed = recall(*close_gap(images, texts), owner)
             return {
-                **modality_gap(images, texts),
+                **modality_gap(images, first),
                 **{f"closed_{name}": value for name, value in closed.items()},
             }
 
-        return Result(_computed(compute), pairs=(images, texts))
+        return Result(_computed(compute), pairs=(images, first))
 
-    def _pairs(self, encoder: Encoder, every_caption: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _pairs(self, encoder: Encoder) -> tuple[Tensor, Tensor, Tensor]:
         """Image features, caption features, and the row of the image that each caption belongs to."""
         images, captions = self._images(encoder)
         several = [[c] if isinstance(c, str) else list(c) for c in captions]
-        several = several if every_caption else [one[:1] for one in several]
         owner = torch.tensor([row for row, one in enumerate(several) for _ in one])
         texts = encoder.texts([caption for one in several for caption in one], f"{self.name}: captions")
         return images, texts, owner
@@ -157,6 +163,15 @@ class Evaluator:
         # on all ranks, and the rest on one
         features = encoder.texts(unique(first, second), f"{self.name}: sentences")
         return Result(_computed(lambda: similarity(lambda _: features, (first, second, scores))))
+
+
+def _check_same(train: list[str], test: list[str], name: str) -> None:
+    """The labels of both sets mean the same."""
+    if train == test:
+        return
+    at = next((i for i, pair in enumerate(zip(train, test, strict=False)) if pair[0] != pair[1]), None)
+    how = f"{len(train)} and {len(test)}" if at is None else f"label {at} is '{train[at]}' and '{test[at]}'"
+    raise UserError(f"evaluators.{name}: train and test set have different classes ({how})")
 
 
 def _computed(metrics: Callable[[], Metrics]) -> Metrics:

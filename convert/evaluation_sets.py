@@ -266,7 +266,7 @@ def write_set(
             (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
         if store.is_remote and progress:
             print(f"uploading {dataset['bytes'] / 2**20:,.1f} MiB to {store.out}", file=sys.stderr)
-    return _summary(dataset, unreadable, store.out, time.monotonic() - start)
+    return _summary(dataset, column, unreadable, store.out, time.monotonic() - start)
 
 
 def _files_of(samples: Sequence[Sample], name: str, progress: bool) -> Iterator[bytes | None]:
@@ -297,7 +297,7 @@ def image_file(sample: Sample) -> bytes | None:
     return data
 
 
-def _summary(dataset: dict[str, Any], unreadable: Sequence[str], out: str, seconds: float) -> str:
+def _summary(dataset: dict[str, Any], column: str, unreadable: Sequence[str], out: str, seconds: float) -> str:
     rows = [("set", f"{dataset['dataset']} ({dataset['split']})"), ("written", f"{dataset['samples']:,} samples")]
     rows += [("skipped", f"{sum(dataset['skipped'].values()):,}")]
     rows += [(f"  {reason}", f"{number:,}") for reason, number in dataset["skipped"].items() if number]
@@ -305,7 +305,11 @@ def _summary(dataset: dict[str, Any], unreadable: Sequence[str], out: str, secon
     text = "\n".join(f"{name:<22}{value}" for name, value in rows)
     if unreadable:
         text += f"\n\ncannot be decoded: {', '.join(unreadable[:NAMED])}{', …' if len(unreadable) > NAMED else ''}"
-    return text
+    name = out.rstrip("/").rpartition("/")[2]
+    place = f"remote={out}" if "://" in out else f"local={out}"
+    task = "zero_shot" if column == "label" else "retrieval"
+    command = f"composer evaluate.py … evaluators.{name}.task={task} evaluators.{name}.{place}"
+    return f"{text}\n\nnext: {command}"
 
 
 def run(convert: Callable[[], str]) -> None:

@@ -15,20 +15,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from streaming import LocalDataset
 from torch import Tensor
-from tqdm import tqdm
 
-from alignclip.config import RunConfig
+from alignclip.config import RunConfig, SetConfig
 from alignclip.config_file import load
 from alignclip.encoders import CLIP, build_encoders
 from alignclip.errors import UserError, one_line_errors
+from alignclip.evaluation.encoding import Encoder
 from alignclip.evaluation.gap import modality_gap
 from alignclip.evaluation.plots import embedding_map
 from alignclip.evaluation.retrieval import recall
+from alignclip.evaluation.sets import EvaluationSet, OpenSets
 from alignclip.loading import load_encoders
 from alignclip.quickstart import scenes
-from alignclip.transforms import center_crop, normalize
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "yamls" / "quickstart.yaml"
@@ -74,7 +73,7 @@ def make_set(folder: Path, split: str, count: int) -> None:
     call(
         sys.executable,
         ROOT / "convert" / "cc12m.py",
-        "--tars",
+        "--inputs",
         tars,
         "--out",
         out,
@@ -106,11 +105,12 @@ def call(*command: object) -> None:
 
 def evaluate(config: RunConfig, folder: Path) -> None:
     """Compare the untrained and the trained model on the held-out scenes: a table and a picture."""
-    images, tokens = read_pairs(config, folder / "mds" / "test")
+    place = SetConfig(local=str(folder / "mds" / "test"))
+    pairs = EvaluationSet(place, config.model.vision_cfg.image_size, "caption", OpenSets())
     checkpoint = folder / "checkpoints" / "latest-rank0.pt"
-    before = encode(untrained(config), images, tokens, "encoding, untrained")
-    after = encode(load_encoders(checkpoint), images, tokens, "encoding, trained")
-    count = len(images)
+    before = encode(untrained(config), pairs, "untrained")
+    after = encode(load_encoders(checkpoint), pairs, "trained")
+    count = len(pairs)
     results = [
         {**modality_gap(*features), **recall(*features, image_of_text=torch.arange(count))}
         for features in (before, after)
@@ -125,32 +125,17 @@ def evaluate(config: RunConfig, folder: Path) -> None:
     print(f"\nimage and text embeddings before and after: {picture}")
 
 
-def read_pairs(config: RunConfig, folder: Path) -> tuple[Tensor, Tensor]:
-    """All pairs of a local set: uint8 images ``[N, 3, size, size]`` and token ids ``[N, context_length]``."""
-    from open_clip.tokenizer import SimpleTokenizer
-
-    dataset = LocalDataset(str(folder))
-    samples = [dataset[i] for i in range(len(dataset))]
-    size, length = config.model.vision_cfg.image_size, config.model.text_cfg.context_length
-    images = torch.stack([center_crop(sample["image"], size) for sample in samples])
-    return images, SimpleTokenizer(context_length=length)([sample["caption"] for sample in samples])
-
-
 def untrained(config: RunConfig) -> CLIP:
     """The model as training starts with it."""
     torch.manual_seed(config.seed)
     return build_encoders(config.model)
 
 
-@torch.inference_mode()
-def encode(model: CLIP, images: Tensor, tokens: Tensor, what: str, batch: int = 100) -> tuple[Tensor, Tensor]:
-    """Normalised features ``[N, d]`` of all images and all texts."""
-    model.eval()
-    parts = [
-        model.encode(normalize(images[i : i + batch]), tokens[i : i + batch])
-        for i in tqdm(range(0, len(images), batch), desc=what, unit="batch")
-    ]
-    return torch.cat([v for v, _ in parts]), torch.cat([t for _, t in parts])
+def encode(model: CLIP, pairs: EvaluationSet, what: str) -> tuple[Tensor, Tensor]:
+    """Normalised features ``[N, d]`` of all images and all captions."""
+    encoder = Encoder(model, torch.device("cpu"), None, batch_size=100)
+    images, captions = encoder.images(pairs, name=f"{what}: images")
+    return images, encoder.texts(captions, f"{what}: captions")
 
 
 def next_steps(folder: Path) -> str:
@@ -160,7 +145,7 @@ What next:
   look at what it learnt from    open {folder / "embeddings.png"} and the tars under {folder / "tars"}
   compare with plain CLIP loss   composer pretrain.py yamls/quickstart.yaml run_name=sharedclip loss.beta=0 \\
                                    data.streams.scenes.local={folder / "mds/train"} save_folder={folder / "sharedclip"}
-  your own pairs                 python convert/cc12m.py --tars 'my/{{00000..00099}}.tar' --out s3://bucket/my-set
+  your own pairs                 python convert/cc12m.py --inputs 'my/{{00000..00099}}.tar' --out s3://bucket/my-set
   the published recipe           composer pretrain.py yamls/alignclip.yaml data.streams.cc12m.remote=s3://bucket/cc12m
 README.md goes through CC12M step by step."""
 

@@ -43,9 +43,14 @@ def read_mds(index: Path, source: str, name: str) -> Iterator[Sample | Skipped]:
         index: local copy of the set's ``index.json``.
         source: where the set lies, a local folder or URL.
         name: the shard, as :func:`shards_of` has it.
+
+    Raises:
+        UserError: it is not there.
     """
     shard = next(shard for shard in _shards(index) if shard.name == name)
     with fetched(f"{source}/{shard.stored}") as path, tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
+        if not path.is_file():
+            raise UserError(f"{index} names the shard {path}, which is not there")
         try:
             for row in _rows(path, shard, Path(folder)):
                 yield pair(row["key"], row["image"], row["caption"])

@@ -86,10 +86,12 @@ def patiently(work: Callable[[], T], place: str) -> T:
 
 def is_passing(error: BaseException) -> bool:
     """Whether the same request may succeed later: no connection, a server in trouble, too many requests."""
+    if not isinstance(error, Exception):  # Ctrl-C; what it came in the middle of is linked to it
+        return False
     for one in _chain(error):
         status = _status(one)
         if status is not None:
-            return status >= 500 or status in (408, 425, 429)
+            return (status >= 500 and status != 501) or status in (408, 425, 429)  # 501: a store without that feature
     return any(
         isinstance(one, (ConnectionError, TimeoutError, URLError, HTTPException)) or type(one).__name__ in PASSING
         for one in _chain(error)

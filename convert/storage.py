@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from alignclip.errors import UserError, describe_storage_error
-from convert.patience import patiently
+from convert.patience import is_passing, patiently
 
 # Streaming is imported where it is used: that takes seconds, and a mistake in the command line should not.
 
@@ -129,12 +129,15 @@ def _empty(cloud: Any) -> None:
     except NotImplementedError:
         return
     bucket = urlparse(cloud.remote).netloc
-    with suppress(Exception):  # every provider has its own
+    try:
         for name in _ours(keys):
             if hasattr(client, "delete_object"):  # boto3
                 client.delete_object(Bucket=bucket, Key=keys[name])
             elif client is not None:
                 client.bucket(bucket).blob(keys[name]).delete()
+    except Exception as error:  # every provider has its own
+        if is_passing(error):  # counts.json would stay, and after a kill say that a mixture is complete
+            raise
 
 
 class Store:

@@ -42,22 +42,22 @@ def read_parquet(path: Path, caption_key: str | None = None) -> Iterator[Sample 
         from pyarrow import parquet
     except ImportError:
         raise UserError("parquet files need pyarrow: pip install 'alignclip[convert]'") from None
-    broken = (pyarrow.ArrowException, OSError)
+    broken = (pyarrow.ArrowException, OSError, UnicodeDecodeError)
     try:
         table = parquet.ParquetFile(path)
-        schema = table.schema_arrow
+        names, types = table.schema_arrow.names, table.schema_arrow.types
     except broken as error:
         yield Skipped("", BROKEN_INPUT, one_line(error))
         return
-    image_column = _column("image", IMAGE_COLUMNS, None, schema.names, path)
-    caption_column = _column("caption", CAPTION_COLUMNS, caption_key, schema.names, path)
-    stored = schema.types[schema.names.index(image_column)]
+    image_column = _column("image", IMAGE_COLUMNS, None, names, path)
+    caption_column = _column("caption", CAPTION_COLUMNS, caption_key, names, path)
+    stored = types[names.index(image_column)]
     if pyarrow.types.is_struct(stored):
         stored = next((field.type for field in stored if field.name == "bytes"), stored)
     if not (pyarrow.types.is_binary(stored) or pyarrow.types.is_large_binary(stored)):
         kind = str(stored).split("<")[0]
         raise UserError(f"{path}: the column '{image_column}' has to hold image files' bytes; it is of type {kind}")
-    columns = [image_column, caption_column, *(["key"] if "key" in schema.names else [])]
+    columns = [image_column, caption_column, *(["key"] if "key" in names else [])]
     number = 0
     try:
         for batch in table.iter_batches(ROWS_AT_ONCE, columns=list(dict.fromkeys(columns))):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.sharedctypes import Synchronized
@@ -18,6 +20,7 @@ from alignclip.errors import UserError, one_line
 from convert import patience
 from convert.options import ConvertOptions, Counts
 from convert.shards import convert_shard
+from convert.storage import TEMPORARY
 
 CONNECT_TIMEOUT = 30  # seconds
 
@@ -42,14 +45,20 @@ class Progress:
 _progress: Progress | None = None  # a worker's handle, set as it starts; on a cluster there is none
 
 
-def _start_worker(progress: Progress, threads: int | None) -> None:
+def _start_worker(progress: Progress, threads: int, temporary: str) -> None:
+    tempfile.tempdir = temporary
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of a sentence encoder; torch reads it when it is imported
+    _count_in(progress)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _count_in(progress: Progress) -> None:
+    """What this process converts is counted there."""
     global _progress
     _progress = progress
     patience.share(progress.outage)
-    if threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # of a sentence encoder; torch reads it when it is imported
-    if (parent := multiprocessing.parent_process()) is not None:
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
@@ -67,25 +76,32 @@ def _nobody(written: int, skipped: int) -> None:
 
 
 @contextmanager
-def _executor(options: ConvertOptions, number: int, progress: Progress) -> Iterator[Executor]:
-    """A Dask cluster's, or a pool of processes of this machine."""
-    if options.scheduler:
-        with _dask(options.scheduler) as cluster:
-            yield cluster
-        return
-    processes = min(options.processes, number)
+def _pool(processes: int, progress: Progress) -> Iterator[Executor]:
+    """Processes of this machine; what they have begun is finished after an error, but not after Ctrl-C."""
+    others = set(multiprocessing.active_children())
     threads = max(1, (os.cpu_count() or 1) // processes)
-    pool: Executor
-    if processes == 1:
-        pool = ThreadPoolExecutor(1, initializer=_start_worker, initargs=(progress, None))
-    else:
-        # spawn: CUDA and the object stores' clients do not survive a fork
-        spawn = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(processes, spawn, initializer=_start_worker, initargs=(progress, threads))
+    # spawn: CUDA and the object stores' clients do not survive a fork
+    spawn = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as temporary:  # a worker that is killed leaves its copies behind
+        pool = ProcessPoolExecutor(processes, spawn, _start_worker, (progress, threads, temporary))
+        try:
+            yield pool
+        except KeyboardInterrupt:
+            for process in set(multiprocessing.active_children()) - others:
+                process.kill()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Ctrl-C is heard afterwards, and never by processes that are started meanwhile: a terminal sends it to all."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        yield pool
+        yield
     finally:
-        pool.shutdown(cancel_futures=True)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -106,6 +122,23 @@ def _dask(scheduler: str) -> Iterator[Executor]:
             yield executor
         finally:
             executor.shutdown(wait=False)  # cancels what is still running
+
+
+@contextmanager
+def _converting(
+    todo: dict[str, str], columns: dict[str, str], options: ConvertOptions, progress: Progress
+) -> Iterator[Iterator[tuple[str, Counts]]]:
+    """Each input's name and counts as it is finished."""
+    processes = min(options.processes, len(todo))
+    if processes == 1 and not options.scheduler:
+        _count_in(progress)
+        # in this thread, so that Ctrl-C ends it
+        yield ((name, _work(source, name, columns, options)) for name, source in todo.items())
+        return
+    with _dask(options.scheduler) if options.scheduler else _pool(processes, progress) as executor:
+        with _no_interrupts():
+            running = {executor.submit(_work, source, name, columns, options): name for name, source in todo.items()}
+        yield ((running[future], future.result()) for future in as_completed(running))
 
 
 def convert_all(
@@ -130,40 +163,56 @@ def convert_all(
     if not todo:
         return
     progress = Progress()
-    interval = 0.5 if sys.stderr.isatty() else 30.0  # seconds; a log file wants fewer lines
-    bar = tqdm(unit=" samples", smoothing=0.05, mininterval=interval, disable=not options.progress, desc="converting")
     now: dict[str, Counts] = {}
-    with _executor(options, len(todo), progress) as executor:
-        try:
-            running: dict[Future[Counts], str] = {
-                executor.submit(_work, source, name, columns, options): name for name, source in todo.items()
-            }
-            while running:
-                finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    name = running.pop(future)
-                    now[name] = done[name] = future.result()
-                _show(bar, progress, now, len(todo))
-                if finished:
-                    check(done)
-        except BrokenProcessPool:
-            raise UserError(
-                "a worker process was killed, perhaps for its memory; run again with fewer --processes"
-            ) from None
-        except Exception as error:
-            if type(error).__name__ == "KilledWorker":  # Dask's
-                raise UserError(f"Dask gave up: {one_line(error)}") from None
-            raise
-        finally:
-            bar.close()
+    try:
+        with _bar(progress, now, len(todo), options.progress), _converting(todo, columns, options, progress) as results:
+            for name, counts in results:
+                now[name] = done[name] = counts
+                check(done)
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process was killed, perhaps for its memory; run again with fewer --processes"
+        ) from None
+    except CancelledError:  # Dask's client, when it has tried to connect again for half a minute
+        raise UserError(f"the Dask scheduler at {options.scheduler} is gone; start it and run again") from None
+    except Exception as error:
+        if type(error).__name__ == "KilledWorker":  # Dask's
+            raise UserError(f"Dask gave up: {one_line(error)}") from None
+        raise
+
+
+@contextmanager
+def _bar(progress: Progress, now: dict[str, Counts], inputs: int, is_shown: bool) -> Iterator[None]:
+    """A progress bar that a thread keeps up to date: the main one may be converting."""
+    if not is_shown:
+        yield
+        return
+    interval = 0.5 if sys.stderr.isatty() else 30.0  # seconds; a log file wants fewer lines
+    bar = tqdm(unit=" samples", smoothing=0.05, mininterval=interval, desc="converting")
+    end = threading.Event()
+
+    def keep() -> None:
+        while not end.wait(0.5):
+            _show(bar, progress, now, inputs)
+
+    thread = threading.Thread(target=keep, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
+        _show(bar, progress, now, inputs)
+        bar.close()
 
 
 def _show(bar: tqdm, progress: Progress, now: dict[str, Counts], inputs: int) -> None:
     """Update the bar; what is left is reckoned from the inputs that are finished."""
+    now = dict(now)  # the other thread adds to it
     finished = sum(counts.written for counts in now.values())
-    # a cluster's workers only say what they have finished
-    written = max(finished, progress.written.value)
-    skipped = max(sum(counts.bad for counts in now.values()), progress.skipped.value)
+    # a cluster's workers only say what they have finished. No lock: a worker that is killed may have it
+    written = max(finished, progress.written.get_obj().value)
+    skipped = max(sum(counts.bad for counts in now.values()), progress.skipped.get_obj().value)
     if now:
         bar.total = max(written, round(finished / len(now) * inputs))
     reasons: dict[str, int] = {}

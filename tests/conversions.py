@@ -1,0 +1,176 @@
+"""The converter's command as processes of its own: started, watched, killed; and what it left, file by file."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from PIL import Image
+from tarballs import quick, read_back, write_tar
+
+COMMAND = Path(__file__).parent.parent / "convert" / "cc12m.py"
+SIZE_LIMIT = "80kb"  # of a shard: a few pictures
+TIMEOUT = 240.0  # seconds, for a step that takes ten on a quiet machine
+# so that a process ends with a test session that is killed
+WITH_US = [found, "--pdeathsig", "KILL"] if (found := shutil.which("setpriv")) else []
+
+
+def picture(seed: int, size: tuple[int, int] = (1600, 1200)) -> bytes:
+    """A JPEG of some 30 kB that takes 10 ms to decode."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST).save(file, "JPEG")
+    return file.getvalue()
+
+
+def write_tars(folder: Path, tars: int, samples: int) -> Path:
+    """A folder of so many tars of so many different pictures."""
+    for tar in range(tars):
+        members = []
+        for i in range(tar * samples, (tar + 1) * samples):
+            members += [(f"{i:05}.jpg", picture(i)), (f"{i:05}.txt", f"picture {i}".encode())]
+        write_tar(folder / f"{tar:05}.tar", members)
+    return folder
+
+
+class Undisturbed:
+    """Tars, and what they become where nothing happens: in this process, one after the other.
+
+    Attributes:
+        tars: the folder of inputs.
+        out: the finished set, a local folder.
+        samples: how many there are.
+    """
+
+    def __init__(self, folder: Path, tars: int, samples: int) -> None:
+        self.tars = write_tars(folder / "in", tars, samples)
+        self.out = folder / "undisturbed"
+        self.samples = tars * samples
+        assert quick([self.tars], self.out, size_limit=SIZE_LIMIT).written == self.samples
+        assert len(list(self.out.glob("00000/*.mds"))) > 2
+
+    def assert_same(self, out: Path) -> None:
+        """Every file of the set in ``out`` is there, byte for byte, and none besides; the samples are the tars'."""
+        assert relative(out) == relative(self.out)
+        for name in relative(self.out):
+            assert (out / name).read_bytes() == (self.out / name).read_bytes(), name
+        rows = read_back(None, out)
+        assert list(rows) == [f"{i:05}" for i in range(self.samples)]
+        for i, row in enumerate(rows.values()):
+            assert row == {"key": f"{i:05}", "image": picture(i), "caption": f"picture {i}"}
+
+
+def relative(folder: Path) -> set[str]:
+    """All files below."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def download(s3: Any, uri: str, folder: Path) -> Path:
+    """All objects under ``s3://bucket/prefix``."""
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    for key in s3.keys(uri):
+        path = folder / key.removeprefix(prefix).lstrip("/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        s3.client.download_file(bucket, key, str(path))
+    return folder
+
+
+class Command:
+    """``python convert/cc12m.py …``, running; nothing of it is left after the ``with`` block.
+
+    Attributes:
+        driver: the process that was started.
+        temporary: its TMPDIR.
+    """
+
+    def __init__(self, folder: Path, *arguments: str | Path, env: dict[str, str] | None = None) -> None:
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir(parents=True, exist_ok=True)
+        self._error = folder / "stderr.txt"
+        with self._error.open("wb") as error, (folder / "stdout.txt").open("wb") as output:
+            self.driver = psutil.Popen(
+                [*WITH_US, sys.executable, COMMAND, *map(str, arguments), "--no-semantic", "--size-limit", SIZE_LIMIT],
+                env={**os.environ, "TMPDIR": str(self.temporary), **(env or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=error,
+                start_new_session=True,  # a terminal's Ctrl-C goes to all of a group
+            )
+        self._seen: set[psutil.Process] = set()
+
+    def __enter__(self) -> Command:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in {self.driver, *self.workers()} | self._seen:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.driver.wait()
+
+    @property
+    def errors(self) -> str:
+        """What it has said so far."""
+        return self._error.read_text(errors="replace")
+
+    def workers(self) -> list[psutil.Process]:
+        """Its pool's processes; another child looks after semaphores."""
+        found = []
+        with suppress(psutil.NoSuchProcess):
+            for child in self.driver.children():
+                with suppress(psutil.NoSuchProcess):
+                    if "--multiprocessing-fork" in child.cmdline():
+                        found.append(child)
+        self._seen.update(found)
+        return found
+
+    def wait_for(self, condition: Callable[[], bool], pause: float = 0.05) -> None:
+        """Until it holds; a command that ends before is an error."""
+        deadline = time.monotonic() + TIMEOUT
+        while not condition():
+            assert self.driver.poll() is None, f"ended too early: {self.errors}"
+            assert time.monotonic() < deadline, f"waited too long: {self.errors}"
+            time.sleep(pause)
+
+    def wait_for_changes(self, listing: Callable[[], set[str]], number: int) -> None:
+        """Until so many files have come or gone since now."""
+        before = listing()
+
+        def enough() -> bool:
+            nonlocal before, number
+            now = listing()
+            number -= len(now ^ before)
+            before = now
+            return number <= 0
+
+        self.wait_for(enough)
+
+    def assert_workers_end(self, seconds: float = 10) -> None:
+        """All of them, by themselves."""
+        _, alive = psutil.wait_procs(self._seen, timeout=seconds)
+        assert not alive, f"{len(alive)} workers live on"
+
+    def finish(self, status: int = 0, seconds: float = TIMEOUT) -> str:
+        """Wait for its end; return what it has said, of which nothing may be a stack trace."""
+        try:
+            code = self.driver.wait(seconds)
+        except psutil.TimeoutExpired:
+            raise AssertionError(f"still there after {seconds:.0f} s: {self.errors}") from None
+        assert code == status, f"exit status {code}: {self.errors}"
+        assert "Traceback" not in self.errors
+        return self.errors
+
+
+def said(errors: str) -> list[str]:
+    """The lines without those of the progress bar, which a line may follow on the same one."""
+    lines = (line.rpartition("]")[2] if line.startswith("converting:") else line for line in errors.splitlines())
+    return [line for line in lines if line.strip()]

@@ -1,0 +1,257 @@
+"""Kills, outages and interruptions: the same command goes on, and the set becomes what it would have been."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from botocore.exceptions import ClientError, EndpointConnectionError
+from conversions import Command, Undisturbed, download, picture, relative, said
+from s3 import _free_port
+from tarballs import three_tars, write_tar
+
+from convert import patience
+from convert.cc12m import main
+from convert.patience import patiently
+
+
+def kill(command: Command, victim: str, rng: random.Random) -> None:
+    """SIGKILL to what is running of a command, and what follows from it."""
+    workers = command.workers()
+    assert len(workers) == 2
+    assert command.driver.poll() is None
+    if victim == "worker":
+        rng.choice(workers).kill()
+        errors = command.finish(2, 30)
+        assert said(errors)[-1].startswith("error: a worker process was killed")
+    else:
+        for process in [command.driver, *(workers if victim == "all" else [])]:
+            process.kill()
+        assert command.driver.wait(10) == -signal.SIGKILL
+    command.assert_workers_end()
+
+
+def convert_under_fire(
+    start: Callable[[], Command], listing: Callable[[], set[str]], victims: list[str], tars: int, seed: int
+) -> int:
+    """Kill and start again until the command finishes by itself; return the kills during the conversion.
+
+    The time of a kill is told in files, not in seconds, so that it is in mid-conversion on any machine.
+    """
+    rng = random.Random(seed)
+    rng.shuffle(victims)
+    landed = 0
+    for victim in victims:
+        with start() as command:
+            command.wait_for_changes(listing, rng.randint(1, 12))
+            time.sleep(rng.uniform(0, 0.3))
+            kill(command, victim, rng)
+        landed += 1
+        assert "index.json" not in listing(), "there is an index before the set is complete"
+    for _ in range(2):  # before there is anything to see: while it is imported, while workers start
+        with start() as command:
+            time.sleep(rng.uniform(0, 8))
+            command.workers()
+            command.driver.kill()
+            command.assert_workers_end()
+    with start() as command:  # around the index
+        command.wait_for(lambda: sum(name.endswith("/counts.json") for name in listing()) == tars)
+        time.sleep(rng.uniform(0, 0.3))
+        command.workers()
+        command.driver.kill()
+        command.assert_workers_end()
+    with start() as command:
+        command.finish()
+    return landed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)  # seconds; 300 on a quiet machine, of which most is imports
+def test_twenty_kills_of_a_conversion_into_a_bucket(s3: Any, tmp_path: Path) -> None:
+    undisturbed = Undisturbed(tmp_path, tars=48, samples=12)
+    out = f"{s3.bucket()}/deep/pairs"
+
+    def start() -> Command:
+        return Command(tmp_path / "run", "--inputs", undisturbed.tars, "--out", out, "--processes", "2")
+
+    def listing() -> set[str]:
+        return {key.removeprefix("deep/pairs/") for key in s3.keys(out)}
+
+    landed = convert_under_fire(start, listing, ["driver"] * 7 + ["worker"] * 7 + ["all"] * 6, tars=48, seed=1)
+    assert landed == 20
+    undisturbed.assert_same(download(s3, out, tmp_path / "got"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_kills_of_a_conversion_into_a_folder(tmp_path: Path) -> None:
+    undisturbed = Undisturbed(tmp_path, tars=24, samples=40)
+    out = tmp_path / "out"
+
+    def start() -> Command:
+        return Command(tmp_path / "run", "--inputs", undisturbed.tars, "--out", out, "--processes", "2")
+
+    landed = convert_under_fire(start, lambda: relative(out), ["driver", "worker", "all"] * 2, tars=24, seed=2)
+    assert landed == 6
+    assert not list(out.glob(".partial-*"))
+    undisturbed.assert_same(out)
+
+
+@pytest.mark.slow
+def test_storage_that_is_away_for_a_while(s3: Any, tmp_path: Path) -> None:
+    undisturbed = Undisturbed(tmp_path, tars=24, samples=12)
+    out = f"{s3.bucket()}/pairs"
+    with Command(tmp_path / "run", "--inputs", undisturbed.tars, "--out", out, "--processes", "2") as command:
+        command.wait_for_changes(lambda: set(s3.keys(out)), 30)
+        s3.stop()
+        try:
+            time.sleep(20)
+            assert command.driver.poll() is None
+        finally:
+            s3.start()
+        errors = command.finish()
+    # said once, not by each process
+    waits, back = said(errors)
+    assert waits.startswith(f"{out} can't be reached (")
+    assert waits.endswith("); waiting, up to 10 minutes")
+    assert back == f"{out} is back"
+    undisturbed.assert_same(download(s3, out, tmp_path / "got"))
+
+
+def test_an_endpoint_where_nothing_listens_is_not_waited_for(
+    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever mistypes it waits for seconds, and not for the minutes of an outage."""
+    monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{_free_port()}")
+    start = time.monotonic()
+    with pytest.raises(SystemExit, match="2"):
+        main(["--inputs", str(three_tars(tmp_path / "in")), "--out", "s3://bucket/x", "--no-semantic"])
+    assert time.monotonic() - start < 30
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: cannot reach s3://bucket/x: can't connect: ")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """When a test's request was made; the tries that boto3 makes by itself are off."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    return []
+
+
+def head(calls: list[float], port: int) -> Callable[[], Any]:
+    """A request for an object that isn't there."""
+    client = boto3.session.Session().client("s3", endpoint_url=f"http://127.0.0.1:{port}")
+
+    def request() -> Any:
+        calls.append(time.monotonic())
+        return client.head_object(Bucket="none", Key="none")
+
+    return request
+
+
+@pytest.mark.parametrize(("secret", "status"), [("testsecret123", 404), ("wrong", 403)])
+def test_what_is_wrong_for_good_is_not_tried_again(
+    s3: Any,
+    calls: list[float],
+    secret: str,
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    with pytest.raises(ClientError) as raised:
+        patiently(head(calls, s3.port), "the bucket")
+    assert raised.value.response["ResponseMetadata"]["HTTPStatusCode"] == status
+    assert len(calls) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_patience_ends(
+    s3: Any, calls: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(patience, "PATIENCE", 4.0)
+    monkeypatch.setattr(patience, "_outage", patience._Outage())
+    start = time.monotonic()
+    with pytest.raises(EndpointConnectionError):
+        patiently(head(calls, _free_port()), "the bucket")
+    assert len(calls) > 2
+    assert 3 < time.monotonic() - start < 20
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("the bucket can't be reached (Could not connect to the endpoint URL")
+
+
+def test_a_key_press_is_no_outage(calls: list[float]) -> None:
+    """Python links it to the connection's error where it comes while that one is handled."""
+
+    def request() -> None:
+        calls.append(time.monotonic())
+        try:
+            raise ConnectionResetError
+        except ConnectionResetError:
+            if len(calls) > 1:
+                raise KeyboardInterrupt from None
+            raise
+
+    with pytest.raises(KeyboardInterrupt):
+        patiently(request, "the bucket")
+    assert len(calls) == 2
+
+
+@pytest.fixture(scope="module")
+def long_tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tars, each of which takes half a minute at least."""
+    folder = tmp_path_factory.mktemp("long")
+    image = picture(0, (3000, 2000))
+    members = []
+    for i in range(400):
+        members += [(f"{i:05}.jpg", image), (f"{i:05}.txt", b"a picture")]
+    os.link(write_tar(folder / "00000.tar", members), folder / "00001.tar")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("to", "processes", "signalled", "when"),
+    [
+        ("folder", 2, "all", "converting"),
+        ("folder", 2, "all", "starting"),
+        ("bucket", 2, "driver", "converting"),
+        ("folder", 1, "all", "converting"),
+    ],
+)
+def test_ctrl_c(s3: Any, tmp_path: Path, long_tars: Path, to: str, processes: int, signalled: str, when: str) -> None:
+    """A terminal sends it to all processes, ``kill`` and a notebook to one."""
+    out = f"{s3.bucket()}/out" if to == "bucket" else str(tmp_path / "out")
+    options = ["--resize", "1500", "--processes", str(processes)]
+    with Command(tmp_path, "--inputs", long_tars, "--out", out, *options) as command:
+        if processes > 1:
+            command.wait_for(lambda: len(command.workers()) == processes)
+        if when == "converting":  # each worker has a folder in the making
+            made = tmp_path / "out" if to == "folder" else command.temporary
+            pattern = ".partial-*" if to == "folder" else "alignclip-*/alignclip-*"
+            command.wait_for(lambda: len(list(made.glob(pattern))) == processes)
+        time.sleep(1)
+        (os.killpg if signalled == "all" else os.kill)(command.driver.pid, signal.SIGINT)
+        start = time.monotonic()
+        errors = command.finish(130)
+        assert time.monotonic() - start < 10
+        assert said(errors) == ["interrupted; the same command goes on from here"]
+        command.assert_workers_end(1)
+    assert not list(command.temporary.glob("alignclip-*")), "copies of inputs or outputs stay behind"
+
+
+@pytest.mark.slow
+def test_sigterm(tmp_path: Path, long_tars: Path) -> None:
+    with Command(tmp_path, "--inputs", long_tars, "--out", tmp_path / "out", "--processes", "2") as command:
+        command.wait_for(lambda: len(command.workers()) == 2 and len(list(tmp_path.glob("out/.partial-*"))) == 2)
+        command.driver.terminate()
+        assert command.driver.wait(10) == -signal.SIGTERM
+        command.assert_workers_end()
+        assert "Traceback" not in command.errors

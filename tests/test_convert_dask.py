@@ -1,0 +1,141 @@
+"""Conversion on a Dask cluster: a scheduler and workers as processes of this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conversions import TIMEOUT, WITH_US, Command, Undisturbed, download, said
+from s3 import _free_port
+from tarballs import pairs, write_tar
+
+pytestmark = pytest.mark.slow
+WORKERS = 3
+
+
+class Cluster:
+    """A scheduler and workers of one thread, on 127.0.0.1; nothing of it is left after the ``with`` block.
+
+    Attributes:
+        address: of the scheduler.
+        scheduler, workers: processes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        self.folder = folder
+        about = folder / "scheduler.json"
+        shared = ["--host", "127.0.0.1", "--scheduler-file", str(about), "--no-dashboard"]
+        self.workers: list[psutil.Popen] = []
+        self.scheduler = self._start("dask_scheduler", "--port", "0", *shared)
+        try:
+            self._wait_for(about.exists)
+            self.address = json.loads(about.read_text())["address"]
+            places = ["--nworkers", "1", "--nthreads", "1", "--no-nanny", "--local-directory", str(folder)]
+            self.workers = [self._start("dask_worker", *shared, *places) for _ in range(WORKERS)]
+            self._wait_for(lambda: self.log().count("Register worker") == WORKERS)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _start(self, what: str, *arguments: str) -> psutil.Popen:
+        with (self.folder / "log.txt").open("ab") as log:
+            return psutil.Popen(
+                [*WITH_US, sys.executable, "-m", f"distributed.cli.{what}", *arguments],
+                env={**os.environ, "TMPDIR": str(self.folder)},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def _wait_for(self, condition: Any) -> None:
+        deadline = time.monotonic() + TIMEOUT
+        while not condition():
+            assert all(process.poll() is None for process in (self.scheduler, *self.workers)), self.log()
+            assert time.monotonic() < deadline, self.log()
+            time.sleep(0.1)
+
+    def log(self) -> str:
+        return (self.folder / "log.txt").read_text(errors="replace")
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in (*self.workers, self.scheduler):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def cluster(s3: Any, tmp_path: Path) -> Iterator[Cluster]:
+    with Cluster(tmp_path / "cluster") as cluster:  # its workers write to the server of ``s3``
+        yield cluster
+
+
+def test_a_worker_that_is_killed_is_made_up_for(s3: Any, tmp_path: Path, cluster: Cluster) -> None:
+    undisturbed = Undisturbed(tmp_path, tars=32, samples=12)
+    out = f"{s3.bucket()}/pairs"
+    with Command(
+        tmp_path / "run", "--inputs", undisturbed.tars, "--out", out, "--scheduler", cluster.address
+    ) as command:
+        command.wait_for_changes(lambda: set(s3.keys(out)), 30)
+        random.Random(3).choice(cluster.workers).kill()
+        assert "pairs/index.json" not in s3.keys(out)
+        assert said(command.finish()) == [f"{WORKERS} Dask workers at {cluster.address}"]
+        assert command.workers() == []
+    undisturbed.assert_same(download(s3, out, tmp_path / "got"))
+
+
+def test_a_bad_input_is_one_line(s3: Any, tmp_path: Path, cluster: Cluster) -> None:
+    write_tar(tmp_path / "in" / "00000.tar", pairs(0, 5))
+    tars = tmp_path / "in" / "{00000..00001}.tar"
+    bucket = s3.bucket()
+    for name in ("00000", "00001"):
+        s3.client.put_object(Bucket=bucket.removeprefix("s3://"), Key=f"raw/{name}.parquet", Body=b"no parquet file")
+    with Command(
+        tmp_path / "run", "--inputs", f"{bucket}/raw", "--out", tmp_path / "out", "--scheduler", cluster.address
+    ) as command:
+        errors = said(command.finish(2))
+    print(errors, tars)
+    assert errors[-1].startswith("error: ")
+    assert len(errors) == 2
+
+
+def test_a_scheduler_that_is_killed_is_one_line(s3: Any, tmp_path: Path, cluster: Cluster) -> None:
+    undisturbed = Undisturbed(tmp_path, tars=32, samples=12)
+    out = f"{s3.bucket()}/pairs"
+    arguments = ["--inputs", undisturbed.tars, "--out", out]
+    with Command(tmp_path / "run", *arguments, "--scheduler", cluster.address) as command:
+        command.wait_for_changes(lambda: set(s3.keys(out)), 30)
+        cluster.scheduler.kill()
+        start = time.monotonic()
+        errors = said(command.finish(2))
+        assert time.monotonic() - start < 60
+    assert errors[-1].startswith("error: ")
+    with Command(tmp_path / "again", *arguments, "--processes", "1") as command:
+        command.finish()
+    undisturbed.assert_same(download(s3, out, tmp_path / "got"))
+
+
+def test_no_scheduler_is_one_line(tmp_path: Path) -> None:
+    write_tar(tmp_path / "in" / "00000.tar", pairs(0, 5))
+    address = f"tcp://127.0.0.1:{_free_port()}"
+    start = time.monotonic()
+    with Command(
+        tmp_path / "run", "--inputs", tmp_path / "in", "--out", tmp_path / "out", "--scheduler", address
+    ) as command:
+        (line,) = said(command.finish(2))
+    assert line.startswith(f"error: --scheduler {address}: ")
+    assert time.monotonic() - start < 90

@@ -1,0 +1,260 @@
+"""Thousands of damaged inputs: nothing but a person's mistake raises, every sample is written or counted.
+
+What is written can be read by Streaming, and by the decoder of training.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import re
+import tarfile
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mutations import (
+    BLOCK,
+    SIZE,
+    caption,
+    compressed,
+    csv_file,
+    damage,
+    damage_parquet,
+    damage_tar,
+    name,
+    parquet_files,
+    pictures,
+    set_field,
+)
+from tarballs import draw, pairs, quick, write_tar
+
+from alignclip.errors import UserError
+from alignclip.transforms import decode_image
+from convert import samples
+from convert.images import ImageOptions
+from convert.inputs import expand, name_of, read
+from convert.samples import Skipped
+from convert.tars import read_tar
+
+# Readers run in the test's own thread before a converter's worker does: there a hang ends with a stack trace
+pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore")]
+
+TARS, SAMPLES = 16, 250  # of mutated samples; samples each
+NUMBER = re.compile(r"[0-9]+$")  # of a sample, at the end of its key
+BROKEN_TARS = 1_000
+TABLES = 250  # of each format
+SETS = 60
+
+
+def rows_of(out: Path) -> Iterator[dict[str, Any]]:
+    """All that was written, read as Streaming does."""
+    from streaming.base.format import reader_from_json
+
+    for shard in json.loads((out / "index.json").read_text())["shards"]:
+        yield from reader_from_json(str(out), "", shard)
+
+
+def counted(path: Path) -> int:
+    counts = json.loads(path.read_text())
+    return counts["written"] + sum(counts["skipped"].values())
+
+
+def add(tar: tarfile.TarFile, member: str, data: bytes) -> None:
+    info = tarfile.TarInfo(member)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.fixture(scope="module")
+def mutated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[bytes]]:
+    """A folder of whole tars of mutated samples, and the images by the number in the key."""
+    folder = tmp_path_factory.mktemp("mutated")
+    rng = random.Random(1)
+    good, images = pictures(), []
+    for i in range(TARS):
+        tar_format = rng.choice([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+        with tarfile.open(folder / f"{i:05}.tar", "w", format=tar_format) as tar:
+            for number in range(i * SAMPLES, (i + 1) * SAMPLES):
+                image, stem, text = rng.choice(good), f"{number}", ("txt", b"a caption")
+                kind = rng.random()
+                if kind < 0.6:
+                    image = damage(image, rng, good)
+                elif kind < 0.8:
+                    text = caption(rng)
+                else:
+                    stem = name(rng, number)
+                images.append(image)
+                add(tar, f"{stem}.{rng.choice(['jpg', 'png', 'webp', 'JPEG'])}", image)
+                add(tar, f"{stem}.{text[0]}", text[1])
+    return folder, images
+
+
+@pytest.mark.parametrize(
+    "options",
+    [ImageOptions(), ImageOptions(resize=16), ImageOptions(check="header"), ImageOptions(check="none")],
+    ids=["decode", "resize", "header", "none"],
+)
+def test_mutated_samples(mutated: tuple[Path, list[bytes]], tmp_path: Path, options: ImageOptions) -> None:
+    folder, images = mutated
+    counts = quick([folder], tmp_path / "out", images=options, max_bad=1.0)
+    assert counts.written + counts.bad == len(images) == TARS * SAMPLES
+    assert samples.BROKEN_INPUT not in counts.skipped
+    rows = list(rows_of(tmp_path / "out"))
+    assert len(rows) == counts.written > len(images) / 5
+    assert len({row["key"] for row in rows}) == len(rows)
+    for row in rows:
+        original = images[int(NUMBER.search(row["key"])[0])]
+        assert options.resize or row["image"] == original or original[24] == 16  # bits a channel of a PNG
+        if options.check == "decode":
+            assert decode_image(row["image"]).shape[0] == 3
+        assert 0 < len(row["caption"]) <= samples.MAX_CAPTION
+
+
+def yielded(file: Path) -> dict[str, int]:
+    """Sub-folder -> how many items the reader of that input yields."""
+    numbers = {}
+    for shard in expand([str(file)]):
+        numbers[name_of(shard)] = sum(1 for _ in islice(read(shard, file, None), 100))
+        assert numbers[name_of(shard)] < 100
+    return numbers
+
+
+def assert_all_are_counted(files: list[Path], numbers: dict[str, int], out: Path) -> None:
+    """Convert these inputs in one go: of each, written and skipped are what its reader yields."""
+    counts = quick(files, out, max_bad=1.0)
+    assert {path.parent.name: counted(path) for path in out.glob("*/counts.json")} == numbers
+    rows = list(rows_of(out))
+    assert len(rows) == counts.written > 0
+    for row in rows:
+        assert decode_image(row["image"]).shape[0] == 3
+
+
+def test_tars_of_damaged_structure(tmp_path: Path) -> None:
+    whole = write_tar(tmp_path / "whole.tar", pairs(0, 4)).read_bytes()
+    rng = random.Random(2)
+    numbers: dict[str, int] = {}
+    (tmp_path / "in").mkdir()
+    for i in range(BROKEN_TARS):
+        path = tmp_path / "in" / f"{i:05}.tar"
+        path.write_bytes(compressed(whole, rng) if i % 6 == 0 else damage_tar(whole, rng))
+        numbers |= yielded(path)
+    assert len(numbers) == BROKEN_TARS
+    assert_all_are_counted([tmp_path / "in"], numbers, tmp_path / "out")
+
+
+def header(member: str, kind: bytes, size: int, **pax: str) -> bytes:
+    """A tar header, without a check of the size."""
+    info = tarfile.TarInfo(member)
+    info.type, info.pax_headers = kind, pax
+    data = info.tobuf(tarfile.PAX_FORMAT)
+    return data[:-BLOCK] + set_field(data[-BLOCK:], SIZE, (size % 256**12).to_bytes(12, "big")) if size else data
+
+
+@pytest.mark.parametrize(
+    "inserted",
+    [
+        header("folder", b"Z", -512),
+        header("x.jpg", b"0", -512),
+        header("x.jpg", b"0", -(2**40)),
+        header("x.jpg", b"0", 2**64 + 2**95),
+        header("x", b"L", 2**62 + 2**95),
+        header("x.jpg", b"0", 0, **{"GNU.sparse.map": "a,b", "GNU.sparse.size": "5"}),
+        header("x.jpg", b"0", 0, **{"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "5"}),
+        header("x", b"L", 0) * 3_000,
+        bytes(BLOCK),
+        bytes(4 * BLOCK),
+    ],
+    ids=["circle", "back", "before", "beyond", "memory", "map", "no-map", "names", "hole", "end"],
+)
+def test_what_tarfile_does_not_call_an_error(tmp_path: Path, inserted: bytes) -> None:
+    """It goes round in circles, stops in silence or raises anything."""
+    path = write_tar(tmp_path / "a.tar", pairs(0, 4))
+    every, data = list(read_tar(path)), path.read_bytes()
+    at = data.index(b"00002.jpg")
+    path.write_bytes(data[:at] + inserted + data[at:])
+    *found, last = islice(read_tar(path), 100)
+    assert isinstance(last, Skipped)
+    assert last.reason == samples.BROKEN_INPUT
+    assert found in (every[:1], every[:2])
+
+
+def test_a_tar_cut_anywhere_gives_what_is_before(tmp_path: Path) -> None:
+    whole = write_tar(tmp_path / "whole.tar", pairs(0, 4))
+    data, every = whole.read_bytes(), list(read_tar(whole))
+    with tarfile.open(whole) as tar:
+        # a sample is known to be complete by the header after it
+        ends = [*(member.offset + BLOCK for member in tar.getmembers()[3::3]), tar.offset + BLOCK]
+    path = tmp_path / "cut.tar"
+    for at in (block + more for block in range(0, len(data), BLOCK) for more in (0, 1, 300, 511)):
+        path.write_bytes(data[:at])
+        found = list(read_tar(path))
+        if at >= ends[-1]:
+            assert found == every
+            continue
+        last = found.pop()
+        assert isinstance(last, Skipped)
+        assert last.reason == samples.BROKEN_INPUT
+        complete = [sample for sample, end in zip(every, ends, strict=True) if at >= end]
+        assert found[: len(complete)] == complete
+        assert [sample.key for sample in found[len(complete) :]] in ([], [f"{len(complete):05}"])
+
+
+def assert_tables_are_counted(files: list[Path], out: Path) -> None:
+    """A damaged table is no table for which there is one line to say, or is read as far as that goes."""
+    numbers: dict[str, int] = {}
+    readable, messages = [], []
+    for file in files:
+        try:
+            numbers |= yielded(file)
+            readable.append(file)
+        except UserError as error:
+            messages.append(str(error))
+    assert all("\n" not in message and len(message) < 2_000 for message in messages)
+    assert len(readable) > len(files) / 3
+    assert_all_are_counted(readable, numbers, out)
+
+
+def test_damaged_parquet_files(tmp_path: Path) -> None:
+    rng = random.Random(3)
+    whole = parquet_files()
+    files = []
+    for i in range(TABLES):
+        files.append(tmp_path / f"{i:05}.parquet")
+        files[-1].write_bytes(damage_parquet(rng.choice(whole), rng))
+    assert_tables_are_counted(files, tmp_path / "out")
+
+
+def test_damaged_csv_files(tmp_path: Path) -> None:
+    rng = random.Random(4)
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(draw(i))
+    files = []
+    for i in range(TABLES):
+        files.append(tmp_path / f"{i:05}.{rng.choice(['csv', 'tsv'])}")
+        files[-1].write_bytes(csv_file(rng, str(tmp_path), "\t" if files[-1].suffix == ".tsv" else ","))
+    assert_tables_are_counted(files, tmp_path / "out")
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_damaged_mds_sets(tmp_path: Path, compression: str | None) -> None:
+    rng = random.Random(5)
+    write_tar(tmp_path / "in" / "a.tar", pairs(0, 6))
+    quick([tmp_path / "in"], tmp_path / "whole", size_limit="4kb", compression=compression)
+    shards = sorted((tmp_path / "whole").glob("a/shard*"))
+    index = tmp_path / "whole" / "index.json"
+    whole = {path: path.read_bytes() for path in (*shards, index)}
+    messages = []
+    for i in range(SETS):
+        path = rng.choice([*shards, *shards, index])
+        path.write_bytes(damage(whole[path], rng))
+        try:
+            assert_all_are_counted([index], yielded(index), tmp_path / "out" / str(i))
+        except UserError as error:
+            messages.append(str(error))
+        path.write_bytes(whole[path])
+    assert all("\n" not in message for message in messages)
+    assert len(messages) < SETS / 2

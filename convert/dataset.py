@@ -7,6 +7,8 @@ import json
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,13 @@ ENOUGH = 1000  # samples: before, a share of bad ones says little
 DATASET = "dataset.json"  # at the root, written last but for the index: what the set is
 
 
-def convert(options: ConvertOptions) -> Counts:
+def convert(options: ConvertOptions, executor: Executor | None = None) -> Counts:
     """Convert the inputs to MDS; return the counts of the whole set in ``options.out``, earlier runs' parts included.
+
+    Args:
+        options: what to convert, and how.
+        executor: what converts the input shards, a task each, any of ``concurrent.futures``; None: ``processes`` of
+            this machine, or ``scheduler``'s cluster. It is not shut down.
 
     Raises:
         UserError: an input, the encoder or the output is not there; ``out`` was begun with other options or from other
@@ -42,29 +49,43 @@ def convert(options: ConvertOptions) -> Counts:
     store = Store(options.out)
     listing = store.listing()
     columns = _check(options)
+    with store.locked():
+        return _convert(options, store, listing, names, columns, executor)
+
+
+def _convert(
+    options: ConvertOptions,
+    store: Store,
+    listing: set[str],
+    names: dict[str, str],
+    columns: dict[str, str],
+    executor: Executor | None,
+) -> Counts:
+    """Convert what is left to do, and write the index over all there is."""
     complete = _begin(store, listing, options, names)
     remove_stale_copies()
     store.remove_partial()
     for name, source in names.items():
-        if name in complete and complete[name]["written"] and complete[name]["source"] != source:
+        if name in complete and _written(complete[name]) and complete[name]["source"] != source:
             raise UserError(
                 f"{store.out}/{name} was made from {complete[name]['source']}, not from {source}; choose another --out"
             )
     again = {name for name, source in names.items() if name in complete and not is_current(source, complete[name])}
     done = {name: counts_of(kept) for name, kept in complete.items() if name not in again}
     todo = {name: source for name, source in names.items() if name not in done}
-    if INDEX in listing and any(complete[name]["written"] for name in again):
+    if INDEX in listing and any(_written(complete[name]) for name in again):
         # Their shards will be replaced, under the same names. Were this run killed, the set is smaller but consistent.
         _publish(store, done, columns, options)
     sources = {name: kept["source"] for name, kept in complete.items()} | names
     start = time.monotonic()
     try:
-        convert_all(todo, done, columns, options, lambda done: _check_bad(done, options, ENOUGH))
-    finally:
-        if any(counts.bad or counts.noted for counts in done.values()):
-            with store.staged() as folder:
-                (folder / REPORT).write_text(write_report(done, sources), encoding="utf-8")
+        convert_all(todo, done, columns, options, lambda counts: _check_bad(counts, options, ENOUGH), executor)
+    except UserError:
+        with suppress(UserError, OSError):  # the first error is the one that counts
+            _write_report(store, done, sources)
+        raise
     seconds = time.monotonic() - start
+    _write_report(store, done, sources)
     _check_bad(done, options, 0)
     total = _total(done)
     _publish(store, done, columns, options)
@@ -72,11 +93,24 @@ def convert(options: ConvertOptions) -> Counts:
     return replace(total, inputs=len(names), converted=len(todo), broken=broken, seconds=seconds)
 
 
+def _written(kept: dict[str, Any]) -> int:
+    """The samples of a complete sub-folder, held-out ones included."""
+    return int(kept["written"] + kept["held_out"])
+
+
+def _write_report(store: Store, done: dict[str, Counts], sources: dict[str, str]) -> None:
+    if any(counts.bad or counts.noted for counts in done.values()):
+        with store.staged() as folder:
+            (folder / REPORT).write_text(write_report(done, sources), encoding="utf-8")
+
+
 def _unique_names(shards: Sequence[str], options: ConvertOptions) -> dict[str, str]:
     """Sub-folder name -> input shard, of which there may be one each."""
     names: dict[str, str] = {}
     for shard in shards:
         name = inputs.name_of(shard)
+        if not name:
+            raise UserError(f"{shard} is a hidden file; rename it to convert it")
         if name in names:
             raise UserError(
                 f"{names[name]} and {shard} would both become '{name}'; give each folder of inputs an --out of its own "
@@ -98,7 +132,7 @@ def _check_numbers(options: ConvertOptions) -> None:
         ("--min-side", images.min_side, 0, None),
         ("--resize", 1 if images.resize is None else images.resize, 1, None),
     ):
-        if value < low or (high is not None and value > high):
+        if not value >= low or (high is not None and not value <= high):  # NaN is neither
             raise UserError(
                 f"{flag} must be at least {low}{'' if high is None else f' and at most {high}'}, not {value}"
             )
@@ -160,11 +194,14 @@ def _begin(store: Store, listing: set[str], options: ConvertOptions, names: Iter
         parts = sorted(file.split("/")[0] for file in listing if file.endswith(f"/{INDEX}"))
         parts = [name for name in parts if f"{name}/{COUNTS}" in listing]
         before, *kept = store.read_json([OPTIONS, *(f"{name}/{COUNTS}" for name in parts)])
-        complete = dict(zip(parts, kept, strict=True))
+        if before is None:
+            raise UserError(f"{store.out}/{OPTIONS} is broken; delete {store.out} to start again")
+        # one without counts that can be read is as good as not there
+        complete = {name: counts for name, counts in zip(parts, kept, strict=True) if counts is not None}
         different = [key for key, value in options.fixed().items() if before.get(key) != value]
     if not different:
         return complete
-    if any(kept["written"] for kept in complete.values()):
+    if any(_written(kept) for kept in complete.values()):
         key = min(different, key=lambda name: (name == "quality", different.index(name)))
         raise UserError(
             f"{store.out} was begun with {_flag(key, before.get(key))}, this run has "

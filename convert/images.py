@@ -117,7 +117,7 @@ def shrink(picture: Image.Image, side: int, quality: int) -> bytes:
 
 def _eight_bits(picture: Image.Image) -> tuple[Image.Image, bytes]:
     """The upper half of 16-bit greys, as a picture and a PNG; PIL, and so training, makes all above 255 white."""
-    grey = Image.fromarray((np.asarray(picture).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+    grey = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
     file = io.BytesIO()
     grey.save(file, "PNG")
     return grey, file.getvalue()

@@ -19,7 +19,8 @@ from convert.samples import Sample, Skipped
 from convert.storage import INDEX, fetched, list_remote
 
 # What a folder stands for is decided by the first of these that it holds; img2dataset puts a parquet file beside a tar
-FORMATS = (".tar", ".tar.gz", ".tgz", ".parquet", ".csv", ".tsv")
+GROUPS = ((".tar", ".tar.gz", ".tgz"), (".parquet",), (".csv", ".tsv"))
+FORMATS = tuple(suffix for group in GROUPS for suffix in group)
 SEVERAL = (".csv", ".tsv", f"/{INDEX}")  # files of which each is several input shards
 
 
@@ -65,15 +66,17 @@ def _expand_local(name: str, missing: list[str]) -> list[str]:
         if not path.exists():
             missing.append(str(path))
         return [str(path)]
-    files = sorted(str(file) for file in Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+    found = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+    files = sorted(str(file) for file in found if not file.name.startswith("."))
     if not files:
         raise UserError(f"no file matches '{name}'")
     return files
 
 
 def _of_one_format(names: Sequence[str]) -> list[str]:
-    for suffix in FORMATS:
-        if files := sorted(name for name in names if name.lower().endswith(suffix)):
+    seen = [name for name in names if not name.startswith(".")]  # macOS puts ._00000.tar beside 00000.tar
+    for group in GROUPS:
+        if files := sorted(name for name in seen if name.lower().endswith(group)):
             return files
     return []
 
@@ -89,7 +92,7 @@ def _expand_remote(url: str, unseen: list[str]) -> list[str]:
     folder, pattern = url.rsplit("/", 1) if is_pattern else (url.rstrip("/"), None)
     if glob.has_magic(folder):
         raise UserError(f"a wildcard in '{url}' may stand in the last part only; use braces for the folders")
-    there = [name for name in list_remote(folder) if "/" not in name]
+    there = [name for name in list_remote(folder) if "/" not in name and not name.startswith(".")]
     names = sorted(name for name in there if fnmatch(name, pattern)) if pattern else _of_one_format(there)
     if not names:
         raise UserError(f"nothing matches '{folder}/{pattern or '*.tar'}'")
@@ -110,7 +113,7 @@ def _missing_remote(urls: Sequence[str]) -> list[str]:
 
 def _parts(file: str) -> list[str]:
     """The input shards of a file."""
-    if not file.lower().endswith(SEVERAL):
+    if not _path(file).lower().endswith(SEVERAL):
         return [file]
     with fetched(file) as path:
         if file.endswith(INDEX):
@@ -120,17 +123,28 @@ def _parts(file: str) -> list[str]:
         return [f"{file}#{first}-{last}" for first, last in tables.parts_of_csv(path)]
 
 
+def _split(shard: str) -> tuple[str, str]:
+    """The file, and the part of it where it is one of those that are several shards."""
+    file, _, part = shard.rpartition("#")
+    return (file, part) if _path(file).lower().endswith(SEVERAL) else (shard, "")
+
+
+def _path(file: str) -> str:
+    """Of a URL without its query."""
+    return urlparse(file).path if "://" in file else file
+
+
 def file_of(shard: str) -> str:
     """The file that an input shard is or is a part of."""
-    return shard.partition("#")[0]
+    return _split(shard)[0]
 
 
 def name_of(shard: str) -> str:
     """The output's sub-folder: the file name up to its first dot, and the part."""
-    file, _, part = shard.partition("#")
+    file, part = _split(shard)
     if file.endswith(f"/{INDEX}"):
         return part.replace("/", "-").replace(".mds", "").replace(".", "-")
-    stem = file.rsplit("/", 1)[1].split(".")[0]
+    stem = _path(file).rsplit("/", 1)[1].split(".")[0]
     return f"{stem}-{int(part.partition('-')[0]) // tables.ROWS:05}" if part else stem
 
 
@@ -147,10 +161,10 @@ def opened(shard: str, caption_key: str | None) -> Iterator[tuple[Path, Iterator
 
 def read(shard: str, path: Path, caption_key: str | None) -> Iterator[Sample | Skipped]:
     """The samples of an input shard in order, at most a few in memory at a time."""
-    file, _, part = shard.partition("#")
+    file, part = _split(shard)
     if file.endswith(f"/{INDEX}"):
         return mds.read_mds(path, file.rsplit("/", 1)[0], part)
-    if file.lower().endswith(".parquet"):
+    if _path(file).lower().endswith(".parquet"):
         return tables.read_parquet(path, caption_key)
     if part:
         first, _, last = part.partition("-")

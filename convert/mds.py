@@ -63,7 +63,11 @@ def read_mds(index: Path, source: str, name: str) -> Iterator[Sample | Skipped]:
 def _rows(path: Path, shard: Shard, folder: Path) -> Iterator[dict[str, Any]]:
     from streaming.base.compression import decompress
     from streaming.base.format import reader_from_json
+    from streaming.base.hashing import get_hash
 
+    for algorithm, expected in (shard.entry["zip_data"] or shard.entry["raw_data"])["hashes"].items():
+        if get_hash(algorithm, path.read_bytes()) != expected:
+            raise ValueError(f"its {algorithm} differs from the index's")
     if shard.entry["zip_data"]:
         data = decompress(shard.entry["compression"], path.read_bytes())
         path = folder / "shard.mds"

@@ -42,7 +42,9 @@ class ConvertOptions:
     next_step: bool = True
 
     def __post_init__(self) -> None:
-        """Make a local encoder's path absolute, so that it is the same one however it is written."""
+        """Make local paths absolute: they are the same however they are written, and wherever a worker runs."""
+        if ":/" not in self.out:  # with one slash it is a mistake, which is told later
+            self.out = str(Path(self.out).expanduser().resolve())
         if (folder := Path(self.encoder).expanduser()).is_dir():
             self.encoder = str(folder.resolve())
 

@@ -24,6 +24,7 @@ from convert.patience import is_passing, patiently
 INDEX = "index.json"
 COUNTS = "counts.json"  # in each sub-folder, beside its index
 PARTIAL = ".partial-"  # a local sub-folder in the making
+LOCK = ".lock"  # of a local folder that is being written
 TEMPORARY = f"alignclip-{os.getpid()}-"  # folders in TMPDIR, which a process that is killed can't remove
 READ_TIMEOUT = 60.0  # seconds
 FETCH_TIMEOUT = 600.0  # seconds, for a whole input from object storage
@@ -147,6 +148,33 @@ class Store:
         self.is_remote = "://" in out
         self.out = out.rstrip("/") if self.is_remote else str(Path(out).expanduser().resolve())
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other conversions out of a local ``out``: each removes what it takes for another's remains.
+
+        Raises:
+            UserError: there is one at work, or ``out`` can't be written.
+        """
+        if self.is_remote:
+            yield
+            return
+        import fcntl
+
+        try:
+            Path(self.out).mkdir(parents=True, exist_ok=True)
+            file = (Path(self.out) / LOCK).open("w")
+        except OSError as error:
+            raise UserError(f"cannot write to {self.out}: {error.strerror}") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another conversion into {self.out} is running") from None
+            except OSError:  # a file system without locks
+                pass
+            yield
+            (Path(self.out) / LOCK).unlink(missing_ok=True)
+
     def remove_partial(self) -> None:
         """Remove what killed runs have left in the making; remotely there is no such thing."""
         if not self.is_remote:
@@ -202,24 +230,33 @@ class Store:
             raise UserError(f"cannot write to {self.out}: {error.strerror}") from None
         try:
             yield folder
+            for path in folder.iterdir():
+                _to_disk(path)  # a rename may survive a power cut that what it names does not
+            _check_whole(folder)
             target = Path(self.out) / name
             target.mkdir(parents=True, exist_ok=True)
             if name and replace:
                 for file in _ours(path.name for path in target.iterdir()):
                     (target / file).unlink()
             for file in _in_order(folder):
+                if file == COUNTS:
+                    _to_disk(target)
                 (folder / file).replace(target / file)
+            _to_disk(target)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
     def read_json(self, names: Sequence[str]) -> list[Any]:
-        """The contents of these JSON files, in the same order.
+        """The contents of these JSON files, in the same order; None of what is no JSON.
 
         Raises:
             UserError: one of them cannot be read.
         """
         if not self.is_remote:
-            return [json.loads((Path(self.out) / name).read_text()) for name in names]
+            try:
+                return [_parse(Path(self.out) / name) for name in names]
+            except OSError as error:
+                raise UserError(f"cannot read {self.out}: {error}") from None
         from streaming.base.storage import CloudDownloader
 
         cloud = CloudDownloader.get(self.out)
@@ -231,10 +268,37 @@ class Store:
                     patiently(lambda: cloud.download(f"{self.out}/{name}", str(path), READ_TIMEOUT), self.out)
                 except Exception as error:
                     raise UserError(f"cannot read {self.out}/{name}: {describe_storage_error(error)}") from error
-                return json.loads(path.read_text())
+                return _parse(path)
 
         with ThreadPoolExecutor(16) as pool:
             return list(pool.map(fetch, names))
+
+
+def _parse(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        return None
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_whole(folder: Path) -> None:
+    """Whatever the folder's own index names is there: nobody has removed it meanwhile.
+
+    Raises:
+        UserError: names what is missing.
+    """
+    for shard in (_parse(folder / INDEX) or {}).get("shards", []) if (folder / INDEX).exists() else []:
+        name = (shard.get("zip_data") or shard["raw_data"])["basename"]
+        if "/" not in name and not (folder / name).exists():
+            raise UserError(f"{folder / name} was removed by another process; is there a second conversion?")
 
 
 def _ours(files: Iterable[str]) -> list[str]:

@@ -44,7 +44,7 @@ def read_parquet(path: Path, caption_key: str | None = None) -> Iterator[Sample 
         raise UserError("parquet files need pyarrow: pip install 'alignclip[convert]'") from None
     broken = (pyarrow.ArrowException, OSError, UnicodeDecodeError)
     try:
-        table = parquet.ParquetFile(path)
+        table = parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False)  # or a row group is in memory
         names, types = table.schema_arrow.names, table.schema_arrow.types
     except broken as error:
         yield Skipped("", BROKEN_INPUT, one_line(error))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import lzma
 import re
 import tarfile
 import zlib
 from collections.abc import Iterator
-from gzip import BadGzipFile
 from pathlib import Path
 
+from alignclip.errors import one_line
 from convert.samples import (
     BROKEN_INPUT,
     IMAGE_EXTENSIONS,
@@ -23,10 +25,13 @@ from convert.samples import (
     parse_json,
 )
 
+# What tarfile raises where a header, its numbers or the compression are damaged
+BROKEN: tuple[type[Exception], ...] = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError)
+BROKEN += (OverflowError, RecursionError, MemoryError, OSError)
 BUFFER = 2**20  # bytes read at once: several samples, and all their headers
 
 # webdataset's: the key is the path up to the first dot of the file name
-NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
+NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 LIMITS = dict.fromkeys(IMAGE_EXTENSIONS, MAX_IMAGE_BYTES) | {"txt": MAX_TEXT_BYTES, "json": MAX_TEXT_BYTES}
 
 
@@ -40,14 +45,20 @@ def read_tar(path: Path, caption_key: str | None = None) -> Iterator[Sample | Sk
     key: str | None = None
     members: dict[str, bytes] = {}
     too_large: dict[str, int] = {}  # extension -> bytes, of members that are not read
+    offset = -1
     try:
         with path.open("rb", buffering=BUFFER) as file, tarfile.open(fileobj=file) as tar:
             for member in tar:
                 tar.members.clear()  # type: ignore[attr-defined]  # or it remembers every header
+                if tar.offset <= offset:
+                    raise tarfile.ReadError("its headers go round in a circle")
+                offset = tar.offset
                 name = member.name
                 if not name.isascii():  # bytes that are no UTF-8 come as halves of characters, which can't be stored
                     name = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
                 match = NAME.fullmatch(name)
+                if member.size < 0:
+                    raise tarfile.ReadError("a member of negative size")
                 if match is None or not member.isfile():
                     continue
                 extension = match[2].lower()
@@ -61,13 +72,15 @@ def read_tar(path: Path, caption_key: str | None = None) -> Iterator[Sample | Sk
                     continue
                 members[extension] = _content(tar, member)
             whole = _ends_properly(tar)
-    except (tarfile.TarError, BadGzipFile, EOFError, zlib.error) as error:
-        yield Skipped(key or "", BROKEN_INPUT, str(error))  # together with the sample in which it breaks
+    except BROKEN as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise  # the disk's trouble, not the tar's
+        yield Skipped(key or "", BROKEN_INPUT, one_line(error))  # together with the sample in which it breaks
         return
     if key is not None:
         yield _sample(key, members, too_large, caption_key)
     if not whole:
-        yield Skipped(key or "", BROKEN_INPUT, "it ends without an end mark")
+        yield Skipped(key or "", BROKEN_INPUT, "it ends without an end mark, or goes on after it")
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -88,7 +101,12 @@ def _ends_properly(tar: tarfile.TarFile) -> bool:
     """Whether iteration stopped at the zero block that ends a tar; tarfile also stops, silently, at a bad header."""
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
-    return tar.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+    end = tar.fileobj.read(tarfile.BLOCKSIZE)
+    if len(end) < tarfile.BLOCKSIZE:
+        return False
+    while end and not end.strip(b"\0"):
+        end = tar.fileobj.read(BUFFER)
+    return not end  # what comes behind zeros is lost: a hole in a download, or tars joined into one
 
 
 def _sample(

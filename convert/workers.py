@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from multiprocessing.sharedctypes import Synchronized
 
 from tqdm import tqdm
@@ -48,6 +48,7 @@ _progress: Progress | None = None  # a worker's handle, set as it starts; on a c
 def _start_worker(progress: Progress, threads: int, temporary: str) -> None:
     tempfile.tempdir = temporary
     os.environ["OMP_NUM_THREADS"] = str(threads)  # of a sentence encoder; torch reads it when it is imported
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which would outlive a worker that is killed
     _count_in(progress)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -126,16 +127,24 @@ def _dask(scheduler: str) -> Iterator[Executor]:
 
 @contextmanager
 def _converting(
-    todo: dict[str, str], columns: dict[str, str], options: ConvertOptions, progress: Progress
+    todo: dict[str, str],
+    columns: dict[str, str],
+    options: ConvertOptions,
+    progress: Progress,
+    given: Executor | None,
 ) -> Iterator[Iterator[tuple[str, Counts]]]:
     """Each input's name and counts as it is finished."""
     processes = min(options.processes, len(todo))
-    if processes == 1 and not options.scheduler:
+    if processes == 1 and not options.scheduler and given is None:
         _count_in(progress)
         # in this thread, so that Ctrl-C ends it
         yield ((name, _work(source, name, columns, options)) for name, source in todo.items())
         return
-    with _dask(options.scheduler) if options.scheduler else _pool(processes, progress) as executor:
+    if given is not None:
+        at_work: AbstractContextManager[Executor] = nullcontext(given)
+    else:
+        at_work = _dask(options.scheduler) if options.scheduler else _pool(processes, progress)
+    with at_work as executor:
         with _no_interrupts():
             running = {executor.submit(_work, source, name, columns, options): name for name, source in todo.items()}
         yield ((running[future], future.result()) for future in as_completed(running))
@@ -147,6 +156,7 @@ def convert_all(
     columns: dict[str, str],
     options: ConvertOptions,
     check: Callable[[dict[str, Counts]], None],
+    executor: Executor | None = None,
 ) -> None:
     """Convert these input shards side by side; the first failure ends the run.
 
@@ -155,6 +165,7 @@ def convert_all(
         done: what earlier runs have converted; what this one has finished is added, up to an error.
         columns: of the MDS shards.
         options: see there.
+        executor: instead of ``options.processes`` or ``options.scheduler``.
         check: looks at ``done`` each time that something was finished, and raises where that is enough.
 
     Raises:
@@ -165,7 +176,10 @@ def convert_all(
     progress = Progress()
     now: dict[str, Counts] = {}
     try:
-        with _bar(progress, now, len(todo), options.progress), _converting(todo, columns, options, progress) as results:
+        with (
+            _bar(progress, now, len(todo), options.progress),
+            _converting(todo, columns, options, progress, executor) as results,
+        ):
             for name, counts in results:
                 now[name] = done[name] = counts
                 check(done)

@@ -71,8 +71,8 @@ class Undisturbed:
 
 
 def relative(folder: Path) -> set[str]:
-    """All files below."""
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    """All files below, some of which may come and go meanwhile."""
+    return {os.path.relpath(Path(parent, name), folder) for parent, _, names in os.walk(folder) for name in names}
 
 
 def download(s3: Any, uri: str, folder: Path) -> Path:

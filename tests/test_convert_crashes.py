@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
+import socketserver
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +19,13 @@ import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
 from conversions import Command, Undisturbed, download, picture, relative, said
 from s3 import _free_port
-from tarballs import three_tars, write_tar
+from tarballs import stage, three_tars, write_tar
 
+from alignclip.errors import UserError
 from convert import patience
 from convert.cc12m import main
 from convert.patience import patiently
+from convert.storage import Store
 
 
 def kill(command: Command, victim: str, rng: random.Random) -> None:
@@ -29,8 +35,8 @@ def kill(command: Command, victim: str, rng: random.Random) -> None:
     assert command.driver.poll() is None
     if victim == "worker":
         rng.choice(workers).kill()
-        errors = command.finish(2, 30)
-        assert said(errors)[-1].startswith("error: a worker process was killed")
+        (line,) = said(command.finish(2, 60))
+        assert line.startswith("error: a worker process was killed")
     else:
         for process in [command.driver, *(workers if victim == "all" else [])]:
             process.kill()
@@ -62,7 +68,7 @@ def convert_under_fire(
             command.driver.kill()
             command.assert_workers_end()
     with start() as command:  # around the index
-        command.wait_for(lambda: sum(name.endswith("/counts.json") for name in listing()) == tars)
+        command.wait_for(lambda: sum(name.endswith("/counts.json") and name[0] != "." for name in listing()) == tars)
         time.sleep(rng.uniform(0, 0.3))
         command.workers()
         command.driver.kill()
@@ -202,6 +208,51 @@ def test_a_key_press_is_no_outage(calls: list[float]) -> None:
     with pytest.raises(KeyboardInterrupt):
         patiently(request, "the bucket")
     assert len(calls) == 2
+
+
+class RefusesToDelete(socketserver.StreamRequestHandler):
+    """Hands requests on to an S3 server, byte by byte, but answers a number of DELETEs itself: it is busy."""
+
+    port = 0
+    left = 0
+
+    def handle(self) -> None:
+        with socket.create_connection(("127.0.0.1", self.port)) as server, suppress(OSError):
+            threading.Thread(target=self.hand_back, args=(server,), daemon=True).start()
+            while data := self.request.recv(65536):
+                if data.startswith(b"DELETE ") and type(self).left:
+                    type(self).left -= 1
+                    self.request.sendall(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\n\r\n")
+                else:
+                    server.sendall(data)
+
+    def hand_back(self, server: socket.socket) -> None:
+        with suppress(OSError):
+            while data := server.recv(65536):
+                self.request.sendall(data)
+
+
+class Proxy(socketserver.ThreadingTCPServer):
+    daemon_threads = True  # boto3 keeps its connections
+
+
+def test_a_complete_part_is_not_mixed_with_a_new_one(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were the old counts.json to stay because storage is busy, a kill would leave a mixture that seems complete."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    out = f"{s3.bucket()}/out"
+    stage(Store(out), "shard.00000.mds", "index.json", "counts.json")
+    monkeypatch.setattr(RefusesToDelete, "port", s3.port)
+    monkeypatch.setattr(RefusesToDelete, "left", 3)
+    with Proxy(("127.0.0.1", 0), RefusesToDelete) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_address[1]}")
+        with pytest.raises(UserError, match="cannot write to"):
+            stage(
+                Store(out), "shard.00000.mds", "shard.00001.mds/", "index.json", "counts.json"
+            )  # no upload of a folder
+        proxy.shutdown()
+    assert RefusesToDelete.left == 0
+    assert s3.keys(out) == ["out/00000/shard.00000.mds"]
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,8 @@ class OpenSets:
                 shuffle=False,
             )
         except Exception as error:  # of the file system, or any cloud's
-            raise UserError(f"evaluation set {remote or local}: {describe_storage_error(error)}") from None
+            failure = UserError(f"evaluation set {remote or local}: {describe_storage_error(error)}")
+        agree(failure)
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # the memory is the first process's
             shared_memory.claim(dataset._shm_prefix_int)
         for one in dataset.streams:  # forked workers must not share the connection

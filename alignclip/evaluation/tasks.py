@@ -154,6 +154,8 @@ class Evaluator:
         """Image features, caption features, and the row of the image that each caption belongs to."""
         images, captions = self._images(encoder)
         several = [[c] if isinstance(c, str) else list(c) for c in captions]
+        if not all(several):
+            raise UserError(f"evaluators.{self.name}: the image of sample {several.index([])} has no caption")
         owner = torch.tensor([row for row, one in enumerate(several) for _ in one])
         texts = encoder.texts([caption for one in several for caption in one], f"{self.name}: captions")
         return images, texts, owner

@@ -193,7 +193,7 @@ def _begin(store: Store, listing: set[str], options: ConvertOptions, names: Iter
     else:
         parts = sorted(file.split("/")[0] for file in listing if file.endswith(f"/{INDEX}"))
         parts = [name for name in parts if f"{name}/{COUNTS}" in listing]
-        before, *kept = store.read_json([OPTIONS, *(f"{name}/{COUNTS}" for name in parts)])
+        before, *kept = store.read_json([OPTIONS, *(f"{name}/{COUNTS}" for name in parts)], broken=True)
         if before is None:
             raise UserError(f"{store.out}/{OPTIONS} is broken; delete {store.out} to start again")
         # one without counts that can be read is as good as not there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -69,7 +70,12 @@ def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
 
 
 def _work(source: str, name: str, columns: dict[str, str], options: ConvertOptions) -> Counts:
-    return convert_shard(source, name, columns, options, _progress.add if _progress else _nobody)
+    try:
+        return convert_shard(source, name, columns, options, _progress.add if _progress else _nobody)
+    except UserError as error:
+        message = str(error)
+    # alone: Dask sends what caused an error along, which must pickle then; an HTTP error, which has a socket, does not
+    raise UserError(message)
 
 
 def _nobody(written: int, skipped: int) -> None:
@@ -111,6 +117,11 @@ def _dask(scheduler: str) -> Iterator[Executor]:
         from distributed import Client
     except ImportError:
         raise UserError("--scheduler needs Dask: pip install 'alignclip[dask]', here and on the workers") from None
+    for name in (
+        "distributed.client",
+        "tornado.application",
+    ):  # stack traces of a lost connection, which is raised, too
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         client = Client(scheduler, timeout=CONNECT_TIMEOUT)
     except (OSError, ValueError, TimeoutError) as error:
@@ -187,7 +198,7 @@ def convert_all(
         raise UserError(
             "a worker process was killed, perhaps for its memory; run again with fewer --processes"
         ) from None
-    except CancelledError:  # Dask's client, when it has tried to connect again for half a minute
+    except CancelledError:  # of Dask's client, where the connection is lost
         raise UserError(f"the Dask scheduler at {options.scheduler} is gone; start it and run again") from None
     except Exception as error:
         if type(error).__name__ == "KilledWorker":  # Dask's

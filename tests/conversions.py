@@ -166,7 +166,7 @@ class Command:
         except psutil.TimeoutExpired:
             raise AssertionError(f"still there after {seconds:.0f} s: {self.errors}") from None
         assert code == status, f"exit status {code}: {self.errors}"
-        assert "Traceback" not in self.errors
+        assert "Traceback" not in self.errors, self.errors
         return self.errors
 
 

@@ -65,7 +65,7 @@ BAD = {  # evaluator -> what it is told
     "empty": "contains no samples",
     "captionless": "lacks the columns ['caption']",
     "classes": "lie in [0, 3], but there are 3",
-    "sts": "no such file",
+    "sts": "No such file",
 }
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +42,10 @@ def main(arguments: Sequence[str]) -> int:
     config, overrides = read_arguments(arguments, "composer evaluate.py", description, EXAMPLES)
     with one_line_errors():
         failed = run(load_evaluation(config, overrides))
-    return 1 if failed else 0
+    if not failed or os.environ.get("LOCAL_RANK", "0") != "0":
+        return 0
+    time.sleep(5)  # the launcher ends all others when one fails: they are done, and get the time to say so
+    return 1
 
 
 def run(config: EvaluateConfig) -> dict[str, str]:

@@ -49,7 +49,8 @@ def convert_under_fire(
 ) -> int:
     """Kill and start again until the command finishes by itself; return the kills during the conversion.
 
-    The time of a kill is told in files, not in seconds, so that it is in mid-conversion on any machine.
+    The time of a kill is told in files, not in seconds, so that it is in mid-conversion on any machine; of the inputs
+    there must be enough that none of these runs comes to its end before it is killed.
     """
     rng = random.Random(seed)
     rng.shuffle(victims)
@@ -57,9 +58,11 @@ def convert_under_fire(
     for victim in victims:
         with start() as command:
             command.wait_for_changes(listing, rng.randint(1, 12))
-            time.sleep(rng.uniform(0, 0.3))
+            time.sleep(rng.uniform(0, 0.2))
             kill(command, victim, rng)
         landed += 1
+        left = tars - sum(name.endswith("/counts.json") for name in listing())
+        assert left >= 8, f"only {left} of {tars} inputs are left after {landed} kills: too few to be in the middle"
         assert "index.json" not in listing(), "there is an index before the set is complete"
     for _ in range(2):  # before there is anything to see: while it is imported, while workers start
         with start() as command:
@@ -81,7 +84,7 @@ def convert_under_fire(
 @pytest.mark.slow
 @pytest.mark.timeout(2400)  # seconds; 300 on a quiet machine, of which most is imports
 def test_twenty_kills_of_a_conversion_into_a_bucket(s3: Any, tmp_path: Path) -> None:
-    undisturbed = Undisturbed(tmp_path, tars=48, samples=12)
+    undisturbed = Undisturbed(tmp_path, tars=160, samples=8)
     out = f"{s3.bucket()}/deep/pairs"
 
     def start() -> Command:
@@ -90,7 +93,7 @@ def test_twenty_kills_of_a_conversion_into_a_bucket(s3: Any, tmp_path: Path) -> 
     def listing() -> set[str]:
         return {key.removeprefix("deep/pairs/") for key in s3.keys(out)}
 
-    landed = convert_under_fire(start, listing, ["driver"] * 7 + ["worker"] * 7 + ["all"] * 6, tars=48, seed=1)
+    landed = convert_under_fire(start, listing, ["driver"] * 7 + ["worker"] * 7 + ["all"] * 6, tars=160, seed=1)
     assert landed == 20
     undisturbed.assert_same(download(s3, out, tmp_path / "got"))
 

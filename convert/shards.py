@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 VAL = "val"  # the held-out split: a sub-folder of its own, with an index
 SAMPLES_AT_ONCE = 1024  # held in memory, and embedded together
-BYTES_AT_ONCE = 32 * 2**20  # of their images
+BYTES_AT_ONCE = 32 * 2**20  # of their images, at most
 Report = Callable[[int, int], None]  # so many more written, so many skipped: what the progress bar shows
 
 
@@ -32,17 +32,44 @@ def mds_writer(columns: dict[str, str], folder: Path, options: ConvertOptions) -
     import numpy as np
     from streaming import MDSWriter
 
-    class JoinOnce(MDSWriter):
-        """MDSWriter copies a whole shard twice more, which with large shards takes as long as reading the tar."""
+    class InPlace(MDSWriter):
+        """MDSWriter without its copies of whole shards, which take as long as reading the tar.
+
+        Samples are laid one behind the other as they come, in memory that is used again for the next shard.
+        """
+
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(**arguments)
+            if not self.size_limit:
+                raise ValueError("must be positive")
+            # 4 bytes an offset, of which there are few: with its own offset a sample takes 16 bytes at least
+            self.lengths: list[int] = []
+            self.room = self.end = self.extra_bytes_per_shard + self.size_limit // 4
+            self.laid = np.empty(self.room + self.size_limit, np.uint8)
+
+        def write(self, sample: dict[str, Any]) -> None:
+            """As MDSWriter, but the encoded sample goes from its list into the memory of the shard."""
+            super().write(sample)
+            data, self.new_samples[-1] = self.new_samples[-1], b""
+            if len(self.new_samples) == 1:
+                self.lengths, self.end = [], self.room
+            self.lengths.append(len(data))
+            start, self.end = self.end, self.end + len(data)
+            if self.end > len(self.laid):  # one that exceeds the limit has a shard of its own
+                self.laid = np.empty(self.end, np.uint8)
+            self.laid[start : self.end] = np.frombuffer(data, np.uint8)
 
         def encode_joint_shard(self) -> bytes:
             """The shard file: number of samples, their offsets, the columns, the samples."""
-            ends = np.cumsum([0, *map(len, self.new_samples)])
+            ends = np.cumsum([0, *self.lengths])  # of the samples, before which lies the head
             start = 4 + 4 * len(ends) + len(self.config_data)
-            head = np.uint32(len(self.new_samples)).tobytes() + (ends + start).astype(np.uint32).tobytes()
-            return b"".join([head, self.config_data, *self.new_samples])
+            head = np.uint32(len(self.lengths)).tobytes() + (ends + start).astype(np.uint32).tobytes()
+            first = self.room - start
+            self.laid[first : self.room] = np.frombuffer(head + self.config_data, np.uint8)
+            shard: Any = self.laid[first : self.room + ends[-1]].data
+            return shard.tobytes() if self.compression else shard  # compressors want bytes; hashes and files don't mind
 
-    return JoinOnce(
+    return InPlace(
         columns=columns,
         out=str(folder),
         hashes=list(options.hashes),
@@ -82,7 +109,9 @@ def _convert(source: str, name: str, columns: dict[str, str], options: ConvertOp
                 split: open_writers.enter_context(mds_writer(columns, folder, options))
                 for split, folder in folders.items()
             }
-            for batch in _batches(_good(samples, counts, options, report)):
+            # what is embedded together is held; the fewer there are held, the less memory is new to the processor
+            size = BYTES_AT_ONCE if encoder else 2**20
+            for batch in _batches(_good(samples, counts, options, report), size):
                 embeddings = encoder.encode([sample.caption for sample in batch]) if encoder else None
                 for i, sample in enumerate(batch):
                     row: dict[str, Any] = {"key": sample.key, "image": sample.image, "caption": sample.caption}
@@ -144,14 +173,14 @@ def position(key: str) -> float:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
 
 
-def _batches(samples: Iterator[Sample]) -> Iterator[list[Sample]]:
-    """At most so many samples, and so many bytes of images, at a time."""
+def _batches(samples: Iterator[Sample], enough: int) -> Iterator[list[Sample]]:
+    """As many samples at a time as have ``enough`` bytes of images, or are many."""
     batch: list[Sample] = []
     size = 0
     for sample in samples:
         batch.append(sample)
         size += len(sample.image)
-        if len(batch) == SAMPLES_AT_ONCE or size >= BYTES_AT_ONCE:
+        if len(batch) == SAMPLES_AT_ONCE or size >= enough:
             yield batch
             batch, size = [], 0
     if batch:

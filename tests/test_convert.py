@@ -95,6 +95,7 @@ def test_what_was_begun_otherwise_is_refused(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"size_limit": "much"}, "^--size-limit much: Unsupported value"),
+        ({"size_limit": "0"}, "^--size-limit 0: must be positive"),
         (
             {"compression": "rar"},
             r"^--compression rar .*; valid: br\[:0-11\], bz2\[:1-9\], gz\[:0-9\], snappy, zstd\[:1-22\]$",

@@ -1,6 +1,7 @@
 """Where a trained model lies: a path, a URL of an object store or a Hugging Face id → a file on this machine.
 
-What says how large the model is, ``config.yaml`` or ``open_clip_config.json``, lies beside the file afterwards.
+What says how large the model is (``config.yaml``, ``open_clip_config.json`` or ``config.json``) lies beside the file
+afterwards, and so does its model card.
 """
 
 from __future__ import annotations
@@ -9,11 +10,16 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from alignclip import hugging_face
 from alignclip.errors import UserError, check_place, describe_storage_error, nearest, one_line
 
 RUN_CONFIG = "config.yaml"
 EXPORT_CONFIG = "open_clip_config.json"
 EXPORT_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # the first that is there
+HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+CARD = "README.md"  # a model card: the licence is in it
+UNUSED = "release_unused.safetensors"  # what an authors' file holds and no model uses, kept for the way back
+BESIDE = (RUN_CONFIG, EXPORT_CONFIG, hugging_face.CONFIG, hugging_face.PREPROCESSOR, CARD, UNUSED)
 LATEST = "latest-rank0.pt"
 WEIGHT_FILES = {".pt", ".pth", ".bin", ".safetensors"}
 READ_TIMEOUT = 60.0  # seconds, of an object store
@@ -47,11 +53,12 @@ def few(names: Iterable[str]) -> str:
 def _on_disk(place: str) -> Path:
     """The file itself, a folder's export, or a run's latest checkpoint."""
     path = Path(place.removeprefix("local-dir:")).expanduser()
-    if path.is_dir() and (path / EXPORT_CONFIG).is_file():
-        found = [path / name for name in EXPORT_WEIGHTS if (path / name).is_file()]
-        if not found:
-            raise UserError(f"{place} has an {EXPORT_CONFIG}, but no {' or '.join(EXPORT_WEIGHTS)}")
-        return found[0]
+    for config, names in ((EXPORT_CONFIG, EXPORT_WEIGHTS), (hugging_face.CONFIG, HF_WEIGHTS)):
+        if path.is_dir() and (path / config).is_file():
+            found = [path / name for name in names if (path / name).is_file()]
+            if not found:
+                raise UserError(f"{place} has a file {config}, but no {' or '.join(names)}")
+            return found[0]
     is_folder = path.is_dir() and not (path / ".metadata").is_file()
     if is_folder:
         path /= LATEST
@@ -69,7 +76,7 @@ def _on_disk(place: str) -> Path:
     if is_folder:
         below = sorted(str(p.parent) for p in path.parent.glob(f"*/{LATEST}"))
         hint = f"did you mean '{below[0]}'?" if below else f"its weights: {few(beside) or 'none'}"
-        raise UserError(f"the folder {place} has neither a {LATEST} nor an {EXPORT_CONFIG}; {hint}")
+        raise UserError(f"the folder {place} has neither a {LATEST} nor an export's {EXPORT_CONFIG}; {hint}")
     if re.fullmatch(r"[\w-]+/[\w.-]+", place) and not path.parent.is_dir():
         raise UserError(f"no such file: {place}; did you mean 'hf-hub:{place}'?")
     raise UserError(f"no such file: {place}; {nearest(path.name, beside) if beside else 'no weights lie there'}")
@@ -95,9 +102,9 @@ def _from_store(url: str, downloads: Path) -> Path:
         return True
 
     parent, _, name = url.rpartition("/") if Path(url).suffix in WEIGHT_FILES else (url, "", "")
-    get(f"{parent}/{RUN_CONFIG}", RUN_CONFIG)
-    is_export = get(f"{parent}/{EXPORT_CONFIG}", EXPORT_CONFIG)
-    names = [name] if name else [*(EXPORT_WEIGHTS if is_export else ()), LATEST]
+    beside = {config for config in BESIDE if get(f"{parent}/{config}", config)}
+    known = EXPORT_WEIGHTS if EXPORT_CONFIG in beside else HF_WEIGHTS if hugging_face.CONFIG in beside else ()
+    names = [name] if name else [*known, LATEST]
     for name in names:
         if get(f"{parent}/{name}", name):
             return downloads / name
@@ -137,7 +144,7 @@ def _from_hub(place: str) -> Path:
             raise UserError(f"{place} is not {'in the local cache' if cached else 'there'}; {nearest(file, weights)}")
         if cached is not None:
             return cached / file
-        for config in (RUN_CONFIG, EXPORT_CONFIG):
+        for config in BESIDE:
             beside = Path(file).with_name(config).as_posix()
             if beside in files:
                 hub.hf_hub_download(repository, beside, etag_timeout=HUB_TIMEOUT)
@@ -159,7 +166,12 @@ def _choose(place: str, files: list[str]) -> str:
         UserError: there are none, or several of which a person has to choose.
     """
     weights = [file for file in files if Path(file).suffix in WEIGHT_FILES]
-    export = [file for file in EXPORT_WEIGHTS if file in weights and EXPORT_CONFIG in files]
+    export = [
+        file
+        for config, names in ((EXPORT_CONFIG, EXPORT_WEIGHTS), (hugging_face.CONFIG, HF_WEIGHTS))
+        for file in names
+        if file in weights and config in files
+    ]
     if not weights:
         raise UserError(f"{place}: no weights there")
     if not export and len(weights) > 1:

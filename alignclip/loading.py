@@ -1,48 +1,25 @@
-"""``alignclip.load``: a trained model from a checkpoint, a release of the authors' or an open_clip export.
-
-Nothing of a file is executed: pickles are read with ``weights_only=True``, so a file from a stranger can only be wrong.
-"""
+"""``alignclip.load``: a trained model from a checkpoint, an authors' release, an open_clip or Hugging Face export."""
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
-import json
-import re
 import tempfile
-import zipfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import open_clip
 import torch
-from numpy._core.multiarray import _reconstruct  # type: ignore[attr-defined]
-from omegaconf import OmegaConf
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
-from torch.torch_version import TorchVersion
 
-from alignclip.config import ModelConfig, SharedConfig
+from alignclip.config import ModelConfig
 from alignclip.encoders import CLIP, build_encoders
 from alignclip.errors import UserError, one_line
-from alignclip.fetching import EXPORT_CONFIG, RUN_CONFIG, fetch, few
-from alignclip.release_format import infer_config, is_release, renamed
+from alignclip.fetching import CARD, RUN_CONFIG, fetch, few
+from alignclip.weights import Found, find
 
 Preprocess = Callable[[Image.Image], Tensor]
-
-# What a Composer checkpoint holds beside tensors: times, versions and numpy's random state. Plain data, all of it.
-# numpy 2 has moved _reconstruct; a checkpoint names the place that it had when it was written.
-SAFE_GLOBALS: list[Any] = [
-    datetime.timedelta, TorchVersion, np.ndarray, np.dtype, np.dtypes.UInt32DType, np.dtypes.Int64DType,
-    np.dtypes.Float64DType, (_reconstruct, "numpy._core.multiarray._reconstruct"),
-    (_reconstruct, "numpy.core.multiarray._reconstruct"),
-]  # fmt: skip
 
 
 def load(
@@ -59,6 +36,7 @@ def load(
             - a file in the format of the AlignCLIP authors' releases;
             - an open_clip export: a folder with ``open_clip_config.json`` (or ``local-dir:FOLDER``), or a state dict
               beside such a file; both towers' equal modules become one again;
+            - a Hugging Face ``CLIPModel``: a folder with its ``config.json`` and weights, or such a file of weights;
             - ``hf-hub:ORG/NAME`` or ``hf-hub:ORG/NAME/FILE`` for any of these on the Hugging Face Hub.
         device: where the model shall be.
         config: the architecture, instead of the one that lies beside the file or is read off its shapes.
@@ -70,8 +48,9 @@ def load(
     Raises:
         UserError: no such file, not a model, a model that doesn't fit its configuration, a file with code in it.
     """
-    model, preprocess = _load(path, device, config)
-    return model, image_transform_v2(preprocess, is_train=False), SimpleTokenizer(context_length=model.context_length)
+    found = open_model(path, device, config)
+    preprocess = image_transform_v2(found.preprocess, is_train=False)
+    return found.model, preprocess, SimpleTokenizer(context_length=found.model.context_length)
 
 
 def load_encoders(path: str | Path, device: str | torch.device = "cpu", *, config: ModelConfig | None = None) -> CLIP:
@@ -80,23 +59,41 @@ def load_encoders(path: str | Path, device: str | torch.device = "cpu", *, confi
     Raises:
         UserError: as :func:`load`, and for an export that wants other pixels.
     """
-    model, preprocess = _load(path, device, config)
-    if preprocess != PreprocessCfg(size=preprocess.size):
-        raise UserError(f"{path}: its {EXPORT_CONFIG} asks for other pixels than open_clip's defaults: {preprocess}")
-    return model
+    found = open_model(path, device, config)
+    if found.preprocess != PreprocessCfg(size=found.preprocess.size):
+        raise UserError(f"{path} asks for other pixels than open_clip's defaults: {found.preprocess}")
+    return found.model
 
 
 @dataclass
-class _Found:
-    """What a file holds: ``weights`` under our names, and the model they are of, which ``source`` tells."""
+class Loaded:
+    """A model and what lay beside its weights.
 
-    weights: dict[str, Tensor]
+    Attributes:
+        model: in eval mode.
+        config: what it was built from.
+        preprocess: how its images are prepared.
+        kind: one of those in :mod:`alignclip.weights`.
+        recipe: the text of a run's ``config.yaml``.
+        card: the text of a model card.
+        unused: tensors of an authors' file that no model uses, by the authors' names.
+    """
+
+    model: CLIP
     config: ModelConfig
-    source: str
-    preprocess: Mapping[str, Any] = field(default_factory=dict)
+    preprocess: PreprocessCfg
+    kind: str
+    recipe: str | None
+    card: str | None
+    unused: dict[str, Tensor]
 
 
-def _load(path: str | Path, device: str | torch.device, config: ModelConfig | None) -> tuple[CLIP, PreprocessCfg]:
+def open_model(path: str | Path, device: str | torch.device = "cpu", config: ModelConfig | None = None) -> Loaded:
+    """What :func:`load` reads, with what lies beside it; the arguments are the same.
+
+    Raises:
+        UserError: as :func:`load`.
+    """
     place = str(path)
     try:
         torch.empty(0, device=device)
@@ -105,172 +102,37 @@ def _load(path: str | Path, device: str | torch.device, config: ModelConfig | No
     # the weights are read where they lie, so a download has to stay until they are in the model
     with tempfile.TemporaryDirectory(prefix="alignclip-") as downloads:
         file = fetch(place, Path(downloads))
-        content = _read(file, place)
-        if isinstance(content.get("state"), dict):
-            found = _of_checkpoint(content["state"], file, place, config)
-        else:
-            found = _of_state_dict(content, file, place, config)
+        found = find(file, place, config)
         model = _build(found, place)
+        recipe, card = (_text(_beside(file, name)) for name in (RUN_CONFIG, CARD))
+        unused = {name: value.clone() for name, value in found.unused.items()}
+    assert found.config is not None
     try:
         preprocess = PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), dict(found.preprocess)))
         preprocess.mean, preprocess.std = tuple(map(float, preprocess.mean)), tuple(map(float, preprocess.std))
         preprocess.size = found.config.vision_cfg.image_size
         image_transform_v2(preprocess, is_train=False)
     except (AssertionError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{place}: preprocess_cfg in its {EXPORT_CONFIG} is impossible: {one_line(error)}") from None
-    return model.to(device).eval(), preprocess
+        raise UserError(f"{place}: its images can't be prepared as it says: {one_line(error)}") from None
+    return Loaded(model.to(device).eval(), found.config, preprocess, found.kind, recipe, card, unused)
 
 
-# --- what a file is ---------------------------------------------------------------------------------------------------
+def _beside(file: Path, name: str) -> Path | None:
+    """A file beside one of weights, or beside what a link to it points at."""
+    return next((p for p in (file.parent / name, file.resolve().parent / name) if p.is_file()), None)
 
 
-def _read(file: Path, place: str) -> dict[str, Any]:
-    """What a file of weights holds, its tensors mapped into memory rather than read.
-
-    Raises:
-        UserError: it is something else, truncated, or names Python objects that are not plain data.
-    """
-    try:
-        if file.suffix == ".safetensors":
-            return dict(load_file(file))
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:  # broken files make torch raise nearly anything
-        if code := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(f"{place} is refused: beside weights it holds '{code[1]}', which could run code") from None
-        kind = "a safetensors file" if file.suffix == ".safetensors" else "a PyTorch checkpoint"
-        raise UserError(f"{place} is not {kind}, or only a part of one ({type(error).__name__})") from None
-    if not isinstance(content, dict) or not content:
-        raise UserError(f"{place} holds a {type(content).__name__}, not a model's weights")
-    return content
+def _text(path: Path | None) -> str | None:
+    return path.read_text(encoding="utf-8", errors="replace") if path else None
 
 
-def _of_checkpoint(state: dict[str, Any], file: Path, place: str, config: ModelConfig | None) -> _Found:
-    """The encoders in a Composer checkpoint; its EMA swaps the averaged weights in before a save."""
-    model = state.get("model")
-    if not isinstance(model, dict) or not any(str(name).startswith("encoders.") for name in model):
-        raise UserError(f"{place} is a Composer checkpoint, but not of a model of ours")
-    weights = {str(name).removeprefix("encoders."): value for name, value in model.items()}
-    return _Found(weights, config or _run_config(file, place), "config=" if config else f"its {RUN_CONFIG}")
-
-
-def _of_state_dict(content: dict[str, Any], file: Path, place: str, config: ModelConfig | None) -> _Found:
-    """A state dict of the authors' or of open_clip, bare or in a training checkpoint of theirs."""
-    weights = content.get("state_dict", content)
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f"{place} is not a model's weights; it holds {few(map(str, content))}")
-    # of DistributedDataParallel and torch.compile
-    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): value for name, value in weights.items()}
-    if is_release(weights):
-        weights = renamed(weights)
-        try:
-            return _Found(weights, config or infer_config(weights), "config=" if config else "its shapes")
-        except UserError as error:
-            raise UserError(f"{place} is in the AlignCLIP authors' format, but {error}") from None
-    export = _export_config(file, place)
-    preprocess = export.get("preprocess_cfg") or {}
-    if config:
-        return _Found(weights, config, "config=", preprocess)
-    return _Found(weights, _export_model(export, weights, place), f"its {EXPORT_CONFIG}", preprocess)
-
-
-def _run_config(file: Path, place: str) -> ModelConfig:
-    """The ``model`` section of the ``config.yaml`` beside a checkpoint, or beside what a link to it points at.
-
-    That section alone: the rest says how it was trained, and keys of older versions there shall not matter.
-    """
-    found = [path for path in (file.parent / RUN_CONFIG, file.resolve().parent / RUN_CONFIG) if path.is_file()]
-    if not found:
-        raise UserError(f"{place}: no {RUN_CONFIG} beside it; copy it from the run's save_folder, or pass config=…")
-    try:
-        content: Any = OmegaConf.load(found[0])
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), content["model"]))
-    except Exception as error:  # of YAML's parser and of OmegaConf
-        raise UserError(f"{place}: no model can be read from the {RUN_CONFIG} beside it: {one_line(error)}") from None
-    assert isinstance(config, ModelConfig)
-    return config
-
-
-def _export_config(file: Path, place: str) -> dict[str, Any]:
-    """The parsed ``open_clip_config.json`` beside a file, or nothing."""
-    path = file.parent / EXPORT_CONFIG
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{place}: the {EXPORT_CONFIG} beside it is not JSON: {one_line(error)}") from None
-    return content if isinstance(content, dict) else {}
-
-
-def _export_model(export: dict[str, Any], weights: Mapping[str, Tensor], place: str) -> ModelConfig:
-    """An export's ``model_cfg``, where our encoders can be that model, with the sharing that its weights show.
-
-    Raises:
-        UserError: no ``model_cfg``, or one with settings that our encoders don't have.
-    """
-    given = export.get("model_cfg")
-    if not isinstance(given, dict):
-        raise UserError(
-            f"{place}: no {EXPORT_CONFIG} with a model_cfg beside it; add it, or pass config=ModelConfig(…)"
-        )
-    values: dict[str, Any] = {key: given[key] for key in ("embed_dim", "init_logit_scale") if key in given}
-    other = [key for key in given if key not in {*values, "vision_cfg", "text_cfg", "output_dict"}]
-    foreign = [key for key in other if given[key] and key != "nonscalar_logit_scale"]
-    for part, schema in (("vision_cfg", open_clip.CLIPVisionCfg), ("text_cfg", open_clip.CLIPTextCfg)):
-        section = given.get(part) or {}
-        defaults = dataclasses.asdict(schema())
-        ours = {field.name for field in dataclasses.fields(getattr(ModelConfig(), part))}
-        foreign += [f"{part}.{key}" for key in section if key not in ours and section[key] != defaults.get(key)]
-        values[part] = {key: section.get(key, defaults[key]) for key in ours}
-    if foreign:
-        raise UserError(f"{place}: our encoders don't have its model_cfg's {few(foreign)}; load it with open_clip")
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), values))
-    except Exception as error:
-        raise UserError(f"{place}: {EXPORT_CONFIG}: {one_line(error)}") from None
-    assert isinstance(config, ModelConfig)
-    if config.vision_cfg.timm_model_name is None:
-        config.shared = _shared_in(weights, config)
-    return config
-
-
-def _shared_in(weights: Mapping[str, Tensor], config: ModelConfig) -> SharedConfig:
-    """Which modules of the two towers hold the same numbers: those were one and the same in training."""
-    vision, text = config.vision_cfg, config.text_cfg
-
-    def same(one: str, other: str) -> bool:
-        names = [name for name in weights if name.startswith(one)]
-        pairs = [(weights[name], weights.get(other + name.removeprefix(one))) for name in names]
-        return bool(pairs) and all(
-            b is not None and a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs
-        )
-
-    if vision.width != text.width:
-        return SharedConfig()
-    blocks = 0
-    if text.width == text.heads * vision.head_width:
-        while blocks < min(vision.layers, text.layers) and same(
-            f"transformer.resblocks.{text.layers - 1 - blocks}.",
-            f"visual.transformer.resblocks.{vision.layers - 1 - blocks}.",
-        ):
-            blocks += 1
-    return SharedConfig(
-        -1 if blocks == vision.layers == text.layers else blocks,
-        same("ln_final.", "visual.ln_post."),
-        same("text_projection", "visual.proj"),
-    )
-
-
-# --- into a model -------------------------------------------------------------------------------------------------
-
-
-def _build(found: _Found, place: str) -> CLIP:
+def _build(found: Found, place: str) -> CLIP:
     """The model with its weights.
 
     Raises:
         UserError: a model that can't be built, or weights that are not exactly this model's.
     """
+    assert found.config is not None
     try:
         with torch.random.fork_rng(devices=[]):  # to load a model is not to draw one
             model = build_encoders(found.config)
@@ -279,9 +141,9 @@ def _build(found: _Found, place: str) -> CLIP:
     except (AssertionError, RuntimeError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{place}: no model can be built as {found.source} says: {one_line(error)}") from None
     weights = dict(found.weights)
-    for name, value in weights.items():
-        if not isinstance(value, Tensor):
-            raise UserError(f"{place} is not a model's weights: '{name}' is a {type(value).__name__}")
+    for name, value in model.state_dict().items():
+        if name.endswith("num_batches_tracked"):  # batch norms of a tower that was locked with its statistics lack it
+            weights.setdefault(name, value)
     if "logit_scale" in weights and weights["logit_scale"].numel() == 1:  # [] in a release or an export
         weights["logit_scale"] = weights["logit_scale"].reshape(1)
     wrong = f"{place} is not the model that {found.source} describes: "

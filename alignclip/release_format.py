@@ -44,6 +44,27 @@ def renamed(theirs: Mapping[str, T]) -> dict[str, T]:
     return {ours: value for name, value in theirs.items() for ours in our_names(name)}
 
 
+def unused(theirs: Mapping[str, T]) -> dict[str, T]:
+    """Of a mapping with the release's names, what has no place in ours."""
+    return {name: value for name, value in theirs.items() if not our_names(name)}
+
+
+def their_weights(ours: Mapping[str, T]) -> dict[str, T]:
+    """The inverse of :func:`renamed`, for a state dict of which everything is shared.
+
+    What the release calls otherwise has a prefix there, which none of the other names has.
+    """
+    theirs = {new: name for name, names in _SHARED.items() for new in names[:1]}
+    vision = tuple(new for names in _SHARED.values() for new in names[1:])
+    result = {}
+    for name, value in ours.items():
+        if name.startswith(vision):  # the same tensor as the text tower's
+            continue
+        prefix = next((new for new in theirs if name.startswith(new)), "")
+        result[theirs.get(prefix, "") + name.removeprefix(prefix)] = value
+    return result
+
+
 def infer_config(weights: Mapping[str, Tensor]) -> ModelConfig:
     """The model whose state dict this is, everything shared, by the shapes.
 

@@ -1,0 +1,251 @@
+"""Convert a trained model: Composer's checkpoints, the AlignCLIP authors' format, open_clip, Hugging Face, ONNX.
+
+The source is anything that ``alignclip.load`` reads. Every export is read again by the library that it is for, and
+encodes the same inputs: one that differs is an error, and nothing is left of it. A README.md, the model card, says what
+was trained on what, and under which licence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from alignclip.config import ModelConfig
+from alignclip.errors import UserError, check_place, describe_storage_error, one_line, one_line_errors
+from alignclip.fetching import CARD
+from alignclip.loading import Loaded, open_model
+from convert import exports
+from convert.exports import FORMATS, Encode
+from convert.model_card import choose_license, write_card
+from convert.onnx_export import read_onnx, write_onnx
+from convert.patience import patiently
+
+TOLERANCE = 1e-5  # of normalised features, and of exp(logit_scale) relative to itself
+
+EXAMPLES = """examples:
+  # the latest checkpoint of a run → open_clip, with its metrics in the model card
+  python convert/checkpoint.py s3://bucket/runs/first --to open_clip --out exports/first \\
+    --metrics evaluation/results.json --license apache-2.0
+
+  # one checkpoint → transformers' CLIPModel, and both encoders as ONNX
+  python convert/checkpoint.py runs/first/ep30-ba5000-rank0.pt --to huggingface --onnx --out exports/first-hf
+
+  # the authors' weights → a checkpoint to train on from
+  python convert/checkpoint.py AlignCLIP.pt --to composer --out exports/published
+
+  # an open_clip model from the Hub → ONNX and open_clip files in a bucket
+  python convert/checkpoint.py hf-hub:org/name --to open_clip --onnx --out s3://bucket/exports/name
+"""
+
+
+@dataclass
+class Options:
+    """What is converted, into what, where.
+
+    Attributes:
+        source: anything that :func:`alignclip.load` takes.
+        to: one of the formats in :data:`convert.exports.FORMATS`.
+        out: a folder, local or in object storage, that doesn't exist yet.
+        onnx: also write both encoders as ONNX.
+        metrics: ``results.json`` of ``evaluate.py``, for the model card.
+        license: of the export; null takes the source's.
+        model_config: a YAML file with a ``model`` section, where nothing beside the source says what model it is.
+    """
+
+    source: str
+    to: str
+    out: str
+    onnx: bool = False
+    metrics: str | None = None
+    license: str | None = None
+    model_config: str | None = None
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="convert/checkpoint.py",
+        description="Convert a trained model to another format, and check the result.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "source",
+        help="a run's folder or checkpoint, an authors' release, an open_clip or Hugging Face export: a path, a URL or "
+        "hf-hub:ORG/NAME",
+    )
+    parser.add_argument("--to", required=True, choices=list(FORMATS), help="format to write")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="a new folder, or s3://, gs://, oci:// …")
+    parser.add_argument("--onnx", action="store_true", help="write both encoders as ONNX graphs as well")
+    parser.add_argument("--metrics", metavar="FILE", help="results.json of evaluate.py, for the model card")
+    parser.add_argument("--license", metavar="ID", help="as the Hub writes it, e.g. apache-2.0 (default: the source's)")
+    parser.add_argument("--model-config", metavar="YAML", help="a file with the model section, for sources without one")
+    return Options(**vars(parser.parse_args(arguments)))
+
+
+def convert(options: Options) -> float:
+    """Read, write, read again, compare; the largest difference of a feature.
+
+    Raises:
+        UserError: no such source, not a model, a format that it can't be written in, ``out`` is there already, or an
+            export that doesn't compute the same.
+    """
+    check_place("--out", options.out)
+    remote = "://" in options.out
+    out = Path(options.out).expanduser()
+    if not remote and out.exists():
+        raise UserError(f"--out {options.out} is there already; choose another or remove it")
+    config = _model_config(options.model_config) if options.model_config else None
+    loaded = open_model(options.source, config=config)
+    license = choose_license(loaded, options.source, options.license)
+    form = FORMATS[options.to]
+    card = write_card(
+        loaded,
+        options.source,
+        license,
+        Path(options.metrics) if options.metrics else None,
+        form.usage.format(folder=options.out.rstrip("/")),
+    )
+    parent = Path(tempfile.gettempdir()) if remote else out.resolve().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        # on the same file system, so that a rename makes the whole appear
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=parent))
+    except OSError as error:
+        raise UserError(f"cannot write to {parent}: {error.strerror}") from None
+    try:
+        bucket = _bucket(folder, options.out.rstrip("/")) if remote else None
+        worst = _write(loaded, options, folder)
+        (folder / CARD).write_text(card, encoding="utf-8")
+        if bucket is not None:
+            _upload(folder, bucket, options.out)
+        else:
+            folder.chmod(0o777 & ~_umask())
+            folder.rename(out)
+    except OSError as error:
+        raise UserError(f"cannot write {options.out}: {one_line(error)}") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    for note in license.notes:
+        print(f"licence: {note}", file=sys.stderr)
+    return worst
+
+
+def _model_config(path: str) -> ModelConfig:
+    try:
+        content: Any = OmegaConf.load(path)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), content["model"]))
+    except Exception as error:  # of YAML's parser and of OmegaConf
+        raise UserError(f"--model-config {path}: no model section can be read: {one_line(error)}") from None
+    assert isinstance(config, ModelConfig)
+    return config
+
+
+def _write(loaded: Loaded, options: Options, folder: Path) -> float:
+    """Write everything into the empty ``folder`` and check it."""
+    form = FORMATS[options.to]
+    ours = exports.encoding(loaded.model)
+    form.write(loaded, folder)
+    exports.keep_unused(loaded, folder)
+    worst = difference(loaded, ours, form.read(folder, loaded.config), options.to)
+    if options.onnx:
+        write_onnx(loaded.model, folder)
+        scale = loaded.model.logit_scale.detach().exp().reshape(())
+        worst = max(worst, difference(loaded, ours, read_onnx(folder, scale), "ONNX"))
+    return worst
+
+
+def difference(loaded: Loaded, ours: Encode, theirs: Encode, name: str) -> float:
+    """The largest difference of normalised features between the model and what was read again.
+
+    Raises:
+        UserError: it is more than :data:`TOLERANCE`, or the temperatures differ.
+    """
+    images, tokens = inputs(loaded.config)
+    (image, text, scale), (image2, text2, scale2) = ours(images, tokens), theirs(images, tokens)
+    worst = 0.0
+    for one, other in ((image, image2), (text, text2)):
+        gap = (F.normalize(one.float(), dim=-1) - F.normalize(other.float(), dim=-1)).abs().max()
+        worst = max(worst, float(gap.nan_to_num(nan=float("inf"))))
+    relative = float(((scale - scale2) / scale).abs())
+    if not (worst <= TOLERANCE and relative <= TOLERANCE):
+        raise UserError(
+            f"--to {name}: read again, the features differ by {worst:.1e} and logit_scale by {relative:.1e} "
+            f"(at most {TOLERANCE:.0e}); nothing was written"
+        )
+    return worst
+
+
+def inputs(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Eight images and texts of different lengths that fit any model: noise, and random words."""
+    generator = torch.Generator().manual_seed(0)
+    size, length, vocabulary = config.vision_cfg.image_size, config.text_cfg.context_length, config.text_cfg.vocab_size
+    images = torch.randn(8, 3, size, size, generator=generator)
+    tokens = torch.zeros(8, length, dtype=torch.long)
+    for i, row in enumerate(tokens):
+        words = 1 + i * max(0, length - 3) // 7
+        row[0] = vocabulary - 2
+        row[1 : words + 1] = torch.randint(1, vocabulary - 2, (words,), generator=generator)[: length - 2]
+        row[min(words + 1, length - 1)] = vocabulary - 1
+    return images, tokens
+
+
+def _bucket(folder: Path, url: str) -> Any:
+    """Streaming's uploader from the empty ``folder`` to a place in object storage where nothing is.
+
+    Raises:
+        UserError: it can't be reached, or there is something.
+    """
+    from convert.storage import list_remote, uploader
+
+    cloud = uploader(folder, url)
+    try:
+        there = list_remote(url)
+    except UserError as error:
+        if "Streaming cannot list" not in str(error):  # Azure
+            raise
+        there = set()
+    if there:
+        raise UserError(f"--out {url} holds files already; choose another")
+    return cloud
+
+
+def _upload(folder: Path, cloud: Any, url: str) -> None:
+    """Every file, what says that a model is there last."""
+    names = [path.name for path in folder.iterdir()]
+    for name in sorted(names, key=lambda name: (name.endswith((".json", ".yaml")), name)):
+        try:
+            patiently(lambda name=name: cloud.upload_file(name), url)  # type: ignore[misc]
+        except Exception as error:  # every provider has its own
+            raise UserError(f"cannot write to {url}: {describe_storage_error(error)}") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Convert, and say how far the export is from the original and how it is loaded."""
+    options = parse(arguments)
+    with one_line_errors():
+        worst = convert(options)
+    print(f"{options.out}: read again, the features differ by at most {worst:.1e}")
+    print(f"next: {FORMATS[options.to].usage.format(folder=options.out.rstrip('/'))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""A model → the files of each format, and those files read by the library that the format is of.
+
+What is written is plain data: safetensors, JSON and, where the format asks for a pickle, one of tensors alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from omegaconf import OmegaConf
+from open_clip.transform import PreprocessCfg
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from alignclip import hugging_face, release_format
+from alignclip.config import ModelConfig
+from alignclip.errors import UserError
+from alignclip.fetching import EXPORT_CONFIG, EXPORT_WEIGHTS, RUN_CONFIG, UNUSED
+from alignclip.loading import Loaded, load_encoders
+
+CHECKPOINT, RELEASE = "model.pt", "release.pt"
+SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")  # in transformers
+VOCABULARY = 49408  # of CLIP's byte pairs: the only tokenizer there is
+
+Encode = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # images, tokens -> features, exp(logit_scale)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format: how it is written into an empty folder, read again, and loaded by whoever gets it."""
+
+    write: Callable[[Loaded, Path], None]
+    read: Callable[[Path, ModelConfig], Encode]
+    usage: str
+
+
+def clones(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors on the CPU with memory of their own each: shared modules are written once for each tower."""
+    return {name: value.detach().cpu().clone().contiguous() for name, value in weights.items()}
+
+
+def weights_of(loaded: Loaded) -> dict[str, Tensor]:
+    """The state dict with both towers' names and ``logit_scale`` of shape []."""
+    weights = clones(loaded.model.state_dict())
+    return weights | {"logit_scale": weights["logit_scale"].reshape(())}
+
+
+def encoding(model: nn.Module) -> Encode:
+    """With open_clip's methods."""
+
+    def encode(images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            scale = model.logit_scale.exp()  # type: ignore[operator]
+            return model.encode_image(images), model.encode_text(tokens), scale.reshape(())  # type: ignore[operator]
+
+    return encode
+
+
+# --- open_clip --------------------------------------------------------------------------------------------------------
+
+
+def write_open_clip(loaded: Loaded, folder: Path) -> None:
+    """As ``open_clip.push_to_hf_hub`` lays it out; stock open_clip has two towers, so both get the shared numbers."""
+    config = loaded.config
+    vision, text = asdict(config.vision_cfg), asdict(config.text_cfg)
+    vision["patch_dropout"] = 0.0  # of training; open_clip would go on with it
+    if vision["timm_model_name"] is None:
+        vision = {key: value for key, value in vision.items() if not key.startswith("timm_")}
+    else:
+        vision = {key: vision[key] for key in ("image_size", "timm_model_name", "timm_pool", "timm_proj")}
+    mean, std = loaded.preprocess.mean, loaded.preprocess.std
+    pixels = {"mean": list(mean), "std": list(std)}
+    pixels |= {key: getattr(loaded.preprocess, key) for key in ("interpolation", "resize_mode")}
+    model_cfg = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text}
+    (folder / EXPORT_CONFIG).write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": pixels}, indent=2))
+    save_file(weights_of(loaded), folder / EXPORT_WEIGHTS[0], metadata={"format": "pt"})
+
+
+def read_open_clip(folder: Path, _: ModelConfig) -> Encode:
+    """By stock open_clip."""
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    return encoding(model.eval())
+
+
+# --- Hugging Face -----------------------------------------------------------------------------------------------------
+
+
+def write_hugging_face(loaded: Loaded, folder: Path) -> None:
+    """A ``CLIPModel`` with its processor, in transformers' own files."""
+    transformers = _transformers()
+    config = transformers.CLIPConfig(**hugging_face.their_config(loaded.config))
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = transformers.CLIPModel(config)
+    model.load_state_dict(hugging_face.their_weights(weights_of(loaded)), assign=True, strict=False)
+    lacking = [name for name, value in model.named_parameters() if value.is_meta]
+    assert not lacking, lacking
+    model.save_pretrained(folder, safe_serialization=True)
+    size, preprocess = loaded.config.vision_cfg.image_size, loaded.preprocess
+    pixels = transformers.CLIPImageProcessor(
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        resample=3,  # PIL's bicubic
+        image_mean=list(preprocess.mean),
+        image_std=list(preprocess.std),
+    )
+    if loaded.config.text_cfg.vocab_size != VOCABULARY:
+        pixels.save_pretrained(folder)
+        return
+    tokenizer = open_clip.SimpleTokenizer()
+    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+    ids = {word: number for word, number in tokenizer.encoder.items() if number not in tokenizer.all_special_ids}
+    # each library has its own names for them
+    ids |= dict(zip(SPECIAL_TOKENS, (tokenizer.sot_token_id, tokenizer.eot_token_id), strict=True))
+    vocabulary.write_text(json.dumps(ids, ensure_ascii=False), encoding="utf-8")
+    pairs = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)
+    merges.write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in pairs)]) + "\n", encoding="utf-8")
+    length = loaded.config.text_cfg.context_length
+    words = transformers.CLIPTokenizerFast(str(vocabulary), str(merges), model_max_length=length)
+    transformers.CLIPProcessor(pixels, words).save_pretrained(folder)
+
+
+def read_hugging_face(folder: Path, _: ModelConfig) -> Encode:
+    """By stock transformers."""
+    model = _transformers().CLIPModel.from_pretrained(folder, local_files_only=True).eval()
+
+    def encode(images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            features = model.get_image_features(images), model.get_text_features(tokens)
+            return *features, model.logit_scale.exp().reshape(())
+
+    return encode
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("--to huggingface needs transformers: pip install 'alignclip[convert]'") from None
+    transformers.logging.set_verbosity_error()
+    return transformers
+
+
+# --- the authors' release and Composer --------------------------------------------------------------------------------
+
+
+def _default_pixels(loaded: Loaded, to: str) -> None:
+    """These formats don't say how images are prepared: their readers take CLIP's mean and standard deviation."""
+    if loaded.preprocess != PreprocessCfg(size=loaded.preprocess.size):
+        raise UserError(f"--to {to} can't hold that this model's images are prepared otherwise: {loaded.preprocess}")
+
+
+def write_release(loaded: Loaded, folder: Path) -> None:
+    """The file that the AlignCLIP authors' code reads: one transformer, so of models that share everything."""
+    _default_pixels(loaded, "release")
+    shared, config = loaded.config.shared, loaded.config
+    everything = shared.blocks in (-1, config.text_cfg.layers) and config.vision_cfg.layers == config.text_cfg.layers
+    if not (everything and shared.ln_final and shared.projection):
+        raise UserError(
+            "--to release is for models that share everything between the towers (model.shared: blocks -1, ln_final, "
+            "projection); this one does not"
+        )
+    weights = release_format.their_weights(weights_of(loaded))
+    # their model has a projection that their code never uses; where nobody knows its numbers, it gets zeros
+    unused = loaded.unused or {"text.text_projection": torch.zeros_like(weights["projection"])}
+    torch.save({"state_dict": weights | clones(unused)}, folder / RELEASE)
+
+
+def read_release(folder: Path, config: ModelConfig) -> Encode:
+    """By alignclip: the authors' code is no package."""
+    return encoding(load_encoders(folder / RELEASE, config=config))
+
+
+def write_checkpoint(loaded: Loaded, folder: Path) -> None:
+    """What ``load_path`` with ``load_weights_only=true``, ``pretrained`` and :func:`alignclip.load` read."""
+    _default_pixels(loaded, "composer")
+    model = {f"encoders.{name}": value for name, value in clones(loaded.model.state_dict()).items()}
+    torch.save({"state": {"model": model}}, folder / CHECKPOINT)
+    (folder / RUN_CONFIG).write_text(OmegaConf.to_yaml({"model": OmegaConf.structured(loaded.config)}))
+
+
+def read_checkpoint(folder: Path, _: ModelConfig) -> Encode:
+    """By alignclip."""
+    return encoding(load_encoders(folder / CHECKPOINT))
+
+
+def keep_unused(loaded: Loaded, folder: Path) -> None:
+    """Beside a format that has no place for them, tensors that nobody uses: the way back is then without a loss."""
+    if loaded.unused and not (folder / RELEASE).exists():
+        save_file(clones(loaded.unused), folder / UNUSED)
+
+
+FORMATS = {
+    "open_clip": Format(write_open_clip, read_open_clip, 'open_clip.create_model_and_transforms("local-dir:{folder}")'),
+    "huggingface": Format(write_hugging_face, read_hugging_face, 'transformers.CLIPModel.from_pretrained("{folder}")'),
+    "release": Format(write_release, read_release, f'torch.load("{{folder}}/{RELEASE}")["state_dict"]'),
+    "composer": Format(write_checkpoint, read_checkpoint, f"composer pretrain.py … pretrained={{folder}}/{CHECKPOINT}"),
+}

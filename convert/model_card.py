@@ -1,0 +1,183 @@
+"""The README.md of an export: what the model is, how it was trained, what it reaches, who may use it how.
+
+The licence is carried along: from the card beside the source, or, for weights in the AlignCLIP authors' format that
+come without one, that of their releases.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from omegaconf import OmegaConf
+
+from alignclip.errors import UserError, one_line
+from alignclip.loading import Loaded
+from alignclip.weights import RELEASE
+
+PUBLISHED_LICENSE = "cc-by-nc-nd-4.0"  # of the weights that the AlignCLIP authors have released
+SHOWN = (  # of a run's config.yaml
+    "loss", "optimizer", "scheduler", "max_duration", "global_train_batch_size", "precision", "seed", "pretrained",
+    "lock_image", "lock_text", "algorithms",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class License:
+    """A licence's identifier as the Hugging Face Hub writes it, and what a person has to be told about it."""
+
+    name: str | None
+    notes: list[str]
+
+
+def choose_license(loaded: Loaded, place: str, given: str | None) -> License:
+    """The licence of an export.
+
+    Raises:
+        UserError: ``given`` would replace a licence that forbids derivatives.
+    """
+    carried = _license_of(loaded.card)
+    recipe = _recipe(loaded)
+    notes = []
+    if carried is None and given is None and loaded.kind == RELEASE:
+        carried = PUBLISHED_LICENSE
+        notes.append(
+            f"{place} is in the AlignCLIP authors' format, and their weights are {PUBLISHED_LICENSE}; weights of your "
+            "own: --license"
+        )
+    if carried and given and carried.lower() != given.lower():
+        if _forbids_derivatives(carried):
+            raise UserError(f"--license {given}: {place} is {carried}, which its derivatives can't leave")
+        notes.append(f"{place} says {carried}; the export says {given}")
+    name = given or carried
+    if name and _forbids_derivatives(name):
+        notes.append(f"{name} forbids passing on derivatives: converted or fine-tuned, keep these weights to yourself")
+    start = recipe.get("pretrained") or recipe.get("load_path")
+    if start and carried is None:
+        notes.append(f"this model started from {start}, whose licence holds for it, too")
+    if name is None:
+        notes.append("no licence: nobody else may use the model until you name one (--license apache-2.0)")
+    return License(name, notes)
+
+
+def write_card(loaded: Loaded, place: str, license: License, metrics: Path | None, usage: str) -> str:
+    """The text of a card.
+
+    Args:
+        loaded: the model.
+        place: where it was read.
+        license: of :func:`choose_license`.
+        metrics: ``results.json`` of ``evaluate.py``.
+        usage: the line that loads the export.
+
+    Raises:
+        UserError: ``metrics`` is no such file.
+    """
+    data = ModelCardData(
+        license=license.name,
+        library_name="open_clip"
+        if "open_clip" in usage
+        else "transformers"
+        if "transformers" in usage
+        else "alignclip",
+        tags=["clip", "alignclip"],
+        pipeline_tag="zero-shot-image-classification",
+    )
+    config = loaded.config
+    vision, text, shared = config.vision_cfg, config.text_cfg, config.shared
+    everything = shared.blocks == -1 and shared.ln_final and shared.projection
+    what = "everything" if everything else f"{shared.blocks} blocks" if shared.blocks else "no blocks"
+    tower = (
+        vision.timm_model_name or f"ViT, {vision.width} wide, {vision.layers} layers, patches of {vision.patch_size}"
+    )
+    parameters = sum(p.numel() for p in loaded.model.parameters()) / 1e6
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n",
+        "# " + (_recipe(loaded).get("run_name") or Path(place.rstrip("/")).stem or "model") + "\n",
+        "A CLIP model trained with alignclip (AlignCLIP, https://arxiv.org/abs/2406.17639).\n"
+        if loaded.recipe
+        else f"A CLIP model, converted from `{Path(place.rstrip('/')).name}` by alignclip.\n",
+        "## Use\n\n```python\n" + usage + "\n```\n",
+        "## Model\n",
+        _table(
+            {
+                "image tower": f"{tower}, {vision.image_size} pixels",
+                "text tower": f"{text.width} wide, {text.layers} layers, {text.context_length} tokens",
+                "embedding": config.embed_dim,
+                "shared between the towers": what,
+                "parameters": f"{parameters:,.1f} M",
+            }
+        ),
+        _recipe_part(loaded),
+        _metrics_part(metrics),
+        "## Licence\n\n" + "\n".join([license.name or "None given.", *(f"- {note}" for note in license.notes)]) + "\n",
+        f"Written by alignclip {importlib.metadata.version('alignclip')}.\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _license_of(card: str | None) -> str | None:
+    if not card or not card.startswith("---"):
+        return None
+    try:
+        name = ModelCard(card, ignore_metadata_errors=True).data.to_dict().get("license")
+    except Exception:  # somebody else's YAML
+        return None
+    return name if isinstance(name, str) else None
+
+
+def _forbids_derivatives(name: str) -> bool:
+    return "-nd" in name.lower()
+
+
+def _recipe(loaded: Loaded) -> dict[str, Any]:
+    """A run's configuration; what can't be read is no reason not to export a model that can."""
+    if not loaded.recipe:
+        return {}
+    try:
+        content = OmegaConf.to_container(OmegaConf.create(loaded.recipe))
+    except Exception:
+        return {}
+    return content if isinstance(content, dict) else {}  # type: ignore[return-value]
+
+
+def _recipe_part(loaded: Loaded) -> str:
+    recipe = _recipe(loaded)
+    data = recipe.get("data") or {}
+    if not data:
+        return ""
+    streams = data.get("streams") or {}
+    rows = {
+        f"data: {name}": (stream or {}).get("remote") or (stream or {}).get("local") for name, stream in streams.items()
+    }
+    for key in SHOWN:
+        if value := recipe.get(key):
+            shown = {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+            rows[key] = ", ".join(f"{k} {v}" for k, v in shown.items()) if isinstance(shown, dict) else shown
+    return "## Training\n\n" + _table(rows)
+
+
+def _metrics_part(path: Path | None) -> str:
+    """``results.json`` as a table: a row a metric, a column a checkpoint."""
+    if path is None:
+        return ""
+    try:
+        results = json.loads(path.read_text())["results"]
+        columns = list(results)
+        rows = {(evaluator, metric) for one in results.values() for evaluator, found in one.items() for metric in found}
+        lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+        for evaluator, metric in sorted(rows):
+            values = [results[name].get(evaluator, {}).get(metric) for name in columns]
+            cells = " | ".join("" if value is None else f"{value:.4f}" for value in values)
+            lines.append(f"| {evaluator}: {metric} | {cells} |")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--metrics {path} is no results.json of evaluate.py: {one_line(error)}") from None
+    return "## Metrics\n\n" + "\n".join(lines) + "\n"
+
+
+def _table(rows: dict[str, Any]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]) + "\n"

@@ -80,6 +80,9 @@ def _convert(
     start = time.monotonic()
     try:
         convert_all(todo, done, columns, options, lambda counts: _check_bad(counts, options, ENOUGH), executor)
+    except KeyboardInterrupt:
+        store.remove_partial()
+        raise
     except UserError:
         with suppress(UserError, OSError):  # the first error is the one that counts
             _write_report(store, done, sources)

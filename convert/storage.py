@@ -10,7 +10,7 @@ import time
 import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -160,22 +160,28 @@ class Store:
             return
         import fcntl
 
-        try:
-            Path(self.out).mkdir(parents=True, exist_ok=True)
-            file = (Path(self.out) / LOCK).open("w")
-        except OSError as error:
-            raise UserError(f"cannot write to {self.out}: {error.strerror}") from None
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"another conversion into {self.out} is running") from None
-            except OSError:  # a file system without locks
-                pass
+        lock = Path(self.out) / LOCK
+        with ExitStack() as stack:
+            while True:
+                try:
+                    Path(self.out).mkdir(parents=True, exist_ok=True)
+                    file = stack.enter_context(lock.open("w"))
+                except OSError as error:
+                    raise UserError(f"cannot write to {self.out}: {error.strerror}") from None
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UserError(f"another conversion into {self.out} is running") from None
+                except OSError:  # a file system without locks
+                    break
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                        break
+                # one that was about to end has removed it in between
             try:
                 yield
             finally:
-                (Path(self.out) / LOCK).unlink(missing_ok=True)
+                lock.unlink(missing_ok=True)
 
     def remove_partial(self) -> None:
         """Remove what killed runs have left in the making; remotely there is no such thing."""

@@ -119,11 +119,13 @@ def read_csv(path: Path, first: int, last: int, folder: Path, caption_key: str |
     """
     csv.field_size_limit(MAX_FIELD)
     with _open(path) as file:
-        rows = csv.DictReader(file, delimiter=_delimiter(path))
-        names = list(rows.fieldnames or ())
+        rows = csv.reader(file, delimiter=_delimiter(path))
+        names = next(rows, [])
         image_column = _column("image", PATH_COLUMNS, None, names, path)
         caption_column = _column("caption", CAPTION_COLUMNS, caption_key, names, path)
-        for row in islice(rows, first, last):
+        # no dicts of those before: a part of a long file passes over millions of them
+        for values in islice(filter(None, rows), first, last):
+            row: dict[str, Any] = dict.fromkeys(names) | dict(zip(names, values, strict=False))
             yield _of_row(row, row[image_column] or "", folder, caption_of(row, caption_column))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.server
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from tarballs import assert_three_tars, cut, draw, pairs, quick, read_back, serv
 from alignclip.errors import UserError
 from convert import samples
 from convert.cc12m import summary
+from convert.dataset import convert
 from convert.images import ImageOptions
 from convert.options import ConvertOptions
+from convert.shards import position
 from convert.storage import Store
 
 
@@ -258,3 +261,92 @@ def test_shards_are_those_of_streamings_own_writer(tmp_path: Path) -> None:
     files = {path.name: path.read_bytes() for path in (tmp_path / "own").iterdir()}
     assert len(files) > 3
     assert {name: (tmp_path / "out" / "a" / name).read_bytes() for name in files} == files
+
+
+# --- one conversion at a time, whole files, odd names ----------------------------------------------------------------
+
+
+def test_a_second_conversion_into_a_folder_is_refused(tmp_path: Path) -> None:
+    source, out = three_tars(tmp_path / "in"), tmp_path / "out"
+    with Store(str(out)).locked(), pytest.raises(UserError, match=f"another conversion into {out} is running"):
+        quick([source], out)
+    assert quick([source], out).written == 15
+    assert not list(out.glob(".*"))
+
+
+def test_a_lock_that_was_removed_is_none(tmp_path: Path) -> None:
+    """Whoever opens it before its owner removes it would else hold a file that nobody else can see."""
+    out = tmp_path / "out"
+    with Store(str(out)).locked():
+        (out / ".lock").unlink()
+        with Store(str(out)).locked():
+            assert (out / ".lock").exists()
+
+
+@pytest.mark.parametrize("broken", ["", "{", '{"written": 5'])
+def test_a_part_with_broken_counts_is_converted_again(tmp_path: Path, broken: str) -> None:
+    source, out = three_tars(tmp_path / "in"), tmp_path / "out"
+    quick([source], out)
+    (out / "00001" / "counts.json").write_text(broken)
+    again = quick([source], out)
+    assert (again.written, again.resumed) == (15, 10)
+    assert_three_tars(read_back(None, out))
+    (out / "convert.json").write_text(broken)
+    with pytest.raises(UserError, match=r"convert\.json is broken; delete .* to start again"):
+        quick([source], out)
+
+
+def test_what_another_process_removes_is_missed(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "out"))
+    index = {"shards": [{"raw_data": {"basename": "shard.00000.mds"}, "zip_data": None}]}
+    with (
+        pytest.raises(UserError, match=r"shard\.00000\.mds was removed by another process"),
+        store.staged("a") as folder,
+    ):
+        (folder / "index.json").write_text(json.dumps(index))
+    assert not (tmp_path / "out" / "a").exists()
+
+
+def test_odd_names(tmp_path: Path) -> None:
+    """A # begins no part, a ? no query, where the file is a local one; a hidden file would have no name."""
+    names = ["a#1.tar", "b?x=1.tar", "c d.tar", "é.tar"]
+    for i, name in enumerate(names):
+        write_tar(tmp_path / "in" / name, pairs(10 * i, 3))
+    write_tar(tmp_path / "in" / ".d.tar", pairs(90, 3))
+    assert quick([tmp_path / "in"], tmp_path / "out").written == 12
+    parts = {path.parent.name for path in (tmp_path / "out").glob("*/index.json")}
+    assert parts == {"a#1", "b?x=1", "c d", "é"}
+    assert len(read_back(None, tmp_path / "out")) == 12
+    with pytest.raises(UserError, match="is a hidden file; rename it"):
+        quick([tmp_path / "in" / ".d.tar"], tmp_path / "other")
+
+
+def test_a_relative_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    quick([three_tars(tmp_path / "in")], "out")
+    assert_three_tars(read_back(None, tmp_path / "out"))
+    assert quick(["in"], "./out/").converted == 0
+
+
+def test_an_executor_of_ones_own(tmp_path: Path) -> None:
+    """Which goes on to be of use."""
+    options = ConvertOptions([str(three_tars(tmp_path / "in"))], str(tmp_path / "out"), semantic=False, progress=False)
+    with ThreadPoolExecutor(2) as executor:
+        assert convert(options, executor).written == 15
+        assert executor.submit(int, "7").result() == 7
+    assert_three_tars(read_back(None, tmp_path / "out"))
+
+
+def test_parts_of_held_out_samples_alone(tmp_path: Path) -> None:
+    """An input may have no other; the training split is without it, and nothing is converted twice."""
+    keys = [f"{i:05}" for i in range(400)]
+    held = [key for key in keys if position(key) < 0.2][:3]
+    kept = [key for key in keys if position(key) >= 0.2][:3]
+    for name, chosen in (("held", held), ("kept", kept)):
+        members = [(f"{key}.{end}", data) for key in chosen for end, data in (("jpg", draw(int(key))), ("txt", b"x"))]
+        write_tar(tmp_path / "in" / f"{name}.tar", members)
+    counts = quick([tmp_path / "in"], tmp_path / "out", held_out=0.2)
+    assert (counts.written, counts.held_out) == (6, 3)
+    assert sorted(read_back(None, tmp_path / "out")) == kept
+    assert sorted(read_back(None, tmp_path / "out" / "val")) == held
+    assert quick([tmp_path / "in"], tmp_path / "out", held_out=0.2).converted == 0

@@ -10,9 +10,9 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignclip import contact_sheet
 from alignclip.errors import UserError, check_place, one_line_errors
 from convert.storage import Store
 from convert.verify_findings import Overview
@@ -110,12 +110,7 @@ def _check(options: VerifyOptions) -> None:
         return
     if options.sample < 1:
         raise UserError(f"--sample must be at least 1, not {options.sample}")
-    check_place("--to", options.to)
-    path = Path(options.to).expanduser()
-    if "://" in options.to or path.suffix.lower() != ".png":
-        raise UserError(f"--to {options.to} must be a local .png file")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"--to {options.to}: there is no folder {path.absolute().parent}")
+    contact_sheet.check_path(options.to)
 
 
 def _formats(found: Overview) -> tuple[str, ...]:
@@ -150,7 +145,6 @@ def _read(store: Store, found: Overview, options: VerifyOptions) -> Read:
 
 def _draw(store: Store, found: Overview, options: VerifyOptions) -> str:
     """Draw samples at even distances, of a few shards at even distances; return where."""
-    from convert import contact_sheet
     from convert.evaluation_sets import spread
     from convert.verify_shards import samples_at
 
@@ -170,11 +164,8 @@ def _draw(store: Store, found: Overview, options: VerifyOptions) -> str:
     if not cells:
         return "no sample can be read"
     title = f"{store.out}: {len(cells):,} of {found.samples:,} samples"
-    path = Path(options.to).expanduser()
-    try:
-        contact_sheet.draw(cells, title, _formats(found)).save(path)
-    except OSError as error:
-        raise UserError(f"cannot write --to {path}: {error.strerror or error}") from None
+    path = contact_sheet.check_path(options.to)
+    contact_sheet.save(contact_sheet.draw(cells, title, _formats(found)), path)
     return f"{path} ({_number(len(cells), 'sample')})"
 
 

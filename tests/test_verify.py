@@ -16,8 +16,7 @@ from PIL import Image
 from streaming import MDSWriter
 from streaming.base.hashing import get_hash
 
-from convert import contact_sheet
-from convert.evaluation_sets import FORMATS
+from alignclip import contact_sheet
 from convert.verify import main
 
 REPOSITORY = Path(__file__).parents[1]
@@ -572,36 +571,3 @@ def test_contact_sheet_of_few_and_small_shards(tmp_path: Path, verify: Verify) -
         assert f"contact sheet {path} ({drawn} sample" in verify(out, "--fast", "--sample", wanted, "--to", path)[1]
         with Image.open(path) as sheet:
             assert sheet.size == contact_sheet.size(drawn)
-
-
-def test_contact_sheet_of_anything(tmp_path: Path) -> None:
-    texts = [
-        "",
-        "a" * 2000,
-        "日本語のとても長い説明文" * 20,
-        "emoji 🐈 and \x00\n\t control",
-        "עברית العربية हिन्दी",
-        "w " * 400,
-    ]
-    images = [draw(0), draw(1, size=(1, 900)), draw(2, "PNG", (3, 2)), b"", draw(4)[:-9], draw(5, size=(900, 1))]
-    transparent = io.BytesIO()
-    Image.new("RGBA", (30, 30), (0, 0, 0, 0)).save(transparent, "PNG")
-    cells = [contact_sheet.Cell(text, image, text) for text, image in zip(texts, images, strict=True)]
-    cells += [contact_sheet.Cell("key", transparent.getvalue(), "seen through")]
-    sheet = contact_sheet.draw(cells, texts[1], FORMATS)
-    assert sheet.size == contact_sheet.size(7)
-    box = contact_sheet.BOX
-    left, top = contact_sheet.GAP, contact_sheet.TITLE + 2 * (contact_sheet.CELL[1] + contact_sheet.GAP)
-    assert sheet.getpixel((left + box // 2, top + box // 2)) == (0xF1, 0xF1, 0xEF)
-
-
-def test_wrap() -> None:
-    font = contact_sheet.load_font(13)
-    for text in ("one two three four five six seven eight nine ten eleven twelve", "日本語" * 40, "x" * 90):
-        lines = contact_sheet.wrap(text, font, 100, 3)
-        assert len(lines) == 3
-        assert all(font.getlength(line) <= 100 for line in lines)
-        assert lines[-1].endswith("…")
-        assert text.startswith(lines[0])
-    assert contact_sheet.wrap("short\n text", font, 100, 3) == ["short text"]
-    assert contact_sheet.wrap(" ", font, 100, 3) == []

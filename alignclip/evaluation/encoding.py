@@ -65,7 +65,8 @@ class Encoder:
         """Encode the images of a map-style dataset.
 
         Args:
-            samples: N items ``(image, other)``: uint8 ``[3, size, size]`` and anything that can be pickled.
+            samples: N items ``(image, other)``: ``[3, size, size]``, uint8 or floats that are normalised already, and
+                anything that can be pickled.
             num_workers: processes of this rank that read and decode.
             name: of the progress bar.
 
@@ -100,7 +101,8 @@ class Encoder:
                     failures.append((str(error).strip().splitlines() or [type(error).__name__])[-1])
                     batches = iter(())
                     images = torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8)
-                yield normalize(images.to(self.device))
+                images = images.to(self.device)
+                yield normalize(images) if images.dtype == torch.uint8 else images
 
         features = self._encode(self.model.encode_image, batches(), len(loader), name)
         if failures := gather_objects(failures[:1]):

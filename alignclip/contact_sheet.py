@@ -13,6 +13,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from alignclip.errors import UserError, check_place
+
 # pixels
 BOX = 208  # a picture's longest side
 GAP = 20
@@ -37,6 +39,38 @@ class Cell:
     key: str
     image: bytes
     text: str
+
+
+def check_path(to: str) -> Path:
+    """Where a sheet may be saved, told before the work that it shows is done.
+
+    Raises:
+        UserError: names the option ``--to``: not a local .png file, or in no folder.
+    """
+    check_place("--to", to)
+    path = Path(to).expanduser()
+    if "://" in to or path.suffix.lower() != ".png":
+        raise UserError(f"--to {to} must be a local .png file")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--to {to}: there is no folder {path.absolute().parent}")
+    if path.is_dir():
+        raise UserError(f"--to {to} is a folder; name a .png file")
+    return path
+
+
+def save(sheet: Image.Image, path: Path) -> None:
+    """Write the PNG, complete or not at all.
+
+    Raises:
+        UserError: the file can't be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        sheet.save(partial, "PNG")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write --to {path}: {error.strerror or error}") from None
 
 
 def columns(number: int) -> int:

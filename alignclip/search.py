@@ -1,0 +1,236 @@
+"""``python -m alignclip.search images/ "a red bicycle" --model PATH``: the images of a folder, ranked by a text."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from PIL import Image
+
+from alignclip import contact_sheet
+from alignclip.errors import UserError, one_line, one_line_errors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.utils.data import Dataset
+
+    from alignclip.loading import Preprocess
+
+EXAMPLES = """examples:
+  python -m alignclip.search photos/ "a red bicycle" --model s3://my-bucket/runs/first
+  python -m alignclip.search photos/ "a red bicycle" --model runs/first/latest-rank0.pt --top 30 --to found.png
+  python -m alignclip.search photos/ "a red bicycle" --model hf-hub:ORG/NAME --device cpu | cut -f3"""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "PPM", "TIFF")  # some of PIL's others start programs
+DRAWN = 1000  # images at most on a contact sheet
+TOLD = 3  # unreadable images by name
+
+
+@dataclass
+class SearchOptions:
+    """What is searched for, where, by which model; ``top``: how many are shown; ``to``: the contact sheet, if any."""
+
+    folder: Path
+    text: str
+    model: str
+    top: int = 12
+    to: str | None = None
+    device: str | None = None
+    batch_size: int = 64
+    num_workers: int = 4
+
+
+@dataclass(frozen=True)
+class Match:
+    """An image and its cosine similarity to the text."""
+
+    similarity: float
+    path: Path
+
+
+class ImageFiles:
+    """Map-style: ``(image, error)`` of each file; what can't be read is black, with the reason."""
+
+    def __init__(self, paths: Sequence[Path], preprocess: Preprocess, image_size: int) -> None:
+        self.paths = paths
+        self.preprocess = preprocess
+        self.image_size = image_size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        import torch
+
+        try:
+            with warnings.catch_warnings(), Image.open(self.paths[index], formats=_readable()) as image:
+                warnings.simplefilter("ignore")  # of odd EXIF and palettes: whatever can be read is searched
+                return self.preprocess(image), ""
+        except Exception as error:  # PIL's decoders raise nearly anything on broken files
+            return torch.zeros(3, self.image_size, self.image_size), one_line(error)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Search as the arguments say; exit status 2 is bad input."""
+    options = _parse(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # file names are bytes, and come out as they are
+    with one_line_errors():
+        matches, total = search(options)
+        print("rank\tsimilarity\tpath")
+        for rank, match in enumerate(matches, 1):
+            print(f"{rank:>4}\t{match.similarity:>10.4f}\t{match.path}")
+        if options.to:
+            draw(options, matches, total)
+
+
+def _parse(arguments: Sequence[str] | None) -> SearchOptions:
+    parser = argparse.ArgumentParser(
+        prog="python -m alignclip.search",
+        description="Rank the images of a folder by their similarity to a text.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    default = SearchOptions(Path(), "", "")
+    parser.add_argument("folder", type=Path, help="images; those in its sub-folders, too")
+    parser.add_argument("text", help='what to look for, e.g. "a red bicycle"')
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="PATH",
+        help="anything that alignclip.load takes: a run's folder, a checkpoint, an open_clip export; a path or a URL",
+    )
+    parser.add_argument("--top", type=int, default=default.top, metavar="N", help="how many (default %(default)s)")
+    parser.add_argument("--to", metavar="SHEET.png", help="draw them on one picture")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, … (default: cuda where there is one)")
+    parser.add_argument("--batch-size", type=int, default=default.batch_size, metavar="N", help="default %(default)s")
+    parser.add_argument(
+        "--num-workers", type=int, default=default.num_workers, metavar="N", help="that decode (default %(default)s)"
+    )
+    return SearchOptions(**vars(parser.parse_args(arguments)))
+
+
+def search(options: SearchOptions) -> tuple[list[Match], int]:
+    """Encode every image and the text; what can't be read is told and left out.
+
+    Returns:
+        the ``top`` best, best first, equal ones by path; and how many images were ranked.
+
+    Raises:
+        UserError: no such folder or model, no images, none that can be read; impossible options.
+    """
+    _check(options)
+    paths = find(options.folder)
+    # seconds of imports, after what can be said without them
+    import torch
+
+    from alignclip.evaluation.encoding import Encoder
+    from alignclip.loading import load
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, preprocess, tokenizer = load(options.model, device)
+    if (length := len(tokenizer.encode(options.text)) + 2) > model.context_length:
+        print(f"the text has {length} tokens, and is cut to {model.context_length}", file=sys.stderr)
+    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else None
+    encoder = Encoder(model, torch.device(device), dtype, options.batch_size)
+    text = dataclasses.replace(encoder, progress=False).texts([options.text])
+    files = cast("Dataset[Any]", ImageFiles(paths, preprocess, encoder.image_size))
+    images, errors = encoder.images(files, options.num_workers)
+    similarities = (images @ text[0]).tolist()
+    _tell_unreadable({path: error for path, error in zip(paths, errors, strict=True) if error}, len(paths))
+    matches = [Match(s, path) for s, path, error in zip(similarities, paths, errors, strict=True) if not error]
+    # what only the last bit tells apart is the same image
+    matches.sort(key=lambda match: (-round(match.similarity, 6), match.path))
+    return matches[: options.top], len(matches)
+
+
+def _check(options: SearchOptions) -> None:
+    """Refuse what can be seen to be wrong before anything is read."""
+    for name, least in (("top", 1), ("batch_size", 1), ("num_workers", 0)):
+        if (value := getattr(options, name)) < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    if not options.text.strip():
+        raise UserError("the text is empty; write what to look for")
+    if options.to:
+        contact_sheet.check_path(options.to)
+        if options.top > DRAWN:
+            raise UserError(f"--to draws {DRAWN} images at most, not --top {options.top}")
+
+
+def find(folder: Path) -> list[Path]:
+    """The image files below a folder by their extensions, in the order of their paths; none that are hidden.
+
+    Raises:
+        UserError: no such folder, or no images.
+    """
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "no such folder"
+        raise UserError(f"{folder}: {what}; the first argument is a folder of images")
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent, n) for n in names if not n.startswith(".") and Path(n).suffix.lower() in suffixes]
+    if not found:
+        raise UserError(f"{folder}: no images there; they end in {', '.join(sorted(suffixes))}")
+    return sorted(found)
+
+
+def _readable() -> tuple[str, ...]:
+    """Of the formats, those that this PIL has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _tell_unreadable(errors: dict[Path, str], total: int) -> None:
+    """How many images could not be read, and why the first of them.
+
+    Raises:
+        UserError: none could.
+    """
+    if not errors:
+        return
+    first = "; ".join(f"{path} ({error})" for path, error in list(errors.items())[:TOLD])
+    more = f" and {len(errors) - TOLD:,} more" if len(errors) > TOLD else ""
+    if len(errors) == total:
+        raise UserError(f"none of the {total:,} images can be read: {first}{more}")
+    print(f"{len(errors):,} of {total:,} images can't be read and are left out: {first}{more}", file=sys.stderr)
+
+
+def draw(options: SearchOptions, matches: Sequence[Match], total: int) -> None:
+    """The matches on one picture: rank, similarity and path of each, the text above them.
+
+    Raises:
+        UserError: the picture can't be written.
+    """
+    assert options.to
+    cells = [
+        contact_sheet.Cell(
+            f"{rank} · {match.similarity:.4f}", _read(match.path), str(match.path.relative_to(options.folder))
+        )
+        for rank, match in enumerate(matches, 1)
+    ]
+    title = f"“{options.text}”: {len(cells):,} of {total:,} images"
+    path = contact_sheet.check_path(options.to)
+    contact_sheet.save(contact_sheet.draw(cells, title, _readable()), path)
+    print(f"drawn: {path}", file=sys.stderr)
+
+
+def _read(path: Path) -> bytes:
+    """The file, or nothing where it went meanwhile."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,13 @@
 """A run and its save folder: what is there, whether it is this run's, and what of it may go.
 
-The folder is local or an object store's URI. Beside the checkpoints lies ``config.yaml``, the resolved configuration.
+The folder is local or an object store's URI. Beside the checkpoints lie ``config.yaml``, the resolved configuration,
+and ``starts.json``, an entry for each start of the run (:class:`alignclip.environment.Start`).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 import re
 import shutil
@@ -23,11 +26,13 @@ from omegaconf import OmegaConf
 
 from alignclip.config import RunConfig
 from alignclip.config_file import to_yaml
+from alignclip.environment import Start
 from alignclip.errors import UserError, describe_storage_error
 
 log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
+STARTS_FILE = "starts.json"
 # Sections that make a run what it is; a rerun with other values would be another run.
 FIXED = (
     "model", "loss", "data", "optimizer", "scheduler", "algorithms", "global_train_batch_size", "seed",
@@ -113,13 +118,32 @@ class SaveFolder:
                 print(f"max_duration: {old.get('max_duration')} → {now['max_duration']}; the learning rate follows it")
 
     def write_config(self) -> None:
-        """Leave this run's configuration beside its checkpoints, to be compared when it goes on.
+        """Leave this run's configuration beside its checkpoints, to be compared when it goes on, or run again.
 
         Raises:
             UserError: the folder can't be written.
         """
         try:
             self._write(CONFIG_FILE, to_yaml(self.config))
+        except Exception as error:  # of the file system, or any cloud's
+            raise UserError(f"save_folder={self.uri} can't be written: {describe_storage_error(error)}") from None
+
+    def add_start(self, start: Start) -> None:
+        """Add an entry to the record of the run's starts, and say which versions are not those of the last one.
+
+        Raises:
+            UserError: the record is not as this has written it, or can't be written.
+        """
+        now = dataclasses.asdict(start)
+        try:
+            starts = json.loads(self._read(STARTS_FILE) or "[]")
+            changed = differing(starts[-1]["versions"], now["versions"]) if starts else []
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{self.uri}/{STARTS_FILE} is no list of this run's starts; move it away") from None
+        if changed and start.batch:
+            print(f"since the last start other versions were installed: {'; '.join(changed)}", flush=True)
+        try:
+            self._write(STARTS_FILE, json.dumps([*starts, now], indent=2) + "\n")
         except Exception as error:  # of the file system, or any cloud's
             raise UserError(f"save_folder={self.uri} can't be written: {describe_storage_error(error)}") from None
 
@@ -257,12 +281,17 @@ class RemoteRotation(Callback):
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What makes two configurations two different runs, as ``key: before → now``."""
     old, new = _flatten(before), _flatten(now)
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        fixed = key.split(".")[0] in FIXED and key not in FREE and not _is_cache_path(key, new)
-        if fixed and old.get(key) != new.get(key):
-            found.append(f"{key}: {old.get(key, 'not set')} → {new.get(key, 'not set')}")
-    return found
+
+    def fixed(key: str) -> bool:
+        return key.split(".")[0] in FIXED and key not in FREE and not _is_cache_path(key, new)
+
+    return differing({k: v for k, v in old.items() if fixed(k)}, {k: v for k, v in new.items() if fixed(k)})
+
+
+def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What two flat dicts differ in, as ``key: old → new``."""
+    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return [f"{key}: {old.get(key, 'not set')} → {new.get(key, 'not set')}" for key in keys]
 
 
 def _plain(text: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ EXAMPLES = """examples:
   composer -n 2 pretrain.py yamls/quickstart.yaml run_name=small data.streams.scenes.local=/data/mine
   composer pretrain.py yamls/alignclip.yaml save_folder=s3://my-bucket/runs/{run_name} save_interval=1000ba
   composer pretrain.py yamls/alignclip.yaml data.streams.cc12m=null data.streams.mine.local=/data/mine
+  composer pretrain.py s3://my-bucket/runs/first/config.yaml run_name=again      # what another run has left
 the same command goes on with a run that was stopped or killed"""
 
 
@@ -38,7 +39,7 @@ def read_arguments(arguments: Sequence[str], prog: str, description: str, exampl
     parser = argparse.ArgumentParser(
         prog=prog, description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", help="YAML file; README.md lists its sections")
+    parser.add_argument("config", help="YAML file, or its URL; README.md lists its sections")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key.sub=value", help="settings that replace the file's"
     )

@@ -17,7 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from alignclip.config import EvaluateConfig, RunConfig
 from alignclip.config_checks import validate, validate_evaluation
-from alignclip.errors import UserError, nearest
+from alignclip.errors import UserError, check_place, nearest
+from alignclip.fetching import read_text
 
 T = TypeVar("T")
 
@@ -45,6 +46,7 @@ REFUSED = {
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read the configuration of a pretraining run: a YAML file and ``key.sub=value`` overrides over it.
 
+    The file may be a URL, e.g. of the ``config.yaml`` that another run has left in its bucket.
     ``data.streams.NAME=null`` takes a set out that the file has, ``evaluators.NAME=null`` an evaluator.
 
     Raises:
@@ -84,8 +86,12 @@ def _read(path: str | Path, overrides: Sequence[str], schema: type[T]) -> T:
 
 
 def _read_file(path: str | Path) -> DictConfig:
+    check_place("config file", str(path))
+    is_url = "://" in str(path) and "=" not in str(path)  # an override is none
     try:
-        content = OmegaConf.load(path)
+        content = OmegaConf.create(read_text(str(path))) if is_url else OmegaConf.load(path)
+    except UserError:
+        raise
     except FileNotFoundError:
         if "=" in str(path):
             raise UserError(f"the first argument is the YAML file, e.g. yamls/alignclip.yaml, not '{path}'") from None

@@ -7,6 +7,7 @@ afterwards, and so does its model card.
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -42,6 +43,25 @@ def fetch(place: str, downloads: Path) -> Path:
     if "://" in place:
         return _from_store(place.rstrip("/"), downloads)
     return _on_disk(place)
+
+
+def read_text(url: str) -> str:
+    """A small text file of an object store.
+
+    Raises:
+        UserError: it is not there, can't be read, or is no text.
+    """
+    from streaming.base.storage import CloudDownloader  # takes seconds
+
+    with tempfile.TemporaryDirectory(prefix="alignclip-") as folder:
+        path = Path(folder, "file")
+        try:
+            CloudDownloader.get(url).download(url, str(path), READ_TIMEOUT)
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"{url} is no text file") from None
+        except Exception as error:  # every provider has its own
+            raise UserError(f"can't read {url}: {describe_storage_error(error)}") from None
 
 
 def few(names: Iterable[str]) -> str:

@@ -113,7 +113,11 @@ def _parse(arguments: Sequence[str] | None) -> SearchOptions:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, … (default: cuda where there is one)")
     parser.add_argument("--batch-size", type=int, default=default.batch_size, metavar="N", help="default %(default)s")
     parser.add_argument(
-        "--num-workers", type=int, default=default.num_workers, metavar="N", help="that decode (default %(default)s)"
+        "--num-workers",
+        type=int,
+        default=default.num_workers,
+        metavar="N",
+        help="processes that decode (default %(default)s)",
     )
     return SearchOptions(**vars(parser.parse_args(arguments)))
 

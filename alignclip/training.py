@@ -27,6 +27,7 @@ from alignclip.config import RunConfig, SchedulerConfig, TrainerConfig
 from alignclip.data import ImageTextDataset, build_dataloader, check_streams
 from alignclip.distributed import mend_gloo_fsdp_average
 from alignclip.encoders import build_encoders, clamp_logit_scale_
+from alignclip.environment import Start
 from alignclip.errors import UserError, nearest, one_line
 from alignclip.evaluation.callback import BestCheckpoint, EvaluationCallback
 from alignclip.losses import AlignCLIPLoss
@@ -62,7 +63,7 @@ def run(config: RunConfig) -> int:
         print_once(f"run '{config.run_name}' is finished: {done.value} of {end.value} {end.unit.value} are trained")
         return 0
     if folder is not None:
-        on_rank_zero(folder.write_config)
+        on_rank_zero(lambda: write_record(folder, trainer))
     print_once(describe(config, trainer, folder))
     trainer.fit()
     batch = trainer.state.timestamp.batch.value
@@ -135,6 +136,13 @@ def check_inputs(config: RunConfig, folder: SaveFolder | None) -> None:
         folder.open()
         folder.restore_latest_link()
         folder.check_config()
+
+
+def write_record(folder: SaveFolder, trainer: Trainer) -> None:
+    """What is needed to run this again, and what it ran on, beside the checkpoints."""
+    device = torch.cuda.get_device_name() if trainer.state.device.name == "gpu" else trainer.state.device.name
+    folder.write_config()
+    folder.add_start(Start(trainer.state.timestamp.batch.value, dist.get_world_size(), device))
 
 
 def on_rank_zero(action: Callable[[], None]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 from alignclip.command import read_arguments
 from alignclip.config import EvaluateConfig
 from alignclip.config_file import load_evaluation
+from alignclip.environment import versions
 from alignclip.errors import UserError, one_line_errors
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def write(config: EvaluateConfig, results: Results, pairs: dict[str, Pairs], fai
         "precision": config.precision,
         "results": results,
         "failed": failed,
-        "versions": {name: importlib.metadata.version(name) for name in ("alignclip", "torch", "open_clip_torch")},
+        "versions": versions(),
     }
     partial = out / ".results.json.partial"
     partial.write_text(json.dumps(content, indent=2))

@@ -1,0 +1,84 @@
+"""What a run was started with: the commit of this code, versions, machine and command line."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+
+HERE = Path(__file__).parent
+GIT_TIMEOUT = 20.0  # seconds
+# what losses to the last bit depend on, or the format of checkpoints and sets
+PACKAGES = (
+    "alignclip", "torch", "torchvision", "mosaicml", "mosaicml-streaming", "timm", "open_clip_torch", "numpy", "pillow",
+)  # fmt: skip
+
+
+@dataclass
+class Git:
+    """The checkout that the code ran from; ``dirty``: its tracked files were changed."""
+
+    commit: str
+    dirty: bool
+
+
+@dataclass
+class Start:
+    """One start of a run.
+
+    Attributes:
+        batch: how many it had trained.
+        world_size: processes on all machines.
+        device: of rank 0, e.g. ``cpu`` or ``NVIDIA H200``.
+        time: UTC.
+        command: after the launcher's own arguments.
+        git: None where the code is installed rather than a checkout, or there is no git.
+        versions: of Python, CUDA and :data:`PACKAGES`.
+    """
+
+    batch: int
+    world_size: int
+    device: str
+    time: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    command: str = field(default_factory=lambda: shlex.join(sys.argv))
+    git: Git | None = field(default_factory=lambda: checkout(HERE))
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+
+
+def versions() -> dict[str, str]:
+    """Names → versions of what is installed here."""
+    import torch  # has been imported where anything runs
+
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # alignclip itself, where it is only on the path
+            continue
+    return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
+
+
+def checkout(folder: Path) -> Git | None:
+    """The git checkout that a folder of code belongs to; None where git doesn't know its files."""
+    try:
+        # an environment may lie inside of somebody's repository without being a part of it
+        tracked = _git(folder, "ls-files", "*.py")
+        commit = _git(folder, "rev-parse", "HEAD")
+        dirty = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return Git(commit, bool(dirty)) if tracked else None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    # in a container the checkout often belongs to another user, which git would refuse
+    command = ["git", "-c", "safe.directory=*", "--no-optional-locks"]
+    done = subprocess.run(
+        [*command, *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=GIT_TIMEOUT
+    )
+    return done.stdout.strip()

@@ -1,0 +1,136 @@
+"""What a run was started with, and its record beside the checkpoints."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+import torch
+from runs import RECORDING, run, steps, write_config, write_set
+from s3 import S3Server
+
+from alignclip import config_file
+from alignclip.checkpoints import SaveFolder
+from alignclip.environment import Git, Start, checkout, versions
+from alignclip.errors import UserError
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=n", "-c", "user.email=e"]
+    done = subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def test_the_commit_of_the_checkout_that_the_code_is_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = tmp_path / "repository" / "code"
+    code.mkdir(parents=True)
+    (code / "a.py").write_text("1")
+    assert checkout(code) is None
+    git(code.parent, "init")
+    assert checkout(code) is None, "no commit yet"
+    git(code.parent, "add", "code/a.py")
+    git(code.parent, "commit", "-m", "first")
+    commit = git(code, "rev-parse", "HEAD")
+    (code.parent / "runs").mkdir()
+    (code / "untracked.txt").write_text("")
+    assert checkout(code) == Git(commit, dirty=False)
+    (code / "a.py").write_text("2")
+    assert checkout(code) == Git(commit, dirty=True)
+    # an environment that lies in somebody's repository
+    installed = code.parent / ".venv" / "alignclip"
+    installed.mkdir(parents=True)
+    (installed / "a.py").write_text("1")
+    assert checkout(installed) is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert checkout(code) is None, "no git"
+
+
+def test_versions() -> None:
+    found = versions()
+    assert found["torch"] == torch.__version__.partition("+")[0]
+    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert {"mosaicml", "mosaicml-streaming", "timm", "open_clip_torch"} <= found.keys()
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_every_start_is_recorded(s3: S3Server, tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    uri = str(tmp_path / "runs") if place == "local" else f"{s3.bucket()}/runs"
+    config = config_file.load(write_config(tmp_path, str(tmp_path / "set"), uri), ["run_name=first"])
+    folder = SaveFolder(config)
+    folder.open()
+    first = Start(0, 8, "NVIDIA H200")
+    folder.add_start(first)
+    folder.add_start(Start(5, 2, "cpu", git=None))
+    assert capsys.readouterr().out == ""
+    changed = {**first.versions, "torch": "9.9", "new": "1"}
+    folder.add_start(Start(10, 2, "cpu", versions=changed))
+    changes = f"new: not set → 1; torch: {first.versions['torch']} → 9.9"
+    assert capsys.readouterr().out == f"since the last start other versions were installed: {changes}\n"
+    written = json.loads(folder._read("starts.json") or "")
+    assert [(s["batch"], s["world_size"], s["device"]) for s in written] == [
+        (0, 8, "NVIDIA H200"), (5, 2, "cpu"), (10, 2, "cpu"),
+    ]  # fmt: skip
+    assert written[0]["versions"] == first.versions
+    assert written[2]["versions"] == changed
+    assert written[1]["git"] is None
+    assert written[0]["command"] == first.command
+    assert datetime.now(timezone.utc) - datetime.fromisoformat(written[0]["time"]) < timedelta(minutes=10)
+    for broken in ("[{", '{"a": 1}', "[1]"):
+        folder._write("starts.json", broken)
+        with pytest.raises(UserError, match=r"runs/starts\.json is no list of this run's starts; move it away"):
+            folder.add_start(first)
+    if place == "local":
+        assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["starts.json"]
+
+
+@pytest.mark.slow
+def test_a_run_is_run_again_from_what_it_left_in_the_bucket(s3: S3Server, tmp_path: Path) -> None:
+    """Settings of the command line and of the file alike; the second one's losses are the first one's to the bit."""
+    dataset, runs = f"{s3.bucket()}/pairs", f"{s3.bucket()}/runs"
+    write_set(dataset, 64)
+    config = write_config(tmp_path, dataset, f"{runs}/{{run_name}}")
+    settings = ["max_duration=6ba", "save_interval=4ba", "loss.alpha=0.75", "optimizer.lr=0.002", "seed=3"]
+    settings += ["algorithms.EMA.half_life=2ba", "model.vision_cfg.patch_dropout=0.25", "model.shared.blocks=0"]
+    run(RECORDING, tmp_path / "first", config, "run_name=first", *settings, cwd=tmp_path / "a")
+    config.unlink()
+    arguments = [RECORDING, tmp_path / "again", f"{runs}/first/config.yaml"]
+    said = run(*arguments, "run_name=again", cwd=tmp_path / "b")
+    assert "run 'again' starts" in said
+    first, again = steps(tmp_path / "first"), steps(tmp_path / "again")
+    assert [record["step"] for record in first] == list(range(6))
+    assert first == again
+    # the record grows with a start that goes on
+    run(*arguments, "run_name=again", "max_duration=8ba", cwd=tmp_path / "b")
+    bucket, _, prefix = runs.removeprefix("s3://").partition("/")
+    content = s3.client.get_object(Bucket=bucket, Key=f"{prefix}/again/starts.json")["Body"].read()
+    starts = json.loads(content)
+    assert [(start["batch"], start["world_size"], start["device"]) for start in starts] == [
+        (0, 1, "cpu"),
+        (6, 1, "cpu"),
+    ]
+    assert all("first/config.yaml run_name=again" in start["command"] for start in starts)
+    assert starts[0]["versions"] == versions()
+
+
+def test_a_configuration_in_a_bucket(s3: S3Server, tmp_path: Path) -> None:
+    bucket = s3.bucket()
+    path = write_config(tmp_path, str(tmp_path / "set"))
+    name = bucket.removeprefix("s3://")
+    s3.client.put_object(Bucket=name, Key="tiny.yaml", Body=path.read_bytes())
+    assert config_file.load(f"{bucket}/tiny.yaml", ["seed=5"]) == config_file.load(path, ["seed=5"])
+    s3.client.put_object(Bucket=name, Key="a.yaml", Body=b"model: [")
+    s3.client.put_object(Bucket=name, Key="weights.pt", Body=b"\xff\xfe\x00")
+    for url, words in {
+        f"{bucket}/none.yaml": "can't read s3://.*/none.yaml: not found; check the bucket and the path",
+        f"{bucket}/a.yaml": "a.yaml is not a YAML file",
+        f"{bucket}/weights.pt": "weights.pt is no text file",
+        f"s3:/{name}/tiny.yaml": f"has one slash; did you mean '{bucket}/tiny.yaml'",
+        "sss://x/tiny.yaml": "can't read sss://x/tiny.yaml: ",
+        f"data.streams.a.remote={bucket}/set": "the first argument is the YAML file",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            config_file.load(url)

@@ -79,6 +79,25 @@ class CLIP(open_clip.CLIP):
             _normalize(_in_chunks(self._encode_trimmed_text, self._trim(tokens), chunk_size)),
         )
 
+    @torch.inference_mode()
+    def similarity(self, images: Tensor, tokens: Tensor, batch_size: int = 256) -> Tensor:
+        """Cosines of every image with every text; times ``exp(logit_scale)`` they are the logits.
+
+        Args:
+            images: [n, 3, image_size, image_size], normalised pixels, on any device.
+            tokens: [m, l] token ids, on any device.
+            batch_size: images, and texts, that are moved to the model's device and encoded at a time.
+
+        Returns:
+            [n, m], on the model's device.
+        """
+        device = self.logit_scale.device
+
+        def encode(one: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+            return torch.cat([_normalize(one(batch.to(device))) for batch in inputs.split(batch_size)])
+
+        return encode(self.encode_image, images) @ encode(self.encode_text, tokens).T
+
     def _encode_trimmed_text(self, text: Tensor) -> Tensor:
         """[n, l] token ids, l up to the context length -> [n, embed_dim] features, all l positions computed."""
         length = text.shape[1]

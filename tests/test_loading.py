@@ -564,3 +564,18 @@ def test_what_is_imported_when() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "AttributeError: module 'alignclip' has no attribute 'lead'" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 256])
+def test_similarity(batch_size: int) -> None:
+    """Cosines of all with all, whatever the batch; tokens padded to any length."""
+    torch.manual_seed(0)
+    model = build_encoders(small_config(shared=EVERYTHING)).eval()
+    images, tokens = small_batch(8)
+    with torch.no_grad():
+        image = torch.nn.functional.normalize(model.encode_image(images), dim=-1)
+        text = torch.nn.functional.normalize(model.encode_text(tokens[:5]), dim=-1)
+    found = model.similarity(images, tokens[:5], batch_size)
+    assert found.shape == (8, 5)
+    torch.testing.assert_close(found, image @ text.T, rtol=0, atol=1e-6)
+    assert not found.requires_grad

@@ -24,7 +24,7 @@ from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri
 from composer.utils.object_store import ObjectStore
 from omegaconf import OmegaConf
 
-from alignclip.config import RunConfig
+from alignclip.config import RunConfig, StartConfig
 from alignclip.config_file import to_yaml
 from alignclip.environment import Start
 from alignclip.errors import UserError, describe_storage_error
@@ -36,7 +36,7 @@ STARTS_FILE = "starts.json"
 # Sections that make a run what it is; a rerun with other values would be another run.
 FIXED = (
     "model", "loss", "data", "optimizer", "scheduler", "algorithms", "global_train_batch_size", "seed",
-    "train_subset_num_batches",
+    "train_subset_num_batches", *(f.name for f in dataclasses.fields(StartConfig)),
 )  # fmt: skip
 # … except what only says where and how fast: the same samples in the same order.
 FREE = {

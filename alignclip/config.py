@@ -133,13 +133,17 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
-    """``opt`` is any optimizer name of timm; the rest are its arguments. 1-D parameters are not decayed."""
+    """``opt`` is any optimizer name of timm; the rest are its arguments. 1-D parameters are not decayed.
+
+    ``layer_decay``, as timm calls it: each layer down from a tower's top has its ``lr`` multiplied by it once more.
+    """
 
     opt: str = "adamw"
     lr: float = 1e-3
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
     eps: float = 1e-6
     weight_decay: float = 0.1
+    layer_decay: Optional[float] = None  # null: one lr for all layers
 
 
 @dataclass
@@ -261,7 +265,23 @@ class KeepBestConfig:
 
 
 @dataclass
-class RunConfig(TrainerConfig):
+class StartConfig:
+    """What a new run starts from and what of it stays as it is, in the names of open_clip's flags.
+
+    See :mod:`alignclip.pretrained` for what ``pretrained`` may be, :mod:`alignclip.locking` for the locks.
+    """
+
+    pretrained: Optional[str] = None
+    pretrained_shared_from: str = "text"  # or vision: whose numbers a shared module gets where the towers differ
+    lock_image: bool = False
+    lock_image_unlocked_groups: int = 0  # from the top: projection, last block and norm, then a block each, patches
+    lock_image_freeze_bn_stats: bool = False
+    lock_text: bool = False
+    lock_text_unlocked_layers: int = 0  # counted the same way
+
+
+@dataclass
+class RunConfig(StartConfig, TrainerConfig):
     """A pretraining run: what is trained, on what, how; and, at the top level, the Trainer's own arguments."""
 
     global_train_batch_size: int = 512

@@ -11,6 +11,7 @@ from alignclip.config import METRICS, EvaluateConfig, EvaluatorConfig, RunConfig
 from alignclip.errors import UserError, check_place, nearest
 
 VOCABULARY = 49408  # of CLIP's byte pairs
+SHARED_FROM = ("text", "vision")
 _EVALUATION_PRECISIONS = ("fp32", "amp_bf16", "amp_fp16")
 # The schedule counts batches; Composer's intervals can be more. Without a unit Composer would take seconds or epochs.
 _SCHEDULE_UNITS = {"ep": "epochs", "ba": "batches"}
@@ -59,6 +60,31 @@ def validate(config: RunConfig) -> None:
     if "/" in config.run_name:
         raise UserError(f"run_name={config.run_name} must not hold a '/'")
     _check_checkpoints(config)
+    _check_start(config)
+
+
+def _check_start(config: RunConfig) -> None:
+    """What the run starts from, and what of it is locked."""
+    if config.pretrained is not None and not config.pretrained:
+        raise UserError("pretrained is empty: name a checkpoint, or leave it out (null)")
+    if config.pretrained and config.load_path:
+        raise UserError("pretrained and load_path both say where the weights come from; set one of them")
+    if config.pretrained_shared_from not in SHARED_FROM:
+        hint = nearest(config.pretrained_shared_from, SHARED_FROM)
+        raise UserError(f"pretrained_shared_from={config.pretrained_shared_from}: {hint}")
+    for key, lock in (
+        ("lock_image_unlocked_groups", "lock_image"),
+        ("lock_text_unlocked_layers", "lock_text"),
+        ("lock_image_freeze_bn_stats", "lock_image"),
+    ):
+        value = getattr(config, key)
+        if value < 0:
+            raise UserError(f"{key} must not be negative, but is {value}")
+        if value and not getattr(config, lock):
+            raise UserError(f"{key}={value} has no effect without {lock}=true")
+    decay = config.optimizer.layer_decay
+    if decay is not None and not 0 < decay <= 1:
+        raise UserError(f"optimizer.layer_decay={decay} must lie in (0, 1], or be null")
 
 
 def _check_signs(config: RunConfig) -> None:
@@ -157,6 +183,7 @@ def _number(text: str) -> float | None:
 def _check_places(config: RunConfig) -> None:
     """Folders and URLs look like what they are."""
     places = {"save_folder": config.save_folder, "load_path": config.load_path}
+    places |= {"pretrained": config.pretrained}
     for name, stream in config.data.streams.items():
         places |= {f"data.streams.{name}.remote": stream.remote, f"data.streams.{name}.local": stream.local}
     for key, place in places.items():

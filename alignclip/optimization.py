@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import timm.models
 import timm.optim
 import torch
+from open_clip.timm_model import TimmModel
 from torch import nn
 
 from alignclip.config import OptimizerConfig
+from alignclip.encoders import CLIP
 from alignclip.errors import UserError, nearest
 
 
@@ -24,8 +27,56 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return groups
 
 
+def layer_depths(model: CLIP) -> dict[nn.Parameter, int]:
+    """How far each parameter lies below the top of its tower, for ``optimizer.layer_decay``.
+
+    0 are projections, the norms behind the blocks and logit_scale; then the blocks, from 1 for the last, whatever
+    the other tower's number is (a shared block has the same depth in both); below the first block the embeddings. In
+    a timm tower the layers are those of the model's own ``group_matcher``. With lr · layer_decay^depth as in BEiT
+    (https://arxiv.org/abs/2106.08254) and :func:`timm.optim.param_groups_layer_decay`.
+    """
+    depths = dict.fromkeys(model.parameters(), 0)
+
+    def tower(blocks: nn.Module, *below: nn.Module | nn.Parameter) -> None:
+        layers = list(blocks.children())
+        for i, block in enumerate(layers):
+            depths.update(dict.fromkeys(block.parameters(), len(layers) - i))
+        for part in below:
+            parameters = [part] if isinstance(part, nn.Parameter) else part.parameters()
+            depths.update(dict.fromkeys(parameters, len(layers) + 1))
+
+    tower(model.transformer.resblocks, model.token_embedding, model.positional_embedding)
+    visual = model.visual
+    if isinstance(visual, TimmModel):
+        trunk: Any = visual.trunk
+        layers = timm.models.group_parameters(trunk, trunk.group_matcher(coarse=False), reverse=True)
+        top = max(layers.values())
+        depths |= {trunk.get_parameter(name): top - layer for name, layer in layers.items()}
+    else:
+        tower(
+            visual.transformer.resblocks,
+            *(visual.conv1, visual.class_embedding, visual.positional_embedding, visual.ln_pre),
+        )
+    return depths
+
+
+def decay_by_layer(
+    groups: list[dict[str, Any]], depths: dict[nn.Parameter, int], lr: float, layer_decay: float
+) -> list[dict[str, Any]]:
+    """Split parameter groups by depth, with an ``lr`` each: lr · layer_decay^depth, the full rate first."""
+    split: dict[tuple[int, int], dict[str, Any]] = {}
+    for i, group in enumerate(groups):
+        for parameter in group["params"]:
+            depth = depths[parameter]
+            at = split.setdefault((depth, i), {**group, "lr": lr * layer_decay**depth, "params": []})
+            at["params"].append(parameter)
+    return [split[key] for key in sorted(split)]
+
+
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer that ``config.opt`` names in timm, over :func:`parameter_groups`.
+    """The optimizer that ``config.opt`` names in timm, over :func:`parameter_groups`, by layer if so configured.
+
+    The first group has the full learning rate (:class:`alignclip.callbacks.TrainingMonitor` logs it).
 
     ``betas`` and ``eps`` reach the optimizer as they stand, so they are worth a look when ``opt`` changes. One that the
     optimizer doesn't take is left out while it is at its default, and refused when it was set.
@@ -52,6 +103,9 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
         raise UserError(f"optimizer.betas: {config.opt} takes {takes}, not {config.betas}")
 
     groups = parameter_groups(model, config.weight_decay)
+    if config.layer_decay is not None:
+        assert isinstance(model, CLIP)
+        groups = decay_by_layer(groups, layer_depths(model), config.lr, config.layer_decay)
     try:
         return timm.optim.create_optimizer_v2(groups, opt=config.opt, lr=config.lr, weight_decay=0.0, **kwargs)
     except (AssertionError, ImportError, TypeError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import time
 from pathlib import Path
@@ -43,6 +44,8 @@ REFUSED_ALGORITHMS = {
 def check(config: RunConfig) -> None:
     """Refuse unknown classes and arguments of ``algorithms``, ``callbacks`` and ``loggers``, naming the nearest.
 
+    Loggers whose package is missing, too.
+
     Raises:
         UserError: the first one found.
     """
@@ -57,6 +60,9 @@ def check(config: RunConfig) -> None:
             if section == "algorithms" and name in REFUSED_ALGORITHMS:
                 raise UserError(f"algorithms.{name} is refused: {REFUSED_ALGORITHMS[name]}")
             _check_arguments(f"{section}.{name}", classes[name], arguments or {})
+            if name in _EXTRAS and importlib.util.find_spec(_EXTRAS[name]) is None:
+                hint = f"pip install 'alignclip[{_EXTRAS[name]}]'"
+                raise UserError(f"{section}.{name} needs a package that is not installed: {hint}")
 
 
 def build(config: RunConfig, section: str) -> list[Any]:
@@ -77,8 +83,7 @@ def build(config: RunConfig, section: str) -> list[Any]:
         try:
             built.append(classes[name](**arguments))
         except MissingConditionalImportError as error:
-            extra = _EXTRAS.get(name)
-            hint = f"pip install 'alignclip[{extra}]'" if extra else " ".join(str(error).split())
+            hint = " ".join(str(error).split())
             raise UserError(f"{section}.{name} needs a package that is not installed: {hint}") from None
         except (TypeError, ValueError) as error:
             raise UserError(f"{section}.{name}: {' '.join(str(error).split())}") from None
@@ -107,7 +112,7 @@ def _check_arguments(where: str, cls: type, arguments: Arguments) -> None:
         raise UserError(f"{where} needs {', '.join(missing)}")
 
 
-# Ours, where Composer's message would name its own.
+# Packages, and our extras of the same names: known before data and model are built, and Composer would name its own.
 _EXTRAS = {"TensorboardLogger": "tensorboard", "WandBLogger": "wandb"}
 _SECTIONS: tuple[tuple[str, ModuleType, type], ...] = (
     ("algorithms", composer.algorithms, Algorithm),

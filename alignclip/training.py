@@ -26,13 +26,15 @@ from alignclip.checkpoints import RemoteRotation, SaveFolder
 from alignclip.config import RunConfig, SchedulerConfig, TrainerConfig
 from alignclip.data import ImageTextDataset, build_dataloader, check_streams
 from alignclip.distributed import mend_gloo_fsdp_average
-from alignclip.encoders import build_encoders, clamp_logit_scale_
+from alignclip.encoders import CLIP, build_encoders, clamp_logit_scale_
 from alignclip.environment import Start
 from alignclip.errors import UserError, nearest, one_line
 from alignclip.evaluation.callback import BestCheckpoint, EvaluationCallback
+from alignclip.locking import lock_towers
 from alignclip.losses import AlignCLIPLoss
 from alignclip.model import AlignCLIPModel
 from alignclip.optimization import build_optimizer, lr_multiplier
+from alignclip.pretrained import load_pretrained
 
 DEVICES = ("cpu", "gpu", "mps")
 STOPPED = 128 + signal.SIGTERM  # exit status of a run that a signal ended early
@@ -80,6 +82,8 @@ def describe(config: RunConfig, trainer: Trainer, folder: SaveFolder | None) -> 
     """What is about to be trained, on what, from where: three lines for the top of a log."""
     state, batch = trainer.state, trainer.state.timestamp.batch.value
     parameters = sum(p.numel() for p in state.model.parameters()) / 1e6
+    locked = sum(p.numel() for p in state.model.parameters() if not p.requires_grad) / 1e6
+    size = f"{parameters:,.1f} M parameters" + (f" ({locked:,.1f} M locked)" if locked else "")
     loader = state.train_dataloader
     assert isinstance(loader, StreamingDataLoader)
     assert isinstance(loader.dataset, ImageTextDataset)
@@ -88,7 +92,7 @@ def describe(config: RunConfig, trainer: Trainer, folder: SaveFolder | None) -> 
     batches = f"{len(loader):,} batches of {config.global_train_batch_size:,} an epoch"
     checkpoints = f"{folder.uri}, every {config.save_interval}" if folder else "none (save_folder is not set)"
     return (
-        f"run '{state.run_name}' {start}: {parameters:,.1f} M parameters, {processes}, {config.precision}\n"
+        f"run '{state.run_name}' {start}: {size}, {processes}, {config.precision}\n"
         f"  data: {loader.dataset.size:,} samples, {batches}, {config.max_duration} in all\n"
         f"  checkpoints: {checkpoints}"
     )
@@ -171,7 +175,8 @@ def build_trainer(
     batches_per_epoch = len(loader) if subset < 0 else min(subset, len(loader))
     reproducibility.seed_all(config.seed)  # the same weights on every rank
     model = build_model(config, device)
-    optimizer = build_optimizer(config.optimizer, model)
+    prepare(config, model.encoders, folder)
+    optimizer = build_optimizer(config.optimizer, model.encoders)
     # right after the step, so that EMA and the checkpoint see the clamped value
     optimizer.register_step_post_hook(lambda *_: clamp_logit_scale_(model.encoders))
     trainer = Trainer(
@@ -229,6 +234,20 @@ def build_model(config: RunConfig, device: Device) -> AlignCLIPModel:
     loss = AlignCLIPLoss(**dataclasses.asdict(config.loss))
     cpu_bf16 = device.name == "cpu" and config.precision == Precision.AMP_BF16.value
     return AlignCLIPModel(build_encoders(config.model), loss, config.model.encode_chunk_size, cpu_bf16)
+
+
+def prepare(config: RunConfig, encoders: CLIP, folder: SaveFolder | None) -> None:
+    """What a new run starts from, on every rank; then, new or not, what of it is locked.
+
+    A run that goes on has its checkpoint: ``pretrained`` may be gone by then.
+    """
+    goes_on = [False]
+    if folder is not None and dist.get_global_rank() == 0:
+        goes_on = [config.autoresume and folder.has_checkpoint()]
+    dist.broadcast_object_list(goes_on)
+    if config.pretrained and not goes_on[0]:
+        print_once(load_pretrained(encoders, config.pretrained, config.pretrained_shared_from, config.model))
+    lock_towers(encoders, config)
 
 
 def build_scheduler(

@@ -147,7 +147,8 @@ def find(file: Path, place: str, config: ModelConfig | None) -> Found:
     elif kind == HUGGING_FACE:
         found.preprocess = hugging_face.their_preprocessor(json_beside(file, hugging_face.PREPROCESSOR, place))
         if config is None:
-            found.config, found.source = _hub_model(file, place, weights), f"its {hugging_face.CONFIG}"
+            found.config, found.source = hub_model(file, place), f"its {hugging_face.CONFIG}"
+            found.config.shared = _shared_in(weights, found.config)
     elif kind == OPEN_CLIP:
         export = json_beside(file, EXPORT_CONFIG, place)
         found.preprocess = export.get("preprocess_cfg") or {}
@@ -158,17 +159,19 @@ def find(file: Path, place: str, config: ModelConfig | None) -> Found:
     return found
 
 
-def _hub_model(file: Path, place: str, weights: Mapping[str, Tensor]) -> ModelConfig:
-    """The model of a ``config.json`` beside a file, with the sharing that the weights show."""
+def hub_model(file: Path, place: str) -> ModelConfig:
+    """The model of a ``CLIPModel``'s ``config.json`` beside a file; sharing is for the weights to show.
+
+    Raises:
+        UserError: there is none, or one that our encoders can't be.
+    """
     given = json_beside(file, hugging_face.CONFIG, place)
     if not given:
         raise UserError(f"{place} is of a Hugging Face CLIPModel, but no {hugging_face.CONFIG} lies beside it")
     try:
-        config = hugging_face.model_config(given)
+        return hugging_face.model_config(given)
     except UserError as error:
         raise UserError(f"{place}: {hugging_face.CONFIG}: {error}") from None
-    config.shared = _shared_in(weights, config)
-    return config
 
 
 def run_model(file: Path, place: str) -> ModelConfig | None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
+from typing import Any
 
 import pytest
 import torch
+from models import EVERYTHING, small_batch, small_config
 from torch import nn
 
 from alignclip.config import ModelConfig, OptimizerConfig, SharedConfig, TextConfig
@@ -117,3 +120,64 @@ def test_schedule_ends_at_alpha_f() -> None:
 def test_schedule_without_warmup_and_with_nothing_else() -> None:
     assert lr_multiplier(0, 0, 100) == 1.0
     assert [lr_multiplier(step, 2, 2) for step in range(3)] == [0.5, 1.0, 0.0]
+
+
+# --- layer decay ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [{}, {"blocks": 2, "ln_final": True}, EVERYTHING], ids=str)
+def test_layer_decay_counts_from_the_top_of_each_tower(shared: dict[str, Any]) -> None:
+    """Towers of five and three blocks where that can be; every parameter once, with the rate that its name gives it."""
+    layers = {"visual": 3 if shared == EVERYTHING else 5, "": 3}
+    model = build_encoders(small_config(vision={"layers": layers["visual"]}, shared=shared))
+    config = OptimizerConfig(lr=0.5, weight_decay=0.1, layer_decay=0.8)
+    optimizer = build_optimizer(config, model)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        number = layers["visual" if name.startswith("visual.") else ""]
+        if found := re.search(r"resblocks\.(\d+)\.", name):
+            depth = number - int(found[1])
+        elif any(part in name for part in ("embedding", "conv1", "ln_pre")):
+            depth = number + 1
+        else:
+            assert any(part in name for part in ("proj", "ln_post", "ln_final", "logit_scale")), name
+            depth = 0
+        assert rates[id(parameter)] == pytest.approx(0.5 * 0.8**depth), name
+        assert decays[id(parameter)] == (0.1 if parameter.dim() > 1 else 0.0), name
+
+
+def test_layer_decay_of_one_is_none() -> None:
+    """The same steps as without, and with less the first blocks move less."""
+
+    def steps(layer_decay: float | None) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = build_encoders(small_config())
+        optimizer = build_optimizer(OptimizerConfig(opt="sgd", lr=0.1, layer_decay=layer_decay), model)
+        before = {name: value.detach().clone() for name, value in model.named_parameters()}
+        for _ in range(2):
+            optimizer.zero_grad()
+            image, text, scale = model(*small_batch())
+            (scale * image @ text.T).diagonal().sum().backward()
+            optimizer.step()
+        return {name: value.detach() - before[name] for name, value in model.named_parameters()}
+
+    none, one, half = steps(None), steps(1.0), steps(0.5)
+    for name, value in none.items():
+        torch.testing.assert_close(one[name], value, rtol=0, atol=0)
+    first = "visual.transformer.resblocks.0.mlp.c_fc.weight"
+    assert half[first].norm() < 0.3 * none[first].norm()
+
+
+def test_layer_decay_of_a_timm_tower() -> None:
+    model = build_encoders(small_config(vision={"timm_model_name": "test_vit", "image_size": 160}))
+    optimizer = build_optimizer(OptimizerConfig(lr=1.0, layer_decay=0.5), model)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    trunk = model.visual.trunk
+    deepest, blocks = rates[id(trunk.patch_embed.proj.weight)], [rates[id(b.mlp.fc1.weight)] for b in trunk.blocks]
+    assert deepest < blocks[0]
+    assert blocks == sorted(blocks)
+    assert len(set(blocks)) == len(blocks)
+    assert rates[id(model.logit_scale)] == 1.0

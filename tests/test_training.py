@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from composer.loggers import InMemoryLogger, Logger
 from composer.utils import get_device
 from runs import write_config, write_set
 
-from alignclip import training
+from alignclip import plugins, training
 from alignclip.checkpoints import SaveFolder
 from alignclip.config import RunConfig
 from alignclip.config_file import load
@@ -201,7 +203,6 @@ def test_goes_on_from_a_checkpoint(dataset: Path, tmp_path: Path, interval: str,
             ["global_train_batch_size=65"],
             "fewer than one batch; lower global_train_batch_size to 64 or less (it is 65)",
         ),
-        (["loggers.WandBLogger={}"], "pip install 'alignclip[wandb]'"),
         (["data.sampling_method=even"], "data: "),
     ],
 )
@@ -231,3 +232,14 @@ def test_a_device_that_is_not_there(name: str, says: str) -> None:
         pytest.skip("this machine has one")
     with pytest.raises(UserError, match=says):
         training.choose_device(name)
+
+
+@pytest.mark.parametrize("logger", ["WandBLogger", "TensorboardLogger"])
+def test_a_logger_whose_package_is_missing(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logger: str
+) -> None:
+    """Known before data and model are built, with the extra that brings it."""
+    package = logger.removesuffix("Logger").lower()
+    monkeypatch.setitem(sys.modules, package, None)  # what Python takes for not installed
+    with pytest.raises(UserError, match=re.escape(f"pip install 'alignclip[{package}]'")):
+        plugins.check(configuration(dataset, tmp_path, f"loggers.{logger}={{}}"))

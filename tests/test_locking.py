@@ -1,0 +1,89 @@
+"""Locked towers: what is locked keeps its bits, what is not is trained, and what makes no sense is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import EVERYTHING, small_config
+from runs import PRETRAIN, run, write_config, write_set
+
+from alignclip.config import StartConfig
+from alignclip.encoders import CLIP, build_encoders
+from alignclip.errors import UserError
+from alignclip.loading import load_encoders
+from alignclip.locking import lock_towers
+
+
+def trained(shared: dict[str, Any] | None = None, **settings: Any) -> set[str]:
+    """The parameters that a locked model trains, by every name that they have."""
+    model = build_encoders(small_config(shared=shared or {}))
+    lock_towers(model, StartConfig(**settings))
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+
+
+def names(*parts: str) -> set[str]:
+    model = build_encoders(small_config())
+    return {name for name, _ in model.named_parameters() if name.startswith(parts)}
+
+
+TEXT = ("transformer.", "token_embedding", "positional_embedding", "ln_final", "text_projection")
+
+
+def test_an_image_tower() -> None:
+    """LiT: all of it, but for as many groups from the top as are left open."""
+    everything = names(*TEXT, "visual.", "logit_scale")
+    assert trained(lock_image=True) == everything - names("visual.")
+    assert trained(lock_image=True, lock_image_unlocked_groups=1) == everything - names("visual.") | {"visual.proj"}
+    top = names("visual.proj", "visual.ln_post", "visual.transformer.resblocks.2.")
+    assert trained(lock_image=True, lock_image_unlocked_groups=2) == everything - names("visual.") | top
+
+
+def test_a_text_tower() -> None:
+    everything = names(*TEXT, "visual.", "logit_scale")
+    assert trained(lock_text=True) == everything - names(*TEXT)
+    two = trained(lock_text=True, lock_text_unlocked_layers=2)
+    assert two == everything - names(*TEXT) | names("text_projection", "ln_final", "transformer.resblocks.2.")
+
+
+def test_shared_modules_above_what_is_locked() -> None:
+    """The last block is one for both towers: it may not be locked for one of them."""
+    shared = {"blocks": 1, "ln_final": True, "projection": True}
+    with pytest.raises(UserError, match=r"lock_image would lock \d+ tensors for both towers, which share them"):
+        trained(shared, lock_image=True)
+    open_ones = trained(shared, lock_image=True, lock_image_unlocked_groups=2)
+    assert "visual.transformer.resblocks.2.mlp.c_fc.weight" in open_ones
+    assert not {name for name in open_ones if name.startswith("visual.transformer.resblocks.1.")}
+    with pytest.raises(UserError, match=r"lock_text would lock .* for both towers"):
+        trained(EVERYTHING, lock_text=True, lock_text_unlocked_layers=1)
+
+
+def test_locks_that_make_no_sense() -> None:
+    with pytest.raises(UserError, match="leave nothing but logit_scale to train"):
+        trained(lock_image=True, lock_text=True)
+    with pytest.raises(UserError, match="lock_image_unlocked_groups=99 leaves nothing of the tower locked"):
+        trained(lock_image=True, lock_image_unlocked_groups=99)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_on_two_processes(tmp_path: Path, how: str) -> None:
+    write_set(str(tmp_path / "set"), 64)
+    yaml = write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "saved"))
+    overrides = ["run_name=r", "max_duration=3ba", "scheduler.t_warmup=1ba", "data.num_workers=0", "save_interval=1ba"]
+    overrides += ["model.shared.blocks=0", "model.shared.ln_final=false", "model.shared.projection=false"]
+    overrides += ["lock_image=true", "lock_image_unlocked_groups=1"]
+    overrides += ["parallelism_config.fsdp2={}"] if how == "fsdp2" else []
+    output = run(PRETRAIN, yaml, *overrides, processes=2, cwd=tmp_path)
+    assert "M locked)" in output
+
+    def weights(batch: int) -> dict[str, torch.Tensor]:
+        model: CLIP = load_encoders(tmp_path / "saved" / f"ep0-ba{batch}-rank0.pt")
+        return model.state_dict()
+
+    first, last = weights(1), weights(3)
+    for name, value in first.items():
+        locked = name.startswith("visual.") and name != "visual.proj"
+        assert torch.equal(last[name], value) == locked, name

@@ -24,12 +24,6 @@ ROOT = Path(__file__).parent.parent
 MIGRATION = ROOT / "docs" / "migration.md"
 READERS: dict[str, Callable[[Path, list[str]], object]] = {"pretrain.py": load, "evaluate.py": load_evaluation}
 
-# Named in the documents, and not in this tree yet.
-NOT_MERGED_YET = {
-    *("pretrained", "lock_image", "lock_image_unlocked_groups", "lock_text", "lock_text_unlocked_layers"),
-    *("lock_text_freeze_layer_norm", "optimizer.layer_decay", "convert/checkpoint.py", "python -m alignclip.search"),
-}
-
 # Of main/params.py of https://github.com/sarahESL/AlignCLIP at commit a18e805, besides those that open_clip has, too.
 PUBLISHED = """
 alpha beta cifar10 cifar100 clip-inModality-loss clip-loss flickr flickr-annot flowers-102 food-101 imagenet-a
@@ -98,8 +92,6 @@ def help_of(command: tuple[str, ...]) -> str:
 
 def check_command(code: str) -> None:
     """The script is there, and it, or the launcher, has the options."""
-    if code in NOT_MERGED_YET:
-        return
     program, *arguments = shlex.split(re.sub(r"[\[\]]", "", code), comments=True)
     if program == "python" and arguments[0] != "-m":
         program, *arguments = arguments
@@ -129,7 +121,7 @@ def test_keys_exist_and_values_are_taken(row: tuple[str, ...]) -> None:
             check_command(code)
         elif "=" in code:
             overrides.append(code)
-        elif code not in NOT_MERGED_YET:
+        else:
             _check_keys(nested(code), RunConfig, RunConfig, "", row[0])
     if any(override.startswith("evaluators.") for override in overrides):
         evaluated = overrides[0].split(".")[1]
@@ -181,7 +173,7 @@ def test_keys_in_the_text_exist(path: Path) -> None:
     text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
     for code in CODE.findall(text):
         key = re.match(rf"({SECTIONS})(\.\w[\w-]*)+(?=$|=|:)", code)
-        if key and key[0] not in NOT_MERGED_YET:
+        if key:
             _check_keys(nested(key[0]), RunConfig, RunConfig, "", str(path))
 
 
@@ -192,7 +184,7 @@ def test_files_that_are_named_are_there(path: Path) -> None:
     names = set(re.findall(r"(?:convert|yamls|benchmarks|docs|alignclip)/[\w/.-]+\.(?:py|yaml|md)", text))
     names |= {link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link}
     missing = {name for name in names if not (ROOT / name).exists() and not (path.parent / name).exists()}
-    assert missing <= NOT_MERGED_YET
+    assert not missing
 
 
 def test_a_key_that_is_not_there_would_be_found() -> None:

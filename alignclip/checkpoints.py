@@ -28,6 +28,7 @@ from alignclip.config import RunConfig, StartConfig
 from alignclip.config_file import to_yaml
 from alignclip.environment import Start
 from alignclip.errors import UserError, describe_storage_error
+from alignclip.fetching import CARD
 
 log = logging.getLogger(__name__)
 
@@ -123,10 +124,15 @@ class SaveFolder:
         Raises:
             UserError: the folder can't be written.
         """
-        try:
-            self._write(CONFIG_FILE, to_yaml(self.config))
-        except Exception as error:  # of the file system, or any cloud's
-            raise UserError(f"save_folder={self.uri} can't be written: {describe_storage_error(error)}") from None
+        self._put(CONFIG_FILE, to_yaml(self.config))
+
+    def write_card(self, card: str) -> None:
+        """Leave a model card beside the checkpoints: the licence of what they were trained from is carried by it.
+
+        Raises:
+            UserError: the folder can't be written.
+        """
+        self._put(CARD, card)
 
     def add_start(self, start: Start) -> None:
         """Add an entry to the record of the run's starts, and say which versions are not those of the last one.
@@ -142,8 +148,11 @@ class SaveFolder:
             raise UserError(f"{self.uri}/{STARTS_FILE} is no list of this run's starts; move it away") from None
         if changed and start.batch:
             print(f"since the last start other versions were installed: {'; '.join(changed)}", flush=True)
+        self._put(STARTS_FILE, json.dumps([*starts, now], indent=2) + "\n")
+
+    def _put(self, name: str, text: str) -> None:
         try:
-            self._write(STARTS_FILE, json.dumps([*starts, now], indent=2) + "\n")
+            self._write(name, text)
         except Exception as error:  # of the file system, or any cloud's
             raise UserError(f"save_folder={self.uri} can't be written: {describe_storage_error(error)}") from None
 

@@ -28,7 +28,8 @@ from torch import Tensor
 from alignclip.config import ModelConfig
 from alignclip.encoders import CLIP
 from alignclip.errors import UserError, nearest, one_line
-from alignclip.fetching import EXPORT_CONFIG, fetch
+from alignclip.fetching import CARD, EXPORT_CONFIG, fetch
+from alignclip.licenses import forbids_derivatives, license_of
 from alignclip.weights import (
     HUGGING_FACE,
     OPEN_CLIP,
@@ -45,12 +46,21 @@ SHOWN = 8  # modules in a line of the report
 
 
 @dataclass
+class Report:
+    """What was loaded and what was not, in a few lines; and the licence of the weights where it is known."""
+
+    text: str
+    license: str | None
+
+
+@dataclass
 class _Source:
     """A checkpoint: tensors under our names, widths of its heads where something tells them, and what to know."""
 
     weights: dict[str, Tensor]
     heads: dict[str, int]
     notes: list[str]
+    license: str | None
 
 
 @dataclass
@@ -63,7 +73,7 @@ class _Match:
     shared: dict[str, list[str]] = field(default_factory=lambda: {"text": [], "vision": []})
 
 
-def load_pretrained(model: CLIP, place: str, shared_from: str, config: ModelConfig) -> str:
+def load_pretrained(model: CLIP, place: str, shared_from: str, config: ModelConfig) -> Report:
     """Copy a checkpoint's weights into ``model``, in place, as far as they fit.
 
     Draws no random numbers, so that every rank ends up with the same.
@@ -72,9 +82,6 @@ def load_pretrained(model: CLIP, place: str, shared_from: str, config: ModelConf
         model: freshly built from ``config``.
         place: see above.
         shared_from: ``text`` or ``vision``.
-
-    Returns:
-        What was loaded and what was not, in a few lines.
 
     Raises:
         UserError: no such thing, not a model's weights, heads of another width, or nearly nothing fits.
@@ -104,7 +111,11 @@ def load_pretrained(model: CLIP, place: str, shared_from: str, config: ModelConf
             lines.append(f"{what}: {_modules(names, shapes)}")
     if len(match.loaded) < max(1, LEAST * total):
         raise UserError("; ".join([f"{lines[0]}, which is not this model", *lines[1:]]))
-    return "\n  ".join(lines + source.notes)
+    if source.license:
+        lines.append(f"licence: {source.license}, which holds for what is trained from it, too")
+        if forbids_derivatives(source.license):
+            lines[-1] += ", and forbids passing that on"
+    return Report("\n  ".join(lines + source.notes), source.license)
 
 
 # --- what the checkpoint is -------------------------------------------------------------------------------------------
@@ -151,7 +162,9 @@ def _read(place: str, downloads: Path) -> _Source:
         for key in ("mean", "std"):
             if key in pixels and tuple(pixels[key]) != getattr(default, key):
                 notes.append(f"its pixels were normalised with another {key}: {list(pixels[key])}")
-    return _Source(weights, heads, notes)
+    card = file.parent / CARD
+    license = license_of(card.read_text(errors="replace") if card.is_file() else None, kind)
+    return _Source(weights, heads, notes, license)
 
 
 def _of_open_clip(name: str, tag: str) -> Mapping[str, Any]:

@@ -30,6 +30,7 @@ from alignclip.encoders import CLIP, build_encoders, clamp_logit_scale_
 from alignclip.environment import Start
 from alignclip.errors import UserError, nearest, one_line
 from alignclip.evaluation.callback import BestCheckpoint, EvaluationCallback
+from alignclip.licenses import card_of_run
 from alignclip.locking import lock_towers
 from alignclip.losses import AlignCLIPLoss
 from alignclip.model import AlignCLIPModel
@@ -246,7 +247,11 @@ def prepare(config: RunConfig, encoders: CLIP, folder: SaveFolder | None) -> Non
         goes_on = [config.autoresume and folder.has_checkpoint()]
     dist.broadcast_object_list(goes_on)
     if config.pretrained and not goes_on[0]:
-        print_once(load_pretrained(encoders, config.pretrained, config.pretrained_shared_from, config.model))
+        report = load_pretrained(encoders, config.pretrained, config.pretrained_shared_from, config.model)
+        print_once(report.text)
+        if folder is not None and report.license:
+            card = card_of_run(config.run_name, report.license, config.pretrained)
+            on_rank_zero(lambda: folder.write_card(card))
     lock_towers(encoders, config)
 
 

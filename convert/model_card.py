@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 from omegaconf import OmegaConf
 
 from alignclip.errors import UserError, one_line
+from alignclip.licenses import forbids_derivatives, license_of
 from alignclip.loading import Loaded
-from alignclip.weights import RELEASE
 
-PUBLISHED_LICENSE = "cc-by-nc-nd-4.0"  # of the weights that the AlignCLIP authors have released
 SHOWN = (  # of a run's config.yaml
     "loss", "optimizer", "scheduler", "max_duration", "global_train_batch_size", "precision", "seed", "pretrained",
     "lock_image", "lock_text", "algorithms",
@@ -40,22 +39,24 @@ def choose_license(loaded: Loaded, place: str, given: str | None) -> License:
     Raises:
         UserError: ``given`` would replace a licence that forbids derivatives.
     """
-    carried = _license_of(loaded.card)
-    recipe = _recipe(loaded)
+    carried = license_of(loaded.card, loaded.kind)
     notes = []
-    if carried is None and given is None and loaded.kind == RELEASE:
-        carried = PUBLISHED_LICENSE
-        notes.append(
-            f"{place} is in the AlignCLIP authors' format, and their weights are {PUBLISHED_LICENSE}; weights of your "
-            "own: --license"
-        )
+    if loaded.card is None and carried:  # a file in the authors' format says nothing, and may be somebody's own
+        if given:
+            carried = None
+        else:
+            notes.append(
+                f"{place} is in the AlignCLIP authors' format, and their weights are {carried}; weights of your own: "
+                "--license"
+            )
     if carried and given and carried.lower() != given.lower():
-        if _forbids_derivatives(carried):
+        if forbids_derivatives(carried):
             raise UserError(f"--license {given}: {place} is {carried}, which its derivatives can't leave")
         notes.append(f"{place} says {carried}; the export says {given}")
     name = given or carried
-    if name and _forbids_derivatives(name):
+    if name and forbids_derivatives(name):
         notes.append(f"{name} forbids passing on derivatives: converted or fine-tuned, keep these weights to yourself")
+    recipe = _recipe(loaded)
     start = recipe.get("pretrained") or recipe.get("load_path")
     if start and carried is None:
         notes.append(f"this model started from {start}, whose licence holds for it, too")
@@ -118,20 +119,6 @@ def write_card(loaded: Loaded, place: str, license: License, metrics: Path | Non
         f"Written by alignclip {importlib.metadata.version('alignclip')}.\n",
     ]
     return "\n".join(part for part in parts if part)
-
-
-def _license_of(card: str | None) -> str | None:
-    if not card or not card.startswith("---"):
-        return None
-    try:
-        name = ModelCard(card, ignore_metadata_errors=True).data.to_dict().get("license")
-    except Exception:  # somebody else's YAML
-        return None
-    return name if isinstance(name, str) else None
-
-
-def _forbids_derivatives(name: str) -> bool:
-    return "-nd" in name.lower()
 
 
 def _recipe(loaded: Loaded) -> dict[str, Any]:

@@ -101,13 +101,13 @@ def test_twenty_kills_of_a_conversion_into_a_bucket(s3: Any, tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_kills_of_a_conversion_into_a_folder(tmp_path: Path) -> None:
-    undisturbed = Undisturbed(tmp_path, tars=24, samples=40)
+    undisturbed = Undisturbed(tmp_path, tars=72, samples=16)
     out = tmp_path / "out"
 
     def start() -> Command:
         return Command(tmp_path / "run", "--inputs", undisturbed.tars, "--out", out, "--processes", "2")
 
-    landed = convert_under_fire(start, lambda: relative(out), ["driver", "worker", "all"] * 2, tars=24, seed=2)
+    landed = convert_under_fire(start, lambda: relative(out), ["driver", "worker", "all"] * 2, tars=72, seed=2)
     assert landed == 6
     assert not list(out.glob(".partial-*"))
     undisturbed.assert_same(out)

@@ -488,6 +488,29 @@ def test_licences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no licence: nobody else may use the model" in said
 
 
+def test_the_licence_of_what_a_run_started_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the authors' weights over a run of one's own to an export: nobody has to remember it."""
+    release = tmp_path / "AlignCLIP.pt"
+    write_set(str(tmp_path / "set"), 64)
+    overrides = ["max_duration=1ba", "scheduler.t_warmup=0ba", "data.num_workers=0", "run_name=r"]
+    overrides += [f"pretrained={release}", "model.vision_cfg.width=64", "model.vision_cfg.head_width=64"]
+    overrides += ["model.text_cfg.width=64", "model.text_cfg.heads=1", "model.vision_cfg.layers=3"]
+    overrides += ["model.text_cfg.layers=3"]
+    config = config_file.load(write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "saved")), overrides)
+    torch.save(release_of(drawn(config.model)), release)
+    folder = SaveFolder(config)
+    trainer = training.build_trainer(config, get_device("cpu"), folder)
+    folder.write_config()
+    trainer.fit()
+    trainer.close()
+    assert "licence: cc-by-nc-nd-4.0, which holds for what is trained from it, too" in capsys.readouterr().out
+    main([str(tmp_path / "saved"), "--to", "huggingface", "--out", str(tmp_path / "out")])
+    assert "forbids passing on derivatives" in capsys.readouterr().err
+    assert card_of(tmp_path / "out").data.license == "cc-by-nc-nd-4.0"
+    with pytest.raises(UserError, match="which its derivatives can't leave"):
+        convert(Options(str(tmp_path / "saved"), "open_clip", str(tmp_path / "other"), license="mit"))
+
+
 def test_the_command(exported: dict[str, Path], tmp_path: Path) -> None:
     def command(*arguments: object) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, ROOT / "convert" / "checkpoint.py", *arguments]

@@ -63,7 +63,7 @@ def fresh(config: ModelConfig) -> CLIP:
 def start(config: ModelConfig, place: Path | str, shared_from: str = "text") -> tuple[CLIP, str]:
     model = fresh(config)
     state = torch.get_rng_state()
-    report = load_pretrained(model, str(place), shared_from, config)
+    report = load_pretrained(model, str(place), shared_from, config).text
     assert torch.equal(torch.get_rng_state(), state)
     return model, report
 

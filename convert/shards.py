@@ -84,7 +84,7 @@ def mds_writer(columns: dict[str, str], folder: Path, options: ConvertOptions) -
     return InPlace(
         columns=columns,
         out=str(folder),
-        hashes=list(options.hashes),
+        hashes=sorted(set(options.hashes)),  # as Streaming wants them
         size_limit=options.size_limit,
         compression=options.compression,
     )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import http.server
 import json
+import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from streaming import MDSWriter
 from tarballs import assert_three_tars, cut, draw, pairs, quick, read_back, serve, stage, three_tars, write_tar
 
 from alignclip.errors import UserError
@@ -18,7 +20,7 @@ from convert.cc12m import summary
 from convert.dataset import convert
 from convert.images import ImageOptions
 from convert.options import ConvertOptions
-from convert.shards import position
+from convert.shards import mds_writer, position
 from convert.storage import Store
 
 
@@ -251,8 +253,6 @@ def test_where_captions_are_when_none_were_found(tmp_path: Path) -> None:
 
 def test_shards_are_those_of_streamings_own_writer(tmp_path: Path) -> None:
     """Ours joins a shard's samples itself; nobody may see a difference."""
-    from streaming import MDSWriter
-
     columns = {"key": "str", "image": "bytes", "caption": "str"}
     with MDSWriter(columns=columns, out=str(tmp_path / "own"), hashes=["xxh64"], size_limit="8kb") as writer:
         for i in range(20):
@@ -350,3 +350,24 @@ def test_parts_of_held_out_samples_alone(tmp_path: Path) -> None:
     assert sorted(read_back(None, tmp_path / "out")) == kept
     assert sorted(read_back(None, tmp_path / "out" / "val")) == held
     assert quick([tmp_path / "in"], tmp_path / "out", held_out=0.2).converted == 0
+
+
+@pytest.mark.parametrize("compression", [None, "zstd:3"])
+def test_shards_are_streamings_own(tmp_path: Path, compression: str | None) -> None:
+    """Byte for byte what MDSWriter writes: any sizes, samples that exceed the limit first, last and in between."""
+    rng, columns = random.Random(0), {"key": "str", "image": "bytes", "caption": "str"}
+    for i in range(25):
+        limit = rng.choice(["300b", "1kb", "4kb", "64kb"])
+        ours, theirs = tmp_path / f"ours-{i}", tmp_path / f"theirs-{i}"
+        ours.mkdir()
+        options = ConvertOptions(["x"], "y", semantic=False, size_limit=limit, compression=compression)
+        own = MDSWriter(columns=columns, out=str(theirs), hashes=["xxh64"], size_limit=limit, compression=compression)
+        with own, mds_writer(columns, ours, options) as writer:
+            for key in range(rng.randint(0, 40)):
+                image = rng.randbytes(rng.choice([0, 1, 10, 200, 3000, rng.randint(0, 9000)]))
+                sample = {"key": str(key), "image": image, "caption": "x" * rng.randint(0, 50)}
+                own.write(sample)
+                writer.write(sample)
+        assert sorted(path.name for path in ours.iterdir()) == sorted(path.name for path in theirs.iterdir())
+        for path in theirs.iterdir():
+            assert (ours / path.name).read_bytes() == path.read_bytes(), (i, path.name)

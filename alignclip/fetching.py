@@ -11,16 +11,16 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from alignclip import hugging_face
 from alignclip.errors import UserError, check_place, describe_storage_error, nearest, one_line
 
 RUN_CONFIG = "config.yaml"
 EXPORT_CONFIG = "open_clip_config.json"
 EXPORT_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # the first that is there
+HF_CONFIG, HF_PREPROCESSOR = "config.json", "preprocessor_config.json"
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 CARD = "README.md"  # a model card: the licence is in it
 UNUSED = "release_unused.safetensors"  # what an authors' file holds and no model uses, kept for the way back
-BESIDE = (RUN_CONFIG, EXPORT_CONFIG, hugging_face.CONFIG, hugging_face.PREPROCESSOR, CARD, UNUSED)
+BESIDE = (RUN_CONFIG, EXPORT_CONFIG, HF_CONFIG, HF_PREPROCESSOR, CARD, UNUSED)
 LATEST = "latest-rank0.pt"
 WEIGHT_FILES = {".pt", ".pth", ".bin", ".safetensors"}
 READ_TIMEOUT = 60.0  # seconds, of an object store
@@ -73,7 +73,7 @@ def few(names: Iterable[str]) -> str:
 def _on_disk(place: str) -> Path:
     """The file itself, a folder's export, or a run's latest checkpoint."""
     path = Path(place.removeprefix("local-dir:")).expanduser()
-    for config, names in ((EXPORT_CONFIG, EXPORT_WEIGHTS), (hugging_face.CONFIG, HF_WEIGHTS)):
+    for config, names in ((EXPORT_CONFIG, EXPORT_WEIGHTS), (HF_CONFIG, HF_WEIGHTS)):
         if path.is_dir() and (path / config).is_file():
             found = [path / name for name in names if (path / name).is_file()]
             if not found:
@@ -123,7 +123,7 @@ def _from_store(url: str, downloads: Path) -> Path:
 
     parent, _, name = url.rpartition("/") if Path(url).suffix in WEIGHT_FILES else (url, "", "")
     beside = {config for config in BESIDE if get(f"{parent}/{config}", config)}
-    known = EXPORT_WEIGHTS if EXPORT_CONFIG in beside else HF_WEIGHTS if hugging_face.CONFIG in beside else ()
+    known = EXPORT_WEIGHTS if EXPORT_CONFIG in beside else HF_WEIGHTS if HF_CONFIG in beside else ()
     names = [name] if name else [*known, LATEST]
     for name in names:
         if get(f"{parent}/{name}", name):
@@ -188,7 +188,7 @@ def _choose(place: str, files: list[str]) -> str:
     weights = [file for file in files if Path(file).suffix in WEIGHT_FILES]
     export = [
         file
-        for config, names in ((EXPORT_CONFIG, EXPORT_WEIGHTS), (hugging_face.CONFIG, HF_WEIGHTS))
+        for config, names in ((EXPORT_CONFIG, EXPORT_WEIGHTS), (HF_CONFIG, HF_WEIGHTS))
         for file in names
         if file in weights and config in files
     ]

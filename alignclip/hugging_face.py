@@ -16,8 +16,6 @@ from torch import Tensor
 from alignclip.config import ModelConfig, TextConfig, VisionConfig
 from alignclip.errors import UserError
 
-CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
-
 NAMES = {  # theirs, of what is neither a block nor a projection -> ours
     "logit_scale": "logit_scale",
     "text_model.embeddings.token_embedding.weight": "token_embedding.weight",

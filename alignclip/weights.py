@@ -27,7 +27,7 @@ from torch.torch_version import TorchVersion
 from alignclip import hugging_face, release_format
 from alignclip.config import ModelConfig, SharedConfig
 from alignclip.errors import UserError, one_line
-from alignclip.fetching import EXPORT_CONFIG, RUN_CONFIG, UNUSED, few
+from alignclip.fetching import EXPORT_CONFIG, HF_CONFIG, HF_PREPROCESSOR, RUN_CONFIG, UNUSED, few
 
 RUN, RELEASE, OPEN_CLIP = "a run's checkpoint", "the authors' format", "open_clip's format"
 HUGGING_FACE = "Hugging Face's format"
@@ -145,9 +145,9 @@ def find(file: Path, place: str, config: ModelConfig | None) -> Found:
         except UserError as error:
             raise UserError(f"{place} is in the AlignCLIP authors' format, but {error}") from None
     elif kind == HUGGING_FACE:
-        found.preprocess = hugging_face.their_preprocessor(json_beside(file, hugging_face.PREPROCESSOR, place))
+        found.preprocess = hugging_face.their_preprocessor(json_beside(file, HF_PREPROCESSOR, place))
         if config is None:
-            found.config, found.source = hub_model(file, place), f"its {hugging_face.CONFIG}"
+            found.config, found.source = hub_model(file, place), f"its {HF_CONFIG}"
             found.config.shared = _shared_in(weights, found.config)
     elif kind == OPEN_CLIP:
         export = json_beside(file, EXPORT_CONFIG, place)
@@ -165,13 +165,13 @@ def hub_model(file: Path, place: str) -> ModelConfig:
     Raises:
         UserError: there is none, or one that our encoders can't be.
     """
-    given = json_beside(file, hugging_face.CONFIG, place)
+    given = json_beside(file, HF_CONFIG, place)
     if not given:
-        raise UserError(f"{place} is of a Hugging Face CLIPModel, but no {hugging_face.CONFIG} lies beside it")
+        raise UserError(f"{place} is of a Hugging Face CLIPModel, but no {HF_CONFIG} lies beside it")
     try:
         return hugging_face.model_config(given)
     except UserError as error:
-        raise UserError(f"{place}: {hugging_face.CONFIG}: {error}") from None
+        raise UserError(f"{place}: {HF_CONFIG}: {error}") from None
 
 
 def run_model(file: Path, place: str) -> ModelConfig | None:

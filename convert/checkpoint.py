@@ -244,7 +244,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         worst = convert(options)
     print(f"{options.out}: read again, the features differ by at most {worst:.1e}")
-    print(f"next: {FORMATS[options.to].usage.format(folder=options.out.rstrip('/'))}")
+    usage = FORMATS[options.to].usage.format(folder=options.out.rstrip("/"))
+    print("\n".join(["next:", *(f"  {line}" for line in usage.splitlines() if line)]))
 
 
 if __name__ == "__main__":

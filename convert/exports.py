@@ -33,7 +33,7 @@ Encode = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # images, to
 
 @dataclass(frozen=True)
 class Format:
-    """A format: how it is written into an empty folder, read again, and loaded by whoever gets it."""
+    """A format: how it is written into an empty folder, read again, and the Python of whoever gets it."""
 
     write: Callable[[Loaded, Path], None]
     read: Callable[[Path, ModelConfig], Encode]
@@ -196,8 +196,29 @@ def keep_unused(loaded: Loaded, folder: Path) -> None:
 
 
 FORMATS = {
-    "open_clip": Format(write_open_clip, read_open_clip, 'open_clip.create_model_and_transforms("local-dir:{folder}")'),
-    "huggingface": Format(write_hugging_face, read_hugging_face, 'transformers.CLIPModel.from_pretrained("{folder}")'),
-    "release": Format(write_release, read_release, f'torch.load("{{folder}}/{RELEASE}")["state_dict"]'),
-    "composer": Format(write_checkpoint, read_checkpoint, f"composer pretrain.py … pretrained={{folder}}/{CHECKPOINT}"),
+    "open_clip": Format(
+        write_open_clip,
+        read_open_clip,
+        "import open_clip\n\n"
+        'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{folder}")\n'
+        'tokenizer = open_clip.get_tokenizer("local-dir:{folder}")',
+    ),
+    "huggingface": Format(
+        write_hugging_face,
+        read_hugging_face,
+        "from transformers import CLIPModel, CLIPProcessor\n\n"
+        'model = CLIPModel.from_pretrained("{folder}")\n'
+        'processor = CLIPProcessor.from_pretrained("{folder}")',
+    ),
+    "release": Format(
+        write_release,
+        read_release,
+        f'import alignclip\n\nmodel, preprocess, tokenizer = alignclip.load("{{folder}}/{RELEASE}")',
+    ),
+    "composer": Format(
+        write_checkpoint,
+        read_checkpoint,
+        f'import alignclip\n\nmodel, preprocess, tokenizer = alignclip.load("{{folder}}/{CHECKPOINT}")\n'
+        f"# to train on from it: composer pretrain.py my.yaml pretrained={{folder}}/{CHECKPOINT}",
+    ),
 }

@@ -73,7 +73,7 @@ def write_card(loaded: Loaded, place: str, license: License, metrics: Path | Non
         place: where it was read.
         license: of :func:`choose_license`.
         metrics: ``results.json`` of ``evaluate.py``.
-        usage: the line that loads the export.
+        usage: the Python that loads the export.
 
     Raises:
         UserError: ``metrics`` is no such file.

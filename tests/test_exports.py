@@ -8,6 +8,7 @@ import io
 import json
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -519,9 +520,12 @@ def test_the_command(exported: dict[str, Path], tmp_path: Path) -> None:
     done = command(exported["composer"] / "model.pt", "--to", "open_clip", "--out", "out/mine", "--license", "mit")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    found, following = done.stdout.splitlines()
+    found, _, *usage = done.stdout.splitlines()
     assert found.startswith("out/mine: read again, the features differ by at most ")
-    assert following == 'next: open_clip.create_model_and_transforms("local-dir:out/mine")'
+    ran = subprocess.run([sys.executable, "-c", textwrap.dedent("\n".join(usage))], cwd=tmp_path, timeout=200)
+    assert ran.returncode == 0
+    card = (tmp_path / "out" / "mine" / "README.md").read_text()
+    assert all(line.strip() in card for line in usage)
     assert sorted(path.name for path in (tmp_path / "out" / "mine").iterdir()) == [
         "README.md",
         "open_clip_config.json",

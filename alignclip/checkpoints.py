@@ -109,7 +109,7 @@ class SaveFolder:
                     f"{self.uri} is the folder of run '{old.get('run_name')}', not of '{now['run_name']}'; "
                     "choose another save_folder, e.g. one with {run_name} in it"
                 )
-            changed = differences(_plain(to_yaml(RunConfig())) | old, now)
+            changed = differences(old, now)
             if changed:
                 raise UserError(
                     f"run '{self.config.run_name}' in {self.uri} was started with other settings: "
@@ -288,8 +288,12 @@ class RemoteRotation(Callback):
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What makes two configurations two different runs, as ``key: before → now``."""
-    old, new = _flatten(before), _flatten(now)
+    """What makes two configurations two different runs, as ``key: before → now``.
+
+    A setting that did not exist yet when ``before`` was written had what is its default now.
+    """
+    defaults = _flatten(_plain(to_yaml(RunConfig())))
+    old, new = defaults | _flatten(before), defaults | _flatten(now)
 
     def fixed(key: str) -> bool:
         return key.split(".")[0] in FIXED and key not in FREE and not _is_cache_path(key, new)
@@ -299,8 +303,9 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What two flat dicts differ in, as ``key: old → new``."""
-    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    return [f"{key}: {old.get(key, 'not set')} → {new.get(key, 'not set')}" for key in keys]
+    unset = "not set"  # which null is not
+    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key, unset) != new.get(key, unset)]
+    return [f"{key}: {old.get(key, unset)} → {new.get(key, unset)}" for key in keys]
 
 
 def _plain(text: str) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from runs import write_config
 from s3 import S3Server
 
 from alignclip.checkpoints import SaveFolder, differences
 from alignclip.config import RunConfig
-from alignclip.config_file import load
+from alignclip.config_file import load, to_yaml
 from alignclip.errors import UserError
 
 
@@ -85,6 +86,22 @@ def test_differences_name_added_and_removed_keys() -> None:
     assert "data.streams.a.remote: s3://x → s3://y" in found
     assert "algorithms.EMA.half_life: not set → 1ba" in found
     assert not [line for line in found if "local" in line or "precision" in line]
+
+
+def test_a_class_without_arguments_is_a_difference() -> None:
+    before = {"algorithms": {"GradientClipping": {"clipping_type": "norm"}}}
+    now = {"algorithms": {"GradientClipping": {"clipping_type": "norm"}, "EMA": None}}
+    assert differences(before, now) == ["algorithms.EMA: not set → None"]
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path: Path) -> None:
+    """Settings that are new since then had what is their default now."""
+    now = config_for(tmp_path, str(tmp_path / "runs"))
+    before = yaml.safe_load(to_yaml(now))
+    del before["model"]["vision_cfg"]["timm_pool"], before["optimizer"]["layer_decay"], before["lock_image"]
+    assert differences(before, yaml.safe_load(to_yaml(now))) == []
+    before["model"]["embed_dim"] = 48
+    assert differences(before, yaml.safe_load(to_yaml(now))) == ["model.embed_dim: 48 → 32"]
 
 
 def test_a_missing_bucket_and_missing_credentials_are_one_line(

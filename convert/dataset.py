@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import replace
@@ -17,14 +17,15 @@ from alignclip.errors import UserError, check_place, nearest
 from convert import inputs
 from convert.captions import find_encoder, load_encoder
 from convert.images import CHECKS
+from convert.mds import COLUMNS as PAIRS
 from convert.options import ConvertOptions, Counts
+from convert.plan import begin, written_in
 from convert.report import REPORT, write_report
 from convert.samples import BROKEN_INPUT, MISSING_CAPTION
 from convert.shards import VAL, counts_of, is_current, mds_writer
-from convert.storage import COUNTS, INDEX, Store, remove_stale_copies
+from convert.storage import INDEX, Store, remove_stale_copies
 from convert.workers import convert_all
 
-OPTIONS = "convert.json"  # at the root, written first: what a later run must agree with
 ENOUGH = 1000  # samples: before, a share of bad ones says little
 DATASET = "dataset.json"  # at the root, written last but for the index: what the set is
 
@@ -47,36 +48,32 @@ def convert(options: ConvertOptions, executor: Executor | None = None) -> Counts
     _check_numbers(options)
     names = _unique_names(inputs.expand(options.inputs), options)
     store = Store(options.out)
-    listing = store.listing()
-    columns = _check(options)
+    if store.is_remote:
+        store.listing()  # whether it can be reached; what is there counts once nobody else can change it
+    _check(options)
     with store.locked():
-        return _convert(options, store, listing, names, columns, executor)
+        try:
+            return _convert(options, store, names, executor)
+        except OSError as error:
+            raise UserError(f"{store.out}: {error}") from error
 
 
-def _convert(
-    options: ConvertOptions,
-    store: Store,
-    listing: set[str],
-    names: dict[str, str],
-    columns: dict[str, str],
-    executor: Executor | None,
-) -> Counts:
+def _convert(options: ConvertOptions, store: Store, names: dict[str, str], executor: Executor | None) -> Counts:
     """Convert what is left to do, and write the index over all there is."""
-    complete = _begin(store, listing, options, names)
+    listing = store.listing()
+    columns = _columns(options)
+    complete = begin(store, listing, options, names)
     remove_stale_copies()
     store.remove_partial()
-    for name, source in names.items():
-        if name in complete and _written(complete[name]) and complete[name]["source"] != source:
-            raise UserError(
-                f"{store.out}/{name} was made from {complete[name]['source']}, not from {source}; choose another --out"
-            )
     again = {name for name, source in names.items() if name in complete and not is_current(source, complete[name])}
     done = {name: counts_of(kept) for name, kept in complete.items() if name not in again}
     todo = {name: source for name, source in names.items() if name not in done}
-    if INDEX in listing and any(_written(complete[name]) for name in again):
+    options = replace(options, inputs=_sources(store, listing, options))
+    if INDEX in listing and any(_is_named(name, listing, complete) for name in todo):
         # Their shards will be replaced, under the same names. Were this run killed, the set is smaller but consistent.
         _publish(store, done, columns, options)
     sources = {name: kept["source"] for name, kept in complete.items()} | names
+    has_report = REPORT in listing
     start = time.monotonic()
     try:
         convert_all(todo, done, columns, options, lambda counts: _check_bad(counts, options, ENOUGH), executor)
@@ -85,24 +82,35 @@ def _convert(
         raise
     except UserError:
         with suppress(UserError, OSError):  # the first error is the one that counts
-            _write_report(store, done, sources)
+            _write_report(store, done, sources, has_report)
         raise
     seconds = time.monotonic() - start
-    _write_report(store, done, sources)
+    _write_report(store, done, sources, has_report)
     _check_bad(done, options, 0)
-    total = _total(done)
     _publish(store, done, columns, options)
-    broken = sorted(name for name, counts in done.items() if BROKEN_INPUT in counts.skipped)
-    return replace(total, inputs=len(names), converted=len(todo), broken=broken, seconds=seconds)
+    return replace(_total(done), inputs=len(names), converted=len(todo), broken=_broken(done), seconds=seconds)
 
 
-def _written(kept: dict[str, Any]) -> int:
-    """The samples of a complete sub-folder, held-out ones included."""
-    return int(kept["written"] + kept["held_out"])
+def _is_named(name: str, listing: set[str], complete: dict[str, dict[str, Any]]) -> bool:
+    """Whether the root's index may name shards of this sub-folder."""
+    return f"{name}/{INDEX}" in listing and not (name in complete and not written_in(complete[name]))
 
 
-def _write_report(store: Store, done: dict[str, Counts], sources: dict[str, str]) -> None:
-    if any(counts.bad or counts.noted for counts in done.values()):
+def _sources(store: Store, listing: set[str], options: ConvertOptions) -> list[str]:
+    """What the user named as inputs, of this run and those before it that were finished."""
+    before = store.read_json([DATASET], broken=True)[0] if DATASET in listing else None
+    there = before.get("source") if isinstance(before, dict) else None
+    return list(dict.fromkeys([*(there if isinstance(there, list) else []), *options.inputs]))
+
+
+def _broken(done: dict[str, Counts]) -> list[str]:
+    """The sub-folders of truncated inputs."""
+    return sorted(name for name, counts in done.items() if BROKEN_INPUT in counts.skipped)
+
+
+def _write_report(store: Store, done: dict[str, Counts], sources: dict[str, str], has_report: bool) -> None:
+    """Where there is something to report, or an earlier run's report to take the place of."""
+    if has_report or any(counts.bad or counts.noted for counts in done.values()):
         with store.staged() as folder:
             (folder / REPORT).write_text(write_report(done, sources), encoding="utf-8")
 
@@ -143,18 +151,22 @@ def _check_numbers(options: ConvertOptions) -> None:
         raise UserError(f"--check {images.check} does not exist; {nearest(images.check, CHECKS)}")
 
 
-def _check(options: ConvertOptions) -> dict[str, str]:
-    """Try the options that would otherwise fail in the first worker; return the MDS columns."""
-    columns = {"key": "str", "image": "bytes", "caption": "str"}
+def _check(options: ConvertOptions) -> None:
+    """Try the options that would otherwise fail in the first worker."""
     if options.semantic:
         find_encoder(options.encoder)  # a wrong name is told before the seconds that imports take
     _check_compression(options.compression)
     _check_hashes(options.hashes)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            mds_writer(columns, Path(folder) / "empty", options).finish()
+            mds_writer(PAIRS, Path(folder) / "empty", options).finish()
         except ValueError as error:
             raise UserError(f"--size-limit {options.size_limit}: {error}") from None
+
+
+def _columns(options: ConvertOptions) -> dict[str, str]:
+    """The MDS columns."""
+    columns = dict(PAIRS)
     if options.semantic:
         columns["semantic"] = f"ndarray:float16:{load_encoder(options.encoder).dimension}"
     return columns
@@ -180,52 +192,6 @@ def _check_compression(name: str | None) -> None:
     raise UserError(f"--compression {name} is not one of Streaming's; valid: {', '.join(valid)}")
 
 
-def _begin(store: Store, listing: set[str], options: ConvertOptions, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Write the options into ``out``, or compare them with those there; return what sub-folders are complete.
-
-    While nothing has been written, for instance because of a wrong caption key, other options take their place.
-    """
-    if OPTIONS not in listing:
-        # a tar's sub-folder is replaced as a whole, and must not be somebody else's
-        foreign = [name for name in ("", *names) if f"{name}/{INDEX}".lstrip("/") in listing]
-        if foreign:
-            place = f"{store.out}/{foreign[0]}".rstrip("/")
-            raise UserError(f"{place} already holds a data set that is not this converter's; choose another --out")
-        complete: dict[str, dict[str, Any]] = {}
-        different = list(options.fixed())
-    else:
-        parts = sorted(file.split("/")[0] for file in listing if file.endswith(f"/{INDEX}"))
-        parts = [name for name in parts if f"{name}/{COUNTS}" in listing]
-        before, *kept = store.read_json([OPTIONS, *(f"{name}/{COUNTS}" for name in parts)], broken=True)
-        if before is None:
-            raise UserError(f"{store.out}/{OPTIONS} is broken; delete {store.out} to start again")
-        # one without counts that can be read is as good as not there
-        complete = {name: counts for name, counts in zip(parts, kept, strict=True) if counts is not None}
-        different = [key for key, value in options.fixed().items() if before.get(key) != value]
-    if not different:
-        return complete
-    if any(_written(kept) for kept in complete.values()):
-        key = min(different, key=lambda name: (name == "quality", different.index(name)))
-        raise UserError(
-            f"{store.out} was begun with {_flag(key, before.get(key))}, this run has "
-            f"{_flag(key, options.fixed()[key])}: finish it with the same options, choose another --out or delete "
-            f"{store.out} to start again"
-        )
-    with store.staged() as folder:
-        (folder / OPTIONS).write_text(json.dumps(options.fixed(), indent=2))
-    return {}
-
-
-def _flag(key: str, value: Any) -> str:
-    """A fixed option as it is given on the command line."""
-    if key == "encoder" and value is None:
-        return "--no-semantic"
-    if isinstance(value, list):
-        value = " ".join(map(str, value))
-    flag = f"--{key.replace('_', '-')}"
-    return f"no {flag}" if value is None else f"{flag} {value}"
-
-
 def _total(done: dict[str, Counts]) -> Counts:
     total = Counts()
     for part in done.values():
@@ -234,11 +200,21 @@ def _total(done: dict[str, Counts]) -> Counts:
 
 
 def _check_bad(done: dict[str, Counts], options: ConvertOptions, enough: int) -> None:
-    """Fail where more than ``max_bad`` of the samples, of which there are more than ``enough``, were left out."""
+    """Fail where more than ``max_bad`` of the samples, of which there are more than ``enough``, were left out.
+
+    At the end, when nothing is ``enough``, also where more than that of the inputs were truncated: of each, only one
+    sample counts as bad, whatever has been lost with it.
+    """
     total = _total(done)
     read = total.written + total.bad
     if read < enough:
         return
+    broken = _broken(done)
+    if total.written and not enough and len(broken) > options.max_bad * len(done):
+        raise UserError(
+            f"{len(broken):,} of {inputs_in_words(len(done))} are truncated, more than --max-bad {options.max_bad:g} "
+            f"({', '.join(broken[:3])}{', …' if broken[3:] else ''}): fetch them again and repeat this command"
+        )
     if not total.written:
         raise UserError(_why_nothing(total, len(done), options))
     if total.bad > options.max_bad * read:

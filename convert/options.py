@@ -60,7 +60,7 @@ class ConvertOptions:
             "held_out": self.held_out,
             "size_limit": self.size_limit,
             "compression": self.compression,
-            "hashes": list(self.hashes),
+            "hashes": sorted(set(self.hashes)),
         }
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatch
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -190,15 +191,19 @@ class Store:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def listing(self) -> set[str]:
-        """The names of the files here and one folder below, relative to ``out``; empty where nothing is there yet.
+        """The names of the files here and two folders below, relative to ``out``; none where nothing is there yet.
 
         Raises:
             UserError: ``out`` cannot be reached.
         """
         if not self.is_remote:
             root = Path(self.out)
-            files = [path.relative_to(root) for path in (*root.glob("*"), *root.glob("*/*")) if path.is_file()]
-            return {str(file) for file in files if not file.parts[0].startswith(PARTIAL)}
+            files = chain.from_iterable(root.glob(pattern) for pattern in ("*", "*/*", "*/*/*"))
+            return {
+                str(file)
+                for file in (path.relative_to(root) for path in files if path.is_file())
+                if not file.parts[0].startswith(PARTIAL)
+            }
         from streaming.base.storage import CloudUploader
 
         with tempfile.TemporaryDirectory() as empty:
@@ -245,7 +250,7 @@ class Store:
             target.mkdir(parents=True, exist_ok=True)
             if name and replace:
                 for file in _ours(path.name for path in target.iterdir()):
-                    (target / file).unlink()
+                    (target / file).unlink(missing_ok=True)  # another task may be about to replace it, too
             for file in _in_order(folder):
                 if file == COUNTS:
                     _to_disk(target)

@@ -6,6 +6,7 @@ import functools
 import http.server
 import json
 import random
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from streaming import MDSWriter
 from tarballs import assert_three_tars, cut, draw, pairs, quick, read_back, serve, stage, three_tars, write_tar
 
 from alignclip.errors import UserError
-from convert import samples
+from convert import dataset, samples
 from convert.cc12m import summary
 from convert.dataset import convert
 from convert.images import ImageOptions
@@ -371,3 +372,91 @@ def test_shards_are_streamings_own(tmp_path: Path, compression: str | None) -> N
         assert sorted(path.name for path in ours.iterdir()) == sorted(path.name for path in theirs.iterdir())
         for path in theirs.iterdir():
             assert (ours / path.name).read_bytes() == path.read_bytes(), (i, path.name)
+
+
+# --- what belongs to a set -------------------------------------------------------------------------------------------
+
+
+def test_no_input_of_a_half_finished_set_is_left_out(tmp_path: Path) -> None:
+    """Others would else be published as the whole, with what happens to be there of the first ones."""
+    source, out = three_tars(tmp_path / "in"), tmp_path / "out"
+    other = write_tar(tmp_path / "more" / "other.tar", pairs(50, 5))
+    quick([source], out)
+    for name in ("index.json", "dataset.json", "00001/counts.json"):  # as a kill leaves it
+        (out / name).unlink()
+    message = rf"begun with other --inputs, and 1 of its inputs is not converted yet \({source}/00001\.tar\): name it"
+    for inputs in ([other], [source / "00000.tar"], [source / "00000.tar", other]):
+        with pytest.raises(UserError, match=message):
+            quick(inputs, out)
+        assert not (out / "index.json").exists()
+    assert quick([source, other], out).written == 20
+    assert json.loads((out / "dataset.json").read_text())["inputs"] == 4
+
+
+def test_a_finished_set_takes_more_inputs(tmp_path: Path) -> None:
+    source, out = three_tars(tmp_path / "in"), tmp_path / "out"
+    assert quick([source / "{00000..00001}.tar"], out).written == 10
+    assert quick([source / "00002.tar"], out).written == 15
+    assert_three_tars(read_back(None, out))
+    plan = json.loads((out / "convert.json").read_text())["inputs"]
+    assert plan == {f"{i:05}": f"{source}/{i:05}.tar" for i in range(3)}
+    said = [f"{source}/{{00000..00001}}.tar", f"{source}/00002.tar"]
+    assert json.loads((out / "dataset.json").read_text())["source"] == said
+    assert quick([source / "00000.tar"], out).converted == 0  # whoever mends one input need not name all
+    assert json.loads((out / "dataset.json").read_text())["source"] == [*said, f"{source}/00000.tar"]
+
+
+def test_a_driver_that_was_started_before_another_one_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there counts once nobody else can change it."""
+    source, out = three_tars(tmp_path / "in"), tmp_path / "out"
+    check = dataset._check
+
+    def meanwhile(options: ConvertOptions) -> None:
+        monkeypatch.setattr(dataset, "_check", check)
+        quick([source / "{00000..00001}.tar"], out)
+        check(options)
+
+    monkeypatch.setattr(dataset, "_check", meanwhile)
+    counts = quick([source / "{00001..00002}.tar"], out)
+    assert (counts.written, counts.resumed, counts.converted) == (15, 10, 1)
+    assert_three_tars(read_back(None, out))
+
+
+def test_equal_options_are_the_same(tmp_path: Path) -> None:
+    source, out = three_tars(tmp_path / "in"), tmp_path / "out"
+    quick([source], out, size_limit="32mb", hashes=["xxh64", "sha1"])
+    assert quick([source], out, size_limit=str(32 * 2**20), hashes=["sha1", "xxh64", "sha1"]).converted == 0
+
+
+def test_a_held_out_split_that_is_gone_is_made_again(tmp_path: Path) -> None:
+    source, out = three_tars(tmp_path / "in"), tmp_path / "out"
+    first = quick([source], out, held_out=0.4)
+    kept = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    shutil.rmtree(out / "val")
+    again = quick([source], out, held_out=0.4)
+    assert (again.written, again.held_out) == (15, first.held_out)
+    assert {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()} == kept
+
+
+def test_too_many_truncated_inputs(tmp_path: Path) -> None:
+    """Of each it is one bad sample that is counted, and there may be thousands behind it."""
+    for i in range(5):
+        write_tar(tmp_path / "in" / f"{i:05}.tar", pairs(10 * i, 10))
+        if i < 3:
+            cut(tmp_path / "in" / f"{i:05}.tar", 4)
+    message = r"^3 of 5 inputs are truncated, more than --max-bad 0\.5 \(00000, 00001, 00002\): fetch them again"
+    with pytest.raises(UserError, match=message):
+        quick([tmp_path / "in"], tmp_path / "out")
+    assert not (tmp_path / "out" / "index.json").exists()
+    assert quick([tmp_path / "in"], tmp_path / "out", max_bad=0.6).resumed == 32
+
+
+def test_the_report_of_what_was_mended_does_not_stay(tmp_path: Path) -> None:
+    source, out = three_tars(tmp_path / "in"), tmp_path / "out"
+    whole = (source / "00001.tar").read_bytes()
+    cut(source / "00001.tar", 2)
+    quick([source], out)
+    assert "00001.tar" in (out / "report.md").read_text()
+    (source / "00001.tar").write_bytes(whole)
+    quick([source], out)
+    assert (out / "report.md").read_text().endswith("15 samples read from 3 inputs, 15 written, 0 skipped.\n")

@@ -59,6 +59,7 @@ class ModelConfig:
     vision_cfg: VisionConfig = field(default_factory=VisionConfig)
     text_cfg: TextConfig = field(default_factory=TextConfig)
     shared: SharedConfig = field(default_factory=SharedConfig)
+    quick_gelu: bool = False  # x · sigmoid(1.702 x) in place of GELU, as OpenAI's models were trained
     init_logit_scale: float = math.log(1 / 0.07)
     encode_chunk_size: int = 0
 
@@ -229,7 +230,7 @@ class TrainerConfig:
 
 @dataclass
 class EvaluatorConfig(SetConfig):
-    """One evaluation: a task on a set; ``local`` is the file itself where the task is ``sts``."""
+    """One evaluation: a task on a set; ``remote`` or ``local`` is the file itself where the task is ``sts``."""
 
     task: str = ""  # one of METRICS
     train: Optional[SetConfig] = None  # linear_probe: what the classifier is fitted to
@@ -242,7 +243,8 @@ class EvaluatorConfig(SetConfig):
 _ACCURACY = ("acc1", "acc5", "mean_per_class_recall")
 _RECALL = tuple(f"{found}_retrieval_recall@{k}" for found in ("image", "text") for k in (1, 5, 10))
 _GEOMETRY = (
-    *("alignment_score", "centroid_distance", "centroid_angle", "rmg", "linear_separability"),
+    *("alignment_score", "alignment_std", *(f"alignment_q{q}" for q in ("05", "50", "95"))),
+    *("centroid_distance", "centroid_angle", "rmg", "linear_separability"),
     *(f"uniformity_{of}" for of in ("image", "text", "cross")),
     *(f"effective_rank_{of}" for of in ("image", "text")),
 )

@@ -163,6 +163,7 @@ def build_encoders(config: ModelConfig) -> CLIP:
             config.embed_dim,
             vision_cfg=asdict(vision),
             text_cfg=asdict(config.text_cfg),
+            quick_gelu=config.quick_gelu,
             init_logit_scale=config.init_logit_scale,
             nonscalar_logit_scale=True,
         )
@@ -187,6 +188,14 @@ def build_encoders(config: ModelConfig) -> CLIP:
 def _check_sizes(config: ModelConfig) -> None:
     """Refuse what open_clip would fail on with a shape error, or accept and compute something else."""
     vision, text = config.vision_cfg, config.text_cfg
+    numbers = {"vision_cfg.image_size": vision.image_size, "embed_dim": config.embed_dim}
+    numbers |= {f"text_cfg.{key}": value for key, value in asdict(text).items()}
+    if vision.timm_model_name is None:
+        ours = ("patch_size", "width", "layers", "head_width", "mlp_ratio")
+        numbers |= {f"vision_cfg.{key}": getattr(vision, key) for key in ours}
+    for key, number in numbers.items():
+        if not number > 0:
+            raise UserError(f"model.{key}={number} must be positive")
     if text.width % text.heads:
         raise UserError(f"model.text_cfg.width={text.width} is no multiple of model.text_cfg.heads={text.heads}")
     if vision.timm_model_name is not None:

@@ -42,7 +42,11 @@ def fetch(place: str, downloads: Path) -> Path:
         return _from_hub(place)
     if "://" in place:
         return _from_store(place.rstrip("/"), downloads)
-    return _on_disk(place)
+    try:
+        return _on_disk(place)
+    except (OSError, ValueError) as error:  # no permission, or no name that there can be
+        why = error.strerror if isinstance(error, OSError) else one_line(error)
+        raise UserError(f"can't read {place}: {why}") from None
 
 
 def read_text(url: str) -> str:
@@ -85,7 +89,7 @@ def _on_disk(place: str) -> Path:
     # a bucket's way to write a link, in a folder that was copied from one
     pointer = path.with_name(f"{path.name}.symlink")
     if not path.exists() and pointer.is_file():
-        path = path.with_name(pointer.read_text().strip().rpartition("/")[2])
+        path = path.with_name(_target(pointer, str(pointer)).rpartition("/")[2])
     if (path / ".metadata").is_file():
         raise UserError(f"{place} is a sharded checkpoint: a part for each process, not one file for all")
     if path.is_file():
@@ -100,6 +104,18 @@ def _on_disk(place: str) -> Path:
     if re.fullmatch(r"[\w-]+/[\w.-]+", place) and not path.parent.is_dir():
         raise UserError(f"no such file: {place}; did you mean 'hf-hub:{place}'?")
     raise UserError(f"no such file: {place}; {nearest(path.name, beside) if beside else 'no weights lie there'}")
+
+
+def _target(link: Path, place: str) -> str:
+    """The key that is in a bucket's link.
+
+    Raises:
+        UserError: there is none.
+    """
+    key = link.read_bytes()[:4096].decode("utf-8", errors="replace").strip()
+    if not 0 < len(key.rpartition("/")[2]) < 256 or not key.isprintable() or "\ufffd" in key:
+        raise UserError(f"{place} is no link to a checkpoint: it doesn't hold a key")
+    return key
 
 
 def _from_store(url: str, downloads: Path) -> Path:
@@ -129,7 +145,8 @@ def _from_store(url: str, downloads: Path) -> Path:
         if get(f"{parent}/{name}", name):
             return downloads / name
         if get(f"{parent}/{name}.symlink", "symlink"):  # Composer's link in a bucket: an object with the key
-            target = "/".join([*url.split("/")[:3], (downloads / "symlink").read_text().strip()])
+            key = _target(downloads / "symlink", f"{parent}/{name}.symlink")
+            target = "/".join([*url.split("/")[:3], key])
             if get(target, name):
                 return downloads / name
             raise UserError(f"{parent}/{name} points to {target}, which is not there, or is a sharded checkpoint")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from huggingface_hub import ModelCard, ModelCardData
 
 from alignclip.weights import RELEASE
@@ -14,23 +16,32 @@ def license_of(card: str | None, kind: str) -> str | None:
 
     Args:
         card: the text of the README.md beside the weights.
-        kind: of the weights, one of those in :mod:`alignclip.weights`; without a card, files in the authors' format are
-            taken for the authors'.
+        kind: of the weights, one of those in :mod:`alignclip.weights`; files in the authors' format are taken for the
+            authors', unless the card names a licence: any README.md may lie beside a download.
     """
-    if card is None:
-        return PUBLISHED if kind == RELEASE else None
-    if not card.startswith("---"):
+    return named_license(card) or (PUBLISHED if kind == RELEASE else None)
+
+
+def named_license(card: str | None) -> str | None:
+    """The licence that a card's metadata name; several are joined by commas, ``other`` is what it is called there."""
+    text = (card or "").lstrip("\ufeff \t\r\n")
+    if not text.startswith("---"):
         return None
     try:
-        name = ModelCard(card, ignore_metadata_errors=True).data.to_dict().get("license")
+        data = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
     except Exception:  # somebody else's YAML
         return None
-    return name if isinstance(name, str) else None
+    given = data.get("license")
+    names = [name.strip() for name in (given if isinstance(given, list) else [given]) if isinstance(name, str)]
+    own = data.get("license_name")
+    if isinstance(own, str) and own.strip():
+        names = [own.strip() if name.lower() == "other" else name for name in names]
+    return ", ".join(name for name in names if name) or None
 
 
 def forbids_derivatives(name: str) -> bool:
-    """Whether what is made of the weights must not be passed on: one of Creative Commons' ND licences."""
-    return "-nd" in name.lower()
+    """Whether what is made of the weights must not be passed on: one of Creative Commons' ND licences, as spelled."""
+    return re.search(r"(?<![a-z])(nd|no-?derivatives|no-?derivs)(?![a-z])", name.lower()) is not None
 
 
 def card_of_run(name: str, license: str, start: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from open_clip.tokenizer import SimpleTokenizer
-from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from alignclip.config import ModelConfig
 from alignclip.encoders import CLIP, build_encoders
 from alignclip.errors import UserError, one_line
 from alignclip.fetching import CARD, RUN_CONFIG, fetch, few
-from alignclip.weights import Found, find
+from alignclip.weights import Found, find, preprocess_config
 
 Preprocess = Callable[[Image.Image], Tensor]
 
@@ -33,7 +33,8 @@ def load(
             - a checkpoint of ours with its run's ``config.yaml`` beside it, or the run's folder for the latest one;
               local or a URL such as ``s3://bucket/run/latest-rank0.pt`` (with Composer's EMA, a checkpoint's model is
               the averaged one);
-            - a file in the format of the AlignCLIP authors' releases;
+            - a file in the format of the AlignCLIP authors' releases; a ``config.yaml`` beside it says how large the
+              model is, and without one its shapes do, with heads of 64 as published;
             - an open_clip export: a folder with ``open_clip_config.json`` (or ``local-dir:FOLDER``), or a state dict
               beside such a file; both towers' equal modules become one again;
             - a Hugging Face ``CLIPModel``: a folder with its ``config.json`` and weights, or such a file of weights;
@@ -107,13 +108,7 @@ def open_model(path: str | Path, device: str | torch.device = "cpu", config: Mod
         recipe, card = (_text(_beside(file, name)) for name in (RUN_CONFIG, CARD))
         unused = {name: value.clone() for name, value in found.unused.items()}
     assert found.config is not None
-    try:
-        preprocess = PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), dict(found.preprocess)))
-        preprocess.mean, preprocess.std = tuple(map(float, preprocess.mean)), tuple(map(float, preprocess.std))
-        preprocess.size = found.config.vision_cfg.image_size
-        image_transform_v2(preprocess, is_train=False)
-    except (AssertionError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{place}: its images can't be prepared as it says: {one_line(error)}") from None
+    preprocess = preprocess_config(found.preprocess, place, found.config.vision_cfg.image_size)
     return Loaded(model.to(device).eval(), found.config, preprocess, found.kind, recipe, card, unused)
 
 
@@ -133,21 +128,20 @@ def _build(found: Found, place: str) -> CLIP:
         UserError: a model that can't be built, or weights that are not exactly this model's.
     """
     assert found.config is not None
-    try:
-        with torch.random.fork_rng(devices=[]):  # to load a model is not to draw one
-            model = build_encoders(found.config)
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from None
-    except (AssertionError, RuntimeError, TypeError, ValueError, ArithmeticError) as error:
-        raise UserError(f"{place}: no model can be built as {found.source} says: {one_line(error)}") from None
     weights = dict(found.weights)
-    for name, value in model.state_dict().items():
+    wrong = f"{place} is not the model that {found.source} describes: "
+    layers = max(found.config.text_cfg.layers, found.config.vision_cfg.layers)
+    if layers > max(len(weights), ModelConfig().text_cfg.layers):
+        raise UserError(f"{wrong}{layers} layers, but it has {len(weights)} tensors")
+    # without memory first: a file of a few bytes may come with a configuration of any size
+    expected = _encoders(found, place, "meta").state_dict()
+    for name in expected:
         if name.endswith("num_batches_tracked"):  # batch norms of a tower that was locked with its statistics lack it
-            weights.setdefault(name, value)
+            weights.setdefault(name, torch.zeros((), dtype=torch.long))
     if "logit_scale" in weights and weights["logit_scale"].numel() == 1:  # [] in a release or an export
         weights["logit_scale"] = weights["logit_scale"].reshape(1)
-    wrong = f"{place} is not the model that {found.source} describes: "
-    _check_names_and_shapes(model.state_dict(), weights, wrong)
+    _check_names_and_shapes(expected, weights, wrong)
+    model = _encoders(found, place, "cpu")
     first: dict[int, str] = {}  # name of each parameter; a shared one's other name must not bring another value
     for name, parameter in model.named_parameters(remove_duplicate=False):
         other = first.setdefault(id(parameter), name)
@@ -155,6 +149,18 @@ def _build(found: Found, place: str) -> CLIP:
             raise UserError(f"{wrong}{other} and {name} are one and the same there, but differ")
     model.load_state_dict(weights)
     return model
+
+
+def _encoders(found: Found, place: str, device: str) -> CLIP:
+    """The model of the configuration, its weights random, or with no memory on the device ``meta``."""
+    assert found.config is not None
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device(device):  # to load a model is not to draw one
+            return build_encoders(found.config)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+    except (AssertionError, RuntimeError, TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{place}: no model can be built as {found.source} says: {one_line(error)}") from None
 
 
 def _check_names_and_shapes(expected: dict[str, Tensor], weights: dict[str, Tensor], wrong: str) -> None:
@@ -167,5 +173,9 @@ def _check_names_and_shapes(expected: dict[str, Tensor], weights: dict[str, Tens
     shapes = {name: (list(weights[name].shape), list(expected[name].shape)) for name in expected.keys() & weights}
     if differing := [f"{name} is {a}, not {b}" for name, (a, b) in sorted(shapes.items()) if a != b]:
         complaints.append(few(differing))
+    floats = {name for name, value in weights.items() if value.is_floating_point()}
+    kinds = [name for name in sorted(shapes) if (name in floats) != expected[name].is_floating_point()]
+    if kinds:
+        complaints.append(few(f"{name} is of {str(weights[name].dtype).removeprefix('torch.')}" for name in kinds))
     if complaints:
         raise UserError(wrong + "; ".join(complaints))

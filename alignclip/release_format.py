@@ -65,6 +65,16 @@ def their_weights(ours: Mapping[str, T]) -> dict[str, T]:
     return result
 
 
+def mlp_ratio(hidden: int, width: int) -> float:
+    """The ratio from which open_clip, which rounds down, gets ``hidden`` again; the quotient itself may be too small.
+
+    Raises:
+        ZeroDivisionError: no width.
+    """
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
+
+
 def infer_config(weights: Mapping[str, Tensor]) -> ModelConfig:
     """The model whose state dict this is, everything shared, by the shapes.
 
@@ -88,7 +98,7 @@ def infer_config(weights: Mapping[str, Tensor]) -> ModelConfig:
     if width == 0 or width % HEAD_WIDTH:
         raise UserError(
             f"its width of {width} is no multiple of {HEAD_WIDTH}, as wide as all published heads; "
-            "say how many heads it has with config=ModelConfig(…)"
+            "say how many heads it has with a config.yaml beside it, or config=ModelConfig(…)"
         )
     layers = len({name.split(".")[2] for name in weights if name.startswith("transformer.resblocks.")})
     return ModelConfig(
@@ -99,7 +109,7 @@ def infer_config(weights: Mapping[str, Tensor]) -> ModelConfig:
             width=width,
             layers=layers,
             head_width=HEAD_WIDTH,
-            mlp_ratio=hidden / width,
+            mlp_ratio=mlp_ratio(hidden, width),
         ),
         TextConfig(
             context_length=shape("positional_embedding", 2)[0],
@@ -107,7 +117,7 @@ def infer_config(weights: Mapping[str, Tensor]) -> ModelConfig:
             width=width,
             heads=width // HEAD_WIDTH,
             layers=layers,
-            mlp_ratio=hidden / width,
+            mlp_ratio=mlp_ratio(hidden, width),
         ),
         SharedConfig(blocks=-1, ln_final=True, projection=True),
     )

@@ -20,8 +20,9 @@ import open_clip
 import torch
 from numpy._core.multiarray import _reconstruct  # type: ignore[attr-defined]
 from omegaconf import OmegaConf
+from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 from alignclip import hugging_face, release_format
@@ -74,8 +75,15 @@ def read(file: Path, place: str) -> dict[str, Any]:
     try:
         if file.suffix == ".safetensors":
             return dict(load_file(file))
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+            if packed:  # torch packs nothing; unpacked, a few bytes can be any number
+                raise UserError(f"{place} is refused: it is a compressed archive, which PyTorch doesn't write")
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except UserError:
+        raise
     except Exception as error:  # broken files make torch raise nearly anything
         if code := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(f"{place} is refused: beside weights it holds '{code[1]}', which could run code") from None
@@ -102,13 +110,13 @@ def read_weights(file: Path, place: str) -> Weights:
         model = state.get("model")  # with Composer's EMA the averaged one: it swaps the average in before a save
         if not isinstance(model, dict) or not any(str(name).startswith("encoders.") for name in model):
             raise UserError(f"{place} is a Composer checkpoint, but not of a model of ours")
-        _check_tensors(model, place)
+        _check_tensors(model, file, place)
         return Weights({str(name).removeprefix("encoders."): value for name, value in model.items()}, RUN)
     # a state dict of somebody else's, bare or in a training checkpoint of theirs
     weights = content.get("state_dict", content)
     if not isinstance(weights, dict) or not any(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{place} is not a model's weights; it holds {few(map(str, content))}")
-    _check_tensors(weights, place)
+    _check_tensors(weights, file, place)
     # of DistributedDataParallel and torch.compile
     weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): value for name, value in weights.items()}
     if release_format.is_release(weights):
@@ -118,10 +126,19 @@ def read_weights(file: Path, place: str) -> Weights:
     return Weights(weights, OPEN_CLIP)
 
 
-def _check_tensors(weights: Mapping[Any, Any], place: str) -> None:
+def _check_tensors(weights: Mapping[Any, Any], file: Path, place: str) -> None:
+    """Refuse what is no tensor of numbers that lie in the file: it could not be copied, or would take any memory."""
+    largest = file.stat().st_size
     for name, value in weights.items():
         if not isinstance(value, Tensor):
             raise UserError(f"{place} is not a model's weights: '{name}' is a {type(value).__name__}")
+        plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided
+        if not plain or value.device.type != "cpu" or value.is_quantized or value.is_nested:
+            raise UserError(
+                f"{place} is not a model's weights: '{name}' is a sparse, quantized or other special tensor"
+            )
+        if value.numel() * value.element_size() > min(value.untyped_storage().nbytes(), largest):
+            raise UserError(f"{place} is refused: '{name}' is {list(value.shape)}, more than the file holds of it")
 
 
 def find(file: Path, place: str, config: ModelConfig | None) -> Found:
@@ -133,19 +150,23 @@ def find(file: Path, place: str, config: ModelConfig | None) -> Found:
     content = read_weights(file, place)
     weights, kind = content.weights, content.kind
     if kind != RELEASE and (file.parent / UNUSED).is_file():
-        content = dataclasses.replace(content, unused=read(file.parent / UNUSED, f"{UNUSED} beside {place}"))
+        unused = read(file.parent / UNUSED, f"{UNUSED} beside {place}")
+        _check_tensors(unused, file.parent / UNUSED, f"{UNUSED} beside {place}")
+        content = dataclasses.replace(content, unused=unused)
     found = Found(**vars(content))
     if kind == RUN:
         found.config, found.source = run_model(file, place), f"its {RUN_CONFIG}"
         if found.config is None and config is None:
             raise UserError(f"{place}: no {RUN_CONFIG} beside it; copy it from the run's save_folder, or pass config=…")
     elif kind == RELEASE and config is None:
+        found.config, found.source = run_model(file, place), f"its {RUN_CONFIG}"
         try:
-            found.config, found.source = release_format.infer_config(weights), "its shapes"
+            if found.config is None:
+                found.config, found.source = release_format.infer_config(weights), "its shapes"
         except UserError as error:
             raise UserError(f"{place} is in the AlignCLIP authors' format, but {error}") from None
     elif kind == HUGGING_FACE:
-        found.preprocess = hugging_face.their_preprocessor(json_beside(file, HF_PREPROCESSOR, place))
+        found.preprocess = hub_pixels(file, place)
         if config is None:
             found.config, found.source = hub_model(file, place), f"its {HF_CONFIG}"
             found.config.shared = _shared_in(weights, found.config)
@@ -172,6 +193,39 @@ def hub_model(file: Path, place: str) -> ModelConfig:
         return hugging_face.model_config(given)
     except UserError as error:
         raise UserError(f"{place}: {HF_CONFIG}: {error}") from None
+
+
+def hub_pixels(file: Path, place: str) -> dict[str, Any]:
+    """open_clip's ``preprocess_cfg`` for the ``preprocessor_config.json`` beside a file.
+
+    Raises:
+        UserError: one that open_clip's transform can't be told to do.
+    """
+    try:
+        return hugging_face.their_preprocessor(json_beside(file, HF_PREPROCESSOR, place))
+    except UserError as error:
+        raise UserError(f"{place}: {HF_PREPROCESSOR}: {error}") from None
+
+
+def preprocess_config(given: Any, place: str, image_size: int) -> PreprocessCfg:
+    """open_clip's settings for a ``preprocess_cfg``, at the model's image size; one number is that of all channels.
+
+    Raises:
+        UserError: it is no such thing.
+    """
+    try:
+        found = PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), dict(given)))
+        for key in ("mean", "std"):
+            value = getattr(found, key)
+            numbers = tuple(map(float, (value,) * 3 if isinstance(value, (int, float)) else value))
+            if len(numbers) != 3:
+                raise ValueError(f"{key} has {len(numbers)} numbers, not 3")
+            setattr(found, key, numbers)
+        found.size = image_size
+        image_transform_v2(found, is_train=False)
+    except (AssertionError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{place}: its images can't be prepared as it says: {one_line(error)}") from None
+    return found
 
 
 def run_model(file: Path, place: str) -> ModelConfig | None:
@@ -201,19 +255,26 @@ def json_beside(file: Path, name: str, place: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: the {name} beside it is not JSON: {one_line(error)}") from None
     return content if isinstance(content, dict) else {}
 
 
 def export_settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """open_clip's ``model_cfg``: what :class:`ModelConfig` has of it, and the keys that our encoders don't have."""
-    values: dict[str, Any] = {key: given[key] for key in ("embed_dim", "init_logit_scale") if key in given}
+    """open_clip's ``model_cfg``: what :class:`ModelConfig` has of it, and the keys that our encoders don't have.
+
+    Raises:
+        UserError: a section that is none.
+    """
+    names = ("embed_dim", "init_logit_scale", "quick_gelu")
+    values: dict[str, Any] = {key: given[key] for key in names if given.get(key) is not None}
     other = [key for key in given if key not in {*values, "vision_cfg", "text_cfg", "output_dict"}]
     foreign = [key for key in other if given[key] and key != "nonscalar_logit_scale"]
     for part, schema in (("vision_cfg", open_clip.CLIPVisionCfg), ("text_cfg", open_clip.CLIPTextCfg)):
         section = given.get(part) or {}
+        if not isinstance(section, Mapping):
+            raise UserError(f"its {part} is a {type(section).__name__}, not a section")
         defaults = dataclasses.asdict(schema())
         ours = {field.name for field in dataclasses.fields(getattr(ModelConfig(), part))}
         foreign += [f"{part}.{key}" for key in section if key not in ours and section[key] != defaults.get(key)]
@@ -232,7 +293,10 @@ def _export_model(export: dict[str, Any], weights: Mapping[str, Tensor], place: 
         raise UserError(
             f"{place}: no {EXPORT_CONFIG} with a model_cfg beside it; add it, or pass config=ModelConfig(…)"
         )
-    values, foreign = export_settings(given)
+    try:
+        values, foreign = export_settings(given)
+    except UserError as error:
+        raise UserError(f"{place}: {EXPORT_CONFIG}: {error}") from None
     if foreign:
         raise UserError(f"{place}: our encoders don't have its model_cfg's {few(foreign)}; load it with open_clip")
     try:

@@ -20,12 +20,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
+from open_clip.tokenizer import SimpleTokenizer
+from open_clip.transform import image_transform_v2
+from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from alignclip.config import ModelConfig
+from alignclip.config_checks import VOCABULARY
 from alignclip.errors import UserError, check_place, describe_storage_error, one_line, one_line_errors
-from alignclip.fetching import CARD
-from alignclip.loading import Loaded, open_model
+from alignclip.fetching import CARD, few
+from alignclip.hugging_face import special_tokens
+from alignclip.loading import Loaded, Preprocess, open_model
 from convert import exports
 from convert.exports import FORMATS, Encode
 from convert.model_card import choose_license, write_card
@@ -33,6 +39,9 @@ from convert.onnx_export import read_onnx, write_onnx
 from convert.patience import patiently
 
 TOLERANCE = 1e-5  # of normalised features, and of exp(logit_scale) relative to itself
+# Of pixels: both sides resize by PIL, to the same of 256 levels; what is left is the rounding of float32.
+PIXEL_TOLERANCE = 0.1 / 255
+CAPTIONS = ("a red bicycle", "", "a photo of the number 7!", "naïve café", "two dogs run on the beach " * 40)
 
 EXAMPLES = """examples:
   # the latest checkpoint of a run → open_clip, with its metrics in the model card
@@ -116,7 +125,8 @@ def convert(options: Options) -> float:
         options.source,
         license,
         Path(options.metrics) if options.metrics else None,
-        form.usage.format(folder=options.out.rstrip("/")),
+        form,
+        options.out.rstrip("/"),
     )
     parent = Path(tempfile.gettempdir()) if remote else out.resolve().parent
     try:
@@ -130,7 +140,7 @@ def convert(options: Options) -> float:
         worst = _write(loaded, options, folder)
         (folder / CARD).write_text(card, encoding="utf-8")
         if bucket is not None:
-            _upload(folder, bucket, options.out)
+            _upload(folder, bucket, options.out.rstrip("/"), form.last)
         else:
             folder.chmod(0o777 & ~_umask())
             folder.rename(out)
@@ -157,9 +167,14 @@ def _write(loaded: Loaded, options: Options, folder: Path) -> float:
     """Write everything into the empty ``folder`` and check it."""
     form = FORMATS[options.to]
     ours = exports.encoding(loaded.model)
-    form.write(loaded, folder)
-    exports.keep_unused(loaded, folder)
-    worst = difference(loaded, ours, form.read(folder, loaded.config), options.to)
+    try:
+        form.write(loaded, folder)
+        exports.keep_unused(loaded, folder)
+    except (SafetensorError, RuntimeError) as error:  # a full disk, which these libraries call by their own names
+        raise UserError(f"cannot write {options.out}: {one_line(error)}") from None
+    again = form.read(folder)
+    worst = difference(loaded, ours, again.encode, options.to)
+    check_pixels(loaded, again.prepare, options.to)
     if options.onnx:
         write_onnx(loaded.model, folder)
         scale = loaded.model.logit_scale.detach().exp().reshape(())
@@ -189,17 +204,45 @@ def difference(loaded: Loaded, ours: Encode, theirs: Encode, name: str) -> float
 
 
 def inputs(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Eight images and texts of different lengths that fit any model: noise, and random words."""
+    """Images and texts of different lengths that fit any model: noise and random words, and where it reads them words.
+
+    Real captions come as CLIP's tokenizer writes them, which the exports' tokenizers do, too.
+    """
     generator = torch.Generator().manual_seed(0)
     size, length, vocabulary = config.vision_cfg.image_size, config.text_cfg.context_length, config.text_cfg.vocab_size
     images = torch.randn(8, 3, size, size, generator=generator)
     tokens = torch.zeros(8, length, dtype=torch.long)
+    start, end = special_tokens(vocabulary)
     for i, row in enumerate(tokens):
         words = 1 + i * max(0, length - 3) // 7
-        row[0] = vocabulary - 2
-        row[1 : words + 1] = torch.randint(1, vocabulary - 2, (words,), generator=generator)[: length - 2]
-        row[min(words + 1, length - 1)] = vocabulary - 1
+        row[0] = start
+        row[1 : words + 1] = torch.randint(1, start, (words,), generator=generator)[: length - 2]
+        row[min(words + 1, length - 1)] = end
+    if vocabulary >= VOCABULARY:
+        tokens = torch.cat([tokens, SimpleTokenizer(context_length=length)(list(CAPTIONS))])
     return images, tokens
+
+
+def check_pixels(loaded: Loaded, prepare: Preprocess, name: str) -> None:
+    """See that the export's own library prepares a picture as the model's images are prepared.
+
+    The picture is three times as wide as it is high, so that an even number of columns is cut off: of an odd one the
+    libraries leave the half on different sides.
+
+    Raises:
+        UserError: the pixels differ.
+    """
+    side = loaded.config.vision_cfg.image_size + 7
+    values = torch.randint(0, 256, (4, 12, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    picture = Image.fromarray(values.numpy()).resize((3 * side, side), Image.Resampling.BILINEAR)
+    ours, theirs = image_transform_v2(loaded.preprocess, is_train=False)(picture), prepare(picture)
+    std = torch.tensor(loaded.preprocess.std).view(3, 1, 1)
+    gap = float(((ours - theirs) * std).abs().max()) if ours.shape == theirs.shape else float("inf")
+    if not gap <= PIXEL_TOLERANCE:
+        raise UserError(
+            f"--to {name}: read again, it prepares images otherwise: pixels differ by {gap * 255:.1f} of 255 levels; "
+            "nothing was written"
+        )
 
 
 def _bucket(folder: Path, url: str) -> Any:
@@ -218,18 +261,43 @@ def _bucket(folder: Path, url: str) -> Any:
             raise
         there = set()
     if there:
-        raise UserError(f"--out {url} holds files already; choose another")
+        raise UserError(f"--out {url} holds files already ({few(sorted(there))}); remove them, or choose another")
     return cloud
 
 
-def _upload(folder: Path, cloud: Any, url: str) -> None:
-    """Every file, what says that a model is there last."""
-    names = [path.name for path in folder.iterdir()]
-    for name in sorted(names, key=lambda name: (name.endswith((".json", ".yaml")), name)):
+def _upload(folder: Path, cloud: Any, url: str, last: str) -> None:
+    """Every file; the one that says that a model is there last. Where that fails, what was uploaded goes again.
+
+    Raises:
+        UserError: storage that can't be written to.
+    """
+    names = sorted((path.name for path in folder.iterdir()), key=lambda name: (name == last, name))
+    for i, name in enumerate(names):
         try:
             patiently(lambda name=name: cloud.upload_file(name), url)  # type: ignore[misc]
-        except Exception as error:  # every provider has its own
-            raise UserError(f"cannot write to {url}: {describe_storage_error(error)}") from error
+        except BaseException as error:  # every provider has its own; Ctrl-C
+            left = _remove(cloud, url, names[: i + 1])
+            if not isinstance(error, Exception):
+                raise
+            more = f"; what is there of it could not be removed: {few(left)}" if left else ""
+            raise UserError(f"cannot write to {url}: {describe_storage_error(error)}{more}") from error
+
+
+def _remove(cloud: Any, url: str, names: Sequence[str]) -> list[str]:
+    """Delete objects where Streaming's client can, S3 and GCS; the names of those that may have stayed."""
+    client: Any = getattr(cloud, "s3", None) or getattr(cloud, "gcs_client", None)
+    bucket, _, prefix = url.partition("://")[2].partition("/")
+    left = []
+    for name in names:
+        key = f"{prefix}/{name}".lstrip("/")
+        try:
+            if hasattr(client, "delete_object"):  # boto3, also of what isn't there
+                client.delete_object(Bucket=bucket, Key=key)
+            else:
+                client.bucket(bucket).blob(key).delete()
+        except Exception:
+            left.append(name)
+    return left
 
 
 def _umask() -> int:
@@ -244,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         worst = convert(options)
     print(f"{options.out}: read again, the features differ by at most {worst:.1e}")
-    usage = FORMATS[options.to].usage.format(folder=options.out.rstrip("/"))
+    usage = FORMATS[options.to].usage_at(options.out.rstrip("/"))
     print("\n".join(["next:", *(f"  {line}" for line in usage.splitlines() if line)]))
 
 

@@ -15,29 +15,54 @@ import open_clip
 import torch
 from omegaconf import OmegaConf
 from open_clip.transform import PreprocessCfg
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from alignclip import hugging_face, release_format
-from alignclip.config import ModelConfig
+from alignclip.config_checks import VOCABULARY
 from alignclip.errors import UserError
-from alignclip.fetching import EXPORT_CONFIG, EXPORT_WEIGHTS, RUN_CONFIG, UNUSED
-from alignclip.loading import Loaded, load_encoders
+from alignclip.fetching import EXPORT_CONFIG, EXPORT_WEIGHTS, HF_CONFIG, RUN_CONFIG, UNUSED
+from alignclip.loading import Loaded, Preprocess, load
 
 CHECKPOINT, RELEASE = "model.pt", "release.pt"
 SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")  # in transformers
-VOCABULARY = 49408  # of CLIP's byte pairs: the only tokenizer there is
 
 Encode = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # images, tokens -> features, exp(logit_scale)
 
 
 @dataclass(frozen=True)
+class Again:
+    """A model as its format's library has read it again: its encoders, and its preparation of an image."""
+
+    encode: Encode
+    prepare: Preprocess
+
+
+@dataclass(frozen=True)
 class Format:
-    """A format: how it is written into an empty folder, read again, and the Python of whoever gets it."""
+    """A format.
+
+    Attributes:
+        write: into an empty folder.
+        read: by the call that ``usage`` shows.
+        library: what the Hugging Face Hub calls that library.
+        last: the file without which nobody takes the folder for a model.
+        usage: the Python of whoever gets it.
+    """
 
     write: Callable[[Loaded, Path], None]
-    read: Callable[[Path, ModelConfig], Encode]
+    read: Callable[[Path], Again]
+    library: str
+    last: str
     usage: str
+
+    def usage_at(self, place: str) -> str:
+        """The Python that loads what lies at a path or URL; stock libraries read no object storage, alignclip does."""
+        if "://" not in place:
+            return self.usage.format(folder=place)
+        file = f"/{self.last}" if self.library == "alignclip" else ""
+        return f'import alignclip\n\nmodel, preprocess, tokenizer = alignclip.load("{place}{file}")'
 
 
 def clones(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -74,18 +99,18 @@ def write_open_clip(loaded: Loaded, folder: Path) -> None:
         vision = {key: value for key, value in vision.items() if not key.startswith("timm_")}
     else:
         vision = {key: vision[key] for key in ("image_size", "timm_model_name", "timm_pool", "timm_proj")}
-    mean, std = loaded.preprocess.mean, loaded.preprocess.std
-    pixels = {"mean": list(mean), "std": list(std)}
-    pixels |= {key: getattr(loaded.preprocess, key) for key in ("interpolation", "resize_mode")}
+    pixels = {key: value for key, value in asdict(loaded.preprocess).items() if key != "size"}  # that is the model's
     model_cfg = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text}
+    if config.quick_gelu:
+        model_cfg["quick_gelu"] = True
     (folder / EXPORT_CONFIG).write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": pixels}, indent=2))
     save_file(weights_of(loaded), folder / EXPORT_WEIGHTS[0], metadata={"format": "pt"})
 
 
-def read_open_clip(folder: Path, _: ModelConfig) -> Encode:
+def read_open_clip(folder: Path) -> Again:
     """By stock open_clip."""
-    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-    return encoding(model.eval())
+    model, _, prepare = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    return Again(encoding(model.eval()), prepare)
 
 
 # --- Hugging Face -----------------------------------------------------------------------------------------------------
@@ -94,6 +119,8 @@ def read_open_clip(folder: Path, _: ModelConfig) -> Encode:
 def write_hugging_face(loaded: Loaded, folder: Path) -> None:
     """A ``CLIPModel`` with its processor, in transformers' own files."""
     transformers = _transformers()
+    size = loaded.config.vision_cfg.image_size
+    pixels = transformers.CLIPImageProcessor(**hugging_face.processor_settings(loaded.preprocess, size))
     config = transformers.CLIPConfig(**hugging_face.their_config(loaded.config))
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = transformers.CLIPModel(config)
@@ -101,15 +128,7 @@ def write_hugging_face(loaded: Loaded, folder: Path) -> None:
     lacking = [name for name, value in model.named_parameters() if value.is_meta]
     assert not lacking, lacking
     model.save_pretrained(folder, safe_serialization=True)
-    size, preprocess = loaded.config.vision_cfg.image_size, loaded.preprocess
-    pixels = transformers.CLIPImageProcessor(
-        size={"shortest_edge": size},
-        crop_size={"height": size, "width": size},
-        resample=3,  # PIL's bicubic
-        image_mean=list(preprocess.mean),
-        image_std=list(preprocess.std),
-    )
-    if loaded.config.text_cfg.vocab_size != VOCABULARY:
+    if loaded.config.text_cfg.vocab_size < VOCABULARY:  # CLIP's byte pairs are the only tokenizer there is
         pixels.save_pretrained(folder)
         return
     tokenizer = open_clip.SimpleTokenizer()
@@ -125,16 +144,21 @@ def write_hugging_face(loaded: Loaded, folder: Path) -> None:
     transformers.CLIPProcessor(pixels, words).save_pretrained(folder)
 
 
-def read_hugging_face(folder: Path, _: ModelConfig) -> Encode:
+def read_hugging_face(folder: Path) -> Again:
     """By stock transformers."""
-    model = _transformers().CLIPModel.from_pretrained(folder, local_files_only=True).eval()
+    transformers = _transformers()
+    model = transformers.CLIPModel.from_pretrained(folder, local_files_only=True).eval()
+    processor = transformers.CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+
+    def prepare(image: Image.Image) -> Tensor:
+        return torch.from_numpy(processor(images=image, return_tensors="np")["pixel_values"][0])
 
     def encode(images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
             features = model.get_image_features(images), model.get_text_features(tokens)
             return *features, model.logit_scale.exp().reshape(())
 
-    return encode
+    return Again(encode, prepare)
 
 
 def _transformers() -> Any:
@@ -158,6 +182,8 @@ def _default_pixels(loaded: Loaded, to: str) -> None:
 def write_release(loaded: Loaded, folder: Path) -> None:
     """The file that the AlignCLIP authors' code reads: one transformer, so of models that share everything."""
     _default_pixels(loaded, "release")
+    if loaded.config.quick_gelu:
+        raise UserError("--to release can't hold model.quick_gelu: the authors' code has GELU alone")
     shared, config = loaded.config.shared, loaded.config
     everything = shared.blocks in (-1, config.text_cfg.layers) and config.vision_cfg.layers == config.text_cfg.layers
     if not (everything and shared.ln_final and shared.projection):
@@ -169,11 +195,13 @@ def write_release(loaded: Loaded, folder: Path) -> None:
     # their model has a projection that their code never uses; where nobody knows its numbers, it gets zeros
     unused = loaded.unused or {"text.text_projection": torch.zeros_like(weights["projection"])}
     torch.save({"state_dict": weights | clones(unused)}, folder / RELEASE)
+    _write_config(loaded, folder)  # how wide the heads are is not in the file
 
 
-def read_release(folder: Path, config: ModelConfig) -> Encode:
+def read_release(folder: Path) -> Again:
     """By alignclip: the authors' code is no package."""
-    return encoding(load_encoders(folder / RELEASE, config=config))
+    model, prepare, _ = load(folder / RELEASE)
+    return Again(encoding(model), prepare)
 
 
 def write_checkpoint(loaded: Loaded, folder: Path) -> None:
@@ -181,12 +209,17 @@ def write_checkpoint(loaded: Loaded, folder: Path) -> None:
     _default_pixels(loaded, "composer")
     model = {f"encoders.{name}": value for name, value in clones(loaded.model.state_dict()).items()}
     torch.save({"state": {"model": model}}, folder / CHECKPOINT)
+    _write_config(loaded, folder)
+
+
+def _write_config(loaded: Loaded, folder: Path) -> None:
     (folder / RUN_CONFIG).write_text(OmegaConf.to_yaml({"model": OmegaConf.structured(loaded.config)}))
 
 
-def read_checkpoint(folder: Path, _: ModelConfig) -> Encode:
+def read_checkpoint(folder: Path) -> Again:
     """By alignclip."""
-    return encoding(load_encoders(folder / CHECKPOINT))
+    model, prepare, _ = load(folder / CHECKPOINT)
+    return Again(encoding(model), prepare)
 
 
 def keep_unused(loaded: Loaded, folder: Path) -> None:
@@ -199,6 +232,8 @@ FORMATS = {
     "open_clip": Format(
         write_open_clip,
         read_open_clip,
+        "open_clip",
+        EXPORT_CONFIG,
         "import open_clip\n\n"
         'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{folder}")\n'
         'tokenizer = open_clip.get_tokenizer("local-dir:{folder}")',
@@ -206,6 +241,8 @@ FORMATS = {
     "huggingface": Format(
         write_hugging_face,
         read_hugging_face,
+        "transformers",
+        HF_CONFIG,
         "from transformers import CLIPModel, CLIPProcessor\n\n"
         'model = CLIPModel.from_pretrained("{folder}")\n'
         'processor = CLIPProcessor.from_pretrained("{folder}")',
@@ -213,11 +250,15 @@ FORMATS = {
     "release": Format(
         write_release,
         read_release,
+        "alignclip",
+        RELEASE,
         f'import alignclip\n\nmodel, preprocess, tokenizer = alignclip.load("{{folder}}/{RELEASE}")',
     ),
     "composer": Format(
         write_checkpoint,
         read_checkpoint,
+        "alignclip",
+        CHECKPOINT,
         f'import alignclip\n\nmodel, preprocess, tokenizer = alignclip.load("{{folder}}/{CHECKPOINT}")\n'
         f"# to train on from it: composer pretrain.py my.yaml pretrained={{folder}}/{CHECKPOINT}",
     ),

@@ -16,8 +16,9 @@ from huggingface_hub import ModelCardData
 from omegaconf import OmegaConf
 
 from alignclip.errors import UserError, one_line
-from alignclip.licenses import forbids_derivatives, license_of
+from alignclip.licenses import forbids_derivatives, license_of, named_license
 from alignclip.loading import Loaded
+from convert.exports import Format
 
 SHOWN = (  # of a run's config.yaml
     "loss", "optimizer", "scheduler", "max_duration", "global_train_batch_size", "precision", "seed", "pretrained",
@@ -41,8 +42,12 @@ def choose_license(loaded: Loaded, place: str, given: str | None) -> License:
     """
     carried = license_of(loaded.card, loaded.kind)
     notes = []
-    if loaded.card is None and carried:  # a file in the authors' format says nothing, and may be somebody's own
+    if carried and named_license(loaded.card) is None:  # of the authors' format; it may be somebody's own training
         if given:
+            notes.append(
+                f"{place} is in the AlignCLIP authors' format, and their weights are {carried}: "
+                f"--license {given} is for weights that you trained yourself"
+            )
             carried = None
         else:
             notes.append(
@@ -65,7 +70,7 @@ def choose_license(loaded: Loaded, place: str, given: str | None) -> License:
     return License(name, notes)
 
 
-def write_card(loaded: Loaded, place: str, license: License, metrics: Path | None, usage: str) -> str:
+def write_card(loaded: Loaded, place: str, license: License, metrics: Path | None, form: Format, out: str) -> str:
     """The text of a card.
 
     Args:
@@ -73,18 +78,15 @@ def write_card(loaded: Loaded, place: str, license: License, metrics: Path | Non
         place: where it was read.
         license: of :func:`choose_license`.
         metrics: ``results.json`` of ``evaluate.py``.
-        usage: the Python that loads the export.
+        form: of the export.
+        out: where it will lie.
 
     Raises:
         UserError: ``metrics`` is no such file.
     """
     data = ModelCardData(
         license=license.name,
-        library_name="open_clip"
-        if "open_clip" in usage
-        else "transformers"
-        if "transformers" in usage
-        else "alignclip",
+        library_name=form.library,
         tags=["clip", "alignclip"],
         pipeline_tag="zero-shot-image-classification",
     )
@@ -100,9 +102,9 @@ def write_card(loaded: Loaded, place: str, license: License, metrics: Path | Non
         f"---\n{data.to_yaml()}\n---\n",
         "# " + (_recipe(loaded).get("run_name") or Path(place.rstrip("/")).stem or "model") + "\n",
         "A CLIP model trained with alignclip (AlignCLIP, https://arxiv.org/abs/2406.17639).\n"
-        if loaded.recipe
+        if "data" in _recipe(loaded)
         else f"A CLIP model, converted from `{Path(place.rstrip('/')).name}` by alignclip.\n",
-        "## Use\n\n```python\n" + usage + "\n```\n",
+        "## Use\n\n```python\n" + form.usage_at(out) + "\n```\n",
         "## Model\n",
         _table(
             {

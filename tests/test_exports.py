@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import io
 import json
+import resource
 import subprocess
 import sys
 import textwrap
@@ -28,19 +29,22 @@ from PIL import Image
 from runs import write_config, write_set
 from s3 import S3Server
 from safetensors.torch import load_file, save_file
+from streaming.base.storage.upload import S3Uploader
 from tarballs import write_tar
 from test_loading import picture, release_of, widths_of_64
 from torch import Tensor
 
 import alignclip
-from alignclip import config_file, training
+from alignclip import config_file, hugging_face, training
 from alignclip.checkpoints import SaveFolder
-from alignclip.config import ModelConfig
+from alignclip.config import ModelConfig, SharedConfig
 from alignclip.encoders import CLIP, build_encoders
 from alignclip.errors import UserError
 from alignclip.evaluation.encoding import Encoder
 from alignclip.evaluation.zero_shot import accuracy, build_classifier
+from alignclip.licenses import forbids_derivatives, license_of, named_license
 from alignclip.release_format import our_names
+from alignclip.weights import OPEN_CLIP, RELEASE
 from convert.checkpoint import Options, convert, main
 
 ROOT = Path(__file__).parent.parent
@@ -203,13 +207,12 @@ def test_clip_benchmarks_command_evaluates_it(exported: dict[str, Path], run: Pa
 
 
 def test_every_export_loads_here(exported: dict[str, Path], run: Path, features: tuple[Tensor, Tensor]) -> None:
+    """The release, too, whose heads of 16 are not the published 64: shapes don't tell, its config.yaml does."""
     trained, _, _ = alignclip.load(run)
-    # the release's heads of 16 are not the published 64, which shapes don't tell
-    sources: list[tuple[Path, Any]] = [(exported[name], None) for name in ("open_clip", "huggingface")]
-    config = config_of_run(run)
-    sources += [(exported["composer"] / "model.pt", None), (exported["release"] / "release.pt", config)]
-    for path, given in sources:
-        model, preprocess, tokenizer = alignclip.load(path, config=given)
+    sources = [exported[name] for name in ("open_clip", "huggingface")]
+    sources += [exported["composer"] / "model.pt", exported["release"] / "release.pt"]
+    for path in sources:
+        model, preprocess, tokenizer = alignclip.load(path)
         assert model.state_dict().keys() == trained.state_dict().keys()
         for name, value in trained.state_dict().items():
             assert torch.equal(model.state_dict()[name], value), (path, name)
@@ -218,13 +221,6 @@ def test_every_export_loads_here(exported: dict[str, Path], run: Path, features:
             pixels = torch.stack([preprocess(one) for one in pictures()])
             torch.testing.assert_close(model.encode_image(pixels), features[0], **CLOSE)
             torch.testing.assert_close(model.encode_text(tokenizer(TEXTS)), features[1], **CLOSE)
-
-
-def config_of_run(run: Path) -> ModelConfig:
-    content: Any = OmegaConf.load(run / "config.yaml")
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), content["model"]))
-    assert isinstance(config, ModelConfig)
-    return config
 
 
 def test_a_run_starts_from_the_exported_checkpoint(exported: dict[str, Path], run: Path, tmp_path: Path) -> None:
@@ -258,6 +254,96 @@ def test_a_timm_tower(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="can't hold the timm tower test_vit"):
         convert(Options(str(source), "huggingface", str(tmp_path / "hf")))
     assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("to", ["open_clip", "huggingface", "composer"])
+def test_a_vocabulary_larger_than_clips(tmp_path: Path, to: str) -> None:
+    """Captions end where CLIP's tokenizer ends them, which is not at the vocabulary's last id."""
+    config = small_config(text={"vocab_size": 49500})
+    source = write_checkpoint(tmp_path / "run", config)
+    assert convert(Options(str(source), to, str(tmp_path / "out"))) < 1e-5
+    model, _, tokenizer = alignclip.load(tmp_path / "out" / ("model.pt" if to == "composer" else ""))
+    expected = drawn(config).encode_text(tokenizer(TEXTS)).detach()
+    torch.testing.assert_close(model.encode_text(tokenizer(TEXTS)).detach(), expected, **CLOSE)
+    if to == "huggingface":
+        theirs = transformers.CLIPModel.from_pretrained(tmp_path / "out").eval()
+        words = transformers.CLIPProcessor.from_pretrained(tmp_path / "out")(
+            text=TEXTS, return_tensors="pt", padding=True, truncation=True
+        )
+        torch.testing.assert_close(theirs.get_text_features(**words).detach(), expected, **CLOSE)
+        end = [theirs.config.text_config.eos_token_id, theirs.config.text_config.bos_token_id]
+        assert end == [49407, 49406]
+
+
+def test_the_check_reads_real_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export that reads them otherwise is refused, whatever it makes of random ids."""
+    source = write_checkpoint(tmp_path / "run", small_config(text={"vocab_size": 49500}))
+    written = hugging_face.their_config
+
+    def as_it_was(config: ModelConfig) -> dict[str, Any]:
+        found = written(config)
+        return found | {"text_config": found["text_config"] | {"eos_token_id": config.text_cfg.vocab_size - 1}}
+
+    monkeypatch.setattr(hugging_face, "their_config", as_it_was)
+    with pytest.raises(UserError, match="--to huggingface: read again, the features differ by"):
+        convert(Options(str(source), "huggingface", str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_quick_gelu(tmp_path: Path) -> None:
+    """As OpenAI's models have it, there and back through all that can say so; the others refuse."""
+    config = small_config(text={"vocab_size": 70}, quick_gelu=True)
+    place: Path = write_checkpoint(tmp_path / "run", config)
+    for to in ("open_clip", "huggingface", "composer"):
+        assert convert(Options(str(place), to, str(tmp_path / to), onnx=True)) < 1e-5
+        place = tmp_path / to / ("model.pt" if to == "composer" else "")
+        model, _, _ = alignclip.load(place)
+        images, tokens = torch.randn(2, 3, 32, 32), torch.tensor([[68, 1, 69], [68, 69, 0]])
+        with torch.no_grad():
+            assert torch.equal(model.encode_image(images), drawn(config).encode_image(images))
+            assert torch.equal(model.encode_text(tokens), drawn(config).encode_text(tokens))
+            plain = drawn(small_config(text={"vocab_size": 70}))
+            assert not torch.allclose(model.encode_image(images), plain.encode_image(images), atol=1e-3)
+    assert json.loads((tmp_path / "open_clip" / "open_clip_config.json").read_text())["model_cfg"]["quick_gelu"] is True
+    assert (
+        transformers.CLIPModel.from_pretrained(tmp_path / "huggingface").config.text_config.hidden_act == "quick_gelu"
+    )
+    shared = write_checkpoint(tmp_path / "shared", dataclasses.replace(config, shared=SharedConfig(**EVERYTHING)))
+    with pytest.raises(UserError, match=r"can't hold model\.quick_gelu"):
+        convert(Options(str(shared), "release", str(tmp_path / "release")))
+
+
+def test_stock_quick_gelu_models(tmp_path: Path) -> None:
+    """open_clip's own, and transformers' default, give the same features here."""
+    vision = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 2, "head_width": 16}
+    text = {"context_length": 12, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2}
+    torch.manual_seed(0)
+    images, tokens = torch.randn(2, 3, 32, 32), torch.tensor([[62, 1, 63, *[0] * 9], [62, 5, 5, 63, *[0] * 8]])
+    theirs = open_clip.CLIP(16, vision_cfg=vision, text_cfg=text, quick_gelu=True).eval()
+    (tmp_path / "open_clip").mkdir()
+    model_cfg = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text, "quick_gelu": True}
+    (tmp_path / "open_clip" / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg}))
+    save_file(theirs.state_dict(), tmp_path / "open_clip" / "open_clip_model.safetensors")
+    model, _, _ = alignclip.load(tmp_path / "open_clip")
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_image(images), theirs.encode_image(images), **CLOSE)
+        torch.testing.assert_close(model.encode_text(tokens), theirs.encode_text(tokens), **CLOSE)
+    hub = clip_model(hidden_act="quick_gelu", vision={"patch_size": 16})
+    hub.save_pretrained(tmp_path / "hub")
+    model, _, _ = alignclip.load(tmp_path / "hub")
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_image(images), hub.get_image_features(images), **CLOSE)
+        torch.testing.assert_close(model.encode_text(tokens), hub.get_text_features(tokens), **CLOSE)
+
+
+def test_mlps_of_any_width(tmp_path: Path) -> None:
+    """Of a width that comes out one less when it is divided by the model's and multiplied again."""
+    assert int(112 * (115 / 112)) == 114
+    both = {"hidden_size": 112, "intermediate_size": 115}
+    clip_model(vision=both, text=both).save_pretrained(tmp_path / "theirs")
+    model, _, _ = alignclip.load(tmp_path / "theirs")
+    assert model.transformer.resblocks[0].mlp.c_fc.out_features == 115
+    assert convert(Options(str(tmp_path / "theirs"), "huggingface", str(tmp_path / "out"))) < 1e-5
 
 
 # --- the authors' format ----------------------------------------------------------------------------------------------
@@ -316,7 +402,7 @@ def test_only_what_shares_everything_is_a_release(tmp_path: Path) -> None:
 def clip_model(**changes: Any) -> transformers.CLIPModel:
     torch.manual_seed(0)
     both = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    both |= {"hidden_act": "gelu", "projection_dim": 16}
+    both |= {"hidden_act": changes.pop("hidden_act", "gelu"), "projection_dim": 16}
     vision = both | {"image_size": 32, "patch_size": 8} | changes.pop("vision", {})
     text = both | {"vocab_size": 64, "max_position_embeddings": 12, "eos_token_id": 63} | changes.pop("text", {})
     config = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=16, **changes)
@@ -349,10 +435,11 @@ def test_a_clip_model_of_transformers_loads_here(tmp_path: Path) -> None:
     [
         (
             {"vision": {"hidden_act": "quick_gelu"}},
-            "vision_config.hidden_act is quick_gelu, and our encoders have gelu",
+            "its towers' hidden_act are quick_gelu and gelu, and our encoders have gelu or quick_gelu in both",
         ),
         ({"text": {"layer_norm_eps": 1e-6}}, "text_config.layer_norm_eps is 1e-06"),
         ({"text": {"eos_token_id": 7}}, "eos_token_id is 7, and our encoders end texts at 63"),
+        ({"text": {"eos_token_id": 49407}}, "eos_token_id is 49407, and our encoders end texts at 63"),
     ],
 )
 def test_clip_models_that_are_not_ours(tmp_path: Path, change: dict[str, Any], words: str) -> None:
@@ -395,6 +482,83 @@ def test_broken_clip_models(tmp_path: Path) -> None:
         alignclip.load(tmp_path / "model.safetensors")
 
 
+# --- images ---------------------------------------------------------------------------------------------------------
+
+
+def with_pixels(folder: Path, **pixels: Any) -> Path:
+    """An export of open_clip's whose images are prepared in a way of its own."""
+    convert(Options(str(write_checkpoint(folder / "run", small_config())), "open_clip", str(folder / "source")))
+    path = folder / "source" / "open_clip_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"preprocess_cfg": pixels}))
+    return folder / "source"
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "interpolation": "bilinear", "resize_mode": "shortest"},
+        {"mean": 0.5, "std": 0.25, "interpolation": "bicubic", "resize_mode": "squash"},
+        {"resize_mode": "longest", "fill_color": 128, "interpolation": "bilinear"},
+    ],
+    ids=lambda pixels: str(pixels["resize_mode"]),
+)
+def test_how_images_are_prepared_is_kept(tmp_path: Path, pixels: dict[str, Any]) -> None:
+    """From open_clip to Hugging Face and back; what the other side can't do is refused."""
+    source = with_pixels(tmp_path, **pixels)
+    wide = pictures()[0].resize((97, 33))
+    ours = alignclip.load(source)[1](wide)
+    convert(Options(str(source), "open_clip", str(tmp_path / "again")))
+    written = json.loads((tmp_path / "again" / "open_clip_config.json").read_text())["preprocess_cfg"]
+    assert written.keys() == {"mode", "mean", "std", "interpolation", "resize_mode", "fill_color"}
+    _, _, theirs = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'again'}")
+    assert torch.equal(theirs(wide), ours)
+    if pixels["resize_mode"] == "longest":
+        with pytest.raises(UserError, match="can't resize as this model wants it: longest"):
+            convert(Options(str(source), "huggingface", str(tmp_path / "hub")))
+        return
+    convert(Options(str(source), "huggingface", str(tmp_path / "hub")))
+    processor = transformers.CLIPImageProcessor.from_pretrained(tmp_path / "hub")
+    found = processor(images=wide, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(found, ours, rtol=0, atol=1e-5)
+    convert(Options(str(tmp_path / "hub"), "open_clip", str(tmp_path / "back")))
+    assert torch.equal(alignclip.load(tmp_path / "back")[1](wide), ours)
+
+
+def test_an_export_whose_pixels_differ_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = with_pixels(tmp_path, interpolation="bilinear")
+    settings = hugging_face.processor_settings
+    monkeypatch.setattr(hugging_face, "processor_settings", lambda *given: settings(*given) | {"resample": 3})
+    with pytest.raises(UserError, match=r"prepares images otherwise: pixels differ by \d+\.\d of 255 levels"):
+        convert(Options(str(source), "huggingface", str(tmp_path / "hub")))
+    assert not (tmp_path / "hub").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"do_resize": False}, "do_resize is false"),
+        ({"do_rescale": False}, "do_rescale is false"),
+        ({"rescale_factor": 1 / 127.5}, "rescale_factor is 0.0078"),
+        ({"resample": 1}, "resample is 1, neither 2 nor 3"),
+        ({"resample": [3]}, r"resample is \[3\]"),
+        ({"do_center_crop": False}, "do_center_crop is false"),
+        ({"size": {"shortest_edge": 40}}, "are not one square"),
+        ({"size": {"height": 32, "width": 40}, "do_center_crop": False}, "are not one square"),
+        ({"image_processor_type": "ViTImageProcessor"}, "prepared by a ViTImageProcessor; did you mean"),
+        ({"image_mean": [0.5, 0.5]}, "mean has 2 numbers, not 3"),
+    ],
+)
+def test_processors_that_open_clip_has_not(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
+    clip_model().save_pretrained(tmp_path)
+    transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(tmp_path)
+    alignclip.load(tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(UserError, match=words) as error:
+        alignclip.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 # --- what is written, and what is not ---------------------------------------------------------------------------------
 
 
@@ -404,8 +568,54 @@ def test_into_a_bucket(exported: dict[str, Path], s3: S3Server, features: tuple[
     model, _, tokenizer = alignclip.load(url)
     with torch.no_grad():
         torch.testing.assert_close(model.encode_text(tokenizer(TEXTS)), features[1], **CLOSE)
-    with pytest.raises(UserError, match="holds files already"):
+    with pytest.raises(UserError, match=r"holds files already \(README.md, open_clip_config.json, open"):
         convert(Options(str(exported["open_clip"]), "open_clip", url))
+    # stock open_clip reads no bucket
+    card = s3.client.get_object(Bucket=url.split("/")[2], Key="exports/first/README.md")["Body"].read().decode()
+    assert f'alignclip.load("{url}")' in card
+    assert "local-dir:" not in card
+    assert "library_name: open_clip" in card
+
+
+def test_an_upload_that_breaks_leaves_nothing(
+    exported: dict[str, Path], s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What says that a model is there comes last, so that nobody loads a half of it; then the same command works."""
+    url, order = f"{s3.bucket()}/exports/second", []
+    upload = S3Uploader.upload_file
+
+    def breaks(self: Any, name: str) -> None:
+        order.append(name)
+        if name == "config.json":
+            raise ValueError("the network is gone")
+        upload(self, name)
+
+    options = Options(str(exported["composer"] / "model.pt"), "huggingface", url)
+    with monkeypatch.context() as patch:
+        patch.setattr(S3Uploader, "upload_file", breaks)
+        with pytest.raises(UserError, match=r"cannot write to s3://.*: the network is gone$"):
+            convert(options)
+    assert order[-1] == "config.json"
+    assert {"model.safetensors", "vocab.json", "tokenizer_config.json", "README.md"} <= set(order)
+    bucket = url.split("/")[2]
+    assert not s3.client.list_objects_v2(Bucket=bucket).get("Contents")
+    convert(options)
+    alignclip.load(url)
+
+
+def test_a_full_disk(exported: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line from whichever library notices, and nothing left."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for to in ("open_clip", "huggingface", "release", "composer"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        try:
+            with pytest.raises(SystemExit, match="2"):
+                main([str(exported["composer"] / "model.pt"), "--to", to, "--out", str(tmp_path / "out" / to)])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
+        assert line.startswith(f"error: cannot write {tmp_path / 'out' / to}: "), line
+        assert not list((tmp_path / "out").iterdir())
 
 
 def test_an_export_that_differs_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -480,13 +690,46 @@ def test_licences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # who has trained such a file can say so
     name, said = licensed(release, "own", "--license", "mit")
     assert name == "mit"
-    assert said == ""
+    assert "their weights are cc-by-nc-nd-4.0: --license mit is for weights that you trained yourself" in said
+    # a README.md of a repository that the file was put into is no licence
+    (tmp_path / "README.md").write_text("# AlignCLIP\n")
+    name, said = licensed(release, "beside")
+    assert name == "cc-by-nc-nd-4.0"
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    name, said = licensed(release, "named")
+    assert name == "mit"
     name, said = licensed(tmp_path / "own", "other", "--license", "apache-2.0")
     assert name == "apache-2.0"
     assert "says mit; the export says apache-2.0" in said
     name, said = licensed(write_checkpoint(tmp_path / "run", small_config()), "none")
     assert name is None
     assert "no licence: nobody else may use the model" in said
+
+
+@pytest.mark.parametrize(
+    ("card", "name", "forbidden"),
+    [
+        ("---\nlicense: mit\n---\n", "mit", False),
+        ("---\nlicense: cc-by-nc-nd-4.0\n---\n", "cc-by-nc-nd-4.0", True),
+        ("\ufeff---\nlicense: CC BY NC ND 4.0\n---\n", "CC BY NC ND 4.0", True),
+        ("\n\n---\r\nlicense: cc-by-nd-4.0\r\n---\r\n", "cc-by-nd-4.0", True),
+        ("---\nlicense: other\nlicense_name: cc-by-nc-nd-4.0\n---\n", "cc-by-nc-nd-4.0", True),
+        ("---\nlicense: other\n---\n", "other", False),
+        ("---\nlicense:\n- apache-2.0\n- cc-by-nc-nd-3.0\n---\n", "apache-2.0, cc-by-nc-nd-3.0", True),
+        ("---\nlicense: attribution-noderivatives\n---\n", "attribution-noderivatives", True),
+        ("---\nlicense: bsd-standard\n---\n", "bsd-standard", False),
+        ("---\nlicense: 3\n---\n", None, False),
+        ("---\nlicense: [\n---\n", None, False),
+        ("---\ntags: [x]\n---\n", None, False),
+        ("# mine\n", None, False),
+        (None, None, False),
+    ],
+)
+def test_what_a_card_says(card: str | None, name: str | None, forbidden: bool) -> None:
+    assert named_license(card) == name
+    assert license_of(card, OPEN_CLIP) == name
+    assert license_of(card, RELEASE) == (name or "cc-by-nc-nd-4.0")
+    assert forbids_derivatives(name or "") == forbidden
 
 
 def test_the_licence_of_what_a_run_started_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,8 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +25,7 @@ from composer.utils import get_device
 from huggingface_hub import constants, file_download
 from huggingface_hub.utils import reset_sessions
 from models import EVERYTHING, FIXTURES, MODELS, config_of, reference, small_batch, small_config
+from omegaconf import OmegaConf
 from PIL import Image
 from runs import write_config, write_set
 from s3 import S3Server
@@ -37,6 +40,7 @@ from alignclip.config import ModelConfig
 from alignclip.encoders import CLIP, build_encoders
 from alignclip.errors import UserError
 from alignclip.loading import load_encoders
+from alignclip.pretrained import load_pretrained
 from alignclip.release_format import our_names
 
 CAPTIONS = ["a red dot", "blue on the left!", ""]
@@ -194,7 +198,7 @@ def test_only_the_model_section_of_the_configuration_matters(run: tuple[Path, CL
         text.replace("layers: 2", "layers: 3"): ["it lacks", " and 21 more"],
         text.replace("layers: 2", "layers: 1"): ["it has", " and 21 more in addition"],
         text.replace("width: 32", "width: 34"): ["model.vision_cfg.width=34 is no multiple"],
-        text.replace("head_width: 16", "head_width: 0"): ["no model can be built as its config.yaml says"],
+        text.replace("head_width: 16", "head_width: 0"): ["model.vision_cfg.head_width=0 must be positive"],
         text.replace("patch_size: 8", "patch_seize: 8"): ["no model can be read", "patch_seize"],
         "model: [": ["no model can be read from the config.yaml"],
     }.items():
@@ -248,6 +252,26 @@ def test_the_sizes_of_a_release_are_read_off_its_shapes(tmp_path: Path) -> None:
     half = load_encoders(tmp_path / "half.pt")
     assert half.text_projection.dtype == torch.float32
     assert torch.equal(half.text_projection, source.text_projection.half().float())
+
+
+def test_a_configuration_beside_a_release_says_more_than_its_shapes(tmp_path: Path) -> None:
+    """Heads of 16 and of 32 have the same shapes as one of 64, and compute something else."""
+    torch.manual_seed(0)
+    source = build_encoders(widths_of_64(**EVERYTHING))
+    torch.save({"state_dict": release_of(source)}, tmp_path / "release.pt")
+    tokens = small_batch()[1]
+    inferred = features(load_encoders(tmp_path / "release.pt"), tokens)
+    config = widths_of_64(**EVERYTHING)
+    config.vision_cfg.head_width, config.text_cfg.heads = 16, 4
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml({"model": OmegaConf.structured(config)}))
+    found = load_encoders(tmp_path / "release.pt")
+    expected = build_encoders(config)
+    expected.load_state_dict(source.state_dict())
+    assert_same(found, expected.eval(), tokens)
+    assert not torch.allclose(features(found, tokens)[0], inferred[0], atol=1e-4)
+    (tmp_path / "config.yaml").write_text("model: [")
+    with pytest.raises(UserError, match=r"no model can be read from the config\.yaml beside it"):
+        alignclip.load(tmp_path / "release.pt")
 
 
 def test_wrong_releases(tmp_path: Path) -> None:
@@ -335,22 +359,38 @@ def test_exports_that_are_not_our_model(tmp_path: Path) -> None:
         return one_line(error.value)
 
     # what is open_clip's default may be spelled out
-    spelled_out = {"quick_gelu": False, "vision_cfg": right["vision_cfg"] | {"pool_type": "tok", "qk_norm": False}}
+    spelled_out = {
+        "quick_gelu": None,
+        "custom_text": False,
+        "vision_cfg": right["vision_cfg"] | {"pool_type": "tok", "qk_norm": False},
+    }
     path.write_text(json.dumps({"model_cfg": right | spelled_out, "preprocess_cfg": None}))
     load_encoders(folder)
-    assert "don't have its model_cfg's quick_gelu; load it with open_clip" in complaint(quick_gelu=True)
+    assert "don't have its model_cfg's custom_text; load it with open_clip" in complaint(custom_text=True)
     text = right["text_cfg"] | {"hf_model_name": "x", "pool_type": "last"}
     assert "text_cfg.hf_model_name, text_cfg.pool_type" in complaint(text_cfg=text)
     assert "could not be converted" in complaint(embed_dim="many")
     vision = right["vision_cfg"] | {"width": 48}
     assert "visual.class_embedding is [32], not [48]" in complaint(vision_cfg=vision)
     assert "vision_cfg.width=32 is no multiple" in complaint(vision_cfg=right["vision_cfg"] | {"head_width": 24})
-    path.write_text("{")
-    with pytest.raises(UserError, match="is not JSON"):
-        alignclip.load(folder)
-    path.write_text(json.dumps({"model_cfg": right, "preprocess_cfg": {"mean": "x"}}))
-    with pytest.raises(UserError, match="its images can't be prepared as it says"):
-        alignclip.load(folder)
+    assert "its vision_cfg is a str, not a section" in complaint(vision_cfg="ViT-B-16")
+    assert "its text_cfg is a list, not a section" in complaint(text_cfg=[right["text_cfg"]])
+    negative = right["vision_cfg"] | {"image_size": -32}
+    assert "model.vision_cfg.image_size=-32 must be positive" in complaint(vision_cfg=negative)
+    for text in ("{", "[" * 100_000, '{"a":' * 100_000):
+        path.write_text(text)
+        with pytest.raises(UserError, match="is not JSON") as error:
+            alignclip.load(folder)
+        one_line(error.value)
+    for wrong in ({"mean": "x"}, {"mean": [0.5, 0.5]}, {"std": []}, {"mode": "L"}, {"resize_mode": "no"}, [1], 3):
+        path.write_text(json.dumps({"model_cfg": right, "preprocess_cfg": wrong}))
+        with pytest.raises(UserError, match="its images can't be prepared as it says") as error:
+            alignclip.load(folder)
+        one_line(error.value)
+    path.write_text(json.dumps({"model_cfg": right, "preprocess_cfg": {"mean": 0.5, "std": 0.25}}))
+    _, preprocess, _ = alignclip.load(folder)
+    _, theirs = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    assert torch.equal(preprocess(picture()), theirs(picture()))
     with pytest.raises(UserError, match="are one and the same there, but differ"):
         alignclip.load(folder, config=small_config(shared=EVERYTHING))
 
@@ -535,10 +575,91 @@ def test_files_that_are_no_models(run: tuple[Path, CLIP], tmp_path: Path) -> Non
         tmp_path: "neither a latest-rank0.pt nor an export's open_clip_config.json; its weights: cut.pt, .* more",
         folder.parent: "did you mean '.*saved'?",
         "some/name": "did you mean 'hf-hub:some/name'",
+        "x" * 5000: "can't read x*: File name too long",
     }
     for path, words in refused.items():
         with pytest.raises(UserError, match=words) as error:
             alignclip.load(path)
+        one_line(error.value)
+
+
+def special(value: Tensor) -> dict[str, Tensor]:
+    """A weight in every way that torch can save it, but for the one in which models are saved."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of CSR and nested tensors, which are in beta
+        return {
+            "sparse": value.to_sparse(),
+            "compressed": value.to_sparse_csr(),
+            "meta": value.to("meta"),
+            "quantized": torch.quantize_per_tensor(value, 0.1, 0, torch.qint8),
+            "nested": torch.nested.nested_tensor([value, value]),
+            "expanded": torch.zeros(1).expand(value.shape),
+            "overlapping": torch.zeros(sum(value.shape)).as_strided(value.shape, (1, 1)),
+            "int8": value.to(torch.int8),
+            "complex": value.to(torch.complex64),
+        }
+
+
+@pytest.mark.parametrize("how", list(special(torch.zeros(2, 2))))
+def test_tensors_that_are_no_weights(tmp_path: Path, how: str) -> None:
+    """In a run's checkpoint, and as what a new run would start from."""
+    config = small_config()
+    model = build_encoders(config)
+    weights = {f"encoders.{name}": value for name, value in model.state_dict().items()}
+    name = "encoders.transformer.resblocks.0.mlp.c_fc.weight"
+    torch.save({"state": {"model": weights | {name: special(weights[name])[how]}}}, tmp_path / "latest-rank0.pt")
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml({"model": OmegaConf.structured(config)}))
+    with pytest.raises(UserError) as error:
+        alignclip.load(tmp_path)
+    assert "c_fc.weight" in one_line(error.value) or "which could run code" in str(error.value)
+    before = model.transformer.resblocks[0].mlp.c_fc.weight.detach().clone()
+    try:
+        report = load_pretrained(model, str(tmp_path), "text", config)
+    except UserError as refused:
+        one_line(refused)
+    else:
+        assert how in ("int8", "complex")
+        assert "of another shape: transformer.resblocks.0" in report.text
+    assert torch.equal(model.transformer.resblocks[0].mlp.c_fc.weight, before)
+
+
+def test_small_files_take_little_memory(tmp_path: Path) -> None:
+    """Of a model of 100 TB by its configuration, by a tensor that is one number, by a file that unpacks to a GB."""
+    config = small_config()
+    weights = {f"encoders.{name}": value for name, value in build_encoders(config).state_dict().items()}
+    whole = tmp_path / "latest-rank0.pt"
+    torch.save({"state": {"model": weights}}, whole)
+    for settings, words in (
+        ({"text_cfg": {**vars(config.text_cfg), "vocab_size": 10**12}}, "token_embedding.weight is"),
+        ({"text_cfg": {**vars(config.text_cfg), "layers": 10**9}}, "1000000000 layers, but it has"),
+        ({"embed_dim": 10**11}, "is .*, not "),
+        ({"vision_cfg": {**vars(config.vision_cfg), "image_size": 16 * 10**5}}, "visual.positional_embedding is"),
+        ({"vision_cfg": {**vars(config.vision_cfg), "mlp_ratio": 1e12}}, "is .*, not "),
+    ):
+        merged = OmegaConf.merge(OmegaConf.structured(config), settings)
+        (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml({"model": merged}))
+        with pytest.raises(UserError, match=words) as error:
+            alignclip.load(tmp_path)
+        one_line(error.value)
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml({"model": OmegaConf.structured(config)}))
+    alignclip.load(tmp_path)
+    packed = tmp_path / "packed.pt"
+    with zipfile.ZipFile(whole) as archive, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as other:
+        for entry in archive.infolist():
+            other.writestr(entry.filename, archive.read(entry))
+    assert packed.stat().st_size < whole.stat().st_size
+    with pytest.raises(UserError, match="it is a compressed archive"):
+        alignclip.load(packed)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\xff\xfe\x00\x01", b"runs/", b"a\x00b", b"x" * 5000])
+def test_links_that_are_none(tmp_path: Path, content: bytes, s3: S3Server) -> None:
+    (tmp_path / "latest-rank0.pt.symlink").write_bytes(content)
+    bucket = s3.bucket()
+    s3.client.put_object(Bucket=bucket.removeprefix("s3://"), Key="r/latest-rank0.pt.symlink", Body=content)
+    for place in (tmp_path, f"{bucket}/r"):
+        with pytest.raises(UserError, match="is no link to a checkpoint") as error:
+            alignclip.load(place)
         one_line(error.value)
 
 

@@ -15,12 +15,14 @@ from urllib.parse import urlparse
 
 from alignclip.errors import UserError
 from convert import mds, tables, tars
+from convert.patience import is_passing
 from convert.samples import Sample, Skipped
-from convert.storage import INDEX, fetched, list_remote
+from convert.storage import INDEX, check_web, fetched, list_remote
 
 # What a folder stands for is decided by the first of these that it holds; img2dataset puts a parquet file beside a tar
 GROUPS = ((".tar", ".tar.gz", ".tgz"), (".parquet",), (".csv", ".tsv"))
 FORMATS = tuple(suffix for group in GROUPS for suffix in group)
+WEB = ("http", "https")
 SEVERAL = (".csv", ".tsv", f"/{INDEX}")  # files of which each is several input shards
 
 
@@ -51,6 +53,7 @@ def expand(patterns: Sequence[str]) -> list[str]:
         raise UserError(f"{len(missing)} of {len(found)} inputs do not exist, the first is {missing[0]}")
     if not found:
         raise UserError("no inputs")
+    check_web(name for name in found if urlparse(name).scheme in WEB)
     return [part for file in dict.fromkeys(found) for part in _parts(file)]
 
 
@@ -83,7 +86,7 @@ def _of_one_format(names: Sequence[str]) -> list[str]:
 
 def _expand_remote(url: str, unseen: list[str]) -> list[str]:
     """What one URL stands for; a single file, which has not been looked for, is put on the list ``unseen``."""
-    is_http = urlparse(url).scheme in ("http", "https")
+    is_http = urlparse(url).scheme in WEB
     is_pattern = not is_http and glob.has_magic(url)
     if is_http or (not is_pattern and (url.lower().endswith((*FORMATS, ".gz")) or url.endswith(f"/{INDEX}"))):
         if not is_http:
@@ -105,7 +108,9 @@ def _missing_remote(urls: Sequence[str]) -> list[str]:
     for folder in dict.fromkeys(url.rsplit("/", 1)[0] for url in urls):
         try:
             names = list_remote(folder)
-        except UserError:  # Azure, or a public bucket that may be read but not listed: fetching will tell
+        except UserError as error:  # Azure, or a public bucket that may be read but not listed: fetching will tell
+            if error.__cause__ is not None and is_passing(error.__cause__):
+                raise  # nobody is there: told at once, not after the minutes of an outage
             continue
         missing += [url for url in urls if url.rsplit("/", 1)[0] == folder and url.rsplit("/", 1)[1] not in names]
     return missing

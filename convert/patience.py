@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
+import ssl
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.client import HTTPException
 from multiprocessing.sharedctypes import Synchronized
@@ -15,8 +18,9 @@ from tqdm import tqdm
 from alignclip.errors import one_line
 
 T = TypeVar("T")
-PATIENCE = 600.0  # seconds in all
-LONGEST_PAUSE = 20.0  # seconds
+PATIENCE = 600.0  # seconds since storage was last known to answer
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 20.0  # seconds, between which they double
+ANSWERS = 5  # times that a try of more than LONGEST_PAUSE counts as an answer
 # Classes of the clouds' libraries, by name: which of them are installed differs
 PASSING = {
     "EndpointConnectionError",
@@ -32,7 +36,10 @@ PASSING = {
     "TransportError",
     "ServiceRequestError",
     "RequestException",
+    "RetriesExceededError",  # boto3's, of a body that breaks again and again
+    "SSLError",
 }
+PASSING_CODES = {"RequestTimeout", "IncompleteBody", "BadDigest"}  # of S3's 400s: what came in was not what was sent
 
 
 class _Outage:
@@ -65,22 +72,29 @@ def patiently(work: Callable[[], T], place: str) -> T:
     Raises:
         Exception: the last one of ``work``.
     """
-    try:
-        return work()
-    except Exception as error:
-        if not is_passing(error):
-            raise
-        _say(f"{place} can't be reached ({one_line(error)}); waiting, up to {PATIENCE / 60:.0f} minutes", 1)
-    from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_exponential_jitter
-
-    waiting = Retrying(
-        retry=retry_if_exception(is_passing),
-        wait=wait_exponential_jitter(initial=1, max=LONGEST_PAUSE),
-        stop=stop_after_delay(PATIENCE),
-        reraise=True,
-    )
-    result = waiting(work)
-    _say(f"{place} is back", 0)
+    away_since, pause, answers = 0.0, 0.0, 0
+    while True:
+        start = time.monotonic()
+        try:
+            result = work()
+            break
+        except Exception as error:
+            if not is_passing(error):
+                raise
+            now = time.monotonic()
+            if not pause:
+                away_since, pause = now, FIRST_PAUSE
+            elif now - start > LONGEST_PAUSE and answers < ANSWERS:
+                # it has transferred something, and is no longer the outage that it was; a server that never answers
+                # looks the same, and must not be waited for without end
+                away_since, pause, answers = now, FIRST_PAUSE, answers + 1
+            if now - away_since > PATIENCE:
+                raise
+            _say(f"{place} can't be reached ({one_line(error)}); waiting, up to {PATIENCE / 60:.0f} minutes", 1)
+        time.sleep(min(pause + random.random(), max(0.0, away_since + PATIENCE - now) + 0.1))
+        pause = min(2 * pause, LONGEST_PAUSE)
+    if pause:
+        _say(f"{place} is back", 0)
     return result
 
 
@@ -88,23 +102,46 @@ def is_passing(error: BaseException) -> bool:
     """Whether the same request may succeed later: no connection, a server in trouble, too many requests."""
     if not isinstance(error, Exception):  # Ctrl-C; what it came in the middle of is linked to it
         return False
-    for one in _chain(error):
+    chain = list(_chain(error))
+    if any(_is_certificate(one) for one in chain):
+        return False
+    for one in chain:
         status = _status(one)
         if status is not None:
-            return (status >= 500 and status != 501) or status in (408, 425, 429)  # 501: a store without that feature
+            passing = (status >= 500 and status != 501) or status in (
+                408,
+                425,
+                429,
+            )  # 501: a store without that feature
+            return passing or (status == 400 and _code(one) in PASSING_CODES)
     return any(
-        isinstance(one, (ConnectionError, TimeoutError, URLError, HTTPException)) or type(one).__name__ in PASSING
-        for one in _chain(error)
+        isinstance(one, (ConnectionError, TimeoutError, URLError, HTTPException, ssl.SSLError))
+        or type(one).__name__ in PASSING
+        for one in chain
     )
 
 
+def _is_certificate(error: BaseException) -> bool:
+    """Whether it is about a certificate, which will be as wrong in a minute; botocore's has the text only."""
+    return isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in str(error)
+
+
 def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and what caused it, as Python links them, and as boto3 and urllib keep them."""
     seen: list[BaseException] = []
-    one: BaseException | None = error
-    while one is not None and one not in seen:
-        yield one
-        seen.append(one)
-        one = one.__cause__ or one.__context__
+    ahead: list[Any] = [error]
+    while ahead:
+        one = ahead.pop(0)
+        if isinstance(one, BaseException) and one not in seen:
+            yield one
+            seen.append(one)
+            ahead += [getattr(one, "last_exception", None), getattr(one, "reason", None)]
+            ahead.append(one.__cause__ or one.__context__)
+
+
+def _code(error: BaseException) -> str:
+    """S3's own word for what is wrong."""
+    return str(getattr(error, "response", {}).get("Error", {}).get("Code"))
 
 
 def _status(error: BaseException) -> int | None:

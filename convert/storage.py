@@ -7,11 +7,13 @@ import os
 import shutil
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatch
+from http.client import HTTPException
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,7 @@ COUNTS = "counts.json"  # in each sub-folder, beside its index
 PARTIAL = ".partial-"  # a local sub-folder in the making
 LOCK = ".lock"  # of a local folder that is being written
 TEMPORARY = f"alignclip-{os.getpid()}-"  # folders in TMPDIR, which a process that is killed can't remove
-READ_TIMEOUT = 60.0  # seconds
-FETCH_TIMEOUT = 600.0  # seconds, for a whole input from object storage
+READ_TIMEOUT = 60.0  # seconds without a byte, from object storage
 HTTP_TIMEOUT = 60.0  # seconds without a byte
 
 
@@ -50,7 +51,7 @@ def fetched(place: str) -> Iterator[Path]:
             else:
                 from streaming.base.storage import CloudDownloader
 
-                patiently(lambda: CloudDownloader.direct_download(place, str(path), FETCH_TIMEOUT), place)
+                patiently(lambda: CloudDownloader.direct_download(place, str(path), READ_TIMEOUT), place)
         except Exception as error:  # every provider has its own
             raise UserError(f"cannot fetch {place}: {describe_storage_error(error)}") from error
         yield path
@@ -67,6 +68,24 @@ def _fetch_http(url: str, path: Path) -> None:
     announced = answer.headers.get("Content-Length")
     if announced and path.stat().st_size != int(announced):
         raise ConnectionError(f"the connection broke after {path.stat().st_size} of {announced} bytes")
+
+
+def check_web(urls: Iterable[str]) -> None:
+    """Ask each web server for one of these once, without patience: a mistyped name is told at once.
+
+    Raises:
+        UserError: there is no such server, none listens, or its certificate is wrong. What it answers doesn't matter.
+    """
+    first: dict[str, str] = {}
+    for url in urls:
+        first.setdefault(urlparse(url).netloc, url)
+    for url in first.values():
+        try:
+            urllib.request.urlopen(url, timeout=HTTP_TIMEOUT).close()
+        except urllib.error.HTTPError:
+            continue
+        except (OSError, HTTPException, ValueError) as error:
+            raise UserError(f"cannot fetch {url}: {describe_storage_error(error)}") from error
 
 
 def remove_stale_copies() -> None:

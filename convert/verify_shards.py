@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from alignclip.errors import UserError, describe_storage_error, one_line
 from convert.patience import patiently
-from convert.storage import FETCH_TIMEOUT, TEMPORARY
+from convert.storage import READ_TIMEOUT, TEMPORARY
 from convert.verify_findings import SHOWN, Entry, Problems, stored_file
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def open_shard(entry: Entry, place: str, folder: Path, problems: Problems) -> MD
     try:
         if "://" in place:
             path = folder / "stored"
-            patiently(lambda: _downloader(place).download(f"{place}/{file}", str(path), FETCH_TIMEOUT), place)
+            patiently(lambda: _downloader(place).download(f"{place}/{file}", str(path), READ_TIMEOUT), place)
         data = path.read_bytes()
     except Exception as error:  # every provider has its own
         _check_space(error)

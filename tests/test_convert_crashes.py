@@ -7,19 +7,24 @@ import random
 import signal
 import socket
 import socketserver
+import ssl
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from urllib.error import URLError
 
 import boto3
+import botocore.exceptions
 import pytest
-from botocore.exceptions import ClientError, EndpointConnectionError
+from boto3.exceptions import RetriesExceededError
+from botocore.exceptions import ClientError, EndpointConnectionError, ReadTimeoutError
 from conversions import Command, Undisturbed, download, picture, relative, said
 from s3 import _free_port
-from tarballs import stage, three_tars, write_tar
+from tarballs import pairs, quick, stage, three_tars, upload, write_tar
 
 from alignclip.errors import UserError
 from convert import patience
@@ -147,6 +152,26 @@ def test_an_endpoint_where_nothing_listens_is_not_waited_for(
     assert line.startswith("error: cannot reach s3://bucket/x: can't connect: ")
 
 
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://no-such-host.invalid/a.tar", "cannot fetch http://no-such-host.invalid/a.tar: "),
+        ("http://127.0.0.1:{port}/a.tar", "cannot fetch http://127.0.0.1:{port}/a.tar: "),
+        ("s3://bucket/a.tar", "cannot (list|reach) s3://bucket: can't connect: "),
+    ],
+)
+def test_an_input_where_nothing_listens_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, message: str
+) -> None:
+    port = _free_port()
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    start = time.monotonic()
+    with pytest.raises(UserError, match="^" + message.format(port=port)):
+        quick([url.format(port=port)], tmp_path / "out")
+    assert time.monotonic() - start < 30
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """When a test's request was made; the tries that boto3 makes by itself are off."""
@@ -213,6 +238,54 @@ def test_a_key_press_is_no_outage(calls: list[float]) -> None:
     assert len(calls) == 2
 
 
+def test_time_in_which_bytes_came_is_no_outage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long transfer that breaks again and again is tried as often as a short one, but not for ever."""
+    now, tries = 0.0, 0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def transfer(seconds: float, succeeds: int = 10**6) -> None:
+        nonlocal tries
+        tries += 1
+        sleep(seconds)
+        if tries < succeeds:
+            raise ConnectionResetError
+
+    monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    monkeypatch.setattr(patience, "_outage", patience._Outage())
+    patiently(lambda: transfer(500.0, succeeds=5), "the bucket")
+    assert tries == 5
+    for seconds, most in ((0.1, 700), (500.0, 5_000), (5_000.0, 40_000)):
+        now, tries = 0.0, 0
+        with pytest.raises(ConnectionResetError):
+            patiently(lambda seconds=seconds: transfer(seconds), "the bucket")
+        assert patience.PATIENCE <= now < most
+        assert tries > 5
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (RetriesExceededError(ReadTimeoutError(endpoint_url="http://x")), True),
+        (RetriesExceededError(ClientError({"ResponseMetadata": {"HTTPStatusCode": 403}}, "GetObject")), False),
+        (botocore.exceptions.SSLError(endpoint_url="https://x", error="EOF occurred in violation of protocol"), True),
+        (botocore.exceptions.SSLError(endpoint_url="https://x", error="[SSL: CERTIFICATE_VERIFY_FAILED] …"), False),
+        (URLError(ssl.SSLEOFError(8, "EOF occurred")), True),
+        (URLError(ssl.SSLCertVerificationError(1, "certificate verify failed")), False),
+        (ssl.SSLError(1, "record layer failure"), True),
+        *((code, True) for code in ("RequestTimeout", "IncompleteBody", "BadDigest")),
+        ("InvalidArgument", False),
+    ],
+)
+def test_what_passes(error: Any, passes: bool) -> None:
+    if isinstance(error, str):
+        response = {"Error": {"Code": error}, "ResponseMetadata": {"HTTPStatusCode": 400}}
+        error = ClientError(response, "PutObject")
+    assert patience.is_passing(error) is passes
+
+
 class RefusesToDelete(socketserver.StreamRequestHandler):
     """Hands requests on to an S3 server, byte by byte, but answers a number of DELETEs itself: it is busy."""
 
@@ -232,6 +305,30 @@ class RefusesToDelete(socketserver.StreamRequestHandler):
     def hand_back(self, server: socket.socket) -> None:
         with suppress(OSError):
             while data := server.recv(65536):
+                self.request.sendall(data)
+
+
+class CutsBodies(socketserver.StreamRequestHandler):
+    """Hands requests on to an S3 server, but breaks a number of connections in the middle of what they fetch."""
+
+    port = 0
+    left = 0
+
+    def handle(self) -> None:
+        with socket.create_connection(("127.0.0.1", self.port)) as server, suppress(OSError):
+            threading.Thread(target=self.hand_back, args=(server,), daemon=True).start()
+            while data := self.request.recv(65536):
+                server.sendall(data)
+
+    def hand_back(self, server: socket.socket) -> None:
+        given = 0
+        with suppress(OSError):
+            while data := server.recv(4096):
+                given += len(data)
+                if given > 20_000 and type(self).left:
+                    type(self).left -= 1
+                    self.request.shutdown(socket.SHUT_RDWR)
+                    return
                 self.request.sendall(data)
 
 
@@ -256,6 +353,27 @@ def test_a_complete_part_is_not_mixed_with_a_new_one(s3: Any, monkeypatch: pytes
         proxy.shutdown()
     assert RefusesToDelete.left == 0
     assert s3.keys(out) == ["out/00000/shard.00000.mds"]
+
+
+@pytest.mark.parametrize("cuts", [8, 10**6])
+def test_bodies_that_break_midway(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuts: int) -> None:
+    """boto3 fetches a body anew five times and then gives up, with an error of its own."""
+    if cuts > 8:
+        monkeypatch.setattr(patience, "PATIENCE", 1.0)
+    raw = f"{s3.bucket()}/raw"
+    upload(s3, write_tar(tmp_path / "in" / "a.tar", pairs(0, 40)).parent, raw)
+    monkeypatch.setattr(CutsBodies, "port", s3.port)
+    monkeypatch.setattr(CutsBodies, "left", cuts)
+    with Proxy(("127.0.0.1", 0), CutsBodies) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_address[1]}")
+        if cuts == 8:
+            assert quick([f"{raw}/a.tar"], tmp_path / "out").written == 40
+            assert CutsBodies.left == 0
+        else:
+            with pytest.raises(UserError, match=rf"^cannot fetch {raw}/a\.tar: "):
+                quick([f"{raw}/a.tar"], tmp_path / "out")
+        proxy.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import timm.models
 import timm.optim
 import torch
 from open_clip.timm_model import TimmModel
+from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import nn
 
 from alignclip.config import OptimizerConfig
@@ -33,7 +35,8 @@ def layer_depths(model: CLIP) -> dict[nn.Parameter, int]:
     0 are projections, the norms behind the blocks and logit_scale; then the blocks, from 1 for the last, whatever
     the other tower's number is (a shared block has the same depth in both); below the first block the embeddings. In
     a timm tower the layers are those of the model's own ``group_matcher``. With lr · layer_decay^depth as in BEiT
-    (https://arxiv.org/abs/2106.08254) and :func:`timm.optim.param_groups_layer_decay`.
+    (https://arxiv.org/abs/2106.08254) and, but for the last norm, :func:`timm.optim.param_groups_layer_decay` on a
+    model with its classifier.
     """
     depths = dict.fromkeys(model.parameters(), 0)
 
@@ -48,16 +51,35 @@ def layer_depths(model: CLIP) -> dict[nn.Parameter, int]:
     tower(model.transformer.resblocks, model.token_embedding, model.positional_embedding)
     visual = model.visual
     if isinstance(visual, TimmModel):
-        trunk: Any = visual.trunk
-        layers = timm.models.group_parameters(trunk, trunk.group_matcher(coarse=False), reverse=True)
-        top = max(layers.values())
-        depths |= {trunk.get_parameter(name): top - layer for name, layer in layers.items()}
+        depths |= _timm_depths(visual.trunk)
     else:
         tower(
             visual.transformer.resblocks,
             *(visual.conv1, visual.class_embedding, visual.positional_embedding, visual.ln_pre),
         )
     return depths
+
+
+def _timm_depths(trunk: Any) -> dict[nn.Parameter, int]:
+    """The same of timm's model without its head: 1 is its last block.
+
+    timm counts what lies behind the blocks, where its matcher says so, to the last of them; here it is at 0.
+    """
+    matcher = trunk.group_matcher(coarse=False)
+    layers = timm.models.group_parameters(trunk, matcher, reverse=True)
+    patterns: list[tuple[str, Any]] = []
+    for given in matcher.values() if isinstance(matcher, dict) else ():
+        patterns += given if isinstance(given, (list, tuple)) else [(given, None)] if given else []
+    top = max(layers.values())
+
+    def is_above(name: str) -> bool:
+        """In the last layer, and no part of a block: said to follow one, or matched by nothing."""
+        suffix = next((suffix for pattern, suffix in patterns if re.match(pattern, name)), MATCH_PREV_GROUP)
+        return bool(patterns) and layers[name] == top and suffix == MATCH_PREV_GROUP
+
+    above = {name for name in layers if is_above(name)}
+    last = max((layer for name, layer in layers.items() if name not in above), default=top)
+    return {trunk.get_parameter(name): 0 if name in above else last + 1 - layer for name, layer in layers.items()}
 
 
 def decay_by_layer(

@@ -7,14 +7,15 @@ import re
 from typing import Any
 
 import pytest
+import timm
 import torch
 from models import EVERYTHING, small_batch, small_config
 from torch import nn
 
 from alignclip.config import ModelConfig, OptimizerConfig, SharedConfig, TextConfig
-from alignclip.encoders import build_encoders
+from alignclip.encoders import CLIP, build_encoders
 from alignclip.errors import UserError
-from alignclip.optimization import build_optimizer, lr_multiplier, parameter_groups
+from alignclip.optimization import _timm_depths, build_optimizer, lr_multiplier, parameter_groups
 
 
 def shared_vit_b_16() -> nn.Module:
@@ -171,13 +172,40 @@ def test_layer_decay_of_one_is_none() -> None:
     assert half[first].norm() < 0.3 * none[first].norm()
 
 
+def timm_tower(name: str) -> CLIP:
+    return build_encoders(small_config(vision={"timm_model_name": name, "image_size": 160}))
+
+
 def test_layer_decay_of_a_timm_tower() -> None:
-    model = build_encoders(small_config(vision={"timm_model_name": "test_vit", "image_size": 160}))
+    """As of a ViT of open_clip's: norm and projection, then the six blocks, then what lies below them."""
+    model = timm_tower("test_vit")
     optimizer = build_optimizer(OptimizerConfig(lr=1.0, layer_decay=0.5), model)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    trunk = model.visual.trunk
-    deepest, blocks = rates[id(trunk.patch_embed.proj.weight)], [rates[id(b.mlp.fc1.weight)] for b in trunk.blocks]
-    assert deepest < blocks[0]
-    assert blocks == sorted(blocks)
-    assert len(set(blocks)) == len(blocks)
+    assert len(rates) == len(list(model.parameters()))
+    for name, parameter in model.visual.named_parameters():
+        depth = 7  # cls_token, pos_embed, patch_embed
+        if found := re.match(r"trunk\.blocks\.(\d)\.", name):
+            depth = 6 - int(found[1])
+        elif name.startswith(("trunk.norm.", "head.")):
+            depth = 0
+        assert rates[id(parameter)] == 0.5**depth, name
     assert rates[id(model.logit_scale)] == 1.0
+    assert rates[id(model.transformer.resblocks[-1].ln_1.weight)] == 0.5
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_vit2", "test_efficientnet", "test_resnet", "test_convnext"])
+def test_layer_decay_of_timm_towers_is_timms(name: str) -> None:
+    """With its classifier, which is where our projection is; what timm counts to the last block lies behind it here."""
+    trunk = timm_tower(name).visual.trunk
+    depths = _timm_depths(trunk)
+    whole = timm.create_model(name)
+    names = {id(parameter): name for name, parameter in whole.named_parameters()}
+    groups = timm.optim.param_groups_layer_decay(whole, layer_decay=0.5)
+    theirs = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+    behind = re.compile(r"norm\.|fc_norm|head\.norm|conv_head|bn2\.")
+    for key, parameter in trunk.named_parameters():
+        if behind.match(key):
+            assert depths[parameter] == 0, key
+        else:
+            assert 0.5 ** depths[parameter] == theirs[key], key
+    assert min(depth for p, depth in depths.items() if depth) == 1

@@ -63,22 +63,31 @@ def versions() -> dict[str, str]:
     return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
 
 
-def checkout(folder: Path) -> Git | None:
-    """The git checkout that a folder of code belongs to; None where git doesn't know its files."""
+def checkout(package: Path) -> Git | None:
+    """The git checkout that a package belongs to: the folder above it, with its ``pyproject.toml``.
+
+    None where the package is installed, where git doesn't know its files, or where there is no git. An environment may
+    lie inside of somebody else's repository: git is told nothing that would have it trust another one than this, and
+    no program that a repository's configuration names is started.
+    """
+    root = package.resolve().parent
+    if not (root / "pyproject.toml").is_file():
+        return None
     try:
-        # an environment may lie inside of somebody's repository without being a part of it
-        tracked = _git(folder, "ls-files", "*.py")
-        commit = _git(folder, "rev-parse", "HEAD")
-        dirty = _git(folder, "status", "--porcelain", "--untracked-files=no")
+        if not _git(root, "ls-files", "--", f"{package.name}/*.py"):
+            return None
+        commit = _git(root, "rev-parse", "HEAD")
+        dirty = _git(root, "status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all")
     except (OSError, subprocess.SubprocessError):
         return None
-    return Git(commit, bool(dirty)) if tracked else None
+    return Git(commit, bool(dirty))
 
 
-def _git(folder: Path, *arguments: str) -> str:
+def _git(root: Path, *arguments: str) -> str:
     # in a container the checkout often belongs to another user, which git would refuse
-    command = ["git", "-c", "safe.directory=*", "--no-optional-locks"]
+    settings = (f"safe.directory={root}", "core.fsmonitor=false", "core.hooksPath=/dev/null")
+    command = ["git", *(word for setting in settings for word in ("-c", setting)), "--no-optional-locks"]
     done = subprocess.run(
-        [*command, *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=GIT_TIMEOUT
+        [*command, *arguments], cwd=root, capture_output=True, text=True, check=True, timeout=GIT_TIMEOUT
     )
     return done.stdout.strip()

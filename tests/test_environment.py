@@ -29,6 +29,7 @@ def test_the_commit_of_the_checkout_that_the_code_is_of(tmp_path: Path, monkeypa
     code = tmp_path / "repository" / "code"
     code.mkdir(parents=True)
     (code / "a.py").write_text("1")
+    (code.parent / "pyproject.toml").write_text("")
     assert checkout(code) is None
     git(code.parent, "init")
     assert checkout(code) is None, "no commit yet"
@@ -45,8 +46,48 @@ def test_the_commit_of_the_checkout_that_the_code_is_of(tmp_path: Path, monkeypa
     installed.mkdir(parents=True)
     (installed / "a.py").write_text("1")
     assert checkout(installed) is None
+    # in a container, of another user's
+    with monkeypatch.context() as patch:
+        patch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+        with pytest.raises(subprocess.CalledProcessError):
+            git(code, "status")
+        assert checkout(code) == Git(commit, dirty=True)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert checkout(code) is None, "no git"
+
+
+@pytest.mark.parametrize("owner", ["0", "1"])
+@pytest.mark.parametrize("below", ["somebody's", "project's", "installed"])
+def test_nothing_of_a_repository_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, below: str, owner: str
+) -> None:
+    """What git would start for a repository's configuration, in one above an environment and in the project's own."""
+    foreign, ran = tmp_path / "repository", tmp_path / "ran"
+    code = foreign / {"somebody's": ".venv/src/alignclip", "installed": ".venv/alignclip"}.get(below, "alignclip")
+    code.mkdir(parents=True)
+    (code / "a.py").write_text("1")
+    (foreign / "other.py").write_text("1")
+    if below != "installed":
+        (code.parent / "pyproject.toml").write_text("")
+    git(foreign, "init")
+    git(foreign, "add", "other.py", *(["alignclip"] if below == "project's" else []))
+    git(foreign, "commit", "-m", "first")
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\ntouch '{ran}'\ncat\n")
+    program.chmod(0o755)
+    git(foreign, "config", "core.fsmonitor", str(program))
+    git(foreign, "status")
+    assert ran.exists(), "nothing would be run"
+    ran.unlink()
+    if below != "project's":  # in the project's own repository git may clean files, as its person does
+        git(foreign, "config", "filter.x.clean", str(program))
+        (foreign / ".git" / "info").mkdir(exist_ok=True)
+        (foreign / ".git" / "info" / "attributes").write_text("*.py filter=x\n")
+        (foreign / "other.py").write_text("2")
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", owner)
+    found = checkout(code)
+    assert (found is not None) == (below == "project's")
+    assert not ran.exists()
 
 
 def test_versions() -> None:

@@ -82,6 +82,9 @@ def _check_start(config: RunConfig) -> None:
             raise UserError(f"{key} must not be negative, but is {value}")
         if value and not getattr(config, lock):
             raise UserError(f"{key}={value} has no effect without {lock}=true")
+    for lock in ("lock_image", "lock_text"):
+        if getattr(config, lock) and not (config.pretrained or config.load_path):
+            raise UserError(f"{lock}=true would lock random weights; set pretrained to what the tower shall be")
     decay = config.optimizer.layer_decay
     if decay is not None and not 0 < decay <= 1:
         raise UserError(f"optimizer.layer_decay={decay} must lie in (0, 1], or be null")
@@ -226,10 +229,9 @@ def _check_evaluators(evaluators: dict[str, EvaluatorConfig]) -> None:
         for key, part in sets.items():
             if part is not None:
                 if not (part.remote or part.local):
-                    raise UserError(f"{key} has neither remote nor local")
+                    file = " (sts reads a file: stsbenchmark/sts-test.csv)" if evaluator.task == "sts" else ""
+                    raise UserError(f"{key} has neither remote nor local{file}")
                 check_place(f"{key}.remote", part.remote or "")
-        if evaluator.task == "sts" and not evaluator.local:
-            raise UserError(f"{where}: sts reads a file: {where}.local=stsbenchmark/sts-test.csv")
         for key in ("batch_size", "num_workers"):
             if getattr(evaluator, key) < (key == "batch_size"):
                 raise UserError(f"{where}.{key}={getattr(evaluator, key)} is too small")

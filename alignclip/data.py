@@ -46,6 +46,13 @@ class ReleasingDataset(StreamingDataset):
                 self._shard_states[shard_id] = _ShardState.REMOTE
             raise
 
+    def release(self) -> None:
+        """Give back what processes that were killed had begun to download; while nobody else reads."""
+        states = self._shard_states
+        for shard_id in range(self.num_shards):
+            if states[shard_id] == _ShardState.PREPARING:
+                states[shard_id] = _ShardState.REMOTE
+
 
 class ImageTextDataset(ReleasingDataset):
     """Image–text pairs from MDS columns ``image``, ``caption`` and, where the loss needs it, ``semantic``.
@@ -244,14 +251,22 @@ def read_index(where: str, stream: SetConfig, local: str, hint: str = "") -> dic
             raise UserError(f"{where}: {remote} is not a streaming index") from None
     # Streaming takes the index that is there already, whatever the remote one says
     cached = Path(local, subfolder, "index.json")
-    if cached.is_file() and json.loads(cached.read_text()) != index:
-        raise UserError(f"{where}: {cached.parent} holds another set than {remote}; remove it or choose another local")
+    if cached.is_file():
+        try:
+            same = _parse_index(cached) == index
+        except ValueError:  # written half when a machine went down
+            same = False
+        if not same:
+            raise UserError(
+                f"{where}: {cached.parent} holds another set than {remote}; remove it or choose another local"
+            )
     return index
 
 
 def _parse_index(path: Path) -> dict[str, Any]:
     """The parsed index; ValueError where it is not one of MDS shards."""
     index = json.loads(path.read_text())
-    if not isinstance(index, dict) or any("column_names" not in shard for shard in index.get("shards", [])):
+    shards = index.get("shards", []) if isinstance(index, dict) else None
+    if not isinstance(shards, list) or any(not isinstance(s, dict) or "column_names" not in s for s in shards):
         raise ValueError("not an index of MDS shards")
     return index

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from composer import Trainer
@@ -29,14 +29,18 @@ from alignclip.distributed import mend_gloo_fsdp_average
 from alignclip.encoders import CLIP, build_encoders, clamp_logit_scale_
 from alignclip.environment import Start
 from alignclip.errors import UserError, nearest, one_line
-from alignclip.evaluation.callback import BestCheckpoint, EvaluationCallback
-from alignclip.licenses import card_of_run
+from alignclip.evaluation.best import BestCheckpoint
+from alignclip.evaluation.callback import EvaluationCallback
+from alignclip.fetching import card_beside
+from alignclip.licenses import card_of_run, license_of
 from alignclip.locking import lock_towers
 from alignclip.losses import AlignCLIPLoss
 from alignclip.model import AlignCLIPModel
 from alignclip.optimization import build_optimizer, lr_multiplier
 from alignclip.pretrained import load_pretrained
+from alignclip.weights import RUN
 
+T = TypeVar("T")
 DEVICES = ("cpu", "gpu", "mps")
 STOPPED = 128 + signal.SIGTERM  # exit status of a run that a signal ended early
 
@@ -246,13 +250,45 @@ def prepare(config: RunConfig, encoders: CLIP, folder: SaveFolder | None) -> Non
     if folder is not None and dist.get_global_rank() == 0:
         goes_on = [config.autoresume and folder.has_checkpoint()]
     dist.broadcast_object_list(goes_on)
+    report = None
     if config.pretrained and not goes_on[0]:
-        report = load_pretrained(encoders, config.pretrained, config.pretrained_shared_from, config.model)
+        place, shared_from = config.pretrained, config.pretrained_shared_from
+        report = in_turn(lambda: load_pretrained(encoders, place, shared_from, config.model))
         print_once(report.text)
-        if folder is not None and report.license:
-            card = card_of_run(config.run_name, report.license, config.pretrained)
-            on_rank_zero(lambda: folder.write_card(card))
-    lock_towers(encoders, config)
+        on_rank_zero(lambda: carry_license(config, folder, place, report.license))
+    if config.load_path and not goes_on[0]:
+        place = config.load_path
+        on_rank_zero(lambda: carry_license(config, folder, place, license_of(card_beside(place), RUN)))
+    lock_towers(encoders, config, report)
+
+
+def carry_license(config: RunConfig, folder: SaveFolder | None, place: str, license: str | None) -> None:
+    """Leave the licence of what a run starts from beside its checkpoints, where exports find it."""
+    if folder is not None and license:
+        folder.write_card(card_of_run(config.run_name, license, place))
+
+
+def in_turn(action: Callable[[], T]) -> T:
+    """Run ``action`` on every rank, first on each machine's first one, whose download the others find.
+
+    Raises:
+        UserError: of this rank or another one: none goes on alone, and waits for the others for ever.
+    """
+    results: list[T] = []
+    for first in (True, False):
+        error: Exception | None = None
+        if (dist.get_local_rank() == 0) == first:
+            try:
+                results.append(action())
+            except Exception as raised:
+                error = raised
+        said = str(error) if isinstance(error, UserError) else error and f"{type(error).__name__}: {one_line(error)}"
+        everybodys = dist.all_gather_object(said)
+        if error is not None:
+            raise error
+        if other := next((said for said in everybodys if said), None):
+            raise UserError(str(other))
+    return results[0]
 
 
 def build_scheduler(

@@ -18,6 +18,9 @@ from torchvision.transforms.v2 import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 JPEG_MAGIC = b"\xff\xd8\xff"
+# Of these alone: some of PIL's other formats start programs.
+TRAINING_FORMATS = ("JPEG", "PNG", "WEBP")
+EVALUATION_FORMATS = (*TRAINING_FORMATS, "BMP", "GIF", "PPM", "TIFF")
 
 
 def decode_image(data: bytes) -> Tensor:
@@ -42,8 +45,7 @@ def decode_image(data: bytes) -> Tensor:
         if image is not None and image.shape[0] == 1:
             return image.expand(3, -1, -1)
     try:
-        # of these formats only: some of PIL's others start programs
-        with Image.open(io.BytesIO(data), formats=["JPEG", "PNG", "WEBP"]) as picture:
+        with Image.open(io.BytesIO(data), formats=TRAINING_FORMATS) as picture:
             return pil_to_tensor(picture.convert("RGB"))
     except OSError:
         raise
@@ -86,7 +88,7 @@ def center_crop(data: bytes, size: int) -> Tensor:
         OSError: PIL can't read it.
     """
     resize_crop_rgb = image_transform(size, is_train=False).transforms[:-2]  # without ToTensor and Normalize
-    with Image.open(io.BytesIO(data)) as picture:
+    with Image.open(io.BytesIO(data), formats=EVALUATION_FORMATS) as picture:
         result: Image.Image = picture
         for step in resize_crop_rgb:
             result = step(result)

@@ -122,7 +122,12 @@ def convert(options: Options) -> str:
     samples = spread(samples, options.limit)
     if missing := missing_files(samples):
         raise UserError(f"{len(missing):,} of {len(samples):,} images are missing, the first is {missing[0]}; {README}")
-    classes = {"dataset": name, "classnames": choose_classnames(names, options.classnames), "templates": templates}
+    classes = {
+        "dataset": name,
+        "classes": len(names),  # of the labels: whoever writes other names in here shall keep to it
+        "classnames": choose_classnames(names, options.classnames),
+        "templates": templates,
+    }
     dataset, packages = {**identity, "source": root}, ("torchvision", "clip-benchmark")
     return write_set(store, samples, ("label", "int"), dataset, {CLASSES: classes}, packages, options.progress)
 

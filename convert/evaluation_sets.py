@@ -28,7 +28,7 @@ README = "convert/README.md says what to download"
 INSTALL = "pip install 'alignclip[evaluate]'"
 GENERIC = "imagenet1k"  # whose templates clip_benchmark takes for sets that have none
 UNREADABLE = "unreadable image"
-# What evaluation sets hold. Nothing else is tried: some of PIL's other formats start programs.
+# What evaluation reads, too (alignclip.transforms, whose imports take seconds). Some of PIL's others start programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 IN_MEMORY = 256  # images read at a time
 NAMED = 5  # unreadable images named in the summary

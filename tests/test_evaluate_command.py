@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from alignclip.config import EvaluateConfig
-from alignclip.evaluation.command import gap_points, main, table, write
+from alignclip.evaluation.command import gap_points, main, table, write, write_results
 
 GAP = {"centroid_distance": 0.5, "alignment_score": 0.25}
 RECALL = {f"{side}_retrieval_recall@{k}": k / 100 for side in ("image", "text") for k in (1, 5, 10)}
@@ -29,6 +30,20 @@ def test_gap_against_step_takes_the_batch_from_the_name() -> None:
     }
     results = {name: {"coco": GAP, "cifar10": {"acc1": 0.5}} for name in checkpoints}
     assert list(gap_points(checkpoints, results)) == [("first · coco", 200, GAP), ("run · coco", 7, GAP)]
+
+
+def test_runs_of_one_name_in_two_places_are_two_lines() -> None:
+    checkpoints = {"x": "s3://a/runs/first/ep1-ba20-rank0.pt", "y": "s3://b/runs/first/ep1-ba30-rank0.pt"}
+    found = list(gap_points(checkpoints, {name: {"gap": GAP} for name in checkpoints}))
+    assert [run for run, _, _ in found] == ["s3://a/runs/first · gap", "s3://b/runs/first · gap"]
+
+
+def test_what_is_no_number_is_null(tmp_path: Path) -> None:
+    config = EvaluateConfig(checkpoint="x", out=str(tmp_path))
+    write_results(config, {"model": {"sts": {"spearman": math.nan}, "gap": {"rmg": 0.5}}}, {}, complete=False)
+    content = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    assert content["results"]["model"] == {"sts": {"spearman": None}, "gap": {"rmg": 0.5}}
+    assert content["complete"] is False
 
 
 def test_everything_is_written_and_a_plot_that_fails_takes_nothing_with_it(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import torch.nn.functional as F
 from models import EVERYTHING, small_config
 from runs import jpeg
 from s3 import S3Server
-from streaming import MDSWriter
+from streaming import MDSWriter, Stream
 
 from alignclip.config import METRICS, EvaluatorConfig, SetConfig
 from alignclip.encoders import CLIP, build_encoders
 from alignclip.errors import UserError
-from alignclip.evaluation.encoding import Encoder
+from alignclip.evaluation.encoding import Encoder, Interrupted
+from alignclip.evaluation.ranks import gather_objects, rank
 from alignclip.evaluation.retrieval import recall
 from alignclip.evaluation.sets import EvaluationSet, OpenSets, read_classes
 from alignclip.evaluation.tasks import Evaluator
@@ -224,6 +226,15 @@ def test_linear_probe_gap_and_sts(tmp_path: Path, evaluate: Any) -> None:
     assert set(METRICS["sts"]) == found.keys()
 
 
+def test_sts_from_a_bucket(s3: S3Server, evaluate: Any) -> None:
+    lines = [f"g\tf\t2012\t{i}\t{i / 2}\t{' '.join(WORDS[:i])} x\t{' '.join(WORDS[i:])} y" for i in range(1, 8)]
+    bucket = s3.bucket()
+    s3.client.put_object(Bucket=bucket.removeprefix("s3://"), Key="sts.csv", Body="\n".join(lines).encode())
+    assert evaluate(EvaluatorConfig(task="sts", remote=f"{bucket}/sts.csv")).keys() == {"spearman"}
+    with pytest.raises(UserError, match=r"can't read s3://.*/nothing\.csv: not found"):
+        evaluate(EvaluatorConfig(task="sts", remote=f"{bucket}/nothing.csv"))
+
+
 def test_the_gap_is_of_first_captions_and_closed_retrieval_of_all(tmp_path: Path, evaluate: Any) -> None:
     samples = write_captioned(str(tmp_path / "pairs"), 12, several=True)
     found = evaluate(EvaluatorConfig(task="gap", local=str(tmp_path / "pairs")))
@@ -256,6 +267,89 @@ def test_a_download_that_fails_is_an_error_each_time_and_waits_for_nobody(s3: S3
     assert "image_retrieval_recall@1" in evaluator(encoder).metrics
 
 
+def test_a_reader_that_hangs_ends_with_the_evaluation_and_blocks_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One worker's download fails while another's never answers: the next evaluation finds a set that can be read."""
+    write_captioned(str(tmp_path / "set"), 40, several=False)
+    broken = tmp_path / "broken"
+    broken.touch()
+    download = Stream.prepare_shard
+
+    def prepare_shard(self: Stream, shard: Any) -> int:
+        if broken.exists() and shard.file_pairs[0][0].basename == "shard.00000.mds":
+            time.sleep(1)  # until the other one is at it
+            raise ConnectionError("connection reset")
+        if broken.exists():
+            time.sleep(600)
+        return download(self, shard)
+
+    monkeypatch.setattr(Stream, "prepare_shard", prepare_shard)
+    config = EvaluatorConfig(task="retrieval", remote=str(tmp_path / "set"), local=str(tmp_path / "cache"))
+    config.num_workers = 2
+    encoder = encoder_of(small_model(), batch_size=16)
+    evaluator = Evaluator("pairs", config, encoder.image_size, OpenSets())
+    start = time.monotonic()
+    with pytest.raises(UserError, match="connection reset"):
+        evaluator(encoder)
+    broken.unlink()
+    assert "image_retrieval_recall@1" in evaluator(encoder).metrics
+    assert time.monotonic() - start < 60
+
+
+def out_of_memory(tokens: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nand more")
+
+
+def encode_with_little_memory(folder: str) -> str:
+    encoder = encoder_of(small_model(), batch_size=3)
+    encoder.interrupted = lambda: bool(gather_objects([0]) is None)  # keeps step, as in training
+    if rank() == 1:
+        encoder.model.encode_text = out_of_memory  # type: ignore[method-assign]
+    config = EvaluatorConfig(task="retrieval", local=folder, batch_size=3, num_workers=0)
+    with pytest.raises(UserError) as error:
+        Evaluator("pairs", config, encoder.image_size, OpenSets())(encoder)
+    return str(error.value)
+
+
+@pytest.mark.world_size(2)
+def test_what_one_rank_cannot_encode_is_everybodys_error(tmp_path: Path) -> None:
+    write_captioned(str(tmp_path / "set"), 20, several=True)
+    said = processes.run(2, encode_with_little_memory, str(tmp_path / "set"))
+    assert said == ["pairs: captions: OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB"] * 2
+
+
+def test_an_interrupted_evaluation_stops_at_the_next_batch(tmp_path: Path) -> None:
+    write_captioned(str(tmp_path / "set"), 20, several=False)
+    encoder = encoder_of(small_model(), batch_size=4)
+    asked: list[int] = []
+    encoder.interrupted = lambda: bool(asked.append(0) or len(asked) > 2)  # type: ignore[func-returns-value]
+    config = EvaluatorConfig(task="retrieval", local=str(tmp_path / "set"), num_workers=0)
+    with pytest.raises(Interrupted):
+        Evaluator("pairs", config, encoder.image_size, OpenSets())(encoder)
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("captions", [None, "", "  ", [], ["", None], 3])
+def test_an_image_without_a_caption_is_named(tmp_path: Path, evaluate: Any, captions: Any) -> None:
+    with MDSWriter(out=str(tmp_path / "set"), columns={"key": "str", "image": "bytes", "caption": "json"}) as writer:
+        for i in range(3):
+            text = captions if i == 1 else ["a dog", "", "the tree"]
+            writer.write({"key": str(i), "image": jpeg(np.random.default_rng(i)), "caption": text})
+    with pytest.raises(UserError, match=r"evaluators\.e: the image of sample 1 has no caption"):
+        evaluate(EvaluatorConfig(task="gap", local=str(tmp_path / "set")))
+
+
+@pytest.mark.parametrize("hashes", [[], ["sha1"], ["md5", "xxh64"]], ids=str)
+def test_whatever_a_bucket_is_hashed_with(s3: S3Server, tmp_path: Path, evaluate: Any, hashes: list[str]) -> None:
+    remote = f"{s3.bucket()}/hashed"
+    columns = {"key": "str", "image": "bytes", "caption": "str"}
+    with MDSWriter(out=remote, columns=columns, hashes=hashes) as writer:
+        for i in range(3):
+            writer.write({"key": str(i), "image": jpeg(np.random.default_rng(i)), "caption": WORDS[i]})
+    assert evaluate(EvaluatorConfig(task="gap", remote=remote, local=str(tmp_path / "cache")))["rmg"] >= 0
+
+
 def test_another_set_in_the_cache_is_refused(s3: S3Server, tmp_path: Path) -> None:
     remote = f"{s3.bucket()}/replaced"
     write_captioned(remote, 4, several=False)
@@ -277,18 +371,27 @@ def test_wrong_sets_are_one_line(tmp_path: Path) -> None:
         EvaluationSet(SetConfig(local=str(tmp_path / "set")), 16, "caption", OpenSets())
     with pytest.raises(UserError, match=r"can't read .*classes.json: not found"):
         read_classes(SetConfig(local=str(tmp_path / "set")))
-    (tmp_path / "set" / "classes.json").write_text("[]")
-    with pytest.raises(UserError, match=r"convert/classification.py"):
+    for text in ("[]", '{"classnames": [], "templates": ["a {c}"]}', '{"classnames": "cat", "templates": ["a {c}"]}'):
+        (tmp_path / "set" / "classes.json").write_text(text)
+        with pytest.raises(UserError, match=r"convert/classification.py"):
+            read_classes(SetConfig(local=str(tmp_path / "set")))
+    longer = {"classes": 3, "classnames": [*CLASSES, "cat"], "templates": ["a {c}"]}
+    (tmp_path / "set" / "classes.json").write_text(json.dumps(longer))
+    with pytest.raises(UserError, match="has 4 classnames, and the set has 3 classes"):
         read_classes(SetConfig(local=str(tmp_path / "set")))
 
 
-def test_evaluators_may_share_a_set(s3: S3Server, tmp_path: Path) -> None:
+def test_evaluators_may_share_a_set(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tasks on one remote set, with one cache, as a person would write it."""
     remote = f"{s3.bucket()}/shared"
     write_captioned(remote, 8, several=True)
     opened, encoder = OpenSets(), encoder_of(small_model())
     found = {}
+    encoded: list[str] = []
+    encode = Encoder._encode
+    monkeypatch.setattr(Encoder, "_encode", lambda *args: encoded.append(args[-1]) or encode(*args))
     for task in ("retrieval", "gap"):
         config = EvaluatorConfig(task=task, remote=remote, local=str(tmp_path / "cache"), num_workers=0)
         found[task] = Evaluator(task, config, encoder.image_size, opened)(encoder).metrics
+    assert encoded == ["retrieval: images", "retrieval: captions"], "once for both"
     assert found["retrieval"].keys() <= {name.removeprefix("closed_") for name in found["gap"]}

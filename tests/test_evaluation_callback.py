@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,14 @@ from composer import Trainer
 from composer.loggers import InMemoryLogger
 from composer.utils import get_device
 from runs import run, write_config, write_set
+from s3 import S3Server
 
 from alignclip import training
 from alignclip.checkpoints import SaveFolder
-from alignclip.config import EvaluatorConfig
+from alignclip.config import EvaluatorConfig, KeepBestConfig
 from alignclip.config_file import load
 from alignclip.errors import UserError
+from alignclip.evaluation.best import BestCheckpoint
 from alignclip.evaluation.encoding import Encoder
 from alignclip.evaluation.sets import OpenSets
 from alignclip.evaluation.tasks import Evaluator
@@ -91,7 +95,7 @@ def test_the_best_checkpoint_is_kept(dataset: Path, tmp_path: Path, mode: str) -
     at = pick(values, key=lambda batch: values[batch])
     kept = torch.load(tmp_path / "saved" / "best-rank0.pt", weights_only=False)
     assert kept["state"]["timestamp"]["Timestamp"]["batch"] == at
-    assert not list((tmp_path / "saved").glob(".*partial"))
+    assert not list((tmp_path / "saved").glob(".*"))
 
 
 def test_a_resumed_run_has_to_beat_its_past(dataset: Path, tmp_path: Path) -> None:
@@ -102,8 +106,8 @@ def test_a_resumed_run_has_to_beat_its_past(dataset: Path, tmp_path: Path) -> No
     first = min((tmp_path / "saved").glob("ep*.pt"), key=lambda p: p.stat().st_mtime)
     state = torch.load(first, weights_only=False)
     kept = state["state"]["callbacks"]["EvaluationCallback"]
-    assert kept["best"] > 0
-    kept["best"] = 0.0
+    assert kept["best"]["value"] > 0
+    kept["best"]["value"] = 0.0
     torch.save(state, first)
     link = tmp_path / "saved" / "latest-rank0.pt"
     link.unlink()
@@ -112,6 +116,79 @@ def test_a_resumed_run_has_to_beat_its_past(dataset: Path, tmp_path: Path) -> No
     _, memory = train(dataset, tmp_path, *evaluators, *best)
     assert logged(memory, "metrics/pairs/centroid_distance").keys() == {5, 6, 7, 8}
     assert not (tmp_path / "saved" / "best-rank0.pt").exists()
+
+
+def test_the_best_of_another_metric_does_not_count(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluators = retrieval(dataset, task="gap", interval="1ep")
+    train(dataset, tmp_path, *evaluators, "keep_best.metric=pairs/effective_rank_image", "save_interval=1ep")
+    link = tmp_path / "saved" / "latest-rank0.pt"
+    link.unlink()
+    link.symlink_to(min((tmp_path / "saved").glob("ep*.pt"), key=lambda p: p.stat().st_mtime).name)
+    (tmp_path / "saved" / "best-rank0.pt").unlink()
+    capsys.readouterr()
+    train(dataset, tmp_path, *evaluators, "keep_best.metric=pairs/rmg")  # at most 1, the other at least
+    assert (tmp_path / "saved" / "best-rank0.pt").exists()
+    said = capsys.readouterr().out
+    assert "the best pairs/effective_rank_image (max) so far doesn't count for pairs/rmg (max)" in said
+
+
+def test_a_best_checkpoint_that_cannot_be_written_ends_no_run(
+    dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = torch.save
+
+    def full(content: Any, file: Any, *more: Any, **named: Any) -> None:
+        if "/.best-" in str(file):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(content, file, *more, **named)
+
+    monkeypatch.setattr(torch, "save", full)
+    evaluators = retrieval(dataset, task="gap", interval="1ep")
+    _, memory = train(dataset, tmp_path, *evaluators, "keep_best.metric=pairs/rmg")
+    assert logged(memory, "metrics/pairs/rmg").keys() == {4, 8}
+    assert "could not keep the best checkpoint" in caplog.text
+    assert "No space left on device" in caplog.text
+    assert not list((tmp_path / "saved").glob("*best*"))
+
+
+def test_the_best_goes_into_a_bucket_beside_the_training(
+    s3: S3Server, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However slow the upload is: what is being uploaded has to be beaten, and what is lost in it has not."""
+    config = KeepBestConfig("pairs/rmg", "min")
+    folder = SaveFolder(load(write_config(tmp_path, str(dataset), f"{s3.bucket()}/run"), ["run_name=r"]))
+    folder.open()
+    go_on, uploaded, keep_file = threading.Event(), [], folder.keep_file
+
+    def slow(source: Path, name: str) -> None:
+        go_on.wait(60)
+        uploaded.append(torch.load(source, weights_only=False)["state"]["at"])
+        if uploaded[-1] == 3:
+            raise ConnectionError("gone")
+        keep_file(source, name)
+
+    monkeypatch.setattr(folder, "keep_file", slow)
+    best = BestCheckpoint(config, folder)
+
+    class State:
+        at = 0
+
+        def state_dict(self) -> dict[str, int]:
+            return {"at": self.at}
+
+    state: Any = State()
+    for state.at, value in ((1, 0.5), (2, 0.6), (3, 0.4), (4, float("nan"))):
+        best.offer({"pairs/rmg": value}, state)
+    assert best.state_dict()["value"] is None, "nothing has arrived"
+    assert not uploaded
+    go_on.set()
+    best.finish()
+    assert uploaded == [1, 3]
+    assert best.state_dict()["value"] == 0.5, "the second one was lost"
+    names = [key.rpartition("/")[2] for key in s3.keys(folder.uri)]
+    assert names == ["best-rank0.pt"]
 
 
 def test_an_evaluation_that_fails_does_not_end_the_run(
@@ -151,9 +228,9 @@ def test_a_run_that_is_told_to_stop_saves_before_anything_else(dataset: Path, tm
         "from alignclip import command\n"
         "from alignclip.evaluation import tasks\n"
         "found = tasks.recall\n"
-        "def recall(*args):\n"
+        "def recall(*args, **more):\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return found(*args)\n"
+        "    return found(*args, **more)\n"
         "tasks.recall = recall\n"
         "sys.exit(command.main(sys.argv[1:]))\n"
     )

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,21 +12,20 @@ from composer.algorithms import EMA
 from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
-from composer.utils.checkpoint import save_checkpoint
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from alignclip.callbacks import StopOnSignal
-from alignclip.checkpoints import SaveFolder
-from alignclip.config import EvaluatorConfig, KeepBestConfig
+from alignclip.config import EvaluatorConfig
 from alignclip.encoders import CLIP
-from alignclip.errors import UserError, describe_storage_error, nearest
-from alignclip.evaluation.encoding import Encoder
+from alignclip.errors import UserError
+from alignclip.evaluation.best import BestCheckpoint
+from alignclip.evaluation.encoding import Encoder, Interrupted
+from alignclip.evaluation.ranks import agree
 from alignclip.evaluation.sets import OpenSets
 from alignclip.evaluation.tasks import Evaluator, Metrics
 
 log = logging.getLogger(__name__)
 
-BEST = "best-rank0.pt"
 EVENTS = (Event.BATCH_END, Event.EPOCH_END)
 
 
@@ -63,13 +59,16 @@ class EvaluationCallback(Callback):
         self._encoders, self._dtype, self._progress = encoders, dtype, progress
         self._best = best
         opened = OpenSets()
-        self._evaluators: list[tuple[Evaluator, Callable[[State, Event], bool]]] = [
-            (
-                Evaluator(name, config, image_size, opened),
-                create_interval_scheduler(config.interval, checkpoint_events=False, final_events=set(EVENTS)),
-            )
-            for name, config in evaluators.items()
-        ]
+        self._evaluators: list[tuple[Evaluator, Callable[[State, Event], bool]]] = []
+        for name, config in evaluators.items():
+            failure = None
+            try:
+                evaluator = Evaluator(name, config, image_size, opened)
+            except UserError as error:  # a file that is missing on one machine is everybody's trouble
+                failure = error
+            agree(failure)
+            is_due = create_interval_scheduler(config.interval, checkpoint_events=False, final_events=set(EVENTS))
+            self._evaluators.append((evaluator, is_due))
         self._last: dict[str, int] = {}  # batch of each one's last evaluation
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -87,21 +86,26 @@ class EvaluationCallback(Callback):
         if not due:
             return
         stop = next((c for c in state.callbacks if isinstance(c, StopOnSignal)), None)
+        device = next(self._encoders.parameters()).device
+        encoder = Encoder(self._encoders, device, self._dtype, progress=self._progress)
+        if stop is not None:  # the launcher gives 30 s, and they are for the checkpoint
+            encoder.interrupted = lambda: stop.requested(state)
         found: Metrics = {}
         with _as_saved(state, logger):
-            for evaluator in due:
-                if stop is not None and stop.requested(state):
-                    break  # the launcher gives 30 s, and they are for the checkpoint
-                # the last batch of a run is also the end of its last epoch
-                self._last[evaluator.name] = batch
-                found |= self._evaluate(evaluator, state, logger)
-            if self._best is not None:
-                self._best.offer(found, state)
+            try:
+                for evaluator in due:
+                    if encoder.interrupted is not None and encoder.interrupted():
+                        raise Interrupted
+                    # the last batch of a run is also the end of its last epoch
+                    self._last[evaluator.name] = batch
+                    found |= self._evaluate(evaluator, encoder, state, logger)
+                if self._best is not None:
+                    self._best.offer(found, state)
+            except Interrupted:
+                pass  # the Trainer saves where it stands, and ends
 
-    def _evaluate(self, evaluator: Evaluator, state: State, logger: Logger) -> Metrics:
-        config = evaluator.config
-        device = next(self._encoders.parameters()).device
-        encoder = Encoder(self._encoders, device, self._dtype, config.batch_size, self._progress)
+    def _evaluate(self, evaluator: Evaluator, encoder: Encoder, state: State, logger: Logger) -> Metrics:
+        encoder.batch_size = evaluator.config.batch_size
         try:
             metrics = evaluator(encoder).metrics
         except UserError as error:  # on every rank alike
@@ -116,12 +120,17 @@ class EvaluationCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The best value so far, which a resumed run has to beat."""
-        return {"best": self._best.value if self._best else None}
+        return {"best": self._best.state_dict() if self._best else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :meth:`state_dict`."""
         if self._best is not None and state.get("best") is not None:
-            self._best.value = state["best"]
+            self._best.load_state_dict(state["best"])
+
+    def post_close(self) -> None:
+        """The best checkpoint is where it belongs before the process ends."""
+        if self._best is not None:
+            self._best.finish()
 
 
 @contextmanager
@@ -135,46 +144,3 @@ def _as_saved(state: State, logger: Logger) -> Iterator[None]:
     finally:
         for algorithm in averages:
             algorithm.apply(Event.EVAL_END, state, logger)
-
-
-class BestCheckpoint:
-    """Keeps the checkpoint with the best value of one metric as ``best-rank0.pt``, complete at any time.
-
-    ``value`` is that of the checkpoint that is kept: one that could not be written has to be beaten by nobody.
-    """
-
-    def __init__(self, config: KeepBestConfig, folder: SaveFolder) -> None:
-        self.config, self.folder = config, folder
-        self.value: float | None = None
-
-    def offer(self, metrics: Metrics, state: State) -> None:
-        """Save ``state`` if its metrics are the best so far; on every rank, and training waits for it.
-
-        Raises:
-            UserError: the evaluator has other metrics than the one that is asked for.
-        """
-        name = self.config.metric
-        mine = [key for key in metrics if key.partition("/")[0] == name.partition("/")[0]]
-        if not mine:
-            return
-        if name not in metrics:
-            raise UserError(f"keep_best.metric={name} is no metric of that evaluator; {nearest(name, mine)}")
-        value, sign = metrics[name], 1 if self.config.mode == "max" else -1
-        if math.isnan(value) or (self.value is not None and sign * value <= sign * self.value):
-            return
-        with tempfile.TemporaryDirectory() as temporary:
-            saved = save_checkpoint(state, f"{temporary}/{BEST}")
-            kept = [dist.get_global_rank() == 0 and saved is not None and self._keep(Path(saved), value)]
-        dist.broadcast_object_list(kept)
-        if kept[0]:
-            self.value = value
-
-    def _keep(self, file: Path, value: float) -> bool:
-        """Put a file where it belongs; whether that worked."""
-        try:
-            self.folder.keep_file(file, BEST)
-        except Exception as error:  # of the file system, or any cloud's
-            log.warning(f"could not keep the best checkpoint in {self.folder.uri}: {describe_storage_error(error)}")
-            return False
-        print(f"best {self.config.metric} so far: {value:.4f}; kept as {self.folder.uri}/{BEST}", flush=True)
-        return True

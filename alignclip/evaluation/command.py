@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -81,7 +82,7 @@ def run(config: EvaluateConfig) -> dict[str, str]:
     pairs = {}
     opened = OpenSets()
     evaluators: dict[int, list[Evaluator]] = {}  # by image size
-    places = {"model": str(config.checkpoint)} if config.checkpoint else config.checkpoints
+    places = _checkpoints(config)
     # all of them first: one that is not there should not be found out after hours with the others
     for name, model in {name: load_encoders(place) for name, place in places.items()}.items():
         device.module_to_device(model)
@@ -96,13 +97,15 @@ def run(config: EvaluateConfig) -> dict[str, str]:
         for evaluator in evaluators[size]:
             encoder.batch_size = evaluator.config.batch_size
             result = None
-            with _told(failed, evaluator.name):
+            with _told(failed, evaluator.name, name if len(places) > 1 else None):
                 result = evaluator(encoder)
             if result is None:
                 continue
             results[name][evaluator.name] = result.metrics
-            if result.pairs is not None:
-                pairs[f"{name} · {evaluator.name}"] = (result.pairs[0].cpu(), result.pairs[1].cpu())
+            if dist.get_global_rank() == 0:
+                if result.pairs is not None:
+                    pairs[f"{name} · {evaluator.name}"] = (result.pairs[0].cpu(), result.pairs[1].cpu())
+                write_results(config, results, failed, complete=False)  # what is found is not lost with the rest
         model.cpu()
     if not any(results.values()):
         raise UserError(f"nothing was evaluated: {next(iter(failed.values()))}")
@@ -116,8 +119,11 @@ def run(config: EvaluateConfig) -> dict[str, str]:
 
 
 @contextmanager
-def _told(failed: dict[str, str], name: str) -> Iterator[None]:
-    """Go on without an evaluator that can't be run, on all ranks: a set on one of them alone is no set."""
+def _told(failed: dict[str, str], name: str, checkpoint: str | None = None) -> Iterator[None]:
+    """Go on without an evaluator that can't be run, on all ranks: a set on one of them alone is no set.
+
+    ``checkpoint``: which of several it could not be run on.
+    """
     from alignclip.evaluation.ranks import agree, rank
 
     failure = None
@@ -128,9 +134,10 @@ def _told(failed: dict[str, str], name: str) -> Iterator[None]:
     try:
         agree(failure)
     except UserError as error:
-        failed[name] = str(error)
+        what = f"{checkpoint} · {name}" if checkpoint else name
+        failed[what] = str(error)
         if rank() == 0:
-            print(f"error: {name}: {error}; without it: evaluators.{name}=null", file=sys.stderr, flush=True)
+            print(f"error: {what}: {error}; without it: evaluators.{name}=null", file=sys.stderr, flush=True)
 
 
 def _make(out: Path) -> UserError | None:
@@ -171,18 +178,8 @@ def write(config: EvaluateConfig, results: Results, pairs: dict[str, Pairs], fai
     from alignclip.evaluation import plots
 
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoints = {"model": config.checkpoint} if config.checkpoint else config.checkpoints
-    content = {
-        "checkpoints": checkpoints,
-        "precision": config.precision,
-        "results": results,
-        "failed": failed,
-        "versions": versions(),
-    }
-    partial = out / ".results.json.partial"
-    partial.write_text(json.dumps(content, indent=2))
-    partial.replace(out / "results.json")
+    write_results(config, results, failed, complete=True)
+    checkpoints = _checkpoints(config)
     drawings: dict[str, Callable[[Path], None]] = {}
     if pairs:
         drawings["cosines"] = lambda path: plots.cosine_histograms(pairs, path)
@@ -203,11 +200,41 @@ def write(config: EvaluateConfig, results: Results, pairs: dict[str, Pairs], fai
     print(f"written to {out}: {', '.join(written)}")
 
 
+def write_results(config: EvaluateConfig, results: Results, failed: dict[str, str], complete: bool) -> None:
+    """``results.json``; a number that is none is null there. ``complete``: whether nothing will be added."""
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    content = {
+        "complete": complete,
+        "checkpoints": _checkpoints(config),
+        "precision": config.precision,
+        "results": {
+            checkpoint: {
+                evaluator: {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+                for evaluator, metrics in found.items()
+            }
+            for checkpoint, found in results.items()
+        },
+        "failed": failed,
+        "versions": versions(),
+    }
+    partial = out / ".results.json.partial"
+    partial.write_text(json.dumps(content, indent=2, allow_nan=False))
+    partial.replace(out / "results.json")
+
+
+def _checkpoints(config: EvaluateConfig) -> dict[str, str]:
+    return {"model": config.checkpoint} if config.checkpoint else config.checkpoints
+
+
 def gap_points(checkpoints: dict[str, str], results: Results) -> Iterator[tuple[str, int, Metrics]]:
     """(run, batch, gap metrics) of the checkpoints whose file names tell their batch (``ep1-ba200-rank0.pt``)."""
-    for name, place in checkpoints.items():
-        folder, _, file = place.rpartition("/")
-        found = re.match(r"ep\d+-ba(\d+)", file)
+    found = {name: re.match(r"(?:(.*)/)?ep\d+-ba(\d+)[^/]*$", place) for name, place in checkpoints.items()}
+    folders = {one[1] or "run" for one in found.values() if one}
+    short = {folder: folder.rpartition("/")[2] for folder in folders}
+    if len(set(short.values())) < len(folders):  # runs of one name in several places
+        short = {folder: folder for folder in folders}
+    for name, one in found.items():
         for evaluator, metrics in results[name].items():
-            if found and "centroid_distance" in metrics:
-                yield f"{folder.rpartition('/')[2] or 'run'} · {evaluator}", int(found[1]), metrics
+            if one and "centroid_distance" in metrics:
+                yield f"{short[one[1] or 'run']} · {evaluator}", int(one[2]), metrics

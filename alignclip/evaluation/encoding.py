@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,9 +21,13 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from alignclip.encoders import CLIP
-from alignclip.errors import UserError
-from alignclip.evaluation.ranks import gather, gather_objects, rank, world
+from alignclip.errors import UserError, one_line
+from alignclip.evaluation.ranks import agree, gather, gather_objects, rank, world
 from alignclip.transforms import normalize
+
+
+class Interrupted(Exception):
+    """An evaluation that was given up because the run is to stop; on every rank, at the same batch."""
 
 
 @dataclass
@@ -36,6 +40,8 @@ class Encoder:
         dtype: of autocast while encoding, e.g. ``torch.bfloat16``; None runs in the model's own.
         batch_size: samples a rank encodes at a time.
         progress: show a bar on rank 0.
+        interrupted: asked before each batch, on every rank; where it says so, :class:`Interrupted` is raised.
+        known: features that several evaluators want, by set; valid as long as the model stays as it is.
     """
 
     model: CLIP
@@ -43,6 +49,8 @@ class Encoder:
     dtype: torch.dtype | None = None
     batch_size: int = 256
     progress: bool = True
+    interrupted: Callable[[], bool] | None = None
+    known: dict[tuple[str, ...], Any] = field(default_factory=dict)
 
     @property
     def image_size(self) -> int:
@@ -74,7 +82,7 @@ class Encoder:
             [N, d] L2-normalised float32 on the device, and the N others; on every rank, in the dataset's order.
 
         Raises:
-            UserError: on every rank, where one of them can't read a sample.
+            UserError: on every rank, where one of them can't read or encode a sample.
         """
         count = len(samples)  # type: ignore[arg-type]
         num_workers = min(num_workers, os.cpu_count() or 1)  # more only wait for one another, and PyTorch warns of them
@@ -99,12 +107,16 @@ class Encoder:
                 except Exception as error:  # go on as if, and tell the others when they listen
                     # a worker's error has a stack trace in its text, and ends with what it was
                     failures.append((str(error).strip().splitlines() or [type(error).__name__])[-1])
+                    _end_workers(batches)
                     batches = iter(())
                     images = torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8)
-                images = images.to(self.device)
-                yield normalize(images) if images.dtype == torch.uint8 else images
+                yield images
 
-        features = self._encode(self.model.encode_image, batches(), len(loader), name)
+        def encode(images: Tensor) -> Tensor:
+            images = images.to(self.device)
+            return self.model.encode_image(normalize(images) if images.dtype == torch.uint8 else images)
+
+        features = self._encode(encode, batches(), len(loader), name)
         if failures := gather_objects(failures[:1]):
             raise UserError(failures[0])
         return gather(features).flatten(0, 1)[:count], gather_objects(others)[:count]
@@ -118,6 +130,9 @@ class Encoder:
 
         Returns:
             [M, d] L2-normalised float32 on the device, on every rank, in the given order.
+
+        Raises:
+            UserError: on every rank, where one of them can't encode them.
         """
         tokens = self.tokenizer(list(texts)).int()
         # longest first, so that a batch that is too large fails at once
@@ -126,25 +141,50 @@ class Encoder:
         share = -(-len(texts) // world())
         mine = order[[min(i * world() + rank(), len(texts) - 1) for i in range(share)]]
         batches = tokens[mine].split(self.batch_size)
-        on_device = (batch.long().to(self.device) for batch in batches)
-        gathered = gather(self._encode(self.model.encode_text, on_device, len(batches), name))
+
+        def encode(tokens: Tensor) -> Tensor:
+            return self.model.encode_text(tokens.long().to(self.device))
+
+        gathered = gather(self._encode(encode, batches, len(batches), name))
         features = torch.empty(len(texts), gathered.shape[-1], device=self.device)
         features[order.to(self.device)] = gathered.transpose(0, 1).flatten(0, 1)[: len(texts)]
         return features
 
     def _encode(self, encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor], total: int, name: str) -> Tensor:
-        """Normalised features of this rank's batches, one below the other."""
+        """Normalised features of this rank's batches, one below the other; every rank has as many batches."""
         bar = tqdm(batches, total=total, desc=name, unit="batch", disable=not self.progress or rank() != 0)
         autocast: AbstractContextManager[Any] = (
             torch.autocast(self.device.type, dtype=self.dtype) if self.dtype else nullcontext()
         )
         was_training = self.model.training
         self.model.eval()
+        parts: list[Tensor] = []
+        failure = None
         try:
             with torch.no_grad(), autocast:
-                return torch.cat([F.normalize(encode(batch).float(), dim=-1) for batch in bar])
+                for batch in bar:
+                    if self.interrupted is not None and self.interrupted():
+                        raise Interrupted
+                    try:
+                        if failure is None:
+                            parts.append(F.normalize(encode(batch).float(), dim=-1))
+                    except Exception as error:  # out of memory, most likely: keep step with the others, then tell them
+                        failure = UserError(f"{name}: {type(error).__name__}: {one_line(error)}")
+                        parts.clear()
         finally:
             self.model.train(was_training)
+        agree(failure)
+        return torch.cat(parts)
+
+
+def _end_workers(batches: Any) -> None:
+    """End a loader's processes now: one in the middle of a long download would outlive its loader and interfere."""
+    workers = getattr(batches, "_workers", [])
+    if workers:
+        batches._shutdown_workers()  # asks, waits some seconds, and no longer takes their end for a failure
+    for worker in workers:
+        worker.kill()
+        worker.join()
 
 
 def _collate(items: list[tuple[Tensor, Any]]) -> tuple[Tensor, list[Any]]:

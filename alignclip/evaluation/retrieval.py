@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 
 @torch.no_grad()
@@ -16,6 +17,7 @@ def recall(
     image_of_text: Tensor,
     ks: Sequence[int] = (1, 5, 10),
     block: int = 256,
+    progress: bool = False,
 ) -> dict[str, float]:
     """Recall@k by cosine similarity, as clip_benchmark defines it (https://github.com/LAION-AI/CLIP_benchmark).
 
@@ -30,6 +32,7 @@ def recall(
         image_of_text: [M] integers, the row of the image that a text belongs to.
         ks: the cut-offs; one beyond the number of items counts everything as found.
         block: rows of the similarity matrix held at a time.
+        progress: show a bar.
 
     Returns:
         ``image_retrieval_recall@k`` and ``text_retrieval_recall@k`` for each k, in [0, 1].
@@ -43,14 +46,16 @@ def recall(
     texts = F.normalize(text_features.float(), dim=-1)
     owner = image_of_text.to(images.device).long()
     with torch.autocast(images.device.type, enabled=False):
-        image_ranks = _best_ranks(texts, images, owner[:, None], max(ks), block)
-        text_ranks = _best_ranks(images, texts, _texts_of_images(owner, len(images)), max(ks), block)
+        bar = tqdm(total=len(texts) + len(images), desc="recall", unit="query", leave=False, disable=not progress)
+        with bar:
+            image_ranks = _best_ranks(texts, images, owner[:, None], max(ks), block, bar)
+            text_ranks = _best_ranks(images, texts, _texts_of_images(owner, len(images)), max(ks), block, bar)
     result = {f"image_retrieval_recall@{k}": (image_ranks < k).double().mean().item() for k in ks}
     result.update({f"text_retrieval_recall@{k}": (text_ranks < k).double().mean().item() for k in ks})
     return result
 
 
-def _best_ranks(queries: Tensor, items: Tensor, positives: Tensor, most: int, block: int) -> Tensor:
+def _best_ranks(queries: Tensor, items: Tensor, positives: Tensor, most: int, block: int, bar: tqdm) -> Tensor:
     """[queries] ranks, from 0, of the best-ranked of each query's positives; exact below ``most``.
 
     ``positives``: [queries, any] rows of ``items`` in ascending order, filled up with -1.
@@ -68,6 +73,7 @@ def _best_ranks(queries: Tensor, items: Tensor, positives: Tensor, most: int, bl
         first = mine.masked_fill(own < best, len(items))[tied].amin(1, keepdim=True)
         rank[tied] += ((scores[tied] == best[tied]) & (index < first)).sum(1)
         ranks.append(rank)
+        bar.update(len(rows))
     return torch.cat(ranks)
 
 

@@ -16,11 +16,12 @@ from torch.utils.data import Dataset
 from alignclip import shared_memory
 from alignclip.config import SetConfig
 from alignclip.data import ReleasingDataset, local_folder, read_index
-from alignclip.errors import UserError, describe_storage_error
+from alignclip.errors import UserError, describe_storage_error, one_line
 from alignclip.evaluation.ranks import agree
 from alignclip.transforms import center_crop
 
 CLASSES = "classes.json"  # class names and templates, beside the index
+HASH = "xxh64"  # our converters'
 
 
 class OpenSets:
@@ -40,14 +41,18 @@ class OpenSets:
             return self._opened[key]
         remote, local, split = key
         failure = None
+        hashes: list[str] = []
         try:
-            read_index(f"evaluation set {remote or local}", stream, local)
+            index = read_index(f"evaluation set {remote or local}", stream, local)
+            hashes = [name for shard in index.get("shards", [])[:1] for name in shard.get("hashes", [])]
         except UserError as error:
             failure = error
         agree(failure)  # the ranks open a set together
         try:
+            # whichever hash it was written with is checked
+            checked = HASH if HASH in hashes else next(iter(hashes), None)
             dataset = ReleasingDataset(
-                streams=[Stream(remote=remote, local=local, split=split, validate_hash="xxh64")],
+                streams=[Stream(remote=remote, local=local, split=split, validate_hash=checked)],
                 batch_size=1,
                 shuffle=False,
             )
@@ -78,6 +83,7 @@ class EvaluationSet(Dataset[tuple[Tensor, Any]]):
 
     def __init__(self, stream: SetConfig, image_size: int, column: str, opened: OpenSets) -> None:
         self.name = stream.remote or stream.local
+        self.key = (str(self.name), str(stream.split), column, str(image_size))
         self._dataset = opened.open(stream)
         columns = self._dataset.shards[0].column_names  # type: ignore[attr-defined]
         missing = sorted({"image", column} - set(columns))
@@ -89,11 +95,23 @@ class EvaluationSet(Dataset[tuple[Tensor, Any]]):
     def __len__(self) -> int:
         return int(self._dataset.size)
 
+    def recover(self) -> None:
+        """After an evaluation that has failed: what its processes had begun to download is free for the next one.
+
+        On every rank, when none of them reads any more.
+        """
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            self._dataset.release()
+        agree(None)  # nobody reads before that
+
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        sample = self._dataset[index]
+        try:
+            sample = self._dataset[index]
+        except Exception as error:  # of the file system, or any cloud's
+            raise RuntimeError(f"{self.name}: {one_line(error)}") from None
         try:
             image = center_crop(sample["image"], self.image_size)
-        except OSError as error:
+        except Exception as error:  # PIL raises nearly anything on broken files
             # a set with a hole would be another set
             raise RuntimeError(f"{self.name}: the image of sample {index} '{sample.get('key')}': {error}") from None
         other = sample[self.column]
@@ -114,10 +132,22 @@ def read_classes(stream: SetConfig) -> tuple[list[str], list[str]]:
                 path = Path(folder, CLASSES)
                 CloudDownloader.direct_download(where, str(path))
             values = json.loads(path.read_text())
-            return list(values["classnames"]), list(values["templates"])
+            names, templates = _texts(values["classnames"]), _texts(values["templates"])
+            if (classes := values.get("classes", len(names))) != len(names):
+                raise UserError(f"{where} has {len(names)} classnames, and the set has {classes} classes")
+            return names, templates
+        except UserError:
+            raise
         except (ValueError, KeyError, TypeError):
             raise UserError(
                 f"{where} holds no classnames and templates; write the set with convert/classification.py"
             ) from None
         except Exception as error:  # every provider has its own
             raise UserError(f"can't read {where}: {describe_storage_error(error)}") from None
+
+
+def _texts(values: Any) -> list[str]:
+    """ValueError where this is no list of texts."""
+    if not isinstance(values, list) or not values or not all(isinstance(v, str) and v.strip() for v in values):
+        raise ValueError("no list of texts")
+    return values

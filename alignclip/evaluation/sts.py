@@ -12,6 +12,7 @@ from torch import Tensor
 
 from alignclip.errors import UserError, one_line
 from alignclip.evaluation.linear_probe import library
+from alignclip.fetching import read_text
 
 COLUMNS = ("genre", "filename", "year", "index", "score", "sentence1", "sentence2")
 Rows = tuple[list[str], list[str], list[float]]
@@ -48,7 +49,7 @@ def spearman(features_a: Tensor, features_b: Tensor, scores: Tensor | Sequence[f
 
 
 def read_sts(path: str | Path) -> Rows:
-    """Read a file of the STS benchmark, such as ``sts-test.csv``: tab-separated, quotes have no meaning.
+    """Read a file of the STS benchmark, such as ``sts-test.csv``, or its URL: tab-separated, quotes have no meaning.
 
     Source: Cer et al. 2017, https://arxiv.org/abs/1708.00055; the columns are ``genre, filename, year, index, score,
     sentence1, sentence2``, some lines have further ones (the sources), and there is no header.
@@ -62,7 +63,8 @@ def read_sts(path: str | Path) -> Rows:
     first, second, scores = [], [], []
     try:
         # not split at what Unicode counts as line breaks, and what csv takes for quotes: sentences have both
-        lines = Path(path).read_bytes().decode("utf-8").split("\n")
+        text = read_text(str(path)) if "://" in str(path) else Path(path).read_bytes().decode("utf-8")
+        lines = text.split("\n")
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:

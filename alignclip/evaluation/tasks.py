@@ -14,10 +14,11 @@ from torch import Tensor
 
 from alignclip.config import EvaluatorConfig, SetConfig
 from alignclip.errors import UserError, one_line
-from alignclip.evaluation.encoding import Encoder
+from alignclip.evaluation.encoding import Encoder, Interrupted
 from alignclip.evaluation.gap import modality_gap
 from alignclip.evaluation.geometry import close_gap
 from alignclip.evaluation.linear_probe import linear_probe
+from alignclip.evaluation.ranks import agree
 from alignclip.evaluation.retrieval import recall
 from alignclip.evaluation.sets import EvaluationSet, OpenSets, read_classes
 from alignclip.evaluation.shift import max_softmax, out_of_distribution
@@ -53,7 +54,7 @@ class Evaluator:
         self._sets: dict[str, EvaluationSet] = {}
         self._classes: dict[str, tuple[list[str], list[str]]] = {}
         if config.task == "sts":
-            self._sentences = read_sts(str(config.local))
+            self._sentences = read_sts(str(config.remote or config.local))
             return
         column = "caption" if config.task in ("retrieval", "gap") else "label"
         parts: dict[str, SetConfig | None] = {"": config, "train": config.train, "outliers": config.outliers}
@@ -70,9 +71,24 @@ class Evaluator:
         """Evaluate a model; every rank encodes its share, and every rank gets the result.
 
         Raises:
-            UserError: a sample can't be read, on whichever rank; the metrics can't be computed: features that are not
-                finite, a package that is missing.
+            UserError: a sample can't be read or encoded, on whichever rank; the metrics can't be computed: features
+                that are not finite, a package that is missing. On every rank alike.
+            Interrupted: as ``encoder.interrupted`` says.
         """
+        failure = result = None
+        try:
+            result = self._run(encoder)
+        except UserError as error:
+            failure = error
+        except Interrupted:
+            raise
+        except Exception as error:  # of any of the libraries: hours of training or of other evaluations are at stake
+            failure = UserError(f"{type(error).__name__}: {one_line(error)}")
+        agree(failure)
+        assert result is not None
+        return result
+
+    def _run(self, encoder: Encoder) -> Result:
         tasks: dict[str, Callable[[Encoder], Result]] = {
             "zero_shot": self._zero_shot,
             "out_of_distribution": self._out_of_distribution,
@@ -84,8 +100,16 @@ class Evaluator:
         return tasks[self.config.task](encoder)
 
     def _images(self, encoder: Encoder, part: str = "") -> tuple[Tensor, list[Any]]:
-        label = f"{self.name}: images" + (f" ({part})" if part else "")
-        return encoder.images(self._sets[part], self.config.num_workers, label)
+        """Features and what belongs to them of a set, which another evaluator may have wanted, too."""
+        one, label = self._sets[part], f"{self.name}: images" + (f" ({part})" if part else "")
+        if one.key not in encoder.known:
+            try:
+                encoder.known[one.key] = encoder.images(one, self.config.num_workers, label)
+            except UserError:
+                one.recover()
+                raise
+        found: tuple[Tensor, list[Any]] = encoder.known[one.key]
+        return found
 
     def _classifier(self, encoder: Encoder, part: str = "") -> Tensor:
         names, templates = self._classes[part]
@@ -131,7 +155,7 @@ class Evaluator:
 
     def _retrieval(self, encoder: Encoder) -> Result:
         images, texts, owner = self._pairs(encoder)
-        return Result(_computed(lambda: recall(images, texts, owner)))
+        return Result(_computed(lambda: recall(images, texts, owner, progress=encoder.progress)))
 
     def _gap(self, encoder: Encoder) -> Result:
         """The geometry of images and their first captions, and retrieval once the centroids have been moved together.
@@ -142,9 +166,9 @@ class Evaluator:
         first = texts[torch.searchsorted(owner, torch.arange(len(images))).to(texts.device)]
 
         def compute() -> Metrics:
-            closed = recall(*close_gap(images, texts), owner)
+            closed = recall(*close_gap(images, texts), owner, progress=encoder.progress)
             return {
-                **modality_gap(images, first),
+                **modality_gap(images, first, progress=encoder.progress),
                 **{f"closed_{name}": value for name, value in closed.items()},
             }
 
@@ -153,18 +177,26 @@ class Evaluator:
     def _pairs(self, encoder: Encoder) -> tuple[Tensor, Tensor, Tensor]:
         """Image features, caption features, and the row of the image that each caption belongs to."""
         images, captions = self._images(encoder)
-        several = [[c] if isinstance(c, str) else list(c) for c in captions]
+        several = [_captions(c) for c in captions]
         if not all(several):
             raise UserError(f"evaluators.{self.name}: the image of sample {several.index([])} has no caption")
         owner = torch.tensor([row for row, one in enumerate(several) for _ in one])
-        texts = encoder.texts([caption for one in several for caption in one], f"{self.name}: captions")
-        return images, texts, owner
+        key = (*self._sets[""].key, "captions")
+        if key not in encoder.known:
+            encoder.known[key] = encoder.texts([c for one in several for c in one], f"{self.name}: captions")
+        return images, encoder.known[key], owner
 
     def _sts(self, encoder: Encoder) -> Result:
         first, second, scores = self._sentences
         # on all ranks, and the rest on one
         features = encoder.texts(unique(first, second), f"{self.name}: sentences")
         return Result(_computed(lambda: similarity(lambda _: features, (first, second, scores))))
+
+
+def _captions(value: Any) -> list[str]:
+    """An image's captions, those that say nothing left out; an empty list where that is no text at all."""
+    captions = value if isinstance(value, list) else [value]
+    return [caption for caption in captions if isinstance(caption, str) and caption.strip()]
 
 
 def _check_same(train: list[str], test: list[str], name: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from convert.evaluation_sets import (
     Sample,
     check_output,
     find_complete,
+    fingerprint,
     local_path,
     missing_files,
     read_json,
@@ -37,6 +39,10 @@ MISSING = "missing image"
 IMAGE_FOLDERS = ("", "val2014", "train2014", "val2017", "train2017", "flickr30k-images", "flickr30k_images")
 # a line of results_20130124.token, of Kaggle's results.csv (which lacks a bar once), or of clip_benchmark's .txt
 LINE = re.compile(r"(?P<image>[^|,\t]+?\.jpg)\s*(?:#\d+\s*\t|\|\s*\d+\s*\|?|,)\s*(?P<caption>.*)")
+# Kaggle has it with commas, too; only the header tells the numbers there from what captions begin with
+NUMBERED = re.compile(r"(?P<image>[^,]+?\.jpg)\s*,\s*\d+\s*,\s*(?P<caption>.*)")
+NUMBERED_HEADER = re.compile(r"\s*image_name\s*,\s*comment_number\s*,\s*comment\s*")
+LARGEST_SPLIT = 29_000  # images of Flickr30k: Karpathy's training split
 
 EXAMPLES = """examples:
   # COCO, Karpathy's test split: 5,000 images below coco/val2014
@@ -95,6 +101,8 @@ def convert(options: Options) -> str:
         "dataset": name,
         "split": split,
         "limit": options.limit,
+        "split_file": fingerprint("--split-file", options.split_file),
+        "skip_missing": options.skip_missing,  # with holes, that is
         **({"annotations": annotations} if name == "pairs" else {}),
     }
     store = Store(options.out)
@@ -172,22 +180,58 @@ def _coco_api(content: dict[str, Any]) -> Captions:
 
 
 def _flickr(file: Path, split: str, options: Options) -> Captions:
-    """Karpathy's JSON, or lines of an image and a caption: ``.token``, Kaggle's ``.csv``, clip_benchmark's ``.txt``."""
+    """Karpathy's JSON, Hugging Face's table of it, or lines of an image and a caption.
+
+    Such are ``.token``, Kaggle's ``.csv`` and ``.txt``, and clip_benchmark's ``.txt``, which alone has one split.
+    """
     if file.suffix == ".json":
-        if options.split_file:
-            raise UserError(f"--annotations {file} has splits of its own: give --split instead of --split-file")
-        return _json(file, split, options)
-    if options.split_file is None and file.suffix != ".txt":  # clip_benchmark's have one split each
-        raise UserError(f"--annotations {file} holds all splits; name the images of '{split}' with --split-file")
+        captions = _json(file, split, options)
+    else:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # not at what Unicode counts as line breaks
+        if {"raw", "split", "filename"} <= set(lines[0].strip().split(",")):
+            captions = _flickr_table(file, split)
+        else:
+            return _of_split(_flickr_lines(file, lines), file, split, options.split_file)
+    if options.split_file:
+        raise UserError(f"--annotations {file} has splits of its own: give --split instead of --split-file")
+    return captions
+
+
+def _flickr_table(file: Path, split: str) -> Captions:
+    """https://huggingface.co/datasets/nlphuji/flickr30k: ``flickr_annotations_30k.csv``, captions as a JSON list."""
     captions: Captions = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if match := LINE.fullmatch(line):
+    splits = set()
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        for row in csv.DictReader(lines, strict=True):
+            splits.add(row["split"])
+            if row["split"] == split:
+                captions[row["filename"]] = list(map(str, json.loads(row["raw"])))
+    if split not in splits:
+        raise UserError(f"--annotations {file} has no split '{split}'; {nearest(split, splits)}")
+    return captions
+
+
+def _flickr_lines(file: Path, lines: Sequence[str]) -> Captions:
+    captions: Captions = {}
+    pattern = NUMBERED if NUMBERED_HEADER.fullmatch(lines[0].rstrip("\r")) else LINE
+    for number, line in enumerate((line.rstrip("\r") for line in lines), 1):
+        if match := pattern.fullmatch(line):
             captions.setdefault(match["image"], []).append(match["caption"])
         elif line.strip() and number > 1:  # the first may be a header
             raise UserError(f"--annotations {file} line {number} is no image and caption: {line[:60]}")
-    if options.split_file is None:
+    return captions
+
+
+def _of_split(captions: Captions, file: Path, split: str, split_file: str | None) -> Captions:
+    """Those of the images that the split file names; all of them without one, where that can be a split."""
+    if split_file is None:
+        if file.suffix != ".txt" or len(captions) > LARGEST_SPLIT:
+            raise UserError(
+                f"--annotations {file} holds all splits ({len(captions):,} images); "
+                f"name the images of '{split}' with --split-file"
+            )
         return captions
-    listed = local_path("--split-file", options.split_file).read_text(encoding="utf-8").split()
+    listed = local_path("--split-file", split_file).read_text(encoding="utf-8").split()
     images = [f"{name.removesuffix('.jpg')}.jpg" for name in listed]
     if unknown := [image for image in images if image not in captions]:
         raise UserError(f"{len(unknown):,} of {len(images):,} images of --split-file are not in {file}: {unknown[0]}")

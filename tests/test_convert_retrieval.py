@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import itertools
 import json
@@ -144,6 +145,54 @@ def test_flickr_lines(form: str, tmp_path: Path) -> None:
     assert described["split"] == "test"
 
 
+def test_flickr_of_hugging_face(tmp_path: Path) -> None:
+    """``flickr_annotations_30k.csv``: the captions of an image as a JSON list in a field of its own."""
+    make_karpathy(tmp_path / "flickr", "flickr30k")
+    table = io.StringIO()
+    rows = csv.DictWriter(table, ["raw", "sentids", "split", "filename", "img_id"])
+    rows.writeheader()
+    for i, split in enumerate(SPLITS):
+        captions = [text.strip() + ' "quoted", é' for text in texts(i)]
+        row = {"raw": json.dumps(captions), "sentids": "[0, 1, 2, 3, 4]", "split": split, "filename": f"{1000 + i}.jpg"}
+        rows.writerow(row | {"img_id": i})
+    annotations = write(tmp_path / "flickr_annotations_30k.csv", table.getvalue())
+    quick("flickr30k", tmp_path / "flickr", annotations, tmp_path / "out")
+    found, _ = read_back(tmp_path / "out")
+    assert list(found) == ["1001.jpg", "1003.jpg", "1005.jpg"]
+    assert found["1003.jpg"] == (picture(3), [text.strip() + ' "quoted", é' for text in texts(3)])
+    with pytest.raises(UserError, match="has no split 'tset'; did you mean 'test'"):
+        quick("flickr30k", tmp_path / "flickr", annotations, tmp_path / "other", split="tset")
+
+
+def test_flickr_of_kaggle_with_commas(tmp_path: Path) -> None:
+    lines = ["image_name,comment_number,comment"]
+    lines += [f"{1000 + i}.jpg,{j}, 3 men, said in way {j}.\x85" for i in range(2) for j in range(5)]
+    for i in range(2):
+        write(tmp_path / "images" / f"{1000 + i}.jpg", picture(i))
+    annotations = write(tmp_path / "captions.txt", "\r\n".join(lines))
+    quick("flickr30k", tmp_path / "images", annotations, tmp_path / "out")
+    found, _ = read_back(tmp_path / "out")
+    assert found["1001.jpg"][1] == [f"3 men, said in way {j}.\x85" for j in range(5)]
+
+
+def test_all_of_flickr_is_no_split(tmp_path: Path) -> None:
+    """Kaggle's ``captions.txt`` looks as clip_benchmark's file of one split does; it has more images than any."""
+    lines = ["image,caption", *(f"{i}.jpg,a dog" for i in range(31_783))]
+    annotations = write(tmp_path / "captions.txt", "\n".join(lines))
+    (tmp_path / "images").mkdir()
+    with pytest.raises(UserError, match=r"holds all splits \(31,783 images\); name the images of 'test'"):
+        quick("flickr30k", tmp_path / "images", annotations, tmp_path / "out")
+
+
+def test_another_list_of_images_is_another_set(tmp_path: Path) -> None:
+    annotations = make_flickr_lines(tmp_path, "token")
+    first, second = write(tmp_path / "a.txt", "1001"), write(tmp_path / "b.txt", "1000")
+    quick("flickr30k", tmp_path / "images", annotations, tmp_path / "out", split_file=str(first))
+    assert "already" in quick("flickr30k", tmp_path / "images", annotations, tmp_path / "out", split_file=str(first))
+    with pytest.raises(UserError, match="already holds flickr30k"):
+        quick("flickr30k", tmp_path / "images", annotations, tmp_path / "out", split_file=str(second))
+
+
 def test_flickr_of_clip_benchmark(tmp_path: Path) -> None:
     flickr = pytest.importorskip("clip_benchmark.datasets.flickr")
     annotations = make_flickr_lines(tmp_path, "txt")
@@ -250,7 +299,7 @@ def bad_inputs(folder: Path) -> list[tuple[list[str], str]]:
         (given("coco2017", file("empty.json", '{"images": [], "annotations": []}')), "has no captions"),
         (given("flickr30k", karpathy, "--split-file", test), "has splits of its own"),
         (given("coco", karpathy, "--split-file", test), "--split-file is for flickr30k"),
-        (given("flickr30k", token), "holds all splits; name the images of 'test' with --split-file"),
+        (given("flickr30k", token), "holds all splits (4 images); name the images of 'test' with --split-file"),
         (given("flickr30k", token, "--split-file", test), "1 of 2 images of --split-file are not in"),
         (given("flickr30k", token, "--split-file", str(folder / "none")), "none does not exist"),
         (given("flickr30k", file("odd.txt", "image,caption\nno image\n")), "line 2 is no image and caption: no image"),

@@ -211,9 +211,11 @@ def _check_bad(done: dict[str, Counts], options: ConvertOptions, enough: int) ->
         return
     broken = _broken(done)
     if total.written and not enough and len(broken) > options.max_bad * len(done):
+        are, them = ("is", "it") if len(broken) == 1 else ("are", "them")
         raise UserError(
-            f"{len(broken):,} of {inputs_in_words(len(done))} are truncated, more than --max-bad {options.max_bad:g} "
-            f"({', '.join(broken[:3])}{', …' if broken[3:] else ''}): fetch them again and repeat this command"
+            f"{len(broken):,} of {inputs_in_words(len(done))} {are} truncated, more than --max-bad {options.max_bad:g} "
+            f"({', '.join(broken[:3])}{', …' if broken[3:] else ''}): fetch {them} again and repeat this command, or "
+            f"take {them} as {'it is' if len(broken) == 1 else 'they are'} with --max-bad 1"
         )
     if not total.written:
         raise UserError(_why_nothing(total, len(done), options))

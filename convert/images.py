@@ -14,7 +14,8 @@ from convert.samples import IMAGE_TOO_LARGE
 # What may lie behind the extensions. Nothing else is tried: some of PIL's other formats start programs.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 CHECKS = ("decode", "header", "none")
-MAX_PIXELS = 50_000_000  # 150 MB in memory as RGB; a page of a scanned newspaper has 40 million
+MAX_PIXELS = 50_000_000  # 200 MB in memory; a page of a scanned newspaper has 40 million
+MAX_WEBP_PIXELS = 20_000_000  # 300 MB in memory, of which its decoder has most
 warnings.filterwarnings("ignore", module="PIL")  # of many pixels, which are checked here, and of odd EXIF
 
 UNKNOWN_FORMAT = "not JPEG, PNG or WebP"
@@ -31,6 +32,7 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+CHANNELS = {"RGBA": "RGB", "RGBX": "RGB", "LA": "LLL"}  # that are kept of a picture with others
 MODES = {"CMYK": "CMYK", "P": "palette", "PA": "palette", "RGBA": "transparency", "LA": "transparency"}
 
 
@@ -77,7 +79,7 @@ def prepare(data: bytes, options: ImageOptions) -> tuple[bytes, tuple[str, ...]]
             width, height = picture.size
             if min(width, height) < options.min_side:
                 raise Unusable(IMAGE_TOO_SMALL, f"{width} × {height} pixels")
-            if width * height > MAX_PIXELS:
+            if width * height > (MAX_WEBP_PIXELS if picture.format == "WEBP" else MAX_PIXELS):
                 raise Unusable(IMAGE_TOO_LARGE, f"{width} × {height} pixels")
             notes = _notes(picture)
             if picture.mode.startswith("I"):
@@ -105,14 +107,24 @@ def shrink(picture: Image.Image, side: int, quality: int) -> bytes:
     # JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where twice the result's is left: faster, no visible difference
     picture.draft("RGB", (round(2 * scale * picture.width), round(2 * scale * picture.height)))
     turn = _turn(picture)
-    upright = picture.convert("RGB") if turn is None else picture.convert("RGB").transpose(turn)
-    scale = min(1.0, side / min(upright.size))
-    if scale < 1:
-        width, height = (max(side, round(scale * length)) for length in upright.size)
-        upright = upright.resize((width, height), Image.Resampling.BICUBIC)
+    scale = min(1.0, side / min(picture.size))
+    width, height = (max(side, round(scale * length)) if scale < 1 else length for length in picture.size)
+    small = _resized(picture, (width, height))
+    if turn is not None:
+        small = small.transpose(turn)
     file = io.BytesIO()
-    upright.save(file, "JPEG", quality=quality, comment=b"")  # a PNG's may be too long for a JPEG
+    small.save(file, "JPEG", quality=quality, comment=b"")  # a PNG's may be too long for a JPEG
     return file.getvalue()
+
+
+def _resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """In RGB; where that only takes the colours' channels, without a second picture of full size in memory."""
+    if picture.mode == "RGB":
+        return picture.resize(size, Image.Resampling.BICUBIC)
+    if picture.mode in CHANNELS:
+        channels = [picture.getchannel(name).resize(size, Image.Resampling.BICUBIC) for name in CHANNELS[picture.mode]]
+        return Image.merge("RGB", channels)
+    return picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
 
 
 def _eight_bits(picture: Image.Image) -> tuple[Image.Image, bytes]:

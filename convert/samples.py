@@ -89,6 +89,8 @@ def pair(key: str, image: bytes | None, caption: str | None, entries: Any = None
         return Skipped(key, MISSING_IMAGE)
     if not image:
         return Skipped(key, EMPTY_IMAGE)
+    if len(image) > MAX_IMAGE_BYTES:
+        return Skipped(key, IMAGE_TOO_LARGE, f"{len(image):,} bytes")
     if caption is None:
         return Skipped(key, MISSING_CAPTION, texts=texts_of(entries))
     if len(caption) > MAX_CAPTION:

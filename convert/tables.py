@@ -23,7 +23,7 @@ from convert.samples import (
 )
 
 ROWS = 10_000  # of a CSV file, converted as one piece
-ROWS_AT_ONCE = 32  # of a parquet file, in memory
+ROWS_AT_ONCE, BYTES_AT_ONCE = 32, 8 * 2**20  # of a parquet file, in memory: the fewer rows, the larger they are
 # What a column may be called, the first that is there: img2dataset's and Hugging Face's names; open_clip's for CSV
 IMAGE_COLUMNS = (*IMAGE_EXTENSIONS, "image")
 PATH_COLUMNS = ("image", "filepath", "path", "image_path", "file_name")
@@ -33,6 +33,9 @@ MAX_FIELD = 2**24  # characters of a CSV file's field: what is longer is a quota
 
 def read_parquet(path: Path, caption_key: str | None = None) -> Iterator[Sample | Skipped]:
     """The pairs of a parquet file with a column of image files (bytes, or Hugging Face's ``{bytes, path}``).
+
+    What is in memory is a few rows, and besides a page of the file, compressed and decompressed: pyarrow reads no less.
+    A page may be as large as a row group's images.
 
     Raises:
         UserError: pyarrow is not installed, or there is no such column.
@@ -57,28 +60,43 @@ def read_parquet(path: Path, caption_key: str | None = None) -> Iterator[Sample 
     if not (pyarrow.types.is_binary(stored) or pyarrow.types.is_large_binary(stored)):
         kind = str(stored).split("<")[0]
         raise UserError(f"{path}: the column '{image_column}' has to hold image files' bytes; it is of type {kind}")
-    columns = [image_column, caption_column, *(["key"] if "key" in names else [])]
+    columns = list(dict.fromkeys([image_column, caption_column, *(["key"] if "key" in names else [])]))
     number = 0
     try:
-        for batch in table.iter_batches(ROWS_AT_ONCE, columns=list(dict.fromkeys(columns))):
-            values = {name: _values(batch.column(name)) for name in batch.schema.names}
+        for batch in _batches(table, columns):
+            values = {name: _values(batch.column(name)) for name in columns if name != image_column}
+            images = _images(batch.column(image_column))
             for i in range(len(batch)):
                 row = {name: column[i] for name, column in values.items()}
                 key = row.get("key")
                 key = f"{path.stem}-{number:08}" if key is None or key == "" else str(key)
                 number += 1
-                yield pair(key, row[image_column], caption_of(row, caption_column))
+                yield pair(key, images[i].as_py(), caption_of(row, caption_column))
     except broken as error:
         yield Skipped("", BROKEN_INPUT, one_line(error))
 
 
-def _values(column: Any) -> list[Any]:
-    """The values of a column, of a struct its ``bytes``; invalid UTF-8, at which pyarrow raises, becomes U+FFFD."""
+def _batches(table: Any, columns: Sequence[str]) -> Iterator[Any]:
+    """The rows, few at a time where they are large."""
+    for group in range(table.num_row_groups):
+        about = table.metadata.row_group(group)
+        rows = BYTES_AT_ONCE * about.num_rows // max(about.total_byte_size, 1)
+        rows = min(max(rows, 1), ROWS_AT_ONCE)
+        yield from table.iter_batches(rows, row_groups=[group], columns=list(columns), use_threads=False)
+
+
+def _images(column: Any) -> Any:
+    """The files of a column, copied when each is asked for; of a struct its ``bytes``."""
     import pyarrow
     from pyarrow import compute
 
-    if pyarrow.types.is_struct(column.type):
-        column = compute.struct_field(column, "bytes")
+    return compute.struct_field(column, "bytes") if pyarrow.types.is_struct(column.type) else column
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of a column; invalid UTF-8, at which pyarrow raises, becomes U+FFFD."""
+    import pyarrow
+
     if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):

@@ -112,11 +112,13 @@ def _ends_properly(tar: tarfile.TarFile) -> bool:
 def _sample(
     key: str, members: dict[str, bytes], too_large: dict[str, int], caption_key: str | None
 ) -> Sample | Skipped:
-    for extension, size in too_large.items():
-        reason = IMAGE_TOO_LARGE if extension in IMAGE_EXTENSIONS else LONG_CAPTION
-        return Skipped(key, reason, f"{extension} member of {size:,} bytes")
     image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
-    if caption_key is None and "txt" in members:
+    if image is None and (large := next((ending for ending in IMAGE_EXTENSIONS if ending in too_large), None)):
+        return Skipped(key, IMAGE_TOO_LARGE, f"{large} member of {too_large[large]:,} bytes")
+    has_text = caption_key is None and ("txt" in members or "txt" in too_large)
+    if (used := "txt" if has_text else "json") in too_large:
+        return Skipped(key, LONG_CAPTION, f"{used} member of {too_large[used]:,} bytes")
+    if has_text:
         return pair(key, image, members["txt"].decode("utf-8", errors="replace"))
     entries = parse_json(members.get("json"))
     return pair(key, image, caption_of(entries, caption_key or "caption"), entries)

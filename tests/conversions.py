@@ -85,6 +85,30 @@ def download(s3: Any, uri: str, folder: Path) -> Path:
     return folder
 
 
+def peak_memory(imports: str, expression: str) -> tuple[int, int]:
+    """The number that an expression has in a process of its own, and the bytes that it takes above the imports."""
+    code = f"""
+from pathlib import Path
+import pyarrow.parquet, PIL.Image
+{imports}
+
+def status(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
+
+PIL.Image.init()
+before = status("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+print({expression}, status("VmHWM") - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=COMMAND.parents[1], capture_output=True, text=True, timeout=TIMEOUT
+    )
+    assert done.returncode == 0, done.stderr
+    number, peak = map(int, done.stdout.split())
+    return number, peak
+
+
 class Command:
     """``python convert/cc12m.py …``, running; nothing of it is left after the ``with`` block.
 

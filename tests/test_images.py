@@ -6,9 +6,11 @@ import io
 import struct
 import zlib
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conversions import peak_memory
 from mutations import encode, pictures
 from PIL import Image, ImageOps, PngImagePlugin
 from tarballs import draw
@@ -265,3 +267,16 @@ def test_quality_makes_the_size() -> None:
     data = draw(0, "PNG", (200, 200))
     sizes = [len(prepare(data, ImageOptions(resize=100, quality=quality))[0]) for quality in (10, 50, 90, 100)]
     assert all(larger > 1.3 * smaller for smaller, larger in pairwise(sizes))
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "size"), [("PNG", "RGBA", (7000, 7000)), ("PNG", "P", (7000, 7000)), ("WEBP", "RGB", (2800, 7000))]
+)
+def test_memory_of_the_largest(tmp_path: Path, kind: str, mode: str, size: tuple[int, int]) -> None:
+    """What a worker may take in all is 400 MB."""
+    path = tmp_path / "large"
+    Image.new(mode, size).save(path, kind, exif=rotated(6))
+    imports = "from convert.images import ImageOptions, prepare"
+    number, peak = peak_memory(imports, f"len(prepare(Path({str(path)!r}).read_bytes(), ImageOptions(resize=256))[0])")
+    assert number > 100
+    assert peak < 330e6

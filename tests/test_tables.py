@@ -8,8 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pytest
+from conversions import peak_memory
 from pyarrow import parquet
 from tarballs import assert_three_tars, draw, quick, read_back, three_tars, write_tar
 
@@ -59,6 +61,26 @@ def test_parquet_of_img2dataset(tmp_path: Path) -> None:
     assert list(rows) == [f"{i:09}" for i in range(20)]
     for i, row in enumerate(rows.values()):
         assert (row["image"], row["caption"]) == (draw(i), f"picture {i}")
+
+
+def test_rows_are_as_few_at_a_time_as_they_are_large(tmp_path: Path) -> None:
+    """48 images of 4 MB: what is in memory is a row group of 3, compressed and decompressed, and an image."""
+    rng, size = np.random.default_rng(0), 4 * 2**20
+    columns = {"caption": ["a"] * 48, "jpg": [rng.bytes(size) for _ in range(48)]}
+    path = write_parquet(tmp_path / "a.parquet", columns, row_group_size=3)
+    number, peak = peak_memory(
+        "from convert.tables import read_parquet", f"len([len(s.image) for s in read_parquet(Path({str(path)!r}))])"
+    )
+    assert number == 48
+    assert peak < 100e6
+
+
+def test_images_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "MAX_IMAGE_BYTES", 2000)
+    columns = {"key": ["0", "1"], "jpg": [draw(0)[:1900], draw(0, size=(200, 200))], "caption": ["a", "b"]}
+    small, large = read_parquet(write_parquet(tmp_path / "a.parquet", columns))
+    assert isinstance(small, Sample)
+    assert large == Skipped("1", samples.IMAGE_TOO_LARGE)
 
 
 @pytest.mark.parametrize("with_path", [True, False])

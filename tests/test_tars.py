@@ -86,13 +86,13 @@ def test_bad_samples_are_skipped_and_counted(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:end])  # without the zero blocks that mark the end
     expected[samples.BROKEN_INPUT] = 1
 
-    counts = quick([path], tmp_path / "out", max_bad=0.9)
+    counts = quick([path], tmp_path / "out", max_bad=1)
     assert (counts.written, counts.skipped) == (2, expected)
     assert list(read_back(None, tmp_path / "out")) == ["00000", "00001"]
     dataset = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert (dataset["samples"], dataset["skipped"], dataset["encoder"]) == (2, expected, None)
 
-    unchecked = quick([path], tmp_path / "unchecked", images=ImageOptions(check="none"), max_bad=0.9)
+    unchecked = quick([path], tmp_path / "unchecked", images=ImageOptions(check="none"), max_bad=1)
     assert unchecked.written == 2 + sum(expected[reason] for reason in OF_IMAGES)
 
 
@@ -132,3 +132,24 @@ def test_captions_from_another_entry(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", pairs(0, 1))
     assert list(read_tar(path, "title")) == [Sample("00000", draw(0), "title 0")]
     assert list(read_tar(path, "nothing")) == [Skipped("00000", samples.MISSING_CAPTION)]
+
+
+@pytest.mark.parametrize(
+    ("members", "key", "expected"),
+    [
+        ({"jpg": 0, "txt": 0, "json": samples.MAX_TEXT_BYTES + 1}, None, "picture"),
+        ({"jpg": 0, "png": samples.MAX_IMAGE_BYTES + 1, "txt": 0}, None, "picture"),
+        ({"jpg": samples.MAX_IMAGE_BYTES + 1, "png": 0, "txt": 0}, None, "picture"),
+        ({"jpg": 0, "txt": samples.MAX_TEXT_BYTES + 1, "json": 0}, "title", "title"),
+        ({"jpg": 0, "txt": samples.MAX_TEXT_BYTES + 1, "json": 0}, None, samples.LONG_CAPTION),
+        ({"jpg": 0, "txt": 0, "json": samples.MAX_TEXT_BYTES + 1}, "title", samples.LONG_CAPTION),
+        ({"jpg": samples.MAX_IMAGE_BYTES + 1, "txt": 0}, None, samples.IMAGE_TOO_LARGE),
+    ],
+)
+def test_only_a_huge_member_that_is_needed_matters(
+    tmp_path: Path, members: dict[str, int], key: str | None, expected: str
+) -> None:
+    small = {"jpg": draw(0), "png": draw(0, "PNG"), "txt": b"picture", "json": b'{"title": "title"}'}
+    written = [(f"0.{ending}", bytes(size) if size else small[ending]) for ending, size in members.items()]
+    (found,) = read_tar(write_tar(tmp_path / "a.tar", written), key)
+    assert (found.reason if isinstance(found, Skipped) else found.caption) == expected

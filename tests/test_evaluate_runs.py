@@ -11,10 +11,15 @@ import pytest
 from runs import PRETRAIN, RECORDING, jpeg, run, steps, write_config, write_set
 from s3 import S3Server
 from streaming import MDSWriter
+from test_convert_classification import make_idx
+from test_convert_classification import quick as classification
+
+from alignclip.config import METRICS
 
 pytestmark = pytest.mark.slow
 
 EVALUATE = PRETRAIN.with_name("evaluate.py")
+TASKS = {"fashion": "zero_shot", "probe": "linear_probe"}
 FSDP = "parallelism_config.fsdp2.reshard_after_forward=true"
 
 
@@ -29,14 +34,30 @@ def test_during_a_sharded_run_and_after_it(s3: S3Server, tmp_path: Path) -> None
         for task in ("retrieval", "gap")
         for key in (f"task={task}", f"remote={test}", f"local={tmp_path / 'eval-cache'}", "batch_size=8")
     ]
+    labelled = f"{s3.bucket()}/fashion"
+    for split, prefix, count in (("train", "train", 60), ("test", "t10k", 23)):
+        make_idx(tmp_path / "idx", prefix, count, packed=True)
+        classification("fashion_mnist", tmp_path / "idx", f"{labelled}/{split}", split=split)
+    sentences = [f"g\tf\t2012\t{i}\t{i / 2}\t{'red ' * i}\t{'blue ' * (9 - i)}" for i in range(1, 8)]
+    s3.client.put_object(Bucket=labelled.split("/")[2], Key="sts-test.csv", Body="\n".join(sentences).encode())
+    test_part = [f"remote={labelled}/test", f"local={tmp_path / 'fashion-cache'}", "batch_size=8"]
+    sets += [f"evaluators.fashion.{part}" for part in ("task=zero_shot", *test_part)]
+    sets += [f"evaluators.probe.{part}" for part in ("task=linear_probe", *test_part)]
+    sets += [
+        f"evaluators.probe.train.remote={labelled}/train",
+        f"evaluators.probe.train.local={tmp_path / 'train-cache'}",
+    ]
+    sets += ["evaluators.sts.task=sts", f"evaluators.sts.remote={labelled.rpartition('/')[0]}/sts-test.csv"]
     config = write_config(tmp_path, train, save_folder)
     settings = ["run_name=evaluated", "max_duration=6ba", "save_interval=6ba", FSDP]
     settings += ["keep_best.metric=retrieval/image_retrieval_recall@10"]
     intervals = ["evaluators.retrieval.interval=2ba", "evaluators.gap.interval=1ep"]
+    intervals += [f"evaluators.{name}.interval=1dur" for name in ("fashion", "probe", "sts")]
     output = run(RECORDING, tmp_path / "records", config, *settings, *sets, *intervals, processes=2, cwd=tmp_path)
     assert all(r["sharded"] for r in steps(tmp_path / "records"))
     assert re.findall(r"batch (\d+), (\w+): ", output) == [
         ("2", "retrieval"), ("4", "retrieval"), ("4", "gap"), ("6", "retrieval"), ("6", "gap"),
+        ("6", "fashion"), ("6", "probe"), ("6", "sts"),
     ]  # fmt: skip
     assert "Traceback" not in output
     names = [key.rpartition("/")[2] for key in s3.keys(save_folder)]
@@ -54,9 +75,12 @@ def test_during_a_sharded_run_and_after_it(s3: S3Server, tmp_path: Path) -> None
     for evaluator, metrics in found[1].items():
         assert found[2][evaluator] == pytest.approx(metrics, abs=1e-6)
     # the last line of the run's own evaluation is of the same weights
-    shown = dict(re.findall(r"([\w@]+) (-?[\d.]+)", re.findall(r"batch 6, gap: (.*)", output)[0]))
-    for name, value in shown.items():
-        assert float(value) == pytest.approx(found[1]["gap"][name], abs=1e-4), name
+    for evaluator, metrics in found[1].items():
+        (line,) = re.findall(rf"batch 6, {evaluator}: (.*)", output)
+        shown = dict(re.findall(r"([\w@]+) (-?[\d.]+)", line))
+        assert shown.keys() == metrics.keys() == set(METRICS[TASKS.get(evaluator, evaluator)])
+        for name, value in shown.items():
+            assert float(value) == pytest.approx(metrics[name], abs=1e-4), (evaluator, name)
 
 
 BAD = {  # evaluator -> what it is told

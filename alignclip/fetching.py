@@ -10,6 +10,7 @@ import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from alignclip.errors import UserError, check_place, describe_storage_error, nearest, one_line
 
@@ -66,6 +67,29 @@ def read_text(url: str) -> str:
             raise UserError(f"{url} is no text file") from None
         except Exception as error:  # every provider has its own
             raise UserError(f"can't read {url}: {describe_storage_error(error)}") from None
+
+
+def card_beside(place: str) -> str | None:
+    """The text of the model card beside a file of weights, a path or a URL, or beside what a link to it points at.
+
+    Raises:
+        UserError: the object store can't be reached.
+    """
+    if "://" not in place:
+        path = Path(place).expanduser()
+        found = next((p for p in (path.parent / CARD, path.resolve().parent / CARD) if p.is_file()), None)
+        return found.read_text(encoding="utf-8", errors="replace") if found else None
+    from streaming.base.storage import CloudDownloader  # takes seconds
+
+    with tempfile.TemporaryDirectory(prefix="alignclip-") as folder:
+        card = Path(folder, CARD)
+        try:
+            store = CloudDownloader.get(place)
+        except Exception as error:  # an unknown scheme, or a cloud's library that isn't installed
+            raise UserError(f"can't read {place}: {one_line(error)}") from None
+        if not _download(store, f"{place.rpartition('/')[0]}/{CARD}", card):
+            return None
+        return card.read_text(encoding="utf-8", errors="replace")
 
 
 def few(names: Iterable[str]) -> str:
@@ -128,14 +152,7 @@ def _from_store(url: str, downloads: Path) -> Path:
         raise UserError(f"can't read {url}: {one_line(error)}") from None
 
     def get(remote: str, name: str) -> bool:
-        try:
-            store.download(remote, str(downloads / name), READ_TIMEOUT)
-        except Exception as error:  # every provider has its own
-            reason = describe_storage_error(error)
-            if reason.startswith("not found") or "NotFound" in type(error).__name__:
-                return False
-            raise UserError(f"can't read {remote}: {reason}") from None
-        return True
+        return _download(store, remote, downloads / name)
 
     parent, _, name = url.rpartition("/") if Path(url).suffix in WEIGHT_FILES else (url, "", "")
     beside = {config for config in BESIDE if get(f"{parent}/{config}", config)}
@@ -151,6 +168,22 @@ def _from_store(url: str, downloads: Path) -> Path:
                 return downloads / name
             raise UserError(f"{parent}/{name} points to {target}, which is not there, or is a sharded checkpoint")
     raise UserError(f"no {' or '.join(names)} at {parent}; check the bucket and the path")
+
+
+def _download(store: Any, remote: str, path: Path) -> bool:
+    """Whether there is such an object, which then lies at ``path``.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    try:
+        store.download(remote, str(path), READ_TIMEOUT)
+    except Exception as error:  # every provider has its own
+        reason = describe_storage_error(error)
+        if reason.startswith("not found") or "NotFound" in type(error).__name__:
+            return False
+        raise UserError(f"can't read {remote}: {reason}") from None
+    return True
 
 
 def _from_hub(place: str) -> Path:

@@ -7,7 +7,8 @@ initialisation, and is listed.
 
 A module that both towers share here may have different numbers in the checkpoint's two towers. It gets the text
 tower's, as in the published initialisation, or with ``pretrained_shared_from: vision`` the vision tower's; the other
-one's where these have another shape. There is no mean: that of two networks trained apart is neither.
+one's where more of it fits. A block is never put together from both, and there is no mean: that of two networks trained
+apart is neither.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import math
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +25,7 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.model import resize_pos_embed, resize_text_pos_embed
+from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
 from alignclip.config import ModelConfig
@@ -30,13 +33,16 @@ from alignclip.encoders import CLIP
 from alignclip.errors import UserError, nearest, one_line
 from alignclip.fetching import CARD, EXPORT_CONFIG, fetch
 from alignclip.licenses import forbids_derivatives, license_of
+from alignclip.release_format import HEAD_WIDTH
 from alignclip.weights import (
     HUGGING_FACE,
     OPEN_CLIP,
-    RUN,
+    RELEASE,
     export_settings,
     hub_model,
+    hub_pixels,
     json_beside,
+    preprocess_config,
     read_weights,
     run_model,
 )
@@ -47,27 +53,52 @@ SHOWN = 8  # modules in a line of the report
 
 @dataclass
 class Report:
-    """What was loaded and what was not, in a few lines; and the licence of the weights where it is known."""
+    """What a model was given of a checkpoint.
+
+    Attributes:
+        text: what was loaded and what was not, in a few lines.
+        license: of the weights, where it is known.
+        loaded: the names of the tensors that it was given, all of them of those that are shared.
+        pixels: how the checkpoint's images were prepared otherwise, in a sentence each.
+        activation: that it was trained with another one, in a sentence.
+    """
 
     text: str
     license: str | None
+    loaded: frozenset[str]
+    pixels: list[str]
+    activation: list[str]
 
 
 @dataclass
 class _Source:
-    """A checkpoint: tensors under our names, widths of its heads where something tells them, and what to know."""
+    """A checkpoint.
+
+    Attributes:
+        weights: under our names.
+        license: where it is known.
+        heads: widths, where something tells them.
+        quick_gelu: where something tells it.
+        foreign: settings that our encoders don't have.
+        pixels: see :class:`Report`.
+        assumed: how it is known how wide the heads are, where nothing says it.
+    """
 
     weights: dict[str, Tensor]
-    heads: dict[str, int]
-    notes: list[str]
     license: str | None
+    heads: dict[str, int] = field(default_factory=dict)
+    quick_gelu: bool | None = None
+    foreign: list[str] = field(default_factory=list)
+    pixels: list[str] = field(default_factory=list)
+    assumed: str = ""
 
 
 @dataclass
 class _Match:
-    """What went where: names of this model's tensors, shared ones by their text tower's name."""
+    """What went where: names of this model's tensors, shared ones by their text tower's name, ``names`` by both."""
 
     loaded: list[str] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
     missing: list[str] = field(default_factory=list)
     misshaped: list[str] = field(default_factory=list)
     shared: dict[str, list[str]] = field(default_factory=lambda: {"text": [], "vision": []})
@@ -89,7 +120,7 @@ def load_pretrained(model: CLIP, place: str, shared_from: str, config: ModelConf
     with tempfile.TemporaryDirectory(prefix="alignclip-") as downloads:  # mapped into memory until they are copied
         try:
             source = _read(place, Path(downloads))
-            _check_heads(source.heads, model, config)
+            _check_heads(source, config)
         except UserError as error:
             raise UserError(f"pretrained: {error}") from None
         weights = dict(source.weights)
@@ -115,7 +146,14 @@ def load_pretrained(model: CLIP, place: str, shared_from: str, config: ModelConf
         lines.append(f"licence: {source.license}, which holds for what is trained from it, too")
         if forbids_derivatives(source.license):
             lines[-1] += ", and forbids passing that on"
-    return Report("\n  ".join(lines + source.notes), source.license)
+    if source.foreign:
+        lines.append(f"it was trained with what our encoders don't have: {', '.join(source.foreign)}")
+    activation = []
+    if source.quick_gelu not in (None, config.quick_gelu):
+        how, value = ("with", "true") if source.quick_gelu else ("without", "false")
+        activation.append(f"it was trained {how} quick_gelu: set model.quick_gelu={value}")
+    text = "\n  ".join([*lines, *activation, *source.pixels])
+    return Report(text, source.license, frozenset(match.names), source.pixels, activation)
 
 
 # --- what the checkpoint is -------------------------------------------------------------------------------------------
@@ -141,30 +179,53 @@ def _read(place: str, downloads: Path) -> _Source:
     if "text.token_embedding.weight" in weights:  # open_clip's CustomTextCLIP
         weights = {key.removeprefix("text."): value for key, value in weights.items()}
 
-    heads: dict[str, int] = {}
-    notes = []
-    trained = run_model(file, place) if kind == RUN else hub_model(file, place) if kind == HUGGING_FACE else None
-    if trained is not None:
-        heads = _heads(trained.vision_cfg.head_width, trained.text_cfg.width, trained.text_cfg.heads)
-    if kind == OPEN_CLIP:
-        export = json_beside(file, EXPORT_CONFIG, place)
-        given = export.get("model_cfg") or (open_clip.get_model_config(name) if tagged else None)
-        foreign: list[str] = ["quick_gelu"] if tagged.get("quick_gelu") else []
-        if isinstance(given, dict):
-            values, others = export_settings(given)
-            text = values["text_cfg"]
-            heads = _heads(values["vision_cfg"]["head_width"], text["width"], text["heads"])
-            foreign = sorted({*foreign, *others})
-        if foreign:
-            notes.append(f"it was trained with what our encoders don't have: {', '.join(foreign)}")
-        pixels: Any = export.get("preprocess_cfg") or tagged
-        default = open_clip.transform.PreprocessCfg()
-        for key in ("mean", "std"):
-            if key in pixels and tuple(pixels[key]) != getattr(default, key):
-                notes.append(f"its pixels were normalised with another {key}: {list(pixels[key])}")
     card = file.parent / CARD
     license = license_of(card.read_text(errors="replace") if card.is_file() else None, kind)
-    return _Source(weights, heads, notes, license)
+    source = _Source(weights, license)
+    if kind == OPEN_CLIP:
+        _describe_open_clip(source, file, place, tagged, open_clip.get_model_config(name) if tagged else None)
+        return source
+    if kind == RELEASE:
+        source.quick_gelu, source.heads = False, dict.fromkeys(("vision", "text"), HEAD_WIDTH)
+        source.assumed = ", as all published ones; if these are others, say so with a config.yaml beside the file"
+    trained = hub_model(file, place) if kind == HUGGING_FACE else run_model(file, place)
+    if trained is not None:
+        source.heads = _heads(trained.vision_cfg.head_width, trained.text_cfg.width, trained.text_cfg.heads)
+        source.quick_gelu, source.assumed = trained.quick_gelu, ""
+    if kind == HUGGING_FACE:
+        try:
+            source.pixels = _other_pixels(hub_pixels(file, place), place)
+        except UserError as error:  # our own crops are made otherwise anyway
+            source.pixels = [str(error)]
+    return source
+
+
+def _describe_open_clip(
+    source: _Source, file: Path, place: str, tagged: Mapping[str, Any], known: dict[str, Any] | None
+) -> None:
+    """What open_clip's own list, and the ``open_clip_config.json`` beside the weights, say of a model."""
+    export = json_beside(file, EXPORT_CONFIG, place)
+    given = export.get("model_cfg") or known
+    if isinstance(given, dict):
+        values, source.foreign = export_settings(given)
+        text = values["text_cfg"]
+        source.heads = _heads(values["vision_cfg"]["head_width"], text["width"], text["heads"])
+        source.quick_gelu = bool(values.get("quick_gelu", False))
+    if "quick_gelu" in tagged:  # of its older models the weights say it, not the model
+        source.quick_gelu = bool(tagged["quick_gelu"]) or source.quick_gelu
+    source.foreign.sort()
+    source.pixels = _other_pixels(export.get("preprocess_cfg") or tagged, place)
+
+
+def _other_pixels(given: Any, place: str) -> list[str]:
+    """In what a ``preprocess_cfg`` differs from what we train with."""
+    default = PreprocessCfg()
+    found = preprocess_config(given, place, image_size=224)
+    return [
+        f"its pixels were normalised with another {key}: {list(getattr(found, key))}"
+        for key in ("mean", "std")
+        if getattr(found, key) != getattr(default, key)
+    ]
 
 
 def _of_open_clip(name: str, tag: str) -> Mapping[str, Any]:
@@ -189,17 +250,20 @@ def _heads(vision: int, width: int, heads: int) -> dict[str, int]:
     return {"vision": vision, "text": width // max(heads, 1)}
 
 
-def _check_heads(heads: dict[str, int], model: CLIP, config: ModelConfig) -> None:
+def _check_heads(source: _Source, config: ModelConfig) -> None:
     """Shapes don't tell how a width is cut into heads, and cut otherwise the weights compute something else."""
-    if not heads:
+    if not source.heads:
         return
     text = config.text_cfg
     ours = {"text": (text.width // text.heads, f"model.text_cfg.heads={text.heads}")}
     if config.vision_cfg.timm_model_name is None:
         ours["vision"] = (config.vision_cfg.head_width, f"model.vision_cfg.head_width={config.vision_cfg.head_width}")
     for tower, (width, key) in ours.items():
-        if heads[tower] != width:
-            raise UserError(f"the checkpoint's {tower} heads are {heads[tower]} wide, but with {key} they are {width}")
+        if source.heads[tower] != width:
+            raise UserError(
+                f"the checkpoint's {tower} heads are {source.heads[tower]} wide, but with {key} they are {width}"
+                + source.assumed
+            )
 
 
 # --- into the model ---------------------------------------------------------------------------------------------------
@@ -227,25 +291,43 @@ def _resize(weights: dict[str, Tensor], model: CLIP) -> list[str]:
 @torch.no_grad()
 def _copy(weights: Mapping[str, Tensor], model: CLIP, shared_from: str) -> _Match:
     """Every tensor of the model that the checkpoint has in the same shape, under any of its names."""
-    tensors: dict[int, tuple[Tensor, list[str]]] = {}
+    tensors: dict[int, tuple[Tensor, dict[str, str]]] = {}  # with its names, by tower
     for name, tensor in model.state_dict(keep_vars=True).items():
-        tensors.setdefault(id(tensor), (tensor, []))[1].append(name)
+        tower = "vision" if name.startswith("visual.") else "text"
+        tensors.setdefault(id(tensor), (tensor, {}))[1][tower] = name
+    fitting = Counter(
+        (_unit(names), tower)
+        for tensor, names in tensors.values()
+        for tower, name in names.items()
+        if _fits(weights.get(name), tensor)
+    )
     match = _Match()
     for tensor, names in tensors.values():
-        by_tower = {"vision" if name.startswith("visual.") else "text": name for name in names}
-        label = by_tower.get("text", names[0])
-        fitting = {tower: name for tower, name in by_tower.items() if _fits(weights.get(name), tensor)}
-        if not fitting:
-            there = [name for name in names if name in weights]
-            (match.misshaped if there else match.missing).append(there[0] if there else label)
+        label = names.get("text") or names["vision"]
+        # one tower for all of a shared block: attention of one network and MLP of another are no block
+        tower = max(names, key=lambda tower: (fitting[_unit(names), tower], tower == shared_from))
+        value = weights.get(names[tower])
+        if value is None or not _fits(value, tensor):
+            there = next((name for name in (names[tower], *names.values()) if name in weights), None)
+            (match.misshaped if there else match.missing).append(there or label)
             continue
-        tower = shared_from if shared_from in fitting else next(iter(fitting))
-        value = weights[fitting[tower]]
-        if len(names) > 1 and not (len(fitting) > 1 and torch.equal(*(weights[name] for name in fitting.values()))):
+        if len(names) > 1 and not all(_same(weights.get(name), value) for name in names.values()):
             match.shared[tower].append(label)
         tensor.copy_(value.reshape(tensor.shape))
         match.loaded.append(label)
+        match.names |= set(names.values())
     return match
+
+
+def _unit(names: Mapping[str, str]) -> str:
+    """What has to come from one tower as a whole: a block, a norm, or a tensor that stands alone."""
+    name = names.get("text") or names["vision"]
+    found = re.match(r"(.*resblocks\.\d+|ln_final)\.", name)
+    return found[1] if found else name
+
+
+def _same(one: Tensor | None, other: Tensor) -> bool:
+    return one is not None and one.shape == other.shape and torch.equal(one, other)
 
 
 def _fits(value: Tensor | None, tensor: Tensor) -> bool:

@@ -755,6 +755,28 @@ def test_the_licence_of_what_a_run_started_from(tmp_path: Path, capsys: pytest.C
         convert(Options(str(tmp_path / "saved"), "open_clip", str(tmp_path / "other"), license="mit"))
 
 
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_the_licence_of_what_a_run_loaded(tmp_path: Path, s3: S3Server, place: str) -> None:
+    """With ``load_path``, too, which Composer reads and no card."""
+    write_set(str(tmp_path / "set"), 64)
+    yaml = write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "saved"))
+    overrides = ["max_duration=1ba", "scheduler.t_warmup=0ba", "data.num_workers=0", "run_name=r"]
+    source = write_checkpoint(tmp_path / "source", config_file.load(yaml, overrides).model)
+    (source / "README.md").write_text("---\nlicense: cc-by-nc-nd-4.0\n---\n")
+    path = str(source / "latest-rank0.pt")
+    if place == "s3":
+        path = f"{s3.bucket()}/source/latest-rank0.pt"
+        for file in source.iterdir():
+            s3.client.upload_file(str(file), path.split("/")[2], f"source/{file.name}")
+    config = config_file.load(yaml, [*overrides, f"load_path={path}", "load_weights_only=true"])
+    folder = SaveFolder(config)
+    folder.open()
+    training.build_trainer(config, get_device("cpu"), folder).close()
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert "license: cc-by-nc-nd-4.0" in card
+    assert f"Started from `{path}`" in card
+
+
 def test_the_command(exported: dict[str, Path], tmp_path: Path) -> None:
     def command(*arguments: object) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, ROOT / "convert" / "checkpoint.py", *arguments]

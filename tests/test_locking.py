@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from models import EVERYTHING, small_config
+from omegaconf import OmegaConf
 from runs import PRETRAIN, run, write_config, write_set
 
+from alignclip import config_file
 from alignclip.config import StartConfig
 from alignclip.encoders import CLIP, build_encoders
 from alignclip.errors import UserError
@@ -67,6 +69,50 @@ def test_locks_that_make_no_sense() -> None:
         trained(lock_image=True, lock_image_unlocked_groups=99)
 
 
+def test_random_weights_are_not_locked(tmp_path: Path) -> None:
+    yaml = write_config(tmp_path, str(tmp_path / "set"))
+    for lock in ("lock_image", "lock_text"):
+        with pytest.raises(UserError, match=f"{lock}=true would lock random weights; set pretrained to what"):
+            config_file.load(yaml, [f"{lock}=true"])
+        for start in ("pretrained=x.pt", "load_path=x.pt"):
+            config_file.load(yaml, [f"{lock}=true", start])
+
+
+@pytest.mark.parametrize("groups", [0, 2])
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet"])
+def test_batch_norms_that_keep_their_statistics(tmp_path: Path, name: str, groups: int) -> None:
+    """The locked tower computes what it did, in training, too, and its checkpoint loads with the same features."""
+    config = small_config(vision={"timm_model_name": name, "image_size": 64})
+    torch.manual_seed(0)
+    model = build_encoders(config).eval()
+    with torch.no_grad():
+        for key, tensor in model.visual.state_dict().items():
+            if "running" in key:
+                tensor.add_(torch.rand_like(tensor))
+        images = torch.randn(2, 3, 64, 64)
+        before = model.encode_image(images)
+        locks = StartConfig(lock_image=True, lock_image_unlocked_groups=groups, lock_image_freeze_bn_stats=True)
+        lock_towers(model, locks)
+        torch.testing.assert_close(model.encode_image(images), before, rtol=0, atol=1e-6)
+        statistics = {k: v.clone() for k, v in model.state_dict().items() if "running" in k}
+        training = model.train().encode_image(images)
+        moved = {k for k, v in statistics.items() if not torch.equal(model.state_dict()[k], v)}
+        if groups == 0:
+            assert not moved
+            torch.testing.assert_close(training, before, rtol=0, atol=1e-6)
+        else:
+            assert moved
+            open_ones = {n.rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+            assert {key.rpartition(".")[0] for key in moved} <= open_ones
+            model.load_state_dict(statistics, strict=False)
+    state = {"model": {f"encoders.{key}": value for key, value in model.state_dict().items()}}
+    torch.save({"state": state}, tmp_path / "latest-rank0.pt")
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml({"model": OmegaConf.structured(config)}))
+    found = load_encoders(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(found.encode_image(images), before, rtol=0, atol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 def test_on_two_processes(tmp_path: Path, how: str) -> None:
@@ -74,7 +120,9 @@ def test_on_two_processes(tmp_path: Path, how: str) -> None:
     yaml = write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "saved"))
     overrides = ["run_name=r", "max_duration=3ba", "scheduler.t_warmup=1ba", "data.num_workers=0", "save_interval=1ba"]
     overrides += ["model.shared.blocks=0", "model.shared.ln_final=false", "model.shared.projection=false"]
-    overrides += ["lock_image=true", "lock_image_unlocked_groups=1"]
+    start = tmp_path / "epoch_1.pt"
+    torch.save(build_encoders(config_file.load(yaml, overrides).model).state_dict(), start)
+    overrides += [f"pretrained={start}", "lock_image=true", "lock_image_unlocked_groups=1"]
     overrides += ["parallelism_config.fsdp2={}"] if how == "fsdp2" else []
     output = run(PRETRAIN, yaml, *overrides, processes=2, cwd=tmp_path)
     assert "M locked)" in output

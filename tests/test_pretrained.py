@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,17 @@ import torch
 from composer.loggers import InMemoryLogger
 from composer.utils import get_device
 from models import EVERYTHING, FIXTURES, config_of, reference, small_config
-from runs import write_config, write_set
+from omegaconf import OmegaConf
+from runs import run, write_config, write_set
 from safetensors.torch import save_file
 from torch import Tensor
 
 from alignclip import config_file, training
 from alignclip.checkpoints import SaveFolder
-from alignclip.config import ModelConfig
+from alignclip.config import ModelConfig, StartConfig
 from alignclip.encoders import CLIP, build_encoders
 from alignclip.errors import UserError
+from alignclip.locking import lock_towers
 from alignclip.pretrained import load_pretrained
 from alignclip.release_format import renamed
 
@@ -112,11 +115,17 @@ def test_text_tower_of_its_own_and_half_precision(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shared", [EVERYTHING, {"blocks": 1}, {}], ids=["all", "some", "none"])
-def test_a_release(shared: dict[str, Any]) -> None:
+def test_a_release(tmp_path: Path, shared: dict[str, Any]) -> None:
     published = reference("micro")
-    model, report = start(config_of(published["config"], **shared), FIXTURES / "model_micro.pt")
-    # one set of numbers for both towers: nothing to choose, and nothing to say
-    assert re.fullmatch(r"pretrained: \S+: loaded (\d+) of \1 tensors", report)
+    path = Path(shutil.copy(FIXTURES / "model_micro.pt", tmp_path))
+    config = config_of(published["config"], **shared)
+    # its heads are 16 wide, which the file doesn't say
+    assert "heads are 64 wide, but with model.text_cfg.heads" in (said := refusal(config, path))
+    assert said.endswith("as all published ones; if these are others, say so with a config.yaml beside the file")
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml({"model": OmegaConf.structured(config)}))
+    model, report = start(config, path)
+    # one set of numbers for both towers: nothing to choose, and nothing to say but whose they are
+    assert re.fullmatch(r"pretrained: \S+: loaded (\d+) of \1 tensors\n  licence: cc-by-nc-nd-4.0, .*", report)
     weights = renamed(published["state_dict"])
     for name, value in model.state_dict().items():
         assert torch.equal(value, weights[name].reshape(value.shape)), name
@@ -130,8 +139,23 @@ def test_an_export_that_we_could_not_load(tmp_path: Path) -> None:
     (tmp_path / "open_clip_config.json").write_text(text)
     save_file(stock(config).state_dict(), tmp_path / "open_clip_model.safetensors")
     _, report = start(config, tmp_path)
-    assert "it was trained with what our encoders don't have: quick_gelu, text_cfg.pool_type" in report
+    assert "it was trained with what our encoders don't have: text_cfg.pool_type" in report
+    assert "it was trained with quick_gelu: set model.quick_gelu=true" in report
     assert "normalised with another mean: [0.5, 0.5, 0.5]" in report
+    assert "quick_gelu" not in start(dataclasses.replace(config, quick_gelu=True), tmp_path)[1]
+    # settings that are none
+    for key, wrong, words in (
+        ("preprocess_cfg", {"mean": 0.5}, ""),
+        ("preprocess_cfg", ["mean"], "images can't be prepared"),
+        ("preprocess_cfg", {"mean": [0.5, 0.5]}, "mean has 2 numbers, not 3"),
+        ("model_cfg", {"vision_cfg": "ViT-B-16"}, "its vision_cfg is a str, not a section"),
+    ):
+        (tmp_path / "open_clip_config.json").write_text(json.dumps({**json.loads(text), key: wrong}))
+        if words:
+            assert words in refusal(config, tmp_path)
+        else:
+            assert "normalised with another mean: [0.5, 0.5, 0.5]" in start(config, tmp_path)[1]
+    (tmp_path / "open_clip_config.json").write_text(text)
     # the same shapes, other heads
     other = small_config(vision={"head_width": 8})
     assert "the checkpoint's vision heads are 16 wide, but with model.vision_cfg.head_width=8 they are 8" in refusal(
@@ -208,6 +232,22 @@ def test_the_other_tower_where_one_does_not_fit(tmp_path: Path) -> None:
     assert "([64, 16], not [64, 32])" in report
     untouched = fresh(small_config(shared=EVERYTHING))
     assert torch.equal(model.token_embedding.weight, untouched.token_embedding.weight)
+
+
+@pytest.mark.parametrize("tower", ["text", "vision"])
+def test_a_shared_block_comes_from_one_tower(tmp_path: Path, tower: str) -> None:
+    """Where the other tower's MLPs don't fit, its attention isn't taken either."""
+    config = small_config(shared=EVERYTHING)
+    part = {"text": "vision", "vision": "text"}[tower]  # the one that has narrow MLPs
+    weights = stock(small_config(**{part: {"mlp_ratio": 2.0}})).state_dict()
+    torch.save(weights, tmp_path / "narrow.pt")
+    model, report = start(config, tmp_path / "narrow.pt", part)
+    prefix = TOWERS["blocks"][tower == "vision"]
+    for name, value in model.transformer.state_dict().items():
+        assert torch.equal(value, weights[f"{prefix}{name}"]), name
+    assert f"shared modules from the {tower} tower: transformer.resblocks.0-2" in report
+    # what stands alone is the one that was asked for
+    assert torch.equal(model.text_projection, weights[TOWERS["projection"][part == "vision"]])
 
 
 def test_what_is_missing_left_over_or_of_another_shape_is_listed(tmp_path: Path) -> None:
@@ -331,6 +371,58 @@ def test_a_run_goes_on_without_the_file(
     new = config_file.load(yaml, (*FIXED, *START, "run_name=n", f"pretrained={path}", f"save_folder={tmp_path}/new"))
     with pytest.raises(UserError, match=r"pretrained: no such file"):
         training.build_trainer(new, get_device("cpu"), SaveFolder(new))
+
+
+def test_locked_towers_are_as_they_were_trained(tmp_path: Path) -> None:
+    """What is locked comes from the checkpoint whole, with its pixels and its activation, or not at all."""
+    config = small_config()
+    path = tmp_path / "open_clip_model.safetensors"
+    weights = stock(config).state_dict()
+    settings = {"embed_dim": 16, "vision_cfg": dataclasses.asdict(config.vision_cfg)}
+    settings["text_cfg"] = dataclasses.asdict(config.text_cfg)
+
+    def lock(lacking: tuple[str, ...] = (), pixels: Any = None, locks: str = "lock_image", **given: Any) -> str:
+        save_file({name: value for name, value in weights.items() if not name.startswith(lacking or " ")}, path)
+        described = {"model_cfg": settings | given, "preprocess_cfg": pixels or {}}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(described))
+        model = fresh(config)
+        report = load_pretrained(model, str(tmp_path), "text", config)
+        groups = {"lock_image_unlocked_groups": 1} if locks == "lock_image" else {}
+        try:
+            lock_towers(model, StartConfig(pretrained="x", **{locks: True}, **groups), report)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    assert lock() == ""
+    assert lock(lacking=("visual.proj", "transformer.")) == ""
+    said = lock(lacking=("visual.transformer.resblocks.1.ln",))
+    assert "would lock 4 tensors that x doesn't have in this shape" in said
+    assert "visual.transformer.resblocks.1.ln_1.bias, visual.transformer.resblocks.1.ln_1.weight" in said
+    assert "keeps a tower as x has it, but its pixels were normalised with another std" in lock(pixels={"std": 0.5})
+    assert lock(pixels={"std": 0.5}, locks="lock_text") == ""
+    for locks in ("lock_image", "lock_text"):
+        said = lock(quick_gelu=True, locks=locks)
+        assert (
+            said == f"{locks} keeps a tower as x has it, but it was trained with quick_gelu: set model.quick_gelu=true"
+        )
+
+
+def test_an_error_on_one_rank_is_everybodys(tmp_path: Path) -> None:
+    """A checkpoint that only one of two processes can read; the other one doesn't wait for ever."""
+    write_set(str(tmp_path / "set"), 64)
+    yaml = write_config(tmp_path, str(tmp_path / "set"))
+    script = tmp_path / "one.py"
+    script.write_text(
+        "import os, sys\nfrom alignclip import config_file, training\n"
+        "from alignclip.errors import UserError, one_line_errors\n"
+        "def load(*_):\n    if os.environ['RANK'] == sys.argv[2]:\n        raise UserError('only here')\n"
+        "training.load_pretrained = load\nwith one_line_errors():\n"
+        "    training.run(config_file.load(sys.argv[1], ['pretrained=x', 'run_name=r', 'data.num_workers=0']))\n"
+    )
+    for rank in ("0", "1"):
+        output = run(script, yaml, rank, processes=2, cwd=tmp_path / rank, status=2)
+        assert "error: only here" in output
 
 
 def test_a_run_of_ours_into_another_model(tmp_path: Path) -> None:

@@ -123,7 +123,8 @@ def _formats(found: Overview) -> tuple[str, ...]:
 
 def _read(store: Store, found: Overview, options: VerifyOptions) -> Read:
     """Open all shards; their problems are added to those found before."""
-    from convert.verify_shards import Read, Rules, add_duplicates, read_shards
+    from convert.verify_shards import Read, Rules, read_shards
+    from convert.verify_whole import add_duplicates, add_outliers
 
     # ndarray:float16:384; without a last part any shape may come
     encoding = found.columns.get("semantic", "").split(":")
@@ -139,7 +140,8 @@ def _read(store: Store, found: Overview, options: VerifyOptions) -> Read:
     for one in reads:
         total.add(one)
     found.problems.merge(total.problems)
-    add_duplicates(reads, found.entries, store.out, found.problems)
+    add_outliers(reads, found.entries, found)
+    add_duplicates(reads, found.entries, store.out, found)
     return total
 
 

@@ -8,6 +8,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from alignclip.errors import UserError, one_line
+from convert.samples import BROKEN_INPUT
+from convert.shards import VAL
 from convert.storage import COUNTS, INDEX, Store
 from convert.verify_findings import Entry, Overview, Problems, folder_of, stored_file
 
@@ -51,6 +53,7 @@ def look(store: Store) -> Overview:
                 found.entries.append(entry)
     _compare(usable, found)
     _check_counts(store, listing, found)
+    _check_held_out(store, everything, found)
     if listing is not None:
         _find_orphans(store, listing, found, {file for entry in usable for file in _files(entry)})
     return found
@@ -197,13 +200,14 @@ def _check_counts(store: Store, listing: set[str] | None, found: Overview) -> No
     if listing is None:
         root = _read_objects(store, [DATASET], Problems())  # whether there is one can't be known
     else:
-        root = _read_objects(store, [name for name in (DATASET, CLASSES) if name in listing], problems)
+        root = _read_objects(store, [name for name in (DATASET, CLASSES, CONVERTER) if name in listing], problems)
     found.dataset = root.get(DATASET, {})
     if isinstance(names := root.get(CLASSES, {}).get("classnames"), list):
         found.classes = [str(name) for name in names]
     samples = found.dataset.get("samples", found.samples)
     if samples != found.samples:
         problems.add("counts differ", DATASET, f"says {samples} samples, the index has {found.samples}")
+    planned: Any = {}
     if listing is None:
         parts, counted = set(found.indexed), "options" in found.dataset
     else:
@@ -211,6 +215,7 @@ def _check_counts(store: Store, listing: set[str] | None, found: Overview) -> No
         parts = set(found.indexed) | {folder_of(name) for name in ours}
         counted = CONVERTER in listing or any(f"{part}/{COUNTS}" in listing for part in parts)
         found.is_held_out = counted and not listing & {CONVERTER, DATASET}
+        planned = root.get(CONVERTER, {}).get("inputs") or {}
     parts.discard("")
     if not counted or not parts:
         if isinstance(samples, int) and _are_counts(found.dataset.get("skipped")):  # an evaluation set's
@@ -221,7 +226,17 @@ def _check_counts(store: Store, listing: set[str] | None, found: Overview) -> No
     for name in names:
         if listing is not None and name not in listing:
             problems.add("counts missing", name, "is missing: the conversion of this part was not finished")
-    contents = _read_objects(store, [name for name in names if listing is None or name in listing], problems)
+    if isinstance(planned, dict):
+        for name in sorted(planned.keys() - parts):
+            problems.add("inputs that were not converted", CONVERTER, f"{planned[name]} was not converted")
+    _add_up(
+        store, _read_objects(store, [name for name in names if listing is None or name in listing], problems), found
+    )
+
+
+def _add_up(store: Store, contents: dict[str, dict[str, Any]], found: Overview) -> None:
+    """Sum the counts of the sub-folders up, each held against the index; name the truncated inputs."""
+    problems = found.problems
     found.written = 0
     for name, counts in contents.items():
         written, held_out, skipped = (counts.get(what, 0) for what in ("written", "held_out", "skipped"))
@@ -232,12 +247,33 @@ def _check_counts(store: Store, listing: set[str] | None, found: Overview) -> No
         found.written += written
         found.held_out += held_out
         found.skipped.update(skipped)
+        if BROKEN_INPUT in skipped:
+            text = f"{counts.get('source')} was truncated: fetch it again and run the convert command again"
+            problems.add("truncated inputs", name, text, mend=False)
         if written and folder_of(name) not in found.indexed:
             problems.add(
                 "not in the index", name, f"says {written} written, and {store.out}/{INDEX} names none of them"
             )
         elif written != indexed:
             problems.add("counts differ", name, f"says {written} written, the index has {indexed}")
+
+
+def _check_held_out(store: Store, listing: set[str] | None, found: Overview) -> None:
+    """The split that was held out has to be there, with as many samples."""
+    held_out = found.dataset.get("held_out") or found.held_out
+    if not isinstance(held_out, int) or not held_out or found.is_held_out:
+        return
+    name = f"{VAL}/{INDEX}"
+    there = _read_objects(store, [name], Problems()) if listing is None or name in listing else {}
+    try:
+        samples = sum(shard["samples"] for shard in there[name]["shards"])
+    except (KeyError, TypeError):
+        samples = 0
+    if samples != held_out:
+        text = (
+            f"says {held_out:,} samples are held out, {f'{name} has {samples:,}' if there else f'and {name} is gone'}"
+        )
+        found.problems.add("held-out split", DATASET, text)
 
 
 def _are_counts(skipped: Any) -> bool:

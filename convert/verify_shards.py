@@ -26,7 +26,7 @@ from tqdm import tqdm
 from alignclip.errors import UserError, describe_storage_error, one_line
 from convert.patience import patiently
 from convert.storage import READ_TIMEOUT, TEMPORARY
-from convert.verify_findings import SHOWN, Entry, Problems, stored_file
+from convert.verify_findings import Entry, Problems, stored_file
 
 if TYPE_CHECKING:
     from streaming.base.format.mds import MDSReader
@@ -52,7 +52,11 @@ class Rules:
 
 @dataclass
 class Read:
-    """What reading one or all shards has shown. ``norms``: of the embeddings; ``keys``: 8-byte hashes."""
+    """What reading one or all shards has shown.
+
+    ``norms``: number of the embeddings, of whose norms ``least``, ``most`` and ``sum`` are. Of one shard also ``keys``:
+    8-byte hashes, and of each embedding ``norm_of`` and the sample that it belongs to, ``norm_at``.
+    """
 
     problems: Problems = field(default_factory=Problems)
     samples: int = 0
@@ -63,9 +67,11 @@ class Read:
     most: float = 0.0
     sum: float = 0.0
     keys: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    norm_of: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+    norm_at: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint32))
 
     def add(self, other: Read) -> None:
-        """Count what another shard has shown, but for its keys."""
+        """Count what another shard has shown, but for what is of each of its samples."""
         self.problems.merge(other.problems)
         for name in ("samples", "decoded", "norms", "sum"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -80,8 +86,10 @@ def check_shard(entry: Entry, rules: Rules) -> Read:
         reader = open_shard(entry, rules.place, Path(folder), read.problems)
         if reader is not None:
             file, keys = stored_file(entry)["basename"], np.empty(reader.samples, np.uint64)
+            norms: list[np.ndarray] = []  # of each sample's embeddings
             for i in range(reader.samples):
                 name, keys[i] = f"sample {i}", UNREADABLE
+                norms.append(np.empty(0, np.float32))
                 try:
                     sample = reader.get_item(i)
                 except Exception as error:  # whatever the bytes make NumPy, JSON and UTF-8 say
@@ -89,10 +97,13 @@ def check_shard(entry: Entry, rules: Rules) -> Read:
                     continue
                 name += f" (key {sample['key']})" if "key" in sample else ""
                 keys[i] = _hash(str(sample.get("key") or f"{file}/{i}"), rules.seed)
+                norms[i] = _norms(sample)
                 chosen = int(keys[i]) < rules.decode * 2**64
                 for problem in _sample_problems(sample, rules, read, chosen):
                     read.problems.add(problem, file, f"{name}: {problem}")
             read.samples = reader.samples
+            read.norm_of = np.concatenate([read.norm_of, *norms])
+            read.norm_at = np.repeat(np.arange(len(norms), dtype=np.uint32), [len(rows) for rows in norms])
             read.keys = keys if "key" in entry["column_names"] else read.keys
     return read
 
@@ -210,13 +221,21 @@ def _embedding_problems(sample: Entry, rules: Rules, read: Read) -> Iterator[str
     if not np.isfinite(rows).all():
         yield "embedding isn't finite"
         return
-    norms = np.atleast_1d(np.linalg.norm(rows.astype(np.float64), axis=-1))
+    norms = _norms(sample)
     if not norms.all():
         yield "embedding is zero"
         return
     read.norms += len(norms)
-    read.sum += float(norms.sum())
+    read.sum += float(norms.sum(dtype=np.float64))
     read.least, read.most = min(read.least, float(norms.min())), max(read.most, float(norms.max()))
+
+
+def _norms(sample: Entry) -> np.ndarray:
+    """Of a sample's embeddings, which may be none."""
+    rows = np.asarray(sample.get("semantic", ()))
+    if not rows.size or not np.issubdtype(rows.dtype, np.floating) or rows.ndim not in (1, 2):
+        return np.empty(0, np.float32)
+    return np.atleast_1d(np.linalg.norm(rows.astype(np.float64), axis=-1)).astype(np.float32)
 
 
 def _can_be_decoded(image: bytes, formats: tuple[str, ...]) -> bool:
@@ -288,28 +307,3 @@ def samples_at(
                 for position in group:
                     with suppress(Exception):  # see check_shard, which says so
                         yield position, reader.get_item(position[1])
-
-
-def add_duplicates(reads: Sequence[Read], entries: Sequence[Entry], place: str, problems: Problems) -> None:
-    """Count the samples whose key an earlier one has already."""
-    hashes = np.concatenate([read.keys for read in reads] or [np.empty(0, np.uint64)])
-    order = np.argsort(hashes, kind="stable")
-    ordered = hashes[order]
-    same = (ordered[1:] == ordered[:-1]) & (ordered[1:] != UNREADABLE)
-    pairs = np.stack([order[1:][same], order[:-1][same]], axis=1)
-    pairs = pairs[np.argsort(pairs[:, 0])]
-    starts = np.cumsum([0, *(len(read.keys) for read in reads)])
-
-    def position(at: int) -> tuple[int, int]:
-        shard = int(np.searchsorted(starts, at, side="right")) - 1
-        return shard, at - int(starts[shard])
-
-    shown = [(position(int(later)), position(int(earlier))) for later, earlier in pairs[:SHOWN]]
-    samples = dict(samples_at([later for later, _ in shown], entries, place))
-    for later, earlier in shown:
-        first = stored_file(entries[earlier[0]])["basename"]
-        text = f"sample {later[1]} has the key of sample {earlier[1]} in {first}"
-        if later in samples:  # or the shard could not be fetched again
-            text += f" ({samples[later]['key']})"
-        problems.add("key is there twice", stored_file(entries[later[0]])["basename"], text, mend=False)
-    problems.numbers["key is there twice"] += len(pairs) - len(shown)

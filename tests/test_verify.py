@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -234,11 +235,30 @@ def test_a_held_out_split(tmp_path: Path, verify: Verify) -> None:
     assert (status, problems(text)) == (0, [])
     assert "samples 12\n" in text
 
+    edit(out / "dataset.json", lambda dataset: dataset.update(held_out=12))
     flip(held_out / SHARD)
     assert verify(out)[0] == 0
     status, text = verify(out, "--split", "val")
     assert (status, problems(text)) == (1, [f"{SHARD}: hash xxh64 differs"])
     assert f"to mend it: delete {out}/00001, then run the convert command again" in text
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_held_out_split_that_is_not_whole(tmp_path: Path, verify: Verify, gone: bool) -> None:
+    out = write_set(tmp_path / "out")
+    held_out = write_set(out / "val")
+    edit(out / "dataset.json", lambda dataset: dataset.update(held_out=18))
+    for part in range(PARTS):
+        edit(out / f"{part:05}" / "counts.json", lambda counts: counts.update(held_out=SAMPLES))
+    assert verify(out)[0] == 0
+    if gone:
+        shutil.rmtree(held_out)
+    else:
+        edit(held_out / "index.json", lambda index: index["shards"].pop())
+    status, text = verify(out, "--fast")
+    what = "and val/index.json is gone" if gone else "val/index.json has 16"
+    assert (status, problems(text)) == (1, [f"dataset.json: says 18 samples are held out, {what}"])
+    assert "to mend it: run the convert command again" in text
 
 
 # damage to files
@@ -358,15 +378,61 @@ def test_damaged_samples(tmp_path: Path, verify: Verify, damage: Callable[[Row],
 
 def test_duplicate_and_empty_keys(tmp_path: Path, verify: Verify) -> None:
     def repeat(number: int, row: Row) -> None:
-        row["key"] = {9: row_of(2)["key"], 17: row_of(2)["key"], 4: ""}.get(number, row["key"])
+        row["key"] = {9: row_of(7)["key"], 4: ""}.get(number, row["key"])
 
     status, text = verify(write_set(tmp_path / "out", repeat))
     assert status == 1
     assert problems(text) == [
         "00000/shard.00002.mds: sample 0 (key ): key is empty",
-        f"{SHARD}: sample 1 has the key of sample 0 in 00000/shard.00001.mds (000000002)",
-        f"00002/shard.00002.mds: sample 1 has the key of sample 1 in {SHARD} (000000002)",
+        f"{SHARD}: sample 1 has the key of sample 1 in 00001/shard.00000.mds (000010001)",
     ]
+    assert "note" not in text
+
+
+def test_keys_that_come_in_several_inputs_are_a_note(tmp_path: Path, verify: Verify) -> None:
+    def repeat(number: int, row: Row) -> None:
+        row["key"] = {9: row_of(2)["key"], 17: row_of(2)["key"]}.get(number, row["key"])
+
+    status, text = verify(write_set(tmp_path / "out", repeat))
+    assert (status, problems(text)) == (0, [])
+    first = f"{SHARD}, sample 1 has the key of sample 0 in 00000/shard.00001.mds (000000002)"
+    assert f"note: keys that come in several inputs: 2 (the first: {first})\n" in text
+
+
+def test_embeddings_whose_norm_is_far_from_the_others(tmp_path: Path, verify: Verify) -> None:
+    def scale(number: int, row: Row) -> None:
+        row["semantic"] = row["semantic"] * np.float16({9: 20, 10: 0.05, 11: 5}.get(number, 1))
+
+    status, text = verify(write_set(tmp_path / "out", scale))
+    assert (status, problems(text)) == (
+        1,
+        [
+            f"{SHARD}: sample 1: embedding has the norm 20, where 1 is usual",
+            "00001/shard.00002.mds: sample 0: embedding has the norm 0.05, where 1 is usual",
+        ],
+    )
+
+
+def test_truncated_inputs_are_named(tmp_path: Path, verify: Verify) -> None:
+    out = write_set(tmp_path / "out")
+    edit(out / "00001" / "counts.json", lambda counts: counts["skipped"].update({"truncated file": 1}))
+    for arguments in ((), ("--fast",)):
+        status, text = verify(out, *arguments)
+        (line,) = problems(text)
+        end = "00001.tar was truncated: fetch it again and run the convert command again"
+        assert (status, line) == (1, f"00001/counts.json: {end}")
+        assert "delete" not in text
+
+
+def test_an_input_that_was_planned_and_is_not_there(tmp_path: Path, verify: Verify) -> None:
+    out = write_set(tmp_path / "out")
+    planned = {f"{part:05}": f"in/{part:05}.tar" for part in range(PARTS)}
+    edit(out / "convert.json", lambda plan: plan.update(inputs=planned))
+    assert verify(out, "--fast")[0] == 0
+    edit(out / "convert.json", lambda plan: plan["inputs"].update({"00007": "in/00007.tar"}))
+    status, text = verify(out, "--fast")
+    assert (status, problems(text)) == (1, ["convert.json: in/00007.tar was not converted"])
+    assert "to mend it: run the convert command again" in text
 
 
 def test_many_problems_are_cut_short(tmp_path: Path, verify: Verify) -> None:

@@ -276,7 +276,9 @@ class StartConfig:
     pretrained: Optional[str] = None
     pretrained_shared_from: str = "text"  # or vision: whose numbers a shared module gets where the towers differ
     lock_image: bool = False
-    lock_image_unlocked_groups: int = 0  # from the top: projection, last block and norm, then a block each, patches
+    # from the top: projection, last block and norm, then a block each, patches; in timm's towers their own groups
+    # without the projection, which is always trained
+    lock_image_unlocked_groups: int = 0
     lock_image_freeze_bn_stats: bool = False
     lock_text: bool = False
     lock_text_unlocked_layers: int = 0  # counted the same way

@@ -1,4 +1,8 @@
-"""``python -m alignclip.search images/ "a red bicycle" --model PATH``: the images of a folder, ranked by a text."""
+"""``python -m alignclip.search images/ "a red bicycle"``: the images of a folder, ranked by a text.
+
+The model is ``--model``, or that of the newest run below the working directory, as the recipes and the quickstart save
+them. The best are also drawn on one picture.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ from PIL import Image
 
 from alignclip import contact_sheet
 from alignclip.errors import UserError, one_line, one_line_errors
+from alignclip.fetching import LATEST
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +30,7 @@ if TYPE_CHECKING:
     from alignclip.loading import Preprocess
 
 EXAMPLES = """examples:
+  python -m alignclip.search photos/ "a red bicycle"
   python -m alignclip.search photos/ "a red bicycle" --model s3://my-bucket/runs/first
   python -m alignclip.search photos/ "a red bicycle" --model runs/first/latest-rank0.pt --top 30 --to found.png
   python -m alignclip.search photos/ "a red bicycle" --model hf-hub:ORG/NAME --device cpu | cut -f3"""
@@ -32,17 +38,22 @@ EXAMPLES = """examples:
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "PPM", "TIFF")  # some of PIL's others start programs
 DRAWN = 1000  # images at most on a contact sheet
 TOLD = 3  # unreadable images by name
+SHEET = "search.png"
+RUNS = ("runs/*", "quickstart-run/checkpoints")  # save folders of the recipes and of the quickstart
 
 
 @dataclass
 class SearchOptions:
-    """What is searched for, where, by which model; ``top``: how many are shown; ``to``: the contact sheet, if any."""
+    """What is searched for, where, by which model; ``top``: how many are shown; ``to``: the contact sheet, if any.
+
+    Without a model, that of the newest run here (:func:`newest_run`).
+    """
 
     folder: Path
     text: str
-    model: str
+    model: str | None = None
     top: int = 12
-    to: str | None = None
+    to: str | None = SHEET
     device: str | None = None
     batch_size: int = 64
     num_workers: int = 4
@@ -99,17 +110,21 @@ def _parse(arguments: Sequence[str] | None) -> SearchOptions:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    default = SearchOptions(Path(), "", "")
+    default = SearchOptions(Path(), "")
     parser.add_argument("folder", type=Path, help="images; those in its sub-folders, too")
     parser.add_argument("text", help='what to look for, e.g. "a red bicycle"')
     parser.add_argument(
         "--model",
-        required=True,
         metavar="PATH",
-        help="anything that alignclip.load takes: a run's folder, a checkpoint, an open_clip export; a path or a URL",
+        help="anything that alignclip.load takes: a run's folder, a checkpoint, an open_clip export; a path or a URL "
+        f"(default: the newest run in {' or '.join(RUNS)})",
     )
     parser.add_argument("--top", type=int, default=default.top, metavar="N", help="how many (default %(default)s)")
-    parser.add_argument("--to", metavar="SHEET.png", help="draw them on one picture")
+    sheet = parser.add_mutually_exclusive_group()
+    sheet.add_argument(
+        "--to", metavar="SHEET.png", default=default.to, help="the picture that they are drawn on (default %(default)s)"
+    )
+    sheet.add_argument("--no-sheet", dest="to", action="store_const", const=None, help="draw none")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, … (default: cuda where there is one)")
     parser.add_argument("--batch-size", type=int, default=default.batch_size, metavar="N", help="default %(default)s")
     parser.add_argument(
@@ -133,6 +148,7 @@ def search(options: SearchOptions) -> tuple[list[Match], int]:
     """
     _check(options)
     paths = find(options.folder)
+    place = options.model or newest_run()
     # seconds of imports, after what can be said without them
     import torch
 
@@ -140,7 +156,7 @@ def search(options: SearchOptions) -> tuple[list[Match], int]:
     from alignclip.loading import load
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, preprocess, tokenizer = load(options.model, device)
+    model, preprocess, tokenizer = load(place, device)
     if (length := len(tokenizer.encode(options.text)) + 2) > model.context_length:
         print(f"the text has {length} tokens, and is cut to {model.context_length}", file=sys.stderr)
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else None
@@ -167,6 +183,20 @@ def _check(options: SearchOptions) -> None:
         contact_sheet.check_path(options.to)
         if options.top > DRAWN:
             raise UserError(f"--to draws {DRAWN} images at most, not --top {options.top}")
+
+
+def newest_run() -> str:
+    """The save folder below the working directory whose latest checkpoint is the newest, and says which it is.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [path / LATEST for pattern in RUNS for path in Path().glob(pattern) if (path / LATEST).is_file()]
+    if not found:
+        raise UserError(f"no run in {' or '.join(RUNS)} here; name a model: --model PATH, or hf-hub:ORG/NAME")
+    newest = max(found, key=lambda path: (path.stat().st_mtime, path))
+    print(f"model: {newest.parent}, the newest run here; another one: --model PATH", file=sys.stderr)
+    return str(newest.parent)
 
 
 def find(folder: Path) -> list[Path]:

@@ -180,6 +180,25 @@ def test_open_clip_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "loaded" in start(config, "ViT-B-16/openai")[1]
 
 
+def test_the_recipes_example_fits() -> None:
+    """What yamls/finetune-retrieval.yaml says that open_clip's ViT-B-16/openai wants."""
+    recipe = Path(__file__).parent.parent / "yamls" / "finetune-retrieval.yaml"
+    text = recipe.read_text()
+    assert "ViT-B-16/openai has a text tower 512 wide, so it wants embed_dim 512, text_cfg.width 512" in text
+    assert "text_cfg.heads 8, quick_gelu true, and shared {blocks: 0, ln_final: false, projection: false}" in text
+    overrides = ["pretrained=ViT-B-16/openai", "model.embed_dim=512", "model.text_cfg.width=512"]
+    overrides += ["model.text_cfg.heads=8", "model.quick_gelu=true", "model.shared.blocks=0"]
+    overrides += ["model.shared.ln_final=false", "model.shared.projection=false", "run_name=r"]
+    config = config_file.load(recipe, overrides).model
+    theirs = open_clip.get_model_config("ViT-B-16")
+    with torch.device("meta"):
+        ours, model = build_encoders(config), open_clip.CLIP(**theirs)
+    shapes = {name: value.shape for name, value in model.state_dict().items()} | {"logit_scale": torch.Size([1])}
+    assert {name: value.shape for name, value in ours.state_dict().items()} == shapes
+    assert open_clip.get_pretrained_cfg("ViT-B-16", "openai")["quick_gelu"]
+    assert (config.vision_cfg.head_width, config.text_cfg.width // config.text_cfg.heads) == (64, 64)
+
+
 # --- what fits ---------------------------------------------------------------------------------------------------
 
 

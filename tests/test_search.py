@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from models import EVERYTHING, small_config
+from omegaconf import OmegaConf
 from PIL import Image
 from test_loading import write_export
 
@@ -31,6 +32,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     weights = build_encoders(config).state_dict()
     return write_export(tmp_path_factory.mktemp("model") / "export", config, weights, mean=[0.4] * 3, std=[0.2] * 3)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sheet is written into the working directory, and runs are looked for there."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -70,7 +77,7 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 @pytest.mark.parametrize("batch_size", [4, 64])
 def test_the_ranking_is_that_of_the_models_own_features(
-    model: Path, images: Path, capsys: pytest.CaptureFixture[str], batch_size: int
+    model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], batch_size: int
 ) -> None:
     encoders, preprocess, tokenizer = alignclip.load(model)
     expected = {}
@@ -87,7 +94,39 @@ def test_the_ranking_is_that_of_the_models_own_features(
     assert [path for _, _, path in found] == sorted(expected, key=lambda path: -expected[path])[:20]
     assert [similarity for _, similarity, _ in found] == pytest.approx([expected[p] for _, _, p in found], abs=6e-5)
     assert "images: 100%" in captured.err
-    assert "drawn" not in captured.err
+    assert captured.err.endswith("drawn: search.png\n")
+    with Image.open(tmp_path / "search.png") as drawn:
+        assert drawn.size == contact_sheet.size(20)
+    (tmp_path / "search.png").unlink()
+    call(images, TEXT, "--model", model, "--no-sheet")
+    assert "drawn" not in capsys.readouterr().err
+    assert not (tmp_path / "search.png").exists()
+
+
+def test_the_newest_run_is_the_model(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in ``search images/ "a red bicycle"``, with nothing but the two."""
+    said = failure(capsys, "images", TEXT)
+    assert said == "no run in runs/* or quickstart-run/checkpoints here; name a model: --model PATH, or hf-hub:ORG/NAME"
+    config = small_config(text={"vocab_size": 49408})
+    found = []
+    for i, folder in enumerate(("runs/second", "quickstart-run/checkpoints", "runs/first", "runs/empty")):
+        (tmp_path / folder).mkdir(parents=True)
+        if folder == "runs/empty":
+            continue
+        torch.manual_seed(i)
+        weights = {f"encoders.{name}": value for name, value in build_encoders(config).state_dict().items()}
+        path = tmp_path / folder / "ep1-ba1-rank0.pt"
+        torch.save({"state": {"model": weights}}, path)
+        (tmp_path / folder / "latest-rank0.pt").symlink_to(path.name)
+        (tmp_path / folder / "config.yaml").write_text(OmegaConf.to_yaml({"model": OmegaConf.structured(config)}))
+        os.utime(path, (1000 + i, 1000 + i))
+        call("images", TEXT, "--no-sheet")
+        captured = capsys.readouterr()
+        assert f"model: {folder}, the newest run here" in captured.err
+        found.append(captured.out)
+        call("images", TEXT, "--model", path, "--no-sheet")
+        assert capsys.readouterr().out == captured.out
+    assert len(set(found)) == 3
 
 
 def test_equal_images_come_by_path(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,7 +134,7 @@ def test_equal_images_come_by_path(model: Path, tmp_path: Path, capsys: pytest.C
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (32, 32), "red").save(tmp_path / name)
-    call(tmp_path, TEXT, "--model", model, "--batch-size", 4)
+    call(tmp_path, TEXT, "--model", model, "--batch-size", 4, "--no-sheet")
     assert [path for _, _, path in rows(capsys.readouterr().out)] == [str(tmp_path / name) for name in sorted(names)]
 
 

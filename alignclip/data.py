@@ -26,6 +26,7 @@ from streaming.base.storage import CloudDownloader
 from torch import Tensor
 from torch.utils.data import default_collate
 
+import alignclip.shared_memory  # noqa: F401  # whose datasets leave a note of their owner
 from alignclip.config import DataConfig, SetConfig
 from alignclip.errors import UserError, describe_storage_error, nearest
 from alignclip.transforms import decode_image, random_resized_crop
@@ -211,7 +212,7 @@ def check_streams(config: DataConfig, *, semantic: bool) -> None:
             )
         if missing:
             raise UserError(f"{where} lacks the columns {missing}; it has {sorted(columns)}")
-        if semantic:
+        if semantic and columns["semantic"].count(":") > 1:  # lists of captions are of no fixed shape
             dimensions[name] = columns["semantic"]
     if len(set(dimensions.values())) > 1:
         raise UserError(f"the 'semantic' columns differ between streams: {dimensions}; use one sentence encoder")

@@ -229,8 +229,6 @@ def build_data(config: RunConfig, device: Device) -> StreamingDataLoader:
         )
     except (ValueError, KeyError, TypeError) as error:  # of StreamingDataset, about its own arguments
         raise UserError(f"data: {one_line(error)}") from error
-    if dist.get_local_rank() == 0:
-        shared_memory.claim(dataset._shm_prefix_int)
     return build_dataloader(dataset, config.data, pin_memory=config.data.pin_memory and device.name == "gpu")
 
 

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -12,9 +14,12 @@ import psutil
 import pytest
 from composer.utils import get_device
 from runs import write_config, write_set
+from streaming.base.shared.prefix import _pack_locals as pack_locals
 
 from alignclip import shared_memory, training
+from alignclip.config import DataConfig, StreamConfig
 from alignclip.config_file import load
+from alignclip.data import ImageTextDataset
 from alignclip.shared_memory import NOTE, SHM
 
 pytestmark = pytest.mark.skipif(not SHM.is_dir(), reason="shared memory is not a folder here")
@@ -27,7 +32,6 @@ from alignclip.data import ImageTextDataset
 config = DataConfig(streams={"a": StreamConfig(local=sys.argv[1])}, num_canonical_nodes=1)
 shared_memory.remove_stale()
 dataset = ImageTextDataset(config, batch_size=4, image_size=32, context_length=20, semantic=False)
-shared_memory.claim(dataset._shm_prefix_int)
 print(dataset._shm_prefix_int, flush=True)
 sys.stdin.readline()
 """
@@ -64,6 +68,92 @@ def test_the_dead_are_buried_and_the_living_left_alone(tmp_path: Path) -> None:
     finally:
         for process in (dead, alive):
             process.kill()
+
+
+KILLED_EARLY = """
+import os, signal, sys
+import streaming.base.dataset
+from alignclip.config import DataConfig, StreamConfig
+from alignclip.data import ImageTextDataset
+register = streaming.base.dataset.get_shm_prefix
+def killed(*arguments, **more):
+    print(register(*arguments, **more)[0], flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+streaming.base.dataset.get_shm_prefix = killed
+config = DataConfig(streams={"a": StreamConfig(remote=sys.argv[1], local=sys.argv[2])}, num_canonical_nodes=1)
+ImageTextDataset(config, batch_size=4, image_size=32, context_length=20, semantic=False)
+"""
+
+
+def open_set(remote: Path, local: Path) -> ImageTextDataset:
+    config = DataConfig(streams={"a": StreamConfig(remote=str(remote), local=str(local))}, num_canonical_nodes=1)
+    return ImageTextDataset(config, batch_size=4, image_size=32, context_length=20, semantic=False)
+
+
+def test_a_run_that_is_killed_while_it_opens_its_set_blocks_no_other(tmp_path: Path) -> None:
+    """Between the first segment and the last: Streaming looks at every shard, and waits for all other machines."""
+    write_set(str(tmp_path / "set"), 8)
+    command = [sys.executable, "-c", KILLED_EARLY, str(tmp_path / "set"), str(tmp_path / "cache")]
+    killed = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=200)
+    assert killed.returncode == -9
+    prefix = int(killed.stdout)
+    # Python's cleaner of shared memory outlives a process that is killed alone; kill -9 of a group takes it along
+    if not (SHM / f"{prefix:06}_locals").exists():
+        (SHM / f"{prefix:06}_locals").write_bytes(pack_locals([str(tmp_path / "cache")], prefix))
+    with pytest.raises(ValueError, match="Reused local directory"):
+        open_set(tmp_path / "set", tmp_path / "cache")
+    assert prefix in shared_memory.remove_stale()
+    assert open_set(tmp_path / "set", tmp_path / "cache").size == 8
+
+
+def test_another_containers_memory_is_passed_over(tmp_path: Path) -> None:
+    """A container that was killed and comes again has the same cache, and can't see that the old one is dead."""
+    write_set(str(tmp_path / "set"), 8)
+    first = open_set(tmp_path / "set", tmp_path / "cache")
+    prefix = first._shm_prefix_int
+    note = SHM / f"{prefix:06}_{NOTE}"
+    owner = json.loads(note.read_text())
+    note.write_text(json.dumps(owner | {"namespace": "pid:[1]"}))
+    for lock in Path(tempfile.gettempdir()).glob(f"{prefix:06}_*filelock"):
+        lock.unlink()
+    try:
+        second = open_set(tmp_path / "set", tmp_path / "cache")
+        assert second._shm_prefix_int != prefix
+    finally:
+        note.write_text(json.dumps(owner))
+
+
+def test_a_cleaner_that_comes_late_leaves_the_next_owner_alone() -> None:
+    """Between two cleaners a new run may take the prefix that both have found dead."""
+    note, segment = SHM / f"999997_{NOTE}", SHM / "999997_locals"
+    identity = shared_memory._identity(os.getpid())
+    assert identity is not None
+    note.write_text(json.dumps(identity | {"started": 0}))
+    removed: list[int] = []
+    cleaner = threading.Thread(target=lambda: removed.extend(shared_memory.remove_stale()))
+    try:
+        with shared_memory._lock():
+            cleaner.start()
+            time.sleep(0.5)
+            note.write_text(json.dumps(identity))
+            segment.write_bytes(b"taken")
+        cleaner.join(60)
+        assert 999997 not in removed
+        assert note.exists()
+        assert segment.exists()
+    finally:
+        note.unlink()
+        segment.unlink()
+
+
+def test_a_note_of_the_next_owner_outlives_the_last_one() -> None:
+    note = SHM / f"999996_{NOTE}"
+    note.write_text(json.dumps({"pid": 1, "started": 1, "namespace": shared_memory._namespace()}))
+    try:
+        shared_memory._disclaim(note)
+        assert note.exists()
+    finally:
+        note.unlink()
 
 
 MANY = """

@@ -13,7 +13,6 @@ from streaming.base.storage import CloudDownloader
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from alignclip import shared_memory
 from alignclip.config import SetConfig
 from alignclip.data import ReleasingDataset, local_folder, read_index
 from alignclip.errors import UserError, describe_storage_error, one_line
@@ -59,8 +58,6 @@ class OpenSets:
         except Exception as error:  # of the file system, or any cloud's
             failure = UserError(f"evaluation set {remote or local}: {describe_storage_error(error)}")
         agree(failure)
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # the memory is the first process's
-            shared_memory.claim(dataset._shm_prefix_int)
         for one in dataset.streams:  # forked workers must not share the connection
             if one._downloader is not None:
                 one._downloader.clean_up()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import replace
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from alignclip.errors import UserError, check_place, nearest
-from convert import inputs
+from convert import inputs, mds
 from convert.captions import find_encoder, load_encoder
 from convert.images import CHECKS
 from convert.mds import COLUMNS as PAIRS
@@ -51,18 +52,20 @@ def convert(options: ConvertOptions, executor: Executor | None = None) -> Counts
     if store.is_remote:
         store.listing()  # whether it can be reached; what is there counts once nobody else can change it
     _check(options)
+    columns = _columns(options, names.values())
     with store.locked():
         try:
-            return _convert(options, store, names, executor)
+            return _convert(options, store, names, columns, executor)
         except OSError as error:
             raise UserError(f"{store.out}: {error}") from error
 
 
-def _convert(options: ConvertOptions, store: Store, names: dict[str, str], executor: Executor | None) -> Counts:
+def _convert(
+    options: ConvertOptions, store: Store, names: dict[str, str], columns: dict[str, str], executor: Executor | None
+) -> Counts:
     """Convert what is left to do, and write the index over all there is."""
     listing = store.listing()
-    columns = _columns(options)
-    complete = begin(store, listing, options, names)
+    complete = begin(store, listing, options, names, columns)
     remove_stale_copies()
     store.remove_partial()
     again = {name for name, source in names.items() if name in complete and not is_current(source, complete[name])}
@@ -164,11 +167,27 @@ def _check(options: ConvertOptions) -> None:
             raise UserError(f"--size-limit {options.size_limit}: {error}") from None
 
 
-def _columns(options: ConvertOptions) -> dict[str, str]:
-    """The MDS columns."""
-    columns = dict(PAIRS)
+def _columns(options: ConvertOptions, shards: Iterable[str]) -> dict[str, str]:
+    """The MDS columns; those of an MDS set that are left out are named.
+
+    Raises:
+        UserError: some inputs have one caption an image and others lists of them.
+    """
+    columns, captions = dict(PAIRS), dict[str, str]()
+    for index in sorted(inputs.mds_sets(shards)):
+        there = next(iter(mds.shards_of(index).values())).columns if index else PAIRS
+        captions.setdefault(there["caption"], index)
+        columns["caption"] = there["caption"]
+        if options.progress and (rest := [name for name in there if name not in PAIRS]):
+            made = " (made anew)" if options.semantic and "semantic" in rest else ""
+            print(f"not taken from {index}: {', '.join(rest)}{made}", file=sys.stderr)
+    if len(captions) > 1:
+        raise UserError(
+            f"{captions[mds.LIST]} has lists of captions, other inputs have one an image; give it an --out of its own"
+        )
     if options.semantic:
-        columns["semantic"] = f"ndarray:float16:{load_encoder(options.encoder).dimension}"
+        shape = "" if mds.LIST in captions else f":{load_encoder(options.encoder).dimension}"
+        columns["semantic"] = f"ndarray:float16{shape}"
     return columns
 
 
@@ -256,7 +275,7 @@ def _publish(store: Store, done: dict[str, Counts], columns: dict[str, str], opt
     packages += ["sentence-transformers", "transformers", "torch"] if options.semantic else []
     dataset = {
         "encoder": options.encoder if options.semantic else None,
-        "dimension": int(columns["semantic"].rsplit(":", 1)[1]) if options.semantic else None,
+        "dimension": load_encoder(options.encoder).dimension if options.semantic else None,
         "source": list(options.inputs),
         "inputs": len(done),
         "samples": total.written - total.held_out,

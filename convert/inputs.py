@@ -7,7 +7,7 @@ a shard of an MDS set. A new format is one function that yields samples, and a l
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -120,9 +120,10 @@ def _parts(file: str) -> list[str]:
     """The input shards of a file."""
     if not _path(file).lower().endswith(SEVERAL):
         return [file]
+    if file.endswith(f"/{INDEX}"):
+        mds.forget()
+        return [f"{file}#{shard}" for shard in mds.shards_of(file)]
     with fetched(file) as path:
-        if file.endswith(INDEX):
-            return [f"{file}#{shard}" for shard in mds.shards_of(path)]
         if "://" in file:
             raise UserError(f"{file}: a CSV file names local images, so it has to be a local file itself")
         return [f"{file}#{first}-{last}" for first, last in tables.parts_of_csv(path)]
@@ -141,7 +142,20 @@ def _path(file: str) -> str:
 
 def file_of(shard: str) -> str:
     """The file that an input shard is or is a part of."""
-    return _split(shard)[0]
+    file, part = _split(shard)
+    return mds.file_of(file, part) if file.endswith(f"/{INDEX}") else file
+
+
+def mds_sets(shards: Iterable[str]) -> set[str]:
+    """The ``index.json`` of those of these input shards that are shards of an MDS set, and "" for others."""
+    files = (_split(shard)[0] for shard in shards)
+    return {file if file.endswith(f"/{INDEX}") else "" for file in files}
+
+
+def mds_shard(shard: str) -> mds.Shard | None:
+    """What is known of an input shard of an MDS set before it is read; None of others."""
+    file, part = _split(shard)
+    return mds.shard_of(file, part) if file.endswith(f"/{INDEX}") else None
 
 
 def name_of(shard: str) -> str:
@@ -160,15 +174,18 @@ def opened(shard: str, caption_key: str | None) -> Iterator[tuple[Path, Iterator
     Raises:
         UserError: it cannot be fetched, or has no such columns.
     """
-    with fetched(file_of(shard)) as path:
+    file, part = _split(shard)
+    if file.endswith(f"/{INDEX}"):
+        with mds.opened_mds(file, part) as both:
+            yield both
+        return
+    with fetched(file) as path:
         yield path, read(shard, path, caption_key)
 
 
 def read(shard: str, path: Path, caption_key: str | None) -> Iterator[Sample | Skipped]:
-    """The samples of an input shard in order, at most a few in memory at a time."""
+    """The samples of an input shard that is no MDS set's, in order, at most a few in memory at a time."""
     file, part = _split(shard)
-    if file.endswith(f"/{INDEX}"):
-        return mds.read_mds(path, file.rsplit("/", 1)[0], part)
     if _path(file).lower().endswith(".parquet"):
         return tables.read_parquet(path, caption_key)
     if part:

@@ -32,7 +32,9 @@ class ConvertOptions:
     caption_key: str | None = None
     images: ImageOptions = field(default_factory=ImageOptions)
     held_out: float = 0.0
-    size_limit: str = "32mb"  # larger ones cost a third of the speed: the C library gives their memory back each time
+    size_limit: str | int = (
+        "32mb"  # larger ones cost a third of the speed: the C library gives their memory back each time
+    )
     compression: str | None = None
     hashes: Sequence[str] = ("xxh64",)  # what training validates
     max_bad: float = 0.5

@@ -15,7 +15,9 @@ PLAN = "convert.json"  # at the root, written first: what a later run must agree
 KEPT = {"source", "written", "held_out", "skipped", "noted", "bytes", "examples"}  # in a sub-folder's counts.json
 
 
-def begin(store: Store, listing: set[str], options: ConvertOptions, names: dict[str, str]) -> dict[str, dict[str, Any]]:
+def begin(
+    store: Store, listing: set[str], options: ConvertOptions, names: dict[str, str], columns: dict[str, str]
+) -> dict[str, dict[str, Any]]:
     """Write the options and inputs into ``out``, or compare them with those there; return what is complete.
 
     While nothing has been written, for instance because of a wrong caption key, other options take their place. More
@@ -27,6 +29,7 @@ def begin(store: Store, listing: set[str], options: ConvertOptions, names: dict[
         listing: what it holds.
         options: of this run.
         names: sub-folder name -> input of this run.
+        columns: of the MDS shards that it writes.
 
     Returns:
         sub-folder name -> contents of its ``counts.json``, of those that are complete.
@@ -40,7 +43,7 @@ def begin(store: Store, listing: set[str], options: ConvertOptions, names: dict[
         if foreign:
             place = f"{store.out}/{foreign[0]}".rstrip("/")
             raise UserError(f"{place} already holds a data set that is not this converter's; choose another --out")
-        _write(store, options, names)
+        _write(store, options, names, columns)
         return {}
     before, complete = _read(store, listing)
     written = any(written_in(kept) for kept in complete.values())
@@ -53,12 +56,17 @@ def begin(store: Store, listing: set[str], options: ConvertOptions, names: dict[
             f"{store.out} to start again"
         )
     if different:
-        _write(store, options, names)
+        _write(store, options, names, columns)
         return {}
+    there = before.get("columns", columns)
+    if written and there != columns:
+        raise UserError(
+            f"{store.out} was begun with the columns {there}, this run would write {columns}; choose another --out"
+        )
     planned: dict[str, str] = before.get("inputs") or {}
     _check_inputs(store, complete, planned, names)
     if names.items() - planned.items():
-        _write(store, options, planned | names)
+        _write(store, options, planned | names, columns)
     return complete
 
 
@@ -102,9 +110,10 @@ def _check_inputs(
         )
 
 
-def _write(store: Store, options: ConvertOptions, names: Mapping[str, str]) -> None:
+def _write(store: Store, options: ConvertOptions, names: Mapping[str, str], columns: Mapping[str, str]) -> None:
+    plan = {**options.fixed(), "columns": dict(columns), "inputs": dict(names)}
     with store.staged() as folder:
-        (folder / PLAN).write_text(json.dumps({**options.fixed(), "inputs": dict(names)}, indent=2))
+        (folder / PLAN).write_text(json.dumps(plan, indent=2))
 
 
 def written_in(kept: Mapping[str, Any]) -> int:

@@ -25,19 +25,20 @@ IMAGE_TOO_LARGE = "image too large"
 BROKEN_INPUT = "truncated file"
 
 HTML_ENTITIES = "caption: HTML entities"
+BAD_CAPTIONS = "caption: one of several left out"
 INVALID_UTF8 = "caption: invalid UTF-8"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One pair: the key that it has in its source, the image file's bytes as they are, the caption.
+    """One pair: the key that it has in its source, the image file's bytes as they are, the caption, or several.
 
     ``notes``: what was mended or is unusual, counted like the reasons for leaving samples out.
     """
 
     key: str
     image: bytes
-    caption: str
+    caption: str | list[str]
     notes: tuple[str, ...] = field(default=(), compare=False)
 
 
@@ -103,3 +104,17 @@ def pair(key: str, image: bytes | None, caption: str | None, entries: Any = None
     if not caption.strip():
         return Skipped(key, EMPTY_CAPTION)
     return Sample(key, image, caption, tuple(notes))
+
+
+def pairs(key: str, image: bytes | None, captions: Any) -> Sample | Skipped:
+    """A sample of an image with several captions, of which those that :func:`pair` would leave out are left out."""
+    if not isinstance(captions, list) or not captions:
+        return pair(key, image, None)
+    each = [pair(key, image, caption if isinstance(caption, str) else None) for caption in captions]
+    good = [one for one in each if isinstance(one, Sample)]
+    if not good:
+        return each[0]
+    notes = dict.fromkeys(note for one in good for note in one.notes)
+    if len(good) < len(each):
+        notes[BAD_CAPTIONS] = None
+    return Sample(key, good[0].image, [str(one.caption) for one in good], tuple(notes))

@@ -5,15 +5,19 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from alignclip.errors import UserError
 from convert import inputs
-from convert.captions import load_encoder
+from convert.captions import SentenceEncoder, load_encoder
 from convert.images import Unusable, prepare
+from convert.mds import LIST
 from convert.options import ConvertOptions, Counts
 from convert.samples import BROKEN_INPUT, DUPLICATE_KEY, Sample, Skipped
 from convert.storage import COUNTS, Store
@@ -24,13 +28,13 @@ if TYPE_CHECKING:
 VAL = "val"  # the held-out split: a sub-folder of its own, with an index
 SAMPLES_AT_ONCE = 1024  # held in memory, and embedded together
 BYTES_AT_ONCE = 32 * 2**20  # of their images, at most
+SEVERAL_CAPTIONS = 32  # of an image with a list of them, at most, where room is made
 PIECE = 2**20  # bytes written at once
 Report = Callable[[int, int], None]  # so many more written, so many skipped: what the progress bar shows
 
 
 def mds_writer(columns: dict[str, str], folder: Path, options: ConvertOptions) -> MDSWriter:
     """A writer of hashed MDS shards into the empty local ``folder``; ValueError where an option of it is none."""
-    import numpy as np
     from streaming import MDSWriter
 
     class InPlace(MDSWriter):
@@ -117,14 +121,15 @@ def _convert(source: str, name: str, columns: dict[str, str], options: ConvertOp
         path, samples = stack.enter_context(inputs.opened(source, options.caption_key))
         stat = path.stat()  # before it is read: a file that still grows will be another one
         with ExitStack() as open_writers:
+            sized = replace(options, size_limit=_size_limit(source, columns, options, encoder))
             writers = {
-                split: open_writers.enter_context(mds_writer(columns, folder, options))
+                split: open_writers.enter_context(mds_writer(columns, folder, sized))
                 for split, folder in folders.items()
             }
             # what is embedded together is held; the fewer there are held, the less memory is new to the processor
             size = BYTES_AT_ONCE if encoder else 2**20
             for batch in _batches(_good(samples, counts, options, report), size):
-                embeddings = encoder.encode([sample.caption for sample in batch]) if encoder else None
+                embeddings = _embed(batch, encoder) if encoder else None
                 for i, sample in enumerate(batch):
                     row: dict[str, Any] = {"key": sample.key, "image": sample.image, "caption": sample.caption}
                     if embeddings is not None:
@@ -154,6 +159,27 @@ def _convert(source: str, name: str, columns: dict[str, str], options: ConvertOp
     return counts
 
 
+def _embed(batch: Sequence[Sample], encoder: SentenceEncoder) -> list[np.ndarray]:
+    """Of each sample the embedding [dimension] of its caption, or those [captions, dimension] of several."""
+    texts = [[sample.caption] if isinstance(sample.caption, str) else sample.caption for sample in batch]
+    ends = np.cumsum([len(some) for some in texts])
+    rows = np.split(encoder.encode([text for some in texts for text in some]), ends[:-1])
+    return [row[0] if isinstance(sample.caption, str) else row for sample, row in zip(batch, rows, strict=True)]
+
+
+def _size_limit(source: str, columns: dict[str, str], options: ConvertOptions, encoder: SentenceEncoder | None) -> int:
+    """Bytes of an output shard: a shard of an MDS set stays one where its embeddings alone would make it two."""
+    from streaming.base.util import bytes_to_int
+
+    limit: int = bytes_to_int(options.size_limit)
+    shard = inputs.mds_shard(source)
+    if shard is None or shard.size > limit:
+        return limit
+    captions = SEVERAL_CAPTIONS if columns["caption"] == LIST else 1
+    each = captions * 2 * encoder.dimension + 16 if encoder else 0  # 16: their shape
+    return max(limit, shard.size + shard.entry["samples"] * each + 2**12)  # the head has the columns' names
+
+
 def counts_of(kept: dict[str, Any]) -> Counts:
     """The counts of a sub-folder that an earlier run has written, ``kept`` being its ``counts.json``."""
     counts = Counts(held_out=kept["held_out"], skipped=kept["skipped"], noted=kept["noted"], bytes=kept["bytes"])
@@ -174,7 +200,10 @@ def is_current(source: str, kept: dict[str, Any]) -> bool:
     file = inputs.file_of(source)
     if "://" in file:
         return not broken
-    stat = Path(file).stat()
+    try:
+        stat = Path(file).stat()
+    except FileNotFoundError:  # an MDS set's shard, whose index is there
+        return not broken
     if stat.st_size != kept["source_bytes"]:
         return False
     return not broken or stat.st_mtime_ns == kept["source_modified"]
@@ -221,4 +250,4 @@ def _good(
         seen.add(item.key)
         for note in (*item.notes, *notes):
             counts.note(note, item.key)
-        yield item if image is item.image else Sample(item.key, image, item.caption)
+        yield item if image is item.image else replace(item, image=image)

@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tarballs import assert_three_tars, draw, quick, read_back, three_tars
+from streaming import MDSWriter
+from tarballs import assert_three_tars, draw, pairs, quick, read_back, three_tars, write_tar
 
+from alignclip.config import DataConfig, StreamConfig
+from alignclip.data import check_streams
 from alignclip.errors import UserError
-from convert import samples
+from convert import dataset, mds, samples, shards
+from convert.verify import VerifyOptions, verify
 
 
 def write_mds_with_embeddings(folder: Path) -> None:
     """Three samples whose embeddings are of no encoder."""
-    from streaming import MDSWriter
-
     columns = {"key": "str", "image": "bytes", "caption": "str", "semantic": "ndarray:float16:8", "width": "int"}
     with MDSWriter(out=str(folder), columns=columns) as writer:
         for i in range(3):
@@ -62,15 +64,13 @@ def test_an_mds_set_with_a_broken_and_a_missing_shard(tmp_path: Path) -> None:
             "the column image is stored as jpeg, not as bytes$",
         ),
         (
-            {"key": "str", "image": "bytes", "caption": "json"},
-            {"key": "0", "image": b"x", "caption": ["a", "b"]},
-            "the column caption is stored as json, not as str; take the captions apart first$",
+            {"key": "str", "image": "bytes", "caption": "bytes"},
+            {"key": "0", "image": b"x", "caption": b"a"},
+            "the column caption is stored as bytes, not as str$",
         ),
     ],
 )
 def test_mds_sets_of_something_else(tmp_path: Path, columns: Any, row: Any, message: str) -> None:
-    from streaming import MDSWriter
-
     row = {name: Image.open(io.BytesIO(draw(1))) if value is None else value for name, value in row.items()}
     with MDSWriter(out=str(tmp_path / "in"), columns=columns) as writer:
         writer.write(row)
@@ -89,6 +89,100 @@ def test_embeddings_of_another_set_are_left_out(tmp_path: Path) -> None:
     write_mds_with_embeddings(tmp_path / "in")
     assert quick([tmp_path / "in" / "index.json"], tmp_path / "out").written == 3
     assert all(set(row) == {"key", "image", "caption"} for row in read_back(None, tmp_path / "out").values())
+
+
+class Lengths:
+    """An encoder whose embeddings are their captions' lengths."""
+
+    dimension = 768
+
+    def encode(self, captions: list[str]) -> np.ndarray:
+        return np.repeat(np.array([[len(caption)] for caption in captions], np.float16), self.dimension, axis=1)
+
+
+@pytest.fixture
+def lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "find_encoder", str)
+    for module in (dataset, shards):
+        monkeypatch.setattr(module, "load_encoder", lambda name: Lengths())
+
+
+def test_a_shard_stays_one_when_embeddings_are_added(tmp_path: Path, lengths: None) -> None:
+    """A full one exceeds the limit with them, and would become a full one and a small rest."""
+    quick([write_tar(tmp_path / "a.tar", pairs(0, 60))], tmp_path / "first", size_limit="16kb")
+    index = tmp_path / "first" / "index.json"
+    before = json.loads(index.read_text())["shards"]
+    counts = quick([index], tmp_path / "second", semantic=True, size_limit="16kb")
+    after = json.loads((tmp_path / "second" / "index.json").read_text())["shards"]
+    assert counts.written == 60
+    assert [shard["samples"] for shard in after] == [shard["samples"] for shard in before]
+    assert len(before) > 4
+    for i, row in enumerate(read_back(None, tmp_path / "second").values()):
+        assert row["image"] == draw(i)
+        assert (row["semantic"] == len(f"picture {i}")).all()
+    smaller = quick([index], tmp_path / "third", size_limit="8kb")  # whoever wants them smaller gets them
+    assert smaller.written == 60
+    assert len(json.loads((tmp_path / "third" / "index.json").read_text())["shards"]) > len(before)
+
+
+def test_an_index_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick([write_tar(tmp_path / "a.tar", pairs(0, 60))], tmp_path / "first", size_limit="8kb")
+    parse, times = mds._shards, []
+    monkeypatch.setattr(mds, "_shards", lambda *arguments: times.append(1) or parse(*arguments))
+    index = tmp_path / "first" / "index.json"
+    assert quick([index], tmp_path / "second").inputs > 8
+    assert len(times) == 1
+
+
+def test_a_mended_shard_without_hashes_is_converted_again(tmp_path: Path) -> None:
+    quick([three_tars(tmp_path / "in")], tmp_path / "first", hashes=[])
+    index, shard = tmp_path / "first" / "index.json", tmp_path / "first" / "00001" / "shard.00000.mds"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-10])
+    assert quick([index], tmp_path / "second").broken == ["00001-shard-00000"]
+    shard.write_bytes(whole)
+    again = quick([index], tmp_path / "second")
+    assert (again.written, again.converted, again.broken) == (15, 1, [])
+    assert_three_tars(read_back(None, tmp_path / "second"))
+
+
+def write_lists(folder: Path) -> list[list[str]]:
+    """A set as convert/retrieval.py writes it."""
+    captions = [["a clock", "an old clock", "time"], ["Fish &amp; chips"], ["a", " ", "b"], [" "], []]
+    with MDSWriter(out=str(folder), columns={"key": "str", "image": "bytes", "caption": "json"}) as writer:
+        for i, some in enumerate(captions):
+            writer.write({"key": f"{i}", "image": draw(i), "caption": some})
+    return captions
+
+
+def test_several_captions_an_image(tmp_path: Path, lengths: None) -> None:
+    write_lists(tmp_path / "in")
+    index, out = tmp_path / "in" / "index.json", tmp_path / "out"
+    counts = quick([index], out, semantic=True)
+    assert counts.skipped == {samples.EMPTY_CAPTION: 1, samples.MISSING_CAPTION: 1}
+    assert counts.noted == {samples.HTML_ENTITIES: 1, samples.BAD_CAPTIONS: 1}
+    kept = [["a clock", "an old clock", "time"], ["Fish & chips"], ["a", "b"]]
+    rows = list(read_back(None, out).values())
+    assert [row["caption"] for row in rows] == kept
+    for row in rows:
+        assert row["semantic"].dtype == np.float16
+        assert row["semantic"].shape == (len(row["caption"]), Lengths.dimension)
+        assert row["semantic"][:, 0].tolist() == [len(caption) for caption in row["caption"]]
+    assert verify(VerifyOptions(str(out), decode=1, progress=False))[1]
+    assert json.loads((out / "dataset.json").read_text())["dimension"] == Lengths.dimension
+    check_streams(DataConfig(streams={"x": StreamConfig(local=str(out))}), semantic=True)
+
+    message = r"in/index\.json has lists of captions, other inputs have one an image; give it an --out of its own$"
+    with pytest.raises(UserError, match=message):
+        quick([index, write_tar(tmp_path / "a.tar", pairs(10, 2))], tmp_path / "both")
+    with pytest.raises(UserError, match=r"was begun with the columns .* this run would write .*; choose an"):
+        quick([tmp_path / "a.tar"], out, semantic=True)
+
+
+def test_columns_that_are_left_out_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_mds_with_embeddings(tmp_path / "in")
+    quick([tmp_path / "in" / "index.json"], tmp_path / "out", progress=True)
+    assert f"not taken from {tmp_path}/in/index.json: semantic, width\n" in capsys.readouterr().err
 
 
 @pytest.mark.slow

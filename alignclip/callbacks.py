@@ -1,4 +1,4 @@
-"""What every run has besides Composer's own: its log line, and an orderly stop on SIGTERM or Ctrl-C."""
+"""What runs have besides Composer's own: the log line, an orderly stop on SIGTERM or Ctrl-C, chunks under FSDP2."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from composer.callbacks import CheckpointSaver
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
+from torch.distributed.fsdp import FSDPModule
 
 
 class TrainingMonitor(Callback):
@@ -104,3 +105,25 @@ class StopOnSignal(Callback):
         """Whether training ends here anyway: then it is finished, not stopped."""
         elapsed = state.get_elapsed_duration()
         return elapsed is not None and float(elapsed) >= 1
+
+
+class WholeThroughBackward(Callback):
+    """Under FSDP2, encoding in recomputed chunks: what the backward pass has gathered stays whole until its end.
+
+    FSDP2 takes a block that runs in the backward pass for one whose parameters are there. Those of a chunk's blocks
+    are, but go with the chunk's gradients, and the next chunk runs the same blocks again.
+    """
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Nothing is given up during the backward pass."""
+        for module in self._sharded(state):
+            module.set_reshard_after_backward(False)
+
+    def after_backward(self, state: State, logger: Logger) -> None:
+        """Everything is, before the optimizer changes the shards: the next forward pass must gather them anew."""
+        for module in self._sharded(state):
+            module.reshard()
+
+    @staticmethod
+    def _sharded(state: State) -> list[FSDPModule]:
+        return [module for module in state.model.modules() if isinstance(module, FSDPModule)]

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from alignclip import plugins, shared_memory
-from alignclip.callbacks import StopOnSignal, TrainingMonitor
+from alignclip.callbacks import StopOnSignal, TrainingMonitor, WholeThroughBackward
 from alignclip.checkpoints import RemoteRotation, SaveFolder
 from alignclip.config import RunConfig, SchedulerConfig, TrainerConfig
 from alignclip.data import ImageTextDataset, build_dataloader, check_streams
@@ -320,6 +320,8 @@ def build_callbacks(config: RunConfig, folder: SaveFolder | None) -> list[Callba
     callbacks: list[Callback] = [TrainingMonitor(), *plugins.build(config, "callbacks")]
     if not any(isinstance(c, SpeedMonitor) for c in callbacks):
         callbacks.append(SpeedMonitor(window_size=10))
+    if config.parallelism_config.fsdp2 is not None and config.model.encode_chunk_size:
+        callbacks.append(WholeThroughBackward())
     keep = config.save_num_checkpoints_to_keep
     if folder is not None and folder.remote and keep > 0:
         callbacks.append(RemoteRotation(folder, keep))

@@ -17,6 +17,7 @@ from typing import Any
 from alignclip.errors import UserError, check_place, nearest
 from convert import inputs, mds
 from convert.captions import find_encoder, load_encoder
+from convert.fetch import remove_stale_copies
 from convert.images import CHECKS
 from convert.mds import COLUMNS as PAIRS
 from convert.options import ConvertOptions, Counts
@@ -24,7 +25,7 @@ from convert.plan import begin, written_in
 from convert.report import REPORT, write_report
 from convert.samples import BROKEN_INPUT, MISSING_CAPTION
 from convert.shards import VAL, counts_of, is_current, mds_writer
-from convert.storage import INDEX, Store, remove_stale_copies
+from convert.storage import INDEX, Store
 from convert.workers import convert_all
 
 ENOUGH = 1000  # samples: before, a share of bad ones says little

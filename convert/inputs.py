@@ -15,9 +15,10 @@ from urllib.parse import urlparse
 
 from alignclip.errors import UserError
 from convert import mds, tables, tars
+from convert.fetch import check_web, fetched
 from convert.patience import is_passing
 from convert.samples import Sample, Skipped
-from convert.storage import INDEX, check_web, fetched, list_remote
+from convert.storage import INDEX, list_remote
 
 # What a folder stands for is decided by the first of these that it holds; img2dataset puts a parquet file beside a tar
 GROUPS = ((".tar", ".tar.gz", ".tgz"), (".parquet",), (".csv", ".tsv"))
@@ -126,7 +127,7 @@ def _parts(file: str) -> list[str]:
     with fetched(file) as path:
         if "://" in file:
             raise UserError(f"{file}: a CSV file names local images, so it has to be a local file itself")
-        return [f"{file}#{first}-{last}" for first, last in tables.parts_of_csv(path)]
+        return [f"{file}#{first}-{last}-{place}" for first, last, place in tables.parts_of_csv(path)]
 
 
 def _split(shard: str) -> tuple[str, str]:
@@ -189,6 +190,6 @@ def read(shard: str, path: Path, caption_key: str | None) -> Iterator[Sample | S
     if _path(file).lower().endswith(".parquet"):
         return tables.read_parquet(path, caption_key)
     if part:
-        first, _, last = part.partition("-")
-        return tables.read_csv(path, int(first), int(last), path.parent, caption_key)
+        first, last, place = map(int, part.split("-"))
+        return tables.read_csv(path, first, last, place, path.parent, caption_key)
     return tars.read_tar(path, caption_key)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from alignclip.errors import UserError, one_line
+from convert.fetch import TEMPORARY, fetched
 from convert.samples import BROKEN_INPUT, Sample, Skipped, pair, pairs
-from convert.storage import TEMPORARY, fetched
 
 COLUMNS = {"key": "str", "image": "bytes", "caption": "str"}  # and how they are stored
 LIST = "json"  # how captions are stored of which an image has several

@@ -6,20 +6,17 @@ import json
 import os
 import shutil
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatch
-from http.client import HTTPException
 from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 from alignclip.errors import UserError, describe_storage_error
+from convert.fetch import READ_TIMEOUT, TEMPORARY
 from convert.patience import is_passing, patiently
 
 # Streaming is imported where it is used: that takes seconds, and a mistake in the command line should not.
@@ -28,73 +25,6 @@ INDEX = "index.json"
 COUNTS = "counts.json"  # in each sub-folder, beside its index
 PARTIAL = ".partial-"  # a local sub-folder in the making
 LOCK = ".lock"  # of a local folder that is being written
-TEMPORARY = f"alignclip-{os.getpid()}-"  # folders in TMPDIR, which a process that is killed can't remove
-READ_TIMEOUT = 60.0  # seconds without a byte, from object storage
-HTTP_TIMEOUT = 60.0  # seconds without a byte
-
-
-@contextmanager
-def fetched(place: str) -> Iterator[Path]:
-    """The file at a path or URL as a local file: itself, or a temporary copy of a remote one.
-
-    Raises:
-        UserError: it cannot be fetched.
-    """
-    if "://" not in place:
-        yield Path(place)
-        return
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
-        path = Path(folder, place.rsplit("/", 1)[1] or "file")
-        try:
-            if urlparse(place).scheme in ("http", "https"):
-                patiently(lambda: _fetch_http(place, path), place)
-            else:
-                from streaming.base.storage import CloudDownloader
-
-                patiently(lambda: CloudDownloader.direct_download(place, str(path), READ_TIMEOUT), place)
-        except Exception as error:  # every provider has its own
-            raise UserError(f"cannot fetch {place}: {describe_storage_error(error)}") from error
-        yield path
-
-
-def _fetch_http(url: str, path: Path) -> None:
-    """Download a file.
-
-    Raises:
-        OSError, HTTPException: it cannot be fetched, or fewer bytes came than were announced.
-    """
-    with urllib.request.urlopen(url, timeout=HTTP_TIMEOUT) as answer, path.open("wb") as file:
-        shutil.copyfileobj(answer, file)
-    announced = answer.headers.get("Content-Length")
-    if announced and path.stat().st_size != int(announced):
-        raise ConnectionError(f"the connection broke after {path.stat().st_size} of {announced} bytes")
-
-
-def check_web(urls: Iterable[str]) -> None:
-    """Ask each web server for one of these once, without patience: a mistyped name is told at once.
-
-    Raises:
-        UserError: there is no such server, none listens, or its certificate is wrong. What it answers doesn't matter.
-    """
-    first: dict[str, str] = {}
-    for url in urls:
-        first.setdefault(urlparse(url).netloc, url)
-    for url in first.values():
-        try:
-            urllib.request.urlopen(url, timeout=HTTP_TIMEOUT).close()
-        except urllib.error.HTTPError:
-            continue
-        except (OSError, HTTPException, ValueError) as error:
-            raise UserError(f"cannot fetch {url}: {describe_storage_error(error)}") from error
-
-
-def remove_stale_copies() -> None:
-    """Remove temporary folders of processes that were killed, an hour after they were last used."""
-    for folder in Path(tempfile.gettempdir()).glob("alignclip-*-*"):
-        pid = folder.name.split("-")[1]
-        with suppress(OSError):
-            if pid.isdecimal() and not Path("/proc", pid).exists() and time.time() - folder.stat().st_mtime > 3600:
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 def uploader(local: Path, remote: str) -> Any:
@@ -206,8 +136,20 @@ class Store:
     def remove_partial(self) -> None:
         """Remove what killed runs have left in the making; remotely there is no such thing."""
         if not self.is_remote:
-            for folder in Path(self.out).glob(f"{PARTIAL}*"):
-                shutil.rmtree(folder, ignore_errors=True)
+            for path in Path(self.out).glob(f"{PARTIAL}*"):
+                if path.is_file():
+                    path.unlink(missing_ok=True)
+                else:
+                    shutil.rmtree(path, ignore_errors=True)
+
+    @contextmanager
+    def witness(self) -> Iterator[str | None]:
+        """A file in a local ``out`` by which a process elsewhere tells whether it sees the same folder."""
+        if self.is_remote:
+            yield None
+            return
+        with tempfile.NamedTemporaryFile(prefix=f"{PARTIAL}witness-", dir=self.out) as file:
+            yield file.name
 
     def listing(self) -> set[str]:
         """The names of the files here and two folders below, relative to ``out``; none where nothing is there yet.

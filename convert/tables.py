@@ -106,29 +106,41 @@ def _values(column: Any) -> list[Any]:
     return values
 
 
-def parts_of_csv(path: Path) -> list[tuple[int, int]]:
-    """The rows of a CSV or TSV file in pieces of :data:`ROWS`: first row and the one after the last.
+def parts_of_csv(path: Path) -> list[tuple[int, int, int]]:
+    """The rows of a CSV or TSV file in pieces of :data:`ROWS`: first row, the one after the last, where the first is.
 
     Raises:
         UserError: a field that does not end.
     """
     csv.field_size_limit(MAX_FIELD)
+    places, number = list[int](), 0
     with _open(path) as file:
-        lines = csv.reader(file, delimiter=_delimiter(path))
+        rows = csv.reader(iter(file.readline, ""), delimiter=_delimiter(path))  # a file that is iterated tells no place
         try:
-            number = max(sum(1 for row in lines if row) - 1, 0)
+            next(rows, None)
+            place = file.tell()
+            for row in rows:
+                if row:
+                    if number % ROWS == 0:
+                        places.append(place)
+                    number += 1
+                if number % ROWS == 0:
+                    place = file.tell()
         except csv.Error as error:
-            raise UserError(f"{path}, line {lines.line_num}: {error} (a quotation mark that nothing closes?)") from None
-    return [(first, min(first + ROWS, number)) for first in range(0, number, ROWS)]
+            raise UserError(f"{path}, line {rows.line_num}: {error} (a quotation mark that nothing closes?)") from None
+    return [(i * ROWS, min((i + 1) * ROWS, number), place) for i, place in enumerate(places)]
 
 
-def read_csv(path: Path, first: int, last: int, folder: Path, caption_key: str | None) -> Iterator[Sample | Skipped]:
+def read_csv(
+    path: Path, first: int, last: int, place: int, folder: Path, caption_key: str | None
+) -> Iterator[Sample | Skipped]:
     """The pairs of the rows [first, last) of a CSV file (comma) or TSV file (tab) with a header.
 
     Args:
         path: the file.
         first: row after the header.
         last: the row to stop before.
+        place: where the first row is in the file, as :func:`parts_of_csv` has it.
         folder: what relative image paths belong to.
         caption_key: the column with the captions; None: the first of :data:`CAPTION_COLUMNS`.
 
@@ -137,12 +149,12 @@ def read_csv(path: Path, first: int, last: int, folder: Path, caption_key: str |
     """
     csv.field_size_limit(MAX_FIELD)
     with _open(path) as file:
-        rows = csv.reader(file, delimiter=_delimiter(path))
-        names = next(rows, [])
+        names = next(csv.reader(file, delimiter=_delimiter(path)), [])
         image_column = _column("image", PATH_COLUMNS, None, names, path)
         caption_column = _column("caption", CAPTION_COLUMNS, caption_key, names, path)
-        # no dicts of those before: a part of a long file passes over millions of them
-        for values in islice(filter(None, rows), first, last):
+        file.seek(place)  # not row by row: a part of a long file would pass over millions of them
+        rows = filter(None, csv.reader(file, delimiter=_delimiter(path)))
+        for values in islice(rows, last - first):
             row: dict[str, Any] = dict.fromkeys(names) | dict(zip(names, values, strict=False))
             yield _of_row(row, row[image_column] or "", folder, caption_of(row, caption_column))
 

@@ -24,8 +24,8 @@ import numpy as np
 from tqdm import tqdm
 
 from alignclip.errors import UserError, describe_storage_error, one_line
+from convert.fetch import READ_TIMEOUT, TEMPORARY
 from convert.patience import patiently
-from convert.storage import READ_TIMEOUT, TEMPORARY
 from convert.verify_findings import Entry, Problems, stored_file
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -13,15 +14,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
 
 from tqdm import tqdm
 
 from alignclip.errors import UserError, one_line
 from convert import patience
+from convert.fetch import TEMPORARY, remove_stale_copies
 from convert.options import ConvertOptions, Counts
 from convert.shards import convert_shard
-from convert.storage import TEMPORARY
+from convert.storage import Store
 
 CONNECT_TIMEOUT = 30  # seconds
 
@@ -69,13 +73,28 @@ def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
     os._exit(1)
 
 
-def _work(source: str, name: str, columns: dict[str, str], options: ConvertOptions) -> Counts:
+def _work(
+    source: str, name: str, columns: dict[str, str], options: ConvertOptions, witness: str | None = None
+) -> Counts:
+    if witness and not Path(witness).is_file():
+        raise UserError(
+            f"the worker on {socket.gethostname()} does not see {options.out}, where this command writes: a local "
+            "--out has to be a folder that all workers share; or write to a bucket"
+        )
+    if _progress is None:
+        _tidy()
     try:
         return convert_shard(source, name, columns, options, _progress.add if _progress else _nobody)
     except UserError as error:
         message = str(error)
     # alone: Dask sends what caused an error along, which must pickle then; an HTTP error, which has a socket, does not
     raise UserError(message)
+
+
+@cache
+def _tidy() -> None:
+    """Once in a process of a cluster: this machine's driver does it for its own."""
+    remove_stale_copies()
 
 
 def _nobody(written: int, skipped: int) -> None:
@@ -155,9 +174,12 @@ def _converting(
         at_work: AbstractContextManager[Executor] = nullcontext(given)
     else:
         at_work = _dask(options.scheduler) if options.scheduler else _pool(processes, progress)
-    with at_work as executor:
+    elsewhere = given is not None or options.scheduler
+    with at_work as executor, Store(options.out).witness() if elsewhere else nullcontext() as witness:
         with _no_interrupts():
-            running = {executor.submit(_work, source, name, columns, options): name for name, source in todo.items()}
+            running = {
+                executor.submit(_work, source, name, columns, options, witness): name for name, source in todo.items()
+            }
         yield ((running[future], future.result()) for future in as_completed(running))
 
 

@@ -338,6 +338,24 @@ def test_an_executor_of_ones_own(tmp_path: Path) -> None:
     assert_three_tars(read_back(None, tmp_path / "out"))
 
 
+class Elsewhere(ThreadPoolExecutor):
+    """Workers that see another folder of the name, as those of other machines do."""
+
+    def submit(self, work: Any, *arguments: Any) -> Any:  # type: ignore[override]
+        *rest, options, witness = arguments
+        assert witness.startswith(options.out)
+        return super().submit(work, *rest, options, witness + "-elsewhere")
+
+
+def test_workers_that_do_not_see_the_output(tmp_path: Path) -> None:
+    """Found out by the first of them, not when all is written somewhere else."""
+    options = ConvertOptions([str(three_tars(tmp_path / "in"))], str(tmp_path / "out"), semantic=False, progress=False)
+    message = r"^the worker on .* does not see .*/out, where this command writes: a local --out has to be a folder that"
+    with Elsewhere(1) as executor, pytest.raises(UserError, match=message):
+        convert(options, executor)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["convert.json"]
+
+
 def test_parts_of_held_out_samples_alone(tmp_path: Path) -> None:
     """An input may have no other; the training split is without it, and nothing is converted twice."""
     keys = [f"{i:05}" for i in range(400)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import http.server
 import json
+import os
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 from tarballs import assert_three_tars, cut, pairs, quick, read_back, serve, stage, three_tars, upload, write_tar
 
 from alignclip.errors import UserError
-from convert import patience, storage
+from convert import fetch, patience
 from convert.inputs import expand
 from convert.storage import Store
 
@@ -157,7 +159,7 @@ class Troubled(http.server.BaseHTTPRequestHandler):
 
 
 def test_http_that_fails_for_the_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "HTTP_TIMEOUT", 0.5)
+    monkeypatch.setattr(fetch, "HTTP_TIMEOUT", 0.5)
     monkeypatch.setattr(Troubled, "body", write_tar(tmp_path / "a.tar", pairs(0, 5)).read_bytes())
     with serve(Troubled) as url:
         monkeypatch.setattr(Troubled, "left", (503, "cut", "stall"))
@@ -174,3 +176,23 @@ def test_http_that_fails_for_the_moment(tmp_path: Path, monkeypatch: pytest.Monk
             monkeypatch.setattr(Troubled, "left", (trouble,) * 9)
             with pytest.raises(UserError, match=rf"cannot fetch {url}/b\.tar: {message}"):
                 quick([f"{url}/b.tar"], tmp_path / "none")
+
+
+def test_copies_that_are_left_are_those_of_dead_processes_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TMPDIR may be shared with other machines, whose process ids say nothing here."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    ours, theirs = f"alignclip-{fetch.HOST}", "alignclip-0badcafe"
+    names = [
+        f"{ours}-{dead.pid}-old",
+        f"{ours}-{dead.pid}-new",
+        f"{ours}-{os.getpid()}-old",
+        f"{theirs}-{dead.pid}-old",
+    ]
+    for name in names:
+        (tmp_path / name).mkdir()
+        if name.endswith("old"):
+            os.utime(tmp_path / name, (time.time() - 4000,) * 2)
+    fetch.remove_stale_copies()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])

@@ -278,11 +278,33 @@ def test_a_table_with_keys_and_a_chosen_column(images: Path) -> None:
         read_table(path, "atl")
 
 
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+def test_a_part_of_a_table_begins_where_it_is(
+    images: Path, monkeypatch: pytest.MonkeyPatch, start: bytes, end: bytes
+) -> None:
+    """What comes before is not read again, which for the last part of a long table would be nearly all."""
+    monkeypatch.setattr(tables, "ROWS", 3)
+    texts = [f'images/{i % 5}.jpg,"K\xe4se {i},\n\u2603"' for i in range(8)]
+    lines = [text.encode("latin-1" if i % 2 else "utf-8", "ignore") for i, text in enumerate(texts)]
+    path = images / "a.csv"
+    path.write_bytes(start + end.join([b"image,caption", b"", *lines[:4], b"", *lines[4:]]) + end)
+    parts = expand([str(path)])
+    whole = [list(read(part, path, None)) for part in parts]
+    captions = [sample.caption for some in whole for sample in some if isinstance(sample, Sample)]
+    assert captions == [f"K\ufffdse {i},\n" if i % 2 else f"K\xe4se {i},\n\u2603" for i in range(8)]
+    data, at = path.read_bytes(), path.read_bytes().index(b"image,caption") + len(b"image,caption" + end)
+    place = int(parts[-1].rpartition("-")[2]) % 2**64  # above are the decoder's flags
+    path.write_bytes(data[:at] + b'"' * (place - at) + data[place:])
+    assert list(read(parts[-1], path, None)) == whole[-1]
+
+
 def test_a_long_table_is_several_inputs(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "ROWS", 4)
     rows = [["key", "image", "caption"], *([f"{i:05}", f"images/{i % 5}.jpg", f"line {i}\nand on"] for i in range(10))]
     path = write_csv(images / "a.csv", [*rows, *[[]] * 8])  # empty lines are no rows
-    assert [part.rpartition("#")[2] for part in expand([str(path)])] == ["0-4", "4-8", "8-10"]
+    parts = expand([str(path)])
+    assert [part.rpartition("#")[2].rpartition("-")[0] for part in parts] == ["0-4", "4-8", "8-10"]
     counts = quick([path], images / "out", processes=1)
     assert (counts.written, counts.inputs) == (10, 3)
     assert sorted(folder.name for folder in (images / "out").glob("a-*")) == ["a-00000", "a-00001", "a-00002"]

@@ -38,11 +38,17 @@ def check_place(what: str, place: str) -> None:
         raise UserError(f"{what}={place} has one slash; did you mean '{found[1]}://{place[found.end() :]}'?")
 
 
-def describe_storage_error(error: BaseException) -> str:
-    """One line on why a bucket or folder can't be read or written, with what to do where that is clear."""
-    chain: list[BaseException] = [error]
+def causes(error: BaseException) -> list[BaseException]:
+    """An exception, what caused it, what caused that, and so on."""
+    chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
+    return chain
+
+
+def describe_storage_error(error: BaseException) -> str:
+    """One line on why a bucket or folder can't be read or written, with what to do where that is clear."""
+    chain = causes(error)
     names = {type(e).__name__ for e in chain}
     # botocore's code of an HTTP error; other clouds have it in the text
     codes = {str(getattr(e, "response", {}).get("Error", {}).get("Code")) for e in chain}

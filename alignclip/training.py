@@ -20,7 +20,7 @@ from streaming import StreamingDataLoader
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from alignclip import plugins, shared_memory
+from alignclip import plugins, shared_memory, uploads
 from alignclip.callbacks import StopOnSignal, TrainingMonitor, WholeThroughBackward
 from alignclip.checkpoints import RemoteRotation, SaveFolder
 from alignclip.config import RunConfig, SchedulerConfig, TrainerConfig
@@ -175,6 +175,7 @@ def build_trainer(
     """Everything that a run is made of, put together; loads the latest checkpoint where ``autoresume`` finds one."""
     if folder is not None:
         remove_stale_download(folder)
+        uploads.install()
     loader = build_data(config, device)
     subset = config.train_subset_num_batches
     batches_per_epoch = len(loader) if subset < 0 else min(subset, len(loader))

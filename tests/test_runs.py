@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from runs import RECORDING, gradient_error, kill_group, launch, run, steps, wait_for, write_config, write_set
+from runs import RECORDING, TIMEOUT, gradient_error, kill_group, launch, run, steps, wait_for, write_config, write_set
 from s3 import S3Server
 
 pytestmark = pytest.mark.slow
@@ -100,6 +101,30 @@ def test_killed_twice_goes_on_bit_for_bit(s3: S3Server, dataset: str, reference:
     # another loss under the same name
     output = run(*arguments, "loss.beta=0.25", cwd=tmp_path, status=2)
     assert "loss.beta: 0.5 → 0.25" in output
+
+
+def test_a_bucket_that_is_away_ends_nothing(s3: S3Server, dataset: str, reference: Path, tmp_path: Path) -> None:
+    """Checkpoints are written while there is no server for 20 seconds: they wait, and so does the end of the run."""
+    save_folder = f"{s3.bucket()}/runs/away"
+    config = write_config(tmp_path, dataset, save_folder)
+    arguments = (RECORDING, tmp_path / "records", config, "run_name=away")
+    process = launch(*arguments, cwd=tmp_path, env=SLOWLY)
+    try:
+        # then the whole set is in the cache, and the uploaders are there
+        wait_for(lambda: latest(s3, save_folder) >= 5, process, tmp_path)
+        wait_for(lambda: len(steps(tmp_path / "records")) >= 18, process, tmp_path)
+        s3.stop()
+        time.sleep(20)
+        s3.start()
+        assert process.wait(TIMEOUT) == 0, (tmp_path / "output.txt").read_text()[-6000:]
+    finally:
+        kill_group(process)
+        if not s3._answers():
+            s3.start()
+    assert losses(tmp_path / "records") == losses(reference)
+    assert latest(s3, save_folder) == STEPS
+    names = [key.rpartition("/")[2] for key in s3.keys(save_folder)]
+    assert len([n for n in names if n.startswith("ep")]) == 8, "each checkpoint has arrived"
 
 
 def _object(s3: S3Server, folder: str, name: str) -> str:

@@ -85,8 +85,8 @@ def card_beside(place: str) -> str | None:
         card = Path(folder, CARD)
         try:
             store = CloudDownloader.get(place)
-        except Exception as error:  # an unknown scheme, or a cloud's library that isn't installed
-            raise UserError(f"can't read {place}: {one_line(error)}") from None
+        except Exception:  # Composer knows schemes that Streaming doesn't
+            return None
         if not _download(store, f"{place.rpartition('/')[0]}/{CARD}", card):
             return None
         return card.read_text(encoding="utf-8", errors="replace")

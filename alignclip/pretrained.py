@@ -31,7 +31,7 @@ from torch import Tensor
 from alignclip.config import ModelConfig
 from alignclip.encoders import CLIP
 from alignclip.errors import UserError, nearest, one_line
-from alignclip.fetching import CARD, EXPORT_CONFIG, fetch
+from alignclip.fetching import EXPORT_CONFIG, card_beside, fetch
 from alignclip.licenses import forbids_derivatives, license_of
 from alignclip.release_format import HEAD_WIDTH
 from alignclip.weights import (
@@ -179,9 +179,7 @@ def _read(place: str, downloads: Path) -> _Source:
     if "text.token_embedding.weight" in weights:  # open_clip's CustomTextCLIP
         weights = {key.removeprefix("text."): value for key, value in weights.items()}
 
-    card = file.parent / CARD
-    license = license_of(card.read_text(errors="replace") if card.is_file() else None, kind)
-    source = _Source(weights, license)
+    source = _Source(weights, license_of(card_beside(str(file)), kind))
     if kind == OPEN_CLIP:
         _describe_open_clip(source, file, place, tagged, open_clip.get_model_config(name) if tagged else None)
         return source

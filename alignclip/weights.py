@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import math
 import re
 import zipfile
 from collections.abc import Mapping
@@ -220,6 +221,8 @@ def preprocess_config(given: Any, place: str, image_size: int) -> PreprocessCfg:
             numbers = tuple(map(float, (value,) * 3 if isinstance(value, (int, float)) else value))
             if len(numbers) != 3:
                 raise ValueError(f"{key} has {len(numbers)} numbers, not 3")
+            if not all(map(math.isfinite, numbers)) or (key == "std" and min(numbers) <= 0):
+                raise ValueError(f"{key} can't be {list(numbers)}")
             setattr(found, key, numbers)
         found.size = image_size
         image_transform_v2(found, is_train=False)

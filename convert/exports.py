@@ -59,10 +59,9 @@ class Format:
 
     def usage_at(self, place: str) -> str:
         """The Python that loads what lies at a path or URL; stock libraries read no object storage, alignclip does."""
-        if "://" not in place:
+        if "://" not in place or self.library == "alignclip":
             return self.usage.format(folder=place)
-        file = f"/{self.last}" if self.library == "alignclip" else ""
-        return f'import alignclip\n\nmodel, preprocess, tokenizer = alignclip.load("{place}{file}")'
+        return f'import alignclip\n\nmodel, preprocess, tokenizer = alignclip.load("{place}")'
 
 
 def clones(weights: dict[str, Tensor]) -> dict[str, Tensor]:

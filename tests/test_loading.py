@@ -382,7 +382,16 @@ def test_exports_that_are_not_our_model(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="is not JSON") as error:
             alignclip.load(folder)
         one_line(error.value)
-    for wrong in ({"mean": "x"}, {"mean": [0.5, 0.5]}, {"std": []}, {"mode": "L"}, {"resize_mode": "no"}, [1], 3):
+    for wrong in (
+        {"mean": "x"},
+        {"mean": [0.5, 0.5]},
+        {"std": []},
+        {"std": 0},
+        {"mode": "L"},
+        {"resize_mode": "no"},
+        [1],
+        3,
+    ):
         path.write_text(json.dumps({"model_cfg": right, "preprocess_cfg": wrong}))
         with pytest.raises(UserError, match="its images can't be prepared as it says") as error:
             alignclip.load(folder)

@@ -22,7 +22,7 @@ import botocore.exceptions
 import pytest
 from boto3.exceptions import RetriesExceededError
 from botocore.exceptions import ClientError, EndpointConnectionError, ReadTimeoutError
-from conversions import Command, Undisturbed, download, picture, relative, said
+from conversions import SIZE_LIMIT, Command, Undisturbed, download, picture, relative, said
 from s3 import _free_port
 from tarballs import pairs, quick, stage, three_tars, upload, write_tar
 
@@ -31,6 +31,7 @@ from convert import patience
 from convert.cc12m import main
 from convert.patience import patiently
 from convert.storage import Store
+from convert.verify import VerifyOptions, verify
 
 
 def kill(command: Command, victim: str, rng: random.Random) -> None:
@@ -137,6 +138,51 @@ def test_storage_that_is_away_for_a_while(s3: Any, tmp_path: Path) -> None:
     assert waits.endswith("); waiting, up to 10 minutes")
     assert back == f"{out} is back"
     undisturbed.assert_same(download(s3, out, tmp_path / "got"))
+
+
+@pytest.mark.slow
+def test_inputs_that_are_away_for_a_while(s3: Any, tmp_path: Path) -> None:
+    """The bucket that is read from, in the middle of a conversion into a folder."""
+    undisturbed = Undisturbed(tmp_path, tars=16, samples=12)
+    raw, out = f"{s3.bucket()}/raw", tmp_path / "out"
+    upload(s3, undisturbed.tars, raw)
+    with Command(tmp_path / "run", "--inputs", raw, "--out", out, "--processes", "2") as command:
+        command.wait_for_changes(lambda: relative(out) if out.exists() else set(), 20)
+        s3.stop()
+        try:
+            time.sleep(8)
+            assert command.driver.poll() is None
+        finally:
+            s3.start()
+        waits, back = said(command.finish())
+    assert waits.startswith(f"{raw}/")
+    assert waits.endswith("); waiting, up to 10 minutes")
+    assert back.endswith(" is back")
+    assert (out / "index.json").read_bytes() == (undisturbed.out / "index.json").read_bytes()
+    for path in undisturbed.out.glob("*/*.mds"):
+        assert (out / path.relative_to(undisturbed.out)).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_kill_with_a_held_out_split(tmp_path: Path) -> None:
+    undisturbed, out = Undisturbed(tmp_path, tars=24, samples=12), tmp_path / "out"
+    expected = tmp_path / "expected"
+    quick([undisturbed.tars], expected, size_limit=SIZE_LIMIT, held_out=0.2)
+    arguments = ["--inputs", undisturbed.tars, "--out", out, "--processes", "2", "--held-out", "0.2"]
+    for _ in range(2):
+        with Command(tmp_path / "run", *arguments) as command:
+            command.wait_for_changes(lambda: relative(out) if out.exists() else set(), 30)
+            command.workers()
+            command.driver.kill()
+            command.assert_workers_end()
+        assert not (out / "index.json").exists()
+        assert not (out / "val" / "index.json").exists()
+    with Command(tmp_path / "run", *arguments) as command:
+        command.finish()
+    assert relative(out) == relative(expected)
+    for name in relative(expected):
+        assert (out / name).read_bytes() == (expected / name).read_bytes(), name
+    assert verify(VerifyOptions(str(out), progress=False))[1]
 
 
 def test_an_endpoint_where_nothing_listens_is_not_waited_for(

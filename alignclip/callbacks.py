@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import signal
 import time
@@ -69,6 +71,7 @@ class StopOnSignal(Callback):
             signal.signal(number, self._on_signal)
         resource_tracker.ensure_running()  # its start ends with unblocking both; it starts once
         signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
+        atexit.register(_end_workers)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._received = True
@@ -105,6 +108,13 @@ class StopOnSignal(Callback):
         """Whether training ends here anyway: then it is finished, not stopped."""
         elapsed = state.get_elapsed_duration()
         return elapsed is not None and float(elapsed) >= 1
+
+
+def _end_workers() -> None:
+    """Data workers that are still at work when this process ends: deaf to SIGTERM, they would be waited for."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 class WholeThroughBackward(Callback):

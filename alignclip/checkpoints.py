@@ -165,8 +165,8 @@ class SaveFolder:
     def restore_latest_link(self) -> None:
         """Local folder only: a run killed while it moved ``latest`` leaves none; point it at the newest whole file."""
         link = Path(self.uri, self.latest)
-        if self.remote or link.is_symlink() or not link.parent.is_dir():
-            return
+        if self.remote or link.is_symlink() or link.exists() or not link.parent.is_dir():
+            return  # a plain file: the folder was copied with what its links point at
         found = [link.parent / name for name in self._checkpoint_files()]
         whole = [p for p in found if zipfile.is_zipfile(p)]  # one that was being written lacks the directory at its end
         if whole:
@@ -186,24 +186,31 @@ class SaveFolder:
         """Delete the oldest checkpoints but ``keep``; never the one that ``latest`` names, nor any newer.
 
         Returns:
-            the keys deleted.
+            the names deleted.
         """
-        assert self.store is not None
-        pointer = self._read(f"{self.latest}.symlink")
-        newest = _batch_of(pointer.rpartition("/")[2]) if pointer else None
+        newest = _batch_of(self._latest_target().rpartition("/")[2])
         if newest is None:
             return []
-        keys = self.store.list_objects(f"{self.prefix}/" if self.prefix else None)
         by_batch: dict[int, list[str]] = {}
-        for key in keys:
-            batch = _batch_of(key.removeprefix(self.prefix).lstrip("/"))
+        for name in self._checkpoint_files():
+            batch = _batch_of(name)
             if batch is not None and batch <= newest:
-                by_batch.setdefault(batch, []).append(key)
+                by_batch.setdefault(batch, []).append(name)
         old = sorted(by_batch)[: -max(keep, 1)]
-        deleted = [key for batch in old for key in by_batch[batch]]
-        for key in deleted:
-            _delete(self.store, key)
+        deleted = [name for batch in old for name in by_batch[batch]]
+        for name in deleted:
+            if self.store is not None:
+                _delete(self.store, self._key(name))
+            else:
+                Path(self.uri, name).unlink(missing_ok=True)
         return deleted
+
+    def _latest_target(self) -> str:
+        """What ``latest`` points at, or nothing."""
+        if self.remote:
+            return self._read(f"{self.latest}.symlink") or ""
+        link = Path(self.uri, self.latest)
+        return str(link.readlink()) if link.is_symlink() else ""
 
     def _checkpoint_files(self) -> list[str]:
         """Names of checkpoints in the folder, whether or not ``latest`` knows them."""
@@ -248,10 +255,11 @@ class SaveFolder:
         partial.replace(Path(self.uri, name))
 
 
-class RemoteRotation(Callback):
-    """Keeps the newest ``save_num_checkpoints_to_keep`` checkpoints of a bucket; Composer prunes local files only.
+class Rotation(Callback):
+    """Keeps the newest ``save_num_checkpoints_to_keep`` checkpoints of a save folder.
 
-    Works beside training, a batch after each save: between saves there is one more than asked for.
+    Composer prunes local files only, and of these forgets what a run has saved before it was resumed. Works beside
+    training, a batch after each save: between saves there is one more than asked for.
     """
 
     def __init__(self, folder: SaveFolder, keep: int) -> None:

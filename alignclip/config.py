@@ -187,6 +187,29 @@ class CompileSettings:
 
 
 @dataclass
+class ProfilerSettings:
+    """Composer's profiler: traces of ``active`` batches after ``wait`` and ``warmup`` ones, ``repeat`` times an epoch.
+
+    Names of :func:`composer.profiler.cyclic_schedule` and :class:`composer.Profiler`.
+    """
+
+    skip_first: int = 0
+    wait: int = 0
+    warmup: int = 1
+    active: int = 4
+    repeat: int = 1
+    torch_prof_folder: str = "{run_name}/torch_traces"
+    torch_prof_record_shapes: bool = False
+    torch_prof_profile_memory: bool = True
+    torch_prof_with_stack: bool = False
+    torch_prof_with_flops: bool = True
+    sys_prof_cpu: bool = True
+    sys_prof_memory: bool = False
+    sys_prof_disk: bool = False
+    sys_prof_net: bool = False
+
+
+@dataclass
 class TrainerConfig:
     """The arguments of :class:`composer.Trainer` that a YAML can hold, under their own names."""
 
@@ -208,6 +231,7 @@ class TrainerConfig:
     console_log_interval: str = "10ba"
     log_traces: bool = False
     auto_log_hparams: bool = False
+    profiler: Optional[ProfilerSettings] = None
     python_log_level: Optional[str] = None
     # checkpoints
     save_folder: Optional[str] = None

@@ -12,6 +12,18 @@ from alignclip.errors import UserError, check_place, nearest
 
 VOCABULARY = 49408  # of CLIP's byte pairs
 SHARED_FROM = ("text", "vision")
+# What a setting may be where Composer or torch would say so late, or with a stack trace
+CHOICES = {
+    "ddp_sync_strategy": ("single_auto_sync", "multi_auto_sync", "forced_sync"),
+    "python_log_level": ("debug", "info", "warning", "error", "critical"),
+    "compile_config.mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    "parallelism_config.fsdp2.mixed_precision": ("FULL", "DEFAULT", "PURE"),
+}
+FILENAME_PARTS = (
+    "run_name", "rank", "local_rank", "world_size", "local_world_size", "node_rank", "epoch", "batch",
+    "batch_in_epoch", "sample", "sample_in_epoch", "token", "token_in_epoch", "total_wct", "epoch_wct", "batch_wct",
+    "iteration", "epoch_in_iteration", "token_in_iteration",
+)  # fmt: skip
 _EVALUATION_PRECISIONS = ("fp32", "amp_bf16", "amp_fp16")
 # The schedule counts batches; Composer's intervals can be more. Without a unit Composer would take seconds or epochs.
 _SCHEDULE_UNITS = {"ep": "epochs", "ba": "batches"}
@@ -59,8 +71,29 @@ def validate(config: RunConfig) -> None:
         )
     if "/" in config.run_name:
         raise UserError(f"run_name={config.run_name} must not hold a '/'")
+    _check_choices(config)
     _check_checkpoints(config)
     _check_start(config)
+
+
+def _check_choices(config: RunConfig) -> None:
+    """Settings of which there are a few, and those that only make sense in a range."""
+    for key, choices in CHOICES.items():
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part, None)
+        if value is not None and (value.lower() if key == "python_log_level" else value) not in choices:
+            raise UserError(f"{key}={value}: {nearest(value, choices)}")
+    batches = config.train_subset_num_batches
+    if batches != -1 and batches < 1:
+        raise UserError(f"train_subset_num_batches={batches} must be -1 (all) or at least 1")
+    if config.data.num_workers and config.data.prefetch_factor < 1:
+        raise UserError(f"data.prefetch_factor={config.data.prefetch_factor} must be at least 1")
+    if abs(config.model.init_logit_scale) > 20:
+        raise UserError(
+            f"model.init_logit_scale={config.model.init_logit_scale} must lie in [-20, 20]: it is the logarithm of the "
+            f"scale, which training keeps in [0, {math.log(100):.4f}]"
+        )
 
 
 def _check_start(config: RunConfig) -> None:
@@ -106,6 +139,7 @@ def _check_signs(config: RunConfig) -> None:
         "data.num_canonical_nodes": data.num_canonical_nodes,
         "data.download_retry": data.download_retry,
         "optimizer.lr": config.optimizer.lr,
+        "dist_timeout": config.dist_timeout,
     }
     for key, value in positive.items():
         if value <= 0:
@@ -114,6 +148,7 @@ def _check_signs(config: RunConfig) -> None:
         "model.encode_chunk_size": model.encode_chunk_size,
         "loss.alpha": loss.alpha,
         "loss.beta": loss.beta,
+        "seed": config.seed,
         "data.num_workers": data.num_workers,
         "data.shuffle_seed": data.shuffle_seed,
         "data.predownload": data.predownload or 0,
@@ -135,6 +170,25 @@ def _check_checkpoints(config: RunConfig) -> None:
         raise UserError(
             f"save_num_checkpoints_to_keep={keep} knows checkpoints by names that start with ep{{epoch}}-ba{{batch}}, "
             f"and save_filename={config.save_filename} does not; keep all (-1) or rename"
+        )
+    for key in ("save_filename", "save_latest_filename"):
+        name = getattr(config, key) or ""
+        for part in re.findall(r"{([^{}:!]*)", name):
+            if part not in FILENAME_PARTS:
+                raise UserError(f"{key}={name}: {{{part}}} is unknown; {nearest(part, FILENAME_PARTS)}")
+    if (latest := config.save_latest_filename) and set(re.findall(r"{([^{}:!]*)", latest)) - {"run_name", "rank"}:
+        raise UserError(f"save_latest_filename={latest} may hold {{run_name}} and {{rank}} only: it names one file")
+    if config.save_folder and not config.run_name and (config.autoresume or "{run_name}" in config.save_folder):
+        raise UserError("save_folder needs a run_name, e.g. run_name=first")
+    if config.autoresume and "{batch}" not in config.save_filename:
+        raise UserError(
+            f"save_filename={config.save_filename} must hold {{batch}}: a run that is killed while it writes a "
+            "checkpoint over the last one has none"
+        )
+    if config.autoresume and "SAM" in config.algorithms:
+        raise UserError(
+            "algorithms.SAM does not resume: Composer saves its optimizer under another name, and Adam's state is "
+            "lost; set autoresume=false with it"
         )
     if config.autoresume and (config.save_weights_only or config.save_ignore_keys):
         raise UserError(

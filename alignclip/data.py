@@ -7,12 +7,9 @@ of an epoch goes on with the very batches it would have had.
 from __future__ import annotations
 
 import dataclasses
-import json
-import tempfile
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,15 +17,14 @@ import torch
 import torch.distributed as dist
 from open_clip.tokenizer import SimpleTokenizer
 from streaming import Stream, StreamingDataLoader, StreamingDataset
-from streaming.base import partition, shuffle
 from streaming.base.dataset import _ShardState
-from streaming.base.storage import CloudDownloader
 from torch import Tensor
 from torch.utils.data import default_collate
 
 import alignclip.shared_memory  # noqa: F401  # whose datasets leave a note of their owner
-from alignclip.config import DataConfig, SetConfig
-from alignclip.errors import UserError, describe_storage_error, nearest
+from alignclip.config import DataConfig
+from alignclip.errors import UserError
+from alignclip.streams import local_folder
 from alignclip.transforms import decode_image, random_resized_crop
 
 # DataConfig's own part; every other field of it is an argument of StreamingDataset
@@ -150,14 +146,6 @@ class ImageTextDataset(ReleasingDataset):
             raise RuntimeError(f"reading {where} failed: {type(cause).__name__}: {cause}") from cause
 
 
-def local_folder(name: str, stream: SetConfig) -> str:
-    """Where a stream's shards are kept: ``local``, or a folder of its own below the temporary directory."""
-    if stream.local:
-        return stream.local
-    place = str(stream.remote).replace("://", "-").replace("/", "-")
-    return str(Path(tempfile.gettempdir()) / "alignclip-cache" / f"{name}-{place}")
-
-
 def build_dataloader(dataset: ImageTextDataset, config: DataConfig, pin_memory: bool) -> StreamingDataLoader:
     """The resumable loader of a dataset, in whole batches only.
 
@@ -178,96 +166,10 @@ def build_dataloader(dataset: ImageTextDataset, config: DataConfig, pin_memory: 
     )
     if len(loader) == 0:
         world = dist.get_world_size() if dist.is_initialized() else 1
+        size = int(dataset.epoch_size)
+        what = "the set has" if size == dataset.size else "an epoch (data.epoch_size, repeat, choose, proportion) has"
         raise UserError(
-            f"the set has {dataset.size} samples, fewer than one batch; lower global_train_batch_size to "
-            f"{dataset.size // world * world} or less (it is {int(dataset.batch_size or 0) * world})"
+            f"{what} {size} samples, fewer than one batch; lower global_train_batch_size to "
+            f"{size // world * world} or less (it is {int(dataset.batch_size or 0) * world})"
         )
     return loader
-
-
-def check_streams(config: DataConfig, *, semantic: bool) -> None:
-    """Read each stream's ``index.json`` and make sure that it holds what training will ask for.
-
-    Raises:
-        UserError: a set that isn't there or can't be reached, one without the columns needed, or embeddings of
-            different dimensions.
-    """
-    for key, algorithms in (("shuffle_algo", shuffle.algos), ("partition_algo", partition.algos)):
-        if (name := getattr(config, key)) not in algorithms:  # Streaming itself finds out in the first epoch
-            raise UserError(f"data.{key}={name} does not exist; {nearest(name, algorithms)}")
-    dimensions: dict[str, str] = {}
-    for name, stream in config.streams.items():
-        where = f"data.streams.{name}"
-        hint = f"; set {where}.remote or .local, or take it out with {where}=null"
-        index = read_index(where, stream, local_folder(name, stream), hint)
-        if not index.get("shards"):
-            raise UserError(f"{where}: the set is empty (no shards in its index.json)")
-        columns = dict(zip(index["shards"][0]["column_names"], index["shards"][0]["column_encodings"], strict=True))
-        needed = {"image", "caption"} | ({"semantic"} if semantic else set())
-        missing = sorted(needed - columns.keys())
-        if missing == ["semantic"]:
-            raise UserError(
-                f"{where} has no 'semantic' column, and loss.beta > 0 needs it: convert the set with caption "
-                "embeddings (convert/cc12m.py --encoder …), or set loss.rescale=false or loss.beta=0"
-            )
-        if missing:
-            raise UserError(f"{where} lacks the columns {missing}; it has {sorted(columns)}")
-        if semantic and columns["semantic"].count(":") > 1:  # lists of captions are of no fixed shape
-            dimensions[name] = columns["semantic"]
-    if len(set(dimensions.values())) > 1:
-        raise UserError(f"the 'semantic' columns differ between streams: {dimensions}; use one sentence encoder")
-
-
-def read_index(where: str, stream: SetConfig, local: str, hint: str = "") -> dict[str, Any]:
-    """The parsed ``index.json`` of a set, fetched once and without retries: a typo should fail at once.
-
-    Args:
-        where: the set's place in the configuration, for messages.
-        stream: where it lies.
-        local: where it lies or is cached.
-        hint: what else a person could do where there is none.
-
-    Raises:
-        UserError: there is none, it can't be read, or another set is cached in ``local``.
-    """
-    subfolder = stream.split or ""
-    if not stream.remote:
-        path = Path(str(stream.local), subfolder, "index.json")
-        if not path.is_file():
-            raise UserError(f"{where}: no MDS set at {path.parent} (no index.json there){hint}")
-        try:
-            return _parse_index(path)
-        except ValueError:
-            raise UserError(f"{where}: {path} is not a streaming index") from None
-    remote = "/".join(part.rstrip("/") for part in (stream.remote, subfolder, "index.json") if part)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "index.json")
-        try:
-            CloudDownloader.direct_download(remote, str(path))
-        except Exception as error:
-            raise UserError(f"{where}: can't read {remote}: {describe_storage_error(error)}") from None
-        try:
-            index = _parse_index(path)
-        except ValueError:
-            raise UserError(f"{where}: {remote} is not a streaming index") from None
-    # Streaming takes the index that is there already, whatever the remote one says
-    cached = Path(local, subfolder, "index.json")
-    if cached.is_file():
-        try:
-            same = _parse_index(cached) == index
-        except ValueError:  # written half when a machine went down
-            same = False
-        if not same:
-            raise UserError(
-                f"{where}: {cached.parent} holds another set than {remote}; remove it or choose another local"
-            )
-    return index
-
-
-def _parse_index(path: Path) -> dict[str, Any]:
-    """The parsed index; ValueError where it is not one of MDS shards."""
-    index = json.loads(path.read_text())
-    shards = index.get("shards", []) if isinstance(index, dict) else None
-    if not isinstance(shards, list) or any(not isinstance(s, dict) or "column_names" not in s for s in shards):
-        raise ValueError("not an index of MDS shards")
-    return index

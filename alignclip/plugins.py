@@ -38,7 +38,9 @@ REFUSED_ALGORITHMS = {
     "SeqLengthWarmup": "captions are already cut to the longest of the batch",
     "Alibi": "it knows Hugging Face's language models only",
     "GatedLinearUnits": "it knows Hugging Face's BERT only",
+    "NoOpModel": "it trains nothing",
 }
+CLIPPING_TYPES = ("norm", "value", "adaptive")
 
 
 def check(config: RunConfig) -> None:
@@ -60,6 +62,11 @@ def check(config: RunConfig) -> None:
             if section == "algorithms" and name in REFUSED_ALGORITHMS:
                 raise UserError(f"algorithms.{name} is refused: {REFUSED_ALGORITHMS[name]}")
             _check_arguments(f"{section}.{name}", classes[name], arguments or {})
+            if (
+                name == "GradientClipping"
+                and (kind := str((arguments or {}).get("clipping_type"))) not in CLIPPING_TYPES
+            ):
+                raise UserError(f"algorithms.{name}.clipping_type={kind}: {nearest(kind, CLIPPING_TYPES)}")
             if name in _EXTRAS and importlib.util.find_spec(_EXTRAS[name]) is None:
                 hint = f"pip install 'alignclip[{_EXTRAS[name]}]'"
                 raise UserError(f"{section}.{name} needs a package that is not installed: {hint}")

@@ -1,8 +1,8 @@
 """Streaming's shared memory: what a killed run left is removed, what a live one uses is never touched.
 
 Streaming keeps its state in ``/dev/shm/NNNNNN_…``, NNNNNN being a dataset's prefix, and can't tell whose it is. So a
-note beside the segments says which process owns the prefix. Importing this module has every dataset leave one, before
-its first segment is there; a lock keeps those who take a prefix from those who clean up.
+note beside the segments says which process owns the prefix. Importing this module has every dataset leave one before
+its first segment is there, and take its prefix under a lock: Streaming's own search lets two runs find the same one.
 
 On its way to a free prefix a dataset opens the memory of all others; importing this module has it closed again.
 """
@@ -19,32 +19,28 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from streaming.base.constant import LOCALS
+import streaming.base.dataset
+import torch.distributed as dist
+from streaming.base.constant import LOCALS, SHM_TO_CLEAN
 from streaming.base.shared import SharedMemory, prefix
+from streaming.base.world import World
 
 SHM = Path("/dev/shm")
 NOTE = "alignclip_owner"
 Owner = dict[str, Any]
 
 
-class _PrefixMemory(SharedMemory):
-    """What Streaming finds a free prefix with, and takes it.
+class _Glimpsed(SharedMemory):
+    """Memory that is only looked at: closed with the last reference.
 
-    Memory that this process has not created is closed with the last reference. Streaming's own stays open to the end
-    of the process: a thousand files with some fifteen sets, as many as most shells allow.
+    Streaming's own stays open to the end of the process: a thousand files with some fifteen sets, as many as most
+    shells allow.
     """
 
     def __init__(
         self, name: str | None = None, create: bool | None = None, size: int = 0, auto_cleanup: bool = True
     ) -> None:
-        number, _, kind = str(name).partition("_")
-        if create and kind == LOCALS and SHM.is_dir():
-            with _lock():
-                if not (SHM / str(name)).exists():
-                    _claim(number)
-                super().__init__(name, create, size, auto_cleanup)
-            return
-        owner = _read(SHM / f"{number}_{NOTE}")
+        owner = _read(SHM / f"{str(name).partition('_')[0]}_{NOTE}")
         if owner is not None and owner.get("namespace") != _namespace():
             # Another container's, alive or not: not ours to judge, and no reason to fail, as Streaming would where it
             # had the same cache. Of a prefix that it may not look at, it takes the next one.
@@ -52,7 +48,45 @@ class _PrefixMemory(SharedMemory):
         super().__init__(name, create, size, auto_cleanup and create is not False)
 
 
-prefix.SharedMemory = _PrefixMemory  # type: ignore[misc]
+def take_prefix(
+    streams_local: list[str], streams_remote: list[str | None], world: World, retry: int = 100
+) -> tuple[int, SharedMemory]:
+    """Streaming's ``get_shm_prefix``, one process of this user at a time; the first rank of a machine takes it for all.
+
+    Raises:
+        ValueError: another dataset, of a live run, has the same cache; on every rank.
+    """
+    prefix._check_self(streams_local)
+    number, memory, error = None, None, None
+    if world.is_local_leader:
+        data = b""
+        try:
+            with _lock():
+                number = max(
+                    prefix._check_and_find_retrying(streams_local, streams_remote, shm_name=name, retry=retry)
+                    for name in SHM_TO_CLEAN
+                )
+                data = prefix._pack_locals(streams_local, number)
+                if SHM.is_dir():
+                    _claim(SHM / f"{number:06}_{NOTE}")
+                memory = SharedMemory(prefix._get_path(number, LOCALS), True, len(data))
+                memory.buf[: len(data)] = data
+        except ValueError as raised:
+            error = raised
+    everybody: list[Any] = [(world.node, number, error)]
+    if dist.is_available() and dist.is_initialized():
+        everybody = [None] * dist.get_world_size()
+        dist.all_gather_object(everybody, (world.node, number, error))
+    if first := next((error for _, _, error in everybody if error is not None), None):
+        raise first
+    number = next(taken for node, taken, _ in everybody if node == world.node and taken is not None)
+    if memory is None:
+        memory = SharedMemory(prefix._get_path(number, LOCALS), False)
+    return number, memory
+
+
+prefix.SharedMemory = _Glimpsed  # type: ignore[misc]
+streaming.base.dataset.get_shm_prefix = take_prefix
 
 
 def remove_stale() -> list[int]:
@@ -90,14 +124,14 @@ def remove_stale() -> list[int]:
 @contextmanager
 def _lock() -> Iterator[None]:
     """One at a time, of this user's processes that take a prefix or clean up."""
-    with (SHM / f"alignclip-{os.getuid()}.lock").open("w") as file:
+    folder = SHM if SHM.is_dir() else Path(tempfile.gettempdir())
+    with (folder / f"alignclip-{os.getuid()}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _claim(number: str) -> None:
+def _claim(note: Path) -> None:
     """Note this process as the owner of a prefix until it exits."""
-    note = SHM / f"{number}_{NOTE}"
     note.write_text(json.dumps(_identity(os.getpid())))
     atexit.register(_disclaim, note)
 

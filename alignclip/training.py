@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from composer import Trainer
 from composer.callbacks import SpeedMonitor
 from composer.core import Callback, DataSpec, Precision, Time, TimeUnit
 from composer.devices import Device
-from composer.utils import ParallelismConfig, dist, get_device, reproducibility
-from composer.utils.parallelism import FSDP2Config
+from composer.utils import (
+    dist,
+    reproducibility,
+)
 from streaming import StreamingDataLoader
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from alignclip import plugins, shared_memory, uploads
 from alignclip.callbacks import StopOnSignal, TrainingMonitor, WholeThroughBackward
-from alignclip.checkpoints import RemoteRotation, SaveFolder
-from alignclip.config import RunConfig, SchedulerConfig, TrainerConfig
-from alignclip.data import ImageTextDataset, build_dataloader, check_streams
-from alignclip.distributed import mend_gloo_fsdp_average
+from alignclip.checkpoints import Rotation, SaveFolder
+from alignclip.config import RunConfig, SchedulerConfig
+from alignclip.data import ImageTextDataset, build_dataloader
 from alignclip.encoders import CLIP, build_encoders, clamp_logit_scale_
 from alignclip.environment import Start
-from alignclip.errors import UserError, nearest, one_line
+from alignclip.errors import UserError, one_line
 from alignclip.evaluation.best import BestCheckpoint
 from alignclip.evaluation.callback import EvaluationCallback
 from alignclip.fetching import card_beside
@@ -37,11 +36,12 @@ from alignclip.locking import lock_towers
 from alignclip.losses import AlignCLIPLoss
 from alignclip.model import AlignCLIPModel
 from alignclip.optimization import build_optimizer, lr_multiplier
+from alignclip.preflight import check_inputs, check_parallelism, choose_device
 from alignclip.pretrained import load_pretrained
+from alignclip.trainer_arguments import autocast_dtype, show_progress, trainer_arguments
 from alignclip.weights import RUN
 
 T = TypeVar("T")
-DEVICES = ("cpu", "gpu", "mps")
 STOPPED = 128 + signal.SIGTERM  # exit status of a run that a signal ended early
 
 
@@ -103,50 +103,6 @@ def describe(config: RunConfig, trainer: Trainer, folder: SaveFolder | None) -> 
     )
 
 
-def choose_device(name: str | None) -> Device:
-    """The device by its name in the YAML, or the best one there is.
-
-    Raises:
-        UserError: there is no such device here.
-    """
-    if name not in (None, *DEVICES):
-        raise UserError(f"device={name}: {nearest(str(name), DEVICES)}")
-    try:
-        return get_device(name)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"device={name}: there is none on this machine ({one_line(error)}); device=cpu?") from None
-
-
-def check_parallelism(config: RunConfig, device: Device) -> None:
-    """Settings against the number of processes and the device.
-
-    Raises:
-        UserError: they don't fit.
-    """
-    world, batch = dist.get_world_size(), config.global_train_batch_size
-    if batch % world:
-        raise UserError(
-            f"global_train_batch_size={batch} can't be divided among {world} processes; "
-            f"{batch // world * world or world} or {(batch // world + 1) * world} can"
-        )
-    precisions = [precision.value for precision in Precision]
-    if config.precision not in precisions:
-        raise UserError(f"precision={config.precision}: {nearest(config.precision, precisions)}")
-    if device.name == "cpu" and config.precision not in (Precision.FP32.value, Precision.AMP_BF16.value):
-        raise UserError(f"precision={config.precision} needs a GPU; on a CPU use fp32 or amp_bf16")
-
-
-def check_inputs(config: RunConfig, folder: SaveFolder | None) -> None:
-    """Everything outside this process that the run needs: the sets and the save folder."""
-    check_streams(config.data, semantic=config.loss.needs_semantic)
-    if config.load_path and "://" not in config.load_path and not Path(config.load_path).exists():
-        raise UserError(f"load_path={config.load_path}: no such file")
-    if folder is not None:
-        folder.open()
-        folder.restore_latest_link()
-        folder.check_config()
-
-
 def write_record(folder: SaveFolder, trainer: Trainer) -> None:
     """What is needed to run this again, and what it ran on, beside the checkpoints."""
     device = torch.cuda.get_device_name() if trainer.state.device.name == "gpu" else trainer.state.device.name
@@ -194,7 +150,7 @@ def build_trainer(
         algorithms=plugins.build(config, "algorithms"),
         callbacks=[*callbacks, *build_callbacks(config, folder), *build_evaluation(config, model, device, folder)],
         loggers=plugins.build(config, "loggers"),
-        **trainer_arguments(config, device),
+        **trainer_arguments(config, device, folder),
     )
     if folder is not None:
         remove_stale_download(folder)
@@ -324,8 +280,8 @@ def build_callbacks(config: RunConfig, folder: SaveFolder | None) -> list[Callba
     if config.parallelism_config.fsdp2 is not None and config.model.encode_chunk_size:
         callbacks.append(WholeThroughBackward())
     keep = config.save_num_checkpoints_to_keep
-    if folder is not None and folder.remote and keep > 0:
-        callbacks.append(RemoteRotation(folder, keep))
+    if folder is not None and keep > 0:
+        callbacks.append(Rotation(folder, keep))
     return callbacks
 
 
@@ -346,38 +302,6 @@ def build_evaluation(
             best,
         )
     ]
-
-
-def autocast_dtype(precision: str) -> torch.dtype | None:
-    """What autocast computes in under one of Composer's precisions; None: no autocast."""
-    return {Precision.AMP_BF16.value: torch.bfloat16, Precision.AMP_FP16.value: torch.float16}.get(precision)
-
-
-def show_progress(config: RunConfig) -> bool:
-    """Whether there are progress bars: unless the YAML says so, where somebody looks at them."""
-    return sys.stderr.isatty() if config.progress_bar is None else config.progress_bar
-
-
-def trainer_arguments(config: RunConfig, device: Device) -> dict[str, Any]:
-    """The Trainer's own arguments, as the YAML has them but for what the machine can't do."""
-    arguments = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainerConfig)}
-    arguments["run_name"] = config.run_name or None
-    arguments["progress_bar"] = show_progress(config)
-    # a bar is unreadable in a file; the other ranks' console is what the launcher shows when it ends
-    wanted = config.log_to_console or (config.progress_bar is None and not show_progress(config))
-    arguments["log_to_console"] = wanted and dist.get_global_rank() == 0
-    if config.compile_config is not None:
-        arguments["compile_config"] = dataclasses.asdict(config.compile_config)
-    arguments["parallelism_config"] = None
-    fsdp2 = config.parallelism_config.fsdp2
-    if fsdp2 is not None:
-        fsdp2_config = FSDP2Config(state_dict_type="full", **dataclasses.asdict(fsdp2))
-        arguments["parallelism_config"] = ParallelismConfig(fsdp2=fsdp2_config)
-        if device.name == "cpu" and dist.get_world_size() > 1:
-            mend_gloo_fsdp_average()
-    if device.name == "cpu":
-        arguments["precision"] = Precision.FP32  # the model does its own bf16 autocast there
-    return arguments
 
 
 def print_once(text: str) -> None:

@@ -67,7 +67,7 @@ def random_resized_crop(image: Tensor, size: int, scale: Sequence[float], ratio:
         uint8 ``[3, size, size]``.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed would seed GPUs, too
         top, left, height, width = RandomResizedCrop.get_params(image, list(scale), list(ratio))
     return F.resized_crop(
         image, top, left, height, width, [size, size], interpolation=InterpolationMode.BICUBIC, antialias=True

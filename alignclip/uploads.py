@@ -1,4 +1,4 @@
-"""Checkpoints on their way into a bucket that is away wait for it; Composer gives up after seconds, and ends the run."""
+"""Checkpoints on their way into a bucket wait where it is away; Composer gives up after seconds, and ends the run."""
 
 from __future__ import annotations
 
@@ -48,4 +48,4 @@ def may_pass(error: BaseException) -> bool:
 
 def install() -> None:
     """Have Composer's uploaders, which are processes of their own, run :func:`upload_patiently`."""
-    remote_uploader._upload_file_to_object_store = upload_patiently
+    setattr(remote_uploader, _upload.__name__, upload_patiently)

@@ -35,11 +35,27 @@ def test_rotation_keeps_the_newest_and_what_latest_names(s3: S3Server, tmp_path:
     put(s3, f"{s3.bucket()}/ep0-ba1-rank0.pt", "somebody else's")
     assert folder.rotate(2) == [], "nothing goes before latest is there"
     put(s3, f"{uri}/latest-rank0.pt.symlink", "runs/first/ep0-ba2000-rank0.pt")
-    assert sorted(folder.rotate(2)) == ["runs/first/ep0-ba100-rank0.pt", "runs/first/ep0-ba900-rank0.pt"]
+    assert sorted(folder.rotate(2)) == ["ep0-ba100-rank0.pt", "ep0-ba900-rank0.pt"]
     left = [key.rpartition("/")[2] for key in s3.keys(uri)]
     assert left == [
         "config.yaml", "ep0-ba1000-rank0.pt", "ep0-ba10000-rank0.pt", "ep0-ba2000-rank0.pt", "latest-rank0.pt.symlink",
     ]  # fmt: skip
+
+
+def test_rotation_of_a_local_folder(tmp_path: Path) -> None:
+    """Also of what the run saved before it was resumed, which Composer doesn't remember."""
+    folder = SaveFolder(config_for(tmp_path, str(tmp_path / "runs")))
+    folder.open()
+    assert folder.rotate(2) == []
+    for batch in (900, 1000, 2000, 10000, 100):
+        (tmp_path / "runs" / f"ep0-ba{batch}-rank0.pt").touch()
+    (tmp_path / "runs" / "best-rank0.pt").touch()
+    assert folder.rotate(2) == [], "nothing goes before latest is there"
+    (tmp_path / "runs" / "latest-rank0.pt").symlink_to("ep0-ba2000-rank0.pt")
+    assert sorted(folder.rotate(2)) == ["ep0-ba100-rank0.pt", "ep0-ba900-rank0.pt"]
+    left = sorted(path.name for path in (tmp_path / "runs").glob("*.pt"))
+    kept = ["ep0-ba1000-rank0.pt", "ep0-ba10000-rank0.pt", "ep0-ba2000-rank0.pt"]
+    assert left == ["best-rank0.pt", *kept, "latest-rank0.pt"]
 
 
 @pytest.mark.parametrize("place", ["local", "s3"])
@@ -131,6 +147,16 @@ def test_a_lost_latest_link_is_restored_to_the_newest_whole_file(tmp_path: Path)
     assert torch.load(link, weights_only=True) == {"batch": 1000}
     folder.restore_latest_link()
     assert torch.load(link, weights_only=True) == {"batch": 1000}
+
+
+def test_a_folder_that_was_copied_with_its_links_followed(tmp_path: Path) -> None:
+    folder = SaveFolder(config_for(tmp_path, str(tmp_path / "runs")))
+    folder.open()
+    for name in ("ep0-ba5-rank0.pt", "latest-rank0.pt"):
+        torch.save({"batch": 5}, tmp_path / "runs" / name)
+    folder.restore_latest_link()
+    assert not (tmp_path / "runs" / "latest-rank0.pt").is_symlink()
+    assert folder.has_checkpoint()
 
 
 def test_checkpoints_without_latest_are_protected(tmp_path: Path) -> None:

@@ -79,8 +79,8 @@ def test_bad_evaluations_are_one_line(overrides: list[str], says: str) -> None:
         ),
         (["evaluators.a.task=gap", "evaluators.a.local=x", "keep_best.metric=a/rmg"], "needs a save_folder"),
         (
-            ["evaluators.a.task=gap", "evaluators.a.local=x", "keep_best.metric=a/alignment"],
-            "keep_best.metric=a/alignment is no metric of gap; did you mean 'a/alignment_score'?",
+            ["evaluators.a.task=gap", "evaluators.a.local=x", "keep_best.metric=a/alignment_scor"],
+            "keep_best.metric=a/alignment_scor is no metric of gap; did you mean 'a/alignment_score'?",
         ),
         (["evaluators.a.task=gap", "evaluators.a.local=x", "evaluators.a.interval=5"], "has no unit"),
     ],
@@ -174,6 +174,19 @@ def test_overrides_win_and_the_resolved_file_reads_back(yaml: Path, tmp_path: Pa
         ("parallelism_config.fsdp2.state_dict_type=sharded", "is refused: checkpoints are full ones"),
         ("run_name=a/b", "must not hold a '/'"),
         ("compile_config.mod=max-autotune", "did you mean 'mode'?"),
+        ("compile_config.mode=max-autotun", "did you mean 'max-autotune'?"),
+        ("ddp_sync_strategy=multi_auto", "did you mean 'multi_auto_sync'?"),
+        ("python_log_level=warn", "did you mean 'warning'?"),
+        ("parallelism_config.fsdp2.mixed_precision=half", "mixed_precision=half: valid: DEFAULT, FULL, PURE"),
+        ("train_subset_num_batches=0", "must be -1 (all) or at least 1"),
+        ("seed=-1", "seed must not be negative"),
+        ("dist_timeout=-1", "dist_timeout must be positive"),
+        ("data.prefetch_factor=0", "data.prefetch_factor=0 must be at least 1"),
+        ("model.init_logit_scale=1000", "must lie in [-20, 20]"),
+        ("save_filename=ep{epoch}-{btch}.pt", "{btch} is unknown; did you mean 'batch'?"),
+        ("save_latest_filename=latest-{epoch}.pt", "may hold {run_name} and {rank} only"),
+        ("save_folder=runs/{run_name}", "save_folder needs a run_name"),
+        ("profiler.activ=3", "did you mean 'active'?"),
     ],
 )
 def test_bad_values_are_one_line(yaml: Path, override: str, says: str) -> None:
@@ -198,6 +211,11 @@ def test_what_a_resumed_run_needs_is_saved(yaml: Path) -> None:
     for override in ("save_weights_only=true", "save_ignore_keys=[state/optimizers]"):
         with pytest.raises(UserError, match="leave out what a resumed run needs"):
             load(yaml, [*resumed, override])
+    with pytest.raises(UserError, match=r"save_filename=model\.pt must hold \{batch\}"):
+        load(yaml, [*resumed, "save_filename=model.pt"])
+    with pytest.raises(UserError, match="SAM does not resume"):
+        load(yaml, [*resumed, "algorithms.SAM={}"])
+    load(yaml, ["algorithms.SAM={}"])
     with pytest.raises(UserError, match="knows checkpoints by names"):
         load(yaml, ["save_num_checkpoints_to_keep=2", "save_filename=ba{batch}.pt"])
 
@@ -237,6 +255,11 @@ def test_bad_files(tmp_path: Path) -> None:
         (["algorithms.EMA.halflife=1ba"], "unknown key 'algorithms.EMA.halflife'; did you mean 'half_life'?"),
         (["algorithms.GradientClipping.clipping_type=norm"], "algorithms.GradientClipping needs clipping_threshold"),
         (["algorithms.MixUp.alpha=0.2"], "algorithms.MixUp is refused"),
+        (["algorithms.NoOpModel={}"], "algorithms.NoOpModel is refused"),
+        (
+            ["algorithms.GradientClipping={clipping_type: nrm, clipping_threshold: 1.0}"],
+            "algorithms.GradientClipping.clipping_type=nrm: did you mean 'norm'?",
+        ),
         (["callbacks.LrMonitor={}"], "did you mean 'LRMonitor'?"),
         (["callbacks.CheckpointSaver={}"], "no class 'CheckpointSaver'"),
         (["loggers.TensorBoardLogger={}"], "did you mean 'TensorboardLogger'?"),

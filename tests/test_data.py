@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -19,8 +21,9 @@ from s3 import S3Server
 from streaming import MDSWriter
 
 from alignclip.config import DataConfig, StreamConfig
-from alignclip.data import ImageTextDataset, build_dataloader, check_streams
+from alignclip.data import ImageTextDataset, build_dataloader
 from alignclip.errors import UserError
+from alignclip.streams import check_streams
 
 Build = Callable[..., ImageTextDataset]
 
@@ -253,6 +256,47 @@ def test_an_outage_is_waited_for(s3: S3Server, tmp_path: Path) -> None:
     assert reader.returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("encoders", "says"),
+    [
+        ((("hub/mpnet", 16), ("models/mpnet", 16)), None),
+        ((("hub/mpnet", 16), (None, None)), None),
+        ((("hub/mpnet", 16), ("hub/minilm", 16)), "of 'hub/mpnet', data.streams.s1 of 'hub/minilm', which can't be"),
+        ((("hub/mpnet", 16), ("hub/mpnet", 24)), "dimension 16, data.streams.s1 of 24"),
+    ],
+    ids=str,
+)
+def test_streams_have_one_sentence_encoder(tmp_path: Path, encoders: Any, says: str | None) -> None:
+    """Also where several captions an image leave the dimension out of the column's encoding."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder, (encoder, dimension) in zip(folders, encoders, strict=True):
+        write_set(str(folder), 4, dimension=dimension or 16)
+        index = json.loads((folder / "index.json").read_text())
+        for shard in index["shards"]:
+            shard["column_encodings"] = [
+                one.partition(":16")[0].partition(":24")[0] for one in shard["column_encodings"]
+            ]
+        (folder / "index.json").write_text(json.dumps(index))
+        if encoder:
+            (folder / "dataset.json").write_text(json.dumps({"encoder": encoder, "dimension": dimension}))
+    if says is None:
+        check_streams(config_for(*folders), semantic=True)
+        return
+    with pytest.raises(UserError, match=re.escape(says)):
+        check_streams(config_for(*folders), semantic=True)
+    check_streams(config_for(*folders), semantic=False)
+
+
+def test_a_short_epoch_is_not_taken_for_a_short_set(tmp_path: Path) -> None:
+    write_set(str(tmp_path), 70)
+    config = config_for(tmp_path, epoch_size="10", num_workers=0)
+    dataset = ImageTextDataset(config, batch_size=16, image_size=32, context_length=20, semantic=False)
+    with pytest.raises(
+        UserError, match=r"an epoch \(data.epoch_size, .*\) has 10 samples, .* to 10 or less \(it is 16"
+    ):
+        build_dataloader(dataset, config, pin_memory=False)
+
+
 def test_missing_sets_are_one_line(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def says(*folders: Path | str, semantic: bool = True) -> str:
         with pytest.raises(UserError) as error:
@@ -268,6 +312,8 @@ def test_missing_sets_are_one_line(s3: S3Server, tmp_path: Path, monkeypatch: py
     )
     with pytest.raises(UserError, match=r"data\.shuffle_algo=py1x does not exist; did you mean 'py1"):
         check_streams(config_for(tmp_path, shuffle_algo="py1x"), semantic=False)
+    with pytest.raises(UserError, match=r"data\.validate_hash=xxh46: did you mean 'xxh64'"):
+        check_streams(config_for(tmp_path, validate_hash="xxh46"), semantic=False)
     bucket = s3.bucket()
     assert "not found" in says(f"{bucket}/no-such-set")
     write_set(f"{bucket}/plain", 4, columns="plain")
@@ -284,7 +330,7 @@ def test_missing_sets_are_one_line(s3: S3Server, tmp_path: Path, monkeypatch: py
         assert "is not a streaming index" in says(tmp_path / "odd")
     write_set(str(tmp_path / "a"), 4, dimension=16)
     write_set(str(tmp_path / "b"), 4, dimension=24)
-    assert "ndarray:float16:16" in says(tmp_path / "a", tmp_path / "b")
+    assert "caption embeddings of dimension 16, data.streams.s1 of 24" in says(tmp_path / "a", tmp_path / "b")
     with monkeypatch.context() as patch:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
         assert "access denied" in says(f"{bucket}/plain")

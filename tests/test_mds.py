@@ -14,8 +14,8 @@ from streaming import MDSWriter
 from tarballs import assert_three_tars, draw, pairs, quick, read_back, three_tars, write_tar
 
 from alignclip.config import DataConfig, StreamConfig
-from alignclip.data import check_streams
 from alignclip.errors import UserError
+from alignclip.streams import check_streams
 from convert import dataset, mds, samples, shards
 from convert.verify import VerifyOptions, verify
 

@@ -143,6 +143,16 @@ def test_two_processes_are_one(dataset: str, reference: Path, tmp_path: Path) ->
 
 
 @pytest.mark.world_size(2)
+def test_two_compiled_processes_in_chunks(dataset: str, reference: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, dataset)
+    arguments = (RECORDING, tmp_path / "records", config, "run_name=compiled", "model.encode_chunk_size=3")
+    run(*arguments, "max_duration=6ba", "compile_config.backend=aot_eager", processes=2, cwd=tmp_path)
+    ours, theirs = losses(tmp_path / "records"), losses(reference)
+    for step in range(5):  # of the warm-up, which doesn't depend on how long the run is
+        assert ours[step] == pytest.approx(theirs[step], abs=1e-5)
+
+
+@pytest.mark.world_size(2)
 def test_fsdp_in_chunks(dataset: str, reference: Path, tmp_path: Path) -> None:
     """Over several steps: a gathered parameter that outlived its step would be an old one in the next."""
     config = write_config(tmp_path, dataset)

@@ -156,6 +156,24 @@ def test_a_note_of_the_next_owner_outlives_the_last_one() -> None:
         note.unlink()
 
 
+def test_two_runs_that_start_together_take_two_prefixes(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        write_set(str(tmp_path / name), 8)
+    barrier = threading.Barrier(3)
+    found: list[ImageTextDataset] = []
+
+    def start(folder: Path) -> None:
+        barrier.wait(30)
+        found.append(open_set(folder, tmp_path / f"cache-{folder.name}"))
+
+    threads = [threading.Thread(target=start, args=(tmp_path / name,)) for name in ("a", "b", "c")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len({dataset._shm_prefix_int for dataset in found}) == 3
+
+
 MANY = """
 import resource, sys
 from alignclip.config import SetConfig

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import math
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +18,9 @@ from composer.core import Callback, State
 from composer.loggers import InMemoryLogger, Logger
 from composer.utils import get_device
 from runs import write_config, write_set
+from s3 import S3Server
 
-from alignclip import plugins, training
+from alignclip import plugins, preflight, training
 from alignclip.checkpoints import SaveFolder
 from alignclip.config import RunConfig
 from alignclip.config_file import load
@@ -219,11 +222,50 @@ def test_what_only_building_shows_is_one_line(dataset: Path, tmp_path: Path, ove
     [
         ("precision=amp_fp16", "precision=amp_fp16 needs a GPU"),
         ("precision=bf17", "precision=bf17: valid: "),
+        ("compile_config.backend=inducter", "did you mean 'inductor'"),
     ],
 )
 def test_what_does_not_fit_the_machine(dataset: Path, tmp_path: Path, override: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        training.check_parallelism(configuration(dataset, tmp_path, override), get_device("cpu"))
+        preflight.check_parallelism(configuration(dataset, tmp_path, override), get_device("cpu"))
+
+
+def test_a_checkpoint_to_load_is_looked_at_first(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "notes.txt").write_text("no checkpoint")
+    bucket = s3.bucket()
+    for place, says in (
+        (tmp_path / "nothing.pt", "no such file"),
+        (tmp_path / "notes.txt", "is no checkpoint, or only a part of one"),
+        (f"{bucket}/nothing.pt", "not found"),
+    ):
+        with pytest.raises(UserError, match=f"load_path={place}.*{says}"):
+            preflight.check_load_path(str(place))
+    s3.client.put_object(Bucket=bucket.removeprefix("s3://"), Key="there.pt", Body=b"x")
+    preflight.check_load_path(f"{bucket}/there.pt")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    with pytest.raises(UserError, match="no credentials found"):
+        preflight.check_load_path(f"{bucket}/there.pt")
+
+
+def test_the_profiler_leaves_its_traces(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    overrides = ["profiler.wait=1", "profiler.active=1", "max_duration=4ba", "data.num_workers=0"]
+    config = configuration(dataset, tmp_path, *overrides, "scheduler.t_warmup=1ba", "run_name=traced")
+    trainer = training.build_trainer(config, get_device("cpu"), None)
+    trainer.fit()
+    trainer.close()
+    assert list((tmp_path / "traced" / "torch_traces").glob("rank0.*.pt.trace.json"))
+
+
+@pytest.mark.parametrize("chunk_size", [0, 5])
+def test_a_compiled_model_trains_the_same(fit: Any, chunk_size: int) -> None:
+    """By the backend that runs the traced graphs as they are; text is at its full length there."""
+    _, _, plain = fit()
+    _, _, compiled = fit("compile_config.backend=aot_eager", f"model.encode_chunk_size={chunk_size}")
+    found = logged(compiled, "loss/train/total")
+    assert len(found) == 8
+    assert found == pytest.approx(logged(plain, "loss/train/total"), abs=1e-5)
 
 
 @pytest.mark.parametrize(("name", "says"), [("cuda", "valid: cpu, gpu, mps"), ("gpu", "there is none on this machine")])
@@ -231,7 +273,7 @@ def test_a_device_that_is_not_there(name: str, says: str) -> None:
     if name == "gpu" and torch.cuda.is_available():
         pytest.skip("this machine has one")
     with pytest.raises(UserError, match=says):
-        training.choose_device(name)
+        preflight.choose_device(name)
 
 
 @pytest.mark.parametrize("logger", ["WandBLogger", "TensorboardLogger"])
@@ -243,3 +285,19 @@ def test_a_logger_whose_package_is_missing(
     monkeypatch.setitem(sys.modules, package, None)  # what Python takes for not installed
     with pytest.raises(UserError, match=re.escape(f"pip install 'alignclip[{package}]'")):
         plugins.check(configuration(dataset, tmp_path, f"loggers.{logger}={{}}"))
+
+
+def test_a_worker_that_hangs_does_not_outlive_a_run_that_fails(tmp_path: Path) -> None:
+    """Data workers don't hear SIGTERM, so that a signal to all spares them until the checkpoint is saved."""
+    script = tmp_path / "hangs.py"
+    script.write_text(
+        "import time, torch\n"
+        "from alignclip.callbacks import StopOnSignal\n"
+        "class Hangs(torch.utils.data.Dataset):\n"
+        "    def __len__(self): return 8\n"
+        "    def __getitem__(self, i): return i if i < 4 else time.sleep(3600)\n"
+        "StopOnSignal()\n"
+        "for batch in torch.utils.data.DataLoader(Hangs(), batch_size=2, num_workers=2):\n"
+        "    raise SystemExit(3)\n"
+    )
+    assert subprocess.run([sys.executable, script], timeout=120).returncode == 3

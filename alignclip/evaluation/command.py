@@ -69,7 +69,8 @@ def run(config: EvaluateConfig) -> dict[str, str]:
     from alignclip.evaluation.sets import OpenSets
     from alignclip.evaluation.tasks import Evaluator
     from alignclip.loading import load_encoders
-    from alignclip.training import autocast_dtype, choose_device
+    from alignclip.preflight import choose_device
+    from alignclip.trainer_arguments import autocast_dtype
 
     device = choose_device(config.device)
     dist.initialize_dist(device, timeout=config.dist_timeout)

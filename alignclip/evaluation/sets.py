@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from alignclip.config import SetConfig
-from alignclip.data import ReleasingDataset, local_folder, read_index
+from alignclip.data import ReleasingDataset
 from alignclip.errors import UserError, describe_storage_error, one_line
 from alignclip.evaluation.ranks import agree
+from alignclip.streams import local_folder, read_index
 from alignclip.transforms import center_crop
 
 CLASSES = "classes.json"  # class names and templates, beside the index

@@ -1,0 +1,83 @@
+"""What must be right on this machine and in its storage before anything is built: told in seconds, in one line."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+from composer.core import Precision
+from composer.devices import Device
+from composer.utils import dist, get_device, maybe_create_object_store_from_uri, parse_uri
+from torch._dynamo import list_backends
+
+from alignclip.checkpoints import SaveFolder
+from alignclip.config import RunConfig
+from alignclip.errors import UserError, describe_storage_error, nearest, one_line
+from alignclip.streams import check_streams
+
+DEVICES = ("cpu", "gpu", "mps")
+
+
+def choose_device(name: str | None) -> Device:
+    """The device by its name in the YAML, or the best one there is.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if name not in (None, *DEVICES):
+        raise UserError(f"device={name}: {nearest(str(name), DEVICES)}")
+    try:
+        return get_device(name)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"device={name}: there is none on this machine ({one_line(error)}); device=cpu?") from None
+
+
+def check_parallelism(config: RunConfig, device: Device) -> None:
+    """Settings against the number of processes and the device.
+
+    Raises:
+        UserError: they don't fit.
+    """
+    world, batch = dist.get_world_size(), config.global_train_batch_size
+    if batch % world:
+        raise UserError(
+            f"global_train_batch_size={batch} can't be divided among {world} processes; "
+            f"{batch // world * world or world} or {(batch // world + 1) * world} can"
+        )
+    precisions = [precision.value for precision in Precision]
+    if config.precision not in precisions:
+        raise UserError(f"precision={config.precision}: {nearest(config.precision, precisions)}")
+    if (compiled := config.compile_config) is not None and compiled.backend not in (known := list_backends(())):
+        raise UserError(f"compile_config.backend={compiled.backend}: {nearest(compiled.backend, known)}")
+    if device.name == "cpu" and config.precision not in (Precision.FP32.value, Precision.AMP_BF16.value):
+        raise UserError(f"precision={config.precision} needs a GPU; on a CPU use fp32 or amp_bf16")
+
+
+def check_inputs(config: RunConfig, folder: SaveFolder | None) -> None:
+    """Everything outside this process that the run needs: the sets and the save folder."""
+    check_streams(config.data, semantic=config.loss.needs_semantic)
+    if config.load_path:
+        check_load_path(config.load_path)
+    if folder is not None:
+        folder.open()
+        folder.restore_latest_link()
+        folder.check_config()
+
+
+def check_load_path(place: str) -> None:
+    """There is such a checkpoint.
+
+    Raises:
+        UserError: there is none, it can't be reached, or is something else.
+    """
+    if "://" in place:
+        try:
+            store = maybe_create_object_store_from_uri(place)
+            assert store is not None
+            store.get_object_size(parse_uri(place)[2])
+        except Exception as error:  # every provider has its own
+            raise UserError(f"load_path={place}: {describe_storage_error(error)}") from None
+    elif not Path(place).exists():
+        raise UserError(f"load_path={place}: no such file")
+    elif not zipfile.is_zipfile(place):
+        raise UserError(f"load_path={place} is no checkpoint, or only a part of one")

@@ -22,7 +22,7 @@ OURS = {
     "callbacks", "loggers", "device_train_microbatch_size", "accumulate_train_batch_on_tokens",
     "scale_schedule_ratio",
 }  # fmt: skip
-NOT_IN_A_YAML = {"algorithm_passes", "console_stream", "load_object_store", "profiler", "train_dataloader_label"}
+NOT_IN_A_YAML = {"algorithm_passes", "console_stream", "load_object_store", "train_dataloader_label"}
 EVALUATION = {"eval_dataloader", "eval_interval", "eval_subset_num_batches"}
 
 

@@ -1,21 +1,28 @@
-"""What runs have besides Composer's own: the log line, an orderly stop on SIGTERM or Ctrl-C, chunks under FSDP2."""
+"""What runs have besides Composer's own: log line, orderly stop, chunks under FSDP2, the save folder's rotation."""
 
 from __future__ import annotations
 
 import atexit
+import logging
 import multiprocessing
 import os
 import signal
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import resource_tracker
 from types import FrameType
 
 import torch
 from composer.callbacks import CheckpointSaver
-from composer.core import Callback, State
+from composer.core import Callback, State, Time
 from composer.loggers import Logger
 from composer.utils import dist
 from torch.distributed.fsdp import FSDPModule
+
+from alignclip.checkpoints import SaveFolder
+from alignclip.errors import describe_storage_error
+
+log = logging.getLogger(__name__)
 
 
 class TrainingMonitor(Callback):
@@ -137,3 +144,43 @@ class WholeThroughBackward(Callback):
     @staticmethod
     def _sharded(state: State) -> list[FSDPModule]:
         return [module for module in state.model.modules() if isinstance(module, FSDPModule)]
+
+
+class Rotation(Callback):
+    """Keeps the newest ``save_num_checkpoints_to_keep`` checkpoints of a save folder.
+
+    Composer prunes local files only, and of these forgets what a run has saved before it was resumed. Works beside
+    training, a batch after each save: between saves there is one more than asked for.
+    """
+
+    def __init__(self, folder: SaveFolder, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+        self._executor = ThreadPoolExecutor(1)
+        self._running: Future[list[str]] | None = None
+        self._seen: Time | None = None
+        self._closed = False
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Start a rotation if a checkpoint was saved since the last one."""
+        if dist.get_global_rank() != 0 or (self._running is not None and not self._running.done()):
+            return
+        self._report()
+        saver = next(c for c in state.callbacks if isinstance(c, CheckpointSaver))
+        if saver.last_checkpoint_batch != self._seen:
+            self._seen = saver.last_checkpoint_batch
+            self._running = self._executor.submit(self.folder.rotate, self.keep)
+
+    def post_close(self) -> None:
+        """When the last uploads are through. Composer calls it twice, the second time as Python ends."""
+        if dist.get_global_rank() == 0 and not self._closed:
+            self._closed = True
+            self._running = self._executor.submit(self.folder.rotate, self.keep)
+            self._executor.shutdown()
+            self._report()
+
+    def _report(self) -> None:
+        """Old checkpoints that stay cost money, not the run: say so and go on."""
+        if self._running is not None and (error := self._running.exception()) is not None:
+            log.warning(f"could not remove old checkpoints of {self.folder.uri}: {describe_storage_error(error)}")
+        self._running = None

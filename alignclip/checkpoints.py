@@ -8,19 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import re
 import shutil
 import tempfile
 import zipfile
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from composer.callbacks import CheckpointSaver
-from composer.core import Callback, State, Time
-from composer.loggers import Logger
-from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri
+from composer.utils import maybe_create_object_store_from_uri, parse_uri
 from composer.utils.object_store import ObjectStore
 from omegaconf import OmegaConf
 
@@ -29,8 +24,6 @@ from alignclip.config_file import to_yaml
 from alignclip.environment import Start
 from alignclip.errors import UserError, describe_storage_error
 from alignclip.fetching import CARD
-
-log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 STARTS_FILE = "starts.json"
@@ -253,46 +246,6 @@ class SaveFolder:
         partial = Path(self.uri, f".{name}.partial")
         shutil.move(source, partial)
         partial.replace(Path(self.uri, name))
-
-
-class Rotation(Callback):
-    """Keeps the newest ``save_num_checkpoints_to_keep`` checkpoints of a save folder.
-
-    Composer prunes local files only, and of these forgets what a run has saved before it was resumed. Works beside
-    training, a batch after each save: between saves there is one more than asked for.
-    """
-
-    def __init__(self, folder: SaveFolder, keep: int) -> None:
-        self.folder = folder
-        self.keep = keep
-        self._executor = ThreadPoolExecutor(1)
-        self._running: Future[list[str]] | None = None
-        self._seen: Time | None = None
-        self._closed = False
-
-    def batch_end(self, state: State, logger: Logger) -> None:
-        """Start a rotation if a checkpoint was saved since the last one."""
-        if dist.get_global_rank() != 0 or (self._running is not None and not self._running.done()):
-            return
-        self._report()
-        saver = next(c for c in state.callbacks if isinstance(c, CheckpointSaver))
-        if saver.last_checkpoint_batch != self._seen:
-            self._seen = saver.last_checkpoint_batch
-            self._running = self._executor.submit(self.folder.rotate, self.keep)
-
-    def post_close(self) -> None:
-        """When the last uploads are through. Composer calls it twice, the second time as Python ends."""
-        if dist.get_global_rank() == 0 and not self._closed:
-            self._closed = True
-            self._running = self._executor.submit(self.folder.rotate, self.keep)
-            self._executor.shutdown()
-            self._report()
-
-    def _report(self) -> None:
-        """Old checkpoints that stay cost money, not the run: say so and go on."""
-        if self._running is not None and (error := self._running.exception()) is not None:
-            log.warning(f"could not remove old checkpoints of {self.folder.uri}: {describe_storage_error(error)}")
-        self._running = None
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -21,8 +21,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from alignclip import plugins, shared_memory, uploads
-from alignclip.callbacks import StopOnSignal, TrainingMonitor, WholeThroughBackward
-from alignclip.checkpoints import Rotation, SaveFolder
+from alignclip.callbacks import Rotation, StopOnSignal, TrainingMonitor, WholeThroughBackward
+from alignclip.checkpoints import SaveFolder
 from alignclip.config import RunConfig, SchedulerConfig
 from alignclip.data import ImageTextDataset, build_dataloader
 from alignclip.encoders import CLIP, build_encoders, clamp_logit_scale_

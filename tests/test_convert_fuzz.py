@@ -36,7 +36,7 @@ from alignclip.errors import UserError
 from alignclip.transforms import decode_image
 from convert import samples
 from convert.images import ImageOptions
-from convert.inputs import expand, name_of, read
+from convert.inputs import expand, name_of, opened
 from convert.samples import Skipped
 from convert.tars import read_tar
 
@@ -118,7 +118,8 @@ def yielded(file: Path) -> dict[str, int]:
     """Sub-folder -> how many items the reader of that input yields."""
     numbers = {}
     for shard in expand([str(file)]):
-        numbers[name_of(shard)] = sum(1 for _ in islice(read(shard, file, None), 100))
+        with opened(shard, None) as (_, items):
+            numbers[name_of(shard)] = sum(1 for _ in islice(items, 100))
         assert numbers[name_of(shard)] < 100
     return numbers
 

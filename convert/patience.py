@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import ssl
 import sys
 import threading
@@ -72,30 +71,47 @@ def patiently(work: Callable[[], T], place: str) -> T:
     Raises:
         Exception: the last one of ``work``.
     """
-    away_since, pause, answers = 0.0, 0.0, 0
-    while True:
-        start = time.monotonic()
-        try:
-            result = work()
-            break
-        except Exception as error:
-            if not is_passing(error):
-                raise
-            now = time.monotonic()
-            if not pause:
-                away_since, pause = now, FIRST_PAUSE
-            elif now - start > LONGEST_PAUSE and answers < ANSWERS:
-                # it has transferred something, and is no longer the outage that it was; a server that never answers
-                # looks the same, and must not be waited for without end
-                away_since, pause, answers = now, FIRST_PAUSE, answers + 1
-            if now - away_since > PATIENCE:
-                raise
-            _say(f"{place} can't be reached ({one_line(error)}); waiting, up to {PATIENCE / 60:.0f} minutes", 1)
-        time.sleep(min(pause + random.random(), max(0.0, away_since + PATIENCE - now) + 0.1))
-        pause = min(2 * pause, LONGEST_PAUSE)
-    if pause:
-        _say(f"{place} is back", 0)
+    try:
+        return work()
+    except Exception as error:
+        if not is_passing(error):
+            raise
+        _say(f"{place} can't be reached ({one_line(error)}); waiting, up to {PATIENCE / 60:.0f} minutes", 1)
+    from tenacity import Retrying, retry_if_exception, wait_exponential_jitter
+
+    away = _Away()
+    time.sleep(FIRST_PAUSE)
+    waiting = Retrying(
+        retry=retry_if_exception(is_passing),
+        wait=wait_exponential_jitter(initial=FIRST_PAUSE, max=LONGEST_PAUSE),
+        before=away.begins,
+        stop=away.is_too_long,
+        sleep=lambda seconds: time.sleep(seconds),
+        reraise=True,
+    )
+    result = waiting(work)
+    _say(f"{place} is back", 0)
     return result
+
+
+class _Away:
+    """How long storage has been away, for tenacity: a try that has transferred something begins another outage."""
+
+    def __init__(self) -> None:
+        self._since = self._began = time.monotonic()
+        self._answers = 0
+
+    def begins(self, _: Any) -> None:
+        """A try does."""
+        self._began = time.monotonic()
+
+    def is_too_long(self, _: Any) -> bool:
+        """After a try that has failed."""
+        now = time.monotonic()
+        # a server that never answers looks the same, and must not be waited for without end
+        if now - self._began > LONGEST_PAUSE and self._answers < ANSWERS:
+            self._since, self._answers = now, self._answers + 1
+        return now - self._since > PATIENCE
 
 
 def is_passing(error: BaseException) -> bool:

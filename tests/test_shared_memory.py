@@ -45,6 +45,14 @@ def hold(folder: Path) -> tuple[subprocess.Popen[str], int]:
     return process, int(process.stdout.readline())
 
 
+def kill(process: subprocess.Popen[str]) -> None:
+    """With Python's own cleaner of shared memory, which kill -9 to the group takes along."""
+    for child in psutil.Process(process.pid).children(recursive=True):
+        child.kill()
+    process.kill()
+    process.wait()
+
+
 def segments(prefix: int) -> list[str]:
     return sorted(path.name for path in SHM.glob(f"{prefix:06}_*"))
 
@@ -56,8 +64,7 @@ def test_the_dead_are_buried_and_the_living_left_alone(tmp_path: Path) -> None:
     try:
         assert dead_prefix != alive_prefix
         with shared_memory._lock():  # other tests beside this one clean up, too
-            dead.kill()
-            dead.wait()
+            kill(dead)
             left, used = segments(dead_prefix), segments(alive_prefix)
         assert len(left) > 4, "a killed process leaves its segments"
         shared_memory.remove_stale()
@@ -231,10 +238,7 @@ def test_ranks_wait_for_the_burial(tmp_path: Path) -> None:
     write_set(str(tmp_path / "set"), 32)
     dead, prefix = hold(tmp_path / "set")
     with shared_memory._lock():  # other tests beside this one clean up, too
-        for child in psutil.Process(dead.pid).children(recursive=True):
-            child.kill()  # Python's own cleaner of shared memory, which kill -9 to the group takes along
-        dead.kill()
-        dead.wait()
+        kill(dead)
         assert len(segments(prefix)) > 4
     first, second = processes.run(2, build_on_a_rank, str(tmp_path))
     assert first == second

@@ -1,5 +1,6 @@
 # Two commands do everything: `make quickstart` and `make test`. Both install what they need into .venv, once.
-# (Bytecode is compiled at once: importing the stack takes 10 s with it, 23 s without, and every process does.)
+# (Bytecode is compiled at once: importing the stack takes 10 s with it, 23 s without, and every process does. A plain
+# path to the checkout, because an import hook would lose to a folder of that name: the clone itself, seen from above.)
 SHELL := bash
 VENV ?= .venv
 # the first interpreter that the stack supports (3.10 to 3.12)
@@ -23,7 +24,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "alignclip needs Python 3.10, 3.11 or 3.12; none is on PATH (set PYTHON=/path/to/python)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode --constraint constraints.txt \
+		--config-settings editable_mode=compat --editable '.[dev]'
 	@touch $@
 
 quickstart: install

@@ -10,7 +10,8 @@ from alignclip.errors import one_line_errors
 
 EXAMPLES = """examples:
   composer pretrain.py yamls/alignclip.yaml data.streams.cc12m.remote=s3://my-bucket/cc12m run_name=first
-  composer -n 2 pretrain.py yamls/quickstart.yaml run_name=small data.streams.scenes.local=/data/mine
+  composer -n 2 pretrain.py yamls/quickstart.yaml run_name=small save_folder=runs/{run_name} \
+    data.streams.scenes=null data.streams.mine.local=/data/mine
   composer pretrain.py yamls/alignclip.yaml save_folder=s3://my-bucket/runs/{run_name} save_interval=1000ba
   composer pretrain.py yamls/alignclip.yaml data.streams.cc12m=null data.streams.mine.local=/data/mine
   composer pretrain.py s3://my-bucket/runs/first/config.yaml run_name=again      # what another run has left

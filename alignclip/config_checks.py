@@ -14,6 +14,8 @@ VOCABULARY = 49408  # of CLIP's byte pairs
 SHARED_FROM = ("text", "vision")
 # What a setting may be where Composer or torch would say so late, or with a stack trace
 CHOICES = {
+    "device": ("cpu", "gpu", "mps"),
+    "precision": ("fp32", "amp_fp16", "amp_bf16", "amp_fp8"),
     "ddp_sync_strategy": ("single_auto_sync", "multi_auto_sync", "forced_sync"),
     "python_log_level": ("debug", "info", "warning", "error", "critical"),
     "compile_config.mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),

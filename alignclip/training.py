@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from composer import Trainer
@@ -63,11 +63,12 @@ def run(config: RunConfig) -> int:
     # From here on SIGTERM and Ctrl-C mean: save, then stop.
     stop = StopOnSignal() if folder is not None else None
     trainer = build_trainer(config, device, folder, [stop] if stop else [])
-    end = Time.from_input(config.max_duration, TimeUnit.EPOCH)
-    done = trainer.state.timestamp.get(end.unit)
-    if done >= end:
+    batch = trainer.state.timestamp.batch.value
+    # by batches: a checkpoint at the last one of an epoch was saved before that epoch was counted
+    total = in_batches(config.max_duration, batches_an_epoch(config, trainer.state.train_dataloader))
+    if batch >= total:
         trainer.close()
-        print_once(f"run '{config.run_name}' is finished: {done.value} of {end.value} {end.unit.value} are trained")
+        print_once(f"run '{config.run_name}' is finished: {batch} of {total} batches are trained")
         return 0
     if folder is not None:
         on_rank_zero(lambda: write_record(folder, trainer))
@@ -133,8 +134,6 @@ def build_trainer(
         remove_stale_download(folder)
         uploads.install()
     loader = build_data(config, device)
-    subset = config.train_subset_num_batches
-    batches_per_epoch = len(loader) if subset < 0 else min(subset, len(loader))
     reproducibility.seed_all(config.seed)  # the same weights on every rank
     model = build_model(config, device)
     prepare(config, model.encoders, folder)
@@ -145,7 +144,7 @@ def build_trainer(
         model=model,
         train_dataloader=DataSpec(loader),
         optimizers=optimizer,
-        schedulers=build_scheduler(config.scheduler, optimizer, config.max_duration, batches_per_epoch),
+        schedulers=build_scheduler(config.scheduler, optimizer, config.max_duration, batches_an_epoch(config, loader)),
         step_schedulers_every_batch=True,
         algorithms=plugins.build(config, "algorithms"),
         callbacks=[*callbacks, *build_callbacks(config, folder), *build_evaluation(config, model, device, folder)],
@@ -261,9 +260,15 @@ def build_scheduler(
     if warmup >= total:
         raise UserError(
             f"scheduler.t_warmup={config.t_warmup} ({warmup} batches) must be shorter than "
-            f"max_duration={max_duration} ({total} batches)"
+            f"max_duration={max_duration} ({total} batches, {batches_per_epoch} an epoch)"
         )
     return LambdaLR(optimizer, lambda step: lr_multiplier(step, warmup, total, config.alpha_f))
+
+
+def batches_an_epoch(config: RunConfig, loader: Any) -> int:
+    """Of this run, which may be told to take a part of its set."""
+    subset = config.train_subset_num_batches
+    return len(loader) if subset < 0 else min(subset, len(loader))
 
 
 def in_batches(duration: str, batches_per_epoch: int) -> int:

@@ -9,6 +9,7 @@ stopped goes on where it was when it is started again. Columns: ``key`` (str), `
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import shlex
@@ -27,6 +28,7 @@ from convert.shards import VAL
 from convert.storage import Store
 
 SMALL = 100_000  # samples: below, the recipe's warmup and canonical nodes would be most of the run
+BATCH, EPOCHS = 512, 30  # of the recipe
 ROOT = Path(__file__).resolve().parents[1]
 
 EXAMPLES = """examples:
@@ -168,8 +170,15 @@ def _next_command(out: str, counts: Counts, options: ConvertOptions) -> str:
     else:
         words += [f"data.streams.{name}.local={out}"]
     if counts.written < SMALL:
-        words += ["data.num_canonical_nodes=1", "scheduler.t_warmup=100ba"]
+        words += ["data.num_canonical_nodes=1", *_fitting(counts.written)]
     return shlex.join(words)
+
+
+def _fitting(samples: int) -> list[str]:
+    """Batches and a warm-up that are no larger than a small set: ten batches an epoch at least, a tenth of the run."""
+    batch = BATCH if samples >= 10 * BATCH else max(2, 2 ** int(math.log2(max(samples, 20) / 10)))
+    warmup = min(100, max(1, EPOCHS * (samples // batch) // 10))
+    return ([] if batch == BATCH else [f"global_train_batch_size={batch}"]) + [f"scheduler.t_warmup={warmup}ba"]
 
 
 def _from_here(path: Path) -> Path:

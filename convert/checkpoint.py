@@ -142,6 +142,8 @@ def convert(options: Options) -> float:
         if bucket is not None:
             _upload(folder, bucket, options.out.rstrip("/"), form.last)
         else:
+            for file in folder.iterdir():  # safetensors writes for its owner alone
+                file.chmod(0o666 & ~_umask())
             folder.chmod(0o777 & ~_umask())
             folder.rename(out)
     except OSError as error:

@@ -112,7 +112,12 @@ def test_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     config = load(REPOSITORY / next_words[2], next_words[3:])
     assert config.run_name == "out"
     assert {name: stream.local for name, stream in config.data.streams.items()} == {"out": str(out)}
-    assert next_words[-2:] == ["data.num_canonical_nodes=1", "scheduler.t_warmup=100ba"]
+    sizes = ["data.num_canonical_nodes=1", "global_train_batch_size=2", "scheduler.t_warmup=21ba"]
+    assert next_words[-3:] == sizes, "of 15 samples: 7 batches an epoch, 210 in all"
+    for samples, batch, warmup in ((623, 32, 57), (5_000, 256, 57), (6_000, 512, 33), (99_999, 512, 100)):
+        words = summary(Counts(written=samples, converted=3, seconds=1.0), parse(command)).split()
+        assert words[-1] == f"scheduler.t_warmup={warmup}ba"
+        assert (f"global_train_batch_size={batch}" in words) == (batch != 512)
 
     main([*command, "--no-next"])
     second = capsys.readouterr().out

@@ -200,7 +200,7 @@ def test_goes_on_from_a_checkpoint(dataset: Path, tmp_path: Path, interval: str,
     ("overrides", "says"),
     [
         (["model.vision_cfg.image_size=33"], "image_size"),
-        (["scheduler.t_warmup=8ba"], "must be shorter than max_duration=8ba (8 batches)"),
+        (["scheduler.t_warmup=8ba"], "must be shorter than max_duration=8ba (8 batches, 4 an epoch)"),
         (["optimizer.opt=adamv"], "did you mean 'adam'?"),
         (
             ["global_train_batch_size=65"],

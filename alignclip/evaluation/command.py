@@ -28,6 +28,7 @@ EXAMPLES = """examples:
   composer evaluate.py yamls/evaluate.yaml checkpoints.clip=runs/clip checkpoints.alignclip=runs/alignclip
 an evaluator of the file that you don't want: evaluators.NAME=null"""
 
+PLOTS = ("cosines", "embeddings", "spectra", "recall", "gap")
 Metrics = dict[str, float]
 Results = dict[str, dict[str, Metrics]]  # checkpoint → evaluator → metric → value
 Pairs = tuple["Tensor", "Tensor"]
@@ -192,6 +193,8 @@ def write(config: EvaluateConfig, results: Results, pairs: dict[str, Pairs], fai
     if len({batch for _, batch, _ in points}) > 1:
         drawings["gap"] = lambda path: plots.gap_against_step(points, path)
     written = ["results.json"]
+    for name in PLOTS:  # of an earlier evaluation: they belong to other results
+        (out / f"{name}.png").unlink(missing_ok=True)
     for name, draw in drawings.items():
         try:
             draw(out / f"{name}.png")

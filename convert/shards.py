@@ -29,7 +29,7 @@ VAL = "val"  # the held-out split: a sub-folder of its own, with an index
 SAMPLES_AT_ONCE = 1024  # held in memory, and embedded together
 BYTES_AT_ONCE = 32 * 2**20  # of their images, at most
 SEVERAL_CAPTIONS = 32  # of an image with a list of them, at most, where room is made
-PIECE = 2**20  # bytes written at once
+PIECE = 2**17  # bytes written at once: of 1 MB, ext4 makes large pages, which cost twice as much as all the rest
 Report = Callable[[int, int], None]  # so many more written, so many skipped: what the progress bar shows
 
 

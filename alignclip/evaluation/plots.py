@@ -150,8 +150,9 @@ def gap_against_step(points: Sequence[tuple[str, int, dict[str, float]]], path: 
             panel.plot(values["batch"], values[metric], **_style(index), linewidth=1.5)
         panel.set_title(title, fontsize=11)
         panel.set_xlabel("batch")
-        # 0 is in view: a small change looks small
-        panel.set_ylim(min(panel.get_ylim()[0], 0), max(panel.get_ylim()[1], 0))
+        # 0 is in view: a small change looks small; and above the highest marker there is room for it
+        low, high = panel.dataLim.intervaly
+        panel.set_ylim(min(1.08 * low, 0), max(1.08 * high, 0))
         panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     _finish(panels[0].figure, path, runs)

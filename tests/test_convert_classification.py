@@ -225,6 +225,29 @@ def test_food_and_cars(name: str, make: Any, tmp_path: Path) -> None:
         assert [row["label"] for row in rows] == [180, 102, 195, 0]
 
 
+def test_training_splits_of_food_and_cars(tmp_path: Path) -> None:
+    """What a linear probe is fitted to lies elsewhere than the test images."""
+    from scipy.io import savemat
+
+    food, cars = make_food(tmp_path / "data"), make_cars(tmp_path / "data") / "stanford_cars"
+    names = {"waffles": ["waffles/1"], "apple_pie": ["apple_pie/2"], "baby_back_ribs": ["baby_back_ribs/9"]}
+    for i, name in enumerate(name for names in names.values() for name in names):
+        write(food / "food-101" / "images" / f"{name}.jpg", picture(20 + i))
+    write(food / "food-101" / "meta" / "train.json", json.dumps(names).encode())
+    fields = [("bbox_x1", "O"), ("class", "O"), ("fname", "O")]
+    rows = np.array([(39, np.uint8(7), "00002.jpg"), (39, np.uint8(196), "00001.jpg")], dtype=fields)
+    savemat(cars / "devkit" / "cars_train_annos.mat", {"annotations": rows})
+    for i in (1, 2):
+        write(cars / "cars_train" / f"{i:05}.jpg", picture(30 + i))
+    quick("food101", food, tmp_path / "food", split="train")
+    found, classes, _ = read_back(tmp_path / "food")
+    assert [classes["classnames"][row["label"]] for row in found] == ["waffles", "apple pie", "baby back ribs"]
+    assert [row["image"] for row in found] == [picture(20 + i) for i in range(3)]
+    quick("cars", tmp_path / "data", tmp_path / "cars", split="train")
+    found, _, _ = read_back(tmp_path / "cars")
+    assert [(row["label"], row["image"]) for row in found] == [(6, picture(32)), (195, picture(31))]
+
+
 @pytest.mark.parametrize(("folder", "packed"), [("", True), ("fashion-mnist", True), ("FashionMNIST/raw", False)])
 def test_fashion_mnist(folder: str, packed: bool, tmp_path: Path) -> None:
     root = tmp_path / "data"

@@ -69,6 +69,11 @@ def read_text(url: str) -> str:
             raise UserError(f"can't read {url}: {describe_storage_error(error)}") from None
 
 
+def find_beside(file: Path, name: str) -> Path | None:
+    """A file beside one of weights, or beside what a link to it points at."""
+    return next((p for p in (file.parent / name, file.resolve().parent / name) if p.is_file()), None)
+
+
 def card_beside(place: str) -> str | None:
     """The text of the model card beside a file of weights, a path or a URL, or beside what a link to it points at.
 
@@ -76,8 +81,7 @@ def card_beside(place: str) -> str | None:
         UserError: the object store can't be reached.
     """
     if "://" not in place:
-        path = Path(place).expanduser()
-        found = next((p for p in (path.parent / CARD, path.resolve().parent / CARD) if p.is_file()), None)
+        found = find_beside(Path(place).expanduser(), CARD)
         return found.read_text(encoding="utf-8", errors="replace") if found else None
     from streaming.base.storage import CloudDownloader  # takes seconds
 

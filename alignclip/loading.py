@@ -16,7 +16,7 @@ from torch import Tensor
 from alignclip.config import ModelConfig
 from alignclip.encoders import CLIP, build_encoders
 from alignclip.errors import UserError, one_line
-from alignclip.fetching import CARD, RUN_CONFIG, fetch, few
+from alignclip.fetching import CARD, RUN_CONFIG, fetch, few, find_beside
 from alignclip.weights import Found, find, preprocess_config
 
 Preprocess = Callable[[Image.Image], Tensor]
@@ -105,16 +105,11 @@ def open_model(path: str | Path, device: str | torch.device = "cpu", config: Mod
         file = fetch(place, Path(downloads))
         found = find(file, place, config)
         model = _build(found, place)
-        recipe, card = (_text(_beside(file, name)) for name in (RUN_CONFIG, CARD))
+        recipe, card = (_text(find_beside(file, name)) for name in (RUN_CONFIG, CARD))
         unused = {name: value.clone() for name, value in found.unused.items()}
     assert found.config is not None
     preprocess = preprocess_config(found.preprocess, place, found.config.vision_cfg.image_size)
     return Loaded(model.to(device).eval(), found.config, preprocess, found.kind, recipe, card, unused)
-
-
-def _beside(file: Path, name: str) -> Path | None:
-    """A file beside one of weights, or beside what a link to it points at."""
-    return next((p for p in (file.parent / name, file.resolve().parent / name) if p.is_file()), None)
 
 
 def _text(path: Path | None) -> str | None:

@@ -12,10 +12,11 @@ from torch._dynamo import list_backends
 
 from alignclip.checkpoints import SaveFolder
 from alignclip.config import RunConfig
+from alignclip.config_checks import CHOICES
 from alignclip.errors import UserError, describe_storage_error, nearest, one_line
 from alignclip.streams import check_streams
 
-DEVICES = ("cpu", "gpu", "mps")
+DEVICES = CHOICES["device"]
 
 
 def choose_device(name: str | None) -> Device:
@@ -44,9 +45,6 @@ def check_parallelism(config: RunConfig, device: Device) -> None:
             f"global_train_batch_size={batch} can't be divided among {world} processes; "
             f"{batch // world * world or world} or {(batch // world + 1) * world} can"
         )
-    precisions = [precision.value for precision in Precision]
-    if config.precision not in precisions:
-        raise UserError(f"precision={config.precision}: {nearest(config.precision, precisions)}")
     if (compiled := config.compile_config) is not None and compiled.backend not in (known := list_backends(())):
         raise UserError(f"compile_config.backend={compiled.backend}: {nearest(compiled.backend, known)}")
     if device.name == "cpu" and config.precision not in (Precision.FP32.value, Precision.AMP_BF16.value):

@@ -29,7 +29,7 @@ from torch.torch_version import TorchVersion
 from alignclip import hugging_face, release_format
 from alignclip.config import ModelConfig, SharedConfig
 from alignclip.errors import UserError, one_line
-from alignclip.fetching import EXPORT_CONFIG, HF_CONFIG, HF_PREPROCESSOR, RUN_CONFIG, UNUSED, few
+from alignclip.fetching import EXPORT_CONFIG, HF_CONFIG, HF_PREPROCESSOR, RUN_CONFIG, UNUSED, few, find_beside
 
 RUN, RELEASE, OPEN_CLIP = "a run's checkpoint", "the authors' format", "open_clip's format"
 HUGGING_FACE = "Hugging Face's format"
@@ -236,11 +236,11 @@ def run_model(file: Path, place: str) -> ModelConfig | None:
 
     That section alone: the rest says how it was trained, and keys of older versions there shall not matter.
     """
-    found = [path for path in (file.parent / RUN_CONFIG, file.resolve().parent / RUN_CONFIG) if path.is_file()]
-    if not found:
+    found = find_beside(file, RUN_CONFIG)
+    if found is None:
         return None
     try:
-        content: Any = OmegaConf.load(found[0])
+        content: Any = OmegaConf.load(found)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), content["model"]))
     except Exception as error:  # of YAML's parser and of OmegaConf
         raise UserError(f"{place}: no model can be read from the {RUN_CONFIG} beside it: {one_line(error)}") from None

@@ -332,21 +332,20 @@ def test_what_passes(error: Any, passes: bool) -> None:
     assert patience.is_passing(error) is passes
 
 
-class RefusesToDelete(socketserver.StreamRequestHandler):
-    """Hands requests on to an S3 server, byte by byte, but answers a number of DELETEs itself: it is busy."""
+class HandsOn(socketserver.StreamRequestHandler):
+    """Hands requests on to an S3 server and its answers back, byte by byte."""
 
     port = 0
-    left = 0
+    left = 0  # times that a subclass gets in the way
 
     def handle(self) -> None:
         with socket.create_connection(("127.0.0.1", self.port)) as server, suppress(OSError):
             threading.Thread(target=self.hand_back, args=(server,), daemon=True).start()
             while data := self.request.recv(65536):
-                if data.startswith(b"DELETE ") and type(self).left:
-                    type(self).left -= 1
-                    self.request.sendall(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\n\r\n")
-                else:
-                    server.sendall(data)
+                self.ask(server, data)
+
+    def ask(self, server: socket.socket, data: bytes) -> None:
+        server.sendall(data)
 
     def hand_back(self, server: socket.socket) -> None:
         with suppress(OSError):
@@ -354,17 +353,19 @@ class RefusesToDelete(socketserver.StreamRequestHandler):
                 self.request.sendall(data)
 
 
-class CutsBodies(socketserver.StreamRequestHandler):
-    """Hands requests on to an S3 server, but breaks a number of connections in the middle of what they fetch."""
+class RefusesToDelete(HandsOn):
+    """Answers a number of DELETEs itself: it is busy."""
 
-    port = 0
-    left = 0
+    def ask(self, server: socket.socket, data: bytes) -> None:
+        if data.startswith(b"DELETE ") and type(self).left:
+            type(self).left -= 1
+            self.request.sendall(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\n\r\n")
+        else:
+            super().ask(server, data)
 
-    def handle(self) -> None:
-        with socket.create_connection(("127.0.0.1", self.port)) as server, suppress(OSError):
-            threading.Thread(target=self.hand_back, args=(server,), daemon=True).start()
-            while data := self.request.recv(65536):
-                server.sendall(data)
+
+class CutsBodies(HandsOn):
+    """Breaks a number of connections in the middle of what they fetch."""
 
     def hand_back(self, server: socket.socket) -> None:
         given = 0

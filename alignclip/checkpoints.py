@@ -221,19 +221,19 @@ class SaveFolder:
     def _read(self, name: str) -> str | None:
         if self.store is None:
             path = Path(self.uri, name)
-            return path.read_text() if path.is_file() else None
+            return path.read_text(encoding="utf-8") if path.is_file() else None
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder, "file")
             try:
                 self.store.download_object(self._key(name), str(target))
             except FileNotFoundError:
                 return None
-            return target.read_text()
+            return target.read_text(encoding="utf-8")
 
     def _write(self, name: str, text: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, name)
-            source.write_text(text)
+            source.write_text(text, encoding="utf-8")
             self.keep_file(source, name)
 
     def keep_file(self, source: Path, name: str) -> None:

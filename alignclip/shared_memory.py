@@ -132,7 +132,7 @@ def _lock() -> Iterator[None]:
 
 def _claim(note: Path) -> None:
     """Note this process as the owner of a prefix until it exits."""
-    note.write_text(json.dumps(_identity(os.getpid())))
+    note.write_text(json.dumps(_identity(os.getpid())), encoding="utf-8")
     atexit.register(_disclaim, note)
 
 
@@ -146,7 +146,7 @@ def _disclaim(note: Path) -> None:
 def _read(note: Path) -> Owner | None:
     """Who a prefix belongs to; None where nobody says so."""
     try:
-        owner = json.loads(note.read_text())
+        owner = json.loads(note.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return owner if isinstance(owner, dict) else None
@@ -155,7 +155,7 @@ def _read(note: Path) -> Owner | None:
 def _identity(pid: int) -> Owner | None:
     """A process, told apart from a later one of the same number by its start time; None where there is none."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
     except OSError:
         return None
     fields = stat.rpartition(")")[2].split()

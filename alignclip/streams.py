@@ -145,7 +145,7 @@ def read_index(where: str, stream: SetConfig, local: str, hint: str = "") -> dic
 
 def _parse_index(path: Path) -> dict[str, Any]:
     """The parsed index; ValueError where it is not one of MDS shards."""
-    index = json.loads(path.read_text())
+    index = json.loads(path.read_text(encoding="utf-8"))
     shards = index.get("shards", []) if isinstance(index, dict) else None
     if not isinstance(shards, list) or any(not isinstance(s, dict) or "column_names" not in s for s in shards):
         raise ValueError("not an index of MDS shards")

@@ -181,7 +181,7 @@ def measure(way: str, tar_path: Path, small: Path | None, kind: str) -> Run:
             one.mkdir()
         if small:
             WAYS[way](small, warm, kind)
-        Path("/proc/self/clear_refs").write_text("5")  # the highest so far is now what is resident
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the highest so far is now what is resident
         before = highest_resident()
         start, cpu = time.perf_counter(), time.process_time()
         WAYS[way](tar_path, timed, kind)

@@ -178,7 +178,7 @@ def measure(task: str, ours: bool, options: Options) -> Run:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the highest so far is now what is resident
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the highest so far is now what is resident
         before = highest_resident()
     start, cpu_start = time.perf_counter(), time.process_time()
     result = work()
@@ -191,7 +191,7 @@ def measure(task: str, ours: bool, options: Options) -> Run:
 
 def highest_resident() -> int:
     """Bytes of resident memory, the highest so far."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
@@ -263,7 +263,7 @@ def compare_retrieval(options: Options) -> bool:
 def machine(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo").read_text().splitlines()
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     name = next((line.split(": ")[1] for line in info if line.startswith("model name")), platform.processor())
     return f"{name}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} before the start"
 

@@ -132,7 +132,7 @@ def _shards(path: Path, index: str) -> list[Shard]:
                 dict(zip(shard["column_names"], shard["column_encodings"], strict=True)),
                 shard,
             )
-            for shard in json.loads(path.read_text())["shards"]
+            for shard in json.loads(path.read_text(encoding="utf-8"))["shards"]
             if shard["samples"]
         ]
     except (ValueError, KeyError, TypeError, RecursionError):

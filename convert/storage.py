@@ -230,7 +230,7 @@ class Store:
         """
 
         def parse(path: Path) -> Any:
-            return _parse(path) if broken else json.loads(path.read_text())
+            return _parse(path) if broken else json.loads(path.read_text(encoding="utf-8"))
 
         if not self.is_remote:
             return [parse(Path(self.out) / name) for name in names]
@@ -253,7 +253,7 @@ class Store:
 
 def _parse(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return None
 

@@ -101,6 +101,6 @@ def _work(
         # a gloo group that is destroyed can wait for a thread of its own that waits for Python's lock
         os._exit(0)
     except BaseException:
-        Path(folder, f"{rank}.error").write_text(traceback.format_exc())
+        Path(folder, f"{rank}.error").write_text(traceback.format_exc(), encoding="utf-8")
         # no clean-up, which could wait for the others
         os._exit(1)

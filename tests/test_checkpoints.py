@@ -71,7 +71,7 @@ def test_another_run_under_the_same_name_is_refused(
     changed.open()
     changed.check_config()
     if place == "local":
-        Path(save_folder, "ep0-ba5-rank0.pt").write_text("weights")
+        Path(save_folder, "ep0-ba5-rank0.pt").write_text("weights", encoding="utf-8")
         Path(save_folder, "latest-rank0.pt").symlink_to("ep0-ba5-rank0.pt")
     else:
         put(s3, f"{save_folder}/latest-rank0.pt.symlink", "runs/ep0-ba5-rank0.pt")

@@ -59,7 +59,7 @@ def rows_of(out: Path) -> Iterator[dict[str, Any]]:
 
 
 def counted(path: Path) -> int:
-    counts = json.loads(path.read_text())
+    counts = json.loads(path.read_text(encoding="utf-8"))
     return counts["written"] + sum(counts["skipped"].values())
 
 

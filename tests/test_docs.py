@@ -57,7 +57,8 @@ def open_clips_flags() -> set[str]:
     spec = importlib.util.find_spec("open_clip_train.params")
     assert spec is not None
     assert spec.origin is not None
-    calls = [node for node in ast.walk(ast.parse(Path(spec.origin).read_text())) if isinstance(node, ast.Call)]
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     adds = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument"]
     return {ast.literal_eval(call.args[0]).removeprefix("--") for call in adds}
 
@@ -140,7 +141,7 @@ each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(
 
 def commands(path: Path) -> list[str]:
     """Lines of the fenced shell blocks, joined where they go on, and what stands in backticks and is a command."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     # $((…)) is arithmetic of the shell's
@@ -170,7 +171,7 @@ def test_commands_can_be_given(path: Path) -> None:
 
 @each_document
 def test_keys_in_the_text_exist(path: Path) -> None:
-    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
     for code in CODE.findall(text):
         key = re.match(rf"({SECTIONS})(\.\w[\w-]*)+(?=$|=|:)", code)
         if key:
@@ -180,7 +181,7 @@ def test_keys_in_the_text_exist(path: Path) -> None:
 @each_document
 def test_files_that_are_named_are_there(path: Path) -> None:
     """Scripts, YAMLs and links to files."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     names = set(re.findall(r"(?:convert|yamls|benchmarks|docs|alignclip)/[\w/.-]+\.(?:py|yaml|md)", text))
     names |= {link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link}
     missing = {name for name in names if not (ROOT / name).exists() and not (path.parent / name).exists()}

@@ -88,9 +88,9 @@ def write_set(out: Path, change: Change | None = None, **options: Any) -> Path:
 
 
 def edit(path: Path, change: Callable[[Any], None]) -> None:
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     change(content)
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ def test_recipes_differ_in_what_they_say_alone(name: str) -> None:
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_file_is_one_screen(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 50
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 50
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)

@@ -225,7 +225,8 @@ def write_set(
         store: the output.
         samples: in the order in which they are written.
         target: name and MDS encoding of the targets' column.
-        dataset: what goes into ``dataset.json`` besides counts and versions; ``skipped`` holds earlier counts.
+        dataset: what goes into ``dataset.json`` besides counts and versions; ``skipped`` holds earlier counts,
+            ``notes`` sentences for the summary.
         files: name -> contents of further JSON files beside the index.
         packages: whose versions matter, besides those every set has.
         progress: show a progress bar.
@@ -301,6 +302,7 @@ def _summary(dataset: dict[str, Any], column: str, unreadable: Sequence[str], ou
     rows = [("set", f"{dataset['dataset']} ({dataset['split']})"), ("written", f"{dataset['samples']:,} samples")]
     rows += [("skipped", f"{sum(dataset['skipped'].values()):,}")]
     rows += [(f"  {reason}", f"{number:,}") for reason, number in dataset["skipped"].items() if number]
+    rows += [("note", note) for note in dataset.get("notes", ())]
     rows += [("size", f"{dataset['bytes'] / 2**20:,.1f} MiB"), ("where", out), ("this run", f"{seconds:,.1f} s")]
     text = "\n".join(f"{name:<22}{value}" for name, value in rows)
     if unreadable:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 from streaming.base import partition, shuffle
 from streaming.base.hashing import get_hashes
@@ -14,8 +14,13 @@ from streaming.base.storage import CloudDownloader
 
 from alignclip.config import DataConfig, SetConfig
 from alignclip.errors import UserError, describe_storage_error, nearest
+from alignclip.mds_index import INDEX, ShardEntry, columns_of, read_shards
 
 DATASET = "dataset.json"  # beside the index: what a converter says of the set
+INTEGERS = ("int", "str_int", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)))
+# How the columns that are read may be stored. Pictures as bytes alone: Streaming's own decoders try every format of
+# PIL's, and some of these start programs.
+STORED = {"image": ("bytes",), "caption": ("str", "json"), "semantic": ("ndarray",), "label": INTEGERS}
 
 
 def local_folder(name: str, stream: SetConfig) -> str:
@@ -42,22 +47,37 @@ def check_streams(config: DataConfig, *, semantic: bool) -> None:
     for name, stream in config.streams.items():
         where = f"data.streams.{name}"
         hint = f"; set {where}.remote or .local, or take it out with {where}=null"
-        index = read_index(where, stream, local_folder(name, stream), hint)
-        if not index.get("shards"):
+        shards = read_index(where, stream, local_folder(name, stream), hint)
+        if not shards:
             raise UserError(f"{where}: the set is empty (no shards in its index.json)")
-        columns = dict(zip(index["shards"][0]["column_names"], index["shards"][0]["column_encodings"], strict=True))
-        needed = {"image", "caption"} | ({"semantic"} if semantic else set())
-        missing = sorted(needed - columns.keys())
-        if missing == ["semantic"]:
+        if semantic and any({"image", "caption"} == columns.keys() & STORED for columns in map(columns_of, shards)):
             raise UserError(
                 f"{where} has no 'semantic' column, and loss.beta > 0 needs it: convert the set with caption "
                 "embeddings (convert/cc12m.py --encoder …), or set loss.rescale=false or loss.beta=0"
             )
-        if missing:
-            raise UserError(f"{where} lacks the columns {missing}; it has {sorted(columns)}")
+        check_columns(where, map(columns_of, shards), {"image", "caption"} | ({"semantic"} if semantic else set()))
         if semantic:
-            encoders[where] = _encoder(stream, columns["semantic"])
+            encoders[where] = _encoder(stream, columns_of(shards[0])["semantic"])
     _check_encoders(encoders)
+
+
+def check_columns(where: str, shards: Iterable[dict[str, str]], needed: set[str]) -> None:
+    """Make sure that every shard has these columns, stored in a way that training and evaluation read.
+
+    Args:
+        where: the set's place, for messages.
+        shards: the columns of each, name -> encoding.
+        needed: names of :data:`STORED`.
+
+    Raises:
+        UserError: one of the shards hasn't.
+    """
+    for columns in {tuple(columns.items()): columns for columns in shards}.values():
+        if missing := sorted(needed - columns.keys()):
+            raise UserError(f"{where} lacks the columns {missing}; it has {sorted(columns)}")
+        for name in sorted(needed):
+            if columns[name].partition(":")[0] not in STORED[name]:
+                raise UserError(f"{where} stores the column {name} as {columns[name]}, not as {STORED[name][0]}")
 
 
 def _encoder(stream: SetConfig, encoding: str) -> tuple[str | None, int | None]:
@@ -97,8 +117,8 @@ def _check_encoders(encoders: dict[str, tuple[str | None, int | None]]) -> None:
             )
 
 
-def read_index(where: str, stream: SetConfig, local: str, hint: str = "") -> dict[str, Any]:
-    """The parsed ``index.json`` of a set, fetched once and without retries: a typo should fail at once.
+def read_index(where: str, stream: SetConfig, local: str, hint: str = "") -> list[ShardEntry]:
+    """Fetch a set's ``index.json`` once and without retries (a typo should fail at once), and check it.
 
     Args:
         where: the set's place in the configuration, for messages.
@@ -107,46 +127,38 @@ def read_index(where: str, stream: SetConfig, local: str, hint: str = "") -> dic
         hint: what else a person could do where there is none.
 
     Raises:
-        UserError: there is none, it can't be read, or another set is cached in ``local``.
+        UserError: there is none, it can't be read, a shard of it can't be read safely, or another set is cached in
+            ``local``.
     """
     subfolder = stream.split or ""
     if not stream.remote:
-        path = Path(str(stream.local), subfolder, "index.json")
+        path = Path(str(stream.local), subfolder, INDEX)
         if not path.is_file():
             raise UserError(f"{where}: no MDS set at {path.parent} (no index.json there){hint}")
         try:
-            return _parse_index(path)
-        except ValueError:
-            raise UserError(f"{where}: {path} is not a streaming index") from None
-    remote = "/".join(part.rstrip("/") for part in (stream.remote, subfolder, "index.json") if part)
+            return read_shards(path)
+        except ValueError as error:
+            raise UserError(f"{where}: {path} {error}") from None
+    remote = "/".join(part.rstrip("/") for part in (stream.remote, subfolder, INDEX) if part)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "index.json")
+        path = Path(folder, INDEX)
         try:
             CloudDownloader.direct_download(remote, str(path))
         except Exception as error:
             raise UserError(f"{where}: can't read {remote}: {describe_storage_error(error)}") from None
         try:
-            index = _parse_index(path)
-        except ValueError:
-            raise UserError(f"{where}: {remote} is not a streaming index") from None
+            shards = read_shards(path)
+        except ValueError as error:
+            raise UserError(f"{where}: {remote} {error}") from None
     # Streaming takes the index that is there already, whatever the remote one says
-    cached = Path(local, subfolder, "index.json")
+    cached = Path(local, subfolder, INDEX)
     if cached.is_file():
         try:
-            same = _parse_index(cached) == index
+            same = read_shards(cached) == shards
         except ValueError:  # written half when a machine went down
             same = False
         if not same:
             raise UserError(
                 f"{where}: {cached.parent} holds another set than {remote}; remove it or choose another local"
             )
-    return index
-
-
-def _parse_index(path: Path) -> dict[str, Any]:
-    """The parsed index; ValueError where it is not one of MDS shards."""
-    index = json.loads(path.read_text(encoding="utf-8"))
-    shards = index.get("shards", []) if isinstance(index, dict) else None
-    if not isinstance(shards, list) or any(not isinstance(s, dict) or "column_names" not in s for s in shards):
-        raise ValueError("not an index of MDS shards")
-    return index
+    return shards

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from alignclip.errors import UserError, one_line
+from alignclip.mds_index import ShardEntry, columns_of, read_shards, stored_file
 from convert.fetch import TEMPORARY, fetched
 from convert.samples import BROKEN_INPUT, Sample, Skipped, pair, pairs
 
@@ -29,7 +29,7 @@ class Shard:
     stored: str
     size: int
     columns: dict[str, str]
-    entry: dict[str, Any]
+    entry: ShardEntry
 
 
 def shards_of(index: str) -> dict[str, Shard]:
@@ -107,17 +107,17 @@ def _rows(path: Path, shard: Shard, folder: Path) -> Iterator[dict[str, Any]]:
     from streaming.base.format import reader_from_json
     from streaming.base.hashing import get_hash
 
-    for algorithm, expected in (shard.entry["zip_data"] or shard.entry["raw_data"])["hashes"].items():
+    for algorithm, expected in stored_file(shard.entry)["hashes"].items():
         if get_hash(algorithm, path.read_bytes()) != expected:
             raise ValueError(f"its {algorithm} differs from the index's")
-    if shard.entry["zip_data"]:
+    if shard.entry["compression"]:
         data = decompress(shard.entry["compression"], path.read_bytes())
         path = folder / "shard.mds"
         path.write_bytes(data)
     if (size := path.stat().st_size) != shard.size:
         raise ValueError(f"{size:,} bytes instead of {shard.size:,}")
     plain = {"raw_data": shard.entry["raw_data"] | {"basename": path.name}, "zip_data": None, "compression": None}
-    reader = reader_from_json(str(path.parent), "", shard.entry | plain)
+    reader = reader_from_json(str(path.parent), "", {**shard.entry, **plain})
     for i in range(shard.entry["samples"]):
         yield reader[i]
 
@@ -126,17 +126,17 @@ def _shards(path: Path, index: str) -> list[Shard]:
     try:
         shards = [
             Shard(
-                shard["raw_data"]["basename"],
-                (shard["zip_data"] or shard["raw_data"])["basename"],
-                shard["raw_data"]["bytes"],
-                dict(zip(shard["column_names"], shard["column_encodings"], strict=True)),
-                shard,
+                entry["raw_data"]["basename"],
+                stored_file(entry)["basename"],
+                entry["raw_data"]["bytes"],
+                columns_of(entry),
+                entry,
             )
-            for shard in json.loads(path.read_text(encoding="utf-8"))["shards"]
-            if shard["samples"]
+            for entry in read_shards(path)
+            if entry["samples"]
         ]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{index} is no index of MDS shards") from None
+    except ValueError as error:
+        raise UserError(f"{index} {error}") from None
     for columns in (shard.columns for shard in shards):
         if missing := sorted(COLUMNS.keys() - columns.keys()):
             raise UserError(f"the shards of {index} lack the columns {missing}; they have {sorted(columns)}")

@@ -6,7 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-Entry = dict[str, Any]  # of one shard in index.json
+from alignclip.mds_index import ShardEntry
+
 SHOWN = 20  # problems of a kind
 
 
@@ -69,7 +70,7 @@ class Overview:
         notes: what is worth knowing and no problem.
     """
 
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[ShardEntry] = field(default_factory=list)
     shards: int = 0
     samples: int = 0
     bytes: int = 0
@@ -83,12 +84,6 @@ class Overview:
     skipped: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
     problems: Problems = field(default_factory=Problems)
-
-
-def stored_file(entry: Entry) -> dict[str, Any]:
-    """Name, size and hashes of the file that lies in the set: the compressed one where there is one."""
-    file: dict[str, Any] = entry["zip_data"] or entry["raw_data"]
-    return file
 
 
 def folder_of(name: str) -> str:

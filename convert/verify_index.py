@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from typing import Any
 
 from alignclip.errors import UserError, one_line
+from alignclip.mds_index import INDEX, ShardEntry, listed_shards, stored_file, why_unusable
 from convert.samples import BROKEN_INPUT
 from convert.shards import VAL
-from convert.storage import COUNTS, INDEX, Store
-from convert.verify_findings import Entry, Overview, Problems, folder_of, stored_file
+from convert.storage import COUNTS, Store
+from convert.verify_findings import Overview, Problems, folder_of
 
 CONVERTER, DATASET, CLASSES = "convert.json", "dataset.json", "classes.json"
 OURS = {INDEX, COUNTS, CONVERTER, DATASET, CLASSES, "report.md"}  # beside shards
-FIELDS = {"column_encodings", "column_names", "column_sizes", "compression", "format", "hashes", "raw_data", "samples"}
-FIELDS |= {"size_limit", "version", "zip_data"}
 
 
 def look(store: Store) -> Overview:
@@ -40,11 +39,11 @@ def look(store: Store) -> Overview:
         found.notes.append(f"below are other sets, to be checked with --split: {', '.join(others)}")
         below = tuple(f"{folder}/" for folder in others)
         listing = {name for name in listing if not name.startswith(below)}
-    usable: list[Entry] = []
+    usable: list[ShardEntry] = []
     if not listed:
         found.problems.add("no shards", INDEX, "names no shards")
     for number, entry in enumerate(listed):
-        if why := _why_unusable(entry):
+        if why := why_unusable(entry):
             found.problems.add("entries that can't be read", INDEX, f"shard {number} {why}")
         else:
             usable.append(entry)
@@ -72,13 +71,13 @@ def list_files(store: Store) -> set[str]:
     return {file.as_posix() for file in files if not any(part.startswith(".") for part in file.parts)}
 
 
-def _files(entry: Entry) -> list[str]:
+def _files(entry: ShardEntry) -> list[str]:
     """Of a compressed shard the raw file as well: reading a local set leaves it beside the other."""
     return [file["basename"] for file in (entry["raw_data"], entry["zip_data"]) if file]
 
 
-def _read_listed(store: Store) -> list[Entry]:
-    """The ``shards`` of the index."""
+def _read_listed(store: Store) -> list[Any]:
+    """Read the ``shards`` of the index, which may be anything."""
     try:
         index = store.read_json([INDEX])[0]
     except (OSError, UserError) as error:
@@ -86,11 +85,10 @@ def _read_listed(store: Store) -> list[Entry]:
         raise UserError(f"no MDS set at {store.out} ({why}){_instead(store)}") from None
     except ValueError as error:
         raise UserError(f"{store.out}/{INDEX} is not JSON: {one_line(error)}") from None
-    if not isinstance(index, dict) or not isinstance(index.get("shards"), list):
-        raise UserError(f"{store.out}/{INDEX} is not a streaming index")
-    if index.get("version") != 2:
-        raise UserError(f"{store.out}/{INDEX} has version {index.get('version')}; Streaming reads 2")
-    return cast("list[Entry]", index["shards"])
+    try:
+        return listed_shards(index)
+    except ValueError as error:
+        raise UserError(f"{store.out}/{INDEX} {error}") from None
 
 
 def _instead(store: Store) -> str:
@@ -106,35 +104,7 @@ def _instead(store: Store) -> str:
     return f"; there is one in {', '.join(below[:3])}: --split {below[0]}" if below else ""
 
 
-def _why_unusable(entry: Any) -> str | None:
-    """Why Streaming could not read, or not safely, the shard that an entry describes; None where it could."""
-    from streaming.base.format import reader_from_json
-
-    if not isinstance(entry, dict):
-        return "is no object"
-    if missing := sorted(FIELDS - entry.keys()):
-        return f"lacks {', '.join(missing)}"
-    if entry["format"] != "mds":
-        return f"has the format {entry['format']}, not mds"
-    try:
-        reader_from_json("", None, entry).validate(allow_unsafe_types=False)
-        for file in (entry["raw_data"], entry["zip_data"]):
-            path = PurePosixPath(file["basename"]) if file else PurePosixPath()
-            if path.is_absolute() or ".." in path.parts:
-                return f"names a file outside the set: {path}"
-            if file and not (isinstance(file["bytes"], int) and isinstance(file["hashes"], dict)):
-                return f"has no size or no hashes of {path}"
-        dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
-        if not isinstance(entry["samples"], int) or entry["samples"] < 0:
-            return f"has {entry['samples']} samples"
-    except Exception as error:  # whatever is in the file
-        return f"can't be read: {type(error).__name__}: {one_line(error)}"
-    if bool(entry["compression"]) != bool(entry["zip_data"]):
-        return "is compressed and has no zip_data, or the other way round"
-    return None
-
-
-def _count(entry: Entry, found: Overview) -> None:
+def _count(entry: ShardEntry, found: Overview) -> None:
     """Add a usable entry's numbers."""
     found.shards += 1
     found.samples += entry["samples"]
@@ -142,7 +112,7 @@ def _count(entry: Entry, found: Overview) -> None:
     found.indexed[folder_of(stored_file(entry)["basename"])] += entry["samples"]
 
 
-def _is_there(entry: Entry, store: Store, listing: set[str] | None, problems: Problems) -> bool:
+def _is_there(entry: ShardEntry, store: Store, listing: set[str] | None, problems: Problems) -> bool:
     """Look for the file, without fetching it; a local one has to have its size."""
     name, size = stored_file(entry)["basename"], stored_file(entry)["bytes"]
     if store.is_remote:
@@ -158,7 +128,7 @@ def _is_there(entry: Entry, store: Store, listing: set[str] | None, problems: Pr
     return is_there
 
 
-def _compare(usable: Sequence[Entry], found: Overview) -> None:
+def _compare(usable: Sequence[ShardEntry], found: Overview) -> None:
     """Hold the entries against one another."""
     columns = [tuple(zip(entry["column_names"], entry["column_encodings"], strict=True)) for entry in usable]
     most = Counter(columns).most_common(1)
@@ -294,7 +264,7 @@ def _find_orphans(store: Store, listing: set[str], found: Overview, named: set[s
     indexes = sorted({f"{folder_of(name)}/{INDEX}" for name in orphans if folder_of(name)} & listing)
     for name, index in _read_objects(store, indexes, Problems()).items():
         for entry in index.get("shards", ()):
-            if not _why_unusable(entry):
+            if not why_unusable(entry):
                 orphans -= {f"{folder_of(name)}/{file}" for file in _files(entry)}
     if orphans:
         some = ", ".join(sorted(orphans)[:3])

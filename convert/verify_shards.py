@@ -24,9 +24,10 @@ import numpy as np
 from tqdm import tqdm
 
 from alignclip.errors import UserError, describe_storage_error, one_line
+from alignclip.mds_index import IndexedFile, ShardEntry, stored_file
 from convert.fetch import READ_TIMEOUT, TEMPORARY
 from convert.patience import patiently
-from convert.verify_findings import Entry, Problems, stored_file
+from convert.verify_findings import Problems
 
 if TYPE_CHECKING:
     from streaming.base.format.mds import MDSReader
@@ -79,7 +80,7 @@ class Read:
         self.dimension = self.dimension or other.dimension
 
 
-def check_shard(entry: Entry, rules: Rules) -> Read:
+def check_shard(entry: ShardEntry, rules: Rules) -> Read:
     """Fetch the shard of an index entry, compare its hashes and read every sample."""
     read = Read()
     with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
@@ -108,7 +109,7 @@ def check_shard(entry: Entry, rules: Rules) -> Read:
     return read
 
 
-def open_shard(entry: Entry, place: str, folder: Path, problems: Problems) -> MDSReader | None:
+def open_shard(entry: ShardEntry, place: str, folder: Path, problems: Problems) -> MDSReader | None:
     """A reader of a shard that is what the index says, fetched and decompressed into ``folder`` where need be.
 
     Raises:
@@ -164,7 +165,7 @@ def _downloader(place: str) -> Any:
     return CloudDownloader.get(place)
 
 
-def _is_as_indexed(data: bytes, info: dict[str, Any], file: str, problems: Problems) -> bool:
+def _is_as_indexed(data: bytes, info: IndexedFile, file: str, problems: Problems) -> bool:
     """Compare a file's size and, where that is right, its hashes; ``info`` is of the file or its decompressed form."""
     from streaming.base.hashing import get_hash, is_hash
 
@@ -182,7 +183,7 @@ def _hash(text: str, seed: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest(), "little")
 
 
-def _sample_problems(sample: Entry, rules: Rules, read: Read, chosen: bool) -> Iterator[str]:
+def _sample_problems(sample: dict[str, Any], rules: Rules, read: Read, chosen: bool) -> Iterator[str]:
     """What is wrong with a sample; its image is decoded where it is ``chosen``."""
     if "key" in sample and not str(sample["key"]).strip():
         yield "key is empty"
@@ -207,7 +208,7 @@ def _sample_problems(sample: Entry, rules: Rules, read: Read, chosen: bool) -> I
                 yield "image can't be decoded"
 
 
-def _embedding_problems(sample: Entry, rules: Rules, read: Read) -> Iterator[str]:
+def _embedding_problems(sample: dict[str, Any], rules: Rules, read: Read) -> Iterator[str]:
     """One embedding, or one of each caption."""
     rows = np.asarray(sample["semantic"])
     if not np.issubdtype(rows.dtype, np.floating) or rows.ndim not in (1, 2):
@@ -230,7 +231,7 @@ def _embedding_problems(sample: Entry, rules: Rules, read: Read) -> Iterator[str
     read.least, read.most = min(read.least, float(norms.min())), max(read.most, float(norms.max()))
 
 
-def _norms(sample: Entry) -> np.ndarray:
+def _norms(sample: dict[str, Any]) -> np.ndarray:
     """Of a sample's embeddings, which may be none."""
     rows = np.asarray(sample.get("semantic", ()))
     if not rows.size or not np.issubdtype(rows.dtype, np.floating) or rows.ndim not in (1, 2):
@@ -260,7 +261,7 @@ def _executor(processes: int) -> Executor:
     return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
 
 
-def read_shards(entries: Sequence[Entry], rules: Rules, processes: int, progress: bool) -> list[Read]:
+def read_shards(entries: Sequence[ShardEntry], rules: Rules, processes: int, progress: bool) -> list[Read]:
     """Check all shards, several side by side under one progress bar; the results are in the same order.
 
     Raises:
@@ -297,7 +298,7 @@ def read_shards(entries: Sequence[Entry], rules: Rules, processes: int, progress
 
 
 def samples_at(
-    positions: Iterable[tuple[int, int]], entries: Sequence[Entry], place: str
+    positions: Iterable[tuple[int, int]], entries: Sequence[ShardEntry], place: str
 ) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
     """The samples at these (shard, sample) positions, sorted; each shard is fetched once, broken ones are left out."""
     for shard, group in groupby(sorted(positions), key=itemgetter(0)):

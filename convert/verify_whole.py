@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from convert.verify_findings import SHOWN, Entry, Overview, folder_of, stored_file
+from alignclip.mds_index import ShardEntry, stored_file
+from convert.verify_findings import SHOWN, Overview, folder_of
 from convert.verify_shards import UNREADABLE, Read, samples_at
 
 TIMES = 10.0  # the median norm, or its inverse: no sentence encoder's norms differ by as much
 
 
-def add_outliers(reads: Sequence[Read], entries: Sequence[Entry], found: Overview) -> None:
+def add_outliers(reads: Sequence[Read], entries: Sequence[ShardEntry], found: Overview) -> None:
     """Name the embeddings whose norm is far from the median."""
     everything = np.concatenate([read.norm_of for read in reads] or [np.empty(0, np.float32)])
     sound = everything[np.isfinite(everything) & (everything > 0)]  # the others have been named
@@ -28,7 +29,7 @@ def add_outliers(reads: Sequence[Read], entries: Sequence[Entry], found: Overvie
             found.problems.add("embedding's norm is unusual", stored_file(entry)["basename"], text)
 
 
-def add_duplicates(reads: Sequence[Read], entries: Sequence[Entry], place: str, found: Overview) -> None:
+def add_duplicates(reads: Sequence[Read], entries: Sequence[ShardEntry], place: str, found: Overview) -> None:
     """Count the samples whose key an earlier one has already.
 
     The converter looks for them within an input, so that they are a problem there; between inputs, whose keys may well

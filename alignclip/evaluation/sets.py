@@ -17,7 +17,7 @@ from alignclip.config import SetConfig
 from alignclip.data import ReleasingDataset
 from alignclip.errors import UserError, describe_storage_error, one_line
 from alignclip.evaluation.ranks import agree
-from alignclip.streams import local_folder, read_index
+from alignclip.streams import check_columns, local_folder, read_index
 from alignclip.transforms import center_crop
 
 CLASSES = "classes.json"  # class names and templates, beside the index
@@ -43,8 +43,8 @@ class OpenSets:
         failure = None
         hashes: list[str] = []
         try:
-            index = read_index(f"evaluation set {remote or local}", stream, local)
-            hashes = [name for shard in index.get("shards", [])[:1] for name in shard.get("hashes", [])]
+            shards = read_index(f"evaluation set {remote or local}", stream, local)
+            hashes = [name for shard in shards[:1] for name in shard["hashes"]]
         except UserError as error:
             failure = error
         agree(failure)  # the ranks open a set together
@@ -83,10 +83,9 @@ class EvaluationSet(Dataset[tuple[Tensor, Any]]):
         self.name = stream.remote or stream.local
         self.key = (str(self.name), str(stream.split), column, str(image_size))
         self._dataset = opened.open(stream)
-        columns = self._dataset.shards[0].column_names  # type: ignore[attr-defined]
-        missing = sorted({"image", column} - set(columns))
-        if missing:
-            raise UserError(f"evaluation set {self.name} lacks the columns {missing}; it has {sorted(columns)}")
+        shards = self._dataset.shards
+        columns = (dict(zip(s.column_names, s.column_encodings, strict=True)) for s in shards)  # type: ignore[attr-defined]
+        check_columns(f"evaluation set {self.name}", columns, {"image", column})
         self.image_size = image_size
         self.column = column
 

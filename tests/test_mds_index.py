@@ -1,0 +1,254 @@
+"""A stranger's set: names that lead elsewhere, columns that execute code, numbers that can't be."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from runs import jpeg
+from streaming import MDSWriter
+
+from alignclip.config import DataConfig, SetConfig, StreamConfig
+from alignclip.errors import UserError
+from alignclip.evaluation.sets import OpenSets
+from alignclip.mds_index import read_shards, why_not_plain, why_unusable
+from alignclip.streams import check_streams
+from convert.cc12m import main as convert
+from convert.verify import main as verify
+
+Entry = dict[str, Any]
+OUTSIDE = [
+    "../x.mds",
+    "../../x.mds",
+    "a/../../x.mds",
+    "a/..",
+    "..",
+    "/etc/passwd",
+    "//server/share",
+    "..\\x.mds",
+    "a\\..\\x.mds",
+    "C:\\x.mds",
+    "C:/x.mds",
+    "C:x.mds",
+    "\\\\server\\share",
+]
+NO_NAMES: list[Any] = [
+    "", "x\0.mds", ".", "./x.mds", "a//x.mds", "a/", "x" * 256, "x\n.mds", "\x1b[2J", "\ud800", None, 5, ["x"], {"x": 1}
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*OUTSIDE, *NO_NAMES], ids=ascii)
+def test_what_is_no_plain_name(name: Any) -> None:
+    why = why_not_plain(name)
+    assert why is not None
+    assert why.isprintable()
+    assert len(why) < 130
+    assert ("outside the set" in why) == (name in OUTSIDE)
+
+
+@pytest.mark.parametrize(
+    "name", ["shard.00000.mds", "00000/shard.00000.mds.zstd", "a b/ü.mds", "~/x", "..x/y..", "x" * 255, "日本/1.mds"]
+)
+def test_a_plain_name(name: str) -> None:
+    assert why_not_plain(name) is None
+
+
+def write(folder: Path, count: int = 24, **options: Any) -> list[Entry]:
+    """Write a set; return the entries of its index."""
+    columns = {"key": "str", "image": "bytes", "caption": "str"}
+    with MDSWriter(out=str(folder), columns=columns, size_limit="10kb", hashes=["xxh64"], **options) as writer:
+        for i in range(count):
+            writer.write({"key": str(i), "image": jpeg(np.random.default_rng(i)), "caption": f"number {i}"})
+    entries: list[Entry] = json.loads((folder / "index.json").read_text())["shards"]
+    return entries
+
+
+def index(folder: Path, entries: Any, version: Any = 2) -> Path:
+    path = folder / "index.json"
+    path.write_text(json.dumps({"version": version, "shards": entries}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Entry:
+    return write(tmp_path_factory.mktemp("whole"), compression="zstd")[0]
+
+
+def with_file(which: str, **values: Any) -> Callable[[Entry], None]:
+    return lambda entry: entry[which].update(values)
+
+
+def with_values(**values: Any) -> Callable[[Entry], None]:
+    return lambda entry: entry.update(values)
+
+
+def without(name: str) -> Callable[[Entry], None]:
+    return lambda entry: entry.pop(name)
+
+
+def stored_as(encoding: str, size: int | None = None) -> Callable[[Entry], None]:
+    def change(entry: Entry) -> None:
+        entry["column_encodings"][0], entry["column_sizes"][0] = encoding, size
+
+    return change
+
+
+BROKEN: list[tuple[Callable[[Entry], Any], str]] = [
+    (with_file("raw_data", basename="../x.mds"), "names a file outside the set: ../x.mds"),
+    (with_file("zip_data", basename="/x.mds"), "names a file outside the set: /x.mds"),
+    (with_file("raw_data", basename="index.json"), "names the index as a shard: index.json"),
+    (with_file("zip_data", basename="a/index.json"), "names the index as a shard: a/index.json"),
+    (with_file("raw_data", basename="shard.00000.mds.zstd"), "has one name for two files: shard.00000.mds.zstd"),
+    (with_file("raw_data", bytes=-1), "has no size or no hashes of shard.00000.mds"),
+    (with_file("raw_data", bytes=2**32 + 1), "has no size or no hashes of shard.00000.mds"),
+    (with_file("raw_data", bytes=True), "has no size or no hashes of shard.00000.mds"),
+    (with_file("raw_data", bytes=1e3), "has no size or no hashes of shard.00000.mds"),
+    (with_file("zip_data", hashes=["xxh64"]), "has no size or no hashes of shard.00000.mds.zstd"),
+    (with_file("zip_data", hashes={"xxh64": 5}), "has no size or no hashes of shard.00000.mds.zstd"),
+    (with_file("raw_data", extra=1), "has no file with a basename, bytes and hashes"),
+    (with_values(raw_data=None), "has no file with a basename, bytes and hashes"),
+    (with_values(raw_data="shard.00000.mds"), "has no file with a basename, bytes and hashes"),
+    (with_values(zip_data=None), "is compressed and has no zip_data"),
+    (with_values(compression=None), "is compressed and has no zip_data"),
+    (with_values(compression="rar"), "is compressed with rar, which Streaming can't read"),
+    (with_values(compression=["zstd"]), "is compressed with ['zstd'], which Streaming can't read"),
+    (with_values(samples=-1), "has -1 samples"),
+    (with_values(samples=True), "has True samples"),
+    (with_values(samples=10**12), "has 1,000,000,000,000 samples in"),
+    (with_values(format="csv"), "has the format csv, not mds"),
+    (with_values(format="json", raw_meta={"basename": "../x"}), "has the format json, not mds"),
+    (with_values(version=1), "has version 1; Streaming reads 2"),
+    (with_values(raw_meta={"basename": "../x"}), "has raw_meta, which no MDS shard has"),
+    (with_values(column_names=["key", "key", "caption"]), "has not one name, encoding and size for each column"),
+    (with_values(column_names="key"), "has no names, encodings and sizes of columns"),
+    (with_values(column_sizes=[None]), "has not one name, encoding and size for each column"),
+    (with_values(hashes="xxh64"), "has no list of hashes, or no size limit"),
+    (without("samples"), "lacks samples"),
+    (stored_as("pkl"), "as pkl, which executes code when it is read"),
+    (stored_as("pkl:"), "as pkl:, which executes code when it is read"),
+    (stored_as("pkl:x"), "as pkl:x, which executes code when it is read"),
+    (stored_as("PKL"), "as PKL, which Streaming can't read"),
+    (stored_as("list[pkl]"), "as list[pkl], which Streaming can't read"),
+    (stored_as("ndarray:object"), "as ndarray:object, which Streaming can't read"),
+    (stored_as("ndarray:float16:-1", -2), "as ndarray:float16:-1, which Streaming can't read"),
+    (stored_as("str:x"), "as str:x, which Streaming can't read"),
+    (stored_as("str", -5), "in -5 bytes"),
+    (stored_as("str", 0), "in 0 bytes"),
+]
+
+
+@pytest.mark.parametrize(("change", "why"), BROKEN, ids=[why for _, why in BROKEN])
+def test_an_entry_that_can_not_be_read_safely(whole: Entry, change: Callable[[Entry], Any], why: str) -> None:
+    entry = copy.deepcopy(whole)
+    assert why_unusable(entry) is None
+    change(entry)
+    said = why_unusable(entry)
+    assert said is not None
+    assert why in said
+    assert said.isprintable()
+
+
+def test_any_value_in_any_place_is_told_and_never_raised(whole: Entry) -> None:
+    values = [None, True, -1, 1e308, 10**30, "", "../x", [], [None], {}, {"basename": "x"}, [[["pkl"]]]]
+    for value in values:
+        assert why_unusable(value) is not None
+        for name in whole:
+            why_unusable({**whole, name: value})
+            for file in ("raw_data", "zip_data"):
+                for part in whole[file]:
+                    why_unusable({**whole, file: {**whole[file], part: value}})
+
+
+@pytest.mark.parametrize("text", ["", "5", "[]", "{}", '{"shards": 5}', "[" * 100_000, '{"version": 1, "shards": []}'])
+def test_a_file_that_is_no_index(tmp_path: Path, text: str) -> None:
+    (tmp_path / "index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"is not a streaming index|has version 1; Streaming reads 2"):
+        read_shards(tmp_path / "index.json")
+
+
+def test_every_encoding_of_streaming_is_data_or_refused(whole: Entry) -> None:
+    from streaming.base.format.mds.encodings import get_mds_encoded_size, get_mds_encodings
+
+    for encoding in get_mds_encodings():
+        entry = copy.deepcopy(whole)
+        stored_as(encoding, get_mds_encoded_size(encoding))(entry)
+        assert (why_unusable(entry) is None) == (encoding != "pkl"), encoding
+
+
+class Touch:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("where", ["local", "remote"])
+@pytest.mark.parametrize("what", ["name", "pickle"])
+def test_training_and_evaluation_refuse_a_strangers_set(tmp_path: Path, where: str, what: str) -> None:
+    folder, cache = tmp_path / "deep/er/set", tmp_path / "cache/a/b"
+    entries = write(folder)
+    if what == "name":
+        (folder / entries[0]["raw_data"]["basename"]).rename(tmp_path / "deep/escaped.mds")
+        entries[0]["raw_data"]["basename"] = "../../escaped.mds"
+    else:
+        entries[1]["column_encodings"][0] = "pkl"
+    index(folder, entries)
+    cache.mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    stream = (
+        StreamConfig(remote=str(folder), local=str(cache)) if where == "remote" else StreamConfig(local=str(folder))
+    )
+    why = "names a file outside the set" if what == "name" else "executes code when it is read"
+    with pytest.raises(UserError, match=rf"index.json can't be used: shard \d {why}|shard \d stores .* {why}"):
+        check_streams(DataConfig(streams={"mine": stream}), semantic=False)
+    with pytest.raises(UserError, match=why):
+        OpenSets().open(SetConfig(remote=stream.remote, local=stream.local))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("what", ["name", "pickle"])
+def test_verifier_and_converter_refuse_a_strangers_set(
+    tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, touched = tmp_path / "deep/er/set", tmp_path / "touched"
+    entries = write(folder)
+    if what == "name":
+        entries[0]["raw_data"]["basename"] = "../../escaped.mds"
+        (tmp_path / "deep/escaped.mds").write_bytes(b"secret")
+    else:
+        entries[0]["column_encodings"][2] = "pkl"
+        (folder / "shard.00000.mds").write_bytes(pickle.dumps(Touch(touched)))
+    index(folder, entries)
+    before = sorted(tmp_path.rglob("*"))
+    why = "names a file outside the set" if what == "name" else "executes code when it is read"
+    with pytest.raises(SystemExit):
+        verify([str(folder)])
+    said = capsys.readouterr()
+    assert why in said.out + said.err
+    with pytest.raises(SystemExit):
+        convert(["--inputs", str(folder / "index.json"), "--out", str(tmp_path / "out"), "--no-semantic"])
+    assert why in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_shards_that_differ_in_their_columns_are_told_before_they_are_read(tmp_path: Path) -> None:
+    entries = write(tmp_path)
+    entries[-1]["column_names"] = ["key", "picture", "caption"]
+    index(tmp_path, entries)
+    stream = {"mine": StreamConfig(local=str(tmp_path))}
+    with pytest.raises(UserError, match=r"streams.mine lacks the columns \['image'\]; it has \['caption', 'key', 'pic"):
+        check_streams(DataConfig(streams=stream), semantic=False)
+    entries[-1] |= {"column_names": ["key", "image", "caption"], "column_encodings": ["str", "jpeg", "str"]}
+    index(tmp_path, entries)
+    with pytest.raises(UserError, match="stores the column image as jpeg, not as bytes"):
+        check_streams(DataConfig(streams=stream), semantic=False)

@@ -82,7 +82,7 @@ def listed_shards(index: Any) -> list[Any]:
     Raises:
         ValueError: it is no index of this version. The message continues a sentence that names the file.
     """
-    if not isinstance(index, dict) or not isinstance(index.get("shards"), list):
+    if not isinstance(index, dict) or not isinstance(index.get("shards"), list) or index.get("version") is None:
         raise ValueError("is not a streaming index")
     if index.get("version") != VERSION:
         raise ValueError(f"has version {index.get('version')}; Streaming reads {VERSION}")

@@ -256,7 +256,7 @@ class TrainerConfig:
 class EvaluatorConfig(SetConfig):
     """One evaluation: a task on a set; ``remote`` or ``local`` is the file itself where the task is ``sts``."""
 
-    task: str = ""  # one of METRICS
+    task: str = ""  # one of alignclip.metrics.TASKS
     train: Optional[SetConfig] = None  # linear_probe: what the classifier is fitted to
     outliers: Optional[SetConfig] = None  # out_of_distribution: what is told apart from the set, e.g. ImageNet-O
     interval: str = "1ep"  # of a training run
@@ -264,30 +264,12 @@ class EvaluatorConfig(SetConfig):
     num_workers: int = 4
 
 
-_ACCURACY = ("acc1", "acc5", "mean_per_class_recall")
-_RECALL = tuple(f"{found}_retrieval_recall@{k}" for found in ("image", "text") for k in (1, 5, 10))
-_GEOMETRY = (
-    *("alignment_score", "alignment_std", *(f"alignment_q{q}" for q in ("05", "50", "95"))),
-    *("centroid_distance", "centroid_angle", "rmg", "linear_separability"),
-    *(f"uniformity_{of}" for of in ("image", "text", "cross")),
-    *(f"effective_rank_{of}" for of in ("image", "text")),
-)
-METRICS = {  # of each task
-    "zero_shot": _ACCURACY,
-    "out_of_distribution": ("auroc", "aupr", "fpr95", *_ACCURACY),
-    "linear_probe": (*_ACCURACY, "C"),
-    "retrieval": _RECALL,
-    "gap": (*_GEOMETRY, *(f"closed_{name}" for name in _RECALL)),
-    "sts": ("spearman",),
-}
-
-
 @dataclass
 class KeepBestConfig:
     """The checkpoint to keep beside the latest ones: the best by one metric of one evaluator."""
 
     metric: str = ""  # name of the evaluator/name of the metric, e.g. coco/image_retrieval_recall@5
-    mode: str = "max"  # or min, where less is better
+    mode: Optional[str] = None  # max or min; null: as the metric is better (alignclip.metrics)
 
 
 @dataclass

@@ -7,8 +7,9 @@ import math
 import re
 from typing import Any
 
-from alignclip.config import METRICS, EvaluateConfig, EvaluatorConfig, RunConfig, SetConfig
+from alignclip.config import EvaluateConfig, EvaluatorConfig, RunConfig, SetConfig
 from alignclip.errors import UserError, check_place, nearest
+from alignclip.metrics import MODES, TASKS, better
 
 VOCABULARY = 49408  # of CLIP's byte pairs
 SHARED_FROM = ("text", "vision")
@@ -273,8 +274,8 @@ def _check_evaluators(evaluators: dict[str, EvaluatorConfig]) -> None:
         where = f"evaluators.{name}"
         if "/" in name:
             raise UserError(f"{where}: a name must not hold a '/'")
-        if evaluator.task not in METRICS:
-            raise UserError(f"{where}.task={evaluator.task or 'null'}: {nearest(evaluator.task, METRICS)}")
+        if evaluator.task not in TASKS:
+            raise UserError(f"{where}.task={evaluator.task or 'null'}: {nearest(evaluator.task, TASKS)}")
         sets: dict[str, SetConfig | None] = {where: evaluator}
         for key, task in (("train", "linear_probe"), ("outliers", "out_of_distribution")):
             part = getattr(evaluator, key)
@@ -301,11 +302,13 @@ def _check_keep_best(config: RunConfig) -> None:
     if name not in config.evaluators or "/" not in best.metric:
         valid = ", ".join(f"{evaluator}/…" for evaluator in config.evaluators) or "there are none"
         raise UserError(f"keep_best.metric={best.metric} must be an evaluator and its metric: {valid}")
-    task = config.evaluators[name].task
-    if best.metric.partition("/")[2] not in METRICS[task]:
-        metrics = [f"{name}/{metric}" for metric in METRICS[task]]
+    task, metric = config.evaluators[name].task, best.metric.partition("/")[2]
+    if metric not in TASKS[task]:
+        metrics = [f"{name}/{metric}" for metric in TASKS[task]]
         raise UserError(f"keep_best.metric={best.metric} is no metric of {task}; {nearest(best.metric, metrics)}")
-    if best.mode not in ("max", "min"):
+    if best.mode not in ("max", "min", None):
         raise UserError(f"keep_best.mode={best.mode}: valid: max, min")
+    if (best.mode or MODES[better(metric)]) is None:
+        raise UserError(f"keep_best.metric={best.metric} is better neither way; name keep_best.mode: max or min")
     if not config.save_folder:
         raise UserError("keep_best needs a save_folder")

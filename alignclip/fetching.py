@@ -23,6 +23,9 @@ CARD = "README.md"  # a model card: the licence is in it
 UNUSED = "release_unused.safetensors"  # what an authors' file holds and no model uses, kept for the way back
 BESIDE = (RUN_CONFIG, EXPORT_CONFIG, HF_CONFIG, HF_PREPROCESSOR, CARD, UNUSED)
 LATEST = "latest-rank0.pt"
+# A checkpoint of a run by its name alone, RUN/best or RUN/ep1-ba100: the file's name goes on with this
+BY_NAME = "-rank0.pt"
+_NAMES = re.compile(r"best|latest|ep\d+-ba\d+")
 WEIGHT_FILES = {".pt", ".pth", ".bin", ".safetensors"}
 READ_TIMEOUT = 60.0  # seconds, of an object store
 HUB_TIMEOUT = 10.0  # seconds, for a first answer
@@ -103,7 +106,7 @@ def few(names: Iterable[str]) -> str:
 
 
 def _on_disk(place: str) -> Path:
-    """The file itself, a folder's export, or a run's latest checkpoint."""
+    """The file itself, a folder's export, a run's latest checkpoint, or one of a run by its name (``RUN/best``)."""
     path = Path(place.removeprefix("local-dir:")).expanduser()
     for config, names in ((EXPORT_CONFIG, EXPORT_WEIGHTS), (HF_CONFIG, HF_WEIGHTS)):
         if path.is_dir() and (path / config).is_file():
@@ -114,8 +117,10 @@ def _on_disk(place: str) -> Path:
     is_folder = path.is_dir() and not (path / ".metadata").is_file()
     if is_folder:
         path /= LATEST
-    # a bucket's way to write a link, in a folder that was copied from one
-    pointer = path.with_name(f"{path.name}.symlink")
+    if not is_folder and path.name and not _is_there(path):
+        by_name = path.with_name(path.name + BY_NAME)
+        path = by_name if _is_there(by_name) else path
+    pointer = _pointer(path)
     if not path.exists() and pointer.is_file():
         path = path.with_name(_target(pointer, str(pointer)).rpartition("/")[2])
     if (path / ".metadata").is_file():
@@ -131,7 +136,23 @@ def _on_disk(place: str) -> Path:
         raise UserError(f"the folder {place} has neither a {LATEST} nor an export's {EXPORT_CONFIG}; {hint}")
     if re.fullmatch(r"[\w-]+/[\w.-]+", place) and not path.parent.is_dir():
         raise UserError(f"no such file: {place}; did you mean 'hf-hub:{place}'?")
+    if _NAMES.fullmatch(place):
+        runs = (run for folders in ("*", "*/*") for run in sorted(Path().glob(f"{folders}/{place}{BY_NAME}")))
+        if (run := next(runs, None)) is not None:
+            raise UserError(f"no {place}{BY_NAME} in this folder; did you mean '{run.parent / place}'?")
+    if not path.suffix:
+        beside = [name.removesuffix(BY_NAME) for name in beside]
     raise UserError(f"no such file: {place}; {nearest(path.name, beside) if beside else 'no weights lie there'}")
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is such a file or folder, if only as a link or as a bucket's link."""
+    return path.is_symlink() or path.exists() or _pointer(path).is_file()
+
+
+def _pointer(path: Path) -> Path:
+    """A bucket's way to write a link, in a folder that was copied from one."""
+    return path.with_name(f"{path.name}.symlink")
 
 
 def _target(link: Path, place: str) -> str:
@@ -159,11 +180,15 @@ def _from_store(url: str, downloads: Path) -> Path:
         return _download(store, remote, downloads / name)
 
     parent, _, name = url.rpartition("/") if Path(url).suffix in WEIGHT_FILES else (url, "", "")
+    above, _, short = url.rpartition("/")
+    by_name = short + BY_NAME
+    if _NAMES.fullmatch(short) and any(get(f"{above}/{found}", found) for found in (by_name, f"{by_name}.symlink")):
+        parent, name = above, by_name
     beside = {config for config in BESIDE if get(f"{parent}/{config}", config)}
     known = EXPORT_WEIGHTS if EXPORT_CONFIG in beside else HF_WEIGHTS if HF_CONFIG in beside else ()
     names = [name] if name else [*known, LATEST]
     for name in names:
-        if get(f"{parent}/{name}", name):
+        if (downloads / name).is_file() or get(f"{parent}/{name}", name):
             return downloads / name
         if get(f"{parent}/{name}.symlink", "symlink"):  # Composer's link in a bucket: an object with the key
             key = _target(downloads / "symlink", f"{parent}/{name}.symlink")
@@ -171,7 +196,8 @@ def _from_store(url: str, downloads: Path) -> Path:
             if get(target, name):
                 return downloads / name
             raise UserError(f"{parent}/{name} points to {target}, which is not there, or is a sharded checkpoint")
-    raise UserError(f"no {' or '.join(names)} at {parent}; check the bucket and the path")
+    also = f", and no {by_name} at {above}" if _NAMES.fullmatch(short) else ""
+    raise UserError(f"no {' or '.join(names)} at {parent}{also}; check the bucket and the path")
 
 
 def _download(store: Any, remote: str, path: Path) -> bool:

@@ -9,9 +9,10 @@ from composer import Trainer
 from runs import TINY
 
 from alignclip import plugins
-from alignclip.config import METRICS, RunConfig, TrainerConfig
+from alignclip.config import RunConfig, TrainerConfig
 from alignclip.config_file import REFUSED, load, load_evaluation, to_yaml
 from alignclip.errors import UserError
+from alignclip.metrics import TASKS
 
 EVALUATE = Path(__file__).parent.parent / "yamls" / "evaluate.yaml"
 YAMLS = sorted(path for path in EVALUATE.parent.glob("*.yaml") if path != EVALUATE)
@@ -40,7 +41,7 @@ def test_shipped_yamls_are_valid(path: Path) -> None:
 
 def test_the_shipped_evaluation_is_valid() -> None:
     config = load_evaluation(EVALUATE, ["checkpoint=runs/first", "evaluators.cars=null"])
-    assert {evaluator.task for evaluator in config.evaluators.values()} == set(METRICS)
+    assert {evaluator.task for evaluator in config.evaluators.values()} == set(TASKS)
     assert "cars" not in config.evaluators
 
 
@@ -275,3 +276,13 @@ def test_classes_are_checked_when_the_file_is_read(yaml: Path, overrides: list[s
 def test_refused_keys_are_no_keys() -> None:
     top = {f.name for f in fields(RunConfig)}
     assert not [key for key in REFUSED if key in top]
+
+
+def test_the_mode_of_keep_best_is_the_metrics_own(yaml: Path) -> None:
+    gap = ["save_folder=x", "evaluators.a.task=gap", "evaluators.a.local=x"]
+    best = load(yaml, [*gap, "keep_best.metric=a/rmg"]).keep_best
+    assert best is not None
+    assert best.mode is None
+    with pytest.raises(UserError, match=r"a/alignment_std is better neither way; name keep_best\.mode: max or min"):
+        load(yaml, [*gap, "keep_best.metric=a/alignment_std"])
+    load(yaml, [*gap, "keep_best.metric=a/alignment_std", "keep_best.mode=min"])

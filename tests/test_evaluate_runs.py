@@ -14,7 +14,7 @@ from streaming import MDSWriter
 from test_convert_classification import make_idx
 from test_convert_classification import quick as classification
 
-from alignclip.config import METRICS
+from alignclip.metrics import TASKS as METRICS
 
 pytestmark = pytest.mark.slow
 

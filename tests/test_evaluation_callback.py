@@ -128,10 +128,10 @@ def test_the_best_of_another_metric_does_not_count(
     link.symlink_to(min((tmp_path / "saved").glob("ep*.pt"), key=lambda p: p.stat().st_mtime).name)
     (tmp_path / "saved" / "best-rank0.pt").unlink()
     capsys.readouterr()
-    train(dataset, tmp_path, *evaluators, "keep_best.metric=pairs/rmg")  # at most 1, the other at least
+    train(dataset, tmp_path, *evaluators, "keep_best.metric=pairs/rmg")  # which is better lower
     assert (tmp_path / "saved" / "best-rank0.pt").exists()
     said = capsys.readouterr().out
-    assert "the best pairs/effective_rank_image (max) so far doesn't count for pairs/rmg (max)" in said
+    assert "the best pairs/effective_rank_image (max) so far doesn't count for pairs/rmg (min)" in said
 
 
 def test_a_best_checkpoint_that_cannot_be_written_ends_no_run(

@@ -72,8 +72,11 @@ def test_equals_double_loops(block):
     pairs = np.mean([distance(a, b) for a, b in zip(v, t, strict=True)])
     cosine = v.mean(0) @ t.mean(0) / np.linalg.norm(v.mean(0)) / np.linalg.norm(t.mean(0))
     cosines = [a @ b for a, b in zip(v, t, strict=True)]
+    wrong = np.mean([v[i] @ t[j] for i in range(len(v)) for j in range(len(t)) if i != j])
     expected = {
         "alignment_score": np.mean(cosines),
+        "wrong_pairs_cosine": wrong,
+        "margin": np.mean(cosines) - wrong,
         "alignment_std": np.std(cosines),
         **{f"alignment_q{q}": np.quantile(cosines, int(q) / 100) for q in ("05", "50", "95")},
         "centroid_distance": np.linalg.norm(v.mean(0) - t.mean(0)),

@@ -36,6 +36,7 @@ def brute_force(x, y, x_test, y_test, strengths, seed, fraction):
     probe = linear_model.LogisticRegression(C=best, **exactly).fit(x, y.numpy())
     found = {"acc1": probe.score(x_test, y_test.numpy()), "C": best}
     found["mean_per_class_recall"] = balanced_accuracy_score(y_test.numpy(), probe.predict(x_test))
+    found["top_class_share"] = np.bincount(probe.predict(x_test)).max() / len(x_test)
     found["acc5"] = 1.0
     if len(probe.classes_) > 5:
         scores = probe.decision_function(x_test)

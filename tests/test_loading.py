@@ -119,7 +119,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CLIP]:
     return folder / "saved", encoders.eval()
 
 
-@pytest.mark.parametrize("name", ["", "latest-rank0.pt", "ep0-ba3-rank0.pt"])
+@pytest.mark.parametrize("name", ["", "latest-rank0.pt", "ep0-ba3-rank0.pt", "latest", "ep0-ba3"])
 def test_a_checkpoint_of_ours(run: tuple[Path, CLIP], name: str) -> None:
     folder, trained = run
     before = torch.random.get_rng_state()
@@ -151,6 +151,29 @@ def test_links_to_a_checkpoint(run: tuple[Path, CLIP], tmp_path: Path) -> None:
     assert torch.equal(load_encoders(tmp_path).text_projection, trained.text_projection)
 
 
+def test_a_checkpoint_by_its_name(run: tuple[Path, CLIP], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``RUN/best``, in the run's own folder ``best``, and in a folder that was copied from a bucket."""
+    folder, trained = run
+    copy = tmp_path / "runs" / "r"
+    copy.mkdir(parents=True)
+    for name in ("config.yaml", "ep0-ba3-rank0.pt"):
+        shutil.copy(folder / name, copy / name)
+    shutil.copy(folder / "ep0-ba3-rank0.pt", copy / "best-rank0.pt")
+    (copy / "latest-rank0.pt.symlink").write_text("runs/r/ep0-ba3-rank0.pt", encoding="utf-8")
+    for place in (copy / "best", copy / "latest"):
+        assert torch.equal(load_encoders(str(place)).text_projection, trained.text_projection)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no best-rank0\.pt in this folder; did you mean 'runs/r/best'\?"):
+        load_encoders("best")
+    monkeypatch.chdir(copy)
+    assert torch.equal(load_encoders("best").text_projection, trained.text_projection)
+    with pytest.raises(UserError, match=r"no such file: .*; did you mean 'best'\?"):
+        load_encoders(str(copy / "bets"))
+    (copy / "best").mkdir()  # a folder of that name is what was meant
+    with pytest.raises(UserError, match=r"the folder .*best has neither"):
+        load_encoders(str(copy / "best"))
+
+
 def test_a_checkpoint_in_a_bucket(run: tuple[Path, CLIP], s3: S3Server) -> None:
     folder, trained = run
     bucket = s3.bucket()
@@ -159,11 +182,12 @@ def test_a_checkpoint_in_a_bucket(run: tuple[Path, CLIP], s3: S3Server) -> None:
         s3.client.upload_file(str(folder / file), name, f"{prefix}/{file}")
     # what Composer writes instead of a link
     s3.client.put_object(Bucket=name, Key=f"{prefix}/latest-rank0.pt.symlink", Body=b"runs/r/ep0-ba3-rank0.pt")
-    for path in ("ep0-ba3-rank0.pt", "latest-rank0.pt", ""):
+    for path in ("ep0-ba3-rank0.pt", "latest-rank0.pt", "", "ep0-ba3", "latest", "latest/"):
         assert torch.equal(load_encoders(f"{bucket}/{prefix}/{path}").text_projection, trained.text_projection)
     for path, words in {
         f"{bucket}/{prefix}/ep9-ba9-rank0.pt": "no ep9-ba9-rank0.pt at",
         f"{bucket}/nothing": "no latest-rank0.pt at",
+        f"{bucket}/{prefix}/best": f"no latest-rank0.pt at .*, and no best-rank0.pt at {bucket}/{prefix};",
         f"{bucket.replace('s3://', 's3:/')}/{prefix}": "one slash; did you mean 's3://",
         "sss://bucket/x.pt": "can't read sss://bucket/x.pt",
     }.items():

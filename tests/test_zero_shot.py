@@ -10,6 +10,7 @@ from open_clip.tokenizer import SimpleTokenizer
 
 from alignclip.encoders import build_encoders
 from alignclip.errors import UserError
+from alignclip.evaluation.chance import accuracy_chance
 from alignclip.evaluation.encoding import Encoder
 from alignclip.evaluation.zero_shot import accuracy, build_classifier
 
@@ -97,7 +98,9 @@ def brute_force(images, classes, targets):
     scores = images @ classes.T
     orders = [sorted(range(len(classes)), key=lambda c: (-row[c], c)) for row in scores]
     right = np.array([order[0] == target for order, target in zip(orders, targets, strict=True)])
+    first = [order[0] for order in orders]
     return {
+        "top_class_share": max(first.count(c) for c in first) / len(first),
         "acc1": right.mean(),
         "acc5": np.mean([target in order[:5] for order, target in zip(orders, targets, strict=True)]),
         "mean_per_class_recall": np.mean([right[targets == c].mean() for c in np.unique(targets)]),
@@ -167,7 +170,9 @@ def test_a_subset_of_the_classes_is_a_smaller_classifier():
 def test_collapsed_features_score_chance():
     targets = torch.arange(8).repeat(3)
     found = accuracy(torch.full((24, 4), 0.5), torch.full((8, 4), 0.5), targets)
-    assert found == pytest.approx({"acc1": 1 / 8, "acc5": 5 / 8, "mean_per_class_recall": 1 / 8})
+    chance = {"acc1": 1 / 8, "acc5": 5 / 8, "mean_per_class_recall": 1 / 8}
+    assert found == pytest.approx(chance | {"top_class_share": 1.0})
+    assert accuracy_chance(targets) == pytest.approx(chance | {"top_class_share": 1 / 8})
 
 
 @pytest.mark.parametrize(

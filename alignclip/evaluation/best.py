@@ -18,6 +18,7 @@ from alignclip.checkpoints import SaveFolder
 from alignclip.config import KeepBestConfig
 from alignclip.errors import UserError, describe_storage_error, nearest
 from alignclip.evaluation.tasks import Metrics
+from alignclip.metrics import MODES, better
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,15 @@ class BestCheckpoint:
 
     def __init__(self, config: KeepBestConfig, folder: SaveFolder) -> None:
         self.config, self.folder = config, folder
+        metric = config.metric.partition("/")[2]
+        better_mode = MODES[better(metric)]
+        self.mode = config.mode or better_mode or "max"
+        if better_mode not in (None, self.mode) and dist.get_global_rank() == 0:
+            print(
+                f"keep_best: {metric} is better {better(metric)}, and keep_best.mode={self.mode} keeps the worst; "
+                f"keep_best.mode={better_mode}?",
+                flush=True,
+            )
         self.value: float | None = None
         self._pending: list[tuple[float, Future[bool]]] = []
         self._uploader = ThreadPoolExecutor(1)  # one at a time, so that the last one is the best
@@ -66,23 +76,23 @@ class BestCheckpoint:
     def state_dict(self) -> dict[str, Any]:
         """The value that a resumed run has to beat, and what it is of."""
         self._settle()
-        return {"metric": self.config.metric, "mode": self.config.mode, "value": self.value}
+        return {"metric": self.config.metric, "mode": self.mode, "value": self.value}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :meth:`state_dict`; a value of another metric says nothing about this one."""
-        if (state["metric"], state["mode"]) == (self.config.metric, self.config.mode):
+        if (state["metric"], state["mode"]) == (self.config.metric, self.mode):
             self.value = state["value"]
         elif dist.get_global_rank() == 0:
             print(
                 f"keep_best: the best {state['metric']} ({state['mode']}) so far doesn't count for "
-                f"{self.config.metric} ({self.config.mode})",
+                f"{self.config.metric} ({self.mode})",
                 flush=True,
             )
 
     def _is_better(self, value: float) -> bool:
         """Better than what is kept, and than what is on its way."""
         self._settle()
-        sign = 1 if self.config.mode == "max" else -1
+        sign = 1 if self.mode == "max" else -1
         others = [one for one in (self.value, *(pending for pending, _ in self._pending)) if one is not None]
         return not math.isnan(value) and all(sign * value > sign * other for other in others)
 

@@ -31,7 +31,10 @@ def modality_gap(
     Returns:
         - ``alignment_score``: mean cosine similarity of the pairs, in [−1, 1], 1 is best
           (AlignCLIP, https://arxiv.org/abs/2406.17639); ``alignment_std`` and ``alignment_q05``, ``q50``, ``q95``: its
-          distribution over the pairs, standard deviation and quantiles.
+          distribution over the pairs, standard deviation and quantiles. Alone it proves nothing: features that have
+          all collapsed into one point have 1.
+        - ``wrong_pairs_cosine``: mean cosine of all N (N − 1) wrong pairs, each image with every other image's text,
+          in [−1, 1]; ``margin``: ``alignment_score`` less that, in [−2, 2]. Near 0 pairs are no closer than wrong ones.
         - ``centroid_distance``: ‖mean image − mean text‖ on the unit sphere, in [0, 2], 0 is no gap
           (Liang et al. 2022, https://arxiv.org/abs/2203.02053).
         - ``centroid_angle``: the angle between the two means in degrees, in [0, 180]; NaN where a mean is zero.
@@ -56,8 +59,11 @@ def modality_gap(
     with torch.autocast(images.device.type, enabled=False):
         image_mean, text_mean = images.mean(0), texts.mean(0)
         cosines = (images * texts).sum(-1)
+        alignment, wrong = cosines.mean(), _wrong_pairs_cosine(images, texts)
         gap = {
-            "alignment_score": cosines.mean().item(),
+            "alignment_score": alignment.item(),
+            "wrong_pairs_cosine": wrong.item(),
+            "margin": (alignment - wrong).item(),
             "alignment_std": cosines.std(correction=0).item(),
             **{f"alignment_q{q:02}": _quantile(cosines, q / 100) for q in (5, 50, 95)},
             "centroid_distance": (image_mean - text_mean).norm().item(),
@@ -73,6 +79,12 @@ def modality_gap(
     if separability:
         gap["linear_separability"] = linear_separability(images, texts)
     return gap
+
+
+def _wrong_pairs_cosine(images: Tensor, texts: Tensor) -> Tensor:
+    """Mean of x_i·y_j over i ≠ j: all of them are Σx · Σy, without the N×N matrix; the pairs' own are taken off."""
+    total = images.sum(0) @ texts.sum(0) - (images * texts).sum()
+    return total / (len(images) * (len(images) - 1))
 
 
 def _quantile(values: Tensor, share: float) -> float:

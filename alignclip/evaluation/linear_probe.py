@@ -65,7 +65,7 @@ def linear_probe(
         progress: show a progress bar over the fits.
 
     Returns:
-        ``acc1``, ``acc5`` and ``mean_per_class_recall`` on the test set, in [0, 1], as in
+        ``acc1``, ``acc5``, ``mean_per_class_recall`` and ``top_class_share`` on the test set, in [0, 1], as in
         :func:`alignclip.evaluation.zero_shot.accuracy`, and ``C``, the chosen strength.
 
     Raises:
@@ -110,7 +110,7 @@ def linear_probe(
     scores = torch.as_tensor(probe.decision_function(x_test.numpy()))
     if len(classes) == 2:  # a single column, the second class's
         scores = torch.stack([-scores, scores], dim=1)
-    return {**accuracy_of_ranks(target_ranks(scores, y_test), y_test), "C": best}
+    return {**accuracy_of_ranks(target_ranks(scores, y_test), y_test, scores.argmax(1)), "C": best}
 
 
 def _check(train_features: Tensor, train_targets: Tensor, test_features: Tensor, test_targets: Tensor) -> None:

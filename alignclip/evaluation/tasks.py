@@ -14,6 +14,7 @@ from torch import Tensor
 
 from alignclip.config import EvaluatorConfig, SetConfig
 from alignclip.errors import UserError, one_line
+from alignclip.evaluation.chance import accuracy_chance, detection_chance, recall_chance
 from alignclip.evaluation.encoding import Encoder, Interrupted
 from alignclip.evaluation.gap import modality_gap
 from alignclip.evaluation.geometry import close_gap
@@ -34,11 +35,13 @@ class Result:
     """What a task found.
 
     Attributes:
-        metrics: by clip_benchmark's names where it has them.
+        metrics: by clip_benchmark's names where it has them; :data:`alignclip.metrics.TASKS` says what they are.
+        chance: what features that say nothing would score, of the metrics that have such a number.
         pairs: the features of image–text pairs, [N, d] each, where the task has such: what plots are made of.
     """
 
     metrics: Metrics
+    chance: Metrics
     pairs: tuple[Tensor, Tensor] | None = None
 
 
@@ -118,7 +121,8 @@ class Evaluator:
     def _zero_shot(self, encoder: Encoder) -> Result:
         classifier = self._classifier(encoder)
         features, labels = self._images(encoder)
-        return Result(_computed(lambda: accuracy(features, classifier, torch.tensor(labels))))
+        targets = torch.tensor(labels)
+        return Result(_computed(lambda: accuracy(features, classifier, targets)), accuracy_chance(targets))
 
     def _out_of_distribution(self, encoder: Encoder) -> Result:
         """Known classes against unknown ones, and what a classifier of the outliers' own labels gets right.
@@ -136,31 +140,30 @@ class Evaluator:
             classifier = classifier[kept]
             inside = inside[torch.isin(torch.tensor(labels), torch.tensor(kept)).to(inside.device)]
 
+        targets = torch.tensor(outside_labels)
+
         def compute() -> Metrics:
             scores = [max_softmax(features, classifier, scale) for features in (inside, outside)]
-            return out_of_distribution(*scores) | accuracy(outside, own, torch.tensor(outside_labels))
+            return out_of_distribution(*scores) | accuracy(outside, own, targets)
 
-        return Result(_computed(compute))
+        return Result(_computed(compute), detection_chance(len(inside), len(outside)) | accuracy_chance(targets))
 
     def _linear_probe(self, encoder: Encoder) -> Result:
         train, train_labels = self._images(encoder, "train")
         test, labels = self._images(encoder)
-        return Result(
-            _computed(
-                lambda: linear_probe(
-                    train, torch.tensor(train_labels), test, torch.tensor(labels), progress=encoder.progress
-                )
-            )
-        )
+        fitted, targets = torch.tensor(train_labels), torch.tensor(labels)
+        metrics = _computed(lambda: linear_probe(train, fitted, test, targets, progress=encoder.progress))
+        return Result(metrics, accuracy_chance(targets))
 
     def _retrieval(self, encoder: Encoder) -> Result:
         images, texts, owner = self._pairs(encoder)
-        return Result(_computed(lambda: recall(images, texts, owner, progress=encoder.progress)))
+        metrics = _computed(lambda: recall(images, texts, owner, progress=encoder.progress))
+        return Result(metrics, recall_chance(owner))
 
     def _gap(self, encoder: Encoder) -> Result:
-        """The geometry of images and their first captions, and retrieval once the centroids have been moved together.
+        """The geometry of images and their first captions, and retrieval over all captions.
 
-        That is over all captions, as the task ``retrieval`` has it.
+        Retrieval is measured as it is, since a gap may close by collapse, and once the two means are moved together.
         """
         images, texts, owner = self._pairs(encoder)
         first = texts[torch.searchsorted(owner, torch.arange(len(images))).to(texts.device)]
@@ -169,10 +172,12 @@ class Evaluator:
             closed = recall(*close_gap(images, texts), owner, progress=encoder.progress)
             return {
                 **modality_gap(images, first, progress=encoder.progress),
-                **{f"closed_{name}": value for name, value in closed.items()},
+                **recall(images, texts, owner, progress=encoder.progress),
+                **_closed(closed),
             }
 
-        return Result(_computed(compute), pairs=(images, first))
+        chance = recall_chance(owner)
+        return Result(_computed(compute), {"linear_separability": 0.5, **chance, **_closed(chance)}, (images, first))
 
     def _pairs(self, encoder: Encoder) -> tuple[Tensor, Tensor, Tensor]:
         """Image features, caption features, and the row of the image that each caption belongs to."""
@@ -190,7 +195,12 @@ class Evaluator:
         first, second, scores = self._sentences
         # on all ranks, and the rest on one
         features = encoder.texts(unique(first, second), f"{self.name}: sentences")
-        return Result(_computed(lambda: similarity(lambda _: features, (first, second, scores))))
+        return Result(_computed(lambda: similarity(lambda _: features, (first, second, scores))), {"spearman": 0.0})
+
+
+def _closed(recalls: Metrics) -> Metrics:
+    """Recalls under the names that they have once the two means are moved together."""
+    return {f"closed_{name}": value for name, value in recalls.items()}
 
 
 def _captions(value: Any) -> list[str]:

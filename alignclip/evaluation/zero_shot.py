@@ -69,7 +69,9 @@ def accuracy(image_features: Tensor, classifier: Tensor, targets: Tensor, block:
     Returns:
         In [0, 1]: ``acc1``; ``acc5``, the fraction of images whose class is among the five most similar, or among all
         where there are fewer (clip_benchmark: NaN); ``mean_per_class_recall``, the mean over the classes that occur in
-        ``targets`` of the fraction of their images that ``acc1`` counts (scikit-learn's ``balanced_accuracy_score``).
+        ``targets`` of the fraction of their images that ``acc1`` counts (scikit-learn's ``balanced_accuracy_score``);
+        ``top_class_share``, the share of the images that get the class predicted most often: near 1, the classifier
+        has one answer for all.
 
     Raises:
         ValueError: shapes that don't fit, no images, a target out of range, features not finite, a block below 1.
@@ -88,9 +90,12 @@ def accuracy(image_features: Tensor, classifier: Tensor, targets: Tensor, block:
     classes = F.normalize(classifier.float(), dim=-1)
     targets = targets.to(images.device).long()
     with torch.autocast(images.device.type, enabled=False):
-        blocks = zip(images.split(block), targets.split(block), strict=True)
-        ranks = torch.cat([target_ranks(rows @ classes.T, labels) for rows, labels in blocks])
-    return accuracy_of_ranks(ranks, targets)
+        ranks, predicted = [], []
+        for rows, labels in zip(images.split(block), targets.split(block), strict=True):
+            scores = rows @ classes.T
+            ranks.append(target_ranks(scores, labels))
+            predicted.append(scores.argmax(1))
+    return accuracy_of_ranks(torch.cat(ranks), targets, torch.cat(predicted))
 
 
 def check_targets(targets: Tensor, samples: int, classes: int) -> None:
@@ -112,8 +117,8 @@ def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
     return (scores > own).sum(1) + ((scores == own) & earlier).sum(1)
 
 
-def accuracy_of_ranks(ranks: Tensor, targets: Tensor) -> dict[str, float]:
-    """``acc1``, ``acc5`` and ``mean_per_class_recall`` of the targets' ranks, [N] each; see :func:`accuracy`."""
+def accuracy_of_ranks(ranks: Tensor, targets: Tensor, predicted: Tensor) -> dict[str, float]:
+    """The figures of :func:`accuracy`, of the targets' ranks, the targets and the classes that came first, [N] each."""
     # on the CPU: a weighted bincount on a GPU is not deterministic
     ranks, targets = ranks.cpu(), targets.cpu()
     right = (ranks == 0).double()
@@ -123,4 +128,5 @@ def accuracy_of_ranks(ranks: Tensor, targets: Tensor) -> dict[str, float]:
         "acc1": right.mean().item(),
         "acc5": (ranks < 5).double().mean().item(),
         "mean_per_class_recall": recall.mean().item(),
+        "top_class_share": predicted.cpu().bincount().max().item() / len(predicted),
     }

@@ -1,0 +1,70 @@
+"""Which way each metric is better, and what features that say nothing score."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from alignclip.evaluation.chance import accuracy_chance, recall_chance
+from alignclip.evaluation.gap import modality_gap
+from alignclip.evaluation.retrieval import recall
+from alignclip.metrics import ALL, ARROWS, TASKS, WATCH, better
+
+
+def test_every_metric_says_which_way_is_better() -> None:
+    assert {metric.better for metric in ALL.values()} <= set(ARROWS)
+    assert all(metric.meaning for metric in ALL.values())
+    assert ALL.keys() >= WATCH
+    assert all(WATCH & metrics.keys() for metrics in TASKS.values()), "each task has a number to watch"
+    assert (better("margin"), better("rmg"), better("C"), better("another's")) == (
+        "higher", "lower", "neither", "neither",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("texts_an_image", [[1] * 30, [5] * 12, [1, 7, 2, 2, 40, 1]])
+def test_chance_of_recall_is_that_of_features_drawn_at_random(texts_an_image: list[int]) -> None:
+    owner = torch.tensor([row for row, count in enumerate(texts_an_image) for _ in range(count)])
+    generator = torch.Generator().manual_seed(0)
+    chance, found = recall_chance(owner), []
+    for _ in range(300):
+        images = torch.randn(len(texts_an_image), 16, generator=generator)
+        texts = torch.randn(len(owner), 16, generator=generator)
+        found.append(recall(images, texts, owner))
+    for name, value in chance.items():
+        mean = np.mean([one[name] for one in found])
+        assert mean == pytest.approx(value, abs=0.03), name
+
+
+def test_chance_of_recall_where_everything_is_found() -> None:
+    chance = recall_chance(torch.tensor([0, 0, 0, 1]))
+    assert chance["image_retrieval_recall@5"] == chance["text_retrieval_recall@5"] == 1
+    assert chance["text_retrieval_recall@1"] == pytest.approx((3 / 4 + 1 / 4) / 2)
+
+
+def test_chance_of_accuracy_is_one_answer_for_all() -> None:
+    targets = torch.tensor([2] * 7 + [0] * 2 + [5])
+    assert accuracy_chance(targets) == pytest.approx(
+        {"acc1": 0.7, "acc5": 1.0, "mean_per_class_recall": 1 / 3, "top_class_share": 0.7}
+    )
+
+
+def test_a_collapse_has_no_margin_whatever_its_alignment() -> None:
+    """All features near one point: alignment and gap look like success."""
+    generator = torch.Generator().manual_seed(0)
+    point = torch.randn(64, generator=generator)
+    images, texts = (point + 0.1 * torch.randn(200, 64, generator=generator) for _ in range(2))
+    gap = modality_gap(images, texts)
+    assert gap["alignment_score"] > 0.97
+    assert gap["centroid_distance"] < 0.05
+    assert gap["margin"] == pytest.approx(0, abs=0.002)
+    # pairs that belong together have one, however near everything is
+    gap = modality_gap(images, images + 0.01 * torch.randn(200, 64, generator=generator))
+    assert gap["margin"] == pytest.approx(gap["alignment_score"] - gap["wrong_pairs_cosine"])
+    assert gap["margin"] > 0.005
+    random.seed(0)  # wrong pairs are all of them: the mean over shuffled texts comes near
+    shuffled = [modality_gap(images, images[random.sample(range(200), 200)], separability=False) for _ in range(20)]
+    mean = np.mean([one["alignment_score"] for one in shuffled])
+    assert mean == pytest.approx(gap["wrong_pairs_cosine"], abs=0.001)

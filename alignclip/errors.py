@@ -19,7 +19,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     """The end of an error sentence: the valid name closest to ``name``, or all of them where none is close."""
     names = {valid_name.lower(): valid_name for valid_name in sorted(valid)}
     close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.6)
-    return f"did you mean '{names[close[0]]}'?" if close else f"valid: {', '.join(names.values())}"
+    return f"did you mean '{names[close[0]]}'?" if close else f"valid: {', '.join(names.values()) or 'none'}"
 
 
 def one_line(error: BaseException) -> str:

@@ -16,6 +16,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from alignclip.errors import one_line_errors
@@ -24,6 +25,7 @@ from convert.dataset import convert, inputs_in_words
 from convert.images import CHECKS, ImageOptions
 from convert.options import ConvertOptions, Counts
 from convert.report import REPORT
+from convert.samples import Reading
 from convert.shards import VAL
 from convert.storage import Store
 
@@ -73,6 +75,14 @@ def parse(arguments: Sequence[str] | None = None) -> ConvertOptions:
     of.add_argument(
         "--caption-key", metavar="KEY", help="of the json members, or the table's column (default: txt, or caption)"
     )
+    of.add_argument("--encoding", metavar="NAME", help="of tables' text, as cp1252 (default: UTF-8, or by its mark)")
+    of.add_argument(
+        "--image-key", metavar="KEY", help="the images' ending in tars, as input.jpg, or the table's column of images"
+    )
+    of.add_argument(
+        "--last-dot", action="store_true", help="names in tars are cut at the last dot (default: the first)"
+    )
+    of.add_argument("--unsorted", action="store_true", help="join image and caption that lie apart in a tar")
     to = parser.add_argument_group("output")
     to.add_argument("--out", required=True, metavar="FOLDER", help="local folder, or s3://, gs://, oci://, azure:// …")
     to.add_argument(
@@ -123,6 +133,7 @@ def parse(arguments: Sequence[str] | None = None) -> ConvertOptions:
     )  # the quickstart's own
     values = vars(parser.parse_args(arguments))
     values["images"] = ImageOptions(*(values.pop(name) for name in ("check", "min_side", "resize", "quality")))
+    values["reading"] = Reading(**{field.name: values.pop(field.name) for field in fields(Reading)})
     return ConvertOptions(**values)
 
 

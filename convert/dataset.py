@@ -48,7 +48,7 @@ def convert(options: ConvertOptions, executor: Executor | None = None) -> Counts
         for place in places:
             check_place(what, place)
     _check_numbers(options)
-    names = _unique_names(inputs.expand(options.inputs), options)
+    names = _unique_names(inputs.expand(options.inputs, options.caption_key, options.reading), options)
     store = Store(options.out)
     if store.is_remote:
         store.listing()  # whether it can be reached; what is there counts once nobody else can change it

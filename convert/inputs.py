@@ -17,7 +17,7 @@ from alignclip.errors import UserError
 from convert import mds, tables, tars
 from convert.fetch import check_web, fetched
 from convert.patience import is_passing
-from convert.samples import Sample, Skipped
+from convert.samples import PLAIN, Reading, Sample, Skipped
 from convert.storage import INDEX, list_remote
 
 # What a folder stands for is decided by the first of these that it holds; img2dataset puts a parquet file beside a tar
@@ -27,15 +27,16 @@ WEB = ("http", "https")
 SEVERAL = (".csv", ".tsv", f"/{INDEX}")  # files of which each is several input shards
 
 
-def expand(patterns: Sequence[str]) -> list[str]:
+def expand(patterns: Sequence[str], caption_key: str | None = None, how: Reading = PLAIN) -> list[str]:
     """The input shards that ``patterns`` name, each once, in the order of the patterns.
 
     A pattern is a path or URL; a folder, which stands for its tars, or else its parquet or CSV files; with
     ``{00000..00123}`` or ``{a,b}`` each of these; with ``*``, ``?`` or ``[]`` those that exist; an MDS set's
     ``index.json``. Folders and wildcards also work in the object stores that Streaming can list (S3, GCS, OCI).
+    ``caption_key`` and ``how`` are those of :func:`read`: tables are looked at.
 
     Raises:
-        UserError: a pattern matches nothing, or a file that is named does not exist.
+        UserError: a pattern matches nothing, a file that is named does not exist, or a table can't be read.
     """
     from braceexpand import braceexpand
 
@@ -55,7 +56,7 @@ def expand(patterns: Sequence[str]) -> list[str]:
     if not found:
         raise UserError("no inputs")
     check_web(name for name in found if urlparse(name).scheme in WEB)
-    return [part for file in dict.fromkeys(found) for part in _parts(file)]
+    return [part for file in dict.fromkeys(found) for part in _parts(file, caption_key, how)]
 
 
 def _expand_local(name: str, missing: list[str]) -> list[str]:
@@ -117,7 +118,7 @@ def _missing_remote(urls: Sequence[str]) -> list[str]:
     return missing
 
 
-def _parts(file: str) -> list[str]:
+def _parts(file: str, caption_key: str | None, how: Reading) -> list[str]:
     """The input shards of a file."""
     if not _path(file).lower().endswith(SEVERAL):
         return [file]
@@ -127,7 +128,8 @@ def _parts(file: str) -> list[str]:
     with fetched(file) as path:
         if "://" in file:
             raise UserError(f"{file}: a CSV file names local images, so it has to be a local file itself")
-        return [f"{file}#{first}-{last}-{place}" for first, last, place in tables.parts_of_csv(path)]
+        parts = tables.parts_of_csv(path, caption_key, how)
+        return [f"{file}#{first}-{last}-{place}" for first, last, place in parts]
 
 
 def _split(shard: str) -> tuple[str, str]:
@@ -169,7 +171,9 @@ def name_of(shard: str) -> str:
 
 
 @contextmanager
-def opened(shard: str, caption_key: str | None) -> Iterator[tuple[Path, Iterator[Sample | Skipped]]]:
+def opened(
+    shard: str, caption_key: str | None, how: Reading = PLAIN
+) -> Iterator[tuple[Path, Iterator[Sample | Skipped]]]:
     """The local file of an input shard, fetched where it is remote, and its samples.
 
     Raises:
@@ -181,15 +185,15 @@ def opened(shard: str, caption_key: str | None) -> Iterator[tuple[Path, Iterator
             yield both
         return
     with fetched(file) as path:
-        yield path, read(shard, path, caption_key)
+        yield path, read(shard, path, caption_key, how)
 
 
-def read(shard: str, path: Path, caption_key: str | None) -> Iterator[Sample | Skipped]:
+def read(shard: str, path: Path, caption_key: str | None, how: Reading = PLAIN) -> Iterator[Sample | Skipped]:
     """The samples of an input shard that is no MDS set's, in order, at most a few in memory at a time."""
     file, part = _split(shard)
     if _path(file).lower().endswith(".parquet"):
-        return tables.read_parquet(path, caption_key)
+        return tables.read_parquet(path, caption_key, how)
     if part:
         first, last, place = map(int, part.split("-"))
-        return tables.read_csv(path, first, last, place, path.parent, caption_key)
+        return tables.read_csv(path, first, last, place, caption_key, how)
     return tars.read_tar(path, caption_key)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from convert.captions import DEFAULT_ENCODER
+from convert.csv_tables import is_utf8
 from convert.images import ImageOptions
+from convert.samples import PLAIN, Reading
 
 EXAMPLES = 5  # of each reason, kept of an input shard for the report
 
@@ -17,12 +19,16 @@ EXAMPLES = 5  # of each reason, kept of an input shard for the report
 class ConvertOptions:
     """What is converted, where to, and how.
 
-    ``inputs``: patterns (see :func:`convert.inputs.expand`). ``caption_key``: take captions from that entry of the
-    ``json`` members or that column; None: see the input's format. ``held_out``: the share of the samples, chosen by
-    a hash of their keys, that becomes the split ``val``. ``size_limit``, ``compression`` and ``hashes`` are
-    :class:`streaming.MDSWriter`'s. ``max_bad``: the share of bad samples above which the conversion fails.
-    ``scheduler``: a Dask scheduler's address; None: ``processes`` on this machine. ``next_step``: the summary ends with
-    the command that trains on the set.
+    Attributes:
+        inputs: patterns (see :func:`convert.inputs.expand`).
+        caption_key: take captions from that entry of the ``json`` members, that member or that column; None: see the
+            input's format.
+        reading: how inputs are read otherwise.
+        held_out: the share of the samples, chosen by a hash of their keys, that becomes the split ``val``.
+        size_limit: with ``compression`` and ``hashes`` an argument of :class:`streaming.MDSWriter`.
+        max_bad: the share of bad samples above which the conversion fails.
+        scheduler: a Dask scheduler's address; None: ``processes`` on this machine.
+        next_step: the summary ends with the command that trains on the set.
     """
 
     inputs: Sequence[str]
@@ -30,6 +36,7 @@ class ConvertOptions:
     encoder: str = DEFAULT_ENCODER
     semantic: bool = True
     caption_key: str | None = None
+    reading: Reading = PLAIN
     images: ImageOptions = field(default_factory=ImageOptions)
     held_out: float = 0.0
     size_limit: str | int = (
@@ -55,6 +62,7 @@ class ConvertOptions:
         return {
             "encoder": self.encoder if self.semantic else None,
             "caption_key": self.caption_key,
+            **self._fixed_reading(),
             "check": self.images.check,
             "min_side": self.images.min_side,
             "resize": self.images.resize,
@@ -64,6 +72,11 @@ class ConvertOptions:
             "compression": self.compression,
             "hashes": sorted(set(self.hashes)),
         }
+
+    def _fixed_reading(self) -> dict[str, Any]:
+        """How inputs are read; None where that is how sets were read before there was a choice."""
+        how = {key: value or None for key, value in asdict(self.reading).items()}
+        return how | {"encoding": None if is_utf8(self.reading.encoding) else self.reading.encoding}
 
 
 @dataclass

@@ -27,6 +27,27 @@ BROKEN_INPUT = "truncated file"
 HTML_ENTITIES = "caption: HTML entities"
 BAD_CAPTIONS = "caption: one of several left out"
 INVALID_UTF8 = "caption: invalid UTF-8"
+TOO_MANY_FIELDS = "row: more fields than the header; is the caption quoted?"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How inputs are read, beside the captions' entry or column.
+
+    Attributes:
+        image_key: the images' ending in tars (``input.jpg``), or their column; None: the usual ones.
+        encoding: of texts; None: UTF-8, or what a table's beginning says.
+        last_dot: a tar's key goes to the last dot of the file name; False: to the first, as webdataset has it.
+        unsorted: put the halves of pairs together that lie apart in their tar.
+    """
+
+    image_key: str | None = None
+    encoding: str | None = None
+    last_dot: bool = False
+    unsorted: bool = False
+
+
+PLAIN = Reading()
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def _convert(source: str, name: str, columns: dict[str, str], options: ConvertOp
         folders = {"": stack.enter_context(store.staged(name))}
         if options.held_out:
             folders[VAL] = stack.enter_context(store.staged(f"{VAL}/{name}"))
-        path, samples = stack.enter_context(inputs.opened(source, options.caption_key))
+        path, samples = stack.enter_context(inputs.opened(source, options.caption_key, options.reading))
         stat = path.stat()  # before it is read: a file that still grows will be another one
         with ExitStack() as open_writers:
             sized = replace(options, size_limit=_size_limit(source, columns, options, encoder))

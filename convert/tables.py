@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from alignclip.errors import UserError, nearest, one_line
+from convert import csv_tables
+from convert.csv_tables import Table
 from convert.samples import (
     BROKEN_INPUT,
     IMAGE_EXTENSIONS,
     IMAGE_TOO_LARGE,
     MAX_IMAGE_BYTES,
     MISSING_IMAGE,
+    PLAIN,
+    TOO_MANY_FIELDS,
+    Reading,
     Sample,
     Skipped,
     caption_of,
@@ -28,10 +34,9 @@ ROWS_AT_ONCE, BYTES_AT_ONCE = 32, 8 * 2**20  # of a parquet file, in memory: the
 IMAGE_COLUMNS = (*IMAGE_EXTENSIONS, "image")
 PATH_COLUMNS = ("image", "filepath", "path", "image_path", "file_name")
 CAPTION_COLUMNS = ("caption", "text", "title", "txt")
-MAX_FIELD = 2**24  # characters of a CSV file's field: what is longer is a quotation mark that nothing closes
 
 
-def read_parquet(path: Path, caption_key: str | None = None) -> Iterator[Sample | Skipped]:
+def read_parquet(path: Path, caption_key: str | None = None, how: Reading = PLAIN) -> Iterator[Sample | Skipped]:
     """The pairs of a parquet file with a column of image files (bytes, or Hugging Face's ``{bytes, path}``).
 
     What is in memory is a few rows, and besides a page of the file, compressed and decompressed: pyarrow reads no less.
@@ -52,7 +57,9 @@ def read_parquet(path: Path, caption_key: str | None = None) -> Iterator[Sample 
     except broken as error:
         yield Skipped("", BROKEN_INPUT, one_line(error))
         return
-    image_column = _column("image", IMAGE_COLUMNS, None, names, path)
+    if urls := _parquet_of_urls(path, names, how):
+        raise UserError(urls)
+    image_column = _column("image", IMAGE_COLUMNS, how.image_key, names, path)
     caption_column = _column("caption", CAPTION_COLUMNS, caption_key, names, path)
     stored = types[names.index(image_column)]
     if pyarrow.types.is_struct(stored):
@@ -74,6 +81,17 @@ def read_parquet(path: Path, caption_key: str | None = None) -> Iterator[Sample 
                 yield pair(key, images[i].as_py(), caption_of(row, caption_column))
     except broken as error:
         yield Skipped("", BROKEN_INPUT, one_line(error))
+
+
+def _parquet_of_urls(path: Path, names: Sequence[str], how: Reading) -> str | None:
+    """Say where the images of a list of URLs are, which img2dataset's metadata is as well; None of others."""
+    url = next((name for name in names if name in csv_tables.URL_COLUMNS), None)
+    if url is None or {how.image_key, *IMAGE_COLUMNS} & set(names):
+        return None
+    beside = path.with_suffix(".tar")
+    caption = next((name for name in csv_tables.CAPTIONS if name in names), None)
+    way = f"they lie in {beside}" if beside.exists() else csv_tables.download(path, "", url, caption, "parquet")
+    return f"{path} is a list of URLs, and what is converted are images: {way}"
 
 
 def _batches(table: Any, columns: Sequence[str]) -> Iterator[Any]:
@@ -106,57 +124,108 @@ def _values(column: Any) -> list[Any]:
     return values
 
 
-def parts_of_csv(path: Path) -> list[tuple[int, int, int]]:
+def parts_of_csv(path: Path, caption_key: str | None = None, how: Reading = PLAIN) -> list[tuple[int, int, int]]:
     """The rows of a CSV or TSV file in pieces of :data:`ROWS`: first row, the one after the last, where the first is.
 
+    Args:
+        path: the file.
+        caption_key: see :func:`read_csv`.
+        how: see :func:`read_csv`.
+
     Raises:
-        UserError: a field that does not end.
+        UserError: it is a list of URLs, has no such columns, is in an encoding that nobody has named, or has a
+            quotation mark that opens a field which runs over the rows that follow.
     """
-    csv.field_size_limit(MAX_FIELD)
+    table = look_at_csv(path, caption_key, how)
+    if not table.columns:
+        return []
+    _columns_of_csv(table, caption_key, how)
+    csv_tables.check_encoding(table, how.encoding)
     places, number = list[int](), 0
-    with _open(path) as file:
-        rows = csv.reader(iter(file.readline, ""), delimiter=_delimiter(path))  # a file that is iterated tells no place
+    with table.open() as file:
+        rows = table.reader(iter(file.readline, ""))  # a file that is iterated tells no place
         try:
             next(rows, None)
-            place = file.tell()
+            place, line = file.tell(), rows.line_num
             for row in rows:
                 if row:
                     if number % ROWS == 0:
                         places.append(place)
                     number += 1
+                if rows.line_num > line + 1:
+                    _check_one_row(table, row, line + 1)
+                line = rows.line_num
                 if number % ROWS == 0:
                     place = file.tell()
         except csv.Error as error:
-            raise UserError(f"{path}, line {rows.line_num}: {error} (a quotation mark that nothing closes?)") from None
+            hint = "a quotation mark that nothing closes?" if "field" in str(error) else "is it damaged?"
+            raise UserError(f"{path}, line {rows.line_num}: {error} ({hint})") from None
     return [(i * ROWS, min((i + 1) * ROWS, number), place) for i, place in enumerate(places)]
 
 
+def _check_one_row(table: Table, row: list[str], line: int) -> None:
+    """Refuse a row whose field has swallowed the rows that follow, because it begins with a lone quotation mark."""
+    for field in row:
+        inner = [text.split(table.delimiter) for text in field.splitlines()[1:]]
+        if any(len(parts) > 1 and any(map(csv_tables.IMAGE_PATH.fullmatch, parts)) for parts in inner):
+            raise UserError(
+                f"{table.path}, line {line:,}: a field begins with a quotation mark and goes on over the rows that "
+                "follow; write such a field in quotation marks, those in it doubled"
+            )
+
+
 def read_csv(
-    path: Path, first: int, last: int, place: int, folder: Path, caption_key: str | None
+    path: Path, first: int, last: int, place: int, caption_key: str | None = None, how: Reading = PLAIN
 ) -> Iterator[Sample | Skipped]:
-    """The pairs of the rows [first, last) of a CSV file (comma) or TSV file (tab) with a header.
+    """The pairs of the rows [first, last) of a CSV or TSV file with a header; paths are relative to its folder.
 
     Args:
         path: the file.
         first: row after the header.
         last: the row to stop before.
         place: where the first row is in the file, as :func:`parts_of_csv` has it.
-        folder: what relative image paths belong to.
         caption_key: the column with the captions; None: the first of :data:`CAPTION_COLUMNS`.
+        how: the column with the paths (None: the first of :data:`PATH_COLUMNS`), and the encoding.
 
     Raises:
         UserError: there is no such column.
     """
-    csv.field_size_limit(MAX_FIELD)
-    with _open(path) as file:
-        names = next(csv.reader(file, delimiter=_delimiter(path)), [])
-        image_column = _column("image", PATH_COLUMNS, None, names, path)
-        caption_column = _column("caption", CAPTION_COLUMNS, caption_key, names, path)
+    table = look_at_csv(path, caption_key, how)
+    image_column, caption_column = _columns_of_csv(table, caption_key, how)
+    names, folder = table.columns, path.parent
+    with table.open() as file:
         file.seek(place)  # not row by row: a part of a long file would pass over millions of them
-        rows = filter(None, csv.reader(file, delimiter=_delimiter(path)))
-        for values in islice(rows, last - first):
+        for values in islice(filter(None, table.reader(file)), last - first):
             row: dict[str, Any] = dict.fromkeys(names) | dict(zip(names, values, strict=False))
-            yield _of_row(row, row[image_column] or "", folder, caption_of(row, caption_column))
+            item = _of_row(row, row[image_column] or "", folder, caption_of(row, caption_column))
+            if isinstance(item, Sample) and any(values[len(names) :]):
+                item = replace(item, notes=(*item.notes, TOO_MANY_FIELDS))
+            yield item
+
+
+def look_at_csv(path: Path, caption_key: str | None, how: Reading) -> Table:
+    """The look of a table of image-caption pairs."""
+    known = {*PATH_COLUMNS, *CAPTION_COLUMNS, "key", *filter(None, (caption_key, how.image_key))}
+    return csv_tables.look(path, known, how.encoding)
+
+
+def _columns_of_csv(table: Table, caption_key: str | None, how: Reading) -> tuple[str, str]:
+    """The columns of images and of captions.
+
+    Raises:
+        UserError: the table is a list of URLs, its first row is no header, or there is no such column.
+    """
+    usual = [how.image_key] if how.image_key else PATH_COLUMNS
+    found = next((name for name in usual if name in table.columns), None)
+    if urls := csv_tables.list_of_urls(table, found):
+        raise UserError(urls)
+    if not table.has_header():
+        raise UserError(
+            f"{table.path} has no header: its first row is data ({csv_tables.listing(table.columns)}); write the "
+            "names of its columns above that, image and caption"
+        )
+    images = _column("image", PATH_COLUMNS, how.image_key, table.columns, table.path)
+    return images, _column("caption", CAPTION_COLUMNS, caption_key, table.columns, table.path)
 
 
 def _of_row(row: Mapping[str, str], name: str, folder: Path, caption: str | None) -> Sample | Skipped:
@@ -172,19 +241,13 @@ def _of_row(row: Mapping[str, str], name: str, folder: Path, caption: str | None
         return Skipped(key, MISSING_IMAGE, f"{error.strerror}: {image}")
 
 
-def _open(path: Path) -> Any:
-    return path.open(encoding="utf-8-sig", errors="replace", newline="")
-
-
-def _delimiter(path: Path) -> str:
-    return "\t" if path.suffix.lower() == ".tsv" else ","
-
-
 def _column(what: str, usual: Sequence[str], wanted: str | None, names: Sequence[str], path: Path) -> str:
+    """The column of that kind: the one that is wanted, else the first of the usual ones, in any case."""
+    lower = {name.lower(): name for name in reversed(names)}
     found = [name for name in ([wanted] if wanted else usual) if name in names]
+    found = found or [lower[name] for name in ([] if wanted else usual) if name in lower]
     if found:
         return found[0]
-    there = listable(names)
     if wanted:
-        raise UserError(f"{path} has no column '{wanted}'; {nearest(wanted, there)}")
-    raise UserError(f"{path} has no {what} column ({', '.join(usual)}); it has {', '.join(there)}")
+        raise UserError(f"{path} has no column '{wanted}'; {nearest(wanted, listable(names))}")
+    raise UserError(f"{path} has no {what} column ({', '.join(usual)}); it has {csv_tables.listing(names)}")

@@ -16,7 +16,7 @@ from pyarrow import parquet
 from tarballs import assert_three_tars, draw, quick, read_back, three_tars, write_tar
 
 from alignclip.errors import UserError
-from convert import samples, tables
+from convert import csv_tables, samples, tables
 from convert.inputs import expand, read
 from convert.samples import Sample, Skipped
 from convert.tables import read_parquet
@@ -243,7 +243,7 @@ def test_csv_of_paths(images: Path) -> None:
         ("mark.csv", b"\xef\xbb\xbfimage,caption\nimages/0.jpg,a\n", ["a"]),
         ("no-end.csv", b"image,caption\nimages/0.jpg,a", ["a"]),
         ("windows.csv", b"image,caption\r\n\r\nimages/0.jpg,a\r\n", ["a"]),
-        ("latin.csv", b"image,caption\nimages/0.jpg,K\xe4se\n", ["K\ufffdse"]),
+        ("damaged.csv", "image,caption\nimages/0.jpg,Käse ".encode() + b"K\xe4se\n", ["Käse K\ufffdse"]),
         ("tabs.tsv", b'image\tcaption\nimages/0.jpg\ta, "b"\n', ['a, "b"']),
         ("TABS.TSV", b"image\tcaption\nimages/0.jpg\ta,b\n", ["a,b"]),
         ("clip.csv", b"\ttitle,filepath\n0,images/0.jpg\n", []),
@@ -316,7 +316,7 @@ def test_a_long_table_is_several_inputs(images: Path, monkeypatch: pytest.Monkey
 
 def test_a_quotation_mark_that_nothing_closes(images: Path) -> None:
     path = images / "a.csv"
-    path.write_text('image,caption\nimages/0.jpg,a\nimages/1.jpg,"b\n' + "x" * (tables.MAX_FIELD + 10))
+    path.write_text('image,caption\nimages/0.jpg,a\nimages/1.jpg,"b\n' + "x" * (csv_tables.MAX_FIELD + 10))
     with pytest.raises(
         UserError, match=r"a\.csv, line \d+: field larger .* \(a quotation mark that nothing closes\?\)$"
     ):

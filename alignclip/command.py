@@ -22,7 +22,8 @@ def main(arguments: Sequence[str]) -> int:
     """Train as the arguments say.
 
     Returns:
-        the exit status: 0 finished, 2 bad input, 143 stopped by a signal with everything saved.
+        the exit status: 0 finished, 2 bad input, 3 numbers that are not finite, 143 stopped by a signal with
+        everything saved.
     """
     config, overrides = read_arguments(
         arguments, "composer pretrain.py", "Pretrain CLIP, SharedCLIP or AlignCLIP.", EXAMPLES

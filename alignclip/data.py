@@ -31,6 +31,9 @@ from alignclip.transforms import decode_image, random_resized_crop
 NOT_STREAMING = {"streams", "scale", "ratio", "num_workers", "prefetch_factor", "persistent_workers", "pin_memory"}
 
 
+ZEROS_NAMED = 5  # samples with a caption embedding of zeros that a worker names
+
+
 class ReleasingDataset(StreamingDataset):
     """A StreamingDataset in which a download that failed is nobody's: Streaming's own readers wait for it for ever."""
 
@@ -54,8 +57,8 @@ class ReleasingDataset(StreamingDataset):
 class ImageTextDataset(ReleasingDataset):
     """Image–text pairs from MDS columns ``image``, ``caption`` and, where the loss needs it, ``semantic``.
 
-    Yields dicts: ``image`` uint8 ``[3, size, size]``, ``text`` int64 ``[context_length]`` and, with
-    ``semantic=True``, ``semantic`` float16 ``[dimension]``.
+    Yields dicts: ``image`` uint8 ``[3, size, size]``, ``text`` int64 ``[context_length]``, ``sample`` int64 ``[]``,
+    the sample's id (see :meth:`key_of`), and, with ``semantic=True``, ``semantic`` float16 ``[dimension]``.
 
     Raises:
         RuntimeError: a shard could not be downloaded, naming it and the cause. (StreamingDataset itself ends the
@@ -83,6 +86,7 @@ class ImageTextDataset(ReleasingDataset):
         self.tokenizer = SimpleTokenizer(context_length=context_length)
         self.epoch = 0
         self._failure: BaseException | None = None
+        self._zeros = 0
 
     def _resume_incr_epoch(self) -> tuple[int, int]:
         self.epoch, sample_in_epoch = super()._resume_incr_epoch()
@@ -120,10 +124,27 @@ class ImageTextDataset(ReleasingDataset):
         sample = {
             "image": random_resized_crop(image, self.image_size, self.scale, self.ratio, int(seeds[0])),
             "text": self.tokenizer(caption)[0],
+            "sample": torch.tensor(sample_id),
         }
         if self.semantic:
-            sample["semantic"] = torch.from_numpy(np.array(semantic, dtype=np.float16))
+            with np.errstate(over="ignore"):  # out of float16's range is infinite, and the run says so
+                embedding = np.array(semantic, dtype=np.float16)
+            self._warn_of_zeros(embedding, raw.get("key", sample_id))
+            sample["semantic"] = torch.from_numpy(embedding)
         return sample
+
+    def _warn_of_zeros(self, embedding: np.ndarray, key: object) -> None:
+        """Name the first samples whose caption embedding is all zeros: the loss takes them for unlike all others."""
+        if not embedding.any() and self._zeros < ZEROS_NAMED:
+            self._zeros += 1
+            warnings.warn(f"sample '{key}' has a caption embedding of zeros: convert it again", stacklevel=2)
+
+    def key_of(self, sample_id: int) -> str:
+        """The key of the sample with an id; the id where the sample can't be read any more."""
+        try:
+            return str(super().__getitem__(sample_id)["key"])
+        except Exception:  # of storage, or a set without keys
+            return str(sample_id)
 
     def on_exception(self, future: Future[None]) -> None:
         """Keep a download thread's exception for :meth:`__iter__`; raised here it would only reach a log."""

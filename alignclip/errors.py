@@ -10,9 +10,23 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+BAD_INPUT = 2  # exit status of a command that a person has to change
+NOT_FINITE = 3  # exit status of a run that met numbers which are not finite
+
 
 class UserError(Exception):
-    """Bad input from the person who runs the program: its message is one line of what, where and what instead."""
+    """Bad input from the person who runs the program: its message is one line of what, where and what instead.
+
+    ``status`` is the exit status of a command that ends with it.
+    """
+
+    status = BAD_INPUT
+
+
+class NotFiniteError(UserError):
+    """A batch whose loss, gradients or weights are NaN or infinite."""
+
+    status = NOT_FINITE
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -68,7 +82,7 @@ def describe_storage_error(error: BaseException) -> str:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Print a :class:`UserError` as one line and exit with status 2; everything else keeps its stack trace.
+    """Print a :class:`UserError` as one line and exit with its status; everything else keeps its stack trace.
 
     Of several processes on a machine the first one speaks first: they all read the same input.
     """
@@ -78,4 +92,4 @@ def one_line_errors() -> Iterator[None]:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(5)  # the launcher ends all others when one exits: the first one's exit ends this one here
         print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        raise SystemExit(error.status) from None

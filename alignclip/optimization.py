@@ -12,10 +12,14 @@ import torch
 from open_clip.timm_model import TimmModel
 from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from alignclip.config import OptimizerConfig
 from alignclip.encoders import CLIP
 from alignclip.errors import UserError, nearest
+
+# of a parameter group; the rest are an optimizer's own counters, which belong to its state
+SETTINGS = ("initial_lr", "betas", "eps", "weight_decay")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -132,6 +136,38 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
         return timm.optim.create_optimizer_v2(groups, opt=config.opt, lr=config.lr, weight_decay=0.0, **kwargs)
     except (AssertionError, ImportError, TypeError, ValueError) as error:
         raise UserError(f"optimizer: {config.opt} can't be built: {error}") from None
+
+
+def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What the configuration says of each parameter group; :func:`restore_settings` takes it."""
+    return [{key: group[key] for key in SETTINGS if key in group} for group in optimizer.param_groups]
+
+
+def restore_settings(
+    optimizer: torch.optim.Optimizer, scheduler: LambdaLR, settings: list[dict[str, Any]]
+) -> tuple[float, float]:
+    """Give an optimizer that a checkpoint was loaded into the settings and the learning rate of *this* run.
+
+    A checkpoint brings the rate that its own schedule has for the next step, and its own base rates. The next step
+    would use that rate, whatever the length of this run is; and a rate set anew would have no effect at all.
+
+    Args:
+        optimizer: after the checkpoint was loaded.
+        scheduler: of this run, with the checkpoint's step count.
+        settings: :func:`settings_of` the optimizer before.
+
+    Returns:
+        the rate of the first group's next step as the checkpoint has it, and as this run's schedule has it.
+    """
+    before = float(optimizer.param_groups[0]["lr"])
+    for group, configured in zip(optimizer.param_groups, settings, strict=True):
+        group.update(configured)
+    scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+    rates = scheduler.get_lr()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = list(rates)
+    return before, float(rates[0])
 
 
 def lr_multiplier(step: int, warmup_steps: int, total_steps: int, alpha_f: float = 0.0) -> float:

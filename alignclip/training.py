@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import signal
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -21,21 +22,23 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from alignclip import plugins, shared_memory, uploads
+from alignclip.batch_check import FiniteCheck
 from alignclip.callbacks import Rotation, StopOnSignal, TrainingMonitor, WholeThroughBackward
 from alignclip.checkpoints import SaveFolder
 from alignclip.config import RunConfig, SchedulerConfig
 from alignclip.data import ImageTextDataset, build_dataloader
 from alignclip.encoders import CLIP, build_encoders, clamp_logit_scale_
 from alignclip.environment import Start
-from alignclip.errors import UserError, one_line
+from alignclip.errors import NotFiniteError, UserError, one_line
 from alignclip.evaluation.best import BestCheckpoint
 from alignclip.evaluation.callback import EvaluationCallback
 from alignclip.fetching import card_beside
+from alignclip.finite import check_weights
 from alignclip.licenses import card_of_run, license_of
 from alignclip.locking import lock_towers
 from alignclip.losses import AlignCLIPLoss
 from alignclip.model import AlignCLIPModel
-from alignclip.optimization import build_optimizer, lr_multiplier
+from alignclip.optimization import build_optimizer, lr_multiplier, restore_settings, settings_of
 from alignclip.preflight import check_inputs, check_parallelism, choose_device
 from alignclip.pretrained import load_pretrained
 from alignclip.trainer_arguments import autocast_dtype, show_progress, trainer_arguments
@@ -53,6 +56,7 @@ def run(config: RunConfig) -> int:
 
     Raises:
         UserError: anything that a person has to change first.
+        NotFiniteError: a batch whose loss, gradients or weights are not finite; nothing of it is saved.
     """
     plugins.check(config)
     device = choose_device(config.device)
@@ -73,7 +77,11 @@ def run(config: RunConfig) -> int:
     if folder is not None:
         on_rank_zero(lambda: write_record(folder, trainer))
     print_once(describe(config, trainer, folder))
-    trainer.fit()
+    try:
+        trainer.fit()
+    except NotFiniteError:
+        trainer.close()  # what was saved before is still on its way
+        raise
     batch = trainer.state.timestamp.batch.value
     trainer.close()
     where = f"; checkpoints in {folder.uri}" if folder is not None else ""
@@ -134,20 +142,28 @@ def build_trainer(
         remove_stale_download(folder)
         uploads.install()
     loader = build_data(config, device)
+    assert isinstance(loader.dataset, ImageTextDataset)
     reproducibility.seed_all(config.seed)  # the same weights on every rank
     model = build_model(config, device)
     prepare(config, model.encoders, folder)
     optimizer = build_optimizer(config.optimizer, model.encoders)
     # right after the step, so that EMA and the checkpoint see the clamped value
     optimizer.register_step_post_hook(lambda *_: clamp_logit_scale_(model.encoders))
+    scheduler = build_scheduler(config.scheduler, optimizer, config.max_duration, batches_an_epoch(config, loader))
+    settings = settings_of(optimizer)
     trainer = Trainer(
         model=model,
         train_dataloader=DataSpec(loader),
         optimizers=optimizer,
-        schedulers=build_scheduler(config.scheduler, optimizer, config.max_duration, batches_an_epoch(config, loader)),
+        schedulers=scheduler,
         step_schedulers_every_batch=True,
         algorithms=plugins.build(config, "algorithms"),
-        callbacks=[*callbacks, *build_callbacks(config, folder), *build_evaluation(config, model, device, folder)],
+        callbacks=[
+            FiniteCheck(loader.dataset),  # first: the others see finite numbers only
+            *callbacks,
+            *build_callbacks(config, folder),
+            *build_evaluation(config, model, device, folder),
+        ],
         loggers=plugins.build(config, "loggers"),
         **trainer_arguments(config, device, folder),
     )
@@ -159,7 +175,35 @@ def build_trainer(
     if trainer._rng_state is not None:
         # patch dropout draws from it; in the middle of an epoch Composer restores it only for loaders that can't resume
         reproducibility.load_rng_state(trainer._rng_state)
+    if trainer.state.load_path is not None:
+        check_loaded(trainer, config)
+        say_jump(trainer, *restore_settings(optimizer, scheduler, settings))
     return trainer
+
+
+def check_loaded(trainer: Trainer, config: RunConfig) -> None:
+    """Refuse a checkpoint whose numbers are not finite.
+
+    Raises:
+        UserError: names them, and what to do.
+    """
+    state, place = trainer.state, str(trainer.state.load_path)
+    resumed = place != config.load_path
+    what = f"the latest checkpoint (batch {state.timestamp.batch.value})" if resumed else f"load_path={place}"
+    way_out = "Remove it: the next start goes on from the newest one that is left" if resumed else ""
+    steps = [values for optimizer in state.optimizers for values in optimizer.state.values()]
+    moments = {f"{name} ({i})": value for i, values in enumerate(steps) for name, value in values.items()}
+    check_weights(dict(state.model.named_parameters()), what, way_out)
+    check_weights(moments, f"the optimizer's state in {what}", way_out)
+
+
+def say_jump(trainer: Trainer, before: float, now: float) -> None:
+    """Say that the learning rate is not the one that the checkpoint's own schedule goes on with."""
+    if not math.isclose(before, now, rel_tol=1e-6):
+        batch = trainer.state.timestamp.batch.value
+        print_once(
+            f"learning rate of the next step (batch {batch + 1}): {before:.6g} → {now:.6g}, by this run's schedule"
+        )
 
 
 def remove_stale_download(folder: SaveFolder) -> None:

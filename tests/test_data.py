@@ -75,7 +75,7 @@ def test_batches(local_set: Path, build: Build) -> None:
 
 
 def test_no_embeddings_where_none_are_needed(local_set: Path, build: Build) -> None:
-    assert build(config_for(local_set), semantic=False)[0].keys() == {"image", "text"}
+    assert build(config_for(local_set), semantic=False)[0].keys() == {"image", "text", "sample"}
 
 
 def test_a_sample_depends_on_seed_epoch_and_id_alone(local_set: Path, build: Build) -> None:

@@ -1,0 +1,218 @@
+"""Numbers that are not finite end a run before anything is saved over; nothing starts from such numbers."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import get_device
+from PIL import Image
+from runs import PRETRAIN, run, write_config
+from streaming import MDSWriter
+
+from alignclip import training
+from alignclip.checkpoints import SaveFolder
+from alignclip.command import main
+from alignclip.config_file import load
+from alignclip.errors import NOT_FINITE, NotFiniteError, UserError
+
+COUNT, DIMENSION = 64, 16
+FIXED = (
+    "run_name=r", "max_duration=12ba", "save_interval=1ba", "data.num_workers=0", "scheduler.t_warmup=1ba",
+    "data.num_canonical_nodes=1", "data.shuffle=false",
+)  # fmt: skip
+
+
+def write_embeddings(out: Path, change: Callable[[int, np.ndarray], None]) -> None:
+    """A set of 64 pairs; ``change`` edits the caption embedding of a sample."""
+    rng = np.random.default_rng(0)
+    columns = {"key": "str", "image": "bytes", "caption": "str", "semantic": f"ndarray:float16:{DIMENSION}"}
+    with MDSWriter(out=str(out), columns=columns) as writer:
+        for i in range(COUNT):
+            picture = io.BytesIO()
+            Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(picture, "JPEG")
+            semantic = rng.normal(size=DIMENSION).astype(np.float16)
+            change(i, semantic)
+            writer.write({"key": f"k{i}", "image": picture.getvalue(), "caption": f"{i} dots", "semantic": semantic})
+
+
+def sound(i: int, semantic: np.ndarray) -> None:
+    """All embeddings are finite."""
+
+
+def bad(value: float, *samples: int) -> Callable[[int, np.ndarray], None]:
+    def change(i: int, semantic: np.ndarray) -> None:
+        if i in samples:
+            semantic[3] = value
+
+    return change
+
+
+class At(Callback):
+    """Does something to a run in the middle of a batch."""
+
+    def __init__(self, event: str, batch: int, action: Callable[[State], None]) -> None:
+        self.batch, self.action = batch, action
+        setattr(self, event, self._run)
+
+    def _run(self, state: State, logger: Logger) -> None:
+        if state.timestamp.batch.value == self.batch:
+            self.action(state)
+
+
+def start(tmp_path: Path, *overrides: str, callbacks: tuple[Callback, ...] = ()) -> Any:
+    config = load(write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "runs")), [*FIXED, *overrides])
+    folder = SaveFolder(config)
+    return training.build_trainer(config, get_device("cpu"), folder, callbacks)
+
+
+def fit(trainer: Any) -> str:
+    """Train to the end that a number that is not finite puts to it; what is said."""
+    with pytest.raises(NotFiniteError) as error:
+        trainer.fit()
+    trainer.close()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def saved(tmp_path: Path) -> list[int]:
+    """The batches of the checkpoints, all of which hold finite numbers, and ``latest`` is the newest."""
+    files = {int(p.name.split("-")[1][2:]): p for p in (tmp_path / "runs").glob("ep*.pt")}
+    for path in files.values():
+        state = torch.load(path, map_location="cpu", weights_only=False)["state"]["model"]
+        assert all(bool(value.isfinite().all()) for value in state.values()), path.name
+    if files:
+        assert (tmp_path / "runs" / "latest-rank0.pt").resolve() == files[max(files)].resolve()
+    return sorted(files)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_an_embedding_that_is_not_finite_ends_the_run(tmp_path: Path, value: float) -> None:
+    write_embeddings(tmp_path / "set", bad(value, 20, 22))  # in the second batch of 16
+    said = fit(start(tmp_path, "save_num_checkpoints_to_keep=2"))
+    assert said.startswith("batch 2: the loss is not finite: total nan, contrastive ")
+    assert "separation nan; samples 'k20', 'k22' have a caption embedding ('semantic') not finite; " in said
+    assert "the gradients of " in said
+    assert said.endswith("once these samples are out of the set (convert/verify.py finds all of them)")
+    assert saved(tmp_path) == [1]
+
+
+def test_embeddings_that_are_not_needed_are_not_looked_at(tmp_path: Path) -> None:
+    write_embeddings(tmp_path / "set", bad(math.nan, 20))
+    trainer = start(tmp_path, "loss.beta=0", "max_duration=4ba")
+    trainer.fit()
+    trainer.close()
+    assert saved(tmp_path) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("clipping", ["", "norm"])
+def test_the_gradient_that_is_not_finite_is_named(tmp_path: Path, clipping: str) -> None:
+    """Clipping by the norm would spread it to all others."""
+    write_embeddings(tmp_path / "set", sound)
+    name = "transformer.resblocks.0.mlp.c_fc.weight"
+
+    def spoil(state: State) -> None:
+        parameter = state.model.encoders.get_parameter(name)
+        parameter.register_hook(lambda gradient: torch.full_like(gradient, math.inf))
+
+    more = ["algorithms.GradientClipping={clipping_type: norm, clipping_threshold: 1.0}"] if clipping else []
+    said = fit(start(tmp_path, *more, callbacks=(At("batch_start", 2, spoil),)))
+    assert said.startswith("batch 3: not finite are the gradients of 1 of ")
+    assert f"({name})" in said or f"(visual.{name})" in said  # it is one and the same
+    assert "a lower optimizer.lr" in said
+    assert saved(tmp_path) == [1, 2]
+
+
+def test_weights_that_a_step_makes_infinite(tmp_path: Path) -> None:
+    """Loss and gradients are finite: nothing else would stop this checkpoint."""
+    write_embeddings(tmp_path / "set", sound)
+
+    def spoil(state: State) -> None:
+        state.optimizers[0].register_step_post_hook(lambda *_: state.model.encoders.ln_final.bias.data.fill_(math.nan))
+
+    said = fit(start(tmp_path, callbacks=(At("batch_start", 2, spoil),)))
+    assert said.startswith("batch 3: after the step not finite are the weights ")
+    assert "ln_" in said
+    assert saved(tmp_path) == [1, 2]
+
+
+def test_features_of_one_sample(tmp_path: Path) -> None:
+    write_embeddings(tmp_path / "set", sound)
+
+    def spoil(state: State) -> None:
+        def hook(module: Any, inputs: Any, outputs: Any) -> Any:
+            image, text, scale = outputs
+            image = image.clone()
+            image[5] = math.nan
+            return image, text, scale
+
+        state.model.encoders.register_forward_hook(hook)
+
+    said = fit(start(tmp_path, callbacks=(At("batch_start", 1, spoil),)))
+    assert "sample 'k21' has image features not finite" in said
+    assert "text features" not in said
+    assert saved(tmp_path) == [1]
+
+
+def test_the_latest_checkpoint_is_not_finite(tmp_path: Path) -> None:
+    """As an earlier version has left it: refused in a line, and the one before is used once it is gone."""
+    write_embeddings(tmp_path / "set", sound)
+    trainer = start(tmp_path, "max_duration=3ba")
+    trainer.fit()
+    trainer.close()
+    newest = (tmp_path / "runs" / "latest-rank0.pt").resolve()
+    content = torch.load(newest, weights_only=False)
+    good = content["state"]["model"]["encoders.positional_embedding"].clone()
+    content["state"]["model"]["encoders.positional_embedding"][0, 0] = math.nan
+    torch.save(content, newest)
+    with pytest.raises(UserError, match=r"latest checkpoint \(batch 3\) holds .* not finite .*: positional_embedding"):
+        start(tmp_path)
+    content["state"]["model"]["encoders.positional_embedding"] = good
+    moments = content["state"]["optimizers"]["AdamW"]["state"]
+    next(iter(moments.values()))["exp_avg_sq"].fill_(math.inf)
+    torch.save(content, newest)
+    with pytest.raises(UserError, match=r"the optimizer's state in the latest checkpoint .* exp_avg_sq"):
+        start(tmp_path)
+
+
+def test_zeros_are_named(tmp_path: Path) -> None:
+    write_embeddings(tmp_path / "set", lambda i, semantic: semantic.fill(0) if i == 20 else None)
+    trainer = start(tmp_path, "max_duration=4ba")
+    with pytest.warns(UserWarning, match="sample 'k20' has a caption embedding of zeros"):
+        trainer.fit()
+    trainer.close()
+
+
+def test_the_command_ends_with_a_status_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(config: object) -> int:
+        raise NotFiniteError("batch 7: …")
+
+    monkeypatch.setattr(training, "run", run)
+    write_embeddings(tmp_path / "set", sound)
+    with pytest.raises(SystemExit) as status:
+        main([str(write_config(tmp_path, str(tmp_path / "set")))])
+    assert status.value.code == NOT_FINITE == 3
+    assert capsys.readouterr().err == "error: batch 7: …\n"
+
+
+@pytest.mark.slow
+def test_two_ranks_end_at_the_same_batch(tmp_path: Path) -> None:
+    """The bad sample is the second rank's; the launcher ends with the same status, and the line stands there once."""
+    write_embeddings(tmp_path / "set", bad(math.nan, 30))
+    config = write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "runs"))
+    text = run(PRETRAIN, config, *FIXED, processes=2, cwd=tmp_path / "work", status=NOT_FINITE)
+    lines = [line for line in text.splitlines() if line.startswith("error: batch ")]
+    assert lines
+    assert len(set(lines)) == 1
+    assert "sample 'k30' has a caption embedding" in lines[0]
+    assert len(saved(tmp_path)) < 12

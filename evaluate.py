@@ -3,6 +3,9 @@
 import sys
 
 if __name__ == "__main__":
+    from alignclip.threads import set_thread_defaults
+
+    set_thread_defaults()  # before torch is imported
     from alignclip.evaluation.command import main
 
     sys.exit(main(sys.argv[1:]))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from alignclip.config_file import load
 from alignclip.errors import one_line_errors
+from alignclip.threads import set_thread_defaults
 
 EXAMPLES = """examples:
   composer pretrain.py yamls/alignclip.yaml data.streams.cc12m.remote=s3://my-bucket/cc12m run_name=first
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def read_arguments(arguments: Sequence[str], prog: str, description: str, examples: str) -> tuple[str, list[str]]:
     """The YAML file and the overrides of a command ``prog config.yaml key.sub=value …``; those with dashes, too."""
+    set_thread_defaults()  # before torch is imported
     parser = argparse.ArgumentParser(
         prog=prog, description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -22,6 +22,7 @@ from PIL import Image
 from alignclip import contact_sheet
 from alignclip.errors import UserError, one_line, one_line_errors
 from alignclip.fetching import LATEST
+from alignclip.threads import set_thread_defaults
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,6 +92,7 @@ class ImageFiles:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Search as the arguments say; exit status 2 is bad input."""
+    set_thread_defaults()
     options = _parse(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # file names are bytes, and come out as they are

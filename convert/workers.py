@@ -21,6 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from alignclip.errors import UserError, one_line
+from alignclip.threads import set_thread_defaults
 from convert import patience
 from convert.fetch import TEMPORARY, remove_stale_copies
 from convert.options import ConvertOptions, Counts
@@ -52,6 +53,7 @@ _progress: Progress | None = None  # a worker's handle, set as it starts; on a c
 
 def _start_worker(progress: Progress, threads: int, temporary: str) -> None:
     tempfile.tempdir = temporary
+    set_thread_defaults()
     os.environ["OMP_NUM_THREADS"] = str(threads)  # of a sentence encoder; torch reads it when it is imported
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which would outlive a worker that is killed
     _count_in(progress)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import shlex
 import subprocess
 import sys
@@ -97,8 +96,7 @@ def call(*command: object) -> None:
     """Show a command and run it."""
     words = [str(word) for word in command]
     print(f"\n$ {shlex.join(words)}", flush=True)
-    # threads that wait by spinning take the cores from the data workers
-    status = subprocess.run(words, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}).returncode
+    status = subprocess.run(words).returncode
     if status:
         raise UserError(f"the command above ended with status {status}")
 

@@ -17,13 +17,13 @@ from typing import Any
 
 from composer.utils import maybe_create_object_store_from_uri, parse_uri
 from composer.utils.object_store import ObjectStore
-from omegaconf import OmegaConf
 
 from alignclip.config import RunConfig, StartConfig
 from alignclip.config_file import to_yaml
 from alignclip.environment import Start
 from alignclip.errors import UserError, describe_storage_error
 from alignclip.fetching import CARD
+from alignclip.yaml_text import natural, parse
 
 CONFIG_FILE = "config.yaml"
 STARTS_FILE = "starts.json"
@@ -265,15 +265,20 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What two flat dicts differ in, as ``key: old → new``."""
     unset = "not set"  # which null is not
-    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key, unset) != new.get(key, unset)]
+    # a text is the same with and without quotation marks: earlier versions took some texts for numbers
+    keys = [
+        key
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, unset) != new.get(key, unset) and str(old.get(key, unset)) != str(new.get(key, unset))
+    ]
     return [f"{key}: {old.get(key, unset)} → {new.get(key, unset)}" for key in keys]
 
 
 def _plain(text: str) -> dict[str, Any]:
     """YAML text as nested dicts."""
-    values = OmegaConf.to_container(OmegaConf.create(text))
+    values = natural(parse(text))
     assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
+    return values
 
 
 def _is_cache_path(key: str, values: dict[str, Any]) -> bool:

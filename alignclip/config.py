@@ -13,6 +13,18 @@ from typing import Any, Optional
 # OmegaConf reads annotations at run time, and on Python 3.10 it knows Optional[X] better than X | None.
 # ruff: noqa: UP045
 
+CLASSES = ("algorithms", "callbacks", "loggers")  # sections of Composer's classes with their arguments
+# Metadata of a setting: it is a path or URL (alignclip.paths); it is a name that a person chooses
+PLACE, NAME = "place", "name"
+
+
+def _place(default: Optional[str] = None) -> Any:
+    return field(default=default, metadata={PLACE: True})
+
+
+def _name(default: Optional[str] = None) -> Any:
+    return field(default=default, metadata={NAME: True})
+
 
 @dataclass
 class VisionConfig:
@@ -84,9 +96,9 @@ class LossConfig:
 class SetConfig:
     """Where an MDS set lies (``remote``) and is cached (``local``), in :class:`streaming.Stream`'s argument names."""
 
-    remote: Optional[str] = None
-    local: Optional[str] = None
-    split: Optional[str] = None
+    remote: Optional[str] = _place()
+    local: Optional[str] = _place()
+    split: Optional[str] = _name()
 
 
 @dataclass
@@ -198,7 +210,7 @@ class ProfilerSettings:
     warmup: int = 1
     active: int = 4
     repeat: int = 1
-    torch_prof_folder: str = "{run_name}/torch_traces"
+    torch_prof_folder: str = _place("{run_name}/torch_traces")
     torch_prof_record_shapes: bool = False
     torch_prof_profile_memory: bool = True
     torch_prof_with_stack: bool = False
@@ -214,7 +226,7 @@ class TrainerConfig:
     """The arguments of :class:`composer.Trainer` that a YAML can hold, under their own names."""
 
     max_duration: str = "30ep"
-    run_name: str = ""
+    run_name: str = _name("")
     seed: int = 17
     precision: str = "amp_bf16"
     precision_config: Optional[dict[str, Any]] = None
@@ -234,7 +246,7 @@ class TrainerConfig:
     profiler: Optional[ProfilerSettings] = None
     python_log_level: Optional[str] = None
     # checkpoints
-    save_folder: Optional[str] = None
+    save_folder: Optional[str] = _place()
     save_interval: str = "1ep"
     save_filename: str = "ep{epoch}-ba{batch}-rank{rank}.pt"
     save_latest_filename: Optional[str] = "latest-rank{rank}.pt"
@@ -244,7 +256,7 @@ class TrainerConfig:
     save_num_checkpoints_to_keep: int = -1  # here also in object storage, not only on the local disk
     save_metrics: bool = False
     autoresume: bool = True
-    load_path: Optional[str] = None
+    load_path: Optional[str] = _place()
     load_weights_only: bool = False
     load_strict_model_weights: bool = True
     load_progress_bar: bool = True
@@ -279,7 +291,7 @@ class StartConfig:
     See :mod:`alignclip.pretrained` for what ``pretrained`` may be, :mod:`alignclip.locking` for the locks.
     """
 
-    pretrained: Optional[str] = None
+    pretrained: Optional[str] = _place()
     pretrained_shared_from: str = "text"  # or vision: whose numbers a shared module gets where the towers differ
     lock_image: bool = False
     # from the top: projection, last block and norm, then a block each, patches; in timm's towers their own groups
@@ -312,10 +324,11 @@ class RunConfig(StartConfig, TrainerConfig):
 class EvaluateConfig:
     """``evaluate.py``: what is evaluated, on what."""
 
-    checkpoint: Optional[str] = None  # anything that alignclip.load takes
-    checkpoints: dict[str, str] = field(default_factory=dict)  # several, by the names that they get in tables and plots
+    checkpoint: Optional[str] = _place()  # anything that alignclip.load takes
+    # several, by the names that they get in tables and plots
+    checkpoints: dict[str, str] = field(default_factory=dict, metadata={PLACE: True})
     evaluators: dict[str, EvaluatorConfig] = field(default_factory=dict)
-    out: str = "evaluation"  # folder of results.json and the plots
+    out: str = _place("evaluation")  # folder of results.json and the plots
     precision: str = "amp_bf16"
     device: Optional[str] = None
     dist_timeout: float = 3600.0

@@ -74,6 +74,8 @@ def validate(config: RunConfig) -> None:
         )
     if "/" in config.run_name:
         raise UserError(f"run_name={config.run_name} must not hold a '/'")
+    if config.run_name in (".", "..") or not config.run_name.isprintable():
+        raise UserError(f"run_name={config.run_name!r} can't be the name of a folder")
     _check_choices(config)
     _check_checkpoints(config)
     _check_start(config)

@@ -6,8 +6,9 @@ An unknown key or a wrong type is an error that names the place.
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,12 +16,15 @@ from typing import Any, TypeVar
 import omegaconf
 from omegaconf import DictConfig, OmegaConf
 
-from alignclip.config import EvaluateConfig, RunConfig
+from alignclip import typed, yaml_text
+from alignclip.config import CLASSES, NAME, PLACE, EvaluateConfig, ModelConfig, RunConfig
 from alignclip.config_checks import validate, validate_evaluation
-from alignclip.errors import UserError, check_place, nearest
+from alignclip.errors import UserError, check_place, nearest, one_line
 from alignclip.fetching import read_text
+from alignclip.paths import expand
 
 T = TypeVar("T")
+Tree = dict[str, Any]
 
 ON_THE_LINE = "the command line"
 NAMED = ("data.streams", "evaluators")  # sections of names that a person chooses
@@ -52,9 +56,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: no such file, not YAML, an unknown key (with the nearest one), a wrong type or range.
     """
-    config = _read(path, overrides, RunConfig)
-    validate(config)
-    return config
+    return _read(path, overrides, RunConfig, validate)
 
 
 def load_evaluation(path: str | Path, overrides: Sequence[str] = ()) -> EvaluateConfig:
@@ -63,72 +65,220 @@ def load_evaluation(path: str | Path, overrides: Sequence[str] = ()) -> Evaluate
     Raises:
         UserError: as :func:`load`.
     """
-    config = _read(path, overrides, EvaluateConfig)
-    validate_evaluation(config)
-    return config
+    return _read(path, overrides, EvaluateConfig, validate_evaluation)
 
 
-def _read(path: str | Path, overrides: Sequence[str], schema: type[T]) -> T:
-    from_file, from_line = _read_file(path), _read_line(overrides)
-    merged: Any = OmegaConf.structured(schema)
-    removed = _nulls(from_file) | _nulls(from_line)
-    for where, layer in ((str(path), from_file), (ON_THE_LINE, from_line)):
-        _check_keys(OmegaConf.to_container(layer), schema, schema, "", where)
-        for section, name in removed:
-            if name in _names(layer, section):
-                del OmegaConf.select(layer, section)[name]
-        with _one_line(where):
-            merged = OmegaConf.merge(merged, layer)
-    with _one_line(str(path)):
+def model_section(text: str) -> ModelConfig:
+    """The ``model`` section of a YAML text: of a run's ``config.yaml``, or of a file that has no other section.
+
+    Raises:
+        ValueError: the text is not YAML, has no such section, or one with unknown keys or values of another type.
+    """
+    content = yaml_text.parse(text)
+    section = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(section, dict):
+        raise ValueError("there is no model section")
+    return build(ModelConfig, section)
+
+
+def build(schema: type[T], values: Tree) -> T:
+    """The dataclass ``schema`` of plain values; what is missing is its default.
+
+    Raises:
+        ValueError: an unknown key, or a value of another type.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), typed.convert(values, schema, "model"))
         config = OmegaConf.to_object(merged)
+    except (UserError, omegaconf.errors.OmegaConfBaseException) as error:
+        raise ValueError(one_line(error)) from None
     assert isinstance(config, schema)
     return config
 
 
-def _read_file(path: str | Path) -> DictConfig:
-    check_place("config file", str(path))
-    is_url = "://" in str(path) and "=" not in str(path)  # an override is none
+def _read(path: str | Path, overrides: Sequence[str], schema: type[T], check: Callable[[T], None]) -> T:
+    path = expand(str(path), "config file")
+    from_file, from_line = _read_file(path), _read_line(overrides, schema)
+    merged: Any = OmegaConf.structured(schema, flags=_TEXTS)
+    removed = _nulls(from_file) | _nulls(from_line)
+    for where, layer in ((path, from_file), (ON_THE_LINE, from_line)):
+        _check_keys(layer, schema, schema, "", where)
+        for section, name in removed:
+            _names(layer, section).pop(name, None)
+        with _one_line(where):
+            values = _typed(layer, schema)
+        if layer is from_line:
+            _check_null_names(layer, schema, merged)
+        with _one_line(where):
+            merged = OmegaConf.merge(merged, OmegaConf.create(values, flags=_TEXTS))
+    with _one_line(path):
+        config = OmegaConf.to_object(merged)
+    assert isinstance(config, schema)
+    expand_places(config)
     try:
-        content = OmegaConf.create(read_text(str(path))) if is_url else OmegaConf.load(path)
+        check(config)
+    except UserError as error:
+        raise UserError(f"{error}{_null_hint(from_line, schema)}") from None
+    return config
+
+
+# OmegaConf merges and resolves ${…}; with this it takes our texts as they are
+_TEXTS = {"allow_objects": True}
+
+
+def _typed(layer: Tree, schema: type) -> Tree:
+    """A layer's values by the schema's types; of classes' arguments :mod:`alignclip.plugins` knows the types."""
+    hints = typing.get_type_hints(schema)
+    values: Tree = {}
+    for key, value in layer.items():
+        if key not in CLASSES:
+            values[key] = typed.convert(value, hints[key], key)
+            continue
+        if not isinstance(value, dict):
+            raise UserError(f"'{key}' holds names of classes with arguments below each, not {value!r}")
+        for name, arguments in value.items():
+            if not (arguments is None or isinstance(arguments, dict)):
+                raise UserError(f"'{key}.{name}' holds arguments with their names, not {arguments!r}")
+        values[key] = value
+    return values
+
+
+def _read_file(path: str) -> Tree:
+    check_place("config file", path)
+    is_url = "://" in path and "=" not in path  # an override is none
+    try:
+        text = read_text(path) if is_url else Path(path).read_text(encoding="utf-8")
+        content = yaml_text.parse(text)
     except UserError:
         raise
     except FileNotFoundError:
-        if "=" in str(path):
+        if "=" in path:
             raise UserError(f"the first argument is the YAML file, e.g. yamls/alignclip.yaml, not '{path}'") from None
         yamls = [str(p) for p in Path(path).parent.glob("*.yaml")]
-        raise UserError(
-            f"no config file '{path}': {nearest(str(path), yamls) if yamls else 'no YAML lies there'}"
-        ) from None
+        raise UserError(f"no config file '{path}': {nearest(path, yamls) if yamls else 'no YAML lies there'}") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder; name a YAML file") from None
-    except Exception as error:  # of YAML's parser, and files that are no text
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}") from None
+    except ValueError as error:  # of YAML's parser, and files that are no text
         raise UserError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from None
-    if not isinstance(content, DictConfig):
+    if not isinstance(content, dict | None):
         raise UserError(f"{path} does not hold keys and values")
-    return content
+    return content or {}
 
 
-def _read_line(overrides: Sequence[str]) -> DictConfig:
+def _read_line(overrides: Sequence[str], schema: type) -> Tree:
+    """The overrides as one tree; a later one wins."""
+    tree: Tree = {}
     for item in overrides:
         if item.startswith("-"):
             raise UserError(f"override '{item}': write '{item.lstrip('-')}', without dashes")
         if "=" not in item:
             raise UserError(f"override '{item}' is not of the form key.sub=value")
-    try:
-        return OmegaConf.from_dotlist(list(overrides))
-    except Exception as error:
-        raise UserError(f"overrides {list(overrides)}: {' '.join(str(error).split())}") from None
+        key, _, text = item.partition("=")
+        parts = [part.strip("[]") for part in re.findall(r"\[[^\]]*\]|[^.\[\]]+", key.strip())]
+        if not parts:
+            raise UserError(f"override '{item}' has no key before the '='")
+        hint, metadata = _setting(schema, parts)
+        value = typed.convert_line(text, hint, key.strip(), is_path=PLACE in metadata)
+        _put(tree, parts, value)
+    return tree
 
 
-def _names(layer: DictConfig, section: str) -> dict[str, Any]:
+def _put(tree: Tree, parts: Sequence[str], value: Any) -> None:
+    """Set a key below others; a section is added to what the overrides before have set in it."""
+    for part in parts[:-1]:
+        inner = tree.get(part)
+        tree[part] = inner = inner if isinstance(inner, dict) else {}
+        tree = inner
+    before = tree.get(parts[-1])
+    if isinstance(before, dict) and isinstance(value, dict):
+        for key, inner in value.items():
+            _put(before, [key], inner)
+    else:
+        tree[parts[-1]] = value
+
+
+def _setting(schema: Any, parts: Sequence[str]) -> tuple[Any, typing.Mapping[str, Any]]:
+    """The annotation of a key, and the metadata of its field; Any of what is no key, or a class's argument."""
+    hint, metadata = schema, typing.cast("typing.Mapping[str, Any]", {})
+    for depth, part in enumerate(parts):
+        inner = typed.dataclass_in(hint)
+        is_section = inner is not None and not any(typing.get_origin(m) is dict for m in typed.members_of(hint))
+        if inner is not None and is_section:
+            fields = {f.name: f for f in dataclasses.fields(inner)}
+            if part not in fields:
+                return Any, {}
+            hint, metadata = typing.get_type_hints(inner)[part], fields[part].metadata
+            if part in CLASSES and depth == 0:
+                depths = {0: hint, 1: dict[str, Any] | None}
+                return depths.get(len(parts) - 1, Any), {}
+        elif values := next((m for m in typed.members_of(hint) if typing.get_origin(m) is dict), None):
+            hint = typing.get_args(values)[1]
+        else:
+            return Any, {}
+    return hint, metadata
+
+
+def _line_nulls(layer: Tree, schema: type, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The keys of text settings that a layer sets to null."""
+    for key, value in layer.items():
+        if isinstance(value, dict):
+            yield from _line_nulls(value, schema, (*prefix, key))
+        elif value is None and str in typed.members_of(_setting(schema, (*prefix, key))[0]):
+            yield (*prefix, key)
+
+
+def _check_null_names(layer: Tree, schema: type, before: Any) -> None:
+    """Refuse ``split=null`` where no file names a split: as "unset" it would change nothing, and it may be a name.
+
+    Raises:
+        UserError: says how each of both is written.
+    """
+    for parts in _line_nulls(layer, schema):
+        value: Any = before
+        for part in parts:
+            value = value.get(part) if isinstance(value, DictConfig) else None
+        if value is None and NAME in _setting(schema, parts)[1]:
+            key = ".".join(parts)
+            raise UserError(f"{key}=null: it is unset anyway; for the name null put it in quotes: {key}=\"'null'\"")
+
+
+def _null_hint(layer: Tree, schema: type) -> str:
+    """What to add to an error where an override has unset a text."""
+    nulls = [".".join(parts) for parts in _line_nulls(layer, schema)]
+    return f" ({nulls[0]}=null leaves it unset; for the text null put it in quotes: \"'null'\")" if nulls else ""
+
+
+def expand_places(section: Any, prefix: str = "") -> None:
+    """Write out ``~`` in every setting that the schema marks as a path or URL.
+
+    Raises:
+        UserError: a home folder that isn't known.
+    """
+    for f in dataclasses.fields(section):
+        value, key = getattr(section, f.name), f"{prefix}{f.name}"
+        if dataclasses.is_dataclass(value):
+            expand_places(value, f"{key}.")
+        elif isinstance(value, dict) and f.name not in CLASSES:
+            for name, inner in value.items():
+                if dataclasses.is_dataclass(inner):
+                    expand_places(inner, f"{key}.{name}.")
+                elif PLACE in f.metadata:
+                    value[name] = expand(inner, f"{key}.{name}")
+        elif PLACE in f.metadata and value:
+            setattr(section, f.name, expand(value, key))
+
+
+def _names(layer: Tree, section: str) -> Tree:
     """What a layer has in a section of names, where it has that section at all."""
-    values: Any = OmegaConf.to_container(layer)
+    values: Any = layer
     for key in section.split("."):
         values = values.get(key) if isinstance(values, dict) else None
     return values if isinstance(values, dict) else {}
 
 
-def _nulls(layer: DictConfig) -> set[tuple[str, str]]:
+def _nulls(layer: Tree) -> set[tuple[str, str]]:
     """The names that a layer sets to null, to take them out of the layers below."""
     return {(s, name) for s in NAMED for name, entry in _names(layer, s).items() if entry is None}
 
@@ -138,6 +288,8 @@ def _one_line(where: str) -> Iterator[None]:
     """OmegaConf's complaints about types, in one line."""
     try:
         yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     except omegaconf.errors.OmegaConfBaseException as error:
         key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
         raise UserError(f"{where}: {key}{str(error).splitlines()[0]}") from None
@@ -147,7 +299,7 @@ def _one_line(where: str) -> Iterator[None]:
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved configuration as YAML text, every default spelled out; :func:`load` reads it back equal."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return yaml_text.dump(dataclasses.asdict(config))
 
 
 def _check_keys(values: Any, schema: Any, root: type, prefix: str, where: str) -> None:
@@ -165,7 +317,7 @@ def _check_keys(values: Any, schema: Any, root: type, prefix: str, where: str) -
             elsewhere = [known for known in _all_keys(root) if known.rpartition(".")[2] == key]
             hint = f"did you mean '{elsewhere[0]}'?" if len(elsewhere) == 1 else nearest(str(key), hints)
             raise UserError(f"{where}: unknown key '{full}'; {hint}")
-        inner = _dataclass_in(hints[key])
+        inner = typed.dataclass_in(hints[key])
         if inner is None:
             continue
         if typing.get_origin(hints[key]) is dict:
@@ -181,12 +333,6 @@ def _all_keys(schema: type, prefix: str = "") -> list[str]:
     """Every key of a dataclass and of those below it, in full; not those below a name that a person chooses."""
     found = []
     for key, hint in typing.get_type_hints(schema).items():
-        inner = None if typing.get_origin(hint) is dict else _dataclass_in(hint)
+        inner = None if typing.get_origin(hint) is dict else typed.dataclass_in(hint)
         found += [f"{prefix}{key}"] + (_all_keys(inner, f"{prefix}{key}.") if inner else [])
     return found
-
-
-def _dataclass_in(hint: Any) -> type | None:
-    """The dataclass that an annotation (X, Optional[X] or dict[str, X]) holds, if it holds one."""
-    candidates = (hint, *typing.get_args(hint))
-    return next((c for c in candidates if isinstance(c, type) and dataclasses.is_dataclass(c)), None)

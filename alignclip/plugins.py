@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import inspect
 import time
+import typing
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -16,8 +18,11 @@ from composer.core import Algorithm, Callback
 from composer.loggers import LoggerDestination
 from composer.utils import MissingConditionalImportError
 
+from alignclip import paths
 from alignclip.config import RunConfig
 from alignclip.errors import UserError, nearest
+from alignclip.typed import convert
+from alignclip.yaml_text import natural
 
 T = TypeVar("T")
 Arguments = dict[str, Any]
@@ -43,14 +48,18 @@ REFUSED_ALGORITHMS = {
 CLIPPING_TYPES = ("norm", "value", "adaptive")
 
 
-def check(config: RunConfig) -> None:
+def check(config: RunConfig) -> RunConfig:
     """Refuse unknown classes and arguments of ``algorithms``, ``callbacks`` and ``loggers``, naming the nearest.
 
     Loggers whose package is missing, too.
 
+    Returns:
+        the configuration with the arguments' texts converted to what the classes' annotations ask for.
+
     Raises:
         UserError: the first one found.
     """
+    typed_sections: dict[str, dict[str, Arguments | None]] = {section: {} for section, *_ in _SECTIONS}
     for section, module, base in _SECTIONS:
         classes: dict[str, type[Any]] = _classes(module, base)
         for name, arguments in getattr(config, section).items():
@@ -70,6 +79,27 @@ def check(config: RunConfig) -> None:
             if name in _EXTRAS and importlib.util.find_spec(_EXTRAS[name]) is None:
                 hint = f"pip install 'alignclip[{_EXTRAS[name]}]'"
                 raise UserError(f"{section}.{name} needs a package that is not installed: {hint}")
+            typed_sections[section][name] = arguments and typed(f"{section}.{name}", classes[name], arguments)
+    return dataclasses.replace(config, **typed_sections)  # type: ignore[arg-type]
+
+
+def typed(where: str, cls: type, arguments: Arguments) -> Arguments:
+    """A class's arguments as its annotations ask for them: a text stays as it was typed, ``~`` is home.
+
+    Raises:
+        UserError: an argument of another type.
+    """
+    try:
+        hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
+    except (NameError, TypeError):  # names that the class imports for type checkers alone
+        hints = {name: p.annotation for name, p in inspect.signature(cls).parameters.items()}
+    known = {name: hint for name, hint in hints.items() if not isinstance(hint, str) and hint is not inspect._empty}
+    return {
+        name: paths.expand_all(
+            convert(value, known[name], f"{where}.{name}") if name in known else natural(value), f"{where}.{name}"
+        )
+        for name, value in arguments.items()
+    }
 
 
 def build(config: RunConfig, section: str) -> list[Any]:
@@ -82,7 +112,7 @@ def build(config: RunConfig, section: str) -> list[Any]:
     classes: dict[str, type[Any]] = _classes(module, base)
     built = []
     for name, arguments in getattr(config, section).items():
-        arguments = dict(arguments or {})
+        arguments = typed(f"{section}.{name}", classes[name], arguments or {})
         if name == "FileLogger" and "overwrite" not in arguments:
             # it refuses a file that is there, and a resumed run should keep its predecessor's: one file a start
             path = Path(arguments.get("filename", "{run_name}/logs-rank{rank}.txt"))

@@ -58,7 +58,7 @@ def run(config: RunConfig) -> int:
         UserError: anything that a person has to change first.
         NotFiniteError: a batch whose loss, gradients or weights are not finite; nothing of it is saved.
     """
-    plugins.check(config)
+    config = plugins.check(config)
     device = choose_device(config.device)
     dist.initialize_dist(device, timeout=config.dist_timeout)
     check_parallelism(config, device)

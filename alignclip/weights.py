@@ -28,6 +28,7 @@ from torch.torch_version import TorchVersion
 
 from alignclip import hugging_face, release_format
 from alignclip.config import ModelConfig, SharedConfig
+from alignclip.config_file import model_section
 from alignclip.errors import UserError, one_line
 from alignclip.fetching import EXPORT_CONFIG, HF_CONFIG, HF_PREPROCESSOR, RUN_CONFIG, UNUSED, few, find_beside
 
@@ -240,12 +241,9 @@ def run_model(file: Path, place: str) -> ModelConfig | None:
     if found is None:
         return None
     try:
-        content: Any = OmegaConf.load(found)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), content["model"]))
-    except Exception as error:  # of YAML's parser and of OmegaConf
+        return model_section(found.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UserError(f"{place}: no model can be read from the {RUN_CONFIG} beside it: {one_line(error)}") from None
-    assert isinstance(config, ModelConfig)
-    return config
 
 
 def json_beside(file: Path, name: str, place: str) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transform import image_transform_v2
 from PIL import Image
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from alignclip.config import ModelConfig
 from alignclip.config_checks import VOCABULARY
+from alignclip.config_file import model_section
 from alignclip.errors import UserError, check_place, describe_storage_error, one_line, one_line_errors
 from alignclip.fetching import CARD, few
 from alignclip.hugging_face import special_tokens
@@ -157,12 +157,9 @@ def convert(options: Options) -> float:
 
 def _model_config(path: str) -> ModelConfig:
     try:
-        content: Any = OmegaConf.load(path)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), content["model"]))
-    except Exception as error:  # of YAML's parser and of OmegaConf
+        return model_section(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UserError(f"--model-config {path}: no model section can be read: {one_line(error)}") from None
-    assert isinstance(config, ModelConfig)
-    return config
 
 
 def _write(loaded: Loaded, options: Options, folder: Path) -> float:

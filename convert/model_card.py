@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
-from omegaconf import OmegaConf
 
 from alignclip.errors import UserError, one_line
 from alignclip.licenses import forbids_derivatives, license_of, named_license
 from alignclip.loading import Loaded
+from alignclip.yaml_text import natural, parse
 from convert.exports import Format
 
 SHOWN = (  # of a run's config.yaml
@@ -128,10 +128,10 @@ def _recipe(loaded: Loaded) -> dict[str, Any]:
     if not loaded.recipe:
         return {}
     try:
-        content = OmegaConf.to_container(OmegaConf.create(loaded.recipe))
-    except Exception:
+        content = natural(parse(loaded.recipe))
+    except ValueError:
         return {}
-    return content if isinstance(content, dict) else {}  # type: ignore[return-value]
+    return content if isinstance(content, dict) else {}
 
 
 def _recipe_part(loaded: Loaded) -> str:

@@ -1,0 +1,56 @@
+"""Places as people write them: ``~`` is home, ``file:///data`` is ``/data``."""
+
+from __future__ import annotations
+
+import os.path
+import urllib.parse
+from typing import Any
+
+from alignclip.errors import UserError
+
+LOCAL_DIR = "local-dir:"  # open_clip's prefix of a folder
+
+
+def expand(place: str, what: str = "path") -> str:
+    """A path with ``~`` and ``~user`` replaced by these home folders, without ``file://``; a URL as it is.
+
+    Args:
+        place: path or URL.
+        what: the setting or option that holds it, for messages.
+
+    Raises:
+        UserError: there is no such user.
+    """
+    if place.startswith(LOCAL_DIR):
+        return LOCAL_DIR + expand(place.removeprefix(LOCAL_DIR), what)
+    if place.startswith("file://"):
+        place = urllib.parse.unquote(place.removeprefix("file://").removeprefix("localhost"))
+    if not place.startswith("~"):
+        return place
+    expanded = os.path.expanduser(place)  # noqa: PTH111  # pathlib raises where this leaves ~nobody as it is
+    if expanded.startswith("~"):
+        user = place[1:].partition("/")[0]
+        why = f"there is no user '{user}'" if user else "the home folder is not known (HOME is not set)"
+        raise UserError(f"{what}={place}: {why}; a folder of that name is ./{place}")
+    return expanded
+
+
+def option(place: str) -> str:
+    """:func:`expand`, as the ``type`` of a command's option that is a path or URL."""
+    import argparse
+
+    try:
+        return expand(place)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def expand_all(value: Any, what: str) -> Any:
+    """Paths among a class's arguments, whatever their names: texts that are ``~`` or begin with ``~/``, expanded."""
+    if isinstance(value, dict):
+        return {key: expand_all(inner, f"{what}.{key}") for key, inner in value.items()}
+    if isinstance(value, list):
+        return [expand_all(inner, what) for inner in value]
+    if isinstance(value, str) and (value == "~" or value.startswith(("~/", "file:///"))):
+        return expand(value, what)
+    return value

@@ -20,7 +20,7 @@ from composer.utils import dist
 from torch.distributed.fsdp import FSDPModule
 
 from alignclip.checkpoints import SaveFolder
-from alignclip.errors import describe_storage_error
+from alignclip.storage import describe_storage_error
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,9 @@ from composer.utils.object_store import ObjectStore
 from alignclip.config import RunConfig, StartConfig
 from alignclip.config_file import to_yaml
 from alignclip.environment import Start
-from alignclip.errors import UserError, describe_storage_error
+from alignclip.errors import UserError
 from alignclip.fetching import CARD
+from alignclip.storage import describe_storage_error
 from alignclip.yaml_text import natural, parse
 
 CONFIG_FILE = "config.yaml"

@@ -52,34 +52,6 @@ def check_place(what: str, place: str) -> None:
         raise UserError(f"{what}={place} has one slash; did you mean '{found[1]}://{place[found.end() :]}'?")
 
 
-def causes(error: BaseException) -> list[BaseException]:
-    """An exception, what caused it, what caused that, and so on."""
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-        chain.append(cause)
-    return chain
-
-
-def describe_storage_error(error: BaseException) -> str:
-    """One line on why a bucket or folder can't be read or written, with what to do where that is clear."""
-    chain = causes(error)
-    names = {type(e).__name__ for e in chain}
-    # botocore's code of an HTTP error; other clouds have it in the text
-    codes = {str(getattr(e, "response", {}).get("Error", {}).get("Code")) for e in chain}
-    text = " ".join(one_line(e) for e in chain)
-    if names & {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"}:
-        return "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or your cloud's equivalent)"
-    if codes & {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"} or "Forbidden" in text:
-        return "access denied; check the credentials"
-    if "NoSuchBucket" in codes or "NoSuchBucket" in text:
-        return "no such bucket"
-    if names & {"EndpointConnectionError", "ConnectTimeoutError"}:
-        return f"can't connect: {one_line(error)} (S3_ENDPOINT_URL?)"
-    if "FileNotFoundError" in names or codes & {"404", "NoSuchKey"}:
-        return "not found; check the bucket and the path"
-    return one_line(error)
-
-
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Print a :class:`UserError` as one line and exit with its status; everything else keeps its stack trace.

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from alignclip.errors import UserError, check_place, describe_storage_error, nearest, one_line
+from alignclip.errors import UserError, check_place, nearest, one_line
+from alignclip.storage import describe_storage_error
 
 RUN_CONFIG = "config.yaml"
 EXPORT_CONFIG = "open_clip_config.json"

@@ -13,7 +13,8 @@ from torch._dynamo import list_backends
 from alignclip.checkpoints import SaveFolder
 from alignclip.config import RunConfig
 from alignclip.config_checks import CHOICES
-from alignclip.errors import UserError, describe_storage_error, nearest, one_line
+from alignclip.errors import UserError, nearest, one_line
+from alignclip.storage import describe_storage_error
 from alignclip.streams import check_streams
 
 DEVICES = CHOICES["device"]

@@ -13,8 +13,9 @@ from streaming.base.hashing import get_hashes
 from streaming.base.storage import CloudDownloader
 
 from alignclip.config import DataConfig, SetConfig
-from alignclip.errors import UserError, describe_storage_error, nearest
+from alignclip.errors import UserError, nearest
 from alignclip.mds_index import INDEX, ShardEntry, columns_of, read_shards
+from alignclip.storage import describe_storage_error
 
 DATASET = "dataset.json"  # beside the index: what a converter says of the set
 INTEGERS = ("int", "str_int", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)))

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
-from composer.utils import ObjectStoreTransientError, remote_uploader, retry
+from composer.utils import remote_uploader
 
-from alignclip.errors import causes, describe_storage_error
-
-log = logging.getLogger(__name__)
-
-ATTEMPTS = 10  # they sleep 2^i s between: 8 minutes and a half
-PASSING = (408, 429)  # of the HTTP statuses below 500: too slow, too often
+from alignclip.storage import TRAINING_PATIENCE, StorageError, describe_storage_error, patiently
 
 _upload = remote_uploader._upload_file_to_object_store  # what Composer's processes run
 
@@ -21,29 +15,16 @@ def upload_patiently(**arguments: Any) -> int:
     """Composer's own upload, again and again where the storage may come back.
 
     Raises:
-        Exception: of the cloud's client, where asking again won't help, or it has been away for too long.
+        StorageError: asking again won't help, or the storage has been away for too long. It is one line: the
+            cloud's own exception would reach the training process without what caused it.
     """
-
-    @retry(ObjectStoreTransientError, num_attempts=ATTEMPTS)
-    def upload() -> int:
-        try:
-            return _upload(**arguments)
-        except Exception as error:
-            if not may_pass(error):
-                raise
-            log.warning(f"{arguments['remote_file_name']} waits for its bucket: {describe_storage_error(error)}")
-            raise ObjectStoreTransientError(str(error)) from error
-
-    return upload()
-
-
-def may_pass(error: BaseException) -> bool:
-    """Whether the same request may succeed later: no answer, or one that blames the server."""
-    if any(type(one).__name__ in ("NoCredentialsError", "PartialCredentialsError") for one in causes(error)):
-        return False
-    responses = [response for one in causes(error) if isinstance(response := getattr(one, "response", None), dict)]
-    statuses = [response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500) for response in responses]
-    return not isinstance(error, FileNotFoundError) and all(s >= 500 or s in PASSING for s in statuses)
+    place = (
+        f"{arguments['backend_kwargs'].get('bucket', arguments['remote_backend_name'])}/{arguments['remote_file_name']}"
+    )
+    try:
+        return patiently(lambda: _upload(**arguments), place, TRAINING_PATIENCE)
+    except Exception as error:  # every provider has its own
+        raise StorageError("write", place, describe_storage_error(error, "write")) from None
 
 
 def install() -> None:

@@ -28,15 +28,15 @@ from torch import Tensor
 from alignclip.config import ModelConfig
 from alignclip.config_checks import VOCABULARY
 from alignclip.config_file import model_section
-from alignclip.errors import UserError, check_place, describe_storage_error, one_line, one_line_errors
+from alignclip.errors import UserError, check_place, one_line, one_line_errors
 from alignclip.fetching import CARD, few
 from alignclip.hugging_face import special_tokens
 from alignclip.loading import Loaded, Preprocess, open_model
+from alignclip.storage import describe_storage_error, patiently
 from convert import exports
 from convert.exports import FORMATS, Encode
 from convert.model_card import choose_license, write_card
 from convert.onnx_export import read_onnx, write_onnx
-from convert.patience import patiently
 
 TOLERANCE = 1e-5  # of normalised features, and of exp(logit_scale) relative to itself
 # Of pixels: both sides resize by PIL, to the same of 256 levels; what is left is the rounding of float32.

@@ -16,8 +16,8 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlparse
 
-from alignclip.errors import UserError, describe_storage_error
-from convert.patience import patiently
+from alignclip.errors import UserError
+from alignclip.storage import describe_storage_error, patiently
 
 READ_TIMEOUT = 60.0  # seconds without a byte, from object storage
 HTTP_TIMEOUT = 60.0  # seconds without a byte, from the web

@@ -14,9 +14,9 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from alignclip.errors import UserError
+from alignclip.storage import is_passing
 from convert import mds, tables, tars
 from convert.fetch import check_web, fetched
-from convert.patience import is_passing
 from convert.samples import PLAIN, Reading, Sample, Skipped
 from convert.storage import INDEX, list_remote
 

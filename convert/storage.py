@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from alignclip.errors import UserError, describe_storage_error
+from alignclip.errors import UserError
+from alignclip.storage import describe_storage_error, is_passing, patiently
 from convert.fetch import READ_TIMEOUT, TEMPORARY
-from convert.patience import is_passing, patiently
 
 # Streaming is imported where it is used: that takes seconds, and a mistake in the command line should not.
 

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from tqdm import tqdm
 
-from alignclip.errors import UserError, describe_storage_error, one_line
+from alignclip.errors import UserError, one_line
 from alignclip.mds_index import IndexedFile, ShardEntry, stored_file
+from alignclip.storage import describe_storage_error, patiently
 from convert.fetch import READ_TIMEOUT, TEMPORARY
-from convert.patience import patiently
 from convert.verify_findings import Problems
 
 if TYPE_CHECKING:

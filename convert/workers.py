@@ -21,8 +21,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from alignclip.errors import UserError, one_line
+from alignclip.storage import patience
 from alignclip.threads import set_thread_defaults
-from convert import patience
 from convert.fetch import TEMPORARY, remove_stale_copies
 from convert.options import ConvertOptions, Counts
 from convert.shards import convert_shard

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from refusing import RefusingS3, refusing_s3
 from s3 import S3Server
 from streaming.base.shared import SharedMemory
 
@@ -43,6 +44,13 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
             yield server
         finally:
             server.stop()
+
+
+@pytest.fixture
+def refusing() -> Iterator[RefusingS3]:
+    """An S3 server in memory that refuses what a test tells it to; ``os.environ`` points at it."""
+    with refusing_s3() as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)

@@ -27,9 +27,8 @@ from s3 import _free_port
 from tarballs import pairs, quick, stage, three_tars, upload, write_tar
 
 from alignclip.errors import UserError
-from convert import patience
+from alignclip.storage import patience, patiently
 from convert.cc12m import main
-from convert.patience import patiently
 from convert.storage import Store
 from convert.verify import VerifyOptions, verify
 
@@ -264,7 +263,7 @@ def test_patience_ends(
     assert len(calls) > 2
     assert 3 < time.monotonic() - start < 20
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("the bucket can't be reached (Could not connect to the endpoint URL")
+    assert line.startswith("the bucket can't be reached (can't connect: Could not connect to the endpoint URL")
 
 
 def test_a_key_press_is_no_outage(calls: list[float]) -> None:

@@ -15,7 +15,8 @@ import pytest
 from tarballs import assert_three_tars, cut, pairs, quick, read_back, serve, stage, three_tars, upload, write_tar
 
 from alignclip.errors import UserError
-from convert import fetch, patience
+from alignclip.storage import patience
+from convert import fetch
 from convert.inputs import expand
 from convert.storage import Store
 

@@ -16,9 +16,10 @@ from composer.utils import dist, reproducibility
 
 from alignclip.checkpoints import SaveFolder
 from alignclip.config import KeepBestConfig
-from alignclip.errors import UserError, describe_storage_error, nearest
+from alignclip.errors import UserError, nearest
 from alignclip.evaluation.tasks import Metrics
 from alignclip.metrics import MODES, better
+from alignclip.storage import describe_storage_error
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,9 @@ from torch.utils.data import Dataset
 
 from alignclip.config import SetConfig
 from alignclip.data import ReleasingDataset
-from alignclip.errors import UserError, describe_storage_error, one_line
+from alignclip.errors import UserError, one_line
 from alignclip.evaluation.ranks import agree
+from alignclip.storage import describe_storage_error
 from alignclip.streams import check_columns, local_folder, read_index
 from alignclip.transforms import center_crop
 

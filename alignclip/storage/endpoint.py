@@ -1,0 +1,42 @@
+"""Which S3 server is talked to, and what other servers than Amazon's need."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from urllib.parse import urlparse
+
+ENDPOINTS = ("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+CHECKSUM_SETTINGS = ("request_checksum_calculation", "response_checksum_validation")
+
+
+def expect_plain_s3() -> None:
+    """Have boto3 leave out the checksums that only Amazon's own servers are sure to know.
+
+    Since 1.36 boto3 sends a checksum with each upload, which many other servers answer with 501, 400 or
+    403. Where another endpoint is set, this makes boto3 send them only where S3 requires them. A person's
+    own setting stays. The environment is what ranks, data workers and uploaders inherit; call this before
+    any of them makes a client.
+    """
+    if not is_foreign():
+        return
+    for setting in CHECKSUM_SETTINGS:
+        if f"AWS_{setting.upper()}" not in os.environ and not _in_profile(setting):
+            os.environ[f"AWS_{setting.upper()}"] = "when_required"
+
+
+def is_foreign() -> bool:
+    """Whether S3 is told to be another server than Amazon's, or is Google's S3 interface."""
+    hosts = [urlparse(os.environ[name]).hostname or "" for name in ENDPOINTS if os.environ.get(name)]
+    return any(not host.endswith((".amazonaws.com", ".amazonaws.com.cn")) for host in hosts) or (
+        "GCS_KEY" in os.environ and "GCS_SECRET" in os.environ
+    )
+
+
+def _in_profile(setting: str) -> bool:
+    """Whether ``~/.aws/config`` has it."""
+    with suppress(Exception):  # no botocore, or a profile that isn't there: told where a client is made
+        from botocore.session import get_session
+
+        return setting in get_session().get_scoped_config()
+    return False

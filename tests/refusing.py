@@ -1,0 +1,182 @@
+"""An S3 server in memory that refuses what a test tells it to refuse: a right, a quota, an expired key."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlparse
+
+import pytest
+
+Refusal = tuple[int, str] | None
+
+
+class Request(BaseHTTPRequestHandler):
+    """One request.
+
+    Attributes:
+        right: "list", "read", "write" or "delete": what the request needs.
+        key: the object's.
+        found: whether there is such an object.
+        content: what is sent to the store.
+    """
+
+    protocol_version = "HTTP/1.1"
+    server: RefusingS3
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def handle_any(self) -> None:
+        url = urlparse(self.path)
+        query = parse_qs(url.query, keep_blank_values=True)
+        self.bucket, _, self.key = unquote(url.path).lstrip("/").partition("/")
+        self.content = self._read()
+        self.found = (self.bucket, self.key) in self.server.objects
+        rights = {"PUT": "write", "POST": "write", "DELETE": "delete"}
+        self.right = rights.get(self.command, "read" if self.key else "list")
+        self.server.requests.append((self.command, self.key))
+        if refusal := self.server.refuse(self):
+            self._error(*refusal)
+        elif self.command == "POST" or "uploadId" in query:
+            self._multipart(query)
+        elif self.command == "PUT":
+            self.server.objects[self.bucket, self.key] = self.content
+            self._answer(200, headers={"ETag": '"x"'})
+        elif self.command == "DELETE":
+            self.server.objects.pop((self.bucket, self.key), None)
+            self._answer(204)
+        elif not self.key:
+            self._list(query.get("prefix", [""])[0])
+        elif self.found:
+            self._give(self.server.objects[self.bucket, self.key])
+        else:
+            self._error(404, "NoSuchKey")
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_any
+
+    def _read(self) -> bytes:
+        data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if "aws-chunked" not in (self.headers.get("Content-Encoding") or ""):
+            return data
+        plain = b""
+        while data:
+            size, _, data = data.partition(b"\r\n")
+            if not (count := int(size.split(b";")[0], 16)):
+                break
+            plain, data = plain + data[:count], data[count + 2 :]
+        return plain
+
+    def _answer(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _error(self, status: int, code: str) -> None:
+        self._answer(status, f"<Error><Code>{code}</Code><Message>{code}</Message></Error>".encode())
+
+    def _give(self, data: bytes) -> None:
+        headers = {"ETag": f'"{hashlib.md5(data).hexdigest()}"', "Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"}
+        if self.command == "HEAD":
+            self._answer(200, headers={**headers, "Content-Length": str(len(data))})
+        elif span := re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
+            first, last = int(span[1]), min(int(span[2] or len(data) - 1), len(data) - 1)
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
+            self._answer(206, data[first : last + 1], headers)
+        else:
+            self._answer(200, data, headers)
+
+    def _list(self, prefix: str) -> None:
+        keys = sorted(key for bucket, key in self.server.objects if bucket == self.bucket and key.startswith(prefix))
+        rows = "".join(f"<Contents><Key>{key}</Key><Size>1</Size></Contents>" for key in keys)
+        count = f"<IsTruncated>false</IsTruncated><KeyCount>{len(keys)}</KeyCount>"
+        self._answer(200, f"<ListBucketResult>{count}{rows}</ListBucketResult>".encode())
+
+    def _multipart(self, query: dict[str, list[str]]) -> None:
+        parts = self.server.parts
+        if "uploads" in query:
+            upload = f"u{len(parts)}"
+            parts[upload] = {}
+            text = f"<InitiateMultipartUploadResult><UploadId>{upload}</UploadId></InitiateMultipartUploadResult>"
+            self._answer(200, text.encode())
+        elif self.command == "PUT":
+            parts[query["uploadId"][0]][int(query["partNumber"][0])] = self.content
+            self._answer(200, headers={"ETag": '"x"'})
+        else:
+            done = parts.pop(query["uploadId"][0])
+            self.server.objects[self.bucket, self.key] = b"".join(done[number] for number in sorted(done))
+            self._answer(200, b"<CompleteMultipartUploadResult><ETag>x</ETag></CompleteMultipartUploadResult>")
+
+
+class RefusingS3(ThreadingHTTPServer):
+    """The server.
+
+    Attributes:
+        objects: (bucket, key) → content.
+        requests: (method, key), in the order of their arrival.
+        refuse: gives the status and the code of a refusal, or None.
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Request)
+        self.objects: dict[tuple[str, str], bytes] = {}
+        self.parts: dict[str, dict[int, bytes]] = {}
+        self.requests: list[tuple[str, str]] = []
+        self.refuse: Callable[[Request], Refusal] = lambda request: None
+
+    def handle_error(self, *_: Any) -> None:
+        """A client that leaves early is no trouble."""
+
+    def keys(self, prefix: str = "") -> list[str]:
+        return sorted(key for _, key in self.objects if key.startswith(prefix))
+
+    def without_right(self, *rights: str) -> None:
+        """Have the key lack these rights; without the right to list, what isn't there is refused, too."""
+
+        def refuse(request: Request) -> Refusal:
+            absent = "list" in rights and request.right == "read" and not request.found
+            return (403, "AccessDenied") if request.right in rights or absent else None
+
+        self.refuse = refuse
+
+    def answer(self, status: int, code: str, *rights: str) -> None:
+        """Answer every request for these rights like this, or every request at all."""
+        self.refuse = lambda request: (status, code) if not rights or request.right in rights else None
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {
+            "S3_ENDPOINT_URL": f"http://127.0.0.1:{self.server_address[1]}",
+            "AWS_ACCESS_KEY_ID": "testkey",
+            "AWS_SECRET_ACCESS_KEY": "testsecret123",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_MAX_ATTEMPTS": "1",
+            "NO_PROXY": "127.0.0.1,localhost",
+        }
+
+
+@contextmanager
+def refusing_s3() -> Iterator[RefusingS3]:
+    """A running server that the environment points at."""
+    with RefusingS3() as server, pytest.MonkeyPatch.context() as patch:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for name in ("AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION"):
+            patch.delenv(name, raising=False)
+        for name in ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"):
+            patch.setenv(name, "")  # so that what a test's code sets is taken back
+            patch.delenv(name)
+        for name, value in server.env.items():
+            patch.setenv(name, value)
+        yield server
+        server.shutdown()

@@ -1,0 +1,379 @@
+"""Storage: what passes and what doesn't, in words; one store for folders and URLs; whole files only."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import resource
+import socket
+import ssl
+import urllib.error
+from collections.abc import Iterator
+from http.client import IncompleteRead, RemoteDisconnected
+from pathlib import Path
+from typing import Any
+
+import azure.core.exceptions as azure
+import botocore.exceptions as boto
+import google.api_core.exceptions as google
+import oci.exceptions as oci
+import pytest
+import requests
+import torch
+from boto3.exceptions import RetriesExceededError, S3UploadFailedError
+from botocore.exceptions import ClientError
+from composer.utils import ObjectStoreTransientError
+from google.auth.exceptions import DefaultCredentialsError, TransportError
+from refusing import RefusingS3
+
+from alignclip.errors import UserError
+from alignclip.storage import (
+    StorageError,
+    describe_storage_error,
+    expect_plain_s3,
+    is_passing,
+    open_store,
+    patiently,
+    write_text_whole,
+    write_whole,
+)
+
+OPERATIONS = {"list": "ListObjectsV2", "read": "GetObject", "write": "PutObject", "delete": "DeleteObject"}
+
+
+def answer(status: int, code: str = "", right: str = "write") -> ClientError:
+    """S3's answer, as botocore raises it."""
+    response: Any = {"Error": {"Code": code or str(status)}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return ClientError(response, OPERATIONS[right])
+
+
+def raised_from(error: Exception, cause: BaseException) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+def http_error(status: int) -> urllib.error.HTTPError:
+    return urllib.error.HTTPError("http://x/a", status, "no", {}, None)  # type: ignore[arg-type]
+
+
+def google_error(kind: type[Exception], reason: str) -> Exception:
+    return kind("no", errors=[{"reason": reason}])
+
+
+def azure_error(status: int, code: str) -> Exception:
+    error = azure.HttpResponseError("no")
+    error.status_code, error.error_code = status, code  # type: ignore[attr-defined]
+    return error
+
+
+PASSING = [
+    *(answer(status) for status in (408, 425, 429, 500, 502, 503, 504, 509)),
+    *(answer(400, code) for code in ("RequestTimeout", "IncompleteBody", "BadDigest", "ThrottlingException")),
+    *(answer(403, code) for code in ("SlowDown", "RequestLimitExceeded", "BandwidthLimitExceeded")),
+    answer(503, "SlowDown"),
+    answer(409, "OperationAborted"),
+    raised_from(S3UploadFailedError("no"), answer(503, "SlowDown")),
+    RetriesExceededError(boto.ReadTimeoutError(endpoint_url="http://x")),
+    boto.EndpointConnectionError(endpoint_url="http://x"),
+    boto.ConnectTimeoutError(endpoint_url="http://x"),
+    boto.ConnectionClosedError(endpoint_url="http://x"),
+    boto.IncompleteReadError(actual_bytes=1, expected_bytes=2),
+    boto.ResponseStreamingError(error="broken"),
+    boto.SSLError(endpoint_url="https://x", error="EOF occurred in violation of protocol"),
+    ConnectionRefusedError(errno.ECONNREFUSED, "refused"),
+    ConnectionResetError(errno.ECONNRESET, "reset"),
+    BrokenPipeError(),
+    TimeoutError(),
+    socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"),
+    OSError(errno.EHOSTUNREACH, "No route to host"),
+    OSError(errno.ENETUNREACH, "Network is unreachable"),
+    OSError(errno.ESTALE, "Stale file handle"),
+    urllib.error.URLError(ssl.SSLEOFError(8, "EOF occurred")),
+    http_error(503),
+    ssl.SSLError(1, "record layer failure"),
+    IncompleteRead(b"half"),
+    RemoteDisconnected("closed"),
+    requests.exceptions.ConnectionError("no"),
+    requests.exceptions.ChunkedEncodingError("broken"),
+    google.ServiceUnavailable("no"),
+    google.TooManyRequests("no"),
+    google_error(google.Forbidden, "rateLimitExceeded"),
+    TransportError("no"),
+    azure_error(503, "ServerBusy"),
+    azure.ServiceRequestError("no"),
+    azure.IncompleteReadError("no"),
+    oci.ServiceError(429, "TooManyRequests", {}, "no"),
+    oci.RequestException("no"),
+    ObjectStoreTransientError("no"),
+]
+FOR_GOOD = [
+    *(answer(status) for status in (400, 401, 403, 404, 405, 409, 411, 412, 416, 501, 505, 507)),
+    *(answer(400, code) for code in ("InvalidArgument", "ExpiredToken", "InvalidToken", "EntityTooLarge")),
+    *(answer(403, code) for code in ("AccessDenied", "RequestTimeTooSkewed", "ExpiredToken", "QuotaExceeded")),
+    *(answer(403, code) for code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AllAccessDisabled")),
+    *(answer(404, code) for code in ("NoSuchKey", "NoSuchBucket")),
+    answer(412, "PreconditionFailed"),
+    answer(400, "XMinioAdminBucketQuotaExceeded"),
+    answer(503, "XMinioStorageFull"),
+    answer(501, "NotImplemented"),
+    raised_from(ObjectStoreTransientError("no"), answer(501, "NotImplemented")),
+    raised_from(FileNotFoundError("Object s3://b/k not found"), answer(403, "403")),
+    S3UploadFailedError("An error occurred (AccessDenied) when calling the PutObject operation: Access Denied"),
+    RetriesExceededError(answer(403)),
+    boto.NoCredentialsError(),
+    raised_from(boto.NoCredentialsError(), ConnectionRefusedError()),
+    boto.PartialCredentialsError(provider="env", cred_var="aws_secret_access_key"),
+    boto.UnauthorizedSSOTokenError(),
+    boto.ParamValidationError(report="no"),
+    boto.SSLError(endpoint_url="https://x", error="[SSL: CERTIFICATE_VERIFY_FAILED] …"),
+    urllib.error.URLError(ssl.SSLCertVerificationError(1, "certificate verify failed")),
+    http_error(404),
+    FileNotFoundError(errno.ENOENT, "No such file or directory"),
+    PermissionError(errno.EACCES, "Permission denied"),
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.EDQUOT, "Disk quota exceeded"),
+    OSError(errno.EFBIG, "File too large"),
+    OSError(errno.EROFS, "Read-only file system"),
+    OSError(errno.EIO, "Input/output error"),
+    raised_from(requests.exceptions.ConnectionError("no"), OSError(errno.ENOSPC, "No space left on device")),
+    google.Forbidden("no"),
+    google.NotFound("no"),
+    google_error(google.Forbidden, "quotaExceeded"),
+    DefaultCredentialsError("no"),
+    azure_error(403, "AuthorizationPermissionMismatch"),
+    azure.ResourceNotFoundError("no"),
+    azure.ClientAuthenticationError("no"),
+    oci.ServiceError(404, "NotAuthorizedOrNotFound", {}, "no"),
+    oci.ServiceError(400, "QuotaExceeded", {}, "no"),
+    ValueError("no"),
+    KeyboardInterrupt(),
+]
+
+
+@pytest.mark.parametrize("error", PASSING, ids=repr)
+def test_what_passes(error: BaseException) -> None:
+    assert is_passing(error)
+
+
+@pytest.mark.parametrize("error", FOR_GOOD, ids=repr)
+def test_what_does_not_pass(error: BaseException) -> None:
+    assert not is_passing(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (answer(403, "AccessDenied", "list"), "may not list (s3:ListBucket)"),
+        (answer(403, "AccessDenied", "write"), "may not write (s3:PutObject)"),
+        (answer(403, "AccessDenied", "delete"), "may not delete (s3:DeleteObject)"),
+        (answer(403, "AccessDenied", "read"), "may not read it (s3:GetObject), or it isn't there and"),
+        (answer(403, "403", "read"), "or it isn't there and the key may not list (s3:ListBucket)"),
+        (answer(400, "ExpiredToken"), "the key has expired"),
+        (answer(403, "RequestTimeTooSkewed"), "clock"),
+        (answer(403, "InvalidAccessKeyId"), "AWS_ACCESS_KEY_ID"),
+        (answer(403, "SignatureDoesNotMatch"), "AWS_SECRET_ACCESS_KEY"),
+        (answer(404, "NoSuchBucket"), "no such bucket"),
+        (answer(404, "NoSuchKey", "read"), "not found"),
+        (answer(403, "QuotaExceeded"), "quota is used up (QuotaExceeded)"),
+        (answer(507, "InsufficientStorage"), "quota is used up"),
+        (answer(501, "NotImplemented"), "set AWS_REQUEST_CHECKSUM_CALCULATION=when_required"),
+        (answer(411, "MissingContentLength"), "set AWS_REQUEST_CHECKSUM_CALCULATION=when_required"),
+        (answer(503, "SlowDown"), "the store is busy (SlowDown)"),
+        (S3UploadFailedError("An error occurred (AccessDenied) when calling the PutObject operation"), "may not write"),
+        (google.Forbidden("x does not have storage.objects.list access to the bucket"), "may not list"),
+        (azure_error(403, "AuthorizationPermissionMismatch"), "access denied"),
+        (boto.NoCredentialsError(), "no credentials found"),
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_each_answer_in_words(error: Exception, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_REQUEST_CHECKSUM_CALCULATION", raising=False)
+    said = describe_storage_error(error)
+    assert words in said
+    assert "\n" not in said
+
+
+def test_a_store_that_is_told_nothing_of_checksums_is_not_blamed_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+    assert "AWS_REQUEST" not in describe_storage_error(answer(501, "NotImplemented"))
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def place(request: pytest.FixtureRequest, refusing: RefusingS3, tmp_path: Path) -> str:
+    return str(tmp_path / "store") if request.param == "folder" else "s3://b/some/store"
+
+
+def test_a_store(place: str, tmp_path: Path) -> None:
+    store = open_store(place)
+    assert store.names() == set()
+    assert store.read_optional("a.txt") is None
+    with pytest.raises(StorageError, match=rf"^can't read {place}/a\.txt: (not found|No such file)"):
+        store.read_bytes("a.txt")
+    store.check_writable()
+    assert store.names() == set()
+    store.write_text("a.txt", "ä")
+    source = tmp_path / "source"
+    source.write_bytes(b"1" * 9_000_000)  # in several parts
+    store.put(source, "sub/b.bin")
+    assert store.read_text("a.txt") == store.read_text_optional("a.txt") == "ä"
+    assert store.names() == {"a.txt", "sub/b.bin"}
+    store.download("sub/b.bin", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == source.read_bytes()
+    store.put(_binary(tmp_path), "b2.bin")
+    with pytest.raises(UserError, match=r"b2\.bin is no text file"):
+        store.read_text("b2.bin")
+    store.delete("a.txt")
+    store.delete("a.txt")
+    assert store.names() == {"sub/b.bin", "b2.bin"}
+    assert store.read_text_optional("a.txt") is None
+    again: StorageError = pickle.loads(pickle.dumps(StorageError("read", "a", "why")))
+    assert str(again) == "can't read a: why"
+
+
+def _binary(folder: Path) -> Path:
+    path = folder / "binary"
+    path.write_bytes(b"\xff\xfe\x00")
+    return path
+
+
+@pytest.mark.parametrize("right", ["list", "read", "write", "delete"])
+def test_each_missing_right_is_named(refusing: RefusingS3, right: str) -> None:
+    store = open_store("s3://b/runs")
+    store.write_text("here", "x")
+    refusing.without_right(right)
+    actions = {
+        "list": store.names,
+        "read": lambda: store.read_text("here"),
+        "write": lambda: store.write_text("there", "x"),
+        "delete": lambda: store.delete("here"),
+    }
+    names = {"list": "ListBucket", "read": "GetObject", "write": "PutObject", "delete": "DeleteObject"}
+    for other, action in actions.items():
+        if other == right:
+            with pytest.raises(StorageError, match=rf"^can't {right} s3://b/runs.*: access denied.*{names[right]}"):
+                action()
+        elif other != "delete":
+            action()
+    if right == "list":
+        assert store.read_optional("not there") is None
+        with pytest.raises(StorageError, match=r"or it isn't there and the key may not list"):
+            store.read_text("not there")
+    if right in ("read", "write"):
+        with pytest.raises(StorageError, match=rf"^can't {right} s3://b/runs.*may"):
+            store.check_writable()
+    else:
+        store.check_writable()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "words"),
+    [(400, "ExpiredToken", "expired"), (403, "RequestTimeTooSkewed", "clock"), (403, "InvalidAccessKeyId", "key")],
+)
+def test_what_is_wrong_with_the_key_is_told_though_head_has_no_words(
+    refusing: RefusingS3, status: int, code: str, words: str
+) -> None:
+    """A HEAD request, with which boto3's downloads begin, is answered without a word; and it means no absence."""
+    refusing.answer(status, code)
+    for read in (open_store("s3://b/runs").read_text, open_store("s3://b/runs").read_text_optional):
+        with pytest.raises(StorageError, match=words):
+            read("config.yaml")
+
+
+def test_a_refusal_for_good_is_tried_once_and_a_passing_one_again(
+    refusing: RefusingS3, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("alignclip.storage.patience.FIRST_PAUSE", 0.01)
+    store = open_store("s3://b/runs")
+    refusing.answer(403, "QuotaExceeded")
+    with pytest.raises(StorageError, match="quota"):
+        patiently(lambda: store.write_text("a", "x"), store.place)
+    assert len(refusing.requests) == 1
+    answers = iter([(503, "SlowDown"), (500, "InternalError")])
+    refusing.refuse = lambda request: next(answers, None)
+    patiently(lambda: store.write_text("a", "x"), store.place)
+    assert refusing.keys() == ["runs/a"]
+
+
+def test_other_stores_get_no_checksums_unless_a_person_says_so(refusing: RefusingS3) -> None:
+    def refuse(request: Any) -> tuple[int, str] | None:
+        names = [name.lower() for name in request.headers]
+        return (501, "NotImplemented") if any(name.startswith("x-amz-checksum-") for name in names) else None
+
+    refusing.refuse = refuse
+    open_store("s3://b/runs").write_text("a", "x")
+    assert os.environ["AWS_REQUEST_CHECKSUM_CALCULATION"] == "when_required"
+    assert os.environ["AWS_RESPONSE_CHECKSUM_VALIDATION"] == "when_required"
+    os.environ["AWS_REQUEST_CHECKSUM_CALCULATION"] = "when_supported"
+    with pytest.raises(StorageError, match=r"set AWS_REQUEST_CHECKSUM_CALCULATION=when_required$"):
+        open_store("s3://b/runs").write_text("a", "x")
+    assert os.environ["AWS_REQUEST_CHECKSUM_CALCULATION"] == "when_supported"
+
+
+@pytest.mark.parametrize("endpoint", [None, "https://s3.eu-central-1.amazonaws.com"])
+def test_amazon_itself_gets_what_boto3_sends(monkeypatch: pytest.MonkeyPatch, endpoint: str | None) -> None:
+    for name in ("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REQUEST_CHECKSUM_CALCULATION"):
+        monkeypatch.delenv(name, raising=False)
+    if endpoint:
+        monkeypatch.setenv("S3_ENDPOINT_URL", endpoint)
+    expect_plain_s3()
+    assert "AWS_REQUEST_CHECKSUM_CALCULATION" not in os.environ
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """Files of this process may have 100,000 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("writer", ["python", "torch"])
+def test_a_disk_that_fills_in_the_middle(tmp_path: Path, full_disk: None, writer: str) -> None:
+    path = tmp_path / "run" / "latest.pt"
+    write_text_whole(path, "whole")
+
+    def write() -> None:
+        with write_whole(path) as partial:
+            if writer == "torch":
+                torch.save({"a": torch.zeros(100_000)}, partial)
+            else:
+                partial.write_bytes(b"1" * 200_000)
+
+    with pytest.raises(StorageError, match=rf"^can't write {path}: (no space left|the file is larger).*needed$"):
+        write()
+    assert path.read_text() == "whole"
+    assert [one.name for one in path.parent.iterdir()] == ["latest.pt"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_room_in_bytes(tmp_path: Path, number: int) -> None:
+    path = tmp_path / "a"
+    with pytest.raises(StorageError) as raised, write_whole(path, 3_200_000_000):
+        raise OSError(number, os.strerror(number))
+    assert str(tmp_path) in raised.value.why
+    assert "3.2 GB needed" in raised.value.why
+    assert (" free" in raised.value.why) is (number == errno.ENOSPC)
+
+
+def test_other_errors_of_the_block_stay(tmp_path: Path) -> None:
+    def write() -> None:
+        with write_whole(tmp_path / "a") as partial:
+            partial.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_tried_before_it_is_needed(tmp_path: Path) -> None:
+    open_store(str(tmp_path / "new" / "run")).check_writable()
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StorageError, match=r"can't write .*run: .*is a file, not a folder"):
+        open_store(str(tmp_path / "file" / "run")).check_writable()
+    with pytest.raises(StorageError, match=r"^can't write /proc/run: "):
+        open_store("/proc/run").check_writable()

@@ -88,7 +88,7 @@ def read_json(flag: str, path: Path) -> Any:
         UserError: it cannot be read or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # a spreadsheet's or an editor's mark
     except OSError as error:
         raise UserError(f"cannot read {flag} {path}: {error.strerror}") from None
     except ValueError as error:

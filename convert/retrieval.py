@@ -57,7 +57,8 @@ class Options:
     """What is converted, and where to.
 
     ``split``: None for the set's default. ``split_file``: names the images of the split, one a line, where the
-    annotations don't. ``limit``: that many images, spread over the set.
+    annotations don't. ``encoding``: of the annotations, where they don't show it. ``limit``: that many images,
+    spread over the set.
     """
 
     dataset: str
@@ -66,6 +67,7 @@ class Options:
     out: str
     split: str | None = None
     split_file: str | None = None
+    encoding: str | None = None
     limit: int | None = None
     skip_missing: bool = False
     progress: bool = True
@@ -98,7 +100,7 @@ def convert(options: Options) -> str:
     file, folder = local_path("--annotations", options.annotations), local_path("--images", options.images, folder=True)
     if options.split_file and name not in ("flickr30k", "flickr8k"):
         raise UserError(f"--split-file is for flickr30k's annotations without splits, not for {name}")
-    annotations = read(Wanted(name, file, split, options.split_file))
+    annotations = read(Wanted(name, file, split, options.split_file, options.encoding))
     captions = annotations.captions
     full = {image: kept for image, texts in captions.items() if (kept := [text for text in texts if text.strip()])}
     find = ImageFinder(folder, published=name != "pairs").find
@@ -149,6 +151,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         help="of Karpathy's files: train, restval, val, test, or train+restval (default: test); else just a name",
     )
     add("--split-file", metavar="FILE", help="flickr30k without Karpathy's file: the split's images, one a line")
+    add("--encoding", metavar="NAME", help="of the annotations, e.g. cp1252 (default: UTF-8, or by the file's mark)")
     add("--limit", type=int, metavar="N", help="only N images, spread evenly over the set (default: all)")
     add("--skip-missing", action="store_true", help="leave out images that are not there (default: an error)")
     return Options(**vars(parser.parse_args(arguments)))

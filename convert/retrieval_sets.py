@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from alignclip.errors import UserError, nearest, one_line
-from convert import flickr_lines
+from convert import csv_tables, flickr_lines
+from convert.csv_tables import Table
 from convert.evaluation_sets import local_path, read_json
 from convert.published import larger
 
@@ -40,12 +40,24 @@ class Wanted:
         file: the annotations.
         split: names of splits, joined by ``+`` where several are wanted.
         split_file: names the split's images, one a line, where the annotations don't.
+        encoding: of a text file; None where the file shows it.
     """
 
     dataset: str
     file: Path
     split: str
     split_file: str | None = None
+    encoding: str | None = None
+
+    def look(self, *columns: str) -> Table:
+        """Find the encoding, the separator and the header of a text file, which may have these columns.
+
+        Raises:
+            UserError: no text, or text in an encoding that nobody has named.
+        """
+        table = csv_tables.look(self.file, columns, self.encoding)
+        csv_tables.check_encoding(table, self.encoding)
+        return table
 
     @property
     def splits(self) -> set[str]:
@@ -123,26 +135,27 @@ def read_flickr(wanted: Wanted) -> Annotations:
     if wanted.file.suffix == ".json":
         annotations = read_coco(wanted)
     else:
-        text = wanted.file.read_text(encoding="utf-8-sig")
-        header = text.partition("\n")[0].strip().split(",")
-        if not {"raw", "split", "filename"} <= set(header):
+        table = wanted.look("raw", "split", "filename")
+        if not {"raw", "split", "filename"} <= set(table.columns):
+            with table.open() as file:
+                text = file.read()
             captions = flickr_lines.read(text, f"--annotations {wanted.file}")
             return Annotations(*_take_listed(captions, wanted))
-        annotations = _read_flickr_table(wanted)
+        annotations = _read_flickr_table(table, wanted)
     if wanted.split_file:
         raise UserError(f"--annotations {wanted.file} has splits of its own: give --split instead of --split-file")
     return annotations
 
 
-def _read_flickr_table(wanted: Wanted) -> Annotations:
+def _read_flickr_table(table: Table, wanted: Wanted) -> Annotations:
     """https://huggingface.co/datasets/nlphuji/flickr30k: a table whose captions are JSON lists."""
     captions: Captions = {}
     there: Counter[str] = Counter()
-    with wanted.file.open(encoding="utf-8-sig", newline="") as lines:
-        for row in csv.DictReader(lines, strict=True):
-            there[row["split"]] += 1
-            if row["split"] in wanted.splits:
-                captions[row["filename"]] = list(map(str, json.loads(row["raw"])))
+    for values in csv_tables.rows_of(table, f"--annotations {wanted.file}"):
+        row = dict(zip(table.columns, values, strict=True))
+        there[row["split"]] += 1
+        if row["split"] in wanted.splits:
+            captions[row["filename"]] = list(map(str, json.loads(row["raw"])))
     return Annotations(captions, wanted.check_splits(there))
 
 
@@ -178,29 +191,20 @@ def _check_whole_file(wanted: Wanted, captions: Captions, advice: str) -> None:
 
 
 def read_pairs(wanted: Wanted) -> Annotations:
-    """A CSV or TSV with the columns image and caption; an image's captions may be several rows."""
+    """A table with the columns image and caption; an image's captions may be several rows."""
+    table = wanted.look("image", "caption")
+    places = []
+    for column in ("image", "caption"):
+        if column not in table.columns:
+            has = csv_tables.listing(table.columns)
+            raise UserError(f"--annotations {wanted.file} has no column '{column}'; it has {has}")
+        places.append(table.columns.index(column))
     captions: Captions = {}
-    file = wanted.file
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        # strict: a caption that begins with a quotation mark must not swallow the lines that follow
-        delimiter = "\t" if file.suffix in (".tsv", ".tab") else ","
-        rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
-        columns = list(rows.fieldnames or [])
-        for column in ("image", "caption"):
-            if column not in columns:
-                has = ", ".join(columns) or "none"
-                raise UserError(f"--annotations {file} has no column '{column}'; it has {has}")
-        whole = rows.line_num  # lines up to here are
-        try:
-            for row in rows:
-                if not row["image"] or row["caption"] is None or None in row:
-                    less = "more" if None in row else "less"
-                    raise csv.Error(f"{less} than {len(columns)} columns, or no image")
-                captions.setdefault(row["image"], []).append(row["caption"])
-                whole = rows.line_num
-        except csv.Error as error:
-            hint = "captions with separators or quotation marks are quoted, and the marks doubled"
-            raise UserError(f"--annotations {file} line {whole + 1}: {error} ({hint})") from None
+    for row in csv_tables.rows_of(table, f"--annotations {wanted.file}"):
+        image, caption = (row[place] for place in places)
+        if not image:
+            raise UserError(f"--annotations {wanted.file}: a row has no image (its caption: '{caption[:60]}')")
+        captions.setdefault(image, []).append(caption)
     return Annotations(captions)
 
 

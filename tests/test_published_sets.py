@@ -329,3 +329,25 @@ def test_all_of_flickr8k(tmp_path: Path) -> None:
         write(tmp_path / "Flicker8k_Dataset" / f"{name}.jpg", picture(i))
     convert_captions("flickr8k", tmp_path, annotations, tmp_path / "out", split_file=str(listed))
     assert captions_in(tmp_path / "out") == {"3_c.jpg": ["A cat ."]}
+
+
+ENCODINGS = {"utf-16": None, "utf-8-sig": None, "utf-16-le": None, "cp1252": "cp1252", "latin-1": "latin-1"}
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize(
+    ("dataset", "separator"), [("flickr30k", ","), ("pairs", ","), ("pairs", ";"), ("pairs", "\t")]
+)
+def test_annotations_in_other_encodings_and_separators(
+    dataset: str, separator: str, encoding: str, tmp_path: Path
+) -> None:
+    text = "".join(f"{separator.join(row)}\r\n" for row in [("image", "caption"), ("1.jpg", "ein Bär, dort")])
+    text = text if separator != "," else text.replace("ein Bär, dort", '"ein Bär, dort"')
+    annotations = write(tmp_path / "captions.txt", text.encode(encoding))
+    write(tmp_path / "1.jpg", picture(1))
+    named = ENCODINGS[encoding]
+    if named:
+        with pytest.raises(UserError, match=r"is not UTF-8 \(line 2\); name its encoding"):
+            convert_captions(dataset, tmp_path, annotations, tmp_path / "out")
+    convert_captions(dataset, tmp_path, annotations, tmp_path / "out", encoding=named)
+    assert captions_in(tmp_path / "out") == {"1.jpg": ["ein Bär, dort"]}

@@ -7,13 +7,11 @@ afterwards, and so does its model card.
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from alignclip.errors import UserError, check_place, nearest, one_line
-from alignclip.storage import describe_storage_error
+from alignclip.storage import StorageError, is_absent, is_denied, open_file, open_store
 
 RUN_CONFIG = "config.yaml"
 EXPORT_CONFIG = "open_clip_config.json"
@@ -28,7 +26,6 @@ LATEST = "latest-rank0.pt"
 BY_NAME = "-rank0.pt"
 _NAMES = re.compile(r"best|latest|ep\d+-ba\d+")
 WEIGHT_FILES = {".pt", ".pth", ".bin", ".safetensors"}
-READ_TIMEOUT = 60.0  # seconds, of an object store
 HUB_TIMEOUT = 10.0  # seconds, for a first answer
 
 
@@ -60,17 +57,8 @@ def read_text(url: str) -> str:
     Raises:
         UserError: it is not there, can't be read, or is no text.
     """
-    from streaming.base.storage import CloudDownloader  # takes seconds
-
-    with tempfile.TemporaryDirectory(prefix="alignclip-") as folder:
-        path = Path(folder, "file")
-        try:
-            CloudDownloader.get(url).download(url, str(path), READ_TIMEOUT)
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise UserError(f"{url} is no text file") from None
-        except Exception as error:  # every provider has its own
-            raise UserError(f"can't read {url}: {describe_storage_error(error)}") from None
+    store, name = open_file(url)
+    return store.read_text(name)
 
 
 def find_beside(file: Path, name: str) -> Path | None:
@@ -87,17 +75,14 @@ def card_beside(place: str) -> str | None:
     if "://" not in place:
         found = find_beside(Path(place).expanduser(), CARD)
         return found.read_text(encoding="utf-8", errors="replace") if found else None
-    from streaming.base.storage import CloudDownloader  # takes seconds
-
-    with tempfile.TemporaryDirectory(prefix="alignclip-") as folder:
-        card = Path(folder, CARD)
-        try:
-            store = CloudDownloader.get(place)
-        except Exception:  # Composer knows schemes that Streaming doesn't
+    store, _ = open_file(place)
+    try:
+        card = store.read_optional(CARD)
+    except StorageError as error:
+        if isinstance(error.__cause__, (ValueError, ImportError)):  # Composer knows schemes that Streaming doesn't
             return None
-        if not _download(store, f"{place.rpartition('/')[0]}/{CARD}", card):
-            return None
-        return card.read_text(encoding="utf-8", errors="replace")
+        raise
+    return None if card is None else card.decode("utf-8", errors="replace")
 
 
 def few(names: Iterable[str]) -> str:
@@ -169,16 +154,24 @@ def _target(link: Path, place: str) -> str:
 
 
 def _from_store(url: str, downloads: Path) -> Path:
-    """Download what a URL means, and the configuration beside it."""
-    from streaming.base.storage import CloudDownloader  # takes seconds
+    """Download what a URL means, and the configuration beside it.
 
-    try:
-        store = CloudDownloader.get(url)
-    except Exception as error:  # an unknown scheme, or a cloud's library that isn't installed
-        raise UserError(f"can't read {url}: {one_line(error)}") from None
+    Raises:
+        UserError: there is no such thing, or it can't be reached.
+    """
+    root = "/".join(url.split("/")[:3])
+    store = open_store(root)
+    refusals = []  # of what is there and may not be read, or isn't there and the key may not list
 
     def get(remote: str, name: str) -> bool:
-        return _download(store, remote, downloads / name)
+        try:
+            store.download(remote.removeprefix(f"{root}/"), downloads / name)
+        except StorageError as error:
+            if not is_absent(error) and not is_denied(error):
+                raise
+            refusals.extend([error.why] if is_denied(error) else [])
+            return False
+        return True
 
     parent, _, name = url.rpartition("/") if Path(url).suffix in WEIGHT_FILES else (url, "", "")
     above, _, short = url.rpartition("/")
@@ -193,28 +186,14 @@ def _from_store(url: str, downloads: Path) -> Path:
             return downloads / name
         if get(f"{parent}/{name}.symlink", "symlink"):  # Composer's link in a bucket: an object with the key
             key = _target(downloads / "symlink", f"{parent}/{name}.symlink")
-            target = "/".join([*url.split("/")[:3], key])
+            target = f"{root}/{key}"
             if get(target, name):
                 return downloads / name
-            raise UserError(f"{parent}/{name} points to {target}, which is not there, or is a sharded checkpoint")
+            why = refusals[-1] if refusals else "it is not there, or is a sharded checkpoint"
+            raise UserError(f"{parent}/{name} points to {target}: {why}")
     also = f", and no {by_name} at {above}" if _NAMES.fullmatch(short) else ""
-    raise UserError(f"no {' or '.join(names)} at {parent}{also}; check the bucket and the path")
-
-
-def _download(store: Any, remote: str, path: Path) -> bool:
-    """Whether there is such an object, which then lies at ``path``.
-
-    Raises:
-        UserError: it can't be read.
-    """
-    try:
-        store.download(remote, str(path), READ_TIMEOUT)
-    except Exception as error:  # every provider has its own
-        reason = describe_storage_error(error)
-        if reason.startswith("not found") or "NotFound" in type(error).__name__:
-            return False
-        raise UserError(f"can't read {remote}: {reason}") from None
-    return True
+    why = f": {refusals[-1]}" if refusals else "; check the bucket and the path"
+    raise UserError(f"no {' or '.join(names)} at {parent}{also}{why}")
 
 
 def _from_hub(place: str) -> Path:

@@ -10,12 +10,11 @@ from pathlib import Path
 
 from streaming.base import partition, shuffle
 from streaming.base.hashing import get_hashes
-from streaming.base.storage import CloudDownloader
 
 from alignclip.config import DataConfig, SetConfig
 from alignclip.errors import UserError, nearest
 from alignclip.mds_index import INDEX, ShardEntry, columns_of, read_shards
-from alignclip.storage import describe_storage_error
+from alignclip.storage import StorageError, open_file
 
 DATASET = "dataset.json"  # beside the index: what a converter says of the set
 INTEGERS = ("int", "str_int", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)))
@@ -85,12 +84,8 @@ def _encoder(stream: SetConfig, encoding: str) -> tuple[str | None, int | None]:
     """Name and dimension of the sentence encoder of a set, as far as they are known."""
     place = "/".join(part.rstrip("/") for part in (stream.remote or stream.local, stream.split, DATASET) if part)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(place)
-            if stream.remote:
-                path = Path(folder, DATASET)
-                CloudDownloader.direct_download(place, str(path))
-            said = json.loads(path.read_text())
+        store, file = open_file(place)
+        said = json.loads(store.read_text(file))
         name, dimension = said.get("encoder"), said.get("dimension")
     except Exception:  # a set of another converter's
         name = dimension = None
@@ -144,9 +139,10 @@ def read_index(where: str, stream: SetConfig, local: str, hint: str = "") -> lis
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, INDEX)
         try:
-            CloudDownloader.direct_download(remote, str(path))
-        except Exception as error:
-            raise UserError(f"{where}: can't read {remote}: {describe_storage_error(error)}") from None
+            store, name = open_file(remote)
+            store.download(name, path)
+        except StorageError as error:
+            raise UserError(f"{where}: {error}") from None
         try:
             shards = read_shards(path)
         except ValueError as error:

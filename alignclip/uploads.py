@@ -6,7 +6,7 @@ from typing import Any
 
 from composer.utils import remote_uploader
 
-from alignclip.storage import TRAINING_PATIENCE, StorageError, describe_storage_error, patiently
+from alignclip.storage import TRAINING_PATIENCE, StorageError, describe_storage_error, expect_plain_s3, patiently
 
 _upload = remote_uploader._upload_file_to_object_store  # what Composer's processes run
 
@@ -28,5 +28,15 @@ def upload_patiently(**arguments: Any) -> int:
 
 
 def install() -> None:
-    """Have Composer's uploaders, which are processes of their own, run :func:`upload_patiently`."""
+    """Have Composer's uploaders, which are processes of their own, run :func:`upload_patiently`.
+
+    Composer's own test of the credentials writes to the bucket's root, where a key may have no right. The save
+    folder itself has been tried by now.
+    """
+    expect_plain_s3()
     setattr(remote_uploader, _upload.__name__, upload_patiently)
+    setattr(remote_uploader, remote_uploader.validate_credentials.__name__, _is_tried)
+
+
+def _is_tried(remote_backend: object, remote_file_name_to_test: str) -> None:
+    """Take the place of Composer's ``validate_credentials``."""

@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +31,7 @@ from alignclip.errors import UserError, check_place, one_line, one_line_errors
 from alignclip.fetching import CARD, few
 from alignclip.hugging_face import special_tokens
 from alignclip.loading import Loaded, Preprocess, open_model
-from alignclip.storage import describe_storage_error, patiently
+from alignclip.storage import StorageError, Store, check_folder_writable, open_store, patiently
 from convert import exports
 from convert.exports import FORMATS, Encode
 from convert.model_card import choose_license, write_card
@@ -116,6 +115,13 @@ def convert(options: Options) -> float:
     out = Path(options.out).expanduser()
     if not remote and out.exists():
         raise UserError(f"--out {options.out} is there already; choose another or remove it")
+    # before minutes of reading
+    bucket = _bucket(options.out.rstrip("/")) if remote else None
+    if bucket is None:
+        try:
+            check_folder_writable(out)
+        except StorageError as error:
+            raise UserError(f"cannot write to {options.out}: {error.why}") from None
     config = _model_config(options.model_config) if options.model_config else None
     loaded = open_model(options.source, config=config)
     license = choose_license(loaded, options.source, options.license)
@@ -136,11 +142,10 @@ def convert(options: Options) -> float:
     except OSError as error:
         raise UserError(f"cannot write to {parent}: {error.strerror}") from None
     try:
-        bucket = _bucket(folder, options.out.rstrip("/")) if remote else None
         worst = _write(loaded, options, folder)
         (folder / CARD).write_text(card, encoding="utf-8")
         if bucket is not None:
-            _upload(folder, bucket, options.out.rstrip("/"), form.last)
+            _upload(folder, bucket, form.last)
         else:
             for file in folder.iterdir():  # safetensors writes for its owner alone
                 file.chmod(0o666 & ~_umask())
@@ -244,27 +249,26 @@ def check_pixels(loaded: Loaded, prepare: Preprocess, name: str) -> None:
         )
 
 
-def _bucket(folder: Path, url: str) -> Any:
-    """Streaming's uploader from the empty ``folder`` to a place in object storage where nothing is.
+def _bucket(url: str) -> Store:
+    """A place in object storage where nothing is and files can be written.
 
     Raises:
-        UserError: it can't be reached, or there is something.
+        UserError: it can't be reached or written, or there is something.
     """
-    from convert.storage import list_remote, uploader
+    from convert.storage import list_remote
 
-    cloud = uploader(folder, url)
+    bucket = open_store(url)
     try:
-        there = list_remote(url)
-    except UserError as error:
-        if "Streaming cannot list" not in str(error):  # Azure
-            raise
-        there = set()
+        there = list_remote(url) if bucket.can_list else set()  # Azure can't be listed
+        bucket.check_writable()
+    except StorageError as error:
+        raise UserError(f"cannot write to {url}: {error.why}") from error
     if there:
         raise UserError(f"--out {url} holds files already ({few(sorted(there))}); remove them, or choose another")
-    return cloud
+    return bucket
 
 
-def _upload(folder: Path, cloud: Any, url: str, last: str) -> None:
+def _upload(folder: Path, bucket: Store, last: str) -> None:
     """Every file; the one that says that a model is there last. Where that fails, what was uploaded goes again.
 
     Raises:
@@ -273,28 +277,24 @@ def _upload(folder: Path, cloud: Any, url: str, last: str) -> None:
     names = sorted((path.name for path in folder.iterdir()), key=lambda name: (name == last, name))
     for i, name in enumerate(names):
         try:
-            patiently(lambda name=name: cloud.upload_file(name), url)  # type: ignore[misc]
-        except BaseException as error:  # every provider has its own; Ctrl-C
-            left = _remove(cloud, url, names[: i + 1])
-            if not isinstance(error, Exception):
+            patiently(lambda name=name: bucket.put(folder / name, name), bucket.place)  # type: ignore[misc]
+        except BaseException as error:  # Ctrl-C among them
+            left = _remove(bucket, names[: i + 1])
+            if not isinstance(error, StorageError):
                 raise
             more = f"; what is there of it could not be removed: {few(left)}" if left else ""
-            raise UserError(f"cannot write to {url}: {describe_storage_error(error)}{more}") from error
+            raise UserError(f"cannot write to {bucket.place}: {error.why}{more}") from error
 
 
-def _remove(cloud: Any, url: str, names: Sequence[str]) -> list[str]:
+def _remove(bucket: Store, names: Sequence[str]) -> list[str]:
     """Delete objects where Streaming's client can, S3 and GCS; the names of those that may have stayed."""
-    client: Any = getattr(cloud, "s3", None) or getattr(cloud, "gcs_client", None)
-    bucket, _, prefix = url.partition("://")[2].partition("/")
+    if not bucket.can_delete:
+        return list(names)
     left = []
     for name in names:
-        key = f"{prefix}/{name}".lstrip("/")
         try:
-            if hasattr(client, "delete_object"):  # boto3, also of what isn't there
-                client.delete_object(Bucket=bucket, Key=key)
-            else:
-                client.bucket(bucket).blob(key).delete()
-        except Exception:
+            bucket.delete(name)
+        except StorageError:
             left.append(name)
     return left
 

@@ -52,6 +52,7 @@ def convert(options: ConvertOptions, executor: Executor | None = None) -> Counts
     store = Store(options.out)
     if store.is_remote:
         store.listing()  # whether it can be reached; what is there counts once nobody else can change it
+    store.check_writable()
     _check(options)
     columns = _columns(options, names.values())
     with store.locked():

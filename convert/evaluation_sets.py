@@ -194,6 +194,7 @@ def find_complete(store: Store, identity: dict[str, Any]) -> dict[str, Any] | No
     """
     listing = store.listing()
     if INDEX not in listing:  # written last
+        store.check_writable()
         return None
     there: dict[str, Any] = store.read_json([DATASET])[0] if DATASET in listing else {}
     if not there.keys() >= identity.keys():

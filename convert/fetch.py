@@ -17,9 +17,8 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from alignclip.errors import UserError
-from alignclip.storage import describe_storage_error, patiently
+from alignclip.storage import describe_storage_error, open_file, patiently
 
-READ_TIMEOUT = 60.0  # seconds without a byte, from object storage
 HTTP_TIMEOUT = 60.0  # seconds without a byte, from the web
 
 
@@ -50,9 +49,8 @@ def fetched(place: str) -> Iterator[Path]:
             if urlparse(place).scheme in ("http", "https"):
                 patiently(lambda: _fetch_http(place, path), place)
             else:
-                from streaming.base.storage import CloudDownloader
-
-                patiently(lambda: CloudDownloader.direct_download(place, str(path), READ_TIMEOUT), place)
+                store, name = open_file(place)
+                patiently(lambda: store.download(name, path), place)
         except Exception as error:  # every provider has its own
             raise UserError(f"cannot fetch {place}: {describe_storage_error(error)}") from error
         yield path

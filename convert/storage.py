@@ -13,37 +13,16 @@ from fnmatch import fnmatch
 from itertools import chain
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
+from alignclip import storage
 from alignclip.errors import UserError
-from alignclip.storage import describe_storage_error, is_passing, patiently
-from convert.fetch import READ_TIMEOUT, TEMPORARY
-
-# Streaming is imported where it is used: that takes seconds, and a mistake in the command line should not.
+from alignclip.storage import StorageError, is_passing, open_store, patiently, to_disk
+from convert.fetch import TEMPORARY
 
 INDEX = "index.json"
 COUNTS = "counts.json"  # in each sub-folder, beside its index
 PARTIAL = ".partial-"  # a local sub-folder in the making
 LOCK = ".lock"  # of a local folder that is being written
-
-
-def uploader(local: Path, remote: str) -> Any:
-    """Streaming's uploader from the empty folder ``local`` to the URL ``remote``, once the bucket has answered.
-
-    Raises:
-        UserError: unknown scheme, no such bucket, no credentials, or a cloud library that is not installed.
-    """
-    from streaming.base.storage import CloudUploader
-    from streaming.base.storage.upload import UPLOADERS
-
-    scheme = urlparse(remote).scheme
-    if scheme not in UPLOADERS:
-        schemes = ", ".join(f"{name}://" for name in UPLOADERS if name and ":" not in name)
-        raise UserError(f"cannot write to '{remote}': Streaming knows {schemes} and local folders")
-    try:
-        return CloudUploader.get((str(local), remote), keep_local=True, retry=1)  # we wait longer
-    except Exception as error:  # every provider has its own
-        raise UserError(f"cannot reach {remote}: {describe_storage_error(error)}") from error
 
 
 def list_remote(url: str) -> set[str]:
@@ -52,41 +31,27 @@ def list_remote(url: str) -> set[str]:
     Raises:
         UserError: it cannot be reached, or Streaming cannot list that kind of storage (S3, GCS and OCI it can).
     """
-    with tempfile.TemporaryDirectory() as empty:
-        cloud = uploader(Path(empty), url)
-        try:
-            return set(_keys(cloud))
-        except NotImplementedError:
-            raise UserError(f"Streaming cannot list {url}; name the files") from None
-        except Exception as error:
-            raise UserError(f"cannot list {url}: {describe_storage_error(error)}") from error
+    try:
+        bucket = open_store(url)
+        if not bucket.can_list:
+            raise UserError(f"Streaming cannot list {url}; name the files")
+        return bucket.names()
+    except StorageError as error:
+        raise UserError(f"cannot reach {url}: {error.why}") from error
 
 
-def _keys(cloud: Any) -> dict[str, str]:
-    """Name below the uploader's URL -> key in the bucket, of every object there."""
-    prefix = urlparse(cloud.remote).path.strip("/")
-    names = {key[len(prefix) :].lstrip("/"): key for key in cloud.list_objects() or ()}
-    return {name: key for name, key in names.items() if name and not name.endswith("/")}  # some stores list folders
-
-
-def _empty(cloud: Any) -> None:
-    """Delete a sub-folder's objects at the uploader's URL where Streaming's client can: S3 and GCS.
+def _empty(bucket: storage.Store) -> None:
+    """Delete a sub-folder's objects where Streaming's client can: S3 and GCS.
 
     Elsewhere, or where the credentials don't allow it, they stay and are overwritten or named by no index.
     """
-    client: Any = getattr(cloud, "s3", None) or getattr(cloud, "gcs_client", None)
-    try:
-        keys = _keys(cloud)
-    except NotImplementedError:
+    if not (bucket.can_list and bucket.can_delete):
         return
-    bucket = urlparse(cloud.remote).netloc
+    names = bucket.names()
     try:
-        for name in _ours(keys):
-            if hasattr(client, "delete_object"):  # boto3
-                client.delete_object(Bucket=bucket, Key=keys[name])
-            elif client is not None:
-                client.bucket(bucket).blob(keys[name]).delete()
-    except Exception as error:  # every provider has its own
+        for name in _ours(names):
+            bucket.delete(name)
+    except StorageError as error:
         if is_passing(error):  # counts.json would stay, and after a kill say that a mixture is complete
             raise
 
@@ -165,12 +130,23 @@ class Store:
                 for file in (path.relative_to(root) for path in files if path.is_file())
                 if not file.parts[0].startswith(PARTIAL)
             }
-        from streaming.base.storage import CloudUploader
-
-        with tempfile.TemporaryDirectory() as empty:
-            listable = type(uploader(Path(empty), self.out)).list_objects is not CloudUploader.list_objects
+        try:
+            listable = open_store(self.out).can_list
+        except StorageError as error:
+            raise UserError(f"cannot reach {self.out}: {error.why}") from error
         # Azure's is missing in Streaming: nothing is found to be done before, and all is written again
         return list_remote(self.out) if listable else set()
+
+    def check_writable(self) -> None:
+        """Write a real file and remove it again: better known now than after hours.
+
+        Raises:
+            UserError: ``out`` cannot be written to.
+        """
+        try:
+            open_store(self.out).check_writable()
+        except StorageError as error:
+            raise UserError(f"cannot write to {self.out}: {error.why}") from error
 
     @contextmanager
     def staged(self, name: str = "", replace: bool = True) -> Iterator[Path]:
@@ -186,15 +162,15 @@ class Store:
         if self.is_remote:
             with tempfile.TemporaryDirectory(prefix=TEMPORARY) as temporary:
                 folder = Path(temporary)
-                cloud = patiently(lambda: uploader(folder, f"{self.out}/{name}".rstrip("/")), self.out)
+                bucket = open_store(f"{self.out}/{name}")
                 yield folder
                 try:
                     if name and replace:
-                        patiently(lambda: _empty(cloud), self.out)
+                        patiently(lambda: _empty(bucket), self.out)
                     for file in _in_order(folder):
-                        patiently(lambda file=file: cloud.upload_file(file), self.out)  # type: ignore[misc]
-                except Exception as error:
-                    raise UserError(f"cannot write to {self.out}/{name}: {describe_storage_error(error)}") from error
+                        patiently(lambda file=file: bucket.put(folder / file, file), self.out)  # type: ignore[misc]
+                except StorageError as error:
+                    raise UserError(f"cannot write to {self.out}/{name}: {error.why}") from error
             return
         try:
             Path(self.out).mkdir(parents=True, exist_ok=True)
@@ -205,7 +181,7 @@ class Store:
         try:
             yield folder
             for path in folder.iterdir():
-                _to_disk(path)  # a rename may survive a power cut that what it names does not
+                to_disk(path)  # a rename may survive a power cut that what it names does not
             _check_whole(folder)
             target = Path(self.out) / name
             target.mkdir(parents=True, exist_ok=True)
@@ -214,9 +190,9 @@ class Store:
                     (target / file).unlink(missing_ok=True)  # another task may be about to replace it, too
             for file in _in_order(folder):
                 if file == COUNTS:
-                    _to_disk(target)
+                    to_disk(target)
                 (folder / file).replace(target / file)
-            _to_disk(target)
+            to_disk(target)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -229,41 +205,28 @@ class Store:
             ValueError: one is no JSON.
         """
 
-        def parse(path: Path) -> Any:
-            return _parse(path) if broken else json.loads(path.read_text(encoding="utf-8"))
+        def parse(content: bytes) -> Any:
+            return _parse(content) if broken else json.loads(content.decode("utf-8"))
 
         if not self.is_remote:
-            return [parse(Path(self.out) / name) for name in names]
-        from streaming.base.storage import CloudDownloader
-
-        cloud = CloudDownloader.get(self.out)
+            return [parse((Path(self.out) / name).read_bytes()) for name in names]
+        bucket = open_store(self.out)
 
         def fetch(name: str) -> Any:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "file.json"
-                try:
-                    patiently(lambda: cloud.download(f"{self.out}/{name}", str(path), READ_TIMEOUT), self.out)
-                except Exception as error:
-                    raise UserError(f"cannot read {self.out}/{name}: {describe_storage_error(error)}") from error
-                return parse(path)
+            try:
+                return parse(patiently(lambda: bucket.read_bytes(name), self.out))
+            except StorageError as error:
+                raise UserError(f"cannot read {bucket.at(name)}: {error.why}") from error
 
         with ThreadPoolExecutor(16) as pool:
             return list(pool.map(fetch, names))
 
 
-def _parse(path: Path) -> Any:
+def _parse(content: bytes) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(content.decode("utf-8"))
     except ValueError:
         return None
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check_whole(folder: Path) -> None:
@@ -272,7 +235,7 @@ def _check_whole(folder: Path) -> None:
     Raises:
         UserError: names what is missing.
     """
-    for shard in (_parse(folder / INDEX) or {}).get("shards", []) if (folder / INDEX).exists() else []:
+    for shard in (_parse((folder / INDEX).read_bytes()) or {}).get("shards", []) if (folder / INDEX).exists() else []:
         name = (shard.get("zip_data") or shard["raw_data"])["basename"]
         if "/" not in name and not (folder / name).exists():
             raise UserError(f"{folder / name} was removed by another process; is there a second conversion?")

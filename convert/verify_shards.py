@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import multiprocessing
@@ -25,8 +24,8 @@ from tqdm import tqdm
 
 from alignclip.errors import UserError, one_line
 from alignclip.mds_index import IndexedFile, ShardEntry, stored_file
-from alignclip.storage import describe_storage_error, patiently
-from convert.fetch import READ_TIMEOUT, TEMPORARY
+from alignclip.storage import Store, describe_storage_error, is_full, open_store, patiently
+from convert.fetch import TEMPORARY
 from convert.verify_findings import Problems
 
 if TYPE_CHECKING:
@@ -123,7 +122,7 @@ def open_shard(entry: ShardEntry, place: str, folder: Path, problems: Problems) 
     try:
         if "://" in place:
             path = folder / "stored"
-            patiently(lambda: _downloader(place).download(f"{place}/{file}", str(path), READ_TIMEOUT), place)
+            patiently(lambda: _bucket(place).download(file, path), place)
         data = path.read_bytes()
     except Exception as error:  # every provider has its own
         _check_space(error)
@@ -154,15 +153,13 @@ def open_shard(entry: ShardEntry, place: str, folder: Path, problems: Problems) 
 
 
 def _check_space(error: BaseException) -> None:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_full(error):
         raise UserError("no space left on the device for a shard's temporary copy (TMPDIR)") from None
 
 
 @lru_cache(1)  # a new connection for every shard would take a quarter of a second
-def _downloader(place: str) -> Any:
-    from streaming.base.storage import CloudDownloader
-
-    return CloudDownloader.get(place)
+def _bucket(place: str) -> Store:
+    return open_store(place)
 
 
 def _is_as_indexed(data: bytes, info: IndexedFile, file: str, problems: Problems) -> bool:

@@ -29,7 +29,6 @@ from PIL import Image
 from runs import write_config, write_set
 from s3 import S3Server
 from safetensors.torch import load_file, save_file
-from streaming.base.storage.upload import S3Uploader
 from tarballs import write_tar
 from test_loading import picture, release_of, widths_of_64
 from torch import Tensor
@@ -44,6 +43,7 @@ from alignclip.evaluation.encoding import Encoder
 from alignclip.evaluation.zero_shot import accuracy, build_classifier
 from alignclip.licenses import forbids_derivatives, license_of, named_license
 from alignclip.release_format import our_names
+from alignclip.storage.clouds import S3
 from alignclip.weights import OPEN_CLIP, RELEASE
 from convert.checkpoint import Options, convert, main
 
@@ -582,17 +582,17 @@ def test_an_upload_that_breaks_leaves_nothing(
 ) -> None:
     """What says that a model is there comes last, so that nobody loads a half of it; then the same command works."""
     url, order = f"{s3.bucket()}/exports/second", []
-    upload = S3Uploader.upload_file
+    upload = S3.upload
 
-    def breaks(self: Any, name: str) -> None:
+    def breaks(self: S3, path: Path, name: str) -> None:
         order.append(name)
         if name == "config.json":
             raise ValueError("the network is gone")
-        upload(self, name)
+        upload(self, path, name)
 
     options = Options(str(exported["composer"] / "model.pt"), "huggingface", url)
     with monkeypatch.context() as patch:
-        patch.setattr(S3Uploader, "upload_file", breaks)
+        patch.setattr(S3, "upload", breaks)
         with pytest.raises(UserError, match=r"cannot write to s3://.*: the network is gone$"):
             convert(options)
     assert order[-1] == "config.json"

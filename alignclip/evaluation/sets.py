@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from streaming import Stream
-from streaming.base.storage import CloudDownloader
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -17,7 +14,7 @@ from alignclip.config import SetConfig
 from alignclip.data import ReleasingDataset
 from alignclip.errors import UserError, one_line
 from alignclip.evaluation.ranks import agree
-from alignclip.storage import describe_storage_error
+from alignclip.storage import StorageError, describe_storage_error, open_file
 from alignclip.streams import check_columns, local_folder, read_index
 from alignclip.transforms import center_crop
 
@@ -123,25 +120,20 @@ def read_classes(stream: SetConfig) -> tuple[list[str], list[str]]:
         UserError: no such file beside the index, or not one of ``convert/classification.py``.
     """
     where = "/".join(part.rstrip("/") for part in (stream.remote or stream.local, stream.split, CLASSES) if part)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(where)
-        try:
-            if stream.remote:
-                path = Path(folder, CLASSES)
-                CloudDownloader.direct_download(where, str(path))
-            values = json.loads(path.read_text())
-            names, templates = _texts(values["classnames"]), _texts(values["templates"])
-            if (classes := values.get("classes", len(names))) != len(names):
-                raise UserError(f"{where} has {len(names)} classnames, and the set has {classes} classes")
-            return names, templates
-        except UserError:
-            raise
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{where} holds no classnames and templates; write the set with convert/classification.py"
-            ) from None
-        except Exception as error:  # every provider has its own
-            raise UserError(f"can't read {where}: {describe_storage_error(error)}") from None
+    try:
+        store, file = open_file(where)
+        values = json.loads(store.read_text(file))
+        names, templates = _texts(values["classnames"]), _texts(values["templates"])
+        classes = values.get("classes", len(names))
+    except StorageError:
+        raise
+    except (UserError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{where} holds no classnames and templates; write the set with convert/classification.py"
+        ) from None
+    if classes != len(names):
+        raise UserError(f"{where} has {len(names)} classnames, and the set has {classes} classes")
+    return names, templates
 
 
 def _texts(values: Any) -> list[str]:

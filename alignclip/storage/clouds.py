@@ -38,6 +38,9 @@ class Cloud(Protocol):
     def names(self) -> Iterator[str]:
         """Every object below the URL."""
 
+    def size(self, name: str) -> int | None:
+        """Return the bytes of an object; None where the library doesn't tell."""
+
     def delete(self, name: str) -> None:
         """Remove an object; one that isn't there is no error."""
 
@@ -91,6 +94,10 @@ class S3:
         for page in pages:
             for entry in page.get("Contents", ()):
                 yield entry["Key"].removeprefix(self.prefix)
+
+    def size(self, name: str) -> int | None:
+        """See :class:`Cloud`."""
+        return int(self._client.head_object(Bucket=self.bucket, Key=self.prefix + name)["ContentLength"])
 
     def delete(self, name: str) -> None:
         """See :class:`Cloud`."""
@@ -178,6 +185,10 @@ class Streamed:
         prefix = urlparse(self.url).path.strip("/")
         for key in self._upload_client().list_objects() or ():
             yield key[len(prefix) :].lstrip("/")
+
+    def size(self, name: str) -> int | None:
+        """See :class:`Cloud`; Streaming doesn't ask."""
+        return None
 
     def delete(self, name: str) -> None:
         """See :class:`Cloud`."""

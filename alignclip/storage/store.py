@@ -47,8 +47,7 @@ class Store(ABC):
 
     Attributes:
         place: the folder or URL, without a slash at its end.
-        can_list: whether this kind of store can be listed; whether the key may is another question.
-        can_delete: whether this kind of store can delete.
+        is_remote: whether the place is a URL.
     """
 
     is_remote: bool
@@ -118,10 +117,25 @@ class Store(ABC):
             # some stores list folders; what is being written has no name yet
             return {name for name in self._names() if name and not name.endswith("/")}
 
+    def size(self, name: str) -> int | None:
+        """Return the bytes of a file that is there; None where this kind of store doesn't tell."""
+        with self._told("read", name):
+            return self._size(name)
+
     def delete(self, name: str) -> None:
         """Remove a file; one that isn't there is no error."""
         with self._told("delete", name):
             self._delete(name)
+
+    @property
+    @abstractmethod
+    def can_list(self) -> bool:
+        """Whether this kind of store can be listed; whether the key may is another question."""
+
+    @property
+    @abstractmethod
+    def can_delete(self) -> bool:
+        """Whether this kind of store can delete."""
 
     @abstractmethod
     def check_writable(self) -> None:
@@ -157,6 +171,9 @@ class Store(ABC):
 
     @abstractmethod
     def _names(self) -> Iterator[str]: ...
+
+    @abstractmethod
+    def _size(self, name: str) -> int | None: ...
 
     @abstractmethod
     def _delete(self, name: str) -> None: ...
@@ -201,6 +218,9 @@ class Folder(Store):
         for parent, _, names in os.walk(self.path):
             for name in names:
                 yield Path(parent, name).relative_to(self.path).as_posix()
+
+    def _size(self, name: str) -> int | None:
+        return (self.path / name).stat().st_size
 
     def _delete(self, name: str) -> None:
         (self.path / name).unlink(missing_ok=True)
@@ -258,6 +278,9 @@ class Bucket(Store):
 
     def _names(self) -> Iterator[str]:
         return iter(self.cloud.names())
+
+    def _size(self, name: str) -> int | None:
+        return self.cloud.size(name)
 
     def _delete(self, name: str) -> None:
         self.cloud.delete(name)

@@ -15,6 +15,8 @@ from http.client import HTTPException
 from typing import Any, Literal
 from urllib.error import URLError
 
+from alignclip.errors import UserError
+
 Right = Literal["list", "read", "write", "delete"]
 
 PASSING_STATUSES = {408, 425, 429, 500, 502, 503, 504, 509}
@@ -223,6 +225,8 @@ def code_of(error: BaseException) -> str:
 
 def status_of(error: BaseException) -> int | None:
     """The HTTP status in an exception of botocore, Google, Azure, OCI, requests or urllib."""
+    if isinstance(error, UserError):  # its status is a command's
+        return None
     response = getattr(error, "response", None)
     if isinstance(response, Mapping):
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")

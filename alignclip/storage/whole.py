@@ -17,6 +17,8 @@ from alignclip.storage.words import StorageError
 
 PARTIAL = ".{name}.partial"  # a file in the making, beside its place; a killed process leaves it to the next one
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF}  # by fsync, where it can't be had
+# by rename over a file, on network drives and in buckets that are mounted
+NO_RENAME = {errno.EEXIST, errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EXDEV}
 # PyTorch, safetensors and PIL have words of their own for a full disk
 FULL_WORDS = re.compile(r"file write failed|unexpected pos|No space left|os error (28|122|27)|Disk quota exceeded")
 
@@ -44,7 +46,7 @@ def write_whole(path: Path, needed: int | None = None, durable: bool = True) -> 
         yield partial
         if durable:
             to_disk(partial)
-        partial.replace(path)
+        _rename(partial, path)
         if durable:
             to_disk(path.parent)
     except BaseException as error:
@@ -81,7 +83,7 @@ def why_not_written(error: BaseException, path: Path, needed: int | None = None)
         if number == errno.EDQUOT or "Disk quota" in text:
             return f"the quota of the file system of {path.parent} is used up{wants}"
         if number == errno.EFBIG or "File too large" in text:
-            return f"the file is larger than a limit of {path.parent} or of this process (ulimit -f) allows{wants}"
+            return f"File too large: more than a limit of {path.parent} or of this process (ulimit -f) allows{wants}"
         if number == errno.ENOSPC or (number is None and FULL_WORDS.search(str(one))):
             return f"no space left in {path.parent}: {_bytes(free_bytes(path))} free{wants}"
     return str(getattr(error, "strerror", None) or one_line(error))
@@ -122,6 +124,21 @@ def to_disk(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def _rename(partial: Path, path: Path) -> None:
+    """Put a file in its place. Some file systems can't rename over a file, and some can't rename at all."""
+    try:
+        partial.replace(path)
+    except OSError as error:
+        if error.errno not in NO_RENAME:
+            raise
+        path.unlink(missing_ok=True)
+        try:
+            partial.rename(path)
+        except OSError:
+            shutil.copyfile(partial, path)
+            partial.unlink()
 
 
 def _is_about(error: Exception, paths: tuple[Path, ...]) -> bool:

@@ -24,7 +24,7 @@ BESIDE = (RUN_CONFIG, EXPORT_CONFIG, HF_CONFIG, HF_PREPROCESSOR, CARD, UNUSED)
 LATEST = "latest-rank0.pt"
 # A checkpoint of a run by its name alone, RUN/best or RUN/ep1-ba100: the file's name goes on with this
 BY_NAME = "-rank0.pt"
-_NAMES = re.compile(r"best|latest|ep\d+-ba\d+")
+NAMES = re.compile(r"best|latest|ep\d+-ba\d+")
 WEIGHT_FILES = {".pt", ".pth", ".bin", ".safetensors"}
 HUB_TIMEOUT = 10.0  # seconds, for a first answer
 
@@ -122,7 +122,7 @@ def _on_disk(place: str) -> Path:
         raise UserError(f"the folder {place} has neither a {LATEST} nor an export's {EXPORT_CONFIG}; {hint}")
     if re.fullmatch(r"[\w-]+/[\w.-]+", place) and not path.parent.is_dir():
         raise UserError(f"no such file: {place}; did you mean 'hf-hub:{place}'?")
-    if _NAMES.fullmatch(place):
+    if NAMES.fullmatch(place):
         runs = (run for folders in ("*", "*/*") for run in sorted(Path().glob(f"{folders}/{place}{BY_NAME}")))
         if (run := next(runs, None)) is not None:
             raise UserError(f"no {place}{BY_NAME} in this folder; did you mean '{run.parent / place}'?")
@@ -176,7 +176,7 @@ def _from_store(url: str, downloads: Path) -> Path:
     parent, _, name = url.rpartition("/") if Path(url).suffix in WEIGHT_FILES else (url, "", "")
     above, _, short = url.rpartition("/")
     by_name = short + BY_NAME
-    if _NAMES.fullmatch(short) and any(get(f"{above}/{found}", found) for found in (by_name, f"{by_name}.symlink")):
+    if NAMES.fullmatch(short) and any(get(f"{above}/{found}", found) for found in (by_name, f"{by_name}.symlink")):
         parent, name = above, by_name
     beside = {config for config in BESIDE if get(f"{parent}/{config}", config)}
     known = EXPORT_WEIGHTS if EXPORT_CONFIG in beside else HF_WEIGHTS if HF_CONFIG in beside else ()
@@ -191,7 +191,7 @@ def _from_store(url: str, downloads: Path) -> Path:
                 return downloads / name
             why = refusals[-1] if refusals else "it is not there, or is a sharded checkpoint"
             raise UserError(f"{parent}/{name} points to {target}: {why}")
-    also = f", and no {by_name} at {above}" if _NAMES.fullmatch(short) else ""
+    also = f", and no {by_name} at {above}" if NAMES.fullmatch(short) else ""
     why = f": {refusals[-1]}" if refusals else "; check the bucket and the path"
     raise UserError(f"no {' or '.join(names)} at {parent}{also}{why}")
 

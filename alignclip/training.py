@@ -349,6 +349,7 @@ def build_evaluation(
             autocast_dtype(config.precision),
             show_progress(config),
             best,
+            folder,
         )
     ]
 

@@ -14,6 +14,7 @@ from streaming import MDSWriter
 from test_convert_classification import make_idx
 from test_convert_classification import quick as classification
 
+from alignclip.evaluation.report import PLOTS
 from alignclip.metrics import TASKS as METRICS
 
 pytestmark = pytest.mark.slow
@@ -71,7 +72,7 @@ def test_during_a_sharded_run_and_after_it(s3: S3Server, tmp_path: Path) -> None
         found[processes] = json.loads((out / "results.json").read_text())["results"]["last"]
         assert "image_retrieval_recall@10" in printed
         pictures = {path.name for path in out.glob("*.png")}
-        assert pictures == {"cosines.png", "embeddings.png", "spectra.png", "recall.png"}
+        assert pictures == {f"{name}.png" for name in PLOTS}, "the curves are of the evaluations in training"
     for evaluator, metrics in found[1].items():
         assert found[2][evaluator] == pytest.approx(metrics, abs=1e-6)
     # the last line of the run's own evaluation is of the same weights

@@ -23,6 +23,7 @@ from alignclip.config_file import load
 from alignclip.errors import UserError
 from alignclip.evaluation.best import BestCheckpoint
 from alignclip.evaluation.encoding import Encoder
+from alignclip.evaluation.history import History, history_beside, parse
 from alignclip.evaluation.sets import OpenSets
 from alignclip.evaluation.tasks import Evaluator
 from alignclip.loading import load_encoders
@@ -238,3 +239,60 @@ def test_a_run_that_is_told_to_stop_saves_before_anything_else(dataset: Path, tm
     assert re.findall(r"batch (\d+), (\w+)", output) == [("2", "first")]
     assert "stopped by a signal after batch 3" in output
     assert (tmp_path / "saved" / "latest-rank0.pt").resolve().name == "ep0-ba3-rank0.pt"
+
+
+def test_the_record_of_evaluations_is_that_of_the_run_as_it_went_on(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line an evaluation; a run that goes on from an earlier checkpoint has not those of the future that was lost."""
+    evaluators = [*retrieval(dataset, "gap", task="gap", interval="2ba"), *retrieval(dataset, interval="4ba")]
+    _, memory = train(dataset, tmp_path, *evaluators, "save_interval=1ep")
+    file = tmp_path / "saved" / "evaluations.jsonl"
+    lines = [(2, "gap"), (4, "gap"), (4, "pairs"), (6, "gap"), (8, "gap"), (8, "pairs")]
+    records = parse(file.read_text(encoding="utf-8"))
+    assert [(one["batch"], one["evaluator"]) for one in records] == lines
+    values = logged(memory, "metrics/gap/margin")
+    assert [one["metrics"]["margin"] for one in records if one["evaluator"] == "gap"] == list(values.values())
+    assert records[-1]["chance"]["image_retrieval_recall@1"] == pytest.approx(1 / 64)
+    said = capsys.readouterr().out
+    for record in records:
+        assert f"  {record['evaluator']}: {record['verdict']}\n" in said
+    assert "at batch 2" in str(records[-2]["verdict"]), "compared with the run's first evaluation"
+    link = tmp_path / "saved" / "latest-rank0.pt"
+    link.unlink()
+    link.symlink_to(min((tmp_path / "saved").glob("ep*.pt"), key=lambda p: p.stat().st_mtime).name)
+    file.write_text("", encoding="utf-8")
+    train(dataset, tmp_path, *evaluators, "save_interval=1ep")
+    again = parse(file.read_text(encoding="utf-8"))
+    assert [(one["batch"], one["evaluator"]) for one in again] == lines
+    assert again[:3] == records[:3]
+
+
+def test_a_record_that_cannot_be_written_ends_no_run(
+    s3: S3Server, dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = SaveFolder(load(write_config(tmp_path, str(dataset), f"{s3.bucket()}/run"), ["run_name=r"]))
+    folder.open()
+    history = History(folder)
+    history.add(3, "pairs", {"acc1": 0.5, "rmg": float("nan")}, {"acc1": 0.1})
+    history.write()
+    history.finish()
+    history.finish()
+    assert [key.rpartition("/")[2] for key in s3.keys(folder.uri)] == ["evaluations.jsonl"]
+    assert history_beside(folder.uri) == history_beside(f"{folder.uri}/latest-rank0.pt") == history.records
+    assert history.records[0]["metrics"] == {"acc1": 0.5, "rmg": None}
+    local = SaveFolder(load(write_config(tmp_path, str(dataset), str(tmp_path / "file" / "run")), ["run_name=r"]))
+    (tmp_path / "file").write_text("no folder", encoding="utf-8")
+    History(local).write()
+    assert "could not write" in caplog.text
+
+
+def test_a_mode_against_the_metric_is_told(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = SaveFolder(load(write_config(tmp_path, str(dataset), str(tmp_path / "saved")), ["run_name=r"]))
+    assert BestCheckpoint(KeepBestConfig("pairs/rmg"), folder).mode == "min"
+    assert BestCheckpoint(KeepBestConfig("pairs/margin"), folder).mode == "max"
+    assert BestCheckpoint(KeepBestConfig("pairs/alignment_std", "min"), folder).mode == "min"
+    assert not capsys.readouterr().out
+    assert BestCheckpoint(KeepBestConfig("pairs/rmg", "max"), folder).mode == "max"
+    said = "keep_best: rmg is better lower, and keep_best.mode=max keeps the worst; keep_best.mode=min?\n"
+    assert capsys.readouterr().out == said

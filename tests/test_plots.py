@@ -12,11 +12,16 @@ from PIL import Image
 
 from alignclip.errors import UserError
 from alignclip.evaluation import plots
+from alignclip.evaluation.bars import accuracy_bars, recall_bars
+from alignclip.evaluation.curves import Point, curves_of, draw_curves, records_of
 from alignclip.evaluation.gap import modality_gap
+from alignclip.evaluation.geometry import effective_rank
+from alignclip.evaluation.history import History
 
 pytest.importorskip("matplotlib")
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # a layout that doesn't fit, a glyph that is missing
 
+COLOUR = plots.COLOURS[0]
 LONG = [
     "ViT-B-16 AlignCLIP alpha=1 beta=0.5 cc12m 30 epochs ep30-ba587700-rank0.pt · flickr30k-test",
     "runs/$HOME/a_name_without_any_blanks/" + "/".join(["that_goes_on_and_on"] * 5) + "/ep1-ba2$ · coco",
@@ -47,21 +52,26 @@ def recalls(first=0.1):
     return {name: first + 0.1 * i for i, name in enumerate(names)}
 
 
-def gap_points(names, batches=(0, 1000, 250_000)):
-    return [
-        (name, batch, {"alignment_score": 0.1 * i + batch / 1e6, "centroid_distance": 1 - batch / 1e6})
-        for i, name in enumerate(names)
-        for batch in batches
-    ]
+def gap_curves(names, batches=(0, 1000, 250_000)):
+    def point(i, batch):
+        gap = {"alignment_score": 0.1 * i + batch / 1e6, "centroid_distance": 1 - batch / 1e6, "margin": batch / 1e6}
+        return Point(batch, gap | recalls(batch / 1e6), recalls(0.001))
+
+    return {name: [point(i, batch) for batch in batches] for i, name in enumerate(names)}
 
 
 DRAW = {
     "cosine_histograms": lambda names, path: plots.cosine_histograms(checkpoints(names), path),
     "embedding_maps": lambda names, path: plots.embedding_maps(checkpoints(names), path),
     "spectra": lambda names, path: plots.spectra(checkpoints(names), path),
-    "gap_against_step": lambda names, path: plots.gap_against_step(gap_points(names), path),
-    "recall_bars": lambda names, path: plots.recall_bars(
-        {name: {"coco": recalls(), "a" * 120: recalls(0.0)} for name in names}, path
+    "curves": lambda names, path: draw_curves(gap_curves(names), path),
+    "recall_bars": lambda names, path: recall_bars(
+        {name: {"coco": recalls(), "a" * 120: recalls(0.0)} for name in names}, path, {"coco": recalls(0.01)}
+    ),
+    "accuracy_bars": lambda names, path: accuracy_bars(
+        {name: {f"set-{i}": {"mean_per_class_recall": 0.1 * i} for i in range(6)} for name in names},
+        path,
+        {f"set-{i}": {"mean_per_class_recall": 0.02} for i in range(6)},
     ),
 }
 every_plot = pytest.mark.parametrize("draw", DRAW.values(), ids=DRAW)
@@ -90,7 +100,7 @@ def test_pictures_in_which_nothing_is_covered_or_clipped(draw, names, tmp_path, 
     with Image.open(tmp_path / "plot.png") as picture:
         width, height = picture.size
         assert picture.format == "PNG"
-        assert 500 < width < 1600
+        assert 500 < width < 1700
         assert 500 < height < 2400
     # the layout is of the last drawing, at the PNG's resolution
     (figure,) = figures
@@ -99,9 +109,11 @@ def test_pictures_in_which_nothing_is_covered_or_clipped(draw, names, tmp_path, 
     (legend,) = figure.legends
     labels = [text.get_text().replace("\n", "").replace("\\$", "$") for text in legend.get_texts()]
     if draw is DRAW["embedding_maps"]:
-        assert labels == ["image", "text"]
+        assert labels == ["image", "text", "pairs, 60 at most"]
     else:
         # lines break at blanks, or within a word
+        if draw in (DRAW["recall_bars"], DRAW["accuracy_bars"]):
+            assert labels.pop() == "chance"
         for label, name in zip(labels, names, strict=True):
             assert label.replace(" ", "").startswith(name.replace(" ", ""))
     panels = [panel for panel in figure.axes if panel.get_visible()]
@@ -170,16 +182,16 @@ def test_a_map_needs_two_dimensions(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("points", "message"),
+    ("curves", "message"),
     [
-        ([], "no checkpoints"),
-        ([("run", 7, {"alignment_score": 0.5})], "run, batch 7: centroid_distance must be finite, not None"),
-        ([("run", 7, {"alignment_score": math.nan, "centroid_distance": 1.0})], "alignment_score .* not nan"),
+        ({}, "no checkpoints"),
+        ({"run": [Point(7, {"alignment_score": 0.5, "centroid_distance": math.inf}, {})]}, "run, batch 7: .* not inf"),
+        ({"run": [Point(7, {"centroid_distance": 1.0, "margin": math.nan}, {})]}, "margin .* not nan"),
     ],
 )
-def test_bad_points_are_an_error(points, message, tmp_path):
+def test_bad_points_are_an_error(curves, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        plots.gap_against_step(points, tmp_path / "plot.png")
+        draw_curves(curves, tmp_path / "plot.png")
 
 
 @pytest.mark.parametrize(
@@ -193,12 +205,12 @@ def test_bad_points_are_an_error(points, message, tmp_path):
 )
 def test_bad_recalls_are_an_error(results, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        plots.recall_bars(results, tmp_path / "plot.png")
+        recall_bars(results, tmp_path / "plot.png")
 
 
 def test_a_folder_that_is_missing_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
-        plots.recall_bars({"clip": {"coco": recalls()}}, tmp_path / "missing" / "plot.png")
+        recall_bars({"clip": {"coco": recalls()}}, tmp_path / "missing" / "plot.png")
 
 
 def test_histograms_are_of_the_cosines(tmp_path, figures):
@@ -230,7 +242,8 @@ def test_histograms_are_of_the_cosines(tmp_path, figures):
     row = np.searchsorted(edges, means[0]) - 1
     assert marker.get_ydata()[0] == heights[row]
     labels = [text.get_text().replace("\N{NO-BREAK SPACE}", " ") for text in figures[0].legends[0].get_texts()]
-    assert labels[0] == f"a: alignment {cosines.diagonal().mean():.2f}"
+    margin = cosines.diagonal().mean() - apart.mean()
+    assert labels[0] == f"a: alignment {cosines.diagonal().mean():.2f}, margin {margin:.2f}"
     assert labels[1].startswith("b: alignment 1.00")
 
 
@@ -271,7 +284,9 @@ def test_spectra_are_the_squared_singular_values(tmp_path, figures):
     assert dashed.get_linestyle() == "--"
     assert panel.get_yscale() == "log"
     assert not len(still.get_ydata())
-    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["a", "still (images don't vary)"]
+    first, second = (text.get_text() for text in figures[0].legends[0].get_texts())
+    assert first == f"a: effective ranks {effective_rank(images):.1f} and {effective_rank(texts):.1f}"
+    assert second == "still (images don't vary)"
 
 
 def test_spectra_of_nothing_that_varies(tmp_path):
@@ -304,6 +319,7 @@ def test_maps_show_the_pairs_and_their_gap(tmp_path, figures):
     for panel, (name, (images, texts)) in zip(panels, features.items(), strict=False):
         gap = modality_gap(images, texts, separability=False)
         title = f"{name}\ngap {gap['centroid_distance']:.2f}, alignment {gap['alignment_score']:.2f}"
+        title += f", margin {gap['margin']:.2f}"
         assert panel.get_title() == title
         lines, scatter = panel.collections
         points = np.asarray(scatter.get_offsets())
@@ -325,18 +341,58 @@ def test_of_many_pairs_some_are_drawn(tmp_path, figures):
     assert plots.LINES / 2 < len(lines.get_segments()) <= plots.LINES
 
 
-def test_lines_of_runs_in_order_of_batches(tmp_path, figures):
-    points = gap_points(["second", "first"], batches=(300, 20, 1000))
-    plots.gap_against_step(points, tmp_path / "plot.png")
-    alignment, gap = figures[0].axes
+def test_curves_in_order_of_batches_with_their_chance(tmp_path, figures):
+    draw_curves(gap_curves(["second", "first"], batches=(300, 20, 1000)), tmp_path / "plot.png")
+    gap, margin, recall = figures[0].axes
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["second", "first"]
-    for panel in (alignment, gap):
+    for panel in (gap, margin, recall):
         assert panel.get_ylim()[0] <= 0
         for line in panel.lines:
-            assert list(line.get_xdata()) == [20, 300, 1000]
-    assert alignment.lines[1].get_ydata() == pytest.approx([0.10002, 0.1003, 0.101])
+            if line.get_linestyle() != "None":
+                assert list(line.get_xdata()) == [20, 300, 1000]
     assert gap.lines[0].get_ydata() == pytest.approx([0.99998, 0.9997, 0.999])
-    assert "alignment" in alignment.get_title()
+    solid, dashed = (line for line in margin.lines if line.get_linestyle() != "None" and line.get_color() == COLOUR)
+    assert solid.get_ydata() == pytest.approx([2e-5, 3e-4, 1e-3])
+    assert dashed.get_ydata() == pytest.approx([2e-5, 3e-4, 1e-3])  # the alignment score of the first
+    lines = [line for line in recall.lines if line.get_linestyle() != "None" and line.get_color() == COLOUR]
+    expected = [100 * (batch / 1e6 + 0.25) for batch in (20, 300, 1000)]  # the mean over both directions
+    assert lines[0].get_ydata() == pytest.approx(expected)
+    assert lines[1].get_ydata() == pytest.approx([25.1] * 3)  # chance
+    assert "gap" in gap.get_title()
+    assert "lower is better" in gap.get_title()
+
+
+def test_evaluations_of_a_collapse_are_hollow(tmp_path, figures):
+    chance = recalls(0) | {"image_retrieval_recall@1": 0.001, "image_retrieval_recall@5": 0.005}
+    chance["text_retrieval_recall@5"] = 0.005
+    low = {name: 2 * value for name, value in chance.items()}
+    collapsed = {"centroid_distance": 0.05, "alignment_score": 0.96, "margin": 0.02}
+    ranks = {"effective_rank_image": 1.3, "effective_rank_text": 2.4}
+    good = {"centroid_distance": 0.07, "alignment_score": 0.9, "margin": 0.9} | dict.fromkeys(ranks, 9.0)
+    points = [Point(10, collapsed | ranks | low, chance), Point(20, good | recalls(0.4), chance)]
+    draw_curves({"run": points}, tmp_path / "plot.png")
+    marks = [line for line in figures[0].axes[0].lines if line.get_linestyle() == "None"]
+    assert {line.get_markerfacecolor(): list(line.get_xdata()) for line in marks} == {COLOUR: [20], "white": [10]}
+    assert figures[0].legends[0].get_texts()[0].get_text() == "run (hollow: collapsed)"
+
+
+def test_curves_are_of_the_evaluations_in_training():
+    history = History(None)
+    gap = {"centroid_distance": 0.5, "alignment_score": 0.25, "margin": 0.1}
+    for batch in (10, 20):
+        history.add(batch, "gap", gap | recalls(batch / 100), recalls(0.01))
+        history.add(batch, "coco", recalls(batch / 100), recalls(0.01))  # of the same pairs: no curve of its own
+        history.add(batch, "flickr", recalls(0.2), recalls(0.01))
+        history.add(batch, "cifar10", {"acc1": 0.5}, {"acc1": 0.1})
+    curves = curves_of(history.records, "first")
+    assert curves.keys() == {"first · gap", "first · flickr"}
+    assert [point.batch for point in curves["first · gap"]] == [10, 20]
+    # a kept checkpoint tells its batch in its name
+    records = list(records_of("s3://b/runs/first/ep1-ba200-rank0.pt", {"gap": gap}, {"gap": {"x": 0.5}}))
+    assert [(record["batch"], record["evaluator"], record["chance"]) for record in records] == [
+        (200, "gap", {"x": 0.5})
+    ]
+    assert not list(records_of("runs/first/latest-rank0.pt", {"gap": gap}, {}))
 
 
 def test_bars_are_the_recalls_in_percent(tmp_path, figures):
@@ -346,10 +402,11 @@ def test_bars_are_the_recalls_in_percent(tmp_path, figures):
         "probe only": {"imagenet": {"acc1": 0.4}},
         "alignclip": {"coco": partly, "flickr": {"text_retrieval_recall@10": 1.0}, "gap": {"rmg": 2.0}},
     }
-    plots.recall_bars(results, tmp_path / "plot.png")
+    recall_bars(results, tmp_path / "plot.png")
     coco, flickr = figures[0].axes
     assert [panel.get_title() for panel in (coco, flickr)] == ["coco", "flickr"]
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["clip", "alignclip"]
+    assert not coco.lines
     clip, alignclip = ([bar.get_height() for bar in bars] for bars in coco.containers)
     assert clip == pytest.approx([10, 20, 30, 40, 50, 60])
     assert alignclip == pytest.approx([25, *[math.nan] * 5], nan_ok=True)
@@ -366,19 +423,29 @@ def test_bars_are_the_recalls_in_percent(tmp_path, figures):
     assert flickr.get_ylim()[1] >= 105
 
 
+def test_chance_is_a_line_across_the_bars(tmp_path, figures):
+    recall_bars({"a": {"coco": recalls(), "gap": recalls()}}, tmp_path / "plot.png", {"coco": recalls(0.02)})
+    (panel,) = figures[0].axes  # the gap and the retrieval of one set have the same figures
+    assert panel.get_title() == "coco, gap"
+    assert [line.get_ydata()[0] for line in panel.lines] == pytest.approx([2, 12, 22, 32, 42, 52])
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["a", "chance"]
+    accuracy_bars({"a": {"x": {"mean_per_class_recall": 0.4}}}, tmp_path / "plot.png", {})
+    assert not figures[1].axes[0].lines
+
+
 def test_many_bars_carry_no_values(tmp_path, figures):
-    plots.recall_bars({name: {"coco": recalls()} for name in "abcde"}, tmp_path / "plot.png")
+    recall_bars({name: {"coco": recalls()} for name in "abcde"}, tmp_path / "plot.png")
     assert not figures[0].axes[0].texts
 
 
 def test_checkpoints_differ_in_colour_or_marker():
-    styles = [(plots._style(i)["color"], plots._style(i)["marker"]) for i in range(30)]
+    styles = [(plots.style(i)["color"], plots.style(i)["marker"]) for i in range(30)]
     assert len(set(styles)) == 30
     assert len({colour for colour, _ in styles[:8]}) == len({marker for _, marker in styles[:8]}) == 8
 
 
 def test_names_are_shown_as_they_are_in_lines_that_fit():
-    assert plots._text("$a$_b · c", 90) == r"\$a\$_b · c"  # no formula
-    assert plots._text("ViT-B-16 of run-a", 12) == "ViT-B-16 of\nrun-a"
-    assert plots._text("x" * 25, 10) == "\n".join(["x" * 10, "x" * 10, "x" * 5])
-    assert plots._text("", 10) == ""
+    assert plots.wrapped("$a$_b · c", 90) == r"\$a\$_b · c"  # no formula
+    assert plots.wrapped("ViT-B-16 of run-a", 12) == "ViT-B-16 of\nrun-a"
+    assert plots.wrapped("x" * 25, 10) == "\n".join(["x" * 10, "x" * 10, "x" * 5])
+    assert plots.wrapped("", 10) == ""

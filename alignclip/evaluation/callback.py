@@ -15,11 +15,13 @@ from composer.utils import create_interval_scheduler, dist
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from alignclip.callbacks import StopOnSignal
+from alignclip.checkpoints import SaveFolder
 from alignclip.config import EvaluatorConfig
 from alignclip.encoders import CLIP
 from alignclip.errors import UserError
 from alignclip.evaluation.best import BestCheckpoint
 from alignclip.evaluation.encoding import Encoder, Interrupted
+from alignclip.evaluation.history import History
 from alignclip.evaluation.ranks import agree
 from alignclip.evaluation.sets import OpenSets
 from alignclip.evaluation.tasks import Evaluator, Metrics
@@ -42,6 +44,7 @@ class EvaluationCallback(Callback):
         dtype: of autocast while encoding; None runs in the model's own.
         progress: show bars.
         best: what keeps the best checkpoint, if anything should.
+        folder: the run's, for the record of its evaluations.
 
     Raises:
         UserError: a set is missing, or lacks what its task needs.
@@ -55,9 +58,11 @@ class EvaluationCallback(Callback):
         dtype: torch.dtype | None,
         progress: bool,
         best: BestCheckpoint | None = None,
+        folder: SaveFolder | None = None,
     ) -> None:
         self._encoders, self._dtype, self._progress = encoders, dtype, progress
         self._best = best
+        self.history = History(folder)
         opened = OpenSets()
         self._evaluators: list[tuple[Evaluator, Callable[[State, Event], bool]]] = []
         for name, config in evaluators.items():
@@ -99,6 +104,8 @@ class EvaluationCallback(Callback):
                     # the last batch of a run is also the end of its last epoch
                     self._last[evaluator.name] = batch
                     found |= self._evaluate(evaluator, encoder, state, logger)
+                if dist.get_global_rank() == 0:
+                    self.history.write()
                 if self._best is not None:
                     self._best.offer(found, state)
             except Interrupted:
@@ -106,29 +113,36 @@ class EvaluationCallback(Callback):
 
     def _evaluate(self, evaluator: Evaluator, encoder: Encoder, state: State, logger: Logger) -> Metrics:
         encoder.batch_size = evaluator.config.batch_size
+        batch = state.timestamp.batch.value
         try:
-            metrics = evaluator(encoder).metrics
+            result = evaluator(encoder)
         except UserError as error:  # on every rank alike
-            log.warning(f"evaluator '{evaluator.name}' at batch {state.timestamp.batch.value}: {error}")
+            log.warning(f"evaluator '{evaluator.name}' at batch {batch}: {error}")
             return {}
-        named = {f"{evaluator.name}/{key}": value for key, value in metrics.items()}
+        named = {f"{evaluator.name}/{key}": value for key, value in result.metrics.items()}
         logger.log_metrics({f"metrics/{key}": value for key, value in named.items()})
+        record = self.history.add(batch, evaluator.name, result.metrics, result.chance)
         if dist.get_global_rank() == 0:
-            shown = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
-            print(f"batch {state.timestamp.batch.value}, {evaluator.name}: {shown}", flush=True)
+            shown = ", ".join(f"{key} {value:.4f}" for key, value in result.metrics.items())
+            print(f"batch {batch}, {evaluator.name}: {shown}", flush=True)
+            if record["verdict"]:
+                print(f"  {evaluator.name}: {record['verdict']}", flush=True)
         return named
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value so far, which a resumed run has to beat."""
-        return {"best": self._best.state_dict() if self._best else None}
+        """The best value so far, which a resumed run has to beat, and the evaluations that it goes on from."""
+        best = self._best.state_dict() if self._best else None
+        return {"best": best, "history": [dict(record) for record in self.history.records]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :meth:`state_dict`."""
         if self._best is not None and state.get("best") is not None:
             self._best.load_state_dict(state["best"])
+        self.history.records = list(state.get("history", []))  # earlier versions kept none
 
     def post_close(self) -> None:
-        """The best checkpoint is where it belongs before the process ends."""
+        """The best checkpoint and the record are where they belong before the process ends."""
+        self.history.finish()
         if self._best is not None:
             self._best.finish()
 

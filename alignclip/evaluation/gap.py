@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from alignclip.evaluation.geometry import NO_VARIANCE, effective_rank, linear_separability, unit_pairs
+from alignclip.evaluation.geometry import (
+    NO_VARIANCE,
+    effective_rank,
+    linear_separability,
+    unit_pairs,
+    wrong_pairs_cosine,
+)
 
 
 @torch.no_grad()
@@ -59,7 +65,7 @@ def modality_gap(
     with torch.autocast(images.device.type, enabled=False):
         image_mean, text_mean = images.mean(0), texts.mean(0)
         cosines = (images * texts).sum(-1)
-        alignment, wrong = cosines.mean(), _wrong_pairs_cosine(images, texts)
+        alignment, wrong = cosines.mean(), wrong_pairs_cosine(images, texts)
         gap = {
             "alignment_score": alignment.item(),
             "wrong_pairs_cosine": wrong.item(),
@@ -79,12 +85,6 @@ def modality_gap(
     if separability:
         gap["linear_separability"] = linear_separability(images, texts)
     return gap
-
-
-def _wrong_pairs_cosine(images: Tensor, texts: Tensor) -> Tensor:
-    """Mean of x_i·y_j over i ≠ j: all of them are Σx · Σy, without the N×N matrix; the pairs' own are taken off."""
-    total = images.sum(0) @ texts.sum(0) - (images * texts).sum()
-    return total / (len(images) * (len(images) - 1))
 
 
 def _quantile(values: Tensor, share: float) -> float:

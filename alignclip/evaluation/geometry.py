@@ -147,6 +147,15 @@ def pair_cosines(
     return (images * texts).sum(-1), non_pairs
 
 
+def wrong_pairs_cosine(images: Tensor, texts: Tensor) -> Tensor:
+    """Mean cosine of all wrong pairs i ≠ j of unit vectors, [N, d] each, as a tensor [].
+
+    All N² cosines sum to Σx · Σy, without the N×N matrix; those of the pairs are taken off.
+    """
+    total = images.sum(0) @ texts.sum(0) - (images * texts).sum()
+    return total / (len(images) * (len(images) - 1))
+
+
 def unit_pairs(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
     """Both features L2-normalised, in fp64, where they are N ≥ 2 pairs.
 

@@ -1,4 +1,4 @@
-"""Pictures of the modality gap, one PNG each, written whole or not at all: maps, cosines, spectra, retrieval."""
+"""Pictures of the modality gap, one PNG each, written whole or not at all: maps, cosines, spectra."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from alignclip.errors import UserError, one_line
-from alignclip.evaluation.geometry import pair_cosines, spectrum, unit_pairs
+from alignclip.evaluation.geometry import pair_cosines, spectrum, unit_pairs, wrong_pairs_cosine
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,17 +25,13 @@ Features = tuple[Tensor, Tensor]  # of images and of texts
 # in grey as well; eight greys don't: hence the markers
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#A89A00")
 MARKERS = "osD^vPX<>"
-DASHED = (0, (3, 1.5))
+GREY = "0.45"
+DASHED, DOTTED = (0, (3, 1.5)), (0, (1, 1.5))
 DPI = 130
 LINES, POINTS = 60, 1500  # pairs of a map that are joined by a line, and that are drawn at all
 BINS = 80
+NBSP = "\N{NO-BREAK SPACE}"
 FLOOR = 1e-8  # a share of the variance below it is rounding
-METRICS = {"alignment_score": "alignment score: mean cosine of pairs", "centroid_distance": "gap: distance of means"}
-RECALLS = {
-    f"{found}_retrieval_recall@{k}": f"{query} → {found}\nR@{k}"
-    for query, found in (("text", "image"), ("image", "text"))
-    for k in (1, 5, 10)
-}
 
 
 def embedding_map(
@@ -84,7 +80,7 @@ def cosine_histograms(pairs: dict[str, Features], path: str | Path) -> None:
     the legend. Peaks of more than eight times the flattest checkpoint's, as the narrow cones of an untrained model have
     them, are cut, and the legend has their height. Arguments and errors: those of :func:`embedding_maps`.
     """
-    panel = _figure(pairs, 8.5, 4.6).subplots()
+    panel = new_figure(pairs, 8.5, 4.6).subplots()
     # rounding may leave [-1, 1], where the bins end
     cosines = {name: [x.clamp(-1, 1).numpy() for x in pair_cosines(*_unit(name, pairs[name]))] for name in pairs}
     edges = _edges([values for both in cosines.values() for values in both])
@@ -94,16 +90,17 @@ def cosine_histograms(pairs: dict[str, Features], path: str | Path) -> None:
     for index, (name, both) in enumerate(cosines.items()):
         peak = max(curve.max() for curve in curves[index])
         cut = f" (peak of {peak:.0f} cut)" if peak > top else ""
-        labels.append(f"{name}: alignment\N{NO-BREAK SPACE}{both[0].mean():.2f}{cut}")
+        margin = both[0].mean() - wrong_pairs_cosine(*unit_pairs(*pairs[name])).item()
+        labels.append(f"{name}: alignment{NBSP}{both[0].mean():.2f}, margin{NBSP}{margin:.2f}{cut}")
         for values, curve, line in zip(both, curves[index], ("-", DASHED), strict=True):
-            style = _style(index)
-            panel.stairs(curve, edges, color=style["color"], linestyle=line, linewidth=1.5)
+            look = style(index)
+            panel.stairs(curve, edges, color=look["color"], linestyle=line, linewidth=1.5)
             height = curve[np.clip(np.searchsorted(edges, values.mean(), side="right") - 1, 0, BINS - 1)]
-            panel.plot(values.mean(), min(height, top), **style, linestyle="none", clip_on=False)
+            panel.plot(values.mean(), min(height, top), **look, linestyle="none", clip_on=False)
     panel.margins(x=0.01)
     panel.set(ylim=(0, top), xlabel="cosine of image and text", ylabel="density")
-    panel.set_title("cosines of pairs (solid) and of non-pairs (dashed)", fontsize=11, pad=10)
-    _finish(panel.figure, path, labels)
+    panel.set_title("cosines of pairs (solid) and of wrong pairs (dashed); markers: their means", fontsize=11, pad=10)
+    finish(panel.figure, path, labels)
 
 
 def spectra(pairs: dict[str, Features], path: str | Path) -> None:
@@ -113,90 +110,31 @@ def spectra(pairs: dict[str, Features], path: str | Path) -> None:
     features on few axes. Shares below 1e-8 are rounding and not drawn; features that don't vary have no curve, and the
     legend says so. Arguments and errors: those of :func:`embedding_maps`.
     """
-    panel = _figure(pairs, 8.5, 4.6).subplots()
+    panel = new_figure(pairs, 8.5, 4.6).subplots()
     labels = []
     for index, (name, features) in enumerate(pairs.items()):
         both = [spectrum(x).numpy() for x in _unit(name, features)]
         still = [modality for modality, values in zip(("images", "texts"), both, strict=True) if not values.any()]
-        labels.append(f"{name} ({' and '.join(still)} don't vary)" if still else name)
+        ranks = " and ".join(f"{_effective(values):.1f}" for values in both)
+        labels.append(f"{name} ({' and '.join(still)} don't vary)" if still else f"{name}: effective ranks {ranks}")
         for values, line in zip(both, ("-", DASHED), strict=True):
             drawn = values[values > FLOOR]
             # markers of different checkpoints at different places
             every = (0.015 * (index + 1), 0.14)
             axes = np.arange(1, len(drawn) + 1)
-            panel.plot(axes, drawn, **_style(index), linestyle=line, linewidth=1.5, markevery=every)
-    panel.set(yscale="log", xlabel="principal axis", ylabel="share of the variance")
-    panel.set_title("spectra of images (solid) and of texts (dashed)", fontsize=11)
-    _finish(panel.figure, path, labels)
-
-
-def gap_against_step(points: Sequence[tuple[str, int, dict[str, float]]], path: str | Path) -> None:
-    """Draw how alignment score and gap change in training, a line a run.
-
-    Args:
-        points: a checkpoint each, in any order: its run, its batch, and what ``modality_gap`` returned for it.
-        path: the PNG to write; its folder must exist.
-
-    Raises:
-        ValueError: no points, or one without a finite ``alignment_score`` and ``centroid_distance``: which.
-        UserError: matplotlib is not installed.
-    """
-    runs = _runs(points)
-    panels = _figure(runs, 9, 4).subplots(1, 2, sharex=True)
-    from matplotlib.ticker import EngFormatter, MaxNLocator
-
-    for panel, (metric, title) in zip(panels, METRICS.items(), strict=True):
-        for index, values in enumerate(runs.values()):
-            panel.plot(values["batch"], values[metric], **_style(index), linewidth=1.5)
-        panel.set_title(title, fontsize=11)
-        panel.set_xlabel("batch")
-        # 0 is in view: a small change looks small; and above the highest marker there is room for it
-        low, high = panel.dataLim.intervaly
-        panel.set_ylim(min(1.08 * low, 0), max(1.08 * high, 0))
-        panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-    _finish(panels[0].figure, path, runs)
-
-
-def recall_bars(results: dict[str, dict[str, dict[str, float]]], path: str | Path) -> None:
-    """Draw recall@1, 5 and 10 in both directions as bars, a panel an evaluator, a colour a checkpoint.
-
-    Up to four checkpoints, the values are written on the bars.
-
-    Args:
-        results: checkpoint → evaluator → metrics; evaluators without recalls are left out.
-        path: the PNG to write; its folder must exist.
-
-    Raises:
-        ValueError: no evaluator has recalls, or one is not in [0, 1]: which.
-        UserError: matplotlib is not installed.
-    """
-    evaluators = _recalls(results)
-    names = [name for name in results if any(name in bars for bars in evaluators.values())]
-    panels = _figure(names, 9.5, 3.2 * len(evaluators)).subplots(len(evaluators), squeeze=False)[:, 0]
-    width = 0.84 / len(names)
-    for panel, (evaluator, bars) in zip(panels, evaluators.items(), strict=True):
-        for index, name in enumerate(names):
-            values = bars.get(name, [math.nan] * len(RECALLS))
-            x = np.arange(len(RECALLS)) + (index - (len(names) - 1) / 2) * width
-            drawn = panel.bar(x, values, 0.92 * width, color=_style(index)["color"])
-            if len(names) <= 4:
-                texts = ["" if math.isnan(value) else f"{value:.1f}" for value in values]
-                panel.bar_label(drawn, texts, fontsize=8, padding=1)
-        panel.set_xticks(np.arange(len(RECALLS)), list(RECALLS.values()))
-        panel.set_ylim(0, max(1.0, 1.1 * np.nanmax(list(bars.values()))))
-        panel.set_ylabel("recall, %")
-        panel.set_title(_text(evaluator, 90), fontsize=11)
-    _finish(panels[0].figure, path, names, marker="s", linestyle="none", markersize=8)
+            panel.plot(axes, drawn, **style(index), linestyle=line, linewidth=1.5, markevery=every)
+    panel.set(yscale="log", xlabel="principal axis, from the largest", ylabel="share of the variance")
+    panel.set_title("spectra of images (solid) and of texts (dashed): early falls are few axes", fontsize=11)
+    finish(panel.figure, path, labels)
 
 
 def _maps(pairs: Sequence[tuple[str, Features]], path: str | Path) -> None:
     columns = max(1, min(3, len(pairs)))
-    titles = [_text(name, 42 if columns == 3 else 56) for name, _ in pairs]
+    titles = [wrapped(name, 42 if columns == 3 else 56) for name, _ in pairs]
     rows = [titles[row : row + columns] for row in range(0, len(titles), columns)]
     side = 3.7 if columns == 3 else 4.6
     height = sum(side + 0.6 + 0.17 * max(title.count("\n") for title in row) for row in rows)
-    panels = _figure(titles, side * columns, height).subplots(
+    panels = new_figure(titles, side * columns, height).subplots(
         len(rows), columns, sharex=True, sharey=True, squeeze=False
     )
     from matplotlib.collections import LineCollection
@@ -215,8 +153,8 @@ def _maps(pairs: Sequence[tuple[str, Features]], path: str | Path) -> None:
         order = np.random.default_rng(0).permutation(2 * len(points))
         colours = np.array(COLOURS)[order % 2]
         panel.scatter(*points.reshape(-1, 2)[order].T, s=9, c=colours, alpha=0.7, linewidths=0, zorder=2)
-        distance, alignment = _gap(images, texts)
-        panel.set_title(f"{title}\ngap {distance:.2f}, alignment {alignment:.2f}", fontsize=10)
+        distance, alignment, margin = _gap(images, texts)
+        panel.set_title(f"{title}\ngap {distance:.2f}, alignment {alignment:.2f}, margin {margin:.2f}", fontsize=10)
         panel.set_aspect("equal")
     panels[0, 0].set(xlim=(-extent, extent), ylim=(-extent, extent))
     for panel in panels.flat[len(pairs) :]:
@@ -227,7 +165,8 @@ def _maps(pairs: Sequence[tuple[str, Features]], path: str | Path) -> None:
     for panel in panels.flat[len(pairs) - columns : len(pairs)]:
         panel.set_xlabel("first principal component")
         panel.tick_params(labelbottom=True)
-    _finish(panels[0, 0].figure, path, ["image", "text"], "right", marker="o", linestyle="none")
+    lines = [({"color": "0.6", "linewidth": 0.8}, f"pairs, {LINES} at most")]
+    finish(panels[0, 0].figure, path, ["image", "text"], "right", more=lines, marker="o", linestyle="none")
 
 
 def _unit(name: str, features: Features) -> Features:
@@ -239,9 +178,17 @@ def _unit(name: str, features: Features) -> Features:
     return images.cpu(), texts.cpu()
 
 
-def _gap(images: Tensor, texts: Tensor) -> tuple[float, float]:
-    """``centroid_distance`` and ``alignment_score`` of unit vectors, without the N×N figures of ``modality_gap``."""
-    return (images.mean(0) - texts.mean(0)).norm().item(), (images * texts).sum(-1).mean().item()
+def _gap(images: Tensor, texts: Tensor) -> tuple[float, float, float]:
+    """``centroid_distance``, ``alignment_score`` and ``margin`` of unit vectors, without any N×N figures."""
+    alignment = (images * texts).sum(-1).mean()
+    margin = alignment - wrong_pairs_cosine(images, texts)
+    return (images.mean(0) - texts.mean(0)).norm().item(), alignment.item(), margin.item()
+
+
+def _effective(shares: Array) -> float:
+    """The effective rank of a spectrum, :func:`alignclip.evaluation.geometry.effective_rank`."""
+    some = shares[shares > 0]
+    return float(np.exp(-np.sum(some * np.log(some))))
 
 
 def _project(images: Tensor, texts: Tensor) -> tuple[Array, Array]:
@@ -276,35 +223,7 @@ def _top(peaks: list[list[float]]) -> float:
     return 1.08 * max(peak for both in peaks for peak in both if peak <= limit)
 
 
-def _runs(points: Sequence[tuple[str, int, dict[str, float]]]) -> dict[str, dict[str, list[float]]]:
-    """Run → "batch" and METRICS → values, by batch; the runs in the order that they were given in."""
-    runs: dict[str, dict[str, list[float]]] = {run: {"batch": [], **{m: [] for m in METRICS}} for run, _, _ in points}
-    for run, batch, metrics in sorted(points, key=lambda point: point[1]):
-        runs[run]["batch"].append(batch)
-        for metric in METRICS:
-            if not math.isfinite(metrics.get(metric, math.nan)):
-                raise ValueError(f"{run}, batch {batch}: {metric} must be finite, not {metrics.get(metric)}")
-            runs[run][metric].append(metrics[metric])
-    return runs
-
-
-def _recalls(results: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[str, list[float]]]:
-    """Evaluator → checkpoint → percent by RECALLS, NaN where one is missing."""
-    evaluators: dict[str, dict[str, list[float]]] = {}
-    for checkpoint, of_checkpoint in results.items():
-        for evaluator, metrics in of_checkpoint.items():
-            wrong = [name for name in RECALLS if not 0 <= metrics.get(name, 0) <= 1]
-            if wrong:
-                raise ValueError(f"{checkpoint}, {evaluator}: {wrong[0]} must be in [0, 1], not {metrics[wrong[0]]}")
-            if not RECALLS.keys().isdisjoint(metrics):
-                bars = [100 * metrics.get(name, math.nan) for name in RECALLS]
-                evaluators.setdefault(evaluator, {})[checkpoint] = bars
-    if not evaluators:
-        raise ValueError(f"no evaluator has any of {', '.join(RECALLS)}")
-    return evaluators
-
-
-def _figure(names: Collection[str], width: float, height: float) -> Figure:
+def new_figure(names: Collection[str], width: float, height: float) -> Figure:
     """An empty figure of so many inches, for some checkpoints at least, which pyplot doesn't know."""
     if not names:
         raise ValueError("no checkpoints to draw")
@@ -315,27 +234,48 @@ def _figure(names: Collection[str], width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _text(name: str, width: int) -> str:
+def wrapped(name: str, width: int) -> str:
     """A name in lines of so many characters at most, shown as it is: no formulas between dollar signs."""
     return "\n".join(textwrap.wrap(name, width, break_on_hyphens=False)).replace("$", r"\$")
 
 
-def _style(index: int) -> dict[str, Any]:
+def style(index: int) -> dict[str, Any]:
     """Colour and marker of a checkpoint, the same in all plots."""
     colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
     return {"color": colour, "marker": marker, "markersize": 7, "markeredgecolor": "white", "markeredgewidth": 0.6}
 
 
-def _finish(figure: Any, path: str | Path, names: Collection[str], side: str = "center", **style: Any) -> None:
-    """Add the legend below the panels, where the figure grows, and write the PNG: beside its place, then renamed."""
+def finish(
+    figure: Any,
+    path: str | Path,
+    names: Collection[str],
+    side: str = "center",
+    chance: bool = False,
+    more: Sequence[tuple[dict[str, Any], str]] = (),
+    **look: Any,
+) -> None:
+    """Add the legend below the panels, where the figure grows, and write the PNG: beside its place, then renamed.
+
+    Args:
+        figure: with its panels drawn.
+        path: the PNG to write.
+        names: the entries of the legend, in the colours and with the markers of :func:`style`.
+        side: where below the panels the legend is.
+        chance: whether a dashed grey line is what chance would score.
+        more: further entries: how they look, and what they say.
+        look: what differs from :func:`style`.
+    """
     from matplotlib.lines import Line2D
 
-    labels = [_text(name, 90) for name in names]
+    if chance:
+        more = [*more, ({"color": GREY, "linestyle": DASHED}, "chance")]
+    labels = [wrapped(name, 90) for name in [*names, *(text for _, text in more)]]
     longest = max(len(line) for label in labels for line in label.split("\n"))
     columns = max(1, min(4, int(figure.get_figwidth() / (0.6 + 0.085 * longest))))
     lines = math.ceil(sum(1 + label.count("\n") for label in labels) / columns)
     figure.set_figheight(figure.get_figheight() + 0.2 + 0.2 * lines)
-    handles = [Line2D([], [], **{**_style(index), **style}) for index in range(len(labels))]
+    handles = [Line2D([], [], **{**style(index), **look}) for index in range(len(names))]
+    handles += [Line2D([], [], **drawn) for drawn, _ in more]
     figure.legend(handles, labels, loc=f"outside lower {side}", ncols=columns, frameon=False, fontsize=9)
     for panel in figure.axes:
         panel.spines[["top", "right"]].set_visible(False)

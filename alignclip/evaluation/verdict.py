@@ -1,0 +1,151 @@
+"""What an evaluation says in words: is the gap closed, did retrieval follow, or has the space collapsed?
+
+The limits come from runs whose every 10th or 20th batch was evaluated; docs/evaluation.md has the numbers and the way
+to measure them again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+# Untrained models have a gap of about 1.1, OpenAI's CLIP of 0.8; trained with one transformer 0.17, AlignCLIP 0.07
+CLOSED = 0.3
+# Of its value before: less of a change is that of one evaluation to the next
+NARROWER, WIDER = 0.8, 1.25
+# Retrieval works from so many times chance on. Collapsed models reach 3 times chance by the little that they tell apart
+WORKS = 5.0
+SHARE = 0.25  # … or from so much of what chance misses: 5 times chance is out of reach in a set of few pairs
+# Pairs that are less than this closer than wrong ones, or variance on fewer axes: both only in models whose retrieval
+# was within 3 times chance, and in others that had just left it
+NO_MARGIN, FEW_AXES = 0.05, 3.0
+ONE_CLASS = 0.9  # of the images that get one class
+TOLD_APART, RELATED = 0.6, 0.1  # an auroc, of which chance is 0.5; a rank correlation, of which chance is 0
+RECALLS = ("image_retrieval_recall@5", "text_retrieval_recall@5")
+
+Metrics = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one evaluator's figures mean.
+
+    Attributes:
+        success: whether the model does what the metrics are for: pairs find each other, classes are told apart.
+        collapsed: whether the features lie on a point or on few axes, and tell nothing apart.
+        text: the verdict in a sentence.
+    """
+
+    success: bool
+    collapsed: bool
+    text: str
+
+
+def judge(metrics: Metrics, chance: Metrics, before: Metrics | None = None, when: str = "before") -> Verdict | None:
+    """Say what the figures of one evaluator mean.
+
+    Args:
+        metrics: what the task measured.
+        chance: what features that say nothing would score.
+        before: the same evaluator's figures at the beginning of the run, where there are such.
+        when: what to call that time, e.g. ``batch 100``.
+
+    Returns:
+        None where the metrics hold nothing to judge.
+    """
+    if "centroid_distance" in metrics:
+        return _judge_gap(metrics, chance, before, when)
+    if any(name in metrics for name in RECALLS):
+        works, words = _retrieval(metrics, chance, before, when)
+        return Verdict(works, False, words)
+    if "auroc" in metrics:
+        apart = metrics["auroc"] > TOLD_APART
+        how = "tells" if apart else "does not tell"
+        return Verdict(apart, False, f"confidence {how} outliers from known classes (auroc {metrics['auroc']:.2f})")
+    if "top_class_share" in metrics:
+        return _judge_classes(metrics, chance)
+    if "spearman" in metrics:
+        spearman = metrics["spearman"]
+        if math.isnan(spearman):
+            return Verdict(False, True, "COLLAPSED: all sentence pairs are equally similar")
+        good = spearman > RELATED
+        return Verdict(good, False, f"similarities {'follow' if good else 'say nothing of'} people's ({spearman:.2f})")
+    return None
+
+
+def _judge_gap(metrics: Metrics, chance: Metrics, before: Metrics | None, when: str) -> Verdict:
+    closed, gap = _gap(metrics["centroid_distance"], before, when)
+    axes = min(metrics.get(f"effective_rank_{of}", math.nan) for of in ("image", "text"))
+    margin = metrics.get("margin", math.nan)
+    signs = []
+    if margin < NO_MARGIN:
+        signs.append(f"pairs are no closer than wrong pairs (margin {margin:.3f})")
+    if axes < min(FEW_AXES, _pairs(chance) / 4):
+        signs.append(f"the variance of one modality lies on {axes:.1f} axes")
+    if not any(name in metrics for name in RECALLS):
+        collapsed = closed and bool(signs)
+        words = "; ".join([gap, "retrieval was not measured", *signs])
+        return Verdict(closed and not signs, collapsed, f"COLLAPSED: {words}" if collapsed else words)
+    works, retrieval = _retrieval(metrics, chance, before, when)
+    if works:
+        warning = f"; near a collapse: {'; '.join(signs)}" if signs else ""
+        return Verdict(closed and not signs, False, f"{gap}, and {retrieval}{warning}")
+    collapsed = bool(signs) and closed
+    words = "; ".join([f"{gap}, but {retrieval}" if closed else f"{gap}, and {retrieval}", *signs])
+    return Verdict(False, collapsed, f"COLLAPSED: {words}" if collapsed else words)
+
+
+def _gap(now: float, before: Metrics | None, when: str) -> tuple[bool, str]:
+    """Whether the gap is closed, and a sentence about it."""
+    first = (before or {}).get("centroid_distance", math.nan)
+    closed = now <= CLOSED
+    if not first > 0:
+        return closed, f"the gap is {'closed' if closed else 'open'} ({now:.2f})"
+    ratio = now / first
+    change = "narrowed" if ratio < NARROWER else "widened" if ratio > WIDER else "has not changed"
+    word = "closed" if closed and ratio < NARROWER else "is small" if closed else change
+    return closed, f"the gap {word} (from {first:.2f} at {when} to {now:.2f})"
+
+
+def _retrieval(metrics: Metrics, chance: Metrics, before: Metrics | None, when: str) -> tuple[bool, str]:
+    """Whether retrieval works, and did not fall, and a sentence about it."""
+    known = [name for name in RECALLS if name in metrics]
+    now = sum(metrics[name] for name in known) / len(known)
+    random = sum(chance.get(name, 0.0) for name in known) / len(known)
+    enough = min(WORKS * random, random + SHARE * (1 - random))
+    times = f"{now / random:.1f} × chance" if random else "chance unknown"
+    numbers = f"R@5 {now:.3f}, {times}"
+    if now < enough:
+        return False, f"retrieval is near chance ({numbers})"
+    if before is None or any(name not in before for name in known):
+        return True, f"retrieval works ({numbers})"
+    first = sum(before[name] for name in known) / len(known)
+    # two standard errors of a share, of as many queries as there are pairs
+    noise = 2 * math.sqrt(max(first * (1 - first), now * (1 - now)) / _pairs(chance))
+    if now < first - noise:
+        return False, f"retrieval fell ({numbers}, {first:.3f} at {when})"
+    how = "rose" if now > first + noise else "stayed"
+    return True, f"retrieval {how} ({numbers}, {first:.3f} at {when})"
+
+
+def _judge_classes(metrics: Metrics, chance: Metrics) -> Verdict:
+    share, true = metrics["top_class_share"], chance.get("top_class_share", 0.0)
+    recall, random = metrics["mean_per_class_recall"], chance.get("mean_per_class_recall", 0.0)
+    if share >= ONE_CLASS and share > true + 0.05:
+        return Verdict(False, True, f"COLLAPSED: {share:.0%} of the images get one class, which {true:.0%} have")
+    works = recall >= min(1.5 * random, random + SHARE * (1 - random))
+    if not works:
+        return Verdict(
+            False, False, f"classes are near chance (mean per class recall {recall:.3f}, chance {random:.3f})"
+        )
+    if metrics["acc1"] <= chance.get("acc1", 0.0):
+        more = f"; the most frequent class alone would have acc1 {chance['acc1']:.3f}"
+    else:
+        more = ""
+    return Verdict(True, False, f"classes are told apart (mean per class recall {recall / random:.1f} × chance){more}")
+
+
+def _pairs(chance: Metrics) -> float:
+    """How many images there are, which the chance of a recall says."""
+    return 1 / chance.get("image_retrieval_recall@1", 0.001)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from alignclip import console, launcher
 from alignclip.config_file import load
 from alignclip.errors import one_line_errors
 from alignclip.threads import set_thread_defaults
 
 EXAMPLES = """examples:
   composer pretrain.py yamls/alignclip.yaml data.streams.cc12m.remote=s3://my-bucket/cc12m run_name=first
-  composer -n 2 pretrain.py yamls/quickstart.yaml run_name=small save_folder=runs/{run_name} \
+  composer -n 2 pretrain.py yamls/quickstart.yaml run_name=small save_folder=runs/{run_name} \\
     data.streams.scenes=null data.streams.mine.local=/data/mine
   composer pretrain.py yamls/alignclip.yaml save_folder=s3://my-bucket/runs/{run_name} save_interval=1000ba
   composer pretrain.py yamls/alignclip.yaml data.streams.cc12m=null data.streams.mine.local=/data/mine
@@ -26,12 +27,15 @@ def main(arguments: Sequence[str]) -> int:
         the exit status: 0 finished, 2 bad input, 3 numbers that are not finite, 143 stopped by a signal with
         everything saved.
     """
+    console.prepare()
     config, overrides = read_arguments(
         arguments, "composer pretrain.py", "Pretrain CLIP, SharedCLIP or AlignCLIP.", EXAMPLES
     )
     with one_line_errors():
+        launcher.settle()
         settings = load(config, overrides)
         # Composer's import takes many seconds, and a typo above should not
+        console.loading("PyTorch and Composer")
         from alignclip.training import run
 
         return run(settings)

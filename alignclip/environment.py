@@ -88,6 +88,12 @@ def _git(root: Path, *arguments: str) -> str:
     settings = (f"safe.directory={root}", "core.fsmonitor=false", "core.hooksPath=/dev/null")
     command = ["git", *(word for setting in settings for word in ("-c", setting)), "--no-optional-locks"]
     done = subprocess.run(
-        [*command, *arguments], cwd=root, capture_output=True, text=True, check=True, timeout=GIT_TIMEOUT
+        [*command, *arguments],
+        cwd=root,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=True,
+        timeout=GIT_TIMEOUT,
     )
     return done.stdout.strip()

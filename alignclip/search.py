@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from PIL import Image
 
-from alignclip import contact_sheet
+from alignclip import console, contact_sheet
 from alignclip.errors import UserError, one_line, one_line_errors
 from alignclip.fetching import LATEST
 from alignclip.threads import set_thread_defaults
@@ -92,6 +92,7 @@ class ImageFiles:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Search as the arguments say; exit status 2 is bad input."""
+    console.prepare()
     set_thread_defaults()
     options = _parse(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -27,6 +27,7 @@ from alignclip.callbacks import Rotation, StopOnSignal, TrainingMonitor, WholeTh
 from alignclip.checkpoints import SaveFolder
 from alignclip.config import RunConfig, SchedulerConfig
 from alignclip.data import ImageTextDataset, build_dataloader
+from alignclip.distributed import join_ranks
 from alignclip.encoders import CLIP, build_encoders, clamp_logit_scale_
 from alignclip.environment import Start
 from alignclip.errors import NotFiniteError, UserError, one_line
@@ -60,7 +61,7 @@ def run(config: RunConfig) -> int:
     """
     config = plugins.check(config)
     device = choose_device(config.device)
-    dist.initialize_dist(device, timeout=config.dist_timeout)
+    join_ranks(device, config.dist_timeout)
     check_parallelism(config, device)
     folder = SaveFolder(config) if config.save_folder else None
     on_rank_zero(lambda: check_inputs(config, folder))

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from alignclip import console
 from alignclip.errors import one_line_errors
 from convert.captions import DEFAULT_ENCODER
 from convert.dataset import convert, inputs_in_words
@@ -199,6 +200,7 @@ def _from_here(path: Path) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Convert and print a summary; exit status 2 with one line for what the user can mend."""
+    console.prepare()
     options = parse(arguments)
     try:
         with one_line_errors():

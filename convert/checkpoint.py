@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
+from alignclip import console
 from alignclip.config import ModelConfig
 from alignclip.config_checks import VOCABULARY
 from alignclip.config_file import model_section
@@ -307,6 +308,7 @@ def _umask() -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Convert, and say how far the export is from the original and how it is loaded."""
+    console.prepare()
     options = parse(arguments)
     with one_line_errors():
         worst = convert(options)

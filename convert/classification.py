@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from alignclip import console
 from alignclip.errors import UserError, nearest
 from convert import class_folders, classification_sets
 from convert.classification_sets import Source
@@ -167,6 +168,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Convert and print a summary."""
+    console.prepare()
     options = parse(arguments)
     run(lambda: convert(options))
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from alignclip import console
 from alignclip.errors import UserError, nearest
 from convert.evaluation_sets import (
     Sample,
@@ -159,6 +160,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Convert and print a summary."""
+    console.prepare()
     options = parse(arguments)
     run(lambda: convert(options))
 

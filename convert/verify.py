@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from alignclip import contact_sheet
+from alignclip import console, contact_sheet
 from alignclip.errors import UserError, check_place, one_line_errors
 from convert.storage import Store
 from convert.verify_findings import Overview
@@ -235,6 +235,7 @@ def parse(arguments: Sequence[str] | None = None) -> VerifyOptions:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Check, print what was found, and exit with status 1 where there are problems."""
+    console.prepare()
     options = parse(arguments)
     try:
         with one_line_errors():

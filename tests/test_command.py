@@ -20,9 +20,9 @@ finally:
 """
 
 
-def call(*arguments: str | Path, rank: int = 0) -> subprocess.CompletedProcess[str]:
+def call(*arguments: str | Path, environ: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", HERE, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={"LOCAL_RANK": str(rank)}, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, env=environ or {"LOCAL_RANK": "0"}, timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,14 @@ def test_help_shows_examples() -> None:
 def test_other_processes_of_the_machine_wait_for_the_first_to_speak() -> None:
     """The launcher ends them meanwhile; where the first one is well, they speak for themselves."""
     start = time.monotonic()
-    done = call("nowhere.yaml", rank=1)
+    environ = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0"}
+    environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29599"}
+    first = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env=environ | {"LOCAL_RANK": "0"})
+    try:
+        done = call("nowhere.yaml", environ=environ)
+    finally:
+        first.kill()
+        first.wait()
     assert time.monotonic() - start > 5
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")

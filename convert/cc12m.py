@@ -25,7 +25,7 @@ from convert.captions import DEFAULT_ENCODER
 from convert.dataset import convert, inputs_in_words
 from convert.images import CHECKS, ImageOptions
 from convert.options import ConvertOptions, Counts
-from convert.report import REPORT
+from convert.report import REPORT, ways_out
 from convert.samples import Reading
 from convert.shards import VAL
 from convert.storage import Store
@@ -104,7 +104,10 @@ def parse(arguments: Sequence[str] | None = None) -> ConvertOptions:
     )
     captions = parser.add_argument_group("caption embeddings")
     captions.add_argument(
-        "--encoder", default=DEFAULT_ENCODER, metavar="NAME", help="hub name or local folder (default: %(default)s)"
+        "--encoder",
+        default=DEFAULT_ENCODER,
+        metavar="NAME",
+        help="hub name or local folder (default: %(default)s); all-MiniLM-L6-v2 needs no hub",
     )
     captions.add_argument("--no-semantic", dest="semantic", action="store_false", help="write none")
     images = parser.add_argument_group("images")
@@ -149,7 +152,10 @@ def summary(counts: Counts, options: ConvertOptions) -> str:
     if counts.noted:
         rows += [("mended or unusual", f"{sum(counts.noted.values()):,}")]
         rows += [(f"  {note}", f"{number:,}") for note, number in sorted(counts.noted.items())]
-    if counts.bad or counts.noted:
+    if counts.ignored:
+        rows += [("no part of a pair", f"{sum(counts.ignored.values()):,} files")]
+        rows += [(f"  {what}", f"{number:,}") for what, number in sorted(counts.ignored.items())]
+    if counts.bad or counts.noted or counts.ignored:
         rows += [("examples", f"{out}/{REPORT}")]
     rows += [("size", f"{counts.bytes / 2**20:,.1f} MiB"), ("where", out)]
     rate = f", {new / counts.seconds:,.0f} samples/s" if new else ""
@@ -158,6 +164,7 @@ def summary(counts: Counts, options: ConvertOptions) -> str:
         this_run = f"{'the input was' if counts.inputs == 1 else f'all {counts.inputs:,} inputs were'} complete already"
     rows += [("this run", this_run)]
     text = "\n".join(f"{name:<36}{value}" for name, value in rows)
+    text += "".join(f"\n\n{way} (into another --out)" for way in ways_out(counts.skipped))
     if broken := counts.broken:
         names = ", ".join([*broken[:10], *(["…"] if len(broken) > 10 else [])])
         are, them = ("is", "it") if len(broken) == 1 else ("are", "them")

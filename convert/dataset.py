@@ -17,13 +17,14 @@ from typing import Any
 from alignclip.errors import UserError, check_place, nearest
 from convert import inputs, mds
 from convert.captions import find_encoder, load_encoder
+from convert.csv_tables import listing
 from convert.fetch import remove_stale_copies
 from convert.images import CHECKS
 from convert.mds import COLUMNS as PAIRS
 from convert.options import ConvertOptions, Counts
 from convert.plan import begin, written_in
-from convert.report import REPORT, write_report
-from convert.samples import BROKEN_INPUT, MISSING_CAPTION
+from convert.report import REPORT, ways_out, write_report
+from convert.samples import BROKEN_INPUT, IMAGE_EXTENSIONS, MISSING_CAPTION, MISSING_IMAGE
 from convert.shards import VAL, counts_of, is_current, mds_writer
 from convert.storage import INDEX, Store
 from convert.workers import convert_all
@@ -78,7 +79,6 @@ def _convert(
         # Their shards will be replaced, under the same names. Were this run killed, the set is smaller but consistent.
         _publish(store, done, columns, options)
     sources = {name: kept["source"] for name, kept in complete.items()} | names
-    has_report = REPORT in listing
     start = time.monotonic()
     try:
         convert_all(todo, done, columns, options, lambda counts: _check_bad(counts, options, ENOUGH), executor)
@@ -87,10 +87,12 @@ def _convert(
         raise
     except UserError:
         with suppress(UserError, OSError):  # the first error is the one that counts
-            _write_report(store, done, sources, has_report)
+            if any(counts.examples for counts in done.values()):
+                _write_report(store, done, sources)
         raise
     seconds = time.monotonic() - start
-    _write_report(store, done, sources, has_report)
+    if done:
+        _write_report(store, done, sources)
     _check_bad(done, options, 0)
     _publish(store, done, columns, options)
     return replace(_total(done), inputs=len(names), converted=len(todo), broken=_broken(done), seconds=seconds)
@@ -113,11 +115,10 @@ def _broken(done: dict[str, Counts]) -> list[str]:
     return sorted(name for name, counts in done.items() if BROKEN_INPUT in counts.skipped)
 
 
-def _write_report(store: Store, done: dict[str, Counts], sources: dict[str, str], has_report: bool) -> None:
-    """Where there is something to report, or an earlier run's report to take the place of."""
-    if has_report or any(counts.bad or counts.noted for counts in done.values()):
-        with store.staged() as folder:
-            (folder / REPORT).write_text(write_report(done, sources), encoding="utf-8")
+def _write_report(store: Store, done: dict[str, Counts], sources: dict[str, str]) -> None:
+    """Write the report, also where nothing was left out: a reader looks for it."""
+    with store.staged() as folder:
+        (folder / REPORT).write_text(write_report(done, sources), encoding="utf-8")
 
 
 def _unique_names(shards: Sequence[str], options: ConvertOptions) -> dict[str, str]:
@@ -188,7 +189,11 @@ def _columns(options: ConvertOptions, shards: Iterable[str]) -> dict[str, str]:
             f"{captions[mds.LIST]} has lists of captions, other inputs have one an image; give it an --out of its own"
         )
     if options.semantic:
-        shape = "" if mds.LIST in captions else f":{load_encoder(options.encoder).dimension}"
+        encoder = load_encoder(options.encoder)
+        if options.progress and encoder.length != encoder.stated:
+            states = f"states {encoder.stated:,} tokens and takes" if encoder.stated else "takes"
+            print(f"{options.encoder} {states} {encoder.length:,}; longer captions are cut", file=sys.stderr)
+        shape = "" if mds.LIST in captions else f":{encoder.dimension}"
         columns["semantic"] = f"ndarray:float16{shape}"
     return columns
 
@@ -244,7 +249,8 @@ def _check_bad(done: dict[str, Counts], options: ConvertOptions, enough: int) ->
         why = ", ".join(f"{reason} {number:,}" for reason, number in sorted(total.skipped.items()))
         raise UserError(
             f"{total.bad:,} of {read:,} samples are bad, more than --max-bad {options.max_bad:g} ({why}); "
-            f"{REPORT} in {options.out} has examples"
+            + "".join(f"{way}; " for way in ways_out(total.skipped))
+            + f"{REPORT} in {options.out} has examples"
         )
 
 
@@ -252,9 +258,22 @@ def _why_nothing(total: Counts, number: int, options: ConvertOptions) -> str:
     """The message of a run that has not written one sample: what was skipped, and what the captions may be called."""
     skipped = ", ".join(f"{reason} {count:,}" for reason, count in sorted(total.skipped.items()))
     message = f"no sample was written from {inputs_in_words(number)}; skipped: {skipped or 'nothing'}"
+    if total.ignored:
+        others = ", ".join(f"{what} {count:,}" for what, count in sorted(total.ignored.items()))
+        message += f"; no part of a pair: {others}"
+    message = ". ".join([message, *ways_out(total.skipped)])
+    endings = listing(sorted(total.endings))
     if MISSING_CAPTION not in total.skipped:
+        if MISSING_IMAGE in total.skipped and total.endings:
+            message += (
+                f". The files end in {endings}: name those of images and captions with --image-key, --caption-key"
+            )
         return message
     key, texts = options.caption_key, sorted(total.texts)
+    if not total.endings and not texts:  # of a table
+        return message
+    if not texts and {name.lower() for name in total.endings} - {*IMAGE_EXTENSIONS, "json"}:
+        return f"{message}. The files end in {endings}: --caption-key names the ending of captions"
     if not texts:
         return f"{message}. There are no texts in json members" + ("" if key else ", and there are no txt members")
     they_have = f"they have: {', '.join(texts)}"
@@ -284,6 +303,7 @@ def _publish(store: Store, done: dict[str, Counts], columns: dict[str, str], opt
         "held_out": total.held_out,
         "skipped": total.skipped,
         "noted": total.noted,
+        "ignored": total.ignored,
         "bytes": total.bytes,
         "options": options.fixed(),
         "versions": {package: importlib.metadata.version(package) for package in packages},

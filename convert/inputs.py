@@ -17,7 +17,7 @@ from alignclip.errors import UserError
 from alignclip.storage import is_passing
 from convert import mds, tables, tars
 from convert.fetch import check_web, fetched
-from convert.samples import PLAIN, Reading, Sample, Skipped
+from convert.samples import PLAIN, Item, Reading
 from convert.storage import INDEX, list_remote
 
 # What a folder stands for is decided by the first of these that it holds; img2dataset puts a parquet file beside a tar
@@ -171,9 +171,7 @@ def name_of(shard: str) -> str:
 
 
 @contextmanager
-def opened(
-    shard: str, caption_key: str | None, how: Reading = PLAIN
-) -> Iterator[tuple[Path, Iterator[Sample | Skipped]]]:
+def opened(shard: str, caption_key: str | None, how: Reading = PLAIN) -> Iterator[tuple[Path, Iterator[Item]]]:
     """The local file of an input shard, fetched where it is remote, and its samples.
 
     Raises:
@@ -188,7 +186,7 @@ def opened(
         yield path, read(shard, path, caption_key, how)
 
 
-def read(shard: str, path: Path, caption_key: str | None, how: Reading = PLAIN) -> Iterator[Sample | Skipped]:
+def read(shard: str, path: Path, caption_key: str | None, how: Reading = PLAIN) -> Iterator[Item]:
     """The samples of an input shard that is no MDS set's, in order, at most a few in memory at a time."""
     file, part = _split(shard)
     if _path(file).lower().endswith(".parquet"):
@@ -196,4 +194,4 @@ def read(shard: str, path: Path, caption_key: str | None, how: Reading = PLAIN) 
     if part:
         first, last, place = map(int, part.split("-"))
         return tables.read_csv(path, first, last, place, caption_key, how)
-    return tars.read_tar(path, caption_key)
+    return tars.read_tar(path, caption_key, how)

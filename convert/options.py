@@ -81,21 +81,31 @@ class ConvertOptions:
 
 @dataclass
 class Counts:
-    """Samples written, ``held_out`` of them, and ``resumed`` by earlier runs; left out by reason; mended or unusual.
+    """Pairs written and left out, and files that are no part of a pair.
 
-    ``bytes``: of the stored shards. ``examples``: of each reason or note a few (key, detail). ``texts``: see
-    :class:`convert.samples.Skipped`, of the first such sample of each input. Of a whole run: ``inputs`` it was given,
-    ``converted`` of them by itself in ``seconds``; ``broken``: the sub-folders of truncated inputs in the set.
+    Attributes:
+        written: pairs in the set, ``held_out`` of them in its split, ``resumed`` by earlier runs.
+        skipped: reason -> pairs left out.
+        noted: note -> pairs that were mended or are unusual.
+        ignored: what they are -> files that are no part of a pair.
+        bytes: of the stored shards.
+        examples: of each reason, note or kind of file a few (key, detail).
+        texts: see :class:`convert.samples.Skipped`, of the first such sample of each input.
+        endings: see the same, a few.
+        inputs: of a whole run those that it was given, ``converted`` of them by itself in ``seconds``.
+        broken: the sub-folders of truncated inputs in the set.
     """
 
     written: int = 0
     held_out: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     noted: dict[str, int] = field(default_factory=dict)
+    ignored: dict[str, int] = field(default_factory=dict)
     bytes: int = 0
     examples: dict[str, list[list[str]]] = field(default_factory=dict)
     resumed: int = 0
     texts: set[str] = field(default_factory=set)
+    endings: set[str] = field(default_factory=set)
     inputs: int = 0
     converted: int = 0
     broken: list[str] = field(default_factory=list)
@@ -103,7 +113,7 @@ class Counts:
 
     @property
     def bad(self) -> int:
-        """How many samples were left out."""
+        """How many pairs were left out."""
         return sum(self.skipped.values())
 
     def skip(self, reason: str, key: str = "", detail: str = "") -> None:
@@ -115,6 +125,11 @@ class Counts:
         """Count a sample as mended or unusual."""
         self.noted[note] = self.noted.get(note, 0) + 1
         self._keep(note, key, "")
+
+    def ignore(self, what: str, name: str) -> None:
+        """Count a file that is no part of a pair."""
+        self.ignored[what] = self.ignored.get(what, 0) + 1
+        self._keep(what, name, "")
 
     def _keep(self, what: str, key: str, detail: str) -> None:
         kept = self.examples.setdefault(what, [])
@@ -128,6 +143,8 @@ class Counts:
         self.bytes += other.bytes
         self.resumed += other.resumed
         self.texts |= other.texts
-        for mine, theirs in ((self.skipped, other.skipped), (self.noted, other.noted)):
+        self.endings |= other.endings
+        kinds = ("skipped", "noted", "ignored")
+        for mine, theirs in ((getattr(self, kind), getattr(other, kind)) for kind in kinds):
             for reason, number in theirs.items():
                 mine[reason] = mine.get(reason, 0) + number

@@ -135,4 +135,6 @@ def _flag(key: str, value: Any) -> str:
     if isinstance(value, list):
         value = " ".join(map(str, value))
     flag = f"--{key.replace('_', '-')}"
+    if value is True:
+        return flag
     return f"no {flag}" if value is None else f"{flag} {value}"

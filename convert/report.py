@@ -1,13 +1,26 @@
-"""The report that a person reads: what was left out, what was mended, and some of each to look at."""
+"""The report that a person reads: the pairs left out or mended, other files, examples of each, and ways out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
 from convert.options import Counts
+from convert.samples import DUPLICATE_KEY, FIRST_DOT, LIE_APART
 
 REPORT = "report.md"  # beside the index
 EXAMPLES = 20  # of each reason
+WAYS_OUT = {
+    LIE_APART: "Image and caption lie apart: sort the tar (tar --sort=name packs a folder so), or give --unsorted",
+    FIRST_DOT: "A key ends at the first dot of the file name, as in webdataset, which makes these pairs one: give "
+    "--last-dot, or rename the files",
+    DUPLICATE_KEY: "Of equal keys in one input the first is kept: give each pair a key of its own (several captions of "
+    "an image: convert/retrieval.py)",
+}
+
+
+def ways_out(skipped: Mapping[str, int]) -> list[str]:
+    """What a person can do about pairs that were left out for such reasons, a sentence each."""
+    return [way for reason, way in WAYS_OUT.items() if reason in skipped]
 
 
 def write_report(done: Mapping[str, Counts], sources: Mapping[str, str]) -> str:
@@ -24,12 +37,18 @@ def write_report(done: Mapping[str, Counts], sources: Mapping[str, str]) -> str:
     lines = ["# Conversion report", ""]
     inputs = "1 input" if len(done) == 1 else f"{len(done):,} inputs"
     lines += [f"{read:,} samples read from {inputs}, {total.written:,} written, {total.bad:,} skipped."]
-    for title, numbers in (("Skipped", total.skipped), ("Written, but mended or unusual", total.noted)):
+    for title, numbers, of in (
+        ("Skipped", total.skipped, "samples"),
+        ("Written, but mended or unusual", total.noted, "samples"),
+        ("No part of a pair", total.ignored, "files"),
+    ):
         if not numbers:
             continue
         ordered = sorted(numbers, key=lambda reason: (-numbers[reason], reason))
-        lines += ["", f"## {title}", "", "| what | samples | share |", "|---|---:|---:|"]
-        lines += [f"| {reason} | {numbers[reason]:,} | {numbers[reason] / read:.2%} |" for reason in ordered]
+        lines += ["", f"## {title}", "", f"| what | {of} | share |", "|---|---:|---:|"]
+        whole = read if of == "samples" else sum(numbers.values())
+        lines += [f"| {reason} | {numbers[reason]:,} | {numbers[reason] / whole:.2%} |" for reason in ordered]
+        lines += [line for way in ways_out(numbers) for line in ("", f"{way}.")]
         for reason in ordered:
             lines += ["", f"### {reason}", "", *_examples(reason, done, sources)]
             if numbers[reason] > EXAMPLES:

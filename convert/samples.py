@@ -23,10 +23,14 @@ LONG_CAPTION = "caption too long"
 DUPLICATE_KEY = "duplicate key"
 IMAGE_TOO_LARGE = "image too large"
 BROKEN_INPUT = "truncated file"
+FIRST_DOT = "key cut at its first dot"
+NO_EMBEDDING = "caption without an embedding"
+LIE_APART = "image and caption lie apart"
 
 HTML_ENTITIES = "caption: HTML entities"
 BAD_CAPTIONS = "caption: one of several left out"
 INVALID_UTF8 = "caption: invalid UTF-8"
+CUT_CAPTION = "caption: longer than the sentence encoder reads"
 TOO_MANY_FIELDS = "row: more fields than the header; is the caption quoted?"
 
 
@@ -65,16 +69,32 @@ class Sample:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A sample left out, or with :data:`BROKEN_INPUT` the unreadable rest of a source, and why.
+    """A pair left out, or with :data:`BROKEN_INPUT` the unreadable rest of a source, and why.
 
-    ``detail``: more about the reason, for the report. ``texts``: with :data:`MISSING_CAPTION` the entries that could
-    have been captions.
+    Attributes:
+        key: the pair's.
+        reason: one of the constants above.
+        detail: more about the reason, for the report.
+        texts: with :data:`MISSING_CAPTION` the entries that could have been captions.
+        endings: those of the pair's files, where one of its halves is missing.
     """
 
     key: str
     reason: str
     detail: str = field(default="", compare=False)
     texts: tuple[str, ...] = field(default=(), compare=False)
+    endings: tuple[str, ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """A file of a source that is no part of a pair: its name, and what it is."""
+
+    name: str
+    what: str
+
+
+Item = Sample | Skipped | Ignored  # what a source is made of
 
 
 def caption_of(entries: Any, caption_key: str) -> str | None:

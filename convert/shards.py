@@ -15,11 +15,22 @@ import numpy as np
 
 from alignclip.errors import UserError
 from convert import inputs
-from convert.captions import SentenceEncoder, load_encoder
+from convert.captions import SentenceEncoder, load_encoder, usable
 from convert.images import Unusable, prepare
 from convert.mds import LIST
 from convert.options import ConvertOptions, Counts
-from convert.samples import BROKEN_INPUT, DUPLICATE_KEY, Sample, Skipped
+from convert.samples import (
+    BAD_CAPTIONS,
+    BROKEN_INPUT,
+    CUT_CAPTION,
+    DUPLICATE_KEY,
+    MAX_NAMES,
+    NO_EMBEDDING,
+    Ignored,
+    Item,
+    Sample,
+    Skipped,
+)
 from convert.storage import COUNTS, Store
 
 if TYPE_CHECKING:
@@ -129,16 +140,16 @@ def _convert(source: str, name: str, columns: dict[str, str], options: ConvertOp
             # what is embedded together is held; the fewer there are held, the less memory is new to the processor
             size = BYTES_AT_ONCE if encoder else 2**20
             for batch in _batches(_good(samples, counts, options, report), size):
-                embeddings = _embed(batch, encoder) if encoder else None
-                for i, sample in enumerate(batch):
+                rows = _embedded(batch, encoder, counts) if encoder else [(sample, None) for sample in batch]
+                for sample, embedding in rows:
                     row: dict[str, Any] = {"key": sample.key, "image": sample.image, "caption": sample.caption}
-                    if embeddings is not None:
-                        row["semantic"] = embeddings[i]
+                    if embedding is not None:
+                        row["semantic"] = embedding
                     held_out = options.held_out > 0 and position(sample.key) < options.held_out
                     writers[VAL if held_out else ""].write(row)
                     counts.held_out += held_out
-                counts.written += len(batch)
-                report(len(batch), 0)
+                counts.written += len(rows)
+                report(len(rows), len(batch) - len(rows))
         counts.bytes = sum(file.stat().st_size for folder in folders.values() for file in folder.glob("*.mds*"))
         kept = {
             "source": source,
@@ -148,6 +159,7 @@ def _convert(source: str, name: str, columns: dict[str, str], options: ConvertOp
             "held_out": counts.held_out,
             "skipped": counts.skipped,
             "noted": counts.noted,
+            "ignored": counts.ignored,
             "bytes": counts.bytes,
             "examples": counts.examples,
         }
@@ -159,12 +171,33 @@ def _convert(source: str, name: str, columns: dict[str, str], options: ConvertOp
     return counts
 
 
-def _embed(batch: Sequence[Sample], encoder: SentenceEncoder) -> list[np.ndarray]:
-    """Of each sample the embedding [dimension] of its caption, or those [captions, dimension] of several."""
+def _embedded(
+    batch: Sequence[Sample], encoder: SentenceEncoder, counts: Counts
+) -> list[tuple[Sample, np.ndarray | None]]:
+    """The samples with the embedding [dimension] of the caption, or those [captions, dimension] of several.
+
+    A caption whose embedding is zero or not finite is left out, and so is a sample without another one.
+    """
     texts = [[sample.caption] if isinstance(sample.caption, str) else sample.caption for sample in batch]
-    ends = np.cumsum([len(some) for some in texts])
-    rows = np.split(encoder.encode([text for some in texts for text in some]), ends[:-1])
-    return [row[0] if isinstance(sample.caption, str) else row for sample, row in zip(batch, rows, strict=True)]
+    every = [text for some in texts for text in some]
+    ends = np.cumsum([len(some) for some in texts])[:-1]
+    embeddings = encoder.encode(every)
+    good, cut = np.split(usable(embeddings), ends), np.split(np.array(encoder.cut(every), bool), ends)
+    found: list[tuple[Sample, np.ndarray | None]] = []
+    for i, (sample, rows) in enumerate(zip(batch, np.split(embeddings, ends), strict=True)):
+        if not good[i].any():
+            counts.skip(NO_EMBEDDING, sample.key, texts[i][0])
+            continue
+        if cut[i].any():
+            counts.note(CUT_CAPTION, sample.key)
+        if isinstance(sample.caption, str):
+            found.append((sample, rows[0]))
+            continue
+        if not good[i].all():
+            counts.note(BAD_CAPTIONS, sample.key)
+            sample = replace(sample, caption=[text for text, is_good in zip(texts[i], good[i], strict=True) if is_good])
+        found.append((sample, rows[good[i]]))
+    return found
 
 
 def _size_limit(source: str, columns: dict[str, str], options: ConvertOptions, encoder: SentenceEncoder | None) -> int:
@@ -185,6 +218,7 @@ def counts_of(kept: dict[str, Any]) -> Counts:
     counts = Counts(held_out=kept["held_out"], skipped=kept["skipped"], noted=kept["noted"], bytes=kept["bytes"])
     counts.written = counts.resumed = kept["written"] + kept["held_out"]
     counts.examples = kept["examples"]
+    counts.ignored = kept.get("ignored", {})  # earlier versions didn't count them
     return counts
 
 
@@ -228,14 +262,17 @@ def _batches(samples: Iterator[Sample], enough: int) -> Iterator[list[Sample]]:
         yield batch
 
 
-def _good(
-    samples: Iterator[Sample | Skipped], counts: Counts, options: ConvertOptions, report: Report
-) -> Iterator[Sample]:
+def _good(samples: Iterator[Item], counts: Counts, options: ConvertOptions, report: Report) -> Iterator[Sample]:
     """The samples that are to be written; the others are counted."""
     seen: set[str] = set()
     for item in samples:
+        if isinstance(item, Ignored):
+            counts.ignore(item.what, item.name)
+            continue
         if isinstance(item, Skipped):
             counts.texts = counts.texts or set(item.texts)
+            if len(counts.endings) < MAX_NAMES:
+                counts.endings.update(item.endings)
             counts.skip(item.reason, item.key, item.detail)
             report(0, 1)
             continue

@@ -156,7 +156,9 @@ def test_too_many_bad_samples(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^4 of 10 samples are bad"):
         quick([tmp_path / "in"], tmp_path / "other", max_bad=0)
     assert quick([tmp_path / "in" / "00000.tar"], tmp_path / "none", max_bad=0).written == 6
-    assert not (tmp_path / "none" / "report.md").exists()
+    assert (
+        (tmp_path / "none" / "report.md").read_text().endswith("6 samples read from 1 input, 6 written, 0 skipped.\n")
+    )
 
 
 def test_a_run_of_bad_samples_stops_early(tmp_path: Path) -> None:
@@ -226,7 +228,8 @@ def test_a_huge_member_is_not_read(tmp_path: Path, extension: str) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     reason = samples.IMAGE_TOO_LARGE if extension == "jpg" else samples.MISSING_IMAGE  # the txt is caption enough
-    assert [getattr(sample, "reason", "") for sample in found] == ["", reason, ""]
+    # half a pair waits for its other half till the end
+    assert sorted(getattr(sample, "reason", "") for sample in found) == ["", "", reason]
     assert peak < 10 * 2**20
 
 

@@ -95,6 +95,10 @@ class Lengths:
     """An encoder whose embeddings are their captions' lengths."""
 
     dimension = 768
+    length = stated = 512
+
+    def cut(self, captions: list[str]) -> list[bool]:
+        return [False] * len(captions)
 
     def encode(self, captions: list[str]) -> np.ndarray:
         return np.repeat(np.array([[len(caption)] for caption in captions], np.float16), self.dimension, axis=1)

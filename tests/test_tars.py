@@ -16,7 +16,7 @@ from tarballs import draw, pairs, quick, read_back, write_tar
 from alignclip.errors import UserError
 from convert import samples
 from convert.images import UNDECODABLE_IMAGE, UNKNOWN_FORMAT, ImageOptions, prepare
-from convert.samples import Sample, Skipped
+from convert.samples import Ignored, Sample, Skipped
 from convert.tars import read_tar
 
 
@@ -36,6 +36,7 @@ def test_members_group_as_in_webdataset(tmp_path: Path) -> None:
         ("005.json", b'{"caption": "half a pair \\ud83d"}'),
     ]
     found = list(read_tar(write_tar(tmp_path / "a.tar", members)))
+    found.remove(Ignored(".hidden", "hidden file"))
     assert found == [
         Sample("a/b/001", draw(1), "in a folder"),
         Sample("a/002", draw(2), "upper case"),

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
@@ -17,6 +16,7 @@ from alignclip.config import ModelConfig
 from alignclip.encoders import CLIP, build_encoders
 from alignclip.errors import UserError, one_line
 from alignclip.fetching import CARD, RUN_CONFIG, fetch, few, find_beside
+from alignclip.tokenizer import SimpleTokenizer
 from alignclip.weights import Found, find, preprocess_config
 
 Preprocess = Callable[[Image.Image], Tensor]

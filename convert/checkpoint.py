@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transform import image_transform_v2
 from PIL import Image
 from safetensors import SafetensorError
@@ -33,6 +32,7 @@ from alignclip.fetching import CARD, few
 from alignclip.hugging_face import special_tokens
 from alignclip.loading import Loaded, Preprocess, open_model
 from alignclip.storage import StorageError, Store, check_folder_writable, open_store, patiently
+from alignclip.tokenizer import SimpleTokenizer
 from convert import exports
 from convert.exports import FORMATS, Encode
 from convert.model_card import choose_license, write_card

@@ -24,6 +24,7 @@ from alignclip.config_checks import VOCABULARY
 from alignclip.errors import UserError
 from alignclip.fetching import EXPORT_CONFIG, EXPORT_WEIGHTS, HF_CONFIG, RUN_CONFIG, UNUSED
 from alignclip.loading import Loaded, Preprocess, load
+from alignclip.tokenizer import SimpleTokenizer
 
 CHECKPOINT, RELEASE = "model.pt", "release.pt"
 SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")  # in transformers
@@ -130,7 +131,7 @@ def write_hugging_face(loaded: Loaded, folder: Path) -> None:
     if loaded.config.text_cfg.vocab_size < VOCABULARY:  # CLIP's byte pairs are the only tokenizer there is
         pixels.save_pretrained(folder)
         return
-    tokenizer = open_clip.SimpleTokenizer()
+    tokenizer = SimpleTokenizer()
     vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
     ids = {word: number for word, number in tokenizer.encoder.items() if number not in tokenizer.all_special_ids}
     # each library has its own names for them

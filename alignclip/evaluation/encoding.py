@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from alignclip.encoders import CLIP
 from alignclip.errors import UserError, one_line
 from alignclip.evaluation.ranks import agree, gather, gather_objects, rank, world
+from alignclip.tokenizer import SimpleTokenizer
 from alignclip.transforms import normalize
 
 

@@ -7,6 +7,7 @@ of an epoch goes on with the very batches it would have had.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -15,8 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from open_clip.tokenizer import SimpleTokenizer
-from streaming import Stream, StreamingDataLoader, StreamingDataset
+from streaming import StreamingDataLoader, StreamingDataset
 from streaming.base.dataset import _ShardState
 from torch import Tensor
 from torch.utils.data import default_collate
@@ -24,7 +24,9 @@ from torch.utils.data import default_collate
 import alignclip.shared_memory  # noqa: F401  # whose datasets leave a note of their owner
 from alignclip.config import DataConfig
 from alignclip.errors import UserError
-from alignclip.streams import local_folder
+from alignclip.shard_cache import CachedShard, CachedStream
+from alignclip.streams import cached_stream
+from alignclip.tokenizer import SimpleTokenizer
 from alignclip.transforms import decode_image, random_resized_crop
 
 # DataConfig's own part; every other field of it is an argument of StreamingDataset
@@ -35,16 +37,35 @@ ZEROS_NAMED = 5  # samples with a caption embedding of zeros that a worker names
 
 
 class ReleasingDataset(StreamingDataset):
-    """A StreamingDataset in which a download that failed is nobody's: Streaming's own readers wait for it for ever."""
+    """A StreamingDataset of cached streams in which a failed download is nobody's.
+
+    Streaming's own readers wait for such a shard for ever.
+    """
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Download a shard; one that fails goes back to 'remote', so that sibling workers don't wait for it."""
         try:
             super().prepare_shard(shard_id, blocking)
         except BaseException:
+            if self._cache_filelock.is_locked:  # it failed while it made room
+                self._cache_filelock.release()
             if self._shard_states[shard_id] == _ShardState.PREPARING:
                 self._shard_states[shard_id] = _ShardState.REMOTE
             raise
+
+    def _evict_coldest_shard(self) -> None:
+        """Delete the shard that wasn't read for the longest time, of those that the cache may delete.
+
+        Raises:
+            RuntimeError: there is none.
+        """
+        local = np.flatnonzero(self._shard_states.numpy() == _ShardState.LOCAL)
+        for shard_id in local[np.argsort(self._shard_access_times.numpy()[local])]:
+            shard = self.shards[shard_id]
+            if isinstance(shard, CachedShard) and shard.can_be_evicted():
+                self._evict_shard(int(shard_id))
+                return
+        raise RuntimeError(f"a cache limit of {self.cache_limit:,} bytes is too small to read from; raise it")
 
     def release(self) -> None:
         """Give back what processes that were killed had begun to download; while nobody else reads."""
@@ -71,11 +92,15 @@ class ImageTextDataset(ReleasingDataset):
         streaming_arguments = {
             f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in NOT_STREAMING
         }
-        streams = [
-            Stream(**dataclasses.asdict(stream) | {"local": local_folder(name, stream)})
-            for name, stream in config.streams.items()
-        ]
+        streams = [cached_stream(name, stream, **dataclasses.asdict(stream)) for name, stream in config.streams.items()]
         super().__init__(streams=streams, batch_size=batch_size, **streaming_arguments)
+        if self.cache_limit and self._unique_rank_world.is_local_leader:
+            for begin, count, stream in zip(
+                self.shard_offset_per_stream, self.shards_per_stream, self.streams, strict=True
+            ):
+                assert isinstance(stream, CachedStream)
+                if said := stream.foreign_shards(self.shards[begin : begin + count]):
+                    print(said, file=sys.stderr)
         # Forked workers must not share the parent's connection to the bucket.
         for stream in self.streams:
             if stream._downloader is not None:

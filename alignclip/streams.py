@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from streaming.base import partition, shuffle
 from streaming.base.hashing import get_hashes
@@ -14,6 +15,7 @@ from streaming.base.hashing import get_hashes
 from alignclip.config import DataConfig, SetConfig
 from alignclip.errors import UserError, nearest
 from alignclip.mds_index import INDEX, ShardEntry, columns_of, read_shards
+from alignclip.shard_cache import CachedStream
 from alignclip.storage import StorageError, open_file
 
 DATASET = "dataset.json"  # beside the index: what a converter says of the set
@@ -31,6 +33,17 @@ def local_folder(name: str, stream: SetConfig) -> str:
     return str(Path(tempfile.gettempdir()) / "alignclip-cache" / f"{name}-{place}")
 
 
+def cached_stream(name: str, stream: SetConfig, **arguments: Any) -> CachedStream:
+    """A stream that deletes nothing but what was put into its cache.
+
+    Args:
+        name: of the stream.
+        stream: where it lies.
+        arguments: of :class:`streaming.Stream`; ``local`` is replaced by :func:`local_folder`.
+    """
+    return CachedStream(**arguments | {"local": local_folder(name, stream)}, is_own=not stream.local)
+
+
 def check_streams(config: DataConfig, *, semantic: bool) -> None:
     """Read each stream's ``index.json`` and make sure that it holds what training will ask for.
 
@@ -43,6 +56,7 @@ def check_streams(config: DataConfig, *, semantic: bool) -> None:
             raise UserError(f"data.{key}={name} does not exist; {nearest(name, algorithms)}")
     if config.validate_hash is not None and config.validate_hash not in get_hashes():
         raise UserError(f"data.validate_hash={config.validate_hash}: {nearest(config.validate_hash, get_hashes())}")
+    _check_folders(config)
     encoders: dict[str, tuple[str | None, int | None]] = {}
     for name, stream in config.streams.items():
         where = f"data.streams.{name}"
@@ -59,6 +73,23 @@ def check_streams(config: DataConfig, *, semantic: bool) -> None:
         if semantic:
             encoders[where] = _encoder(stream, columns_of(shards[0])["semantic"])
     _check_encoders(encoders)
+
+
+def _check_folders(config: DataConfig) -> None:
+    """Two streams in one folder would read one index, and delete each other's shards.
+
+    Raises:
+        UserError: there are two.
+    """
+    folders: dict[Path, str] = {}
+    for name, stream in config.streams.items():
+        folder = Path(local_folder(name, stream), stream.split or "").resolve()
+        if folder in folders:
+            raise UserError(
+                f"data.streams.{folders[folder]} and data.streams.{name} have one local folder: {folder}; give each a "
+                "local of its own"
+            )
+        folders[folder] = name
 
 
 def check_columns(where: str, shards: Iterable[dict[str, str]], needed: set[str]) -> None:

@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from alignclip.decompression import decompress_to
 from alignclip.errors import UserError, one_line
 from alignclip.mds_index import ShardEntry, columns_of, read_shards, stored_file
 from convert.fetch import TEMPORARY, fetched
@@ -103,7 +104,6 @@ def _read(path: Path, shard: Shard, folder: Path) -> Iterator[Sample | Skipped]:
 
 
 def _rows(path: Path, shard: Shard, folder: Path) -> Iterator[dict[str, Any]]:
-    from streaming.base.compression import decompress
     from streaming.base.format import reader_from_json
     from streaming.base.hashing import get_hash
 
@@ -111,7 +111,7 @@ def _rows(path: Path, shard: Shard, folder: Path) -> Iterator[dict[str, Any]]:
         if get_hash(algorithm, path.read_bytes()) != expected:
             raise ValueError(f"its {algorithm} differs from the index's")
     if shard.entry["compression"]:
-        data = decompress(shard.entry["compression"], path.read_bytes())
+        data = decompress_to(shard.size, shard.entry["compression"], path.read_bytes())
         path = folder / "shard.mds"
         path.write_bytes(data)
     if (size := path.stat().st_size) != shard.size:

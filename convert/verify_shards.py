@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from tqdm import tqdm
 
+from alignclip.decompression import decompress_to
 from alignclip.errors import UserError, one_line
 from alignclip.mds_index import IndexedFile, ShardEntry, stored_file
 from alignclip.storage import Store, describe_storage_error, is_full, open_store, patiently
@@ -114,7 +115,6 @@ def open_shard(entry: ShardEntry, place: str, folder: Path, problems: Problems) 
     Raises:
         UserError: there is no space for the copy.
     """
-    from streaming.base.compression import decompress
     from streaming.base.format import reader_from_json
 
     stored = stored_file(entry)
@@ -132,9 +132,9 @@ def open_shard(entry: ShardEntry, place: str, folder: Path, problems: Problems) 
         return None
     if entry["zip_data"]:
         try:
-            data = decompress(entry["compression"], data)
-        except Exception as error:  # every library has its own
-            problems.add("can't be decompressed", file, f"can't be decompressed: {one_line(error)}")
+            data = decompress_to(entry["raw_data"]["bytes"], str(entry["compression"]), data)
+        except ValueError as error:
+            problems.add("can't be decompressed", file, one_line(error))
             return None
         if not _is_as_indexed(data, entry["raw_data"], file, problems):
             return None

@@ -6,7 +6,6 @@ import json
 import os
 from typing import Any
 
-from streaming import Stream
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -15,7 +14,7 @@ from alignclip.data import ReleasingDataset
 from alignclip.errors import UserError, one_line
 from alignclip.evaluation.ranks import agree
 from alignclip.storage import StorageError, describe_storage_error, open_file
-from alignclip.streams import check_columns, local_folder, read_index
+from alignclip.streams import cached_stream, check_columns, local_folder, read_index
 from alignclip.transforms import center_crop
 
 CLASSES = "classes.json"  # class names and templates, beside the index
@@ -50,7 +49,9 @@ class OpenSets:
             # whichever hash it was written with is checked
             checked = HASH if HASH in hashes else next(iter(hashes), None)
             dataset = ReleasingDataset(
-                streams=[Stream(remote=remote, local=local, split=split, validate_hash=checked)],
+                streams=[
+                    cached_stream("evaluation", stream, remote=remote, split=split, validate_hash=checked),
+                ],
                 batch_size=1,
                 shuffle=False,
             )

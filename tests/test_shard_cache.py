@@ -1,0 +1,291 @@
+"""Nothing is deleted but what this program downloaded, and can download again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from runs import jpeg
+from streaming import MDSWriter
+from streaming.base.compression import compress
+
+from alignclip.config import DataConfig, SetConfig, StreamConfig
+from alignclip.data import ImageTextDataset, build_dataloader
+from alignclip.decompression import decompress_to
+from alignclip.errors import UserError
+from alignclip.evaluation.sets import OpenSets
+from alignclip.shard_cache import NOTE
+from alignclip.streams import check_streams
+
+SAMPLES = 48
+Contents = dict[str, bytes]
+Read = Callable[..., ImageTextDataset]
+
+
+def write(folder: Path, compression: str | None = None, seed: int = 0) -> Path:
+    """A set of about a dozen shards."""
+    columns = {"key": "str", "image": "bytes", "caption": "str"}
+    with MDSWriter(
+        out=str(folder), columns=columns, size_limit="8kb", hashes=["xxh64"], compression=compression
+    ) as writer:
+        for i in range(SAMPLES):
+            writer.write({"key": str(i), "image": jpeg(np.random.default_rng([seed, i])), "caption": f"number {i}"})
+    return folder
+
+
+def contents(folder: Path) -> Contents:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != NOTE)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def shards_in(folder: Path) -> int:
+    return len(list(folder.rglob("*.mds")))
+
+
+def raw_sizes(folder: Path) -> list[int]:
+    return [entry["raw_data"]["bytes"] for entry in json.loads((folder / "index.json").read_text())["shards"]]
+
+
+@pytest.fixture
+def read() -> Iterator[Read]:
+    """Read streams for some epochs, by a config's settings; every sample is seen."""
+    made: list[ImageTextDataset] = []
+
+    def read(*streams: StreamConfig, epochs: int = 2, **settings: Any) -> ImageTextDataset:
+        config = DataConfig(
+            streams={f"s{i}": stream for i, stream in enumerate(streams)},
+            num_canonical_nodes=1,
+            num_workers=0,
+            download_retry=1,
+            **settings,
+        )
+        check_streams(config, semantic=False)
+        dataset = ImageTextDataset(config, batch_size=8, image_size=16, context_length=12, semantic=False)
+        made.append(dataset)
+        loader = build_dataloader(dataset, config, pin_memory=False)
+        for _ in range(epochs):
+            assert sum(len(batch["image"]) for batch in loader) == SAMPLES * len(streams)
+        dataset._locals_shm.cleanup()
+        return dataset
+
+    yield read
+    for dataset in made:
+        dataset._locals_shm.cleanup()
+
+
+@pytest.fixture
+def limit(tmp_path: Path) -> str:
+    """Room for five shards and two indexes."""
+    folder = write(tmp_path / "measured")
+    return str(5 * max(raw_sizes(folder)) + 2 * (folder / "index.json").stat().st_size)
+
+
+def test_a_stream_without_a_remote_is_never_evicted(tmp_path: Path, limit: str, read: Read) -> None:
+    mine, other, cache = write(tmp_path / "mine"), write(tmp_path / "other", seed=1), tmp_path / "cache"
+    before = contents(mine)
+    read(StreamConfig(local=str(mine)), StreamConfig(remote=str(other), local=str(cache)), cache_limit=limit)
+    assert contents(mine) == before
+    assert 0 < shards_in(cache) <= 6  # the limit holds for the cache, and the other set doesn't use it up
+
+
+@pytest.mark.parametrize("spelling", ["same", "slash", "dots", "link", "relative", "split"])
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_a_remote_that_is_the_same_folder(
+    tmp_path: Path, limit: str, read: Read, spelling: str, compression: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write(tmp_path / "sets" / "mine", compression)
+    other = write(tmp_path / "other", seed=1)
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    split = None
+    remote, local = str(folder), str(folder)
+    if spelling == "slash":
+        remote += "/"
+    elif spelling == "dots":
+        local = f"{folder}/../mine"
+    elif spelling == "link":
+        local = str(tmp_path / "link")
+    elif spelling == "relative":
+        remote = "sets/mine"
+    elif spelling == "split":
+        remote, local, split = str(tmp_path / "sets"), f"{tmp_path}/./sets", "mine"
+    before = contents(folder)
+    read(
+        StreamConfig(remote=remote, local=local, split=split),
+        StreamConfig(remote=str(other), local=str(tmp_path / "cache")),
+        cache_limit=limit,
+    )
+    after = contents(folder)
+    assert before.items() <= after.items()
+    assert compression or after == before
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
+@pytest.mark.parametrize("keep_zip", [False, True])
+def test_a_copy_that_was_there_before_is_not_a_cache(
+    tmp_path: Path, limit: str, read: Read, compression: str | None, keep_zip: bool
+) -> None:
+    remote = write(tmp_path / "remote", compression)
+    mine = tmp_path / "mine"
+    shutil.copytree(remote, mine)
+    (mine / "notes.txt").write_text("mine")
+    gone = sorted(mine.glob("shard.*"))[-1]
+    gone.unlink()  # one is fetched, and is the cache's alone
+    before = contents(mine)
+    for _ in range(2):
+        read(StreamConfig(remote=str(remote), local=str(mine)), cache_limit=limit, keep_zip=keep_zip)
+        assert before.items() <= contents(mine).items()
+
+
+def test_decompressed_copies_of_a_compressed_set_are_evicted_and_the_set_is_not(
+    tmp_path: Path, limit: str, read: Read
+) -> None:
+    mine = write(tmp_path / "mine", "zstd")
+    before = contents(mine)
+    assert shards_in(mine) == 0
+    read(StreamConfig(local=str(mine)), cache_limit=limit)
+    assert before.items() <= contents(mine).items()
+    assert 0 < shards_in(mine) <= 6
+
+
+def test_raw_shards_whose_compressed_files_are_gone_are_the_only_copy(tmp_path: Path, read: Read) -> None:
+    mine = write(tmp_path / "mine", "zstd")
+    read(StreamConfig(local=str(mine)), epochs=1)
+    for path in mine.glob("*.zstd"):
+        path.unlink()
+    before = contents(mine)
+    assert shards_in(mine) == len(raw_sizes(mine))
+    for settings in ({}, {"cache_limit": str(sum(raw_sizes(mine)))}):
+        read(StreamConfig(local=str(mine)), epochs=1, **settings)
+        assert contents(mine) == before
+
+
+@pytest.mark.parametrize("keep_zip", [False, True])
+def test_a_cache_keeps_to_its_limit_over_starts(tmp_path: Path, limit: str, read: Read, keep_zip: bool) -> None:
+    remote, cache = write(tmp_path / "remote", "zstd"), tmp_path / "cache"
+    size = 2 * int(limit)
+    for _ in range(3):
+        read(StreamConfig(remote=str(remote), local=str(cache)), cache_limit=str(size), keep_zip=keep_zip, epochs=1)
+        assert 0 < sum(map(len, contents(cache).values())) <= size + max(raw_sizes(remote))
+        assert bool(list(cache.glob("*.zstd"))) == keep_zip
+    assert len((cache / NOTE).read_text().splitlines()) <= 2 * 3 * SAMPLES
+
+
+def test_what_was_copied_over_the_cache_stays(
+    tmp_path: Path, limit: str, read: Read, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remote, cache = write(tmp_path / "remote"), tmp_path / "cache"
+    read(StreamConfig(remote=str(remote), local=str(cache)), epochs=1)
+    assert shards_in(cache) == shards_in(remote)
+    for path in cache.glob("*.mds"):
+        path.unlink()
+        shutil.copyfile(remote / path.name, path)
+        os.utime(path, ns=(1, 1))
+    before = contents(cache)
+    capsys.readouterr()
+    read(StreamConfig(remote=str(remote), local=str(cache)), cache_limit=limit)
+    assert contents(cache) == before
+    number = len(raw_sizes(remote))
+    said = f"{cache}: {number:,} of {number:,} shards were put there by somebody else; they stay, and data.cache_limit"
+    assert said in capsys.readouterr().err
+
+
+def test_a_cache_whose_remote_was_taken_out_is_the_only_copy(tmp_path: Path, limit: str, read: Read) -> None:
+    remote, cache = write(tmp_path / "remote"), tmp_path / "cache"
+    read(StreamConfig(remote=str(remote), local=str(cache)), epochs=1)
+    before = contents(cache)
+    read(StreamConfig(local=str(cache)), cache_limit=limit)
+    assert contents(cache) == before
+    shutil.rmtree(remote)
+
+
+def test_evaluation_deletes_nothing_of_a_set(tmp_path: Path) -> None:
+    folder = write(tmp_path / "mine", "zstd")
+    before = contents(folder)
+    (tmp_path / "link").symlink_to(folder)
+    opened = OpenSets().open(SetConfig(remote=str(folder), local=str(tmp_path / "link")))
+    for i in range(SAMPLES):
+        opened[i]
+    opened._locals_shm.cleanup()
+    assert before.items() <= contents(folder).items()
+
+
+def test_a_limit_that_is_too_small_is_one_line(tmp_path: Path, read: Read) -> None:
+    remote = write(tmp_path / "remote")
+    with pytest.raises(ValueError, match="too low"):
+        read(StreamConfig(remote=str(remote), local=str(tmp_path / "cache")), cache_limit="9kb")
+    read(StreamConfig(local=str(remote)), cache_limit="1kb")  # nothing is cached
+
+
+def test_two_streams_in_one_folder(tmp_path: Path) -> None:
+    one, two = write(tmp_path / "one"), write(tmp_path / "two", seed=1)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "cache")
+    streams = {
+        "a": StreamConfig(remote=str(one), local=str(tmp_path / "cache")),
+        "b": StreamConfig(remote=str(two), local=str(tmp_path / "link")),
+    }
+    with pytest.raises(UserError, match=r"data\.streams\.a and data\.streams\.b have one local folder"):
+        check_streams(DataConfig(streams=streams), semantic=False)
+
+
+def test_a_shard_that_fails_its_hash_is_not_taken_for_whole_by_the_next_run(tmp_path: Path, read: Read) -> None:
+    remote, cache = write(tmp_path / "remote"), tmp_path / "cache"
+    broken = sorted(remote.glob("*.mds"))[0]
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="Checksum failure"):
+            read(StreamConfig(remote=str(remote), local=str(cache)), epochs=1)
+    assert not (cache / broken.name).exists()
+    broken.write_bytes(whole[:-1])
+    with pytest.raises(RuntimeError, match=r"bytes, and the set's index says"):
+        read(StreamConfig(remote=str(remote), local=str(cache)), epochs=1, validate_hash=None)
+    broken.write_bytes(whole)
+    read(StreamConfig(remote=str(remote), local=str(cache)), epochs=1)
+
+
+def test_nothing_is_written_through_links_that_lead_out_of_a_set(tmp_path: Path, read: Read) -> None:
+    mine, target = write(tmp_path / "mine", "zstd"), tmp_path / "target"
+    target.write_text("precious")
+    first = sorted(mine.glob("*.zstd"))[0]
+    (mine / f"{first.name.removesuffix('.zstd')}.tmp").symlink_to(target)
+    read(StreamConfig(local=str(mine)), epochs=1)
+    assert target.read_text() == "precious"
+
+    other, outside = write(tmp_path / "other", "zstd"), tmp_path / "outside"
+    outside.mkdir()
+    index = json.loads((other / "index.json").read_text())
+    for entry in index["shards"]:
+        entry["raw_data"]["basename"] = f"sub/{entry['raw_data']['basename']}"
+    (other / "index.json").write_text(json.dumps(index))
+    (other / "sub").symlink_to(outside)
+    with pytest.raises(RuntimeError, match="is a link to another folder"):
+        read(StreamConfig(local=str(other)), epochs=1)
+    assert not list(outside.iterdir())
+
+
+@pytest.mark.parametrize("algorithm", ["zstd", "zstd:19", "gz", "bz2", "br:5", "snappy"])
+def test_a_compression_bomb_is_refused_before_it_fills_the_memory(algorithm: str) -> None:
+    import tracemalloc
+
+    data = bytes(30_000_000)
+    bomb = compress(algorithm, data)
+    assert decompress_to(len(data), algorithm, bomb) == data
+    del data
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="holds more than 1,000 bytes"):
+        decompress_to(1000, algorithm, bomb)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5_000_000 + 2 * len(bomb)
+    with pytest.raises(ValueError, match=r"holds less than|can't be decompressed"):
+        decompress_to(30_000_001, algorithm, bomb)
+    with pytest.raises(ValueError, match=r"can't be decompressed|holds less"):
+        decompress_to(30_000_000, algorithm, bomb[: len(bomb) // 2])

@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing import resource_tracker
 from types import FrameType
 
@@ -172,12 +173,14 @@ class Rotation(Callback):
             self._running = self._executor.submit(self.folder.rotate, self.keep)
 
     def post_close(self) -> None:
-        """When the last uploads are through. Composer calls it twice, the second time as Python ends."""
-        if dist.get_global_rank() == 0 and not self._closed:
-            self._closed = True
+        """Rotate once more when the last uploads are through. Composer calls this twice."""
+        if dist.get_global_rank() != 0 or self._closed:
+            return
+        self._closed = True
+        with suppress(RuntimeError):  # Python ends, so an error has ended the run: the next start rotates
             self._running = self._executor.submit(self.folder.rotate, self.keep)
-            self._executor.shutdown()
-            self._report()
+        self._executor.shutdown()
+        self._report()
 
     def _report(self) -> None:
         """Old checkpoints that stay cost money, not the run: say so and go on."""

@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
-import shutil
 import tempfile
-import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
-from composer.utils import maybe_create_object_store_from_uri, parse_uri
-from composer.utils.object_store import ObjectStore
-
+from alignclip import checkpoint_file
 from alignclip.config import RunConfig, StartConfig
 from alignclip.config_file import to_yaml
 from alignclip.environment import Start
 from alignclip.errors import UserError
 from alignclip.fetching import CARD
-from alignclip.storage import describe_storage_error
+from alignclip.storage import StorageError, is_absent, is_denied, open_store, write_text_whole
 from alignclip.yaml_text import natural, parse
 
 CONFIG_FILE = "config.yaml"
@@ -58,29 +57,28 @@ class SaveFolder:
         except (KeyError, IndexError, ValueError):
             raise UserError(f"save_folder={config.save_folder} may hold {{run_name}}, and no other braces") from None
         self.config = config
-        backend, _, path = parse_uri(self.uri)
-        self.remote = backend != ""
-        self.prefix = path.strip("/")
+        self.files = open_store(self.uri)
+        self.remote = self.files.is_remote
         self.latest = str(config.save_latest_filename).format(run_name=config.run_name, rank=0)
-        self.store: ObjectStore | None = None
+        self._named = _batch_in(config)
+        # what was read: in a folder by how the file looked then, in a bucket the size of what is whole
+        self._seen: dict[str, tuple[tuple[int, int, int], str | None]] = {}
+        self._sizes: dict[str, int] = {}
 
     def open(self) -> None:
-        """Connect, or make the local folder, and see that it can be read.
+        """See that the folder can be written, and remove what a run that was killed has left half-written.
 
         Raises:
             UserError: no such bucket, no credentials, no connection; no such place on this machine.
         """
         try:
-            if self.remote:
-                self.store = maybe_create_object_store_from_uri(self.uri)
-                assert self.store is not None
-                self.store.list_objects(self._key(CONFIG_FILE))
-            else:
-                Path(self.uri).mkdir(parents=True, exist_ok=True)
-        except Exception as error:
-            local = not self.remote and isinstance(error, OSError)
-            why = str(error.strerror) if local else describe_storage_error(error)  # type: ignore[attr-defined]
-            raise UserError(f"save_folder={self.uri}: {why}") from None
+            self.files.check_writable()
+        except StorageError as error:
+            raise UserError(f"save_folder={self.uri}: {error.why}") from None
+        if not self.remote:
+            for left in Path(self.uri).glob(".*.partial"):
+                with suppress(OSError):
+                    left.unlink()
 
     def check_config(self) -> None:
         """Refuse to go on with another run's checkpoints.
@@ -91,7 +89,7 @@ class SaveFolder:
         """
         before = self._read(CONFIG_FILE)
         has_checkpoint = self.has_checkpoint()
-        if not self.config.autoresume and (has_checkpoint or self._checkpoint_files()):
+        if not self.config.autoresume and has_checkpoint:
             raise UserError(
                 f"{self.uri} holds checkpoints of run '{self.config.run_name}' already; "
                 "set autoresume=true to go on with it, or choose another run_name"
@@ -146,107 +144,160 @@ class SaveFolder:
 
     def _put(self, name: str, text: str) -> None:
         try:
-            self._write(name, text)
-        except Exception as error:  # of the file system, or any cloud's
-            raise UserError(f"save_folder={self.uri} can't be written: {describe_storage_error(error)}") from None
+            self.files.write_text(name, text)
+        except StorageError as error:
+            raise UserError(f"save_folder={self.uri} can't be written: {error.why}") from None
+
+    def _read(self, name: str) -> str | None:
+        return self.files.read_text_optional(name)
 
     def has_checkpoint(self) -> bool:
-        """Whether there is a latest checkpoint to go on from."""
-        if self.remote:
-            return self._read(f"{self.latest}.symlink") is not None
-        return Path(self.uri, self.latest).exists()
+        """Whether a run has saved anything here, whole or not."""
+        return bool(self.latest_target() or self.checkpoints())
 
-    def restore_latest_link(self) -> None:
-        """Local folder only: a run killed while it moved ``latest`` leaves none; point it at the newest whole file."""
-        link = Path(self.uri, self.latest)
-        if self.remote or link.is_symlink() or link.exists() or not link.parent.is_dir():
-            return  # a plain file: the folder was copied with what its links point at
-        found = [link.parent / name for name in self._checkpoint_files()]
-        whole = [p for p in found if zipfile.is_zipfile(p)]  # one that was being written lacks the directory at its end
-        if whole:
-            link.symlink_to(max(whole, key=lambda p: _batch_of(p.name) or 0).name)
+    def checkpoints(self) -> dict[str, int]:
+        """The names of the checkpoints in the folder, whether or not ``latest`` knows them, and their batches.
 
-    def remove_downloaded(self) -> None:
-        """Remove Composer's download of an earlier ``latest`` (each node's local rank 0).
+        Empty where the key may not list the bucket.
+        """
+        try:
+            names = self.files.names() if self.remote else {path.name for path in Path(self.uri).glob("*")}
+        except StorageError as error:
+            if not is_denied(error):
+                raise
+            names = set()
+        found = {name: self.batch_of(name) for name in names}
+        return {name: batch for name, batch in found.items() if batch is not None}
 
-        Composer keeps it under ``<working directory>/s3:/<bucket>/…`` and would resume from it for ever.
+    def batch_of(self, name: str) -> int | None:
+        """The batch in a checkpoint's name, such as ``ep1-ba200-rank0.pt``; None where it is no checkpoint's name."""
+        found = re.match(r"ep\d+-ba(?P<batch>\d+)\b", name) or self._named.fullmatch(name)
+        return int(found["batch"]) if found and "/" not in name else None
+
+    def latest_target(self) -> str:
+        """The name of the checkpoint that ``latest`` points at, which may be gone; nothing without a ``latest``.
+
+        In a bucket ``latest`` is an object ``….symlink`` that holds a key. Such a file stands for it in a folder, too,
+        where the file system has no links. A folder that was copied with its links followed has a checkpoint of that
+        name.
         """
         if self.remote:
-            pattern = re.sub(r"rank0", "rank*", self.latest)
-            for path in Path(self.uri.replace("://", ":/")).resolve().glob(pattern):
-                path.unlink(missing_ok=True)  # nodes may share the working directory
+            key = self.files.read_optional(f"{self.latest}.symlink") or b""
+            prefix = urlparse(self.uri).path.strip("/")
+            return key[:4096].decode("utf-8", errors="replace").strip().removeprefix(f"{prefix}/")
+        link = Path(self.uri, self.latest)
+        if link.is_symlink():
+            return os.path.relpath(link.parent / link.readlink(), self.uri)
+        if link.exists():
+            return self.latest
+        pointer = link.with_name(f"{link.name}.symlink")
+        text = pointer.read_bytes()[:4096].decode("utf-8", errors="replace").strip() if pointer.is_file() else ""
+        return os.path.relpath(link.parent / text.rpartition("/")[2], self.uri) if text.isprintable() and text else ""
+
+    def point_latest(self, name: str) -> None:
+        """Have ``latest`` point at a checkpoint: at any time at the old one or the new one.
+
+        Raises:
+            StorageError: the folder can't be written.
+        """
+        if self.remote:
+            prefix = urlparse(self.uri).path.strip("/")
+            self.files.write_text(f"{self.latest}.symlink", f"{prefix}/{name}" if prefix else name)
+            return
+        link = Path(self.uri, self.latest)
+        pointer, made = link.with_name(f"{link.name}.symlink"), link.with_name(f".{link.name}.partial")
+        target = os.path.relpath(Path(self.uri, name), link.parent)
+        try:
+            made.unlink(missing_ok=True)
+            made.symlink_to(target)
+            made.replace(link)
+            pointer.unlink(missing_ok=True)
+        except OSError:  # each file system without links has an error of its own
+            with suppress(OSError):
+                made.unlink(missing_ok=True)
+            write_text_whole(pointer, target)
+            link.unlink(missing_ok=True)
+
+    def expect(self, name: str, size: int) -> None:
+        """Remember a checkpoint that this process uploads: known to be whole once the bucket has all of it."""
+        self._sizes[name] = size
+
+    def damage(self, name: str, download: Path | None = None) -> str | None:
+        """Say why a checkpoint is not as it was written, or None; what has not changed since is not read again.
+
+        Args:
+            name: of the checkpoint.
+            download: where a bucket's checkpoint shall lie on this machine afterwards.
+
+        Raises:
+            StorageError: the bucket can't be read.
+        """
+        if self.remote:
+            return self._damage_in_bucket(name, download)
+        path = Path(self.uri, name)
+        try:
+            status = path.stat()
+        except OSError as error:
+            return "it is not there" if isinstance(error, FileNotFoundError) else f"it can't be read: {error.strerror}"
+        seen = (status.st_size, status.st_mtime_ns, status.st_ino)
+        if name not in self._seen or self._seen[name][0] != seen:
+            self._seen[name] = (seen, checkpoint_file.damage(path))
+        return self._seen[name][1]
 
     def rotate(self, keep: int) -> list[str]:
-        """Delete the oldest checkpoints but ``keep``; never the one that ``latest`` names, nor any newer.
+        """Delete all checkpoints but the newest ``keep`` whole ones; never what ``latest`` names, nor any newer.
+
+        A whole one goes only where as many newer ones were read and are whole.
 
         Returns:
             the names deleted.
+
+        Raises:
+            UserError: the folder can't be read or changed.
         """
-        newest = _batch_of(self._latest_target().rpartition("/")[2])
+        names = self.checkpoints()
+        newest = self.batch_of(self.latest_target())
         if newest is None:
             return []
-        by_batch: dict[int, list[str]] = {}
-        for name in self._checkpoint_files():
-            batch = _batch_of(name)
-            if batch is not None and batch <= newest:
-                by_batch.setdefault(batch, []).append(name)
-        old = sorted(by_batch)[: -max(keep, 1)]
-        deleted = [name for batch in old for name in by_batch[batch]]
-        for name in deleted:
-            if self.store is not None:
-                _delete(self.store, self._key(name))
+        kept, deleted = 0, []
+        for batch in sorted({batch for batch in names.values() if batch <= newest}, reverse=True):
+            same = sorted(name for name in names if names[name] == batch)
+            if kept < max(keep, 1):
+                kept += any(self.damage(name) is None for name in same)
             else:
-                Path(self.uri, name).unlink(missing_ok=True)
+                deleted += same
+        for name in deleted:
+            self.files.delete(name)
         return deleted
 
-    def _latest_target(self) -> str:
-        """What ``latest`` points at, or nothing."""
-        if self.remote:
-            return self._read(f"{self.latest}.symlink") or ""
-        link = Path(self.uri, self.latest)
-        return str(link.readlink()) if link.is_symlink() else ""
-
-    def _checkpoint_files(self) -> list[str]:
-        """Names of checkpoints in the folder, whether or not ``latest`` knows them."""
-        if self.store is not None:
-            keys = self.store.list_objects(f"{self.prefix}/" if self.prefix else None)
-            names = {key.removeprefix(self.prefix).lstrip("/").split("/")[0] for key in keys}
-        else:
-            folder = Path(self.uri)
-            names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-        return sorted(name for name in names if _batch_of(name) is not None)
-
-    def _key(self, name: str) -> str:
-        return f"{self.prefix}/{name}" if self.prefix else name
-
-    def _read(self, name: str) -> str | None:
-        if self.store is None:
-            path = Path(self.uri, name)
-            return path.read_text(encoding="utf-8") if path.is_file() else None
-        with tempfile.TemporaryDirectory() as folder:
-            target = Path(folder, "file")
-            try:
-                self.store.download_object(self._key(name), str(target))
-            except FileNotFoundError:
+    def _damage_in_bucket(self, name: str, download: Path | None) -> str | None:
+        try:
+            if download is None and name in self._sizes and self.files.size(name) in (None, self._sizes[name]):
                 return None
-            return target.read_text(encoding="utf-8")
-
-    def _write(self, name: str, text: str) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder, name)
-            source.write_text(text, encoding="utf-8")
-            self.keep_file(source, name)
+            with tempfile.TemporaryDirectory(prefix="alignclip-") as folder:
+                path = download or Path(folder, "checkpoint.pt")
+                self.files.download(name, path)
+                if (why := checkpoint_file.damage(path)) is None:
+                    self._sizes[name] = path.stat().st_size
+                return why
+        except StorageError as error:
+            if not is_absent(error):
+                raise
+            return "it is not there"
 
     def keep_file(self, source: Path, name: str) -> None:
         """Move a local file into the folder, where it appears complete or not at all."""
-        if self.store is not None:
-            self.store.upload_object(self._key(name), str(source))
-            source.unlink()
-            return
-        Path(self.uri).mkdir(parents=True, exist_ok=True)
-        partial = Path(self.uri, f".{name}.partial")
-        shutil.move(source, partial)
-        partial.replace(Path(self.uri, name))
+        self.files.put(source, name)
+        source.unlink()
+
+
+def _batch_in(config: RunConfig) -> re.Pattern[str]:
+    """What finds the batch in a name that ``save_filename`` makes."""
+    pattern = ""
+    for text, field in re.findall(r"([^{]*)(?:{(\w*)[^{}]*})?", config.save_filename):
+        digits = r"(?P<batch>\d+)" if field == "batch" and "<batch>" not in pattern else r"\d+"
+        pattern += re.escape(text) + (re.escape(config.run_name) if field == "run_name" else digits if field else "")
+    return re.compile(pattern if "<batch>" in pattern else r"(?P<batch>\d+)(?!)")
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -296,26 +347,3 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def _batch_of(name: str) -> int | None:
-    """The batch count in a checkpoint's name (``ep1-ba200-rank0.pt``)."""
-    found = re.match(r"ep\d+-ba(\d+)\b", name)
-    return int(found.group(1)) if found else None
-
-
-def _delete(store: ObjectStore, key: str) -> None:
-    """Composer's object stores can't delete; their clients can.
-
-    Raises:
-        UserError: a store whose client is not known here.
-    """
-    kind = type(store).__name__
-    if kind == "S3ObjectStore":
-        store.client.delete_object(Bucket=store.bucket, Key=key)  # type: ignore[attr-defined]
-    elif kind == "GCSObjectStore":
-        store.bucket.blob(key).delete()  # type: ignore[attr-defined]
-    else:
-        raise UserError(
-            f"save_num_checkpoints_to_keep can't delete from a {kind}; set it to -1 and use a lifecycle rule"
-        )

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 BAD_INPUT = 2  # exit status of a command that a person has to change
 NOT_FINITE = 3  # exit status of a run that met numbers which are not finite
+NOT_SAVED = 4  # exit status of a run that couldn't save a checkpoint; it goes on once there is room
 
 
 class UserError(Exception):

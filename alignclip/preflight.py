@@ -14,6 +14,7 @@ from alignclip.checkpoints import SaveFolder
 from alignclip.config import RunConfig
 from alignclip.config_checks import CHOICES
 from alignclip.errors import UserError, nearest, one_line
+from alignclip.fetching import fetch
 from alignclip.storage import describe_storage_error
 from alignclip.streams import check_streams
 
@@ -59,7 +60,6 @@ def check_inputs(config: RunConfig, folder: SaveFolder | None) -> None:
         check_load_path(config.load_path)
     if folder is not None:
         folder.open()
-        folder.restore_latest_link()
         folder.check_config()
 
 
@@ -76,7 +76,10 @@ def check_load_path(place: str) -> None:
             store.get_object_size(parse_uri(place)[2])
         except Exception as error:  # every provider has its own
             raise UserError(f"load_path={place}: {describe_storage_error(error)}") from None
-    elif not Path(place).exists():
-        raise UserError(f"load_path={place}: no such file")
-    elif not zipfile.is_zipfile(place):
+        return
+    try:
+        file = fetch(place.removesuffix(".symlink"), Path(place))
+    except UserError as error:
+        raise UserError(f"load_path={place}: {error}") from None
+    if not zipfile.is_zipfile(file):
         raise UserError(f"load_path={place} is no checkpoint, or only a part of one")

@@ -13,12 +13,11 @@ from composer.profiler import JSONTraceHandler, Profiler, cyclic_schedule
 from composer.utils import ParallelismConfig, dist
 from composer.utils.parallelism import FSDP2Config
 
-from alignclip.checkpoints import SaveFolder
 from alignclip.config import ProfilerSettings, RunConfig, TrainerConfig
 from alignclip.distributed import mend_gloo_fsdp_average
 
 
-def trainer_arguments(config: RunConfig, device: Device, folder: SaveFolder | None) -> dict[str, Any]:
+def trainer_arguments(config: RunConfig, device: Device) -> dict[str, Any]:
     """The Trainer's own arguments, as the YAML has them but for what the machine can't do."""
     arguments = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainerConfig)}
     arguments["run_name"] = config.run_name or None
@@ -26,8 +25,7 @@ def trainer_arguments(config: RunConfig, device: Device, folder: SaveFolder | No
     # a bar is unreadable in a file; the other ranks' console is what the launcher shows when it ends
     wanted = config.log_to_console or (config.progress_bar is None and not show_progress(config))
     arguments["log_to_console"] = wanted and dist.get_global_rank() == 0
-    # Rotation knows the save folder; of what goes into a bucket nothing stays behind on the local disk
-    arguments["save_num_checkpoints_to_keep"] = 0 if folder is not None and folder.remote else -1
+    arguments["save_folder"] = None  # our own CheckpointSaver has what is said about saving
     if config.compile_config is not None:
         arguments["compile_config"] = dataclasses.asdict(config.compile_config)
         if config.model.encode_chunk_size:

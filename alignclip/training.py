@@ -21,7 +21,7 @@ from streaming import StreamingDataLoader
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from alignclip import plugins, shared_memory, uploads
+from alignclip import composer_patches, plugins, shared_memory, uploads
 from alignclip.batch_check import FiniteCheck
 from alignclip.callbacks import Rotation, StopOnSignal, TrainingMonitor, WholeThroughBackward
 from alignclip.checkpoints import SaveFolder
@@ -30,7 +30,7 @@ from alignclip.data import ImageTextDataset, build_dataloader
 from alignclip.distributed import join_ranks
 from alignclip.encoders import CLIP, build_encoders, clamp_logit_scale_
 from alignclip.environment import Start
-from alignclip.errors import NotFiniteError, UserError, one_line
+from alignclip.errors import UserError, one_line
 from alignclip.evaluation.best import BestCheckpoint
 from alignclip.evaluation.callback import EvaluationCallback
 from alignclip.fetching import card_beside
@@ -42,6 +42,8 @@ from alignclip.model import AlignCLIPModel
 from alignclip.optimization import build_optimizer, lr_multiplier, restore_settings, settings_of
 from alignclip.preflight import check_inputs, check_parallelism, choose_device
 from alignclip.pretrained import load_pretrained
+from alignclip.resume import Origin, origin_of
+from alignclip.saver import CheckpointSaver
 from alignclip.trainer_arguments import autocast_dtype, show_progress, trainer_arguments
 from alignclip.weights import RUN
 
@@ -72,7 +74,7 @@ def run(config: RunConfig) -> int:
     # by batches: a checkpoint at the last one of an epoch was saved before that epoch was counted
     total = in_batches(config.max_duration, batches_an_epoch(config, trainer.state.train_dataloader))
     if batch >= total:
-        trainer.close()
+        composer_patches.close(trainer)
         print_once(f"run '{config.run_name}' is finished: {batch} of {total} batches are trained")
         return 0
     if folder is not None:
@@ -80,11 +82,10 @@ def run(config: RunConfig) -> int:
     print_once(describe(config, trainer, folder))
     try:
         trainer.fit()
-    except NotFiniteError:
-        trainer.close()  # what was saved before is still on its way
-        raise
+    finally:
+        composer_patches.close(trainer)  # what was saved before an error is still on its way
+    dist.barrier()
     batch = trainer.state.timestamp.batch.value
-    trainer.close()
     where = f"; checkpoints in {folder.uri}" if folder is not None else ""
     if stop is not None and stop.stopped:
         print_once(f"stopped by a signal after batch {batch}{where}; the same command goes on from there")
@@ -139,14 +140,21 @@ def build_trainer(
     config: RunConfig, device: Device, folder: SaveFolder | None, callbacks: Sequence[Callback] = ()
 ) -> Trainer:
     """Everything that a run is made of, put together; loads the latest checkpoint where ``autoresume`` finds one."""
-    if folder is not None:
-        remove_stale_download(folder)
-        uploads.install()
+    composer_patches.install()
+    uploads.install()
+    with origin_of(config, folder) as origin:
+        return build_trainer_from(origin, config, device, folder, callbacks)
+
+
+def build_trainer_from(
+    origin: Origin, config: RunConfig, device: Device, folder: SaveFolder | None, callbacks: Sequence[Callback]
+) -> Trainer:
+    """Everything that a run is made of, put together, with the state of the checkpoint that it starts from."""
     loader = build_data(config, device)
     assert isinstance(loader.dataset, ImageTextDataset)
     reproducibility.seed_all(config.seed)  # the same weights on every rank
     model = build_model(config, device)
-    prepare(config, model.encoders, folder)
+    prepare(config, model.encoders, folder, origin)
     optimizer = build_optimizer(config.optimizer, model.encoders)
     # right after the step, so that EMA and the checkpoint see the clamped value
     optimizer.register_step_post_hook(lambda *_: clamp_logit_scale_(model.encoders))
@@ -164,15 +172,13 @@ def build_trainer(
             *callbacks,
             *build_callbacks(config, folder),
             *build_evaluation(config, model, device, folder),
+            *saving(folder),
         ],
         loggers=plugins.build(config, "loggers"),
-        **trainer_arguments(config, device, folder),
+        **(trainer_arguments(config, device) | origin.trainer_arguments()),
     )
-    if folder is not None:
-        remove_stale_download(folder)
-        if trainer._checkpoint_saver is not None:
-            # how soon `latest` follows an upload; Composer's 30 s are 30 s of training to lose
-            trainer._checkpoint_saver._symlink_upload_wait_before_next_try_in_seconds = 1.0
+    if origin.path is not None and not origin.goes_on:
+        trainer.state.load_path = config.load_path  # where it lies, and not the copy of it here
     if trainer._rng_state is not None:
         # patch dropout draws from it; in the middle of an epoch Composer restores it only for loaders that can't resume
         reproducibility.load_rng_state(trainer._rng_state)
@@ -207,14 +213,6 @@ def say_jump(trainer: Trainer, before: float, now: float) -> None:
         )
 
 
-def remove_stale_download(folder: SaveFolder) -> None:
-    """Before Composer looks for ``latest`` and after it has read it; every node has its own copy."""
-    dist.barrier()
-    if dist.get_local_rank() == 0:
-        folder.remove_downloaded()
-    dist.barrier()
-
-
 def build_data(config: RunConfig, device: Device) -> StreamingDataLoader:
     """The training data of this rank."""
     if dist.get_local_rank() == 0:
@@ -240,22 +238,18 @@ def build_model(config: RunConfig, device: Device) -> AlignCLIPModel:
     return AlignCLIPModel(build_encoders(config.model), loss, config.model.encode_chunk_size, cpu_bf16)
 
 
-def prepare(config: RunConfig, encoders: CLIP, folder: SaveFolder | None) -> None:
+def prepare(config: RunConfig, encoders: CLIP, folder: SaveFolder | None, origin: Origin) -> None:
     """What a new run starts from, on every rank; then, new or not, what of it is locked.
 
     A run that goes on has its checkpoint: ``pretrained`` may be gone by then.
     """
-    goes_on = [False]
-    if folder is not None and dist.get_global_rank() == 0:
-        goes_on = [config.autoresume and folder.has_checkpoint()]
-    dist.broadcast_object_list(goes_on)
     report = None
-    if config.pretrained and not goes_on[0]:
+    if config.pretrained and not origin.goes_on:
         place, shared_from = config.pretrained, config.pretrained_shared_from
         report = in_turn(lambda: load_pretrained(encoders, place, shared_from, config.model))
         print_once(report.text)
         on_rank_zero(lambda: carry_license(config, folder, place, report.license))
-    if config.load_path and not goes_on[0]:
+    if config.load_path and not origin.goes_on:
         place = config.load_path
         on_rank_zero(lambda: carry_license(config, folder, place, license_of(card_beside(place), RUN)))
     lock_towers(encoders, config, report)
@@ -353,6 +347,11 @@ def build_evaluation(
             folder,
         )
     ]
+
+
+def saving(folder: SaveFolder | None) -> list[Callback]:
+    """What saves checkpoints; last, so that they hold what the other callbacks have done."""
+    return [CheckpointSaver(folder)] if folder is not None else []
 
 
 def print_once(text: str) -> None:

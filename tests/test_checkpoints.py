@@ -3,11 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from runs import write_config
 from s3 import S3Server
 
+from alignclip.checkpoint_file import save
 from alignclip.checkpoints import SaveFolder, differences
 from alignclip.config import RunConfig
 from alignclip.config_file import load, to_yaml
@@ -18,9 +18,16 @@ def config_for(folder: Path, save_folder: str, *overrides: str) -> RunConfig:
     return load(write_config(folder, str(folder / "set"), save_folder), ["run_name=first", *overrides])
 
 
-def put(s3: S3Server, uri: str, body: str) -> None:
+def put(s3: S3Server, uri: str, body: str | bytes) -> None:
     bucket, _, key = uri.removeprefix("s3://").partition("/")
-    s3.client.put_object(Bucket=bucket, Key=key, Body=body.encode())
+    s3.client.put_object(Bucket=bucket, Key=key, Body=body.encode() if isinstance(body, str) else body)
+
+
+def whole(folder: Path, batch: int) -> bytes:
+    """The bytes of a checkpoint; the rotation counts whole ones only."""
+    path = folder / "made" / f"{batch}.pt"
+    save({"state": {"batch": batch}}, path)
+    return path.read_bytes()
 
 
 def test_rotation_keeps_the_newest_and_what_latest_names(s3: S3Server, tmp_path: Path) -> None:
@@ -28,9 +35,8 @@ def test_rotation_keeps_the_newest_and_what_latest_names(s3: S3Server, tmp_path:
     folder = SaveFolder(config_for(tmp_path, uri.replace("first", "{run_name}")))
     folder.open()
     assert folder.rotate(2) == [], "no checkpoint yet"
-    for batch in (900, 1000, 2000, 10000):
-        put(s3, f"{uri}/ep0-ba{batch}-rank0.pt", "x")
-    put(s3, f"{uri}/ep0-ba100-rank0.pt", "x")
+    for batch in (100, 900, 1000, 2000, 10000):
+        put(s3, f"{uri}/ep0-ba{batch}-rank0.pt", whole(tmp_path, batch))
     put(s3, f"{uri}/config.yaml", "run_name: first")
     put(s3, f"{s3.bucket()}/ep0-ba1-rank0.pt", "somebody else's")
     assert folder.rotate(2) == [], "nothing goes before latest is there"
@@ -47,8 +53,9 @@ def test_rotation_of_a_local_folder(tmp_path: Path) -> None:
     folder = SaveFolder(config_for(tmp_path, str(tmp_path / "runs")))
     folder.open()
     assert folder.rotate(2) == []
+    (tmp_path / "runs").mkdir()
     for batch in (900, 1000, 2000, 10000, 100):
-        (tmp_path / "runs" / f"ep0-ba{batch}-rank0.pt").touch()
+        (tmp_path / "runs" / f"ep0-ba{batch}-rank0.pt").write_bytes(whole(tmp_path, batch))
     (tmp_path / "runs" / "best-rank0.pt").touch()
     assert folder.rotate(2) == [], "nothing goes before latest is there"
     (tmp_path / "runs" / "latest-rank0.pt").symlink_to("ep0-ba2000-rank0.pt")
@@ -132,33 +139,6 @@ def test_a_missing_bucket_and_missing_credentials_are_one_line(
         SaveFolder(config_for(tmp_path, f"{bucket}/x")).open()
 
 
-def test_a_lost_latest_link_is_restored_to_the_newest_whole_file(tmp_path: Path) -> None:
-    folder = SaveFolder(config_for(tmp_path, str(tmp_path / "runs")))
-    folder.restore_latest_link()  # no folder yet
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "ep0-ba5-rank0.pt").write_bytes(b"PK half a checkpoint")
-    folder.restore_latest_link()
-    link = tmp_path / "runs" / "latest-rank0.pt"
-    assert not link.is_symlink(), "a run killed in its first save has nothing to go on from"
-    for batch in (900, 1000):
-        torch.save({"batch": batch}, tmp_path / "runs" / f"ep0-ba{batch}-rank0.pt")
-    (tmp_path / "runs" / "ep0-ba1100-rank0.pt").write_bytes(b"PK half a checkpoint")
-    folder.restore_latest_link()
-    assert torch.load(link, weights_only=True) == {"batch": 1000}
-    folder.restore_latest_link()
-    assert torch.load(link, weights_only=True) == {"batch": 1000}
-
-
-def test_a_folder_that_was_copied_with_its_links_followed(tmp_path: Path) -> None:
-    folder = SaveFolder(config_for(tmp_path, str(tmp_path / "runs")))
-    folder.open()
-    for name in ("ep0-ba5-rank0.pt", "latest-rank0.pt"):
-        torch.save({"batch": 5}, tmp_path / "runs" / name)
-    folder.restore_latest_link()
-    assert not (tmp_path / "runs" / "latest-rank0.pt").is_symlink()
-    assert folder.has_checkpoint()
-
-
 def test_checkpoints_without_latest_are_protected(tmp_path: Path) -> None:
     config = config_for(tmp_path, str(tmp_path / "runs"), "autoresume=false", "save_latest_filename=null")
     (tmp_path / "runs").mkdir()
@@ -171,21 +151,6 @@ def test_a_local_set_is_the_set_and_a_cache_is_not() -> None:
     before = {"data": {"streams": {"a": {"remote": None, "local": "/1"}}}}
     now = {"data": {"streams": {"a": {"remote": None, "local": "/2"}}}}
     assert differences(before, now) == ["data.streams.a.local: /1 → /2"]
-
-
-def test_only_composers_download_is_removed(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    bucket = s3.bucket()
-    stale = tmp_path / "s3:" / bucket.removeprefix("s3://") / "runs" / "latest-rank0.pt"
-    stale.parent.mkdir(parents=True)
-    stale.write_text("old")
-    SaveFolder(config_for(tmp_path, f"{bucket}/runs")).remove_downloaded()
-    assert not stale.exists()
-    local = tmp_path / "mine" / "latest-rank0.pt"
-    local.parent.mkdir()
-    local.write_text("precious")
-    SaveFolder(config_for(tmp_path, str(local.parent))).remove_downloaded()
-    assert local.exists()
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:

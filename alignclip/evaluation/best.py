@@ -10,10 +10,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from composer.core import State
 from composer.utils import dist, reproducibility
 
+from alignclip.checkpoint_file import save
 from alignclip.checkpoints import SaveFolder
 from alignclip.config import KeepBestConfig
 from alignclip.errors import UserError, nearest
@@ -106,34 +106,44 @@ class BestCheckpoint:
 
     def _keep(self, content: dict[str, Any], value: float) -> None:
         """Write a checkpoint, and put it where it belongs."""
+        if not self.folder.remote:
+            if self._written(content, Path(self.folder.uri, BEST)):
+                self.value = value
+                self._say(value)
+            return
         try:
-            # beside the others where that is a folder: a file system of its own may be too small
-            place = None if self.folder.remote else self.folder.uri
-            folder = Path(tempfile.mkdtemp(prefix=".best-", dir=place))
+            folder = Path(tempfile.mkdtemp(prefix="alignclip-best-"))
         except OSError as error:
             self._complain(error)
             return
-        try:
-            torch.save(content, folder / BEST)
-        except Exception as error:  # torch has a RuntimeError of its own for a full disk
+        if self._written(content, folder / BEST):
+            self._pending.append((value, self._uploader.submit(self._upload, folder, value)))
+        else:
             shutil.rmtree(folder, ignore_errors=True)
-            self._complain(error)
-            return
-        self._pending.append((value, self._uploader.submit(self._move, folder, value)))
-        if not self.folder.remote:
-            self._pending[-1][1].result()
 
-    def _move(self, folder: Path, value: float) -> bool:
+    def _written(self, content: dict[str, Any], path: Path) -> bool:
+        """Whether a checkpoint could be written."""
+        try:
+            save(content, path)
+        except UserError as error:
+            self._complain(error)
+            return False
+        return True
+
+    def _upload(self, folder: Path, value: float) -> bool:
         """Whether that worked."""
         try:
             self.folder.keep_file(folder / BEST, BEST)
-        except Exception as error:  # of the file system, or any cloud's
+        except Exception as error:  # of any cloud's library
             self._complain(error)
             return False
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        print(f"best {self.config.metric} so far: {value:.4f}; kept as {self.folder.uri}/{BEST}", flush=True)
+        self._say(value)
         return True
+
+    def _say(self, value: float) -> None:
+        print(f"best {self.config.metric} so far: {value:.4f}; kept as {self.folder.uri}/{BEST}", flush=True)
 
     def _complain(self, error: Exception) -> None:
         log.warning(f"could not keep the best checkpoint in {self.folder.uri}: {describe_storage_error(error)}")

@@ -24,7 +24,7 @@ from alignclip.evaluation.encoding import Encoder, Interrupted
 from alignclip.evaluation.ranks import gather_objects, rank
 from alignclip.evaluation.retrieval import recall
 from alignclip.evaluation.sets import EvaluationSet, OpenSets, read_classes
-from alignclip.evaluation.tasks import Evaluator
+from alignclip.evaluation.tasks import Evaluator, evaluate_model
 from alignclip.metrics import TASKS
 from alignclip.transforms import center_crop, normalize
 
@@ -173,6 +173,28 @@ def test_retrieval_from_a_bucket(s3: S3Server, tmp_path: Path, evaluate: Any, se
     owner = torch.tensor([i for i, one in enumerate(captions) for _ in one])
     assert found == recall(images, features, owner)
     assert set(TASKS["retrieval"]) == found.keys()
+
+
+def test_a_model_in_memory_is_measured(tmp_path: Path, evaluate: Any) -> None:
+    write_captioned(str(tmp_path / "pairs"), 12, several=True)
+    configs = {
+        name: EvaluatorConfig(task=name, local=str(tmp_path / "pairs"), num_workers=0) for name in ("gap", "retrieval")
+    }
+    evaluate.model.train()
+    found = evaluate_model(evaluate.model, configs, progress=False)
+    assert evaluate.model.training
+    assert found.keys() == configs.keys()
+    assert found["gap"].metrics["margin"] == pytest.approx(
+        found["gap"].metrics["alignment_score"] - found["gap"].metrics["wrong_pairs_cosine"]
+    )
+    for name, value in found["retrieval"].metrics.items():
+        assert found["gap"].metrics[name] == value
+        assert found["gap"].chance[name] == found["retrieval"].chance[name]
+    assert found["gap"].verdict is not None
+    assert "retrieval is near chance" in found["retrieval"].verdict.text  # type: ignore[union-attr]
+    configs["missing"] = EvaluatorConfig(task="gap", local=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="nowhere"):
+        evaluate_model(evaluate.model, configs, progress=False)
 
 
 def test_zero_shot_and_shift(tmp_path: Path, evaluate: Any) -> None:

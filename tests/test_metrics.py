@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,3 +69,12 @@ def test_a_collapse_has_no_margin_whatever_its_alignment() -> None:
     shuffled = [modality_gap(images, images[random.sample(range(200), 200)], separability=False) for _ in range(20)]
     mean = np.mean([one["alignment_score"] for one in shuffled])
     assert mean == pytest.approx(gap["wrong_pairs_cosine"], abs=0.001)
+
+
+def test_the_documents_say_of_every_metric_which_way_is_better() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    for name, metric in ALL.items():
+        if not name.startswith("closed_"):
+            mark = " *" if name in WATCH else ""
+            row = f"| `{name}`{mark} | {ARROWS[metric.better]} {metric.better} | {metric.meaning} |"
+            assert row.replace("|   neither", "| neither") in page

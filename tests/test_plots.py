@@ -381,7 +381,8 @@ def test_curves_are_of_the_evaluations_in_training():
     gap = {"centroid_distance": 0.5, "alignment_score": 0.25, "margin": 0.1}
     for batch in (10, 20):
         history.add(batch, "gap", gap | recalls(batch / 100), recalls(0.01))
-        history.add(batch, "coco", recalls(batch / 100), recalls(0.01))  # of the same pairs: no curve of its own
+        if batch == 20:  # of the same pairs, if not as often: no curve of its own
+            history.add(batch, "coco", recalls(batch / 100), recalls(0.01))
         history.add(batch, "flickr", recalls(0.2), recalls(0.01))
         history.add(batch, "cifar10", {"acc1": 0.5}, {"acc1": 0.1})
     curves = curves_of(history.records, "first")

@@ -14,6 +14,7 @@ from alignclip.evaluation.plots import DASHED, DOTTED, finish, new_figure, style
 from alignclip.evaluation.verdict import RECALLS, judge
 
 Metrics = Mapping[str, float]
+SAME = 1e-3  # of a recall: what precisions of encoding make of it
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,11 @@ def curves_of(history: Sequence[Record], run: str = "") -> dict[str, list[Point]
         if "centroid_distance" in record["metrics"] or not set(RECALLS).isdisjoint(record["metrics"]):
             name = " · ".join(part for part in (run, record["evaluator"]) if part)
             found.setdefault(name, []).append(Point(record["batch"], numbers(record["metrics"]), record["chance"]))
-    same = [_recalls(points) for points in found.values() if "centroid_distance" in points[0].metrics]
+    gaps = [_recalls(points) for points in found.values() if "centroid_distance" in points[0].metrics]
     return {
         name: points
         for name, points in found.items()
-        if "centroid_distance" in points[0].metrics or _recalls(points) not in same
+        if "centroid_distance" in points[0].metrics or not any(_lies_on(_recalls(points), gap) for gap in gaps)
     }
 
 
@@ -146,8 +147,13 @@ def _recall(metrics: Metrics) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
-def _recalls(points: Sequence[Point]) -> list[tuple[int, float]]:
-    return [(point.batch, _recall(point.metrics)) for point in points]
+def _recalls(points: Sequence[Point]) -> dict[int, float]:
+    return {point.batch: _recall(point.metrics) for point in points}
+
+
+def _lies_on(some: dict[int, float], curve: dict[int, float]) -> bool:
+    """Whether all points of one curve are on another one, but for rounding."""
+    return all(batch in curve and abs(curve[batch] - value) < SAME for batch, value in some.items())
 
 
 def _check(curves: Curves) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from alignclip.config import EvaluatorConfig, SetConfig
+from alignclip.encoders import CLIP
 from alignclip.errors import UserError, one_line
 from alignclip.evaluation.chance import accuracy_chance, detection_chance, recall_chance
 from alignclip.evaluation.encoding import Encoder, Interrupted
@@ -24,6 +25,7 @@ from alignclip.evaluation.retrieval import recall
 from alignclip.evaluation.sets import EvaluationSet, OpenSets, read_classes
 from alignclip.evaluation.shift import max_softmax, out_of_distribution
 from alignclip.evaluation.sts import read_sts, similarity, unique
+from alignclip.evaluation.verdict import Verdict, judge
 from alignclip.evaluation.zero_shot import accuracy, build_classifier
 from alignclip.losses import full_precision
 
@@ -43,6 +45,11 @@ class Result:
     metrics: Metrics
     chance: Metrics
     pairs: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """What the metrics mean, in words: :func:`alignclip.evaluation.verdict.judge`."""
+        return judge(self.metrics, self.chance)
 
 
 class Evaluator:
@@ -196,6 +203,37 @@ class Evaluator:
         # on all ranks, and the rest on one
         features = encoder.texts(unique(first, second), f"{self.name}: sentences")
         return Result(_computed(lambda: similarity(lambda _: features, (first, second, scores))), {"spearman": 0.0})
+
+
+def evaluate_model(
+    model: CLIP,
+    evaluators: Mapping[str, EvaluatorConfig],
+    *,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> dict[str, Result]:
+    """Measure one model by some evaluators; on every rank, at the same time.
+
+    Args:
+        model: where it is, in whatever mode; it is left in that mode.
+        evaluators: what to measure, by names of one's own.
+        dtype: of autocast while encoding, e.g. ``torch.bfloat16``; None runs in the model's own.
+        progress: show bars on rank 0.
+
+    Returns:
+        Metrics, chance and verdict by the names of the evaluators.
+
+    Raises:
+        UserError: a set is not there or not what its task needs, before anything is encoded; a sample can't be read.
+    """
+    encoder = Encoder(model, next(model.parameters()).device, dtype, progress=progress)
+    opened = OpenSets()
+    tasks = [Evaluator(name, config, encoder.image_size, opened) for name, config in evaluators.items()]
+    results = {}
+    for task in tasks:
+        encoder.batch_size = task.config.batch_size
+        results[task.name] = task(encoder)
+    return results
 
 
 def _closed(recalls: Metrics) -> Metrics:

@@ -18,9 +18,9 @@ def upload_patiently(**arguments: Any) -> int:
         StorageError: asking again won't help, or the storage has been away for too long. It is one line: the
             cloud's own exception would reach the training process without what caused it.
     """
-    place = (
-        f"{arguments['backend_kwargs'].get('bucket', arguments['remote_backend_name'])}/{arguments['remote_file_name']}"
-    )
+    store, name = arguments["remote_backend_name"], arguments["remote_file_name"]
+    bucket = arguments["backend_kwargs"].get("bucket") or arguments["backend_kwargs"].get("container", "")
+    place = f"{store}://{bucket}/{name}"
     try:
         return patiently(lambda: _upload(**arguments), place, TRAINING_PATIENCE)
     except Exception as error:  # every provider has its own

@@ -73,6 +73,14 @@ PASSING = [
     *(answer(403, code) for code in ("SlowDown", "RequestLimitExceeded", "BandwidthLimitExceeded")),
     answer(503, "SlowDown"),
     answer(409, "OperationAborted"),
+    answer(503, "None"),
+    raised_from(
+        StorageError("write", "s3://b/a", "An error occurred (None) when calling the PutObject operation: None"),
+        answer(503, "None"),
+    ),
+    raised_from(
+        S3UploadFailedError("An error occurred (Odd) when calling the PutObject operation"), answer(503, "Odd")
+    ),
     raised_from(S3UploadFailedError("no"), answer(503, "SlowDown")),
     RetriesExceededError(boto.ReadTimeoutError(endpoint_url="http://x")),
     boto.EndpointConnectionError(endpoint_url="http://x"),
@@ -179,7 +187,7 @@ def test_what_does_not_pass(error: BaseException) -> None:
         (answer(507, "InsufficientStorage"), "quota is used up"),
         (answer(501, "NotImplemented"), "set AWS_REQUEST_CHECKSUM_CALCULATION=when_required"),
         (answer(411, "MissingContentLength"), "set AWS_REQUEST_CHECKSUM_CALCULATION=when_required"),
-        (answer(503, "SlowDown"), "the store is busy (SlowDown)"),
+        (answer(503, "SlowDown"), "the store is busy or in trouble (SlowDown)"),
         (S3UploadFailedError("An error occurred (AccessDenied) when calling the PutObject operation"), "may not write"),
         (google.Forbidden("x does not have storage.objects.list access to the bucket"), "may not list"),
         (azure_error(403, "AuthorizationPermissionMismatch"), "access denied"),

@@ -168,8 +168,8 @@ def is_passing(error: BaseException) -> bool:
             return True
         if status is not None:
             return status in PASSING_STATUSES  # not 501, a store without the feature, nor 507, a full one
-        if code:
-            return False
+    if any(code_of(one) for one in errors):
+        return False
     return any(_is_no_answer(one) for one in errors)
 
 
@@ -219,8 +219,10 @@ def code_of(error: BaseException) -> str:
     details = getattr(error, "errors", None)
     if isinstance(details, (list, tuple)) and details and isinstance(details[0], Mapping):  # Google
         return str(details[0].get("reason") or "")
+    if isinstance(error, UserError):  # our own words about the error that caused it
+        return ""
     found = AWS_TEXT.search(str(error))  # boto3 keeps no more than the text where it wraps an error
-    return found[1] if found else ""
+    return found[1] if found and found[1] != "None" else ""
 
 
 def status_of(error: BaseException) -> int | None:

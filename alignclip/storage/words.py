@@ -55,8 +55,8 @@ def describe_storage_error(error: BaseException, right: Right | None = None) -> 
         return "no such bucket"
     if trouble.is_full(error):
         return _full(error)
-    if codes & trouble.PASSING_CODES:
-        return f"the store is busy ({', '.join(sorted(codes & trouble.PASSING_CODES))}); try again later"
+    if busy := sorted(codes & trouble.PASSING_CODES) or sorted(statuses & trouble.PASSING_STATUSES, key=str):
+        return f"the store is busy or in trouble ({busy[0]}); try again later"
     if _is_about_checksums(codes, statuses, text):
         return (
             f"the store doesn't know the checksums that boto3 sends ({one_line(errors[-1])}); "

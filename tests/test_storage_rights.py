@@ -1,0 +1,246 @@
+"""What each command says and does where a store refuses: a right that is missing, an expired key, a full quota."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from refusing import RefusingS3
+from tarballs import pairs, quick, write_tar
+
+from alignclip import uploads
+from alignclip.config import SetConfig
+from alignclip.errors import UserError
+from alignclip.evaluation.sets import read_classes
+from alignclip.fetching import card_beside, fetch, read_text
+from alignclip.preflight import check_load_path
+from alignclip.storage import StorageError
+from alignclip.streams import read_index
+from convert.checkpoint import Options
+from convert.checkpoint import convert as export
+from convert.inputs import expand
+from convert.storage import Store, list_remote
+
+RUN = {
+    "config.yaml": b"model: {}",
+    "latest-rank0.pt.symlink": b"runs/r/ep1-ba5-rank0.pt",
+    "ep1-ba5-rank0.pt": b"weights",
+}
+EXPORT = {"open_clip_config.json": b"{}", "open_clip_model.safetensors": b"weights"}
+WORDS = {  # answer → what is said of it
+    (400, "ExpiredToken"): "the key has expired",
+    (403, "RequestTimeTooSkewed"): "clock",
+    (403, "InvalidAccessKeyId"): "AWS_ACCESS_KEY_ID",
+    (404, "NoSuchBucket"): "no such bucket",
+}
+
+
+def fill(refusing: RefusingS3, folder: str, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        refusing.objects["b", f"{folder}/{name}"] = content
+
+
+@pytest.mark.parametrize("rights", [(), ("list",), ("list", "write", "delete")])
+def test_a_model_is_opened_by_a_key_that_may_only_read(
+    refusing: RefusingS3, tmp_path: Path, rights: tuple[str, ...]
+) -> None:
+    fill(refusing, "runs/r", RUN)
+    fill(refusing, "exports/e", EXPORT)
+    refusing.without_right(*rights)
+    for number, (place, content) in enumerate(
+        {
+            "s3://b/runs/r": b"weights",
+            "s3://b/runs/r/": b"weights",
+            "s3://b/runs/r/latest-rank0.pt": b"weights",
+            "s3://b/runs/r/latest": b"weights",
+            "s3://b/runs/r/ep1-ba5-rank0.pt": b"weights",
+            "s3://b/exports/e": b"weights",
+        }.items()
+    ):
+        downloads = tmp_path / str(number)
+        downloads.mkdir()
+        assert fetch(place, downloads).read_bytes() == content
+    assert (tmp_path / "0" / "config.yaml").is_file()
+    assert card_beside("s3://b/runs/r/ep1-ba5-rank0.pt") is None
+    assert read_text("s3://b/runs/r/config.yaml") == "model: {}"
+
+
+@pytest.mark.parametrize(
+    ("rights", "words"),
+    [
+        ((), r"^no latest-rank0\.pt at s3://b/none; check the bucket and the path$"),
+        (
+            ("list",),
+            r"^no latest-rank0\.pt at s3://b/none: access denied: .*or it isn't there and the key may not list",
+        ),
+        (("read",), r"access denied: the key may not read it \(s3:GetObject\)"),
+    ],
+)
+def test_a_model_that_is_not_there_or_may_not_be_read(
+    refusing: RefusingS3, tmp_path: Path, rights: tuple[str, ...], words: str
+) -> None:
+    refusing.without_right(*rights)
+    with pytest.raises(UserError, match=words):
+        fetch("s3://b/none", tmp_path)
+
+
+def test_a_link_to_what_is_gone_with_a_key_that_may_not_list(refusing: RefusingS3, tmp_path: Path) -> None:
+    fill(refusing, "runs/r", {"latest-rank0.pt.symlink": b"runs/r/gone.pt"})
+    refusing.without_right("list")
+    with pytest.raises(UserError, match=r"points to s3://b/runs/r/gone\.pt: access denied: .*or it isn't there"):
+        fetch("s3://b/runs/r", tmp_path)
+
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    "model": lambda path: fetch("s3://b/set", path),
+    "config": lambda path: read_text("s3://b/set/config.yaml"),
+    "set": lambda path: read_index("data.streams.a", SetConfig(remote="s3://b/set", local=str(path)), str(path)),
+    "classes": lambda path: read_classes(SetConfig(remote="s3://b/set", local=str(path))),
+    "input": lambda path: quick(["s3://b/set/a.tar"], path / "out"),
+    "listing": lambda path: list_remote("s3://b/set"),
+    "folder of inputs": lambda path: expand(["s3://b/set"]),
+    "conversion": lambda path: Store("s3://b/set").listing(),
+    "load_path": lambda path: check_load_path("s3://b/set/latest-rank0.pt"),
+}
+
+
+@pytest.mark.parametrize("answer", WORDS, ids=lambda answer: answer[1])
+@pytest.mark.parametrize("reader", READERS)
+def test_each_reader_names_what_is_wrong_with_the_key(
+    refusing: RefusingS3, tmp_path: Path, reader: str, answer: tuple[int, str]
+) -> None:
+    refusing.answer(*answer)
+    start = time.monotonic()
+    with pytest.raises(UserError, match=WORDS[answer]) as raised:
+        READERS[reader](tmp_path)
+    assert "\n" not in str(raised.value)
+    assert "s3://b/set" in str(raised.value)
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize("reader", ["config", "set", "classes", "load_path"])
+def test_a_needed_file_with_a_key_that_may_not_list(refusing: RefusingS3, tmp_path: Path, reader: str) -> None:
+    refusing.without_right("list")
+    with pytest.raises(UserError, match=r"s3://b/set.*or it isn't there and the key may not list"):
+        READERS[reader](tmp_path)
+
+
+@pytest.mark.parametrize("right", ["list", "read", "write"])
+def test_a_conversion_tries_its_output_before_it_begins(
+    refusing: RefusingS3, tmp_path: Path, right: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tar(tmp_path / "in" / "a.tar", pairs(0, 4))
+    refusing.without_right(right)
+    monkeypatch.setattr("convert.dataset.convert_all", lambda *_: pytest.fail("it has begun"))
+    with pytest.raises(
+        UserError, match=rf"^cannot (reach|write to) s3://b/out: .*may (not {right}|write, and may not)"
+    ):
+        quick([tmp_path / "in"], "s3://b/out")
+    assert refusing.keys("out/") == (["out/" + key for key in refusing_probe(refusing)] if right == "delete" else [])
+
+
+def refusing_probe(refusing: RefusingS3) -> list[str]:
+    return [key for key in refusing.keys() if "probe" in key]
+
+
+def test_a_conversion_needs_no_right_to_delete(refusing: RefusingS3, tmp_path: Path) -> None:
+    write_tar(tmp_path / "in" / "a.tar", pairs(0, 4))
+    refusing.without_right("delete")
+    assert quick([tmp_path / "in"], "s3://b/out").written == 4
+    assert quick([tmp_path / "in"], "s3://b/out").written == 4
+
+
+def test_a_quota_that_is_used_up_in_the_middle_of_a_conversion(refusing: RefusingS3, tmp_path: Path) -> None:
+    """It ends at once, and the same command goes on when there is room."""
+    write_tar(tmp_path / "in" / "a.tar", pairs(0, 4))
+    write_tar(tmp_path / "in" / "b.tar", pairs(10, 4))
+
+    def refuse(request: Any) -> tuple[int, str] | None:
+        full = request.right == "write" and any("00000/counts.json" in key for _, key in request.server.objects)
+        return (403, "QuotaExceeded") if full else None
+
+    refusing.refuse = refuse
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"^cannot write to s3://b/out/.*: the bucket's quota is used up \(QuotaEx"):
+        quick([tmp_path / "in"], "s3://b/out", processes=1)
+    assert time.monotonic() - start < 60
+    refusing.refuse = lambda request: None
+    assert quick([tmp_path / "in"], "s3://b/out", processes=1).written == 8
+
+
+def test_a_store_without_checksums_is_converted_into(
+    refusing: RefusingS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(request: Any) -> tuple[int, str] | None:
+        names = [name.lower() for name in request.headers]
+        return (501, "NotImplemented") if any(name.startswith("x-amz-checksum-") for name in names) else None
+
+    write_tar(tmp_path / "in" / "a.tar", pairs(0, 4))
+    refusing.refuse = refuse
+    assert quick([tmp_path / "in"], "s3://b/out").written == 4
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_supported")
+    with pytest.raises(UserError, match=r"AWS_REQUEST_CHECKSUM_CALCULATION=when_required$"):
+        quick([tmp_path / "in"], "s3://b/other")
+
+
+@pytest.mark.parametrize("right", ["list", "write"])
+def test_an_export_tries_its_output_before_the_model_is_read(
+    refusing: RefusingS3, right: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing.without_right(right)
+    monkeypatch.setattr("convert.checkpoint.open_model", lambda *_, **__: pytest.fail("it has begun"))
+    with pytest.raises(UserError, match=rf"^cannot (reach|write to) s3://b/out: .*may not {right}"):
+        export(Options("nothing", "open_clip", "s3://b/out"))
+
+
+def test_an_export_tries_a_local_output_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("convert.checkpoint.open_model", lambda *_, **__: pytest.fail("it has begun"))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"^cannot write to .*/file/out: "):
+        export(Options("nothing", "open_clip", str(tmp_path / "file" / "out")))
+
+
+def upload(path: Path) -> int:
+    path.write_bytes(b"a checkpoint")
+    return uploads.upload_patiently(
+        remote_backend_name="s3",
+        backend_kwargs={"bucket": "b"},
+        remote_file_name="runs/r/ep1.pt",
+        local_file_path=str(path),
+        overwrite=True,
+        num_attempts=3,
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "words"),
+    [
+        (403, "AccessDenied", "may not write"),
+        (403, "QuotaExceeded", "quota is used up"),
+        (501, "NotImplemented", "AWS_REQUEST_CHECKSUM_CALCULATION=when_required"),
+        (400, "ExpiredToken", "the key has expired"),
+        (404, "NoSuchBucket", "no such bucket"),
+        (507, "XMinioStorageFull", "quota is used up"),
+    ],
+)
+def test_a_checkpoint_that_can_never_arrive_is_uploaded_once(
+    refusing: RefusingS3, tmp_path: Path, status: int, code: str, words: str
+) -> None:
+    refusing.answer(status, code, "write")
+    with pytest.raises(StorageError, match=rf"^can't write s3://b/runs/r/ep1\.pt: .*{words}"):
+        upload(tmp_path / "a")
+    assert len(refusing.requests) == 1
+
+
+@pytest.mark.parametrize(("status", "code"), [(503, "SlowDown"), (500, "InternalError"), (429, "TooManyRequests")])
+def test_a_checkpoint_waits_for_a_store_in_trouble(
+    refusing: RefusingS3, tmp_path: Path, status: int, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("alignclip.storage.patience.FIRST_PAUSE", 0.01)
+    answers = iter([(status, code)] * 2)
+    refusing.refuse = lambda request: next(answers, None)
+    assert upload(tmp_path / "a") == 0
+    assert refusing.keys() == ["runs/r/ep1.pt"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,12 @@ WORDS = {  # answer → what is said of it
     (403, "InvalidAccessKeyId"): "AWS_ACCESS_KEY_ID",
     (404, "NoSuchBucket"): "no such bucket",
 }
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits: what is refused for good is told at once."""
+    monkeypatch.setattr("alignclip.storage.patience._say", lambda *_: pytest.fail("somebody waits"))
 
 
 def fill(refusing: RefusingS3, folder: str, files: dict[str, bytes]) -> None:
@@ -74,7 +79,7 @@ def test_a_model_is_opened_by_a_key_that_may_only_read(
         ((), r"^no latest-rank0\.pt at s3://b/none; check the bucket and the path$"),
         (
             ("list",),
-            r"^no latest-rank0\.pt at s3://b/none: access denied: .*or it isn't there and the key may not list",
+            r"^no latest-rank0\.pt at s3://b/none: access denied: .*or it isn't there and the key may not",
         ),
         (("read",), r"access denied: the key may not read it \(s3:GetObject\)"),
     ],
@@ -110,15 +115,13 @@ READERS: dict[str, Callable[[Path], Any]] = {
 @pytest.mark.parametrize("answer", WORDS, ids=lambda answer: answer[1])
 @pytest.mark.parametrize("reader", READERS)
 def test_each_reader_names_what_is_wrong_with_the_key(
-    refusing: RefusingS3, tmp_path: Path, reader: str, answer: tuple[int, str]
+    refusing: RefusingS3, tmp_path: Path, reader: str, answer: tuple[int, str], no_waiting: None
 ) -> None:
     refusing.answer(*answer)
-    start = time.monotonic()
     with pytest.raises(UserError, match=WORDS[answer]) as raised:
         READERS[reader](tmp_path)
     assert "\n" not in str(raised.value)
     assert "s3://b/set" in str(raised.value)
-    assert time.monotonic() - start < 60
 
 
 @pytest.mark.parametrize("reader", ["config", "set", "classes", "load_path"])
@@ -135,15 +138,9 @@ def test_a_conversion_tries_its_output_before_it_begins(
     write_tar(tmp_path / "in" / "a.tar", pairs(0, 4))
     refusing.without_right(right)
     monkeypatch.setattr("convert.dataset.convert_all", lambda *_: pytest.fail("it has begun"))
-    with pytest.raises(
-        UserError, match=rf"^cannot (reach|write to) s3://b/out: .*may (not {right}|write, and may not)"
-    ):
+    with pytest.raises(UserError, match=rf"^cannot (reach|write to) s3://b/out: .*may not {right}"):
         quick([tmp_path / "in"], "s3://b/out")
-    assert refusing.keys("out/") == (["out/" + key for key in refusing_probe(refusing)] if right == "delete" else [])
-
-
-def refusing_probe(refusing: RefusingS3) -> list[str]:
-    return [key for key in refusing.keys() if "probe" in key]
+    assert refusing.keys("out/") == []
 
 
 def test_a_conversion_needs_no_right_to_delete(refusing: RefusingS3, tmp_path: Path) -> None:
@@ -153,20 +150,20 @@ def test_a_conversion_needs_no_right_to_delete(refusing: RefusingS3, tmp_path: P
     assert quick([tmp_path / "in"], "s3://b/out").written == 4
 
 
-def test_a_quota_that_is_used_up_in_the_middle_of_a_conversion(refusing: RefusingS3, tmp_path: Path) -> None:
+def test_a_quota_that_is_used_up_in_the_middle_of_a_conversion(
+    refusing: RefusingS3, tmp_path: Path, no_waiting: None
+) -> None:
     """It ends at once, and the same command goes on when there is room."""
     write_tar(tmp_path / "in" / "a.tar", pairs(0, 4))
     write_tar(tmp_path / "in" / "b.tar", pairs(10, 4))
 
     def refuse(request: Any) -> tuple[int, str] | None:
-        full = request.right == "write" and any("00000/counts.json" in key for _, key in request.server.objects)
+        full = request.right == "write" and any(key == "out/a/counts.json" for _, key in request.server.objects)
         return (403, "QuotaExceeded") if full else None
 
     refusing.refuse = refuse
-    start = time.monotonic()
     with pytest.raises(UserError, match=r"^cannot write to s3://b/out/.*: the bucket's quota is used up \(QuotaEx"):
         quick([tmp_path / "in"], "s3://b/out", processes=1)
-    assert time.monotonic() - start < 60
     refusing.refuse = lambda request: None
     assert quick([tmp_path / "in"], "s3://b/out", processes=1).written == 8
 

@@ -84,7 +84,7 @@ def run(config: EvaluateConfig) -> dict[str, str]:
         shared_memory.remove_stale()
     dist.barrier()
     first = dist.get_global_rank() == 0
-    agree(_unwritable(Path(config.out)) if first else None)
+    agree(_unwritable(config.out) if first else None)
     # all of them first: one that is not there should not be found out after hours with the others
     models = {name: load_encoders(place) for name, place in places(config).items()}
     report = Report(config, {name: _digest(model) if first else "" for name, model in models.items()}, _past(config))
@@ -178,10 +178,12 @@ def _told(failed: dict[str, str], name: str, checkpoint: str | None = None) -> I
             print(f"error: {what}: {error}; without it: evaluators.{name}=null", file=sys.stderr, flush=True)
 
 
-def _unwritable(out: Path) -> UserError | None:
+def _unwritable(out: str) -> UserError | None:
     """Why the folder of the results can't be written: better known now than after hours."""
     try:
-        check_folder_writable(out)
+        if "://" in out:
+            raise UserError("results are written to a folder of this machine; copy them from there")
+        check_folder_writable(Path(out))
     except UserError as error:
         return UserError(f"out={out}: {error}")
     return None

@@ -55,8 +55,9 @@ def describe_storage_error(error: BaseException, right: Right | None = None) -> 
         return "no such bucket"
     if trouble.is_full(error):
         return _full(error)
-    if busy := sorted(codes & trouble.PASSING_CODES) or sorted(statuses & trouble.PASSING_STATUSES, key=str):
-        return f"the store is busy or in trouble ({busy[0]}); try again later"
+    busy = codes & trouble.PASSING_CODES or {str(one) for one in statuses if one in trouble.PASSING_STATUSES}
+    if busy:
+        return f"the store is busy or in trouble ({min(busy)}); try again later"
     if _is_about_checksums(codes, statuses, text):
         return (
             f"the store doesn't know the checksums that boto3 sends ({one_line(errors[-1])}); "

@@ -9,30 +9,23 @@ stopped goes on where it was when it is started again. Columns: ``key`` (str), `
 from __future__ import annotations
 
 import argparse
-import math
 import os
-import re
-import shlex
 import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 
 from alignclip import console
 from alignclip.errors import one_line_errors
 from convert.captions import DEFAULT_ENCODER
-from convert.dataset import convert, inputs_in_words
+from convert.dataset import convert
 from convert.images import CHECKS, ImageOptions
+from convert.next_step import next_step
 from convert.options import ConvertOptions, Counts
-from convert.report import REPORT, ways_out
+from convert.report import REPORT, inputs_in_words, ways_out
 from convert.samples import Reading
 from convert.shards import VAL
 from convert.storage import Store
-
-SMALL = 100_000  # samples: below, the recipe's warmup and canonical nodes would be most of the run
-BATCH, EPOCHS = 512, 30  # of the recipe
-ROOT = Path(__file__).resolve().parents[1]
 
 EXAMPLES = """examples:
   # 1243 tars of img2dataset into a bucket (S3_ENDPOINT_URL and the AWS variables as for Streaming)
@@ -147,6 +140,8 @@ def summary(counts: Counts, options: ConvertOptions) -> str:
     new = counts.written - counts.resumed
     rows = [("written", f"{counts.written:,} samples"), ("skipped", f"{counts.bad:,}")]
     rows += [(f"  {reason}", f"{number:,}") for reason, number in sorted(counts.skipped.items())]
+    if counts.resumed and new:
+        rows[1:1] = [("  there before", f"{counts.resumed:,}"), ("  added", f"{new:,}")]
     if options.held_out:
         rows.insert(1, ("  held out", f"{counts.held_out:,}, the split {VAL}"))
     if counts.noted:
@@ -171,38 +166,7 @@ def summary(counts: Counts, options: ConvertOptions) -> str:
         text += (
             f"\n\n{inputs_in_words(len(broken))} {are} truncated ({names}): fetch {them} again and repeat this command"
         )
-    return f"{text}\n\nnext: {_next_command(out, counts, options)}" if options.next_step else text
-
-
-def _next_command(out: str, counts: Counts, options: ConvertOptions) -> str:
-    """The command that trains on the set, as it can be pasted where this one was started."""
-    recipe = "alignclip" if options.semantic else "sharedclip"
-    composer = Path(sys.executable).with_name("composer")
-    words = [str(_from_here(composer)) if composer.exists() else "composer"]
-    words += [str(_from_here(path)) for path in (ROOT / "pretrain.py", ROOT / "yamls" / f"{recipe}.yaml")]
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", out.rpartition("/")[2]).strip("-") or "mine"
-    words += [f"run_name={name}"]
-    if name != "cc12m":  # the recipe's own
-        words += ["data.streams.cc12m=null"]
-    if "://" in out:
-        words += [f"data.streams.{name}.remote={out}", f"data.streams.{name}.local=/tmp/{name}"]
-    else:
-        words += [f"data.streams.{name}.local={out}"]
-    if counts.written < SMALL:
-        words += ["data.num_canonical_nodes=1", *_fitting(counts.written)]
-    return shlex.join(words)
-
-
-def _fitting(samples: int) -> list[str]:
-    """Batches and a warm-up that are no larger than a small set: ten batches an epoch at least, a tenth of the run."""
-    batch = BATCH if samples >= 10 * BATCH else max(2, 2 ** int(math.log2(max(samples, 20) / 10)))
-    warmup = min(100, max(1, EPOCHS * (samples // batch) // 10))
-    return ([] if batch == BATCH else [f"global_train_batch_size={batch}"]) + [f"scheduler.t_warmup={warmup}ba"]
-
-
-def _from_here(path: Path) -> Path:
-    """Relative to the working directory where it lies below that."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    return f"{text}\n\nnext: {next_step(out, counts, options)}" if options.next_step else text
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -17,14 +17,13 @@ from typing import Any
 from alignclip.errors import UserError, check_place, nearest
 from convert import inputs, mds
 from convert.captions import find_encoder, load_encoder
-from convert.csv_tables import listing
 from convert.fetch import remove_stale_copies
 from convert.images import CHECKS
 from convert.mds import COLUMNS as PAIRS
 from convert.options import ConvertOptions, Counts
-from convert.plan import begin, written_in
-from convert.report import REPORT, ways_out, write_report
-from convert.samples import BROKEN_INPUT, IMAGE_EXTENSIONS, MISSING_CAPTION, MISSING_IMAGE
+from convert.plan import begin, planned_inputs, written_in
+from convert.report import REPORT, inputs_in_words, ways_out, why_nothing, write_report
+from convert.samples import BROKEN_INPUT
 from convert.shards import VAL, counts_of, is_current, mds_writer
 from convert.storage import INDEX, Store
 from convert.workers import convert_all
@@ -68,6 +67,7 @@ def _convert(
 ) -> Counts:
     """Convert what is left to do, and write the index over all there is."""
     listing = store.listing()
+    planned = planned_inputs(store, listing)
     complete = begin(store, listing, options, names, columns)
     remove_stale_copies()
     store.remove_partial()
@@ -75,6 +75,8 @@ def _convert(
     done = {name: counts_of(kept) for name, kept in complete.items() if name not in again}
     todo = {name: source for name, source in names.items() if name not in done}
     options = replace(options, inputs=_sources(store, listing, options))
+    if options.progress:
+        _say_what_is_there(store, done, todo, planned)
     if INDEX in listing and any(_is_named(name, listing, complete) for name in todo):
         # Their shards will be replaced, under the same names. Were this run killed, the set is smaller but consistent.
         _publish(store, done, columns, options)
@@ -96,6 +98,18 @@ def _convert(
     _check_bad(done, options, 0)
     _publish(store, done, columns, options)
     return replace(_total(done), inputs=len(names), converted=len(todo), broken=_broken(done), seconds=seconds)
+
+
+def _say_what_is_there(store: Store, done: dict[str, Counts], todo: dict[str, str], planned: set[str]) -> None:
+    """Say what a set holds before more is added to it, and what that is."""
+    there = _total(done)
+    if not there.written or not todo:
+        return
+    new = [source for source in todo.values() if source not in planned]
+    holds = f"{store.out} holds {there.written:,} samples from {inputs_in_words(len(done))}"
+    more = [f"{inputs_in_words(len(new))} added ({new[0]}{', …' if new[1:] else ''})"] if new else []
+    more += [f"{inputs_in_words(len(todo) - len(new))} of its own left to convert"] if len(todo) > len(new) else []
+    print(f"{holds}; {', '.join(more)}", file=sys.stderr)
 
 
 def _is_named(name: str, listing: set[str], complete: dict[str, dict[str, Any]]) -> bool:
@@ -244,7 +258,7 @@ def _check_bad(done: dict[str, Counts], options: ConvertOptions, enough: int) ->
             f"take {them} as {'it is' if len(broken) == 1 else 'they are'} with --max-bad 1"
         )
     if not total.written:
-        raise UserError(_why_nothing(total, len(done), options))
+        raise UserError(why_nothing(total, len(done), options))
     if total.bad > options.max_bad * read:
         why = ", ".join(f"{reason} {number:,}" for reason, number in sorted(total.skipped.items()))
         raise UserError(
@@ -252,41 +266,6 @@ def _check_bad(done: dict[str, Counts], options: ConvertOptions, enough: int) ->
             + "".join(f"{way}; " for way in ways_out(total.skipped))
             + f"{REPORT} in {options.out} has examples"
         )
-
-
-def _why_nothing(total: Counts, number: int, options: ConvertOptions) -> str:
-    """The message of a run that has not written one sample: what was skipped, and what the captions may be called."""
-    skipped = ", ".join(f"{reason} {count:,}" for reason, count in sorted(total.skipped.items()))
-    message = f"no sample was written from {inputs_in_words(number)}; skipped: {skipped or 'nothing'}"
-    if total.ignored:
-        others = ", ".join(f"{what} {count:,}" for what, count in sorted(total.ignored.items()))
-        message += f"; no part of a pair: {others}"
-    message = ". ".join([message, *ways_out(total.skipped)])
-    endings = listing(sorted(total.endings))
-    if MISSING_CAPTION not in total.skipped:
-        if MISSING_IMAGE in total.skipped and total.endings:
-            message += (
-                f". The files end in {endings}: name those of images and captions with --image-key, --caption-key"
-            )
-        return message
-    key, texts = options.caption_key, sorted(total.texts)
-    if not total.endings and not texts:  # of a table
-        return message
-    if not texts and {name.lower() for name in total.endings} - {*IMAGE_EXTENSIONS, "json"}:
-        return f"{message}. The files end in {endings}: --caption-key names the ending of captions"
-    if not texts:
-        return f"{message}. There are no texts in json members" + ("" if key else ", and there are no txt members")
-    they_have = f"they have: {', '.join(texts)}"
-    if key is None:
-        return f"{message}. There are no txt members, and no 'caption' in json members; {they_have} (--caption-key)"
-    hint = nearest(key, texts)
-    they_have += f"; {hint}" if hint.startswith("did you") else ""
-    return f"{message}. --caption-key '{key}' is no text in the json members; {they_have}"
-
-
-def inputs_in_words(number: int) -> str:
-    """How many inputs."""
-    return "1 input" if number == 1 else f"{number:,} inputs"
 
 
 def _publish(store: Store, done: dict[str, Counts], columns: dict[str, str], options: ConvertOptions) -> None:

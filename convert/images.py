@@ -101,6 +101,15 @@ def prepare(data: bytes, options: ImageOptions) -> tuple[bytes, tuple[str, ...]]
         raise Unusable(UNDECODABLE_IMAGE, f"{type(error).__name__}: {error}") from None
 
 
+def shorter_side(data: bytes) -> int | None:
+    """The shorter side of an image file in pixels; None where it can't be read."""
+    try:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as picture:
+            return min(picture.size)
+    except Exception:  # PIL's decoders raise nearly anything on broken files
+        return None
+
+
 def shrink(picture: Image.Image, side: int, quality: int) -> bytes:
     """A JPEG whose shorter side is at most ``side`` pixels, upright, in RGB."""
     scale = min(1.0, side / min(picture.size))

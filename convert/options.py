@@ -92,6 +92,7 @@ class Counts:
         examples: of each reason, note or kind of file a few (key, detail).
         texts: see :class:`convert.samples.Skipped`, of the first such sample of each input.
         endings: see the same, a few.
+        sides: the shorter sides of a few images of each input, in pixels.
         inputs: of a whole run those that it was given, ``converted`` of them by itself in ``seconds``.
         broken: the sub-folders of truncated inputs in the set.
     """
@@ -106,6 +107,7 @@ class Counts:
     resumed: int = 0
     texts: set[str] = field(default_factory=set)
     endings: set[str] = field(default_factory=set)
+    sides: list[int] = field(default_factory=list)
     inputs: int = 0
     converted: int = 0
     broken: list[str] = field(default_factory=list)
@@ -144,6 +146,7 @@ class Counts:
         self.resumed += other.resumed
         self.texts |= other.texts
         self.endings |= other.endings
+        self.sides += other.sides
         kinds = ("skipped", "noted", "ignored")
         for mine, theirs in ((getattr(self, kind), getattr(other, kind)) for kind in kinds):
             for reason, number in theirs.items():

@@ -70,6 +70,13 @@ def begin(
     return complete
 
 
+def planned_inputs(store: Store, listing: set[str]) -> set[str]:
+    """The inputs that a set was begun with, of all runs so far."""
+    before = store.read_json([PLAN], broken=True)[0] if PLAN in listing else None
+    inputs = before.get("inputs") if isinstance(before, dict) else None
+    return set(inputs.values()) if isinstance(inputs, dict) else set()
+
+
 def _read(store: Store, listing: set[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """The plan, and the counts of the complete sub-folders; one without counts that can be read is as good as none."""
     parts = sorted(file.split("/")[0] for file in listing if file.endswith(f"/{INDEX}") and file.count("/") == 1)

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from convert.options import Counts
-from convert.samples import DUPLICATE_KEY, FIRST_DOT, LIE_APART
+from alignclip.errors import nearest
+from convert.csv_tables import listing
+from convert.options import ConvertOptions, Counts
+from convert.samples import (
+    DUPLICATE_KEY,
+    FIRST_DOT,
+    IMAGE_EXTENSIONS,
+    LIE_APART,
+    MISSING_CAPTION,
+    MISSING_IMAGE,
+)
 
 REPORT = "report.md"  # beside the index
 EXAMPLES = 20  # of each reason
@@ -23,6 +32,41 @@ def ways_out(skipped: Mapping[str, int]) -> list[str]:
     return [way for reason, way in WAYS_OUT.items() if reason in skipped]
 
 
+def why_nothing(total: Counts, number: int, options: ConvertOptions) -> str:
+    """The message of a run that has not written one sample: what was skipped, and what the captions may be called."""
+    skipped = ", ".join(f"{reason} {count:,}" for reason, count in sorted(total.skipped.items()))
+    message = f"no sample was written from {inputs_in_words(number)}; skipped: {skipped or 'nothing'}"
+    if total.ignored:
+        others = ", ".join(f"{what} {count:,}" for what, count in sorted(total.ignored.items()))
+        message += f"; no part of a pair: {others}"
+    message = ". ".join([message, *ways_out(total.skipped)])
+    endings = listing(sorted(total.endings))
+    if MISSING_CAPTION not in total.skipped:
+        if MISSING_IMAGE in total.skipped and total.endings:
+            message += (
+                f". The files end in {endings}: name those of images and captions with --image-key, --caption-key"
+            )
+        return message
+    key, texts = options.caption_key, sorted(total.texts)
+    if not total.endings and not texts:  # of a table
+        return message
+    if not texts and {name.lower() for name in total.endings} - {*IMAGE_EXTENSIONS, "json"}:
+        return f"{message}. The files end in {endings}: --caption-key names the ending of captions"
+    if not texts:
+        return f"{message}. There are no texts in json members" + ("" if key else ", and there are no txt members")
+    they_have = f"they have: {', '.join(texts)}"
+    if key is None:
+        return f"{message}. There are no txt members, and no 'caption' in json members; {they_have} (--caption-key)"
+    hint = nearest(key, texts)
+    they_have += f"; {hint}" if hint.startswith("did you") else ""
+    return f"{message}. --caption-key '{key}' is no text in the json members; {they_have}"
+
+
+def inputs_in_words(number: int) -> str:
+    """How many inputs."""
+    return "1 input" if number == 1 else f"{number:,} inputs"
+
+
 def write_report(done: Mapping[str, Counts], sources: Mapping[str, str]) -> str:
     """Markdown: a table of the reasons, and examples of each.
 
@@ -35,8 +79,9 @@ def write_report(done: Mapping[str, Counts], sources: Mapping[str, str]) -> str:
         total.add(counts)
     read = total.written + total.bad
     lines = ["# Conversion report", ""]
-    inputs = "1 input" if len(done) == 1 else f"{len(done):,} inputs"
-    lines += [f"{read:,} samples read from {inputs}, {total.written:,} written, {total.bad:,} skipped."]
+    lines += [
+        f"{read:,} samples read from {inputs_in_words(len(done))}, {total.written:,} written, {total.bad:,} skipped."
+    ]
     for title, numbers, of in (
         ("Skipped", total.skipped, "samples"),
         ("Written, but mended or unusual", total.noted, "samples"),

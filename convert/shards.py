@@ -16,7 +16,7 @@ import numpy as np
 from alignclip.errors import UserError
 from convert import inputs
 from convert.captions import SentenceEncoder, load_encoder, usable
-from convert.images import Unusable, prepare
+from convert.images import Unusable, prepare, shorter_side
 from convert.mds import LIST
 from convert.options import ConvertOptions, Counts
 from convert.samples import (
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from streaming import MDSWriter
 
 VAL = "val"  # the held-out split: a sub-folder of its own, with an index
+SIDES = 20  # images of an input whose sizes are looked at, for the model that is proposed
 SAMPLES_AT_ONCE = 1024  # held in memory, and embedded together
 BYTES_AT_ONCE = 32 * 2**20  # of their images, at most
 SEVERAL_CAPTIONS = 32  # of an image with a list of them, at most, where room is made
@@ -160,6 +161,7 @@ def _convert(source: str, name: str, columns: dict[str, str], options: ConvertOp
             "skipped": counts.skipped,
             "noted": counts.noted,
             "ignored": counts.ignored,
+            "sides": counts.sides,
             "bytes": counts.bytes,
             "examples": counts.examples,
         }
@@ -218,7 +220,8 @@ def counts_of(kept: dict[str, Any]) -> Counts:
     counts = Counts(held_out=kept["held_out"], skipped=kept["skipped"], noted=kept["noted"], bytes=kept["bytes"])
     counts.written = counts.resumed = kept["written"] + kept["held_out"]
     counts.examples = kept["examples"]
-    counts.ignored = kept.get("ignored", {})  # earlier versions didn't count them
+    counts.ignored = kept.get("ignored", {})  # earlier versions didn't count them, nor looked at sizes
+    counts.sides = kept.get("sides", [])
     return counts
 
 
@@ -285,6 +288,8 @@ def _good(samples: Iterator[Item], counts: Counts, options: ConvertOptions, repo
             report(0, 1)
             continue
         seen.add(item.key)
+        if len(counts.sides) < SIDES and (side := shorter_side(image)):
+            counts.sides.append(side)
         for note in (*item.notes, *notes):
             counts.note(note, item.key)
         yield item if image is item.image else replace(item, image=image)

@@ -1,0 +1,123 @@
+"""The command that comes after a conversion: a recipe that fits the set and this machine."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+import statistics
+import sys
+from pathlib import Path
+
+from convert.options import ConvertOptions, Counts
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = 100_000  # samples: below, the recipe's warm-up and canonical nodes would be most of the run
+FEW = 1_000  # samples: fewer are a test set, or a first try
+RECIPE_SIDE = 224  # pixels of the published recipes' images
+SMALL_SIDE = 160  # pixels: the recipes would mostly enlarge smaller pictures
+CPU_SIDE = 64  # pixels of the CPU recipe's images
+TEST = re.compile(r"(?<![a-z])(test|testing|val|valid|validation|dev|eval|evaluation)\d*(?![a-z])", re.IGNORECASE)
+
+
+def next_step(out: str, counts: Counts, options: ConvertOptions) -> str:
+    """The command that trains on the set, as it can be pasted where this one was started.
+
+    Of a test set it is how a model is evaluated on it.
+
+    Args:
+        out: the set's place.
+        counts: of the whole set.
+        options: of this conversion.
+    """
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", out.rpartition("/")[2]).strip("-") or "mine"
+    why = _is_for_tests(out, counts, options)
+    if why:
+        settings = [f"evaluators.{name}.task=retrieval", *_place(f"evaluators.{name}", name, out)]
+        return f"{why}; evaluate on it, with these settings of a run or of evaluate.py: {shlex.join(settings)}"
+    composer = Path(sys.executable).with_name("composer")
+    words = [str(_from_here(composer)) if composer.exists() else "composer", str(_from_here(ROOT / "pretrain.py"))]
+    recipe = _on_gpu if has_gpu() else _on_cpu
+    return shlex.join([*words, *recipe(name, out, counts, options)])
+
+
+def has_gpu() -> bool:
+    """Whether this machine has a GPU that PyTorch can use."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _is_for_tests(out: str, counts: Counts, options: ConvertOptions) -> str:
+    """Say why a set is one to evaluate on; nothing of a training set."""
+    name = out.rpartition("/")[2]
+    inputs = [Path(place.split("?")[0]).name for place in options.inputs]
+    if TEST.search(name) or (inputs and all(TEST.search(one) for one in inputs)):
+        return "a test set by its name"
+    if counts.written < FEW:
+        return f"{counts.written:,} samples are too few to train on"
+    return ""
+
+
+def _on_gpu(name: str, out: str, counts: Counts, options: ConvertOptions) -> list[str]:
+    """The published recipe, with a smaller model for small pictures."""
+    recipe = ROOT / "yamls" / f"{'alignclip' if options.semantic else 'sharedclip'}.yaml"
+    words = [str(_from_here(recipe)), f"run_name={name}"]
+    words += [] if name == "cc12m" else ["data.streams.cc12m=null"]
+    words += _place(f"data.streams.{name}", name, out)
+    words += _images(counts, SMALL_SIDE)
+    if counts.written < SMALL:
+        if _side(counts) < SMALL_SIDE:
+            words += ["model.embed_dim=256", "model.vision_cfg.width=256", "model.vision_cfg.layers=6"]
+            words += ["model.text_cfg.width=256", "model.text_cfg.layers=6", "model.text_cfg.heads=4"]
+        words += ["data.num_canonical_nodes=1", *_fitting(counts.written, batch=512, epochs=30, share=0.1)]
+    return words
+
+
+def _on_cpu(name: str, out: str, counts: Counts, options: ConvertOptions) -> list[str]:
+    """The recipe of laptop size."""
+    words = [str(_from_here(ROOT / "yamls" / "quickstart.yaml")), f"run_name={name}", "save_folder=runs/{run_name}"]
+    words += [] if name == "scenes" else ["data.streams.scenes=null"]
+    words += _place(f"data.streams.{name}", name, out)
+    words += [] if options.semantic else ["loss.beta=0"]
+    words += _images(counts, CPU_SIDE)
+    return words + _fitting(counts.written, batch=64, epochs=5, share=0.2)
+
+
+def _place(section: str, name: str, out: str) -> list[str]:
+    if "://" in out:
+        return [f"{section}.remote={out}", f"{section}.local=/tmp/{name}"]
+    return [f"{section}.local={out}"]
+
+
+def _side(counts: Counts) -> int:
+    """The shorter side of the pictures in pixels, as most of them have it."""
+    return int(statistics.median(counts.sides)) if counts.sides else RECIPE_SIDE
+
+
+def _images(counts: Counts, least: int) -> list[str]:
+    """The size of what the model sees, where the pictures are smaller than ``least`` pixels."""
+    side = _side(counts)
+    if side >= least:
+        return []
+    side = max(32, side // 16 * 16)
+    return [f"model.vision_cfg.image_size={side}", f"model.vision_cfg.patch_size={16 if side >= 128 else 8}"]
+
+
+def _fitting(samples: int, batch: int, epochs: int, share: float) -> list[str]:
+    """A batch that leaves ten of them in an epoch, and a warm-up of that share of the run, 100 batches at most.
+
+    Args:
+        samples: in the set.
+        batch: the recipe's.
+        epochs: of the recipe's run.
+        share: of the run that is its warm-up.
+    """
+    fitting = batch if samples >= 10 * batch else max(2, 2 ** int(math.log2(max(samples, 20) / 10)))
+    warmup = min(100, max(1, int(epochs * (samples // fitting) * share)))
+    return ([] if fitting == batch else [f"global_train_batch_size={fitting}"]) + [f"scheduler.t_warmup={warmup}ba"]
+
+
+def _from_here(path: Path) -> Path:
+    """Relative to the working directory where it lies below that."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

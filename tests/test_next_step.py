@@ -1,0 +1,136 @@
+"""The command that a conversion ends with: it fits the set and the machine, and is one that the product takes."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+from tarballs import draw, pairs, quick, write_tar
+
+from alignclip.config import RunConfig
+from alignclip.config_file import load
+from convert import next_step
+from convert.cc12m import parse, summary
+from convert.options import ConvertOptions, Counts
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def proposed(
+    out: str, monkeypatch: pytest.MonkeyPatch, gpu: bool, *more: str, inputs: str = "x.tar", **counts: int
+) -> str:
+    """What the summary of a conversion says last."""
+    monkeypatch.setattr(next_step, "has_gpu", lambda: gpu)
+    monkeypatch.chdir(REPOSITORY)
+    sides = [counts.pop("side", 256)] * 5
+    options = parse(["--inputs", inputs, "--out", out, *more])
+    said = summary(Counts(**{"written": 20_000, "converted": 1, "seconds": 1.0, "sides": sides, **counts}), options)
+    return said.split("\nnext: ")[1]
+
+
+def parsed(command: str) -> RunConfig:
+    """The configuration of the run that a command starts."""
+    words = shlex.split(command)
+    assert words[1] == "pretrain.py"
+    return load(REPOSITORY / words[2], words[3:])
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("semantic", [False, True])
+@pytest.mark.parametrize("side", [24, 72, 159, 500])
+@pytest.mark.parametrize("out", ["s3://bucket/a b", "/data/cc12m", "/data/scenes", "/data/..."])
+def test_the_command_is_one_that_the_product_takes(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, semantic: bool, side: int, out: str
+) -> None:
+    for written in (1_000, 99_999, 2_000_000):
+        more = [] if semantic else ["--no-semantic"]
+        config = parsed(proposed(out, monkeypatch, gpu, *more, written=written, side=side))
+        ((_, stream),) = config.data.streams.items()
+        assert (stream.remote if "://" in out else stream.local) == out
+        assert (config.device == "cpu") != gpu
+        assert (config.loss.beta > 0) == semantic
+        recipe = 224 if gpu else 64
+        size = config.model.vision_cfg.image_size
+        assert size == recipe if side >= 160 else 32 <= size <= recipe
+        assert gpu or size <= max(side, 32) or side >= 64
+        assert config.global_train_batch_size * 10 <= written
+        if gpu:
+            assert (config.model.vision_cfg.width == 256) == (side < 160 and written < 100_000)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "written", "batch", "warmup"),
+    [
+        (True, 5_000, 256, 57),
+        (True, 6_000, 512, 33),
+        (True, 99_999, 512, 100),
+        (False, 1_000, 64, 15),
+        (False, 20_000, 64, 100),
+    ],
+)
+def test_batch_and_warm_up_fit(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, written: int, batch: int, warmup: int
+) -> None:
+    config = parsed(proposed("/data/mine", monkeypatch, gpu, written=written))
+    assert (config.global_train_batch_size, config.scheduler.t_warmup) == (batch, f"{warmup}ba")
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize(
+    ("out", "inputs", "written", "why"),
+    [
+        ("/data/coco-test", "x.tar", 5_000, "a test set by its name"),
+        ("/data/val", "x.tar", 5_000, "a test set by its name"),
+        ("s3://bucket/Flickr_Val", "x.tar", 5_000, "a test set by its name"),
+        ("/data/mine", "in/val2017.tar", 5_000, "a test set by its name"),
+        ("/data/mine", "x.tar", 400, "400 samples are too few to train on"),
+    ],
+)
+def test_a_test_set_is_to_be_evaluated_on(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, out: str, inputs: str, written: int, why: str
+) -> None:
+    said = proposed(out, monkeypatch, gpu, inputs=inputs, written=written)
+    assert said.startswith(f"{why}; evaluate on it, ")
+    assert "pretrain.py" not in said
+    settings = shlex.split(said.partition("evaluate.py: ")[2])
+    config = load(REPOSITORY / "yamls" / "alignclip.yaml", settings)
+    ((_, evaluator),) = config.evaluators.items()
+    assert (evaluator.remote if "://" in out else evaluator.local) == out
+
+
+@pytest.mark.parametrize("out", ["/data/latest", "/data/contest", "/data/valley", "/data/devices", "/data/evaluator-x"])
+def test_names_that_only_contain_such_a_word(monkeypatch: pytest.MonkeyPatch, out: str) -> None:
+    assert parsed(proposed(out, monkeypatch, True)).data.streams
+
+
+def test_sizes_of_images_are_looked_at(tmp_path: Path) -> None:
+    members = []
+    for i in range(30):
+        members += [(f"{i}.png", draw(i, "PNG", (90, 72))), (f"{i}.txt", b"a caption")]
+    path, out = write_tar(tmp_path / "a.tar", members), tmp_path / "out"
+    assert quick([path], out).sides == [72] * 20
+    assert quick([path], out).sides == [72] * 20, "of what was complete already"
+
+
+# a second input
+
+
+def test_more_inputs_say_what_is_there_and_what_is_added(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = (write_tar(tmp_path / f"{i}.tar", pairs(10 * i, 5 + i)) for i in range(2))
+    out = tmp_path / "out"
+    quick([first], out, progress=True)
+    assert "holds" not in capsys.readouterr().err
+    counts = quick([first, second], out, progress=True)
+    assert f"{out} holds 5 samples from 1 input; 1 input added ({second})\n" in capsys.readouterr().err
+    said = summary(counts, ConvertOptions([str(second)], str(out), semantic=False))
+    rows = [line.split()[-1] for line in said.splitlines() if line.startswith(("  there before", "  added"))]
+    assert rows == ["5", "6"]
+    quick([first, second], out, progress=True)
+    assert "holds" not in capsys.readouterr().err, "nothing is added"
+    for name in ("index.json", "1/counts.json"):  # as a kill leaves it
+        (out / name).unlink()
+    third = write_tar(tmp_path / "2.tar", pairs(20, 1))
+    quick([first, second, third], out, progress=True)
+    said = f"{out} holds 5 samples from 1 input; 1 input added ({third}), 1 input of its own left to convert\n"
+    assert said in capsys.readouterr().err

@@ -18,6 +18,7 @@ EXPORT_CONFIG = "open_clip_config.json"
 EXPORT_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # the first that is there
 HF_CONFIG, HF_PREPROCESSOR = "config.json", "preprocessor_config.json"
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+HF_PARTS = tuple(f"{name}.index.json" for name in HF_WEIGHTS)  # lists the files of a model that is in several
 CARD = "README.md"  # a model card: the licence is in it
 UNUSED = "release_unused.safetensors"  # what an authors' file holds and no model uses, kept for the way back
 BESIDE = (RUN_CONFIG, EXPORT_CONFIG, HF_CONFIG, HF_PREPROCESSOR, CARD, UNUSED)
@@ -94,11 +95,12 @@ def few(names: Iterable[str]) -> str:
 def _on_disk(place: str) -> Path:
     """The file itself, a folder's export, a run's latest checkpoint, or one of a run by its name (``RUN/best``)."""
     path = Path(place.removeprefix("local-dir:")).expanduser()
-    for config, names in ((EXPORT_CONFIG, EXPORT_WEIGHTS), (HF_CONFIG, HF_WEIGHTS)):
+    for config, names in ((EXPORT_CONFIG, EXPORT_WEIGHTS), (HF_CONFIG, HF_WEIGHTS + HF_PARTS)):
         if path.is_dir() and (path / config).is_file():
             found = [path / name for name in names if (path / name).is_file()]
             if not found:
-                raise UserError(f"{place} has a file {config}, but no {' or '.join(names)}")
+                whole = [name for name in names if name not in HF_PARTS]
+                raise UserError(f"{place} has a file {config}, but no {' or '.join(whole)}")
             return found[0]
     is_folder = path.is_dir() and not (path / ".metadata").is_file()
     if is_folder:
@@ -254,6 +256,8 @@ def _choose(place: str, files: list[str]) -> str:
     ]
     if not weights:
         raise UserError(f"{place}: no weights there")
+    if not export and any(file in HF_PARTS for file in files):
+        raise UserError(f"{place} is in several files; download the repository, and name the folder that it is in")
     if not export and len(weights) > 1:
         raise UserError(f"{place} has several models: {few(weights)}; name one, e.g. {place}/{weights[0]}")
     return (export or weights)[0]

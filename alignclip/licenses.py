@@ -6,7 +6,7 @@ import re
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from alignclip.weights import RELEASE
+from alignclip.state_dicts import RELEASE
 
 PUBLISHED = "cc-by-nc-nd-4.0"  # of the weights that the AlignCLIP authors have released, in whose files it isn't
 
@@ -16,8 +16,8 @@ def license_of(card: str | None, kind: str) -> str | None:
 
     Args:
         card: the text of the README.md beside the weights.
-        kind: of the weights, one of those in :mod:`alignclip.weights`; files in the authors' format are taken for the
-            authors', unless the card names a licence: any README.md may lie beside a download.
+        kind: of the weights, one of those in :mod:`alignclip.state_dicts`; files in the authors' format are taken
+            for the authors', unless the card names a licence: any README.md may lie beside a download.
     """
     return named_license(card) or (PUBLISHED if kind == RELEASE else None)
 

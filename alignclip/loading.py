@@ -16,6 +16,7 @@ from alignclip.config import ModelConfig
 from alignclip.encoders import CLIP, build_encoders
 from alignclip.errors import UserError, one_line
 from alignclip.fetching import CARD, RUN_CONFIG, fetch, few, find_beside
+from alignclip.open_clip_models import named
 from alignclip.tokenizer import SimpleTokenizer
 from alignclip.weights import Found, find, preprocess_config
 
@@ -23,7 +24,7 @@ Preprocess = Callable[[Image.Image], Tensor]
 
 
 def load(
-    path: str | Path, device: str | torch.device = "cpu", *, config: ModelConfig | None = None
+    path: str | Path, device: str | torch.device = "cpu", *, config: ModelConfig | str | None = None
 ) -> tuple[CLIP, Preprocess, SimpleTokenizer]:
     """A trained model with what it needs to be used, as ``open_clip.create_model_from_pretrained`` would give it.
 
@@ -35,12 +36,14 @@ def load(
               the averaged one);
             - a file in the format of the AlignCLIP authors' releases; a ``config.yaml`` beside it says how large the
               model is, and without one its shapes do, with heads of 64 as published;
-            - an open_clip export: a folder with ``open_clip_config.json`` (or ``local-dir:FOLDER``), or a state dict
-              beside such a file; both towers' equal modules become one again;
+            - an open_clip export: a folder with ``open_clip_config.json`` (or ``local-dir:FOLDER``), or a state dict,
+              a training checkpoint or a TorchScript archive beside such a file; both towers' equal modules become one
+              again. Without that file the shapes say which of open_clip's models it is, where only one has them;
             - a Hugging Face ``CLIPModel``: a folder with its ``config.json`` and weights, or such a file of weights;
             - ``hf-hub:ORG/NAME`` or ``hf-hub:ORG/NAME/FILE`` for any of these on the Hugging Face Hub.
         device: where the model shall be.
-        config: the architecture, instead of the one that lies beside the file or is read off its shapes.
+        config: the architecture, or the name of one of open_clip's models, instead of what lies beside the file or is
+            read off its shapes.
 
     Returns:
         the model in eval mode; a function from a PIL image to its normalised float32 ``[3, image_size, image_size]``;
@@ -54,7 +57,9 @@ def load(
     return found.model, preprocess, SimpleTokenizer(context_length=found.model.context_length)
 
 
-def load_encoders(path: str | Path, device: str | torch.device = "cpu", *, config: ModelConfig | None = None) -> CLIP:
+def load_encoders(
+    path: str | Path, device: str | torch.device = "cpu", *, config: ModelConfig | str | None = None
+) -> CLIP:
     """:func:`load` for callers who feed images as training does (:func:`alignclip.transforms.normalize`).
 
     Raises:
@@ -74,7 +79,7 @@ class Loaded:
         model: in eval mode.
         config: what it was built from.
         preprocess: how its images are prepared.
-        kind: one of those in :mod:`alignclip.weights`.
+        kind: one of those in :mod:`alignclip.state_dicts`.
         recipe: the text of a run's ``config.yaml``.
         card: the text of a model card.
         unused: tensors of an authors' file that no model uses, by the authors' names.
@@ -89,7 +94,7 @@ class Loaded:
     unused: dict[str, Tensor]
 
 
-def open_model(path: str | Path, device: str | torch.device = "cpu", config: ModelConfig | None = None) -> Loaded:
+def open_model(path: str | Path, device: str | torch.device = "cpu", config: ModelConfig | str | None = None) -> Loaded:
     """What :func:`load` reads, with what lies beside it; the arguments are the same.
 
     Raises:
@@ -103,7 +108,7 @@ def open_model(path: str | Path, device: str | torch.device = "cpu", config: Mod
     # the weights are read where they lie, so a download has to stay until they are in the model
     with tempfile.TemporaryDirectory(prefix="alignclip-") as downloads:
         file = fetch(place, Path(downloads))
-        found = find(file, place, config)
+        found = find(file, place, named(config) if isinstance(config, str) else config)
         model = _build(found, place)
         recipe, card = (_text(find_beside(file, name)) for name in (RUN_CONFIG, CARD))
         unused = {name: value.clone() for name, value in found.unused.items()}

@@ -33,19 +33,10 @@ from alignclip.encoders import CLIP
 from alignclip.errors import UserError, nearest, one_line
 from alignclip.fetching import EXPORT_CONFIG, card_beside, fetch
 from alignclip.licenses import forbids_derivatives, license_of
+from alignclip.open_clip_models import export_settings
 from alignclip.release_format import HEAD_WIDTH
-from alignclip.weights import (
-    HUGGING_FACE,
-    OPEN_CLIP,
-    RELEASE,
-    export_settings,
-    hub_model,
-    hub_pixels,
-    json_beside,
-    preprocess_config,
-    read_weights,
-    run_model,
-)
+from alignclip.state_dicts import HUGGING_FACE, OPEN_CLIP, RELEASE, read_weights
+from alignclip.weights import hub_model, hub_pixels, json_beside, preprocess_config, run_model
 
 LEAST = 0.1  # share of the model's tensors; with less, the file is of something else
 SHOWN = 8  # modules in a line of the report
@@ -176,9 +167,6 @@ def _read(place: str, downloads: Path) -> _Source:
         file = fetch(place, downloads)
     content = read_weights(file, place)
     weights, kind = content.weights, content.kind
-    if "text.token_embedding.weight" in weights:  # open_clip's CustomTextCLIP
-        weights = {key.removeprefix("text."): value for key, value in weights.items()}
-
     source = _Source(weights, license_of(card_beside(str(file)), kind))
     if kind == OPEN_CLIP:
         _describe_open_clip(source, file, place, tagged, open_clip.get_model_config(name) if tagged else None)

@@ -56,10 +56,12 @@ class Unread:
     """The place of an object that was not made.
 
     Attributes:
+        name: of its class or of the function that makes it, with its module.
         what: what it is, with its article.
         state: what the file says of it.
     """
 
+    name: str
     what: str
     state: Any = None
 
@@ -83,6 +85,12 @@ def check_key(value: Any) -> Any:
     if type(value) in PLAIN or flat or isinstance(value, np.generic):
         return value
     raise Refused(f"a {type(value).__name__} as a key")
+
+
+def check_numbers(*values: Any) -> None:
+    """Refuse what is no whole number from 0 on that fits into 62 bits."""
+    if not all(type(value) is int and 0 <= value < 2**62 for value in values):
+        raise Refused("a size that is none")
 
 
 class Machine:

@@ -101,15 +101,9 @@ class _Archive:
 
     def __init__(self, path: Path, archive: zipfile.ZipFile, mapped: bool, passed_over: tuple[str, ...]) -> None:
         self.archive, self.mapped, self.passed_over = archive, mapped, passed_over
-        self.size = path.stat().st_size
+        self.size = self.left = path.stat().st_size
         self.whole = torch.UntypedStorage.from_file(str(path), False, self.size)
         self.records = {entry.filename: entry for entry in archive.infolist()}
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in self.records.values()):
-            raise WrongFile(
-                "is refused: it is a compressed archive, which PyTorch doesn't write"
-            )  # a few bytes can be any number
-        if sum(entry.file_size for entry in self.records.values()) > self.size:
-            raise WrongFile("is damaged: its parts are longer than the file")
         self.storages: dict[str, torch.UntypedStorage] = {}
         found = [name for name in self.records if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(found) != 1:
@@ -126,7 +120,16 @@ class _Archive:
         types.check_truths()
         return content
 
+    def _check_length(self, record: zipfile.ZipInfo) -> None:
+        """Refuse parts that take more memory than the file: unpacked, or read twice, a few bytes can be any number."""
+        if record.compress_type != zipfile.ZIP_STORED:
+            raise WrongFile("is refused: it is a compressed archive, which PyTorch doesn't write")
+        self.left -= record.file_size
+        if self.left < 0:
+            raise WrongFile("is damaged: its parts are longer than the file")
+
     def _bytes(self, record: zipfile.ZipInfo) -> bytes:
+        self._check_length(record)
         try:
             return self.archive.read(record)
         except zipfile.BadZipFile:
@@ -144,6 +147,7 @@ class _Archive:
         return self.storages[key]
 
     def _load(self, record: zipfile.ZipInfo) -> torch.UntypedStorage:
+        self._check_length(record)
         if not record.file_size:
             return torch.UntypedStorage(0)
         header = bytes(self.whole[record.header_offset : record.header_offset + LOCAL_HEADER.size].tolist())

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
-from alignclip.safe_pickle import Maker, Refused, Unknown, Unread, check_key
+from alignclip import safe_numpy
+from alignclip.safe_pickle import Maker, Refused, Unknown, Unread, check_key, check_numbers
 
 MOST_DIMENSIONS = 64
 MOST_REPEATED = 2**20  # numbers of a tensor that repeats those of its storage, as an expanded one does
@@ -69,12 +70,6 @@ class Storage:
     data: torch.UntypedStorage
     dtype: torch.dtype
     truths: bool = False
-
-
-def check_numbers(*values: Any) -> None:
-    """Refuse what is no whole number from 0 on that fits into 62 bits."""
-    if not all(type(value) is int and 0 <= value < 2**62 for value in values):
-        raise Refused("a size that is none")
 
 
 # --- torch ------------------------------------------------------------------------------------------------------------
@@ -132,69 +127,6 @@ def device(kind: str, index: int | None = None) -> torch.device:
     if type(kind) is not str or type(index) not in (int, type(None)):
         raise Refused("a device that is none")
     return torch.device(kind) if index is None else torch.device(kind, index)
-
-
-# --- numpy ------------------------------------------------------------------------------------------------------------
-
-
-def dtype(name: Any, align: Any = False, copy: Any = True) -> np.dtype[Any]:
-    """Return a dtype of numbers or text, one of its own each time; objects and records are refused."""
-    if type(name) is not str or len(name) > 8:
-        raise Refused("a dtype that is none")
-    found = np.dtype(name, False, True)
-    if found.kind not in "biufcSU" or found.hasobject or found.fields or found.subdtype:
-        raise Refused(f"a numpy array of '{name}'")
-    return found
-
-
-def dtype_with(found: np.dtype[Any], state: Any) -> np.dtype[Any]:
-    """Return a dtype in the byte order of its state."""
-    order, *rest = state[1:] if type(state) is tuple and len(state) in (8, 9) else [None]
-    plain = rest[:3] == [None] * 3 and (found.kind in "SU" or rest[3:5] == [-1, -1])
-    if order not in ("<", ">", "|", "=") or not plain:
-        raise Refused("a numpy array of records")
-    return found.newbyteorder(order) if order == ">" else found
-
-
-def numbers(content: Any, kind: Any) -> bytes:
-    """Return the bytes of numbers of a dtype; a truth value that is neither 0 nor 1 makes numpy miscount."""
-    content = content.encode("latin-1") if type(content) is str else content
-    if not isinstance(kind, np.dtype) or type(content) not in (bytes, bytearray):
-        raise Refused("a numpy array of objects")
-    if kind.kind == "b" and content and max(content) > 1:
-        raise Refused("a numpy array of truth values that are none")
-    return bytes(content)
-
-
-def scalar(kind: Any, content: Any = b"") -> Any:
-    """Return a numpy number, as ``numpy._core.multiarray.scalar``."""
-    held = numbers(content, kind)
-    if len(held) != kind.itemsize:
-        raise Refused("a numpy number of another size")
-    return np.frombuffer(held, kind)[0] if kind.itemsize else kind.type()
-
-
-def empty_array(kind: Any, shape: Any, code: Any) -> np.ndarray[Any, Any]:
-    """Return an array that gets its numbers later, as ``numpy._core.multiarray._reconstruct``."""
-    if not (isinstance(kind, Maker) and kind.name.endswith(".ndarray")) or shape != (0,) or code not in (b"b", "b"):
-        raise Refused("a numpy array of a kind of its own")
-    return np.empty(0, np.int8)
-
-
-def fill_array(found: np.ndarray[Any, Any], state: Any) -> None:
-    """Give an array its numbers."""
-    _, shape, kind, fortran, content = state
-    held = numbers(content, kind)
-    check_numbers(*shape)
-    if type(shape) is not tuple or type(fortran) is not bool or len(held) != math.prod(shape) * kind.itemsize:
-        raise Refused("a numpy array of another size")
-    found.__setstate__((1, shape, kind, fortran, held))  # type: ignore[arg-type]  # numpy's stub wants its own bool
-
-
-def array_of(content: Any, kind: Any, shape: Any, order: Any) -> np.ndarray[Any, Any]:
-    """Return an array, as ``numpy._core.numeric._frombuffer`` of pickle's protocol 5."""
-    fill_array(np.empty(0, np.int8), (1, shape, kind, order == "F", content))  # which checks them
-    return np.frombuffer(bytearray(numbers(content, kind)), kind).reshape(shape, order="F" if order == "F" else "C")
 
 
 # --- Python -----------------------------------------------------------------------------------------------------------
@@ -295,12 +227,12 @@ def _makers() -> dict[str, Maker]:
         "datetime.time": (moment(datetime.time), None),
         "datetime.timezone": (moment(datetime.timezone), None),
         "numpy.ndarray": (_no_call, None),
-        "numpy.dtype": (dtype, None),
+        "numpy.dtype": (safe_numpy.dtype, None),
     }
     for core in ("numpy.core", "numpy._core"):  # numpy 2 has moved them; a file has the name of its day
-        made[f"{core}.multiarray._reconstruct"] = (empty_array, None)
-        made[f"{core}.multiarray.scalar"] = (scalar, None)
-        made[f"{core}.numeric._frombuffer"] = (array_of, None)
+        made[f"{core}.multiarray._reconstruct"] = (safe_numpy.empty_array, None)
+        made[f"{core}.multiarray.scalar"] = (safe_numpy.scalar, None)
+        made[f"{core}.numeric._frombuffer"] = (safe_numpy.array_of, None)
     for module in ("pathlib", "pathlib._local"):
         for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"):
             here = name if name.startswith("Pure") or name == type(pathlib.Path()).__name__ else f"Pure{name}"
@@ -313,6 +245,8 @@ def _makers() -> dict[str, Maker]:
         made[f"{module}.complex"] = (lambda real, imaginary: complex(float(real), float(imaginary)), None)
         for kind in (dict, list, int, float, str, bool):
             made[f"{module}.{kind.__name__}"] = (_no_call, kind)
+    for name, kind in (("long", int), ("unicode", str)):  # what protocol 2 calls them, as Python 2 did
+        made[f"__builtin__.{name}"] = (_no_call, kind)
     return {name: Maker(name, *how) for name, how in made.items()}
 
 
@@ -353,9 +287,9 @@ class CheckpointTypes:
         if whole in MAKERS:
             return MAKERS[whole]
         if self.passed_over and module == "torch._utils" and name in SPECIAL_TENSORS:
-            return Maker(whole, lambda *_: Unread(SPECIAL_TENSORS[name]))
+            return Maker(whole, lambda *_: Unread(whole, SPECIAL_TENSORS[name]))
         if whole.startswith(self.passed_over):
-            return Maker(whole, lambda *_: Unread(f"a {name}"))
+            return Maker(whole, lambda *_: Unread(whole, f"a {name}"))
         raise Unknown(whole)
 
     def persistent(self, saved: Any) -> Storage:
@@ -383,9 +317,9 @@ class CheckpointTypes:
             Refused: it is one that has none, or has one already.
         """
         if isinstance(value, np.dtype):
-            return dtype_with(value, state)
+            return safe_numpy.dtype_with(value, state)
         if isinstance(value, np.ndarray) and self.unfilled.pop(id(value), None) is value:
-            fill_array(value, state)
+            safe_numpy.fill_array(value, state)
         elif isinstance(value, Unread):
             value.state = state
         elif type(value) is OrderedDict and type(state) is dict and all(map(_is_private, state)):
@@ -397,7 +331,7 @@ class CheckpointTypes:
         return value
 
     def _empty_array(self, *arguments: Any) -> np.ndarray[Any, Any]:
-        found = empty_array(*arguments)
+        found = safe_numpy.empty_array(*arguments)
         self.unfilled[id(found)] = found
         return found
 

@@ -44,8 +44,8 @@ from alignclip.preflight import check_inputs, check_parallelism, choose_device
 from alignclip.pretrained import load_pretrained
 from alignclip.resume import Origin, origin_of
 from alignclip.saver import CheckpointSaver
+from alignclip.state_dicts import RUN
 from alignclip.trainer_arguments import autocast_dtype, show_progress, trainer_arguments
-from alignclip.weights import RUN
 
 T = TypeVar("T")
 STOPPED = 128 + signal.SIGTERM  # exit status of a run that a signal ended early

@@ -43,8 +43,8 @@ from alignclip.evaluation.encoding import Encoder
 from alignclip.evaluation.zero_shot import accuracy, build_classifier
 from alignclip.licenses import forbids_derivatives, license_of, named_license
 from alignclip.release_format import our_names
+from alignclip.state_dicts import OPEN_CLIP, RELEASE
 from alignclip.storage.clouds import S3
-from alignclip.weights import OPEN_CLIP, RELEASE
 from convert.checkpoint import Options, convert, main
 
 ROOT = Path(__file__).parent.parent

@@ -385,12 +385,12 @@ def test_exports_that_are_not_our_model(tmp_path: Path) -> None:
     # what is open_clip's default may be spelled out
     spelled_out = {
         "quick_gelu": None,
-        "custom_text": False,
+        "custom_text": True,  # a text tower under names of its own
         "vision_cfg": right["vision_cfg"] | {"pool_type": "tok", "qk_norm": False},
     }
     path.write_text(json.dumps({"model_cfg": right | spelled_out, "preprocess_cfg": None}))
     load_encoders(folder)
-    assert "don't have its model_cfg's custom_text; load it with open_clip" in complaint(custom_text=True)
+    assert "don't have its model_cfg's multimodal_cfg; load it with open_clip" in complaint(multimodal_cfg={"width": 8})
     text = right["text_cfg"] | {"hf_model_name": "x", "pool_type": "last"}
     assert "text_cfg.hf_model_name, text_cfg.pool_type" in complaint(text_cfg=text)
     assert "could not be converted" in complaint(embed_dim="many")

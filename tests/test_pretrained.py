@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -316,7 +317,7 @@ def test_what_is_not_this_model(tmp_path: Path) -> None:
     torch.save({"layer.weight": torch.zeros(3)}, tmp_path / "other.pt")
     torch.save({"hello": "world"}, tmp_path / "text.pt")
     torch.save({"logit_scale": torch.ones(())}, tmp_path / "alone.pt")
-    torch.save({"state_dict": {}, "args": Path("x")}, tmp_path / "bad.pt")
+    torch.save({"state_dict": {}, "args": functools.partial(print)}, tmp_path / "bad.pt")
     for name, text in says.items():
         assert text in refusal(config, tmp_path / name)
     assert "which is not this model" in refusal(config, tmp_path / "other.pt")

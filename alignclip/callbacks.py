@@ -31,9 +31,15 @@ class TrainingMonitor(Callback):
 
     The last is the share of wall-clock time that this rank waited for its next batch, since the last step logged.
     The loss terms are logged by the Trainer (``loss/train/…``), samples/s by Composer's SpeedMonitor.
+
+    Attributes:
+        batches: trained in this start.
+        seconds: that they took, from asking for data to the end of the step, without evaluation.
+        waited: seconds of these, for data.
     """
 
     def __init__(self) -> None:
+        self.batches, self.seconds, self.waited = 0, 0.0, 0.0
         self._asked = 0.0
         self._waited = 0.0
         self._last_end: float | None = None
@@ -54,6 +60,11 @@ class TrainingMonitor(Callback):
         """After the step."""
         logger.log_metrics({"logit_scale": float(state.outputs[2])})
         now = time.perf_counter()
+        self.batches, self.seconds, self.waited = (
+            self.batches + 1,
+            self.seconds + now - self._asked,
+            self.waited + self._waited,
+        )
         if self._last_end is not None:
             logger.log_metrics({"time/data_wait_fraction": self._waited / (now - self._last_end)})
         self._last_end = now
@@ -181,6 +192,11 @@ class Rotation(Callback):
             self._running = self._executor.submit(self.folder.rotate, self.keep)
         self._executor.shutdown()
         self._report()
+
+    def end(self) -> None:
+        """Delete nothing more: the run ends with trouble."""
+        self._closed = True
+        self._executor.shutdown()
 
     def _report(self) -> None:
         """Old checkpoints that stay cost money, not the run: say so and go on."""

@@ -163,10 +163,9 @@ def restore_settings(
     for group, configured in zip(optimizer.param_groups, settings, strict=True):
         group.update(configured)
     scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
-    rates = scheduler.get_lr()
+    rates = [base * of(scheduler.last_epoch) for base, of in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    scheduler._last_lr = list(rates)
     return before, float(rates[0])
 
 

@@ -21,10 +21,8 @@ def trainer_arguments(config: RunConfig, device: Device) -> dict[str, Any]:
     """The Trainer's own arguments, as the YAML has them but for what the machine can't do."""
     arguments = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainerConfig)}
     arguments["run_name"] = config.run_name or None
-    arguments["progress_bar"] = show_progress(config)
-    # a bar is unreadable in a file; the other ranks' console is what the launcher shows when it ends
-    wanted = config.log_to_console or (config.progress_bar is None and not show_progress(config))
-    arguments["log_to_console"] = wanted and dist.get_global_rank() == 0
+    # alignclip.display shows both
+    arguments["progress_bar"] = arguments["log_to_console"] = False
     arguments["save_folder"] = None  # our own CheckpointSaver has what is said about saving
     if config.compile_config is not None:
         arguments["compile_config"] = dataclasses.asdict(config.compile_config)
@@ -55,6 +53,12 @@ def build_profiler(config: ProfilerSettings) -> Profiler:
         torch_prof_remote_file_name=None,
         **arguments,
     )
+
+
+def console_interval(config: RunConfig) -> str | None:
+    """Between two lines on the console; None: there are none, because there is a bar or nothing is wanted."""
+    wanted = config.log_to_console or (config.progress_bar is None and not show_progress(config))
+    return config.console_log_interval if wanted else None
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:

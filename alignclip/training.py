@@ -13,6 +13,7 @@ from composer import Trainer
 from composer.callbacks import SpeedMonitor
 from composer.core import Callback, DataSpec, Precision, Time, TimeUnit
 from composer.devices import Device
+from composer.loggers import LoggerDestination
 from composer.utils import (
     dist,
     reproducibility,
@@ -27,6 +28,7 @@ from alignclip.callbacks import Rotation, StopOnSignal, TrainingMonitor, WholeTh
 from alignclip.checkpoints import SaveFolder
 from alignclip.config import RunConfig, SchedulerConfig
 from alignclip.data import ImageTextDataset, build_dataloader
+from alignclip.display import Console, say
 from alignclip.distributed import join_ranks
 from alignclip.encoders import CLIP, build_encoders, clamp_logit_scale_
 from alignclip.environment import Start
@@ -35,6 +37,7 @@ from alignclip.evaluation.best import BestCheckpoint
 from alignclip.evaluation.callback import EvaluationCallback
 from alignclip.fetching import card_beside
 from alignclip.finite import check_weights
+from alignclip.history import History
 from alignclip.licenses import card_of_run, license_of
 from alignclip.locking import lock_towers
 from alignclip.losses import AlignCLIPLoss
@@ -45,7 +48,7 @@ from alignclip.pretrained import load_pretrained
 from alignclip.resume import Origin, origin_of
 from alignclip.saver import CheckpointSaver
 from alignclip.state_dicts import RUN
-from alignclip.trainer_arguments import autocast_dtype, show_progress, trainer_arguments
+from alignclip.trainer_arguments import autocast_dtype, console_interval, show_progress, trainer_arguments
 
 T = TypeVar("T")
 STOPPED = 128 + signal.SIGTERM  # exit status of a run that a signal ended early
@@ -174,7 +177,7 @@ def build_trainer_from(
             *build_evaluation(config, model, device, folder),
             *saving(folder),
         ],
-        loggers=plugins.build(config, "loggers"),
+        loggers=[*plugins.build(config, "loggers"), *build_displays(config, folder, loader)],
         **(trainer_arguments(config, device) | origin.trainer_arguments()),
     )
     if origin.path is not None and not origin.goes_on:
@@ -182,22 +185,21 @@ def build_trainer_from(
     if trainer._rng_state is not None:
         # patch dropout draws from it; in the middle of an epoch Composer restores it only for loaders that can't resume
         reproducibility.load_rng_state(trainer._rng_state)
-    if trainer.state.load_path is not None:
-        check_loaded(trainer, config)
+    if origin.path is not None:
+        check_loaded(trainer, origin)
         say_jump(trainer, *restore_settings(optimizer, scheduler, settings))
     return trainer
 
 
-def check_loaded(trainer: Trainer, config: RunConfig) -> None:
+def check_loaded(trainer: Trainer, origin: Origin) -> None:
     """Refuse a checkpoint whose numbers are not finite.
 
     Raises:
         UserError: names them, and what to do.
     """
-    state, place = trainer.state, str(trainer.state.load_path)
-    resumed = place != config.load_path
-    what = f"the latest checkpoint (batch {state.timestamp.batch.value})" if resumed else f"load_path={place}"
-    way_out = "Remove it: the next start goes on from the newest one that is left" if resumed else ""
+    state = trainer.state
+    what = f"the latest checkpoint ({origin.place})" if origin.goes_on else f"load_path={origin.place}"
+    way_out = "Move it away: the next start goes on from the newest one that is left" if origin.goes_on else ""
     steps = [values for optimizer in state.optimizers for values in optimizer.state.values()]
     moments = {f"{name} ({i})": value for i, values in enumerate(steps) for name, value in values.items()}
     check_weights(dict(state.model.named_parameters()), what, way_out)
@@ -329,6 +331,18 @@ def build_callbacks(config: RunConfig, folder: SaveFolder | None) -> list[Callba
     return callbacks
 
 
+def build_displays(
+    config: RunConfig, folder: SaveFolder | None, loader: StreamingDataLoader
+) -> list[LoggerDestination]:
+    """What a person looks at: bar or lines on the console, the learning curves in the save folder."""
+    total = in_batches(config.max_duration, batches_an_epoch(config, loader))
+    displays: list[LoggerDestination] = [History(folder, total)] if folder is not None else []
+    bar, interval = show_progress(config), console_interval(config)
+    if (bar or interval) and dist.get_global_rank() == 0:
+        displays.append(Console(total, config.global_train_batch_size, bar, interval, config.log_traces))
+    return displays
+
+
 def build_evaluation(
     config: RunConfig, model: AlignCLIPModel, device: Device, folder: SaveFolder | None
 ) -> list[Callback]:
@@ -357,4 +371,4 @@ def saving(folder: SaveFolder | None) -> list[Callback]:
 def print_once(text: str) -> None:
     """One line on the console of a run, whatever its number of processes."""
     if dist.get_global_rank() == 0:
-        print(text, flush=True)
+        say(text)

@@ -102,7 +102,44 @@ def test_an_embedding_that_is_not_finite_ends_the_run(tmp_path: Path, value: flo
     assert "separation nan; samples 'k20', 'k22' have a caption embedding ('semantic') not finite; " in said
     assert "the gradients of " in said
     assert said.endswith("once these samples are out of the set (convert/verify.py finds all of them)")
+    assert "The run is saved up to batch 1; the same command goes on from there, once these samples" in said
     assert saved(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("batch", [0, 2, 4])
+def test_what_was_trained_before_is_saved(tmp_path: Path, batch: int) -> None:
+    """In the first batch, in the middle of an epoch and at its beginning; once mended, the run goes on the same."""
+    losses: dict[str, list[float]] = {}
+
+    class Record(Callback):
+        def batch_end(self, state: State, logger: Logger) -> None:
+            losses[name].append(state.total_loss_dict["loss/train/total"])
+
+    def spoil(state: State) -> None:
+        state.batch["semantic"][:] = math.nan
+
+    write_embeddings(tmp_path / "set", sound)
+    more = ("max_duration=6ba", "data.shuffle=true")
+    for name, interval in (("whole", "1ep"), ("broken", "100ba"), ("broken", "1ba")):
+        place = f"save_folder={tmp_path / name}"
+        losses.setdefault(name, [])
+        event = At("batch_start", batch if interval == "100ba" else -1, spoil)
+        trainer = start(tmp_path, *more, place, f"save_interval={interval}", callbacks=(Record(), event))
+        if interval == "100ba":
+            assert f"The run is saved up to batch {batch}" in fit(trainer)
+            assert (tmp_path / name / "latest-rank0.pt").resolve().name.endswith(f"-ba{batch}-rank0.pt")
+            assert len(losses[name]) == batch
+        else:
+            trainer.fit()
+            trainer.close()
+    assert losses["broken"] == losses["whole"]
+
+
+def test_older_checkpoints_stay(tmp_path: Path) -> None:
+    write_embeddings(tmp_path / "set", bad(math.nan, 50))  # in the fourth batch
+    said = fit(start(tmp_path, "save_num_checkpoints_to_keep=1", "save_interval=2ba"))
+    assert "saved up to batch 3" in said
+    assert saved(tmp_path) == [2, 3]
 
 
 def test_embeddings_that_are_not_needed_are_not_looked_at(tmp_path: Path) -> None:
@@ -127,7 +164,7 @@ def test_the_gradient_that_is_not_finite_is_named(tmp_path: Path, clipping: str)
     said = fit(start(tmp_path, *more, callbacks=(At("batch_start", 2, spoil),)))
     assert said.startswith("batch 3: not finite are the gradients of 1 of ")
     assert f"({name})" in said or f"(visual.{name})" in said  # it is one and the same
-    assert "a lower optimizer.lr" in said
+    assert "A lower optimizer.lr" in said
     assert saved(tmp_path) == [1, 2]
 
 

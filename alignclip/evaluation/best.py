@@ -16,6 +16,7 @@ from composer.utils import dist, reproducibility
 from alignclip.checkpoint_file import save
 from alignclip.checkpoints import SaveFolder
 from alignclip.config import KeepBestConfig
+from alignclip.display import say
 from alignclip.errors import UserError, nearest
 from alignclip.evaluation.tasks import Metrics
 from alignclip.metrics import MODES, better
@@ -82,7 +83,8 @@ class BestCheckpoint:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :meth:`state_dict`; a value of another metric says nothing about this one."""
         if (state["metric"], state["mode"]) == (self.config.metric, self.mode):
-            self.value = state["value"]
+            value = state["value"]
+            self.value = value if value is not None and math.isfinite(value) else None
         elif dist.get_global_rank() == 0:
             print(
                 f"keep_best: the best {state['metric']} ({state['mode']}) so far doesn't count for "
@@ -95,7 +97,7 @@ class BestCheckpoint:
         self._settle()
         sign = 1 if self.mode == "max" else -1
         others = [one for one in (self.value, *(pending for pending, _ in self._pending)) if one is not None]
-        return not math.isnan(value) and all(sign * value > sign * other for other in others)
+        return math.isfinite(value) and all(sign * value > sign * other for other in others)
 
     def _settle(self) -> None:
         """What has arrived counts."""
@@ -143,7 +145,7 @@ class BestCheckpoint:
         return True
 
     def _say(self, value: float) -> None:
-        print(f"best {self.config.metric} so far: {value:.4f}; kept as {self.folder.uri}/{BEST}", flush=True)
+        say(f"best {self.config.metric} so far: {value:.4f}; kept as {self.folder.uri}/{BEST}")
 
     def _complain(self, error: Exception) -> None:
         log.warning(f"could not keep the best checkpoint in {self.folder.uri}: {describe_storage_error(error)}")

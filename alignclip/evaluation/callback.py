@@ -17,6 +17,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from alignclip.callbacks import StopOnSignal
 from alignclip.checkpoints import SaveFolder
 from alignclip.config import EvaluatorConfig
+from alignclip.display import say
 from alignclip.encoders import CLIP
 from alignclip.errors import UserError
 from alignclip.evaluation.best import BestCheckpoint
@@ -124,9 +125,9 @@ class EvaluationCallback(Callback):
         record = self.history.add(batch, evaluator.name, result.metrics, result.chance)
         if dist.get_global_rank() == 0:
             shown = ", ".join(f"{key} {value:.4f}" for key, value in result.metrics.items())
-            print(f"batch {batch}, {evaluator.name}: {shown}", flush=True)
+            say(f"batch {batch}, {evaluator.name}: {shown}")
             if record["verdict"]:
-                print(f"  {evaluator.name}: {record['verdict']}", flush=True)
+                say(f"  {evaluator.name}: {record['verdict']}")
         return named
 
     def state_dict(self) -> dict[str, Any]:

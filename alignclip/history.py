@@ -139,7 +139,9 @@ class History(LoggerDestination):
         """What this start's evaluators, or else earlier ones, have found."""
         callback = next((c for c in state.callbacks if isinstance(c, EvaluationCallback)), None)
         records = (
-            callback.history.records if callback else evaluations.parse(self._folder.read_text(evaluations.FILE) or "")
+            callback.history.records
+            if callback
+            else evaluations.parse(self._folder.files.read_text_optional(evaluations.FILE) or "")
         )
         return [
             {"batch": one["batch"], "metrics": {f"{one['evaluator']}/{k}": v for k, v in one["metrics"].items()}}

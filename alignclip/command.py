@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from alignclip import console, launcher
+from alignclip import console, early, launcher
 from alignclip.config_file import load
 from alignclip.errors import one_line_errors
 from alignclip.threads import set_thread_defaults
@@ -34,11 +34,13 @@ def main(arguments: Sequence[str]) -> int:
     with one_line_errors():
         launcher.settle()
         settings = load(config, overrides)
-        # Composer's import takes many seconds, and a typo above should not
+        # Composer's import takes many seconds, and a wrong place should be told at once
+        early.check_run(settings)
         console.loading("PyTorch and Composer")
         from alignclip.training import run
 
-        return run(settings)
+        with early.leaving_nothing(early.save_folder(settings)):
+            return run(settings)
 
 
 def read_arguments(arguments: Sequence[str], prog: str, description: str, examples: str) -> tuple[str, list[str]]:

@@ -46,7 +46,7 @@ def fetch(place: str, downloads: Path) -> Path:
     if "://" in place:
         return _from_store(place.rstrip("/"), downloads)
     try:
-        return _on_disk(place)
+        return find_on_disk(place)
     except (OSError, ValueError) as error:  # no permission, or no name that there can be
         why = error.strerror if isinstance(error, OSError) else one_line(error)
         raise UserError(f"can't read {place}: {why}") from None
@@ -92,7 +92,7 @@ def few(names: Iterable[str]) -> str:
     return ", ".join(first[:3]) + (f" and {len(first) - 3} more" if len(first) > 3 else "")
 
 
-def _on_disk(place: str) -> Path:
+def find_on_disk(place: str) -> Path:
     """The file itself, a folder's export, a run's latest checkpoint, or one of a run by its name (``RUN/best``)."""
     path = Path(place.removeprefix("local-dir:")).expanduser()
     for config, names in ((EXPORT_CONFIG, EXPORT_WEIGHTS), (HF_CONFIG, HF_WEIGHTS + HF_PARTS)):

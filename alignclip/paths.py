@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import os.path
 import urllib.parse
+from pathlib import Path
 from typing import Any
 
 from alignclip.errors import UserError
@@ -37,12 +39,15 @@ def expand(place: str, what: str = "path") -> str:
 
 def option(place: str) -> str:
     """:func:`expand`, as the ``type`` of a command's option that is a path or URL."""
-    import argparse
-
     try:
         return expand(place)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def path_option(place: str) -> Path:
+    """As :func:`option`, of an option that is a path on this machine."""
+    return Path(option(place))
 
 
 def expand_all(value: Any, what: str) -> Any:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import zipfile
-from pathlib import Path
-
 from composer.core import Precision
 from composer.devices import Device
 from composer.utils import dist, get_device, maybe_create_object_store_from_uri, parse_uri
 from torch._dynamo import list_backends
 
+from alignclip import early
 from alignclip.checkpoints import SaveFolder
 from alignclip.config import RunConfig
 from alignclip.config_checks import CHOICES
 from alignclip.errors import UserError, nearest, one_line
-from alignclip.fetching import fetch
 from alignclip.storage import describe_storage_error
 from alignclip.streams import check_streams
 
@@ -56,6 +53,8 @@ def check_parallelism(config: RunConfig, device: Device) -> None:
 def check_inputs(config: RunConfig, folder: SaveFolder | None) -> None:
     """Everything outside this process that the run needs: the sets and the save folder."""
     check_streams(config.data, semantic=config.loss.needs_semantic)
+    for name, evaluator in config.evaluators.items():
+        early.check_evaluator(name, evaluator, contents=True)
     if config.load_path:
         check_load_path(config.load_path)
     if folder is not None:
@@ -76,10 +75,5 @@ def check_load_path(place: str) -> None:
             store.get_object_size(parse_uri(place)[2])
         except Exception as error:  # every provider has its own
             raise UserError(f"load_path={place}: {describe_storage_error(error)}") from None
-        return
-    try:
-        file = fetch(place.removesuffix(".symlink"), Path(place))
-    except UserError as error:
-        raise UserError(f"load_path={place}: {error}") from None
-    if not zipfile.is_zipfile(file):
-        raise UserError(f"load_path={place} is no checkpoint, or only a part of one")
+    else:
+        early.check_load_path(place)

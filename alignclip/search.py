@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from PIL import Image
 
-from alignclip import console, contact_sheet
+from alignclip import console, contact_sheet, early
 from alignclip.errors import UserError, one_line, one_line_errors
 from alignclip.fetching import LATEST
+from alignclip.paths import option, path_option
 from alignclip.threads import set_thread_defaults
 
 if TYPE_CHECKING:
@@ -114,10 +115,11 @@ def _parse(arguments: Sequence[str] | None) -> SearchOptions:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     default = SearchOptions(Path(), "")
-    parser.add_argument("folder", type=Path, help="images; those in its sub-folders, too")
+    parser.add_argument("folder", type=path_option, help="images; those in its sub-folders, too")
     parser.add_argument("text", help='what to look for, e.g. "a red bicycle"')
     parser.add_argument(
         "--model",
+        type=option,
         metavar="PATH",
         help="anything that alignclip.load takes: a run's folder, a checkpoint, an open_clip export; a path or a URL "
         f"(default: the newest run in {' or '.join(RUNS)})",
@@ -125,7 +127,11 @@ def _parse(arguments: Sequence[str] | None) -> SearchOptions:
     parser.add_argument("--top", type=int, default=default.top, metavar="N", help="how many (default %(default)s)")
     sheet = parser.add_mutually_exclusive_group()
     sheet.add_argument(
-        "--to", metavar="SHEET.png", default=default.to, help="the picture that they are drawn on (default %(default)s)"
+        "--to",
+        type=option,
+        metavar="SHEET.png",
+        default=default.to,
+        help="the picture that they are drawn on (default %(default)s)",
     )
     sheet.add_argument("--no-sheet", dest="to", action="store_const", const=None, help="draw none")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, … (default: cuda where there is one)")
@@ -152,6 +158,8 @@ def search(options: SearchOptions) -> tuple[list[Match], int]:
     _check(options)
     paths = find(options.folder)
     place = options.model or newest_run()
+    early.check_weights("--model", place)
+    console.loading("PyTorch")
     # seconds of imports, after what can be said without them
     import torch
 

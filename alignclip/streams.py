@@ -9,9 +9,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from streaming.base import partition, shuffle
-from streaming.base.hashing import get_hashes
-
 from alignclip.config import DataConfig, SetConfig
 from alignclip.errors import UserError, nearest
 from alignclip.mds_index import INDEX, ShardEntry, columns_of, read_shards
@@ -51,12 +48,28 @@ def check_streams(config: DataConfig, *, semantic: bool) -> None:
         UserError: a set that isn't there or can't be reached, one without the columns needed, or embeddings of
             different dimensions.
     """
+    _check_algorithms(config)
+    _check_folders(config)
+    _check_sets(config, semantic=semantic)
+
+
+def _check_algorithms(config: DataConfig) -> None:
+    """Names that Streaming itself would look up in the first epoch.
+
+    Raises:
+        UserError: one that it doesn't have.
+    """
+    from streaming.base import partition, shuffle  # takes seconds, as PyTorch does
+    from streaming.base.hashing import get_hashes
+
     for key, algorithms in (("shuffle_algo", shuffle.algos), ("partition_algo", partition.algos)):
         if (name := getattr(config, key)) not in algorithms:  # Streaming itself finds out in the first epoch
             raise UserError(f"data.{key}={name} does not exist; {nearest(name, algorithms)}")
     if config.validate_hash is not None and config.validate_hash not in get_hashes():
         raise UserError(f"data.validate_hash={config.validate_hash}: {nearest(config.validate_hash, get_hashes())}")
-    _check_folders(config)
+
+
+def _check_sets(config: DataConfig, *, semantic: bool) -> None:
     encoders: dict[str, tuple[str | None, int | None]] = {}
     for name, stream in config.streams.items():
         where = f"data.streams.{name}"

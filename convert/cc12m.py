@@ -17,6 +17,7 @@ from dataclasses import fields
 
 from alignclip import console
 from alignclip.errors import one_line_errors
+from alignclip.paths import option
 from convert.captions import DEFAULT_ENCODER
 from convert.dataset import convert
 from convert.images import CHECKS, ImageOptions
@@ -60,6 +61,7 @@ def parse(arguments: Sequence[str] | None = None) -> ConvertOptions:
     of.add_argument(
         "--inputs",
         "--tars",
+        type=option,
         nargs="+",
         required=True,
         metavar="PATH",
@@ -78,7 +80,9 @@ def parse(arguments: Sequence[str] | None = None) -> ConvertOptions:
     )
     of.add_argument("--unsorted", action="store_true", help="join image and caption that lie apart in a tar")
     to = parser.add_argument_group("output")
-    to.add_argument("--out", required=True, metavar="FOLDER", help="local folder, or s3://, gs://, oci://, azure:// …")
+    to.add_argument(
+        "--out", type=option, required=True, metavar="FOLDER", help="local folder, or s3://, gs://, oci://, azure:// …"
+    )
     to.add_argument(
         "--held-out",
         type=float,
@@ -98,6 +102,7 @@ def parse(arguments: Sequence[str] | None = None) -> ConvertOptions:
     captions = parser.add_argument_group("caption embeddings")
     captions.add_argument(
         "--encoder",
+        type=option,
         default=DEFAULT_ENCODER,
         metavar="NAME",
         help="hub name or local folder (default: %(default)s); all-MiniLM-L6-v2 needs no hub",

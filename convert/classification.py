@@ -15,6 +15,7 @@ from pathlib import Path
 
 from alignclip import console
 from alignclip.errors import UserError, nearest
+from alignclip.paths import option
 from convert import class_folders, classification_sets
 from convert.classification_sets import Source
 from convert.evaluation_sets import (
@@ -157,12 +158,22 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     )
     add = parser.add_argument
     add("dataset", metavar="DATASET", help=", ".join(SOURCES))
-    add("--root", metavar="FOLDER", help="where the set's files lie")
-    add("--out", required=True, metavar="FOLDER", help="local folder, or s3://, gs://, oci://, azure:// …")
+    add("--root", type=option, metavar="FOLDER", help="where the set's files lie")
+    add("--out", type=option, required=True, metavar="FOLDER", help="local folder, or s3://, gs://, oci://, azure:// …")
     add("--split", default="test", help="train, val, test, as far as the set has them (default: %(default)s)")
     add("--limit", type=int, metavar="N", help="only N images, spread evenly over the set (default: all)")
-    add("--classnames", metavar="FILE", help="JSON list of names, or object from classes to names (default: the set's)")
-    add("--templates", metavar="FILE", help='JSON list of prompts such as "a photo of a {c}." (default: the set\'s)')
+    add(
+        "--classnames",
+        type=option,
+        metavar="FILE",
+        help="JSON list of names, or object from classes to names (default: the set's)",
+    )
+    add(
+        "--templates",
+        type=option,
+        metavar="FILE",
+        help='JSON list of prompts such as "a photo of a {c}." (default: the set\'s)',
+    )
     return Options(**vars(parser.parse_args(arguments)))
 
 

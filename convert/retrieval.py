@@ -14,6 +14,7 @@ from pathlib import Path
 
 from alignclip import console
 from alignclip.errors import UserError, nearest
+from alignclip.paths import option
 from convert.evaluation_sets import (
     Sample,
     check_output,
@@ -144,14 +145,19 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     )
     add = parser.add_argument
     add("dataset", metavar="DATASET", help=", ".join(SOURCES))
-    add("--images", metavar="FOLDER", help="where the images lie")
-    add("--annotations", metavar="FILE", help="the captions")
-    add("--out", required=True, metavar="FOLDER", help="local folder, or s3://, gs://, oci://, azure:// …")
+    add("--images", type=option, metavar="FOLDER", help="where the images lie")
+    add("--annotations", type=option, metavar="FILE", help="the captions")
+    add("--out", type=option, required=True, metavar="FOLDER", help="local folder, or s3://, gs://, oci://, azure:// …")
     add(
         "--split",
         help="of Karpathy's files: train, restval, val, test, or train+restval (default: test); else just a name",
     )
-    add("--split-file", metavar="FILE", help="flickr30k without Karpathy's file: the split's images, one a line")
+    add(
+        "--split-file",
+        type=option,
+        metavar="FILE",
+        help="flickr30k without Karpathy's file: the split's images, one a line",
+    )
     add("--encoding", metavar="NAME", help="of the annotations, e.g. cp1252 (default: UTF-8, or by the file's mark)")
     add("--limit", type=int, metavar="N", help="only N images, spread evenly over the set (default: all)")
     add("--skip-missing", action="store_true", help="leave out images that are not there (default: an error)")

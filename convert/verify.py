@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignclip import console, contact_sheet
 from alignclip.errors import UserError, check_place, one_line_errors
+from alignclip.paths import option
 from convert.storage import Store
 from convert.verify_findings import Overview
 from convert.verify_index import look
@@ -222,13 +223,13 @@ def parse(arguments: Sequence[str] | None = None) -> VerifyOptions:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("set", metavar="SET", help="local folder, or s3://, gs://, oci://, azure:// …")
+    add("set", type=option, metavar="SET", help="local folder, or s3://, gs://, oci://, azure:// …")
     add("--split", metavar="NAME", help="check this sub-folder, which has an index.json of its own")
     add("--fast", action="store_true", help="don't open shards: only the index, the files it names, and the counts")
     add("--decode", type=float, default=0.01, metavar="X", help="fraction of images to decode (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="another one, other images are decoded (default: %(default)s)")
     add("--sample", type=int, metavar="N", help="also draw N samples with their captions on a contact sheet")
-    add("--to", default="sample.png", metavar="FILE", help="the contact sheet (default: %(default)s)")
+    add("--to", type=option, default="sample.png", metavar="FILE", help="the contact sheet (default: %(default)s)")
     add("--processes", type=int, default=os.cpu_count(), metavar="N", help="shards at a time (default: %(default)s)")
     return VerifyOptions(**vars(parser.parse_args(arguments)))
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alignclip import console, launcher
+from alignclip import console, early, launcher
 from alignclip.command import read_arguments
 from alignclip.config import EvaluateConfig
 from alignclip.config_file import load_evaluation
@@ -47,18 +47,24 @@ def main(arguments: Sequence[str]) -> int:
     with one_line_errors():
         launcher.settle()
         settings = load_evaluation(config, overrides)
+        known = early.check_evaluation(settings)
         console.loading("PyTorch and Composer")
-        failed = run(settings)
+        with early.leaving_nothing(settings.out):
+            failed = run(settings, known)
     if not failed or os.environ.get("LOCAL_RANK", "0") != "0":
         return 0
     time.sleep(5)  # the launcher ends all others when one fails: they are done, and get the time to say so
     return 1
 
 
-def run(config: EvaluateConfig) -> dict[str, str]:
+def run(config: EvaluateConfig, known: Mapping[str, str] | None = None) -> dict[str, str]:
     """Evaluate every checkpoint by every evaluator, on all ranks together; rank 0 writes what was found.
 
     An evaluator that can't be run is told before any other one runs, and again at the end; the others are run.
+
+    Args:
+        config: what is evaluated.
+        known: why evaluators can't be run, as rank 0 has found out and told already.
 
     Returns:
         why evaluators could not be run, by their names.
@@ -73,7 +79,7 @@ def run(config: EvaluateConfig) -> dict[str, str]:
     from alignclip import shared_memory
     from alignclip.distributed import join_ranks
     from alignclip.evaluation.encoding import Encoder
-    from alignclip.evaluation.ranks import agree
+    from alignclip.evaluation.ranks import agree, gather_objects
     from alignclip.loading import load_encoders
     from alignclip.preflight import choose_device
     from alignclip.trainer_arguments import autocast_dtype
@@ -88,6 +94,7 @@ def run(config: EvaluateConfig) -> dict[str, str]:
     # all of them first: one that is not there should not be found out after hours with the others
     models = {name: load_encoders(place) for name, place in places(config).items()}
     report = Report(config, {name: _digest(model) if first else "" for name, model in models.items()}, _past(config))
+    report.failed |= dict(gather_objects(list((known or {}).items())))
     evaluators = _open_evaluators(config, {Encoder(m, torch.device("cpu")).image_size for m in models.values()}, report)
     pairs: dict[str, Pairs] = {}
     for name, model in models.items():

@@ -27,6 +27,7 @@ from alignclip.evaluation.plots import embedding_map
 from alignclip.evaluation.retrieval import recall
 from alignclip.evaluation.sets import EvaluationSet, OpenSets
 from alignclip.loading import load_encoders
+from alignclip.paths import path_option
 from alignclip.quickstart import scenes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the quickstart in ``--folder``; further ``key.sub=value`` go to the training."""
     console.prepare()
     parser = argparse.ArgumentParser(prog="python -m alignclip.quickstart", description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("quickstart-run"), help="where everything goes")
+    parser.add_argument("--folder", type=path_option, default=Path("quickstart-run"), help="where everything goes")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="training settings to replace")
     options = parser.parse_args(arguments)
     folder: Path = options.folder

@@ -1,0 +1,210 @@
+"""Wrong places are told before anything large is imported, all of them at once, and leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import TINY, write_set
+from s3 import S3Server
+
+from alignclip import early
+from alignclip.config import EvaluateConfig, EvaluatorConfig, RunConfig
+from alignclip.config_file import load
+from alignclip.errors import UserError
+
+EVALUATE = "evaluators: {a: {task: gap, local: nowhere}, b: {task: sts, local: none.csv}}\nout: results/first\n"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_set(str(folder / "set"), count=16)
+    return folder
+
+
+@pytest.fixture
+def yaml(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "run.yaml"
+    text = TINY.replace("data: {", f"data: {{streams: {{e: {{local: {data / 'set'}}}}}, ")
+    path.write_text(text + "run_name: a\nsave_folder: runs/deep/{run_name}\n", encoding="utf-8")
+    return path
+
+
+def names() -> list[str]:
+    return sorted(path.name for path in Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("data.streams.e.local=nowhere", "data.streams.e: no MDS set at nowhere"),
+        ("data.streams.e.split=val", "data.streams.e: no MDS set at"),
+        ("load_path=nowhere.pt", "load_path=nowhere.pt: no such file"),
+        ("load_path=run.yaml", "load_path=run.yaml is no checkpoint"),
+        ("pretrained=nowhere.pt", "pretrained: no such file: nowhere.pt"),
+        ("save_folder=run.yaml/{run_name}", "run.yaml is a file, not a folder"),
+        ("evaluators.x={task: retrieval, local: nowhere}", "evaluators.x: no MDS set at nowhere"),
+        ("evaluators.x={task: sts, local: sts.csv}", "evaluators.x: there is no sts.csv"),
+        ("evaluators.x={task: zero_shot, local: data/set}", "evaluators.x: no MDS set at data/set"),
+    ],
+)
+def test_a_wrong_place_of_a_run(yaml: Path, override: str, says: str) -> None:
+    early.check_run(load(yaml))
+    with pytest.raises(UserError) as error:
+        early.check_run(load(yaml, [override]))
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+    assert names() == ["run.yaml"]
+
+
+def test_all_wrong_places_are_told_in_one_go(yaml: Path) -> None:
+    wrong = ["data.streams.e.local=one", "evaluators.x={task: gap, local: two}", "pretrained=three.pt"]
+    with pytest.raises(UserError) as error:
+        early.check_run(load(yaml, [*wrong, "evaluators.y={task: sts, local: four}"]))
+    assert all(word in str(error.value) for word in ("one", "two", "three.pt", "four"))
+
+
+def test_sets_that_lack_what_their_task_reads(yaml: Path, data: Path) -> None:
+    good, wrong = EvaluatorConfig(local=str(data / "set"), task="gap"), EvaluatorConfig(local=str(data / "set"))
+    early.check_evaluator("x", good, contents=True)
+    wrong.task = "zero_shot"
+    with pytest.raises(UserError, match=r"evaluators\.x lacks the columns \['label'\]"):
+        early.check_evaluator("x", wrong, contents=True)
+
+
+def test_what_a_run_starts_from_may_be_gone_when_it_goes_on(yaml: Path) -> None:
+    config = load(yaml, ["pretrained=gone.pt"])
+    with pytest.raises(UserError, match="pretrained"):
+        early.check_run(config)
+    folder = Path(str(early.save_folder(config)))
+    folder.mkdir(parents=True)
+    (folder / "latest-rank0.pt").touch()
+    early.check_run(config)
+
+
+def test_only_the_first_process_speaks(yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    early.check_run(load(yaml, ["data.streams.e.local=nowhere"]))
+    assert early.check_evaluation(EvaluateConfig(checkpoint="nowhere")) == {}
+
+
+def test_evaluators_that_cannot_be_run_are_told_and_the_others_run(
+    yaml: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (yaml.parent / "model.pt").touch()
+    sets = {"good": EvaluatorConfig(local=str(data / "set"), task="gap"), "bad": EvaluatorConfig("none", task="gap")}
+    sets["bad"].local = "mistyped"
+    sets["bad"].remote = None
+    failed = early.check_evaluation(EvaluateConfig(checkpoint="model.pt", evaluators=sets))
+    assert failed.keys() == {"bad"}
+    assert "error: bad: evaluators.bad: no MDS set at mistyped" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"nothing can be evaluated: evaluators\.bad"):
+        early.check_evaluation(EvaluateConfig(checkpoint="model.pt", evaluators={"bad": sets["bad"]}))
+    with pytest.raises(UserError, match=r"checkpoints\.x: no such file: x\.pt.*; checkpoints\.y: no such file"):
+        early.check_evaluation(EvaluateConfig(checkpoints={"x": "x.pt", "y": "y.pt"}, evaluators=sets))
+    with pytest.raises(UserError, match=r"out=run\.yaml/b"):
+        early.check_evaluation(EvaluateConfig(checkpoint="model.pt", evaluators=sets, out="run.yaml/b"))
+
+
+def test_places_in_a_bucket(s3: S3Server, yaml: Path, data: Path) -> None:
+    bucket = s3.bucket()
+    missing = [f"data.streams.e.remote={bucket}/nowhere", "data.streams.e.local=cache"]
+    wrong = [
+        *missing,
+        f"pretrained={bucket}/none.pt",
+        f"evaluators.x={{task: sts, remote: {bucket}/none.csv}}",
+    ]
+    with pytest.raises(UserError) as error:
+        early.check_run(load(yaml, wrong))
+    assert all(f"{bucket}/{name}" in str(error.value) for name in ("nowhere", "none.pt", "none.csv"))
+    assert not Path("cache").exists()
+
+
+def refused(place: Path, *files: str) -> None:
+    with early.leaving_nothing(str(place)):
+        place.mkdir(parents=True, exist_ok=True)
+        for name in files:
+            (place / name).touch()
+        raise UserError("wrong")
+
+
+def test_a_refused_command_leaves_no_empty_folder(tmp_path: Path) -> None:
+    place = tmp_path / "runs" / "deep" / "a"
+    with pytest.raises(UserError):
+        refused(place)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError):
+        refused(place, "config.yaml")
+    assert (place / "config.yaml").exists()
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UserError):
+        refused(empty)
+    assert empty.exists()  # it was there before
+    with early.leaving_nothing(str(tmp_path / "kept")):
+        (tmp_path / "kept").mkdir()
+    assert (tmp_path / "kept").exists()
+
+
+CALL = """
+import sys
+from {module} import main
+try:
+    sys.exit(main(sys.argv[1:]))
+finally:
+    print([name for name in ("torch", "streaming", "composer") if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("alignclip.command", ["run.yaml", "data.streams.e.local=nowhere"]),
+        ("alignclip.command", ["run.yaml", "pretrained=nowhere.pt", "save_folder=run.yaml/x"]),
+        ("alignclip.evaluation.command", ["evaluate.yaml", "checkpoint=nowhere.pt"]),
+        ("alignclip.evaluation.command", ["evaluate.yaml", "checkpoint=model.pt"]),
+        ("alignclip.search", ["nowhere", "a dog"]),
+        ("alignclip.search", [".", "a dog", "--model", "nowhere.pt"]),
+        ("convert.cc12m", ["--inputs", "nowhere", "--out", "out"]),
+        ("convert.classification", ["cifar10", "--root", "nowhere", "--out", "out"]),
+        ("convert.retrieval", ["coco", "--images", "nowhere", "--annotations", "nowhere", "--out", "out"]),
+        ("convert.verify", ["nowhere"]),
+        ("convert.checkpoint", ["nowhere.pt", "--to", "open_clip", "--out", "out"]),
+    ],
+)
+def test_a_wrong_place_is_one_line_before_anything_large_is_imported(
+    yaml: Path, module: str, arguments: list[str]
+) -> None:
+    (yaml.parent / "evaluate.yaml").write_text(EVALUATE, encoding="utf-8")
+    (yaml.parent / "model.pt").touch()
+    (yaml.parent / "a.png").touch()
+    before = names()
+    root = str(Path(__file__).resolve().parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", CALL.format(module=module), *arguments],
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: "), done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout.endswith("[]\n")
+    assert names() == before
+
+
+def test_the_formats_that_are_offered_are_those_that_there_are() -> None:
+    from convert.checkpoint import FORMAT_NAMES
+    from convert.exports import FORMATS
+
+    assert tuple(FORMATS) == FORMAT_NAMES
+
+
+def test_nobody_knows_a_placeholder_yet() -> None:
+    assert early.save_folder(RunConfig(save_folder="a/{nothing}")) is None

@@ -158,6 +158,17 @@ class ImageTextDataset(ReleasingDataset):
             sample["semantic"] = torch.from_numpy(embedding)
         return sample
 
+    @property
+    def dimension(self) -> int:
+        """Numbers of a caption embedding, for estimates: what most sentence encoders have where the set doesn't say."""
+        if not self.semantic:
+            return 0
+        first = self.shards[0]
+        assert isinstance(first, CachedShard)
+        encoding = dict(zip(first.column_names, first.column_encodings, strict=True))["semantic"]
+        shape = encoding.split(":")[2:]
+        return int(np.prod([int(n) for n in shape[0].split(",")])) if shape else 1024
+
     def _warn_of_zeros(self, embedding: np.ndarray, key: object) -> None:
         """Name the first samples whose caption embedding is all zeros: the loss takes them for unlike all others."""
         if not embedding.any() and self._zeros < ZEROS_NAMED:

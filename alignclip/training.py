@@ -22,7 +22,7 @@ from streaming import StreamingDataLoader
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from alignclip import composer_patches, plugins, shared_memory, uploads
+from alignclip import composer_patches, plugins, shared_memory, shared_memory_room, uploads
 from alignclip.batch_check import FiniteCheck
 from alignclip.callbacks import Rotation, StopOnSignal, TrainingMonitor, WholeThroughBackward
 from alignclip.checkpoints import SaveFolder
@@ -84,7 +84,8 @@ def run(config: RunConfig) -> int:
         on_rank_zero(lambda: write_record(folder, trainer))
     print_once(describe(config, trainer, folder))
     try:
-        trainer.fit()
+        with shared_memory_room.bus_errors_explained():
+            trainer.fit()
     finally:
         composer_patches.close(trainer)  # what was saved before an error is still on its way
     dist.barrier()
@@ -230,7 +231,26 @@ def build_data(config: RunConfig, device: Device) -> StreamingDataLoader:
         )
     except (ValueError, KeyError, TypeError) as error:  # of StreamingDataset, about its own arguments
         raise UserError(f"data: {one_line(error)}") from error
+    in_turn(lambda: check_shared_memory(config, dataset))
     return build_dataloader(dataset, config.data, pin_memory=config.data.pin_memory and device.name == "gpu")
+
+
+def check_shared_memory(config: RunConfig, dataset: ImageTextDataset) -> None:
+    """Make sure that this machine has room for the batches that loaders hand over.
+
+    Raises:
+        UserError: it hasn't.
+    """
+    data, size = config.data, config.model.vision_cfg.image_size
+    batch = shared_memory_room.batch_bytes(
+        int(dataset.batch_size or 0), size, config.model.text_cfg.context_length, dataset.dimension
+    )
+    shared_memory_room.check_room(
+        shared_memory_room.loader_bytes(batch, data.num_workers, data.prefetch_factor),
+        dist.get_local_world_size(),
+        dataset.epoch_size,
+        data.num_workers,
+    )
 
 
 def build_model(config: RunConfig, device: Device) -> AlignCLIPModel:

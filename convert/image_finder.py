@@ -6,6 +6,8 @@ import re
 from functools import cached_property
 from pathlib import Path
 
+from alignclip.errors import UserError
+
 DEPTH = 2  # folders below --images that are searched
 MOST = 200  # of such folders
 OF_2014 = re.compile(r"COCO_(?:train|val)2014_(\d{12}\.jpg)")
@@ -27,8 +29,18 @@ class ImageFinder:
         self._last = root
 
     def find(self, image: str) -> Path:
-        """Return the file of an image; where there is none, the place where it is expected."""
+        """Return the file of an image; where there is none, the place where it is expected.
+
+        Raises:
+            UserError: the name leads out of the folder: somebody else's annotations could name any
+                file of this machine.
+        """
         expected = self.root / image
+        if ".." in expected.parts or not expected.is_relative_to(self.root):
+            raise UserError(
+                f"the annotations name an image outside of --images: {image!a}; give --images the "
+                "folder that holds all images, and names below it"
+            )
         if expected.is_file() or not self.published:
             return expected
         name = Path(image).name

@@ -240,6 +240,25 @@ def test_missing_images_are_named_or_skipped(tmp_path: Path) -> None:
         quick("coco", tmp_path, annotations, tmp_path / "other", skip_missing=True)
 
 
+@pytest.mark.parametrize("name", ["../secret.jpg", "a/../../secret.jpg", "{folder}/secret.jpg", "..", "/etc/hostname"])
+@pytest.mark.parametrize("layout", ["pairs", "coco2017"])
+def test_annotations_name_no_image_outside_of_the_folder(tmp_path: Path, name: str, layout: str) -> None:
+    write(tmp_path / "secret.jpg", picture(1))
+    name = name.format(folder=tmp_path)
+    inside = write(tmp_path / "images" / "a" / "1.jpg", picture(2))
+    if layout == "pairs":
+        file = write(tmp_path / "pairs.csv", f"image,caption\na/1.jpg,one\n{name},two\n")
+    else:
+        images = [{"id": 1, "file_name": "a/1.jpg"}, {"id": 2, "file_name": name}]
+        captions = [{"image_id": i, "caption": "text"} for i in (1, 2)]
+        file = write(tmp_path / "captions.json", json.dumps({"images": images, "annotations": captions}))
+    with pytest.raises(UserError, match="name an image outside of --images"):
+        quick(layout, tmp_path / "images", file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    write(tmp_path / "pairs.csv", f"image,caption\n{inside},one\n")
+    quick("pairs", tmp_path / "images", tmp_path / "pairs.csv", tmp_path / "out")  # a full path below it is fine
+
+
 # complete or absent
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from alignclip.encoders import CLIP
 from alignclip.errors import UserError, one_line
 from alignclip.evaluation.ranks import agree, gather, gather_objects, rank, world
+from alignclip.shared_memory_room import affordable_workers, batch_bytes
 from alignclip.tokenizer import SimpleTokenizer
 from alignclip.transforms import normalize
 
@@ -88,6 +89,8 @@ class Encoder:
         num_workers = min(num_workers, os.cpu_count() or 1)  # more only wait for one another, and PyTorch warns of them
         share = -(-count // world())
         mine = [min(i, count - 1) for i in range(rank() * share, (rank() + 1) * share)]
+        batch = batch_bytes(min(self.batch_size, share), self.image_size)
+        num_workers = affordable_workers(num_workers, batch, -(-share // self.batch_size))
         loader = DataLoader(
             Subset(samples, mine),
             batch_size=self.batch_size,

@@ -36,7 +36,8 @@ class ImageFinder:
                 file of this machine.
         """
         expected = self.root / image
-        if ".." in expected.parts or not expected.is_relative_to(self.root):
+        is_elsewhere = self.published and not expected.is_relative_to(self.root)
+        if ".." in expected.parts or is_elsewhere:
             raise UserError(
                 f"the annotations name an image outside of --images: {image!a}; give --images the "
                 "folder that holds all images, and names below it"

@@ -3,24 +3,50 @@
 The method is AlignCLIP's: "Mitigate the Gap: Improving Cross-Modal Alignment in CLIP", ICLR 2025,
 https://arxiv.org/abs/2406.17639.
 
-``alignclip.load(path)`` gives a trained model with its image transform and tokenizer.
+``alignclip.load(path)`` gives a trained model with its image transform and tokenizer, ``alignclip.evaluate(model, …)``
+its metrics, and ``alignclip.dataset(path)`` the samples of a set to look at.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from alignclip.config import ModelConfig
+    from alignclip.encoders import CLIP
+    from alignclip.errors import UserError
     from alignclip.loading import load
+    from alignclip.losses import AlignCLIPLoss
+    from alignclip.notebook import Pair, Pairs, dataset, evaluate
 
-__all__ = ["load"]
+__all__ = ["CLIP", "AlignCLIPLoss", "ModelConfig", "Pair", "Pairs", "UserError", "dataset", "evaluate", "load"]
 __version__ = "0.1.0"
+
+# Where each public name lives. Each module is imported when the name is asked for: torch takes seconds, and a typo in
+# a command line should not.
+_HOMES = {
+    "CLIP": "encoders",
+    "AlignCLIPLoss": "losses",
+    "ModelConfig": "config",
+    "Pair": "notebook",
+    "Pairs": "notebook",
+    "UserError": "errors",
+    "dataset": "notebook",
+    "evaluate": "notebook",
+    "load": "loading",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """``load``, imported when it is asked for: torch takes seconds, and a typo in a command line should not."""
-    if name == "load":
-        from alignclip.loading import load
+    """Import a public name when it is asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
 
-        return load
-    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+def __dir__() -> list[str]:
+    """Offer the public names, imported or not."""
+    return sorted({*globals(), *__all__})

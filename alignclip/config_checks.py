@@ -43,7 +43,7 @@ def validate(config: RunConfig) -> None:
     _check_finite(config, "")
     _check_times(config)
     _check_places(config)
-    _check_evaluators(config.evaluators)
+    check_evaluators(config.evaluators)
     _check_keep_best(config)
     _check_signs(config)
     if loss.beta and not loss.rescale and not (loss.separate_image and loss.separate_text):
@@ -267,10 +267,10 @@ def validate_evaluation(config: EvaluateConfig) -> None:
         raise UserError(f"precision={config.precision}: {nearest(config.precision, _EVALUATION_PRECISIONS)}")
     if not config.evaluators:
         raise UserError("evaluators is empty: name at least one, e.g. evaluators.coco.task=retrieval")
-    _check_evaluators(config.evaluators)
+    check_evaluators(config.evaluators)
 
 
-def _check_evaluators(evaluators: dict[str, EvaluatorConfig]) -> None:
+def check_evaluators(evaluators: dict[str, EvaluatorConfig]) -> None:
     """Each has a task, and what that needs."""
     for name, evaluator in evaluators.items():
         where = f"evaluators.{name}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,8 +17,8 @@ import omegaconf
 from omegaconf import DictConfig, OmegaConf
 
 from alignclip import typed, yaml_text
-from alignclip.config import CLASSES, NAME, PLACE, EvaluateConfig, ModelConfig, RunConfig
-from alignclip.config_checks import validate, validate_evaluation
+from alignclip.config import CLASSES, NAME, PLACE, EvaluateConfig, EvaluatorConfig, ModelConfig, RunConfig
+from alignclip.config_checks import check_evaluators, validate, validate_evaluation
 from alignclip.errors import UserError, check_place, nearest, one_line
 from alignclip.fetching import read_text
 from alignclip.paths import expand
@@ -66,6 +66,30 @@ def load_evaluation(path: str | Path, overrides: Sequence[str] = ()) -> Evaluate
         UserError: as :func:`load`.
     """
     return _read(path, overrides, EvaluateConfig, validate_evaluation)
+
+
+def evaluators_of(given: Mapping[str, Mapping[str, Any] | EvaluatorConfig]) -> dict[str, EvaluatorConfig]:
+    """Return evaluators given in Python with the keys and values that they have in a file.
+
+    Raises:
+        UserError: as :func:`load_evaluation`.
+    """
+    plain = {
+        name: {key: value for key, value in dataclasses.asdict(one).items() if value is not None}
+        if isinstance(one, EvaluatorConfig)
+        else dict(one)
+        for name, one in given.items()
+    }
+    with _one_line("evaluators"):
+        layer = yaml_text.parse(OmegaConf.to_yaml(OmegaConf.create({"evaluators": plain})))
+    _check_keys(layer, EvaluateConfig, EvaluateConfig, "", "evaluators")
+    with _one_line("evaluators"):
+        values = OmegaConf.create(_typed(layer, EvaluateConfig), flags=_TEXTS)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(EvaluateConfig, flags=_TEXTS), values))
+    assert isinstance(config, EvaluateConfig)
+    expand_places(config)
+    check_evaluators(config.evaluators)
+    return config.evaluators
 
 
 def model_section(text: str) -> ModelConfig:

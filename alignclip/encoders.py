@@ -8,26 +8,53 @@ towers at PyTorch's defaults. A state dict has both towers' names, so a stock, u
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import cache
+from typing import Any
 
 import open_clip
 import timm
 import torch
 import torch.nn.functional as F
+from open_clip.transform import image_transform
 from open_clip.transformer import text_global_pool
+from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from alignclip.config import ModelConfig
 from alignclip.errors import UserError, nearest
+from alignclip.tokenizer import SimpleTokenizer
 
 MAX_LOGIT_SCALE = math.log(100)
 
 
+Images = Tensor | Image.Image | Sequence[Image.Image]
+Texts = Tensor | str | Sequence[str]
+
+
 class CLIP(open_clip.CLIP):
-    """open_clip's CLIP with text trimmed to the batch's longest caption, and encoding in recomputed chunks."""
+    """open_clip's CLIP with text trimmed to the batch's longest caption, and encoding in recomputed chunks.
+
+    Attributes:
+        preprocess: how :func:`alignclip.load` prepares its images; without it, as open_clip does by default.
+    """
+
+    preprocess: Callable[[Image.Image], Tensor] | None = None
+
+    def encode_image(self, image: Images, normalize: bool = False) -> Tensor:
+        """Image features.
+
+        Args:
+            image: [n, 3, image_size, image_size], normalised pixels; or a PIL image, or a list of n.
+            normalize: whether to L2-normalise the features.
+
+        Returns:
+            [n, embed_dim]; n is 1 for one PIL image.
+        """
+        return super().encode_image(self._pixels(image), normalize)
 
     def forward(self, image: Tensor, text: Tensor, chunk_size: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Encode pairs: what DDP and FSDP wrap, so that every parameter of a step is used inside of it.
@@ -42,23 +69,24 @@ class CLIP(open_clip.CLIP):
         """
         return *self.encode(image, text, chunk_size), self.logit_scale.exp()
 
-    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+    def encode_text(self, text: Texts, normalize: bool = False) -> Tensor:
         """Text features, pooled at the end-of-text token, which has the highest id.
 
         Positions behind the last end-of-text token of the batch are left out: under the causal mask they can't change
         the features.
 
         Args:
-            text: [n, l] token ids, padded with any id to any length.
+            text: [n, l] token ids, padded with any id to any length; or a text, or a list of n, cut to the context
+                length.
             normalize: whether to L2-normalise the features.
 
         Returns:
-            [n, embed_dim].
+            [n, embed_dim]; n is 1 for one text.
 
         Raises:
             ValueError: a caption ends beyond the context length.
         """
-        features = self._encode_trimmed_text(self._trim(text))
+        features = self._encode_trimmed_text(self._trim(self._tokens(text)))
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode(self, images: Tensor, tokens: Tensor, chunk_size: int = 0) -> tuple[Tensor, Tensor]:
@@ -80,23 +108,43 @@ class CLIP(open_clip.CLIP):
         )
 
     @torch.inference_mode()
-    def similarity(self, images: Tensor, tokens: Tensor, batch_size: int = 256) -> Tensor:
+    def similarity(self, images: Images, texts: Texts, batch_size: int = 256) -> Tensor:
         """Cosines of every image with every text; times ``exp(logit_scale)`` they are the logits.
 
         Args:
-            images: [n, 3, image_size, image_size], normalised pixels, on any device.
-            tokens: [m, l] token ids, on any device.
+            images: [n, 3, image_size, image_size], normalised pixels, on any device; or a PIL image, or a list of n.
+            texts: [m, l] token ids, on any device; or a text, or a list of m.
             batch_size: images, and texts, that are moved to the model's device and encoded at a time.
 
         Returns:
             [n, m], on the model's device.
         """
-        device = self.logit_scale.device
 
-        def encode(one: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-            return torch.cat([_normalize(one(batch.to(device))) for batch in inputs.split(batch_size)])
+        def encode(one: Callable[[Any], Tensor], inputs: Any) -> Tensor:
+            if isinstance(inputs, str | Image.Image):
+                inputs = [inputs]
+            batches = [inputs[i : i + batch_size] for i in range(0, len(inputs), batch_size)]
+            moved = (batch.to(self.logit_scale.device) if isinstance(batch, Tensor) else batch for batch in batches)
+            return torch.cat([_normalize(one(batch)) for batch in moved])
 
-        return encode(self.encode_image, images) @ encode(self.encode_text, tokens).T
+        return encode(self.encode_image, images) @ encode(self.encode_text, texts).T
+
+    def _pixels(self, images: Images) -> Tensor:
+        """PIL images as the model takes them, on its device; pixels as they are."""
+        if isinstance(images, Tensor):
+            return images
+        size = self.visual.image_size
+        prepare = self.preprocess or image_transform(size[0] if isinstance(size, tuple) else size, is_train=False)
+        several = [images] if isinstance(images, Image.Image) else images
+        return torch.stack([prepare(image) for image in several]).to(self.logit_scale.device)
+
+    def _tokens(self, texts: Texts) -> Tensor:
+        """Texts as token ids on the model's device; token ids as they are."""
+        if isinstance(texts, Tensor):
+            return texts
+        several = [texts] if isinstance(texts, str) else list(texts)
+        tokens: Tensor = _tokenizer(self.context_length)(several)
+        return tokens.to(self.logit_scale.device)
 
     def _encode_trimmed_text(self, text: Tensor) -> Tensor:
         """[n, l] token ids, l up to the context length -> [n, embed_dim] features, all l positions computed."""
@@ -115,6 +163,11 @@ class CLIP(open_clip.CLIP):
         if text.shape[1] > self.context_length:
             raise ValueError(f"captions of {text.shape[1]} tokens, but context_length is {self.context_length}")
         return text
+
+
+@cache
+def _tokenizer(context_length: int) -> SimpleTokenizer:
+    return SimpleTokenizer(context_length=context_length)
 
 
 def _in_chunks(encode: Callable[[Tensor], Tensor], inputs: Tensor, chunk_size: int) -> Tensor:

@@ -54,6 +54,7 @@ def load(
     """
     found = open_model(path, device, config)
     preprocess = image_transform_v2(found.preprocess, is_train=False)
+    found.model.preprocess = preprocess
     return found.model, preprocess, SimpleTokenizer(context_length=found.model.context_length)
 
 

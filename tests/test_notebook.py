@@ -1,0 +1,155 @@
+"""What a notebook asks for: public names, texts and pictures as they are, metrics, samples to look at."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import small_config
+from PIL import Image
+from runs import write_set
+from s3 import S3Server
+from torch.utils.data import DataLoader
+
+import alignclip
+from alignclip.config import EvaluatorConfig
+from alignclip.encoders import CLIP, build_encoders
+from alignclip.errors import UserError
+
+CAPTIONS = ["a red dot", "blue on the left!", ""]
+
+
+@pytest.fixture(scope="module")
+def model() -> CLIP:
+    """Small, with the whole vocabulary."""
+    torch.manual_seed(0)
+    return build_encoders(small_config(text={"vocab_size": 49408, "context_length": 77})).eval()
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("set")
+    write_set(str(folder), 24, columns="plain")
+    return folder
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.effect_noise((40 + seed, 50), 90 + seed).convert("P")
+
+
+def test_public_names_are_offered_before_they_are_imported() -> None:
+    code = (
+        "import sys, alignclip; offered = dir(alignclip);"
+        "assert {'load', 'evaluate', 'dataset', 'CLIP', 'ModelConfig', 'UserError', 'AlignCLIPLoss'} <= set(offered);"
+        "assert set(alignclip.__all__) <= set(offered);"
+        "assert not {'torch', 'numpy', 'open_clip', 'streaming', 'composer'} & set(sys.modules);"
+        "assert all(getattr(alignclip, name) is not None for name in alignclip.__all__);"
+        "assert not {'composer'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@torch.no_grad()
+def test_texts_as_they_are(model: CLIP) -> None:
+    from open_clip.tokenizer import SimpleTokenizer
+
+    tokens = SimpleTokenizer(context_length=77)(CAPTIONS)
+    assert torch.equal(model.encode_text(CAPTIONS), model.encode_text(tokens))
+    assert torch.equal(model.encode_text(tuple(CAPTIONS), normalize=True), model.encode_text(tokens, normalize=True))
+    assert torch.equal(model.encode_text(CAPTIONS[0]), model.encode_text(tokens[:1]))
+    assert model.encode_text("a very long text " * 100).shape == (1, 16)
+
+
+@torch.no_grad()
+def test_pictures_as_they_are(model: CLIP, tmp_path: Path) -> None:
+    from open_clip import image_transform
+
+    pictures = [picture(i) for i in range(3)]
+    pixels = torch.stack([image_transform(32, is_train=False)(one) for one in pictures])
+    assert torch.equal(model.encode_image(pictures), model.encode_image(pixels))
+    assert torch.equal(model.encode_image(pictures[0]), model.encode_image(pixels[:1]))
+    model.preprocess = lambda image: torch.zeros(3, 32, 32)  # a loaded model has its own
+    try:
+        assert torch.equal(model.encode_image(pictures[0]), model.encode_image(torch.zeros(1, 3, 32, 32)))
+    finally:
+        model.preprocess = None
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 256])
+def test_similarity_of_pictures_and_texts(model: CLIP, batch_size: int) -> None:
+    from open_clip import image_transform
+    from open_clip.tokenizer import SimpleTokenizer
+
+    pictures = [picture(i) for i in range(3)]
+    pixels = torch.stack([image_transform(32, is_train=False)(one) for one in pictures])
+    expected = model.similarity(pixels, SimpleTokenizer(context_length=77)(CAPTIONS))
+    torch.testing.assert_close(model.similarity(pictures, CAPTIONS, batch_size), expected)
+    torch.testing.assert_close(model.similarity(pictures[1], CAPTIONS[2]), expected[1:2, 2:])
+    torch.testing.assert_close(model.similarity(pixels, CAPTIONS[0], batch_size), expected[:, :1])
+
+
+def test_evaluate(model: CLIP, pairs: Path) -> None:
+    given: dict[str, Any] = {"found": {"task": "retrieval", "local": str(pairs), "num_workers": 0}}
+    found = alignclip.evaluate(model, given, progress=False)
+    assert 0 <= found["found"]["image_retrieval_recall@5"] <= 1
+    assert type(found) is dict
+    assert all(type(value) is float for value in found["found"].values())
+    config = EvaluatorConfig(task="gap", local=str(pairs), num_workers=0)
+    again = alignclip.evaluate(model, {**given, "gap": config}, progress=False)  # a set of this process, once more
+    assert again["found"] == found["found"]
+    assert "margin" in again["gap"]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"x": {"task": "retreival", "local": "x"}}, r"evaluators\.x\.task=retreival: did you mean 'retrieval'"),
+        ({"x": {"tusk": "retrieval", "local": "x"}}, r"tusk.*task"),
+        ({"x": {"task": "retrieval", "local": "x", "batch_size": "many"}}, "batch_size"),
+        ({"x": {"task": "retrieval", "local": "nowhere/at/all"}}, "nowhere/at/all"),
+        ({"x": {"task": "linear_probe", "local": "x"}}, "train"),
+    ],
+)
+def test_evaluators_that_are_none(model: CLIP, given: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words) as error:
+        alignclip.evaluate(model, given, progress=False)
+    assert "\n" not in str(error.value)
+
+
+def test_dataset(pairs: Path) -> None:
+    found = alignclip.dataset(pairs)
+    assert len(found) == 24
+    assert str(pairs) in repr(found)
+    assert "24 samples of" in repr(found)
+    first = found[0]
+    assert first.key == "00000"
+    assert isinstance(first.image, Image.Image)
+    assert first.image.size == (48, 40)
+    assert first.captions == [first.caption]
+    assert found[-1].key == "00023"
+    assert [one.key for one in found[2:4]] == ["00002", "00003"]
+    assert [one.key for one in found] == [f"{i:05}" for i in range(24)]
+    with pytest.raises(IndexError):
+        found[24]
+    batches = list(DataLoader(found, batch_size=8, collate_fn=lambda batch: [one.caption for one in batch]))
+    assert [len(batch) for batch in batches] == [8, 8, 8]
+    assert len(alignclip.dataset(str(pairs))) == 24, "opened a second time"
+
+
+def test_datasets_that_are_none(tmp_path: Path, pairs: Path) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        alignclip.dataset(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="is for a set in an object store"):
+        alignclip.dataset(pairs, cache=str(tmp_path))
+
+
+def test_a_dataset_in_a_bucket(s3: S3Server, tmp_path: Path) -> None:
+    bucket = s3.bucket()
+    write_set(f"{bucket}/set", 12, columns="plain")
+    found = alignclip.dataset(f"{bucket}/set", cache=str(tmp_path / "cache"))
+    assert found[11].key == "00011"

@@ -36,7 +36,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         self.save_folder = save_folder
         self._moves_latest = not save_folder.remote and config.save_latest_filename is not None
         self._failure: UserError | None = None  # of the checkpoint that is being saved, on this rank
-        self._has_failed = False  # and so has ended the run
+        self._has_failed = False  # an upload, which has ended the run
         self._closed = False
         prefix = Path(urlparse(save_folder.uri).path.strip("/") if save_folder.remote else save_folder.uri)
         latest = config.save_latest_filename
@@ -69,6 +69,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
             UserError: on every rank.
         """
         self._failure = None
+        pointers = list(self.symlink_upload_tasks)
         try:
             super()._save_checkpoint(state, logger)
             if dist.get_global_rank() == 0 and self._moves_latest:
@@ -80,7 +81,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         try:
             agree(self._failure)
         except UserError:
-            self._has_failed = True
+            self.symlink_upload_tasks = pointers  # `latest` follows what was saved before
             raise
 
     def _upload_checkpoint(

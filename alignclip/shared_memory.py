@@ -137,8 +137,8 @@ def _claim(note: Path) -> None:
 
 
 def _disclaim(note: Path) -> None:
-    """Remove a note, unless another process has the prefix by now."""
-    with _lock():
+    """Remove a note, unless another process has the prefix by now. What is left behind, the next start removes."""
+    with suppress(OSError), _lock():  # as the process ends: a second error would hide the first
         if _read(note) == _identity(os.getpid()):
             note.unlink()
 

@@ -16,6 +16,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from alignclip.checkpoint_file import damage, has_checksum
 from alignclip.errors import UserError, one_line
 from alignclip.safe_pickle import Unread
 from alignclip.safe_read import read_pickled
@@ -81,6 +82,8 @@ def read(file: Path, place: str) -> Content:
                 f"{place} is not a safetensors file, or only a part of one ({type(error).__name__})"
             ) from None
     if zipfile.is_zipfile(file):
+        if has_checksum(file) and (why := damage(file)):
+            raise UserError(f"{place} is damaged: {why}")
         _check_archive(file, place)
     elif tarfile.is_tarfile(file):
         raise UserError(f"{place} is a tar archive; unpack it, and name the file of weights in it")

@@ -12,7 +12,7 @@ import torch
 from runs import write_config
 from s3 import S3Server
 
-from alignclip import checkpoint_file
+from alignclip import checkpoint_file, weight_files
 from alignclip.checkpoints import SaveFolder
 from alignclip.config_file import load
 from alignclip.errors import UserError
@@ -129,6 +129,16 @@ def test_every_byte_counts(tmp_path: Path) -> None:
     assert hashlib.sha256(data[:-64]).hexdigest() == data[-64:].decode()
     mapped = torch.load(path, weights_only=True, mmap=True)
     assert torch.equal(mapped["state"]["model"]["encoders.a"], content(1)["state"]["model"]["encoders.a"])
+
+
+def test_what_is_damaged_is_not_loaded(tmp_path: Path) -> None:
+    """By ``alignclip.load`` and whatever else reads weights."""
+    path = tmp_path / "a.pt"
+    checkpoint_file.save(content(1), path)
+    assert weight_files.read(path, "a.pt").values["rng"] == [1, 2.5]
+    path.write_bytes(flipped(path.read_bytes(), path.stat().st_size // 3))
+    with pytest.raises(UserError, match=r"a\.pt is damaged: its checksum is wrong"):
+        weight_files.read(path, "a.pt")
 
 
 def test_every_byte_of_an_earlier_versions_tensors_counts(tmp_path: Path) -> None:

@@ -1,0 +1,260 @@
+"""File systems that lack something: links, renames over a file, room. A save is whole, or one line and nothing else."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import processes
+import pytest
+import torch
+from composer.utils import get_device
+from runs import write_config, write_set
+from s3 import S3Server
+
+import alignclip
+from alignclip import checkpoint_file, composer_patches, training
+from alignclip.checkpoint_file import NotSavedError
+from alignclip.checkpoints import SaveFolder
+from alignclip.config_file import load
+from alignclip.errors import NOT_SAVED, UserError, one_line_errors
+from alignclip.resume import choose
+
+FIXED = ("run_name=r", "max_duration=4ba", "save_interval=2ba", "data.num_workers=0", "scheduler.t_warmup=1ba")
+CONTENT = {"state": {"a": torch.zeros(100_000)}}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "set"
+    write_set(str(folder), 64)
+    return folder
+
+
+@pytest.fixture(params=[errno.EOPNOTSUPP, errno.EPERM, errno.ENOSYS, errno.EACCES])
+def no_links(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither symbolic nor hard links below ``tmp_path``."""
+
+    def refuse(source: object, target: object, *more: object, **named: object) -> None:
+        raise OSError(request.param, os.strerror(request.param), str(target))
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    monkeypatch.setattr(os, "link", refuse)
+
+
+def build(dataset: Path, tmp_path: Path, save_folder: str, *overrides: str) -> tuple[SaveFolder, Any]:
+    config = load(write_config(tmp_path, str(dataset), save_folder), [*FIXED, *overrides])
+    folder = SaveFolder(config)
+    folder.open()
+    folder.check_config()
+    trainer = training.build_trainer(config, get_device("cpu"), folder)
+    folder.write_config()
+    return folder, trainer
+
+
+def test_a_run_without_links(no_links: None, dataset: Path, tmp_path: Path) -> None:
+    """It saves, goes on, rotates, and is found by whoever looks for its latest checkpoint."""
+    place = tmp_path / "runs"
+    for duration in (4, 6):
+        folder, trainer = build(
+            dataset, tmp_path, str(place), f"max_duration={duration}ba", "save_num_checkpoints_to_keep=1"
+        )
+        assert trainer.state.timestamp.batch.value == (0 if duration == 4 else 4)
+        trainer.fit()
+        composer_patches.close(trainer)
+    assert folder.latest_target() == "ep1-ba6-rank0.pt"
+    assert sorted(path.name for path in place.glob("*.pt*")) == ["ep1-ba6-rank0.pt", "latest-rank0.pt.symlink"]
+    weights = trainer.state.model.encoders.state_dict()
+    for name in (place, place / "latest-rank0.pt"):
+        model, *_ = alignclip.load(name)
+        assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    # as load_path, too
+    _, other = build(
+        dataset, tmp_path, str(tmp_path / "other"), f"load_path={place}/latest-rank0.pt", "max_duration=8ba"
+    )
+    composer_patches.close(other)
+    assert other.state.timestamp.batch.value == 6
+
+
+def test_a_folder_that_moves_to_where_there_are_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = SaveFolder(load(write_config(tmp_path, "set", str(tmp_path / "runs")), ["run_name=r"]))
+    for batch in (2, 4):
+        checkpoint_file.save(CONTENT, tmp_path / "runs" / f"ep0-ba{batch}-rank0.pt")
+    for links, batch in ((True, 2), (False, 4), (True, 2)):
+        with monkeypatch.context() as patch:
+            if not links:
+                patch.setattr(os, "symlink", _refuse)
+            folder.point_latest(f"ep0-ba{batch}-rank0.pt")
+        there = {path.name for path in (tmp_path / "runs").iterdir() if path.name.startswith("latest")}
+        assert there == {"latest-rank0.pt" if links else "latest-rank0.pt.symlink"}
+        assert choose(folder, tmp_path / "download.pt") == f"ep0-ba{batch}-rank0.pt"
+    (tmp_path / "runs" / "latest-rank0.pt").unlink()
+    (tmp_path / "runs" / "latest-rank0.pt.symlink").write_bytes(b"\xff\0\n/../x")
+    assert choose(folder, tmp_path / "download.pt") == "ep0-ba4-rank0.pt"
+
+
+def _refuse(*_: object, **__: object) -> None:
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+@pytest.mark.parametrize("number", [errno.EEXIST, errno.EPERM, errno.ENOSYS])
+def test_a_file_system_that_cannot_rename_over_a_file(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ep0-ba2-rank0.pt"
+    checkpoint_file.save({"state": {"old": 1}}, path)
+
+    def replace(source: Any, target: Any) -> None:
+        if Path(target).exists():
+            raise OSError(number, os.strerror(number), str(target))
+        rename(source, target)
+
+    rename = os.rename
+    monkeypatch.setattr(os, "replace", replace)
+    checkpoint_file.save(CONTENT, path)
+    assert checkpoint_file.damage(path) is None
+    assert path.stat().st_size > 400_000
+    assert [left.name for left in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.fixture
+def small_files() -> Iterator[Callable[[int], None]]:
+    """A limit on the size of files, as ``ulimit -f`` sets it; Python has the signal ignored."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def full(monkeypatch: pytest.MonkeyPatch, number: int, after: int, only: str = "") -> None:
+    """A disk that takes so many bytes of a checkpoint and no more."""
+    write, taken = checkpoint_file._write_all, [0]
+
+    def refuse(file: FileIO, data: memoryview | bytes) -> None:
+        taken[0] += len(data)
+        if taken[0] > after and only in str(file.name):
+            write(file, bytes(data)[:10])
+            raise OSError(number, os.strerror(number))
+        write(file, data)
+
+    monkeypatch.setattr(checkpoint_file, "_write_all", refuse)
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [(errno.ENOSPC, "no space left in"), (errno.EDQUOT, "quota"), (errno.EIO, "Input/output error")],
+)
+@pytest.mark.parametrize("after", [0, 5_000, 300_000, 401_000])
+def test_a_save_that_fails_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, says: str, after: int
+) -> None:
+    path = tmp_path / "ep0-ba2-rank0.pt"
+    for before in (None, b"what was there"):
+        if before is not None:
+            path.write_bytes(before)
+        with monkeypatch.context() as patch:
+            full(patch, number, after)
+            with pytest.raises(NotSavedError, match=says) as raised:
+                checkpoint_file.save(CONTENT, path)
+        text = str(raised.value)
+        assert str(path) in text
+        assert "\n" not in text
+        if number == errno.ENOSPC:
+            assert "401" in text or "402" in text, "the bytes that are needed, in kB"
+            assert "free" in text
+        assert [left.name for left in tmp_path.iterdir()] == ([path.name] if before else [])
+        assert before is None or path.read_bytes() == before
+
+
+def test_a_limit_on_the_size_of_files(tmp_path: Path, small_files: Callable[[int], None]) -> None:
+    small_files(100_000)
+    with pytest.raises(NotSavedError, match="File too large"):
+        checkpoint_file.save(CONTENT, tmp_path / "a.pt")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["folder", "bucket"])
+def test_a_run_whose_disk_is_full_ends_and_goes_on(
+    dataset: Path,
+    tmp_path: Path,
+    s3: S3Server,
+    remote: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With one line and a status of its own; in a bucket it is the temporary folder that is full."""
+    uri = f"{s3.bucket()}/run" if remote else str(tmp_path / "runs")
+    folder, trainer = build(dataset, tmp_path, uri)
+    with monkeypatch.context() as patch:
+        full(patch, errno.ENOSPC, 20_000, "ba4")
+        with pytest.raises(SystemExit) as ended, one_line_errors():
+            trainer.fit()
+        composer_patches.close(trainer)
+    assert ended.value.code == NOT_SAVED
+    said = capsys.readouterr().err
+    assert said.count("error: can't save ") == 1
+    assert "ep0-ba4-rank0.pt: no space left in" in said
+    assert "the same command goes on from there" in said
+    assert "Traceback" not in said
+    assert list(folder.checkpoints()) == ["ep0-ba2-rank0.pt"]
+    assert folder.latest_target() == "ep0-ba2-rank0.pt"
+    folder, trainer = build(dataset, tmp_path, uri)
+    assert trainer.state.timestamp.batch.value == 2
+    trainer.fit()
+    composer_patches.close(trainer)
+    assert folder.latest_target() == "ep0-ba4-rank0.pt"
+
+
+def test_a_temporary_folder_that_is_full_while_a_checkpoint_waits_for_its_upload(
+    dataset: Path, tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Composer copies the file to where its uploader takes it."""
+    folder, trainer = build(dataset, tmp_path, f"{s3.bucket()}/run")
+    copy = shutil.copy2
+
+    def refuse(source: Any, target: Any, **named: Any) -> Any:
+        if "ba4" in str(source):
+            Path(target).write_bytes(b"half of it")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        return copy(source, target, **named)
+
+    monkeypatch.setattr(shutil, "copy2", refuse)
+    with pytest.raises(NotSavedError, match=r"can't save .*ep0-ba4-rank0.pt: no space left in .*needed"):
+        trainer.fit()
+    composer_patches.close(trainer)
+    assert folder.latest_target() == "ep0-ba2-rank0.pt"
+    assert list(folder.checkpoints()) == ["ep0-ba2-rank0.pt"]
+
+
+def _train_on_a_full_disk(yaml: Path) -> str:
+    config = load(yaml, [*FIXED, "global_train_batch_size=16"])
+    with pytest.MonkeyPatch.context() as patch:
+        full(patch, errno.ENOSPC, 20_000)
+        trainer = training.build_trainer(config, get_device("cpu"), SaveFolder(config))
+        try:
+            trainer.fit()
+        except UserError as error:
+            return f"{type(error).__name__}: {error}"
+        finally:
+            composer_patches.close(trainer)
+    return "it was saved"
+
+
+def test_all_ranks_hear_that_one_cannot_save(dataset: Path, tmp_path: Path) -> None:
+    yaml = write_config(tmp_path, str(dataset), str(tmp_path / "runs"))
+    found = processes.run(2, _train_on_a_full_disk, yaml)
+    assert found[0] == found[1]
+    assert found[0].startswith("NotSavedError: can't save ")
+
+
+def test_what_a_killed_run_has_left_goes(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / ".ep0-ba2-rank0.pt.partial").write_bytes(b"half of it")
+    folder = SaveFolder(load(write_config(tmp_path, str(dataset), str(tmp_path / "runs")), FIXED))
+    folder.open()
+    assert not list((tmp_path / "runs").iterdir())

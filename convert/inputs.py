@@ -7,6 +7,7 @@ a shard of an MDS set. A new format is one function that yields samples, and a l
 from __future__ import annotations
 
 import glob
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -17,7 +18,7 @@ from alignclip.errors import UserError
 from alignclip.storage import is_passing
 from convert import mds, tables, tars
 from convert.fetch import check_web, fetched
-from convert.samples import PLAIN, Item, Reading
+from convert.samples import IMAGE_EXTENSIONS, PLAIN, Item, Reading
 from convert.storage import INDEX, list_remote
 
 # What a folder stands for is decided by the first of these that it holds; img2dataset puts a parquet file beside a tar
@@ -63,9 +64,13 @@ def _expand_local(name: str, missing: list[str]) -> list[str]:
     """What one path stands for; a single file that isn't there is put on the list ``missing``."""
     path = Path(name).expanduser().absolute()
     if path.is_dir():
-        files = _of_one_format([file.name for file in path.iterdir()])
+        there = [file.name for file in path.iterdir()]
+        files = _of_one_format(there)
         if not files:
-            raise UserError(f"no {', '.join('*' + suffix for suffix in FORMATS)} in the folder {path}")
+            loose = any(file.lower().endswith(IMAGE_EXTENSIONS) for file in there)
+            way = f"; for images with texts beside them: tar --sort=name -cf pairs.tar -C {path} ." if loose else ""
+            raise UserError(f"no {', '.join('*' + suffix for suffix in FORMATS)} in the folder {path}{way}")
+        _say_what_is_left_out(path, there, files)
         return [str(path / file) for file in files]
     if path.exists() or not glob.has_magic(name):
         if not path.exists():
@@ -76,6 +81,15 @@ def _expand_local(name: str, missing: list[str]) -> list[str]:
     if not files:
         raise UserError(f"no file matches '{name}'")
     return files
+
+
+def _say_what_is_left_out(folder: Path, names: Sequence[str], taken: Sequence[str]) -> None:
+    """Name the inputs of other formats in a folder, but for a table that describes a tar or another file beside it."""
+    stems = {name.split(".")[0] for name in taken}
+    inputs = [name for name in names if name.lower().endswith(FORMATS) and not name.startswith(".")]
+    left = sorted(name for name in inputs if name not in taken and name.split(".")[0] not in stems)
+    if left:
+        print(f"not taken from {folder}: {', '.join(left[:3])}{', …' if left[3:] else ''}; name them", file=sys.stderr)
 
 
 def _of_one_format(names: Sequence[str]) -> list[str]:

@@ -39,3 +39,17 @@ def test_expand_says_what_is_missing(tmp_path: Path, pattern: str, message: str)
 def test_one_slash_in_a_url_of_tars(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^--inputs=s3:/raw/a\.tar has one slash; did you mean 's3://raw/a\.tar'\?"):
         quick([tmp_path / "b.tar", "s3:/raw/a.tar"], tmp_path / "out")
+
+
+def test_a_folder_of_loose_images_says_how_they_are_packed(tmp_path: Path) -> None:
+    (tmp_path / "0.JPG").write_bytes(b"")
+    with pytest.raises(UserError, match=rf"beside them: tar --sort=name -cf pairs\.tar -C {tmp_path} \.$"):
+        expand([str(tmp_path)])
+
+
+def test_what_a_folder_holds_besides_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = three_tars(tmp_path / "in")
+    for name in ("00000.parquet", "00001.csv", "more.csv", "other.parquet", "._x.csv", "notes.txt"):
+        (source / name).write_bytes(b"")
+    assert len(expand([str(source)])) == 3
+    assert capsys.readouterr().err == f"not taken from {source}: more.csv, other.parquet; name them\n"

@@ -148,4 +148,5 @@ class BestCheckpoint:
         say(f"best {self.config.metric} so far: {value:.4f}; kept as {self.folder.uri}/{BEST}")
 
     def _complain(self, error: Exception) -> None:
-        log.warning(f"could not keep the best checkpoint in {self.folder.uri}: {describe_storage_error(error)}")
+        why = str(error) if isinstance(error, UserError) else describe_storage_error(error)
+        log.warning(f"could not keep the best checkpoint in {self.folder.uri}: {why}")

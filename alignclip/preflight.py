@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
+
 from composer.core import Precision
 from composer.devices import Device
-from composer.utils import dist, get_device, maybe_create_object_store_from_uri, parse_uri
+from composer.utils import dist, get_device
 from torch._dynamo import list_backends
 
 from alignclip import early
@@ -12,7 +14,8 @@ from alignclip.checkpoints import SaveFolder
 from alignclip.config import RunConfig
 from alignclip.config_checks import CHOICES
 from alignclip.errors import UserError, nearest, one_line
-from alignclip.storage import describe_storage_error
+from alignclip.fetching import BY_NAME, LATEST, WEIGHT_FILES
+from alignclip.storage import StorageError, Store, is_absent, is_denied, open_file
 from alignclip.streams import check_streams
 
 DEVICES = CHOICES["device"]
@@ -68,12 +71,21 @@ def check_load_path(place: str) -> None:
     Raises:
         UserError: there is none, it can't be reached, or is something else.
     """
-    if "://" in place:
-        try:
-            store = maybe_create_object_store_from_uri(place)
-            assert store is not None
-            store.get_object_size(parse_uri(place)[2])
-        except Exception as error:  # every provider has its own
-            raise UserError(f"load_path={place}: {describe_storage_error(error)}") from None
-    else:
+    if "://" not in place:
         early.check_load_path(place)
+        return
+    store, name = open_file(place.rstrip("/").removesuffix(".symlink"))
+    names = [name] if PurePath(name).suffix in WEIGHT_FILES else [f"{name}/{LATEST}", f"{name}{BY_NAME}"]
+    why = [_why_not_there(store, one) for one in names]
+    if all(why):
+        raise UserError(f"load_path={place}: {why[0]}")
+
+
+def _why_not_there(store: Store, name: str) -> str | None:
+    """Why an object or a bucket's link to one can't be read; None where it can."""
+    try:
+        store.size(name)
+    except StorageError as error:
+        if not (is_absent(error) or is_denied(error)) or store.read_optional(f"{name}.symlink") is None:
+            return error.why
+    return None

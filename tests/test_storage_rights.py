@@ -11,7 +11,8 @@ from refusing import RefusingS3
 from tarballs import pairs, quick, write_tar
 
 from alignclip import uploads
-from alignclip.config import SetConfig
+from alignclip.checkpoints import SaveFolder
+from alignclip.config import RunConfig, SetConfig
 from alignclip.errors import UserError
 from alignclip.evaluation.sets import read_classes
 from alignclip.fetching import card_beside, fetch, read_text
@@ -241,3 +242,48 @@ def test_a_checkpoint_waits_for_a_store_in_trouble(
     refusing.refuse = lambda request: next(answers, None)
     assert upload(tmp_path / "a") == 0
     assert refusing.keys() == ["runs/r/ep1.pt"]
+
+
+def save_folder(**settings: Any) -> SaveFolder:
+    return SaveFolder(RunConfig(run_name="r", save_folder="s3://b/runs/{run_name}", **settings))
+
+
+@pytest.mark.parametrize("rights", [("list",), ("delete",), ("list", "delete")])
+def test_a_run_starts_with_a_key_that_may_only_read_and_write(refusing: RefusingS3, rights: tuple[str, ...]) -> None:
+    refusing.without_right(*rights)
+    folder = save_folder()
+    folder.open()
+    folder.check_config()
+    assert not folder.has_checkpoint()
+    folder.write_config()
+    assert "runs/r/config.yaml" in refusing.keys("runs/r/config")
+
+
+@pytest.mark.parametrize(
+    ("answer", "rights", "words"),
+    [
+        ((403, "AccessDenied"), ("write",), r"may not write \(s3:PutObject\)"),
+        ((403, "AccessDenied"), ("read",), r"may write, and may not read \(s3:GetObject\)"),
+        ((403, "QuotaExceeded"), ("write",), "quota is used up"),
+        ((501, "NotImplemented"), ("write",), "AWS_REQUEST_CHECKSUM_CALCULATION=when_required"),
+        ((400, "ExpiredToken"), (), "the key has expired"),
+        ((404, "NoSuchBucket"), (), "no such bucket"),
+    ],
+)
+def test_a_save_folder_is_tried_before_anything_is_built(
+    refusing: RefusingS3, answer: tuple[int, str], rights: tuple[str, ...], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_supported")
+    refusing.answer(*answer, *rights)
+    with pytest.raises(UserError, match=rf"^save_folder=s3://b/runs/r: .*{words}"):
+        save_folder().open()
+
+
+@pytest.mark.parametrize("place", ["r", "r/", "r/latest-rank0.pt", "r/latest-rank0.pt.symlink", "r/ep1-ba5-rank0.pt"])
+@pytest.mark.parametrize("rights", [(), ("list",)])
+def test_a_load_path_in_a_bucket(refusing: RefusingS3, place: str, rights: tuple[str, ...]) -> None:
+    fill(refusing, "runs/r", RUN)
+    refusing.without_right(*rights)
+    check_load_path(f"s3://b/runs/{place}")
+    with pytest.raises(UserError, match=r"^load_path=s3://b/runs/q/latest-rank0\.pt: (not found|access denied)"):
+        check_load_path("s3://b/runs/q/latest-rank0.pt")

@@ -97,7 +97,12 @@ class S3:
 
     def size(self, name: str) -> int | None:
         """See :class:`Cloud`."""
-        return int(self._client.head_object(Bucket=self.bucket, Key=self.prefix + name)["ContentLength"])
+        from botocore.exceptions import ClientError
+
+        try:
+            return int(self._client.head_object(Bucket=self.bucket, Key=self.prefix + name)["ContentLength"])
+        except ClientError as error:
+            raise self._in_its_words(error, name) from error
 
     def delete(self, name: str) -> None:
         """See :class:`Cloud`."""

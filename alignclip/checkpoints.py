@@ -127,7 +127,9 @@ class SaveFolder:
         self._put(CARD, card)
 
     def add_start(self, start: Start) -> None:
-        """Add an entry to the record of the run's starts, and say which versions are not those of the last one.
+        """Add an entry to the record of the run's starts, with what has changed since the last one; say which versions.
+
+        Call it before :meth:`write_config`: the folder still has the settings of the last start.
 
         Raises:
             UserError: the record is not as this has written it, or can't be written.
@@ -136,11 +138,22 @@ class SaveFolder:
         try:
             starts = json.loads(self._read(STARTS_FILE) or "[]")
             changed = differing(starts[-1]["versions"], now["versions"]) if starts else []
+            if starts:
+                machine = [{key: one[key] for key in ("world_size", "device")} for one in (starts[-1], now)]
+                now["changed"] = [*self._changed_settings(), *differing(*machine), *changed]
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{self.uri}/{STARTS_FILE} is no list of this run's starts; move it away") from None
         if changed and start.batch:
             print(f"since the last start other versions were installed: {'; '.join(changed)}", flush=True)
         self._put(STARTS_FILE, json.dumps([*starts, now], indent=2) + "\n")
+
+    def _changed_settings(self) -> list[str]:
+        """What the folder's configuration and this start's differ in; not what tells a start from a run."""
+        before = self._read(CONFIG_FILE)
+        if before is None:
+            return []
+        defaults = _flatten(_plain(to_yaml(RunConfig())))
+        return differing(defaults | _flatten(_plain(before)), defaults | _flatten(_plain(to_yaml(self.config))))
 
     def _put(self, name: str, text: str) -> None:
         try:

@@ -39,6 +39,7 @@ class Start:
         command: after the launcher's own arguments.
         git: None where the code is installed rather than a checkout, or there is no git.
         versions: of Python, CUDA and :data:`PACKAGES`.
+        changed: what was another in the start before, as ``key: before → now``: settings, ranks, machine, versions.
     """
 
     batch: int
@@ -48,6 +49,7 @@ class Start:
     command: str = field(default_factory=lambda: shlex.join(sys.argv))
     git: Git | None = field(default_factory=lambda: checkout(HERE))
     versions: dict[str, str] = field(default_factory=lambda: versions())
+    changed: list[str] = field(default_factory=list)
 
 
 def versions() -> dict[str, str]:

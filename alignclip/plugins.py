@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import inspect
-import io
-import time
 import typing
-from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -16,12 +13,13 @@ import composer.algorithms
 import composer.callbacks
 import composer.loggers
 from composer.core import Algorithm, Callback
-from composer.loggers import FileLogger, LoggerDestination
+from composer.loggers import LoggerDestination
 from composer.utils import MissingConditionalImportError
 
 from alignclip import paths
 from alignclip.config import RunConfig
 from alignclip.errors import UserError, nearest
+from alignclip.trackers import OURS
 from alignclip.typed import convert
 from alignclip.yaml_text import natural
 
@@ -47,16 +45,6 @@ REFUSED_ALGORITHMS = {
     "NoOpModel": "it trains nothing",
 }
 CLIPPING_TYPES = ("norm", "value", "adaptive")
-
-
-class Utf8FileLogger(FileLogger):
-    """Composer's, whose file is UTF-8 whatever the locale says: a line with another character would end the run."""
-
-    def _flush_queue(self) -> None:
-        # called first when the file has been opened, with nothing written yet
-        if isinstance(self.file, io.TextIOWrapper) and self.file.encoding.lower() != "utf-8":
-            self.file.reconfigure(encoding="utf-8")
-        super()._flush_queue()
 
 
 def check(config: RunConfig) -> RunConfig:
@@ -124,13 +112,8 @@ def build(config: RunConfig, section: str) -> list[Any]:
     built = []
     for name, arguments in getattr(config, section).items():
         arguments = typed(f"{section}.{name}", classes[name], arguments or {})
-        if name == "FileLogger" and "overwrite" not in arguments:
-            # it refuses a file that is there, and a resumed run should keep its predecessor's: one file a start
-            path = Path(arguments.get("filename", "{run_name}/logs-rank{rank}.txt"))
-            arguments["filename"] = str(path.with_name(f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}{path.suffix}"))
         try:
-            cls = Utf8FileLogger if name == "FileLogger" else classes[name]
-            built.append(cls(**arguments))
+            built.append(OURS.get(name, classes[name])(**arguments))
         except MissingConditionalImportError as error:
             hint = " ".join(str(error).split())
             raise UserError(f"{section}.{name} needs a package that is not installed: {hint}") from None

@@ -17,6 +17,7 @@ from alignclip.errors import UserError, nearest, one_line
 from alignclip.fetching import BY_NAME, LATEST, WEIGHT_FILES
 from alignclip.storage import StorageError, Store, is_absent, is_denied, open_file
 from alignclip.streams import check_streams
+from alignclip.trackers import check_login
 
 DEVICES = CHOICES["device"]
 
@@ -55,6 +56,7 @@ def check_parallelism(config: RunConfig, device: Device) -> None:
 
 def check_inputs(config: RunConfig, folder: SaveFolder | None) -> None:
     """Everything outside this process that the run needs: the sets and the save folder."""
+    check_login(config)
     check_streams(config.data, semantic=config.loss.needs_semantic)
     for name, evaluator in config.evaluators.items():
         early.check_evaluator(name, evaluator, contents=True)

@@ -48,6 +48,7 @@ from alignclip.pretrained import load_pretrained
 from alignclip.resume import Origin, origin_of
 from alignclip.saver import CheckpointSaver
 from alignclip.state_dicts import RUN
+from alignclip.trackers import with_wandb_id
 from alignclip.trainer_arguments import autocast_dtype, console_interval, show_progress, trainer_arguments
 
 T = TypeVar("T")
@@ -121,8 +122,8 @@ def describe(config: RunConfig, trainer: Trainer, folder: SaveFolder | None) -> 
 def write_record(folder: SaveFolder, trainer: Trainer) -> None:
     """What is needed to run this again, and what it ran on, beside the checkpoints."""
     device = torch.cuda.get_device_name() if trainer.state.device.name == "gpu" else trainer.state.device.name
-    folder.write_config()
     folder.add_start(Start(trainer.state.timestamp.batch.value, dist.get_world_size(), device))
+    folder.write_config()
 
 
 def on_rank_zero(action: Callable[[], None]) -> None:
@@ -178,7 +179,7 @@ def build_trainer_from(
             *build_evaluation(config, model, device, folder),
             *saving(folder),
         ],
-        loggers=[*plugins.build(config, "loggers"), *build_displays(config, folder, loader)],
+        loggers=[*plugins.build(with_wandb_id(config, folder), "loggers"), *build_displays(config, folder, loader)],
         **(trainer_arguments(config, device) | origin.trainer_arguments()),
     )
     if origin.path is not None and not origin.goes_on:

@@ -14,7 +14,8 @@ from runs import RECORDING, run, steps, write_config, write_set
 from s3 import S3Server
 
 from alignclip import config_file
-from alignclip.checkpoints import SaveFolder
+from alignclip.checkpoints import FIXED, FREE, SaveFolder
+from alignclip.config import RunConfig
 from alignclip.environment import Git, Start, checkout, versions
 from alignclip.errors import UserError
 
@@ -175,3 +176,51 @@ def test_a_configuration_in_a_bucket(s3: S3Server, tmp_path: Path) -> None:
     }.items():
         with pytest.raises(UserError, match=words):
             config_file.load(url)
+
+
+def test_a_start_keeps_what_has_changed(tmp_path: Path) -> None:
+    """Settings that a run may change, evaluators included; and the machine."""
+
+    def start(batch: int, world_size: int, *overrides: str) -> list[str]:
+        path = write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "runs"))
+        folder = SaveFolder(config_file.load(path, ["run_name=first", *overrides]))
+        folder.open()
+        folder.add_start(Start(batch, world_size, "cpu"))
+        folder.write_config()
+        changed: list[str] = json.loads((tmp_path / "runs" / "starts.json").read_text(encoding="utf-8"))[-1]["changed"]
+        return changed
+
+    assert start(0, 1) == []
+    assert start(5, 1) == []
+    more = ("max_duration=80ba", "precision=amp_bf16", "evaluators.e={task: retrieval, local: set}")
+    changed = start(10, 2, *more)
+    assert {"max_duration: 40ba → 80ba", "precision: fp32 → amp_bf16", "world_size: 1 → 2"} <= set(changed)
+    assert "evaluators.e.task: not set → retrieval" in changed
+    assert not any(line.startswith(("model", "loss", "data", "optimizer", "seed")) for line in changed)
+    assert start(20, 2, *more) == []
+
+
+def test_what_a_run_may_change_stands_in_the_readme() -> None:
+    """Every setting is either another run's, or is one of those that the README names."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    may = readme[readme.index("What a run may change") : readme.index("What makes it another run")]
+    named = {
+        "`max_duration`": {"max_duration"},
+        "`precision`": {"precision", "precision_config"},
+        "evaluators": {"evaluators", "keep_best"},
+        "callbacks and loggers": {"callbacks", "loggers", "auto_log_hparams", "log_traces", "profiler", "save_metrics"},
+        "what is shown": {
+            "progress_bar", "log_to_console", "console_log_interval", "python_log_level", "load_progress_bar",
+        },
+        "checkpoints": {name for name in vars(RunConfig()) if name.startswith(("save_", "load_"))} | {"autoresume"},
+        "how it is computed": {
+            "device", "parallelism_config", "ddp_sync_strategy", "dist_timeout", "deterministic_mode",
+            "compile_config", "spin_dataloaders",
+        },
+    }  # fmt: skip
+    for words in named:
+        assert words in may, words
+    free = set(vars(RunConfig())) - set(FIXED) - {"run_name"}
+    assert free == set().union(*named.values())
+    for key in FREE:
+        assert key.startswith("data.") or f"`{key}`" in may, key

@@ -1,0 +1,129 @@
+"""Loggers of a run that is killed and goes on: one run in each tracker, each step once."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from composer.utils import get_device
+from runs import write_config, write_set
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.event_file_writer import AtomicCounter
+
+from alignclip import trackers, training
+from alignclip.checkpoints import SaveFolder
+from alignclip.config_file import load
+from alignclip.errors import UserError
+from alignclip.history import HISTORY, PAGE, read_lines
+
+FIXED = (
+    "run_name=r", "data.num_workers=0", "scheduler.t_warmup=1ba", "data.num_canonical_nodes=1", "save_interval=4ba",
+    "loss.beta=0", "evaluators.e.task=retrieval", "evaluators.e.interval=4ba", "evaluators.e.num_workers=0",
+)  # fmt: skip
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Two starts: the first one trains 7 batches, the second one goes on after 4 and trains to the 9th."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    write_set(str(tmp_path / "set"), 64)
+
+    def train(*overrides: str) -> None:
+        for length in (7, 9):
+            # of files of one second TensorBoard reads number 10 before number 9; each start is a process of its own
+            monkeypatch.setattr("tensorboard.summary.writer.event_file_writer._global_uid", AtomicCounter(0))
+            more = (f"max_duration={length}ba", f"evaluators.e.local={tmp_path / 'set'}", *overrides)
+            config = load(write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "runs")), [*FIXED, *more])
+            trainer = training.build_trainer(config, get_device("cpu"), SaveFolder(config))
+            assert trainer.state.timestamp.batch == (0 if length == 7 else 4)
+            trainer.fit()
+            trainer.close()
+            for newer in (tmp_path / "runs").glob("ep*-ba7-*"):
+                newer.unlink()  # as if the start had been killed before it saved
+                (tmp_path / "runs" / "latest-rank0.pt").unlink()
+                (tmp_path / "runs" / "latest-rank0.pt").symlink_to("ep0-ba4-rank0.pt")
+
+    return train
+
+
+def test_tensorboard_has_each_step_once(train: Any, tmp_path: Path) -> None:
+    train(f"loggers.TensorboardLogger.log_dir={tmp_path / 'board'}", "loggers.TensorboardLogger.flush_interval=3")
+    found = EventAccumulator(str(tmp_path / "board" / "r"))
+    found.Reload()
+    steps = {tag: sorted(scalar.step for scalar in found.Scalars(tag)) for tag in found.Tags()["scalars"]}
+    assert steps["loss/train/total"] == list(range(9))
+    assert steps["lr"] == list(range(9))
+    assert steps["logit_scale"] == list(range(1, 10))
+    assert steps["metrics/e/image_retrieval_recall@1"] == [4, 8, 9]
+
+
+def test_a_file_has_each_step_once(train: Any, tmp_path: Path) -> None:
+    train(f"loggers.FileLogger.filename={tmp_path / 'log.txt'}")
+    lines = [trackers.LINE.match(line) for line in (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines()]
+    steps = Counter((found[2], int(found[1])) for found in lines if found)
+    for name, expected in (
+        ("loss/train/total", range(9)),
+        ("lr", range(9)),
+        ("logit_scale", range(1, 10)),
+        ("metrics/e/image_retrieval_recall@1", (4, 8, 9)),
+    ):
+        assert {step: n for (one, step), n in steps.items() if one == name} == dict.fromkeys(expected, 1), name
+
+
+def rows_of(folder: Path) -> tuple[Counter[tuple[str, int]], set[str]]:
+    """How often each (metric, step) stands in W&B's offline files, and the ids of their runs."""
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    found: Counter[tuple[str, int]] = Counter()
+    ids = set()
+    for file in folder.rglob("run-*.wandb"):
+        store = DataStore()
+        store.open_for_scan(str(file))
+        while (data := store.scan_data()) is not None:
+            record = Record()
+            record.ParseFromString(data)
+            if record.run.run_id:
+                ids.add(record.run.run_id)
+            row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            found.update((key, row["_step"]) for key in row if key != "_step")
+    return found, ids
+
+
+def test_weights_and_biases_has_one_run_and_each_step_once(train: Any, tmp_path: Path) -> None:
+    train("loggers.WandBLogger.project=x")
+    found, ids = rows_of(tmp_path / "wandb")
+    assert ids == {(tmp_path / "runs" / trackers.WANDB_ID).read_text(encoding="utf-8").strip()}
+    for name in ("loss/train/total", "lr"):
+        assert {step: n for (one, step), n in found.items() if one == name} == dict.fromkeys(range(9), 1), name
+
+
+def test_nobody_is_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load(write_config(tmp_path, str(tmp_path / "set")), ["loggers.WandBLogger.project=x"])
+    with pytest.raises(UserError, match=r"nobody is logged in to Weights & Biases; run `wandb login`"):
+        trackers.check_login(config)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    trackers.check_login(config)
+
+
+def test_the_history_of_all_starts(train: Any, tmp_path: Path) -> None:
+    train()
+    text = (tmp_path / "runs" / HISTORY).read_text(encoding="utf-8")
+    lines = read_lines(text)
+    assert [line["batch"] for line in lines if "losses" in line] == list(range(1, 10))
+    assert [line["batch"] for line in lines if line.get("start")] == [0, 4]
+    assert read_lines(text[:-20]) == lines[:-1]  # a kill in the middle of a line
+    page = (tmp_path / "runs" / PAGE).read_text(encoding="utf-8")
+    assert "learning curves to batch 9" in page
+    assert "after batch 4" in page
+    for name in ("total", "contrastive", "e/image_retrieval_recall@5", "Learning rate", "Logit scale"):
+        assert name in page

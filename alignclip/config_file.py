@@ -51,7 +51,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read the configuration of a pretraining run: a YAML file and ``key.sub=value`` overrides over it.
 
     The file may be a URL, e.g. of the ``config.yaml`` that another run has left in its bucket.
-    ``data.streams.NAME=null`` takes a set out that the file has, ``evaluators.NAME=null`` an evaluator.
+    ``data.streams.NAME=null`` takes a set out that the file has, ``evaluators.NAME=null`` an evaluator;
+    ``data.streams=null`` and ``evaluators=null`` take all of them out.
 
     Raises:
         UserError: no such file, not YAML, an unknown key (with the nearest one), a wrong type or range.
@@ -124,6 +125,10 @@ def _read(path: str | Path, overrides: Sequence[str], schema: type[T], check: Ca
     path = expand(str(path), "config file")
     from_file, from_line = _read_file(path), _read_line(overrides, schema)
     merged: Any = OmegaConf.structured(schema, flags=_TEXTS)
+    for section in NAMED:
+        if f"{section}=null" in overrides:  # what the line names besides stays
+            _names(from_file, section).clear()
+            _drop_null(from_line, section)
     removed = _nulls(from_file) | _nulls(from_line)
     for where, layer in ((path, from_file), (ON_THE_LINE, from_line)):
         _check_keys(layer, schema, schema, "", where)
@@ -300,6 +305,15 @@ def _names(layer: Tree, section: str) -> Tree:
     for key in section.split("."):
         values = values.get(key) if isinstance(values, dict) else None
     return values if isinstance(values, dict) else {}
+
+
+def _drop_null(layer: Tree, section: str) -> None:
+    """Leave a section out of a layer that sets the whole section to null."""
+    *above, last = section.split(".")
+    for key in above:
+        layer = layer.get(key) or {}
+    if layer.get(last, {}) is None:
+        del layer[last]
 
 
 def _nulls(layer: Tree) -> set[tuple[str, str]]:

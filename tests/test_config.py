@@ -286,3 +286,12 @@ def test_the_mode_of_keep_best_is_the_metrics_own(yaml: Path) -> None:
     with pytest.raises(UserError, match=r"a/alignment_std is better neither way; name keep_best\.mode: max or min"):
         load(yaml, [*gap, "keep_best.metric=a/alignment_std"])
     load(yaml, [*gap, "keep_best.metric=a/alignment_std", "keep_best.mode=min"])
+
+
+def test_null_takes_a_whole_section_of_names_out() -> None:
+    """What the line names besides stays, whatever the file calls by the same name."""
+    gap = ["evaluators.gap.task=gap", "evaluators.gap.local=/data/mine"]
+    config = load_evaluation(EVALUATE, ["checkpoint=runs/first", "evaluators=null", *gap])
+    assert list(config.evaluators) == ["gap"]
+    with pytest.raises(UserError, match="evaluators is empty"):
+        load_evaluation(EVALUATE, ["checkpoint=runs/first", "evaluators=null"])

@@ -16,6 +16,7 @@ from alignclip.config import ModelConfig
 from alignclip.encoders import CLIP, build_encoders
 from alignclip.errors import UserError, one_line
 from alignclip.fetching import CARD, RUN_CONFIG, fetch, few, find_beside
+from alignclip.finite import check_weights
 from alignclip.open_clip_models import named
 from alignclip.tokenizer import SimpleTokenizer
 from alignclip.weights import Found, find, preprocess_config
@@ -111,6 +112,7 @@ def open_model(path: str | Path, device: str | torch.device = "cpu", config: Mod
         file = fetch(place, Path(downloads))
         found = find(file, place, named(config) if isinstance(config, str) else config)
         model = _build(found, place)
+        check_weights(model.state_dict(), place)
         recipe, card = (_text(find_beside(file, name)) for name in (RUN_CONFIG, CARD))
         unused = {name: value.clone() for name, value in found.unused.items()}
     assert found.config is not None

@@ -32,6 +32,7 @@ from alignclip.config import ModelConfig
 from alignclip.encoders import CLIP
 from alignclip.errors import UserError, nearest, one_line
 from alignclip.fetching import EXPORT_CONFIG, card_beside, fetch
+from alignclip.finite import check_weights
 from alignclip.licenses import forbids_derivatives, license_of
 from alignclip.open_clip_models import export_settings
 from alignclip.release_format import HEAD_WIDTH
@@ -117,6 +118,7 @@ def load_pretrained(model: CLIP, place: str, shared_from: str, config: ModelConf
         weights = dict(source.weights)
         resized = _resize(weights, model)
         match = _copy(weights, model, shared_from)
+        check_weights({name: weights[name] for name in match.loaded if name in weights}, f"pretrained: {place}")
     total = len(match.loaded) + len(match.missing) + len(match.misshaped)
     lines = [f"pretrained: {place}: loaded {len(match.loaded)} of {total} tensors"]
     lines += [f"shared modules from the {tower} tower: {_modules(n)}" for tower, n in match.shared.items() if n]

@@ -122,7 +122,7 @@ def test_every_start_is_recorded(s3: S3Server, tmp_path: Path, place: str, capsy
     assert written[0]["command"] == first.command
     assert datetime.now(timezone.utc) - datetime.fromisoformat(written[0]["time"]) < timedelta(minutes=10)
     for broken in ("[{", '{"a": 1}', "[1]"):
-        folder._write("starts.json", broken)
+        folder.files.write_text("starts.json", broken)
         with pytest.raises(UserError, match=r"runs/starts\.json is no list of this run's starts; move it away"):
             folder.add_start(first)
     if place == "local":

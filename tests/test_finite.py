@@ -18,6 +18,7 @@ from PIL import Image
 from runs import PRETRAIN, run, write_config
 from streaming import MDSWriter
 
+import alignclip
 from alignclip import training
 from alignclip.checkpoints import SaveFolder
 from alignclip.command import main
@@ -255,3 +256,20 @@ def test_two_ranks_end_at_the_same_batch(tmp_path: Path) -> None:
     assert len(set(lines)) == 1
     assert "sample 'k30' has a caption embedding" in lines[0]
     assert len(saved(tmp_path)) < 12
+
+
+def test_weights_to_start_from_are_looked_at(tmp_path: Path) -> None:
+    """``alignclip.load`` and ``pretrained`` alike."""
+    write_embeddings(tmp_path / "set", sound)
+    trainer = start(tmp_path, "max_duration=2ba")
+    trainer.fit()
+    trainer.close()
+    path = (tmp_path / "runs" / "latest-rank0.pt").resolve()
+    content = torch.load(path, weights_only=False)
+    content["state"]["model"]["encoders.ln_final.weight"][0] = math.inf
+    torch.save(content, path)
+    SaveFolder(load(tmp_path / "tiny.yaml", FIXED)).write_config()
+    with pytest.raises(UserError, match=r"holds numbers that are not finite .*: .*ln_"):
+        alignclip.load(path)
+    with pytest.raises(UserError, match=r"pretrained: .* holds numbers that are not finite"):
+        start(tmp_path, f"pretrained={path}", f"save_folder={tmp_path / 'other'}")

@@ -1,0 +1,74 @@
+"""What waiting threads cost where cores are shared: a step of a small ViT beside busy processes.
+
+libgomp's threads spin while they wait; ``OMP_WAIT_POLICY=PASSIVE``, which the commands set, has them sleep.
+Every figure is a process of its own, the variants in turn; what is shown are medians over the rounds.
+
+    python benchmarks/threads.py                 # alone, and beside 2 busy processes a core
+    python benchmarks/threads.py --busy 0 4 16 --rounds 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+
+import torch
+
+VARIANTS = {  # name -> variables
+    "libgomp's default": {},
+    "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "OMP_NUM_THREADS=1": {"OMP_NUM_THREADS": "1"},
+}
+STEP = """
+import time, statistics, torch
+from open_clip.transformer import VisionTransformer
+torch.manual_seed(0)
+model = VisionTransformer(64, 8, 192, 4, 3, 4, output_dim=192)
+images, seconds = torch.randn(64, 3, 64, 64), []
+for _ in range(6):
+    start = time.perf_counter()
+    model(images).sum().backward()
+    seconds.append(time.perf_counter() - start)
+print(statistics.median(seconds[1:]))
+"""
+
+
+def main() -> None:
+    """Measure and print a table."""
+    cores = len(os.sched_getaffinity(0))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--busy", nargs="+", type=int, default=[0, 2 * cores], help="busy processes beside the step")
+    parser.add_argument("--rounds", type=int, default=3, help="of each variant")
+    options = parser.parse_args()
+    print(f"{cores} cores, {platform.processor() or platform.machine()}, torch {torch.__version__}")
+    print(f"{'seconds a step':26}" + "".join(f"{f'{busy} busy':>12}" for busy in options.busy))
+    found: dict[tuple[str, int], list[float]] = {}
+    for busy in options.busy:
+        spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
+        try:
+            for _ in range(options.rounds):
+                for name in VARIANTS:
+                    found.setdefault((name, busy), []).append(step(VARIANTS[name]))
+        finally:
+            for process in spinning:
+                process.kill()
+                process.wait()
+    for name in VARIANTS:
+        medians = [statistics.median(found[name, busy]) for busy in options.busy]
+        print(f"{name:26}" + "".join(f"{seconds:12.2f}" for seconds in medians))
+
+
+def step(variables: dict[str, str]) -> float:
+    """Return the median seconds of a step in a process with these variables."""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    command = [sys.executable, "-c", STEP]
+    done = subprocess.run(command, env=plain | variables, capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,7 @@ from convert.options import ConvertOptions, Counts
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = 100_000  # samples: below, the recipe's warm-up and canonical nodes would be most of the run
-FEW = 1_000  # samples: fewer are a test set, or a first try
+FEW = 1_000  # samples: fewer may be a test set as well as a first try
 RECIPE_SIDE = 224  # pixels of the published recipes' images
 SMALL_SIDE = 160  # pixels: the recipes would mostly enlarge smaller pictures
 CPU_SIDE = 64  # pixels of the CPU recipe's images
@@ -31,14 +31,17 @@ def next_step(out: str, counts: Counts, options: ConvertOptions) -> str:
         options: of this conversion.
     """
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", out.rpartition("/")[2]).strip("-") or "mine"
-    why = _is_for_tests(out, counts, options)
-    if why:
-        settings = [f"evaluators.{name}.task=retrieval", *_place(f"evaluators.{name}", name, out)]
-        return f"{why}; evaluate on it, with these settings of a run or of evaluate.py: {shlex.join(settings)}"
+    settings = [f"evaluators.{name}.task=retrieval", *_place(f"evaluators.{name}", name, out)]
+    evaluate = f"evaluate on it, with these settings of a run or of evaluate.py: {shlex.join(settings)}"
+    if _is_for_tests(out, options):
+        return f"a test set by its name; {evaluate}"
     composer = Path(sys.executable).with_name("composer")
     words = [str(_from_here(composer)) if composer.exists() else "composer", str(_from_here(ROOT / "pretrain.py"))]
     recipe = _on_gpu if has_gpu() else _on_cpu
-    return shlex.join([*words, *recipe(name, out, counts, options)])
+    train = shlex.join([*words, *recipe(name, out, counts, options)])
+    if counts.written >= FEW:
+        return train
+    return f"{train}\n{counts.written:,} samples show that all works, and teach little; if they are a test set, {evaluate}"
 
 
 def has_gpu() -> bool:
@@ -48,15 +51,10 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _is_for_tests(out: str, counts: Counts, options: ConvertOptions) -> str:
-    """Say why a set is one to evaluate on; nothing of a training set."""
-    name = out.rpartition("/")[2]
+def _is_for_tests(out: str, options: ConvertOptions) -> bool:
+    """Whether the name of a set, or of all its inputs, says that it is one to evaluate on."""
     inputs = [Path(place.split("?")[0]).name for place in options.inputs]
-    if TEST.search(name) or (inputs and all(TEST.search(one) for one in inputs)):
-        return "a test set by its name"
-    if counts.written < FEW:
-        return f"{counts.written:,} samples are too few to train on"
-    return ""
+    return bool(TEST.search(out.rpartition("/")[2]) or (inputs and all(map(TEST.search, inputs))))
 
 
 def _on_gpu(name: str, out: str, counts: Counts, options: ConvertOptions) -> list[str]:

@@ -103,7 +103,8 @@ def test_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     first = capsys.readouterr().out
     assert f"where                               {out}\n" in first
     assert "this run                            15 samples in " in first
-    assert "\nnext: 15 samples are too few to train on; evaluate on it, " in first
+    assert "pretrain.py yamls/quickstart.yaml run_name=out" in first.partition("\nnext: ")[2]
+    assert "\n15 samples show that all works, and teach little" in first
 
     main([*command, "--no-next"])
     second = capsys.readouterr().out

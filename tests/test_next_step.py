@@ -84,7 +84,6 @@ def test_batch_and_warm_up_fit(
         ("/data/val", "x.tar", 5_000, "a test set by its name"),
         ("s3://bucket/Flickr_Val", "x.tar", 5_000, "a test set by its name"),
         ("/data/mine", "in/val2017.tar", 5_000, "a test set by its name"),
-        ("/data/mine", "x.tar", 400, "400 samples are too few to train on"),
     ],
 )
 def test_a_test_set_is_to_be_evaluated_on(
@@ -97,6 +96,14 @@ def test_a_test_set_is_to_be_evaluated_on(
     config = load(REPOSITORY / "yamls" / "alignclip.yaml", settings)
     ((_, evaluator),) = config.evaluators.items()
     assert (evaluator.remote if "://" in out else evaluator.local) == out
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_small_set_is_a_first_try_or_a_test_set(monkeypatch: pytest.MonkeyPatch, gpu: bool) -> None:
+    command, other = proposed("/data/mine", monkeypatch, gpu, written=400).split("\n")
+    assert parsed(command).global_train_batch_size <= 40
+    assert other.startswith("400 samples show that all works, and teach little; if they are a test set, evaluate on it")
+    assert "evaluators.mine.local=/data/mine" in other
 
 
 @pytest.mark.parametrize("out", ["/data/latest", "/data/contest", "/data/valley", "/data/devices", "/data/evaluator-x"])

@@ -41,7 +41,8 @@ def next_step(out: str, counts: Counts, options: ConvertOptions) -> str:
     train = shlex.join([*words, *recipe(name, out, counts, options)])
     if counts.written >= FEW:
         return train
-    return f"{train}\n{counts.written:,} samples show that all works, and teach little; if they are a test set, {evaluate}"
+    small = f"{counts.written:,} samples show that all works, and teach little"
+    return f"{train}\n{small}; if they are a test set, {evaluate}"
 
 
 def has_gpu() -> bool:

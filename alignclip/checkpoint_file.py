@@ -31,6 +31,8 @@ DESCRIPTORS = {0, 16, 24}  # bytes that may follow a record
 COMMENT = len(TAG) + DIGITS
 CHUNK = 1 << 22  # bytes that are read at a time
 GOES_ON = "What was saved before is whole, and the same command goes on from there"
+GONE = "it is not there"
+UNREADABLE = "it can't be read"  # and may be whole
 LARGE = 1 << 16  # bytes from which a thread is worth its while
 
 
@@ -86,7 +88,7 @@ def damage(path: Path) -> str | None:
             return _damaged_record(path)
         return "it is only a part of a checkpoint, or none"
     except OSError as error:
-        return f"it can't be read: {error.strerror or one_line(error)}"
+        return f"{UNREADABLE}: {error.strerror or one_line(error)}"
 
 
 def has_checksum(path: Path) -> bool:

@@ -22,7 +22,7 @@ from alignclip.config_file import to_yaml
 from alignclip.environment import Start
 from alignclip.errors import UserError
 from alignclip.fetching import CARD
-from alignclip.storage import StorageError, is_absent, is_denied, open_store, write_text_whole
+from alignclip.storage import StorageError, is_absent, is_denied, open_store, to_disk, write_text_whole
 from alignclip.yaml_text import natural, parse
 
 CONFIG_FILE = "config.yaml"
@@ -251,7 +251,8 @@ class SaveFolder:
         try:
             status = path.stat()
         except OSError as error:
-            return "it is not there" if isinstance(error, FileNotFoundError) else f"it can't be read: {error.strerror}"
+            gone = isinstance(error, FileNotFoundError)
+            return checkpoint_file.GONE if gone else f"{checkpoint_file.UNREADABLE}: {error.strerror}"
         seen = (status.st_size, status.st_mtime_ns, status.st_ino)
         if name not in self._seen or self._seen[name][0] != seen:
             self._seen[name] = (seen, checkpoint_file.damage(path))
@@ -260,25 +261,29 @@ class SaveFolder:
     def rotate(self, keep: int) -> list[str]:
         """Delete all checkpoints but the newest ``keep`` whole ones; never what ``latest`` names, nor any newer.
 
-        A whole one goes only where as many newer ones were read and are whole.
+        A whole one goes only where as many newer ones were read, are whole, and in a folder are on the disk: a power
+        cut empties the memory that they may have been read from.
 
         Returns:
             the names deleted.
 
         Raises:
-            UserError: the folder can't be read or changed.
+            UserError, OSError: the folder can't be read or changed.
         """
         names = self.checkpoints()
         newest = self.batch_of(self.latest_target())
         if newest is None:
             return []
-        kept, deleted = 0, []
+        kept, deleted = list[str](), list[str]()
         for batch in sorted({batch for batch in names.values() if batch <= newest}, reverse=True):
             same = sorted(name for name in names if names[name] == batch)
-            if kept < max(keep, 1):
-                kept += any(self.damage(name) is None for name in same)
+            if len(kept) < max(keep, 1):
+                kept += [name for name in same if self.damage(name) is None][:1]
             else:
                 deleted += same
+        if deleted and not self.remote:
+            for name in (*kept, ""):
+                to_disk(Path(self.uri, name))
         for name in deleted:
             self.files.delete(name)
         return deleted
@@ -296,7 +301,7 @@ class SaveFolder:
         except StorageError as error:
             if not is_absent(error):
                 raise
-            return "it is not there"
+            return checkpoint_file.GONE
 
     def keep_file(self, source: Path, name: str) -> None:
         """Move a local file into the folder, where it appears complete or not at all."""

@@ -24,8 +24,8 @@ def main(arguments: Sequence[str]) -> int:
     """Train as the arguments say.
 
     Returns:
-        the exit status: 0 finished, 2 bad input, 3 numbers that are not finite, 143 stopped by a signal with
-        everything saved.
+        the exit status: 0 finished, 2 bad input, 3 numbers that are not finite, 4 a checkpoint that
+        could not be saved, 143 stopped by a signal with everything saved.
     """
     console.prepare()
     config, overrides = read_arguments(

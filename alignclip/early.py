@@ -216,8 +216,13 @@ def _goes_on(config: RunConfig, folder: str) -> bool:
 
 
 def _speaks() -> bool:
-    """Whether this process looks, and speaks, for all: the others would say the same."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this process looks, and speaks, for all: the others would say the same.
+
+    With several machines nobody does: the processes of the others would wait for this one until they time out. Once
+    all have met, :mod:`alignclip.preflight` and the evaluation look at the same places.
+    """
+    world = os.environ.get("WORLD_SIZE", "1")
+    return os.environ.get("RANK", "0") == "0" and os.environ.get("LOCAL_WORLD_SIZE", world) == world
 
 
 def _wrong(check: Callable[[], None]) -> list[str]:

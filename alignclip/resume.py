@@ -16,6 +16,7 @@ from typing import Any
 from composer.utils import dist
 
 from alignclip import checkpoint_file, composer_patches
+from alignclip.checkpoint_file import GONE, UNREADABLE
 from alignclip.checkpoints import SaveFolder
 from alignclip.config import RunConfig
 from alignclip.errors import UserError
@@ -77,12 +78,13 @@ def choose(folder: SaveFolder, download: Path) -> str | None:
         the checkpoint's name in the folder; None where the run has completed none so far.
 
     Raises:
-        UserError: the run has completed checkpoints, and none is whole any more.
+        UserError: the run has completed checkpoints, and none is whole any more; or the only ones left can't be read.
     """
     target, batches = folder.latest_target(), folder.checkpoints()
     names = sorted(batches, key=lambda name: (batches[name], name), reverse=True)
     candidates = [target, *(name for name in names if name != target)] if target else names
     passed: list[str] = []
+    reasons: list[str] = []
     for name in candidates:
         if (why := folder.damage(name, download)) is None:
             if passed or not target:
@@ -91,7 +93,10 @@ def choose(folder: SaveFolder, download: Path) -> str | None:
                 print(f"{folder.uri}: {what}; the newest whole checkpoint is {name}", flush=True)
             return name
         passed.append(f"{name} ({why})")
-    if target and names:
+        reasons.append(why)
+    # a key that may not list a bucket knows no other checkpoint than the one that `latest` names
+    was_completed = bool(target) and (bool(names) or reasons[0] != GONE)
+    if was_completed or any(why.startswith(UNREADABLE) for why in reasons):
         raise UserError(
             f"no checkpoint in {folder.uri} is whole: {few(passed)}; put a whole one there, or move these away to "
             "start anew"

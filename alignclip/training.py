@@ -35,6 +35,7 @@ from alignclip.environment import Start
 from alignclip.errors import UserError, one_line
 from alignclip.evaluation.best import BestCheckpoint
 from alignclip.evaluation.callback import EvaluationCallback
+from alignclip.evaluation.ranks import agree
 from alignclip.fetching import card_beside
 from alignclip.finite import check_weights
 from alignclip.history import History
@@ -194,18 +195,23 @@ def build_trainer_from(
 
 
 def check_loaded(trainer: Trainer, origin: Origin) -> None:
-    """Refuse a checkpoint whose numbers are not finite.
+    """Refuse a checkpoint whose numbers are not finite; on every rank, each of which may have a part of them.
 
     Raises:
-        UserError: names them, and what to do.
+        UserError: names them, and what to do; on every rank.
     """
     state = trainer.state
     what = f"the latest checkpoint ({origin.place})" if origin.goes_on else f"load_path={origin.place}"
     way_out = "Move it away: the next start goes on from the newest one that is left" if origin.goes_on else ""
     steps = [values for optimizer in state.optimizers for values in optimizer.state.values()]
     moments = {f"{name} ({i})": value for i, values in enumerate(steps) for name, value in values.items()}
-    check_weights(dict(state.model.named_parameters()), what, way_out)
-    check_weights(moments, f"the optimizer's state in {what}", way_out)
+    failure: UserError | None = None
+    try:
+        check_weights(dict(state.model.named_parameters()), what, way_out)
+        check_weights(moments, f"the optimizer's state in {what}", way_out)
+    except UserError as error:
+        failure = error
+    agree(failure)
 
 
 def say_jump(trainer: Trainer, before: float, now: float) -> None:

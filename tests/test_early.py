@@ -62,6 +62,17 @@ def test_a_wrong_place_of_a_run(yaml: Path, override: str, says: str) -> None:
     assert names() == ["run.yaml"]
 
 
+def test_of_several_machines_none_ends_before_the_others_can_hear(yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would wait for the first one until they time out; it speaks once all have met."""
+    wrong = load(yaml, ["data.streams.e.local=nowhere"])
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    early.check_run(wrong)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="no MDS set at nowhere"):
+        early.check_run(wrong)
+
+
 def test_all_wrong_places_are_told_in_one_go(yaml: Path) -> None:
     wrong = ["data.streams.e.local=one", "evaluators.x={task: gap, local: two}", "pretrained=three.pt"]
     with pytest.raises(UserError) as error:

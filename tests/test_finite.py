@@ -6,11 +6,14 @@ import io
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
+import processes
 import pytest
 import torch
+from composer import Trainer
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import get_device
@@ -24,6 +27,7 @@ from alignclip.checkpoints import SaveFolder
 from alignclip.command import main
 from alignclip.config_file import load
 from alignclip.errors import NOT_FINITE, NotFiniteError, UserError
+from alignclip.resume import Origin
 
 COUNT, DIMENSION = 64, 16
 FIXED = (
@@ -273,3 +277,23 @@ def test_weights_to_start_from_are_looked_at(tmp_path: Path) -> None:
         alignclip.load(path)
     with pytest.raises(UserError, match=r"pretrained: .* holds numbers that are not finite"):
         start(tmp_path, f"pretrained={path}", f"save_folder={tmp_path / 'other'}")
+
+
+def _check_loaded() -> str:
+    """What this rank says of a checkpoint of which rank 1 has the part that is not finite, as under FSDP2."""
+    model = torch.nn.Linear(2, 2)
+    if torch.distributed.get_rank() == 1:
+        torch.nn.init.constant_(model.weight, math.nan)
+    trainer = cast("Trainer", SimpleNamespace(state=SimpleNamespace(model=model, optimizers=[])))
+    try:
+        training.check_loaded(trainer, Origin(Path("a.pt"), "runs/a.pt", goes_on=True))
+    except UserError as error:
+        return str(error)
+    return "goes on"
+
+
+def test_what_one_rank_finds_in_a_checkpoint_ends_all() -> None:
+    """One that went on alone would wait for the other for ever."""
+    found = processes.run(2, _check_loaded)
+    assert found[0] == found[1]
+    assert found[0].startswith("the latest checkpoint (runs/a.pt) holds numbers that are not finite")

@@ -6,13 +6,15 @@ import hashlib
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
+from refusing import RefusingS3
 from runs import write_config
 from s3 import S3Server
 
-from alignclip import checkpoint_file, weight_files
+from alignclip import checkpoint_file, checkpoints, weight_files
 from alignclip.checkpoints import SaveFolder
 from alignclip.config_file import load
 from alignclip.errors import UserError
@@ -222,6 +224,38 @@ def test_no_whole_checkpoint_is_one_line(place: Place, tmp_path: Path, capsys: p
     place.point(place.name(6))
     assert choose(place.folder(), tmp_path / "download.pt") is None
     assert "points at ep0-ba6-rank0.pt, which is gone; the run starts anew" in capsys.readouterr().out
+
+
+def test_a_run_with_a_damaged_latest_never_starts_anew(refusing: RefusingS3, tmp_path: Path) -> None:
+    """A key that may not list the bucket sees no older checkpoint; starting anew would save over them."""
+    checkpoint_file.save(content(4), tmp_path / "made.pt")
+    refusing.objects |= {
+        ("b", "r/latest-rank0.pt.symlink"): b"r/ep0-ba4-rank0.pt",
+        ("b", "r/ep0-ba4-rank0.pt"): DAMAGES["flipped in a tensor"]((tmp_path / "made.pt").read_bytes()),
+    }
+    refusing.without_right("list")
+    folder = SaveFolder(load(write_config(tmp_path, str(tmp_path / "set"), "s3://b/r"), ["run_name=first"]))
+    with pytest.raises(UserError, match=r"no checkpoint in s3://b/r is whole: ep0-ba4-rank0.pt \(its checksum"):
+        choose(folder, tmp_path / "download.pt")
+
+
+def test_what_cannot_be_read_may_be_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The only checkpoint on a drive that is away for the moment is nothing to start anew over."""
+    folder = SaveFolder(load(write_config(tmp_path, "set", str(tmp_path / "runs")), ["run_name=first"]))
+    checkpoint_file.save(content(4), tmp_path / "runs" / "ep0-ba4-rank0.pt")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_file, "_digest", lambda *_: (tmp_path / "gone").read_text())
+        with pytest.raises(UserError, match=r"ep0-ba4-rank0.pt \(it can't be read"):
+            choose(folder, tmp_path / "download.pt")
+
+
+def test_nothing_is_deleted_before_what_stays_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place(tmp_path, cast("S3Server", None), remote=False)
+    written: dict[str, list[str]] = {}
+    monkeypatch.setattr(checkpoints, "to_disk", lambda path: written.update({path.name: place.names()}))
+    names = place.names()
+    assert place.folder().rotate(2) == [place.name(2)]
+    assert written == {place.name(6): names, place.name(4): names, "runs": names}
 
 
 def test_a_checkpoint_of_an_earlier_version_is_used(place: Place, tmp_path: Path) -> None:

@@ -7,13 +7,15 @@ import tempfile
 from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from alignclip.config import DataConfig, SetConfig
 from alignclip.errors import UserError, nearest
 from alignclip.mds_index import INDEX, ShardEntry, columns_of, read_shards
-from alignclip.shard_cache import CachedStream
 from alignclip.storage import StorageError, open_file
+
+if TYPE_CHECKING:
+    from alignclip.shard_cache import CachedStream
 
 DATASET = "dataset.json"  # beside the index: what a converter says of the set
 INTEGERS = ("int", "str_int", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)))
@@ -38,6 +40,8 @@ def cached_stream(name: str, stream: SetConfig, **arguments: Any) -> CachedStrea
         stream: where it lies.
         arguments: of :class:`streaming.Stream`; ``local`` is replaced by :func:`local_folder`.
     """
+    from alignclip.shard_cache import CachedStream  # takes seconds, as PyTorch does
+
     return CachedStream(**arguments | {"local": local_folder(name, stream)}, is_own=not stream.local)
 
 

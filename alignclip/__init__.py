@@ -48,5 +48,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Offer the public names, imported or not."""
-    return sorted({*globals(), *__all__})
+    """Offer the public names, imported or not, and none of what this file needs itself."""
+    return sorted({*(name for name in globals() if name.startswith("__")), *__all__})

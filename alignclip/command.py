@@ -49,7 +49,7 @@ def read_arguments(arguments: Sequence[str], prog: str, description: str, exampl
     parser = argparse.ArgumentParser(
         prog=prog, description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", help="YAML file, or its URL; README.md lists its sections")
+    parser.add_argument("config", help="YAML file, or its URL; README.md says what it holds")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key.sub=value", help="settings that replace the file's"
     )

@@ -276,8 +276,12 @@ def check_evaluators(evaluators: dict[str, EvaluatorConfig]) -> None:
         where = f"evaluators.{name}"
         if "/" in name:
             raise UserError(f"{where}: a name must not hold a '/'")
+        if not evaluator.task:
+            close = nearest(name, [other for other, one in evaluators.items() if one.task])
+            typo = f"; {close}" if close.startswith("did") else ""
+            raise UserError(f"{where} has no task (valid: {', '.join(sorted(TASKS))}){typo}")
         if evaluator.task not in TASKS:
-            raise UserError(f"{where}.task={evaluator.task or 'null'}: {nearest(evaluator.task, TASKS)}")
+            raise UserError(f"{where}.task={evaluator.task}: {nearest(evaluator.task, TASKS)}")
         sets: dict[str, SetConfig | None] = {where: evaluator}
         for key, task in (("train", "linear_probe"), ("outliers", "out_of_distribution")):
             part = getattr(evaluator, key)

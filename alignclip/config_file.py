@@ -123,6 +123,7 @@ def build(schema: type[T], values: Tree) -> T:
 
 def _read(path: str | Path, overrides: Sequence[str], schema: type[T], check: Callable[[T], None]) -> T:
     path = expand(str(path), "config file")
+    _check_dashes(overrides)  # before the file: what follows an option is taken for it
     from_file, from_line = _read_file(path), _read_line(overrides, schema)
     merged: Any = OmegaConf.structured(schema, flags=_TEXTS)
     for section in NAMED:
@@ -196,12 +197,20 @@ def _read_file(path: str) -> Tree:
     return content or {}
 
 
+def _check_dashes(overrides: Sequence[str]) -> None:
+    """Refuse options, which people who come from open_clip may type."""
+    for item in overrides:
+        if item.startswith("-") and "=" in item:
+            raise UserError(f"override '{item}': write '{item.lstrip('-')}', without dashes")
+        if item.startswith("-"):
+            flags = "docs/migration.md says what open_clip's flags are here"
+            raise UserError(f"override '{item}': settings are key.sub=value, without dashes; {flags}")
+
+
 def _read_line(overrides: Sequence[str], schema: type) -> Tree:
     """The overrides as one tree; a later one wins."""
     tree: Tree = {}
     for item in overrides:
-        if item.startswith("-"):
-            raise UserError(f"override '{item}': write '{item.lstrip('-')}', without dashes")
         if "=" not in item:
             raise UserError(f"override '{item}' is not of the form key.sub=value")
         key, _, text = item.partition("=")

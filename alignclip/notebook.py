@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import io
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -81,7 +81,7 @@ class Pair:
     image: Image.Image
     caption: str
     captions: list[str]
-    columns: dict[str, Any]
+    columns: dict[str, Any] = field(repr=False)  # a notebook would show all bytes of the image
 
 
 class Pairs(Dataset[Pair]):

@@ -163,7 +163,8 @@ def summary(counts: Counts, options: ConvertOptions) -> str:
     if not counts.converted:
         this_run = f"{'the input was' if counts.inputs == 1 else f'all {counts.inputs:,} inputs were'} complete already"
     rows += [("this run", this_run)]
-    text = "\n".join(f"{name:<36}{value}" for name, value in rows)
+    width = max(36, *(len(name) + 2 for name, _ in rows))
+    text = "\n".join(f"{name:<{width}}{value}" for name, value in rows)
     text += "".join(f"\n\n{way} (into another --out)" for way in ways_out(counts.skipped))
     if broken := counts.broken:
         names = ", ".join([*broken[:10], *(["…"] if len(broken) > 10 else [])])

@@ -31,6 +31,7 @@ def call(*arguments: str | Path, environ: dict[str, str] | None = None) -> subpr
         (["lr=1"], "unknown key 'lr'; did you mean 'optimizer.lr'?"),
         (["--lr=1"], "write 'lr=1', without dashes"),
         (["-n", "2"], "override '-n'"),
+        (["--batch-size", "64"], "docs/migration.md"),
     ],
 )
 def test_a_typo_is_one_line_before_anything_large_is_imported(arguments: list[str], says: str) -> None:

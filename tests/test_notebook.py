@@ -45,7 +45,7 @@ def test_public_names_are_offered_before_they_are_imported() -> None:
     code = (
         "import sys, alignclip; offered = dir(alignclip);"
         "assert {'load', 'evaluate', 'dataset', 'CLIP', 'ModelConfig', 'UserError', 'AlignCLIPLoss'} <= set(offered);"
-        "assert set(alignclip.__all__) <= set(offered);"
+        "assert {name for name in offered if not name.startswith('__')} == set(alignclip.__all__);"
         "assert not {'torch', 'numpy', 'open_clip', 'streaming', 'composer'} & set(sys.modules);"
         "assert all(getattr(alignclip, name) is not None for name in alignclip.__all__);"
         "assert not {'composer'} & set(sys.modules)"

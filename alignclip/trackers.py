@@ -22,6 +22,7 @@ from composer.utils import dist
 from alignclip.checkpoints import SaveFolder
 from alignclip.config import RunConfig
 from alignclip.errors import UserError, one_line
+from alignclip.evaluation.ranks import agree
 
 WANDB_ID = "wandb-id.txt"  # in the save folder
 OFFLINE = ("offline", "disabled", "dryrun")  # modes of W&B that need no login
@@ -54,16 +55,20 @@ def with_wandb_id(config: RunConfig, folder: SaveFolder | None) -> RunConfig:
 
     Without a save folder each start trains anew, and is another run. An id of the person's own is left alone. The id is
     no part of the configuration that is kept: another run may be started from that.
+
+    Raises:
+        UserError: the save folder can't be read or written; on every rank.
     """
     if folder is None or "WandBLogger" not in config.loggers:
         return config
     found = [""]
+    failure: UserError | None = None
     if dist.get_global_rank() == 0:
-        found = [(folder.files.read_text_optional(WANDB_ID) or "").strip()]
-        if not found[0]:  # the time: a run that is begun anew in an emptied folder is another one
-            text = f"{config.run_name} {folder.uri} {time.time_ns()}"
-            found = [hashlib.sha256(text.encode()).hexdigest()[:16]]
-            folder.files.write_text(WANDB_ID, found[0] + "\n")
+        try:
+            found = [_wandb_id(config, folder)]
+        except UserError as error:
+            failure = error
+    agree(failure)
     dist.broadcast_object_list(found)
     arguments = dict(config.loggers["WandBLogger"] or {})
     given = dict(arguments.get("init_kwargs") or {})
@@ -73,6 +78,16 @@ def with_wandb_id(config: RunConfig, folder: SaveFolder | None) -> RunConfig:
     given.setdefault("resume", "allow")
     arguments["init_kwargs"] = given
     return dataclasses.replace(config, loggers={**config.loggers, "WandBLogger": arguments})
+
+
+def _wandb_id(config: RunConfig, folder: SaveFolder) -> str:
+    """The id that lies in the save folder, or a new one."""
+    if found := (folder.files.read_text_optional(WANDB_ID) or "").strip():
+        return found
+    text = f"{config.run_name} {folder.uri} {time.time_ns()}"  # a run that is begun anew is another one
+    made = hashlib.sha256(text.encode()).hexdigest()[:16]
+    folder.files.write_text(WANDB_ID, made + "\n")
+    return made
 
 
 class WandBLogger(loggers.WandBLogger):
@@ -89,17 +104,20 @@ class WandBLogger(loggers.WandBLogger):
     _names: frozenset[str] = frozenset()
 
     def init(self, state: State, logger: Logger) -> None:
-        """Begin the W&B run, or go on with it.
+        """Begin the W&B run, or go on with it; on every rank, of which often the first one alone logs.
 
         Raises:
-            UserError: W&B can't be reached or refuses.
+            UserError: W&B can't be reached or refuses; on every rank.
         """
         import wandb
 
+        failure: UserError | None = None
         try:
             super().init(state, logger)
         except (wandb.errors.Error, wandb.errors.UsageError) as error:
-            raise UserError(f"loggers.WandBLogger: {one_line(error)}; WANDB_MODE=offline keeps the logs here") from None
+            way_out = "WANDB_MODE=offline keeps the logs here"
+            failure = UserError(f"loggers.WandBLogger: {one_line(error)}; {way_out}")
+        agree(failure)
         if self._enabled and wandb.run is not None and (place := getattr(wandb.run, "dir", None)):
             self._mark = Path(place).parents[1] / f"{wandb.run.id}.logged.json"
             try:

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 from composer.utils import get_device
 from runs import write_config, write_set
@@ -113,6 +114,23 @@ def test_nobody_is_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         trackers.check_login(config)
     monkeypatch.setenv("WANDB_MODE", "offline")
     trackers.check_login(config)
+
+
+def _without_an_id(yaml: Path) -> str:
+    config = load(yaml, ["run_name=r", "loggers.WandBLogger.project=x"])
+    try:
+        trackers.with_wandb_id(config, SaveFolder(config))
+    except UserError as error:
+        return str(error)
+    return "goes on"
+
+
+def test_all_ranks_hear_that_the_id_cannot_be_kept(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file where the folder should be", encoding="utf-8")
+    yaml = write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "runs"))
+    found = processes.run(2, _without_an_id, yaml, timeout=60)
+    assert found[0] == found[1]
+    assert found[0].startswith("can't write")
 
 
 def test_the_history_of_all_starts(train: Any, tmp_path: Path) -> None:

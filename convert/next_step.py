@@ -31,18 +31,18 @@ def next_step(out: str, counts: Counts, options: ConvertOptions) -> str:
         options: of this conversion.
     """
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", out.rpartition("/")[2]).strip("-") or "mine"
-    settings = [f"evaluators.{name}.task=retrieval", *_place(f"evaluators.{name}", name, out)]
-    evaluate = f"evaluate on it, with these settings of a run or of evaluate.py: {shlex.join(settings)}"
+    settings = ["evaluators=null", f"evaluators.{name}.task=retrieval", *_place(f"evaluators.{name}", name, out)]
+    words = [] if has_gpu() else ["device=cpu", "precision=fp32"]
+    recipe = str(_from_here(ROOT / "yamls" / "evaluate.yaml"))
+    evaluate = _command("evaluate.py", [recipe, "checkpoint=RUN", *words, *settings])
+    run = f"RUN stands for a run's folder; a run takes the settings evaluators.{name}.…, too"
     if _is_for_tests(out, options):
-        return f"a test set by its name; {evaluate}"
-    composer = Path(sys.executable).with_name("composer")
-    words = [str(_from_here(composer)) if composer.exists() else "composer", str(_from_here(ROOT / "pretrain.py"))]
-    recipe = _on_gpu if has_gpu() else _on_cpu
-    train = shlex.join([*words, *recipe(name, out, counts, options)])
+        return f"{evaluate}\nThe name says that it is a test set. {run}."
+    train = _command("pretrain.py", (_on_gpu if has_gpu() else _on_cpu)(name, out, counts, options))
     if counts.written >= FEW:
         return train
     small = f"{counts.written:,} samples show that all works, and teach little"
-    return f"{train}\n{small}; if they are a test set, {evaluate}"
+    return f"{train}\n{small}. If they are a test set: {evaluate}\n{run}."
 
 
 def has_gpu() -> bool:
@@ -50,6 +50,12 @@ def has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def _command(script: str, words: list[str]) -> str:
+    composer = Path(sys.executable).with_name("composer")
+    start = str(_from_here(composer)) if composer.exists() else "composer"
+    return shlex.join([start, str(_from_here(ROOT / script)), *words])
 
 
 def _is_for_tests(out: str, options: ConvertOptions) -> bool:

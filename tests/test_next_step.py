@@ -9,7 +9,7 @@ import pytest
 from tarballs import draw, pairs, quick, write_tar
 
 from alignclip.config import RunConfig
-from alignclip.config_file import load
+from alignclip.config_file import load, load_evaluation
 from convert import next_step
 from convert.cc12m import parse, summary
 from convert.options import ConvertOptions, Counts
@@ -78,31 +78,33 @@ def test_batch_and_warm_up_fit(
 
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize(
-    ("out", "inputs", "written", "why"),
+    ("out", "inputs"),
     [
-        ("/data/coco-test", "x.tar", 5_000, "a test set by its name"),
-        ("/data/val", "x.tar", 5_000, "a test set by its name"),
-        ("s3://bucket/Flickr_Val", "x.tar", 5_000, "a test set by its name"),
-        ("/data/mine", "in/val2017.tar", 5_000, "a test set by its name"),
+        ("/data/coco-test", "x.tar"),
+        ("/data/val", "x.tar"),
+        ("s3://bucket/Flickr_Val", "x.tar"),
+        ("/data/mine", "in/val2017.tar"),
     ],
 )
-def test_a_test_set_is_to_be_evaluated_on(
-    monkeypatch: pytest.MonkeyPatch, gpu: bool, out: str, inputs: str, written: int, why: str
-) -> None:
-    said = proposed(out, monkeypatch, gpu, inputs=inputs, written=written)
-    assert said.startswith(f"{why}; evaluate on it, ")
-    assert "pretrain.py" not in said
-    settings = shlex.split(said.partition("evaluate.py: ")[2])
-    config = load(REPOSITORY / "yamls" / "alignclip.yaml", settings)
+def test_a_test_set_is_to_be_evaluated_on(monkeypatch: pytest.MonkeyPatch, gpu: bool, out: str, inputs: str) -> None:
+    command, why = proposed(out, monkeypatch, gpu, inputs=inputs, written=5_000).split("\n")
+    assert why.startswith("The name says that it is a test set. RUN stands for a run's folder")
+    words = shlex.split(command)
+    assert words[1] == "evaluate.py"
+    config = load_evaluation(REPOSITORY / words[2], words[3:])
     ((_, evaluator),) = config.evaluators.items()
     assert (evaluator.remote if "://" in out else evaluator.local) == out
+    assert (config.device == "cpu") != gpu
+    settings = [word for word in words if word.startswith("evaluators.")]
+    assert load(REPOSITORY / "yamls" / "alignclip.yaml", settings).evaluators == config.evaluators
 
 
 @pytest.mark.parametrize("gpu", [False, True])
 def test_a_small_set_is_a_first_try_or_a_test_set(monkeypatch: pytest.MonkeyPatch, gpu: bool) -> None:
-    command, other = proposed("/data/mine", monkeypatch, gpu, written=400).split("\n")
+    command, other, _ = proposed("/data/mine", monkeypatch, gpu, written=400).split("\n")
     assert parsed(command).global_train_batch_size <= 40
-    assert other.startswith("400 samples show that all works, and teach little; if they are a test set, evaluate on it")
+    assert other.startswith("400 samples show that all works, and teach little. If they are a test set: ")
+    assert " evaluate.py " in other
     assert "evaluators.mine.local=/data/mine" in other
 
 

@@ -221,6 +221,7 @@ class SaveFolder:
         pointer, made = link.with_name(f"{link.name}.symlink"), link.with_name(f".{link.name}.partial")
         target = os.path.relpath(Path(self.uri, name), link.parent)
         try:
+            link.parent.mkdir(parents=True, exist_ok=True)
             made.unlink(missing_ok=True)
             made.symlink_to(target)
             made.replace(link)

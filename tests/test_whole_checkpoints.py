@@ -276,6 +276,15 @@ def test_other_names_of_checkpoints_are_found(tmp_path: Path) -> None:
     assert choose(folder, tmp_path / "download.pt") == "a.b-step10-of-0.pt"
 
 
+def test_latest_in_a_folder_of_its_own_is_a_link_from_the_first_save_on(tmp_path: Path) -> None:
+    yaml = write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "runs"))
+    folder = SaveFolder(load(yaml, ["run_name=first", "save_latest_filename='links/latest-rank{rank}.pt'"]))
+    checkpoint_file.save(content(4), tmp_path / "runs" / "ep0-ba4-rank0.pt")
+    folder.point_latest("ep0-ba4-rank0.pt")
+    assert (tmp_path / "runs" / "links" / "latest-rank0.pt").is_symlink()
+    assert folder.latest_target() == "ep0-ba4-rank0.pt"
+
+
 def test_a_folder_that_was_copied_with_its_links_followed(tmp_path: Path) -> None:
     yaml = write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "runs"))
     folder = SaveFolder(load(yaml, ["run_name=first"]))

@@ -63,7 +63,7 @@ def page(run_name: str, lines: Sequence[dict[str, Any]]) -> str:
 
 def charts(lines: Sequence[dict[str, Any]]) -> list[Chart]:
     """What is drawn: losses, rate, scale, and what each evaluator says that is worth watching."""
-    losses = Chart("Loss", "Lower is better; with equal pairs and chance alone, contrastive is ln(batch).")
+    losses = Chart("Loss", "Lower is better. Of a model that knows nothing, contrastive is ln(batch size).")
     rate = Chart("Learning rate", "Of the first parameter group.")
     scale = Chart("Logit scale", "exp(logit_scale), kept in [1, 100].")
     gap = Chart("Modality gap and margin", "centroid_distance ↓: the gap. margin ↑: pairs against wrong pairs; a gap "

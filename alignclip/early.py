@@ -75,7 +75,7 @@ def check_evaluation(config: EvaluateConfig) -> dict[str, str]:
     if len(failed) == len(config.evaluators):
         raise UserError(f"nothing can be evaluated: {'; '.join(failed.values())}")
     for name, why_not in failed.items():
-        print(f"error: {name}: {why_not}; without it: evaluators.{name}=null", file=sys.stderr, flush=True)
+        print(f"error: {why_not}; without it: evaluators.{name}=null", file=sys.stderr, flush=True)
     return failed
 
 

@@ -135,7 +135,11 @@ class CLIP(open_clip.CLIP):
             return images
         size = self.visual.image_size
         prepare = self.preprocess or image_transform(size[0] if isinstance(size, tuple) else size, is_train=False)
-        several = [images] if isinstance(images, Image.Image) else images
+        several = [images] if isinstance(images, Image.Image) else list(images)
+        for image in several:
+            if not isinstance(image, Image.Image):
+                kind = type(image).__name__
+                raise TypeError(f"pictures are PIL images, or one tensor of pixels, not {kind}: PIL.Image.open(path)")
         return torch.stack([prepare(image) for image in several]).to(self.logit_scale.device)
 
     def _tokens(self, texts: Texts) -> Tensor:

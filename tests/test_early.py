@@ -113,7 +113,7 @@ def test_evaluators_that_cannot_be_run_are_told_and_the_others_run(
     sets["bad"].remote = None
     failed = early.check_evaluation(EvaluateConfig(checkpoint="model.pt", evaluators=sets))
     assert failed.keys() == {"bad"}
-    assert "error: bad: evaluators.bad: no MDS set at mistyped" in capsys.readouterr().err
+    assert "error: evaluators.bad: no MDS set at mistyped" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"nothing can be evaluated: evaluators\.bad"):
         early.check_evaluation(EvaluateConfig(checkpoint="model.pt", evaluators={"bad": sets["bad"]}))
     with pytest.raises(UserError, match=r"checkpoints\.x: no such file: x\.pt.*; checkpoints\.y: no such file"):

@@ -78,6 +78,8 @@ def test_pictures_as_they_are(model: CLIP, tmp_path: Path) -> None:
         assert torch.equal(model.encode_image(pictures[0]), model.encode_image(torch.zeros(1, 3, 32, 32)))
     finally:
         model.preprocess = None
+    with pytest.raises(TypeError, match=r"not str: PIL.Image.open\(path\)"):
+        model.encode_image(["cat.jpg"])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 256])

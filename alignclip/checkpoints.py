@@ -66,7 +66,7 @@ class SaveFolder:
         self._sizes: dict[str, int] = {}
 
     def open(self) -> None:
-        """See that the folder can be written, and remove what a run that was killed has left half-written.
+        """See that the folder can be written.
 
         Raises:
             UserError: no such bucket, no credentials, no connection; no such place on this machine.
@@ -75,6 +75,12 @@ class SaveFolder:
             self.files.check_writable()
         except StorageError as error:
             raise UserError(f"save_folder={self.uri}: {error.why}") from None
+
+    def remove_partial(self) -> None:
+        """Remove what a run that was killed has left half-written; after :meth:`check_config`.
+
+        A start that is refused leaves the folder of another run, which may be at work, as it is.
+        """
         if not self.remote:
             for left in Path(self.uri).glob(".*.partial"):
                 with suppress(OSError):

@@ -17,7 +17,7 @@ from alignclip.config import EvaluateConfig, EvaluatorConfig, RunConfig, SetConf
 from alignclip.errors import UserError
 from alignclip.fetching import LATEST, WEIGHT_FILES, find_on_disk
 from alignclip.mds_index import INDEX, columns_of
-from alignclip.storage import StorageError, check_folder_writable, is_absent, open_file, open_store
+from alignclip.storage import StorageError, Store, check_folder_writable, is_absent, open_file, open_store
 from alignclip.streams import check_columns, local_folder, read_index
 
 CLASSES = "classes.json"  # beside the index of a classification set
@@ -210,9 +210,20 @@ def _goes_on(config: RunConfig, folder: str) -> bool:
     latest = str(config.save_latest_filename or LATEST).format(run_name=config.run_name, rank=0)
     try:
         store = open_store(folder)
-        return any(store.size(name) is not None for name in (latest, f"{latest}.symlink"))
+        if any(_is_there(store, name) for name in (latest, f"{latest}.symlink")):
+            return True
+        return any(name.endswith(".pt") for name in store.names())  # an older checkpoint, without a latest
     except UserError as error:
         return not is_absent(error)
+
+
+def _is_there(store: Store, name: str) -> bool:
+    try:
+        return store.size(name) is not None
+    except UserError as error:
+        if is_absent(error):
+            return False
+        raise
 
 
 def _speaks() -> bool:

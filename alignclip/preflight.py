@@ -65,6 +65,7 @@ def check_inputs(config: RunConfig, folder: SaveFolder | None) -> None:
     if folder is not None:
         folder.open()
         folder.check_config()
+        folder.remove_partial()
 
 
 def check_load_path(place: str) -> None:

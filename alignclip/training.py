@@ -190,7 +190,9 @@ def build_trainer_from(
         reproducibility.load_rng_state(trainer._rng_state)
     if origin.path is not None:
         check_loaded(trainer, origin)
-        say_jump(trainer, *restore_settings(optimizer, scheduler, settings))
+        before, now = restore_settings(optimizer, scheduler, settings)
+        if trainer.state.timestamp.batch < in_batches(config.max_duration, batches_an_epoch(config, loader)):
+            say_jump(trainer, before, now)
     return trainer
 
 

@@ -88,13 +88,14 @@ def test_sets_that_lack_what_their_task_reads(yaml: Path, data: Path) -> None:
         early.check_evaluator("x", wrong, contents=True)
 
 
-def test_what_a_run_starts_from_may_be_gone_when_it_goes_on(yaml: Path) -> None:
+@pytest.mark.parametrize("checkpoint", ["latest-rank0.pt", "ep0-ba2-rank0.pt"])  # the second: latest was lost
+def test_what_a_run_starts_from_may_be_gone_when_it_goes_on(checkpoint: str, yaml: Path) -> None:
     config = load(yaml, ["pretrained=gone.pt"])
     with pytest.raises(UserError, match="pretrained"):
         early.check_run(config)
     folder = Path(str(early.save_folder(config)))
     folder.mkdir(parents=True)
-    (folder / "latest-rank0.pt").touch()
+    (folder / checkpoint).touch()
     early.check_run(config)
 
 

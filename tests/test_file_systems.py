@@ -257,4 +257,6 @@ def test_what_a_killed_run_has_left_goes(dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "runs" / ".ep0-ba2-rank0.pt.partial").write_bytes(b"half of it")
     folder = SaveFolder(load(write_config(tmp_path, str(dataset), str(tmp_path / "runs")), FIXED))
     folder.open()
+    assert list((tmp_path / "runs").iterdir()), "a start that is refused later leaves another run's folder alone"
+    folder.remove_partial()
     assert not list((tmp_path / "runs").iterdir())

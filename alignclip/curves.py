@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,9 @@ STYLE = (
     "h2{font-size:15px;margin:0 0 2px}.charts{display:flex;flex-wrap:wrap;gap:24px}figure{margin:0}"
     "figcaption,p{color:#555;font-size:12.5px;max-width:560px}svg text{font:11px system-ui,sans-serif;fill:#444}"
 )
+ABOVE, TOLD = "5 5", 1.0  # dashes of a curve on another one; pixels from which two curves are told apart
 Point = tuple[int, float]
+Place = tuple[float, float]  # of a point in a chart, in pixels
 
 
 @dataclass
@@ -113,9 +115,13 @@ def _figure(chart: Chart, starts: Sequence[int], last: int) -> str:
         for batch in starts
         if batch > 0
     ]
-    parts += [_curve(points, i, x, y) for i, points in enumerate(chart.curves.values())]
+    drawn = {name: [(x(batch), y(value)) for batch, value in points] for name, points in chart.curves.items()}
+    hidden = {name: _beneath(name, drawn) for name in drawn}
+    # whole lines first: those that would lie on them are dashed above, and both are seen
+    for i, (name, points) in sorted(enumerate(drawn.items()), key=lambda one: hidden[one[1][0]] is not None):
+        parts.append(_curve(points, i, hidden[name] is not None))
     parts.append(f'<text x="{(LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 4}" text-anchor="middle">batch</text>')
-    legend = "".join(_legend(i, name, points) for i, (name, points) in enumerate(chart.curves.items()))
+    legend = "".join(_legend(i, name, points, hidden[name]) for i, (name, points) in enumerate(chart.curves.items()))
     title, caption = html.escape(chart.title), html.escape(chart.caption)
     return (
         f'<figure><h2>{title}</h2>\n<svg width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="{title}">\n'
@@ -124,23 +130,42 @@ def _figure(chart: Chart, starts: Sequence[int], last: int) -> str:
     )
 
 
-def _curve(points: Sequence[Point], index: int, x: Any, y: Any) -> str:
-    """A line through the points, with dots where they are few."""
-    colour, dash = COLOURS[index % len(COLOURS)], DASHES[index // len(COLOURS) % len(DASHES)]
-    path = " ".join(f"{x(batch):.1f},{y(value):.1f}" for batch, value in points)
+def _beneath(name: str, drawn: Mapping[str, Sequence[Place]]) -> str | None:
+    """The first curve that another one can't be told from; None where that is the curve itself."""
+    places = drawn[name]
+    for other, others in drawn.items():
+        if other == name:
+            return None
+        same = len(places) == len(others)
+        if same and all(abs(a - c) + abs(b - d) < TOLD for (a, b), (c, d) in zip(places, others, strict=True)):
+            return other
+    return None
+
+
+def _look(index: int, above: bool) -> tuple[str, str]:
+    """Colour and dashes of a curve; ``above``: of one that lies on another one, which is seen through its gaps."""
+    dash = DASHES[index // len(COLOURS) % len(DASHES)]
+    return COLOURS[index % len(COLOURS)], ABOVE if above else dash
+
+
+def _curve(places: Sequence[Place], index: int, above: bool) -> str:
+    """A line through the places, with dots where they are few: smaller ones on another curve's."""
+    colour, dash = _look(index, above)
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     drawn = f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6" stroke-dasharray="{dash}"/>'
-    if len(points) <= 40:
-        dots = (f'<circle cx="{x(b):.1f}" cy="{y(v):.1f}" r="2.4" fill="{colour}"/>' for b, v in points)
-        drawn += "".join(dots)
+    if len(places) <= 40:
+        radius = 1.3 if above else 2.4
+        drawn += "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{colour}"/>' for x, y in places)
     return drawn
 
 
-def _legend(index: int, name: str, points: Sequence[Point]) -> str:
-    colour, dash = COLOURS[index % len(COLOURS)], DASHES[index // len(COLOURS) % len(DASHES)]
+def _legend(index: int, name: str, points: Sequence[Point], beneath: str | None) -> str:
+    colour, dash = _look(index, beneath is not None)
     line = (
         f'<svg width="26" height="10"><path d="M1 5H25" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"/>'
     )
-    return f"<div>{line}</svg> {html.escape(name)}: {points[-1][1]:.4g} at batch {points[-1][0]:,}</div>"
+    where = f", on the line of {html.escape(beneath)}" if beneath else ""
+    return f"<div>{line}</svg> {html.escape(name)}: {points[-1][1]:.4g} at batch {points[-1][0]:,}{where}</div>"
 
 
 def _ticks(low: float, high: float) -> list[float]:

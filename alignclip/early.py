@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -193,14 +193,30 @@ def leaving_nothing(place: str | None) -> Iterator[None]:
 def _check_file(where: str, place: str, or_link: bool = False, hint: str = "") -> None:
     store, name = open_file(place)
     try:
-        names = (name, f"{name}.symlink") if or_link else (name,)
-        there = any(store.size(one) is not None for one in names)
+        there = _is_there(store, (name, f"{name}.symlink") if or_link else (name,))
     except StorageError as error:
-        if not is_absent(error):
-            raise UserError(f"{where}: {error}") from None
-        there = False
+        raise UserError(f"{where}: {error}") from None
     if not there:
         raise UserError(f"{where}: there is no {place}{hint}")
+
+
+def _is_there(store: Store, names: Sequence[str]) -> bool:
+    """Whether one of some files is there; True of a kind of store that doesn't tell.
+
+    Raises:
+        StorageError: none is, as far as the store says; the first refusal that says something else.
+    """
+    refusals = []
+    for name in names:
+        try:
+            store.size(name)
+        except StorageError as error:
+            refusals += [] if is_absent(error) else [error]
+        else:
+            return True
+    if refusals:
+        raise refusals[0]
+    return False
 
 
 def _goes_on(config: RunConfig, folder: str) -> bool:
@@ -210,20 +226,11 @@ def _goes_on(config: RunConfig, folder: str) -> bool:
     latest = str(config.save_latest_filename or LATEST).format(run_name=config.run_name, rank=0)
     try:
         store = open_store(folder)
-        if any(_is_there(store, name) for name in (latest, f"{latest}.symlink")):
+        if _is_there(store, (latest, f"{latest}.symlink")):
             return True
         return any(name.endswith(".pt") for name in store.names())  # an older checkpoint, without a latest
     except UserError as error:
         return not is_absent(error)
-
-
-def _is_there(store: Store, name: str) -> bool:
-    try:
-        return store.size(name) is not None
-    except UserError as error:
-        if is_absent(error):
-            return False
-        raise
 
 
 def _speaks() -> bool:

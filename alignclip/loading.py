@@ -67,10 +67,21 @@ def load_encoders(
     Raises:
         UserError: as :func:`load`, and for an export that wants other pixels.
     """
+    return open_encoders(path, device, config).model
+
+
+def open_encoders(
+    path: str | Path, device: str | torch.device = "cpu", config: ModelConfig | str | None = None
+) -> Loaded:
+    """What :func:`load_encoders` reads, with what the file and its neighbours say of it.
+
+    Raises:
+        UserError: as :func:`load_encoders`.
+    """
     found = open_model(path, device, config)
     if found.preprocess != PreprocessCfg(size=found.preprocess.size):
         raise UserError(f"{path} asks for other pixels than open_clip's defaults: {found.preprocess}")
-    return found.model
+    return found
 
 
 @dataclass
@@ -85,6 +96,7 @@ class Loaded:
         recipe: the text of a run's ``config.yaml``.
         card: the text of a model card.
         unused: tensors of an authors' file that no model uses, by the authors' names.
+        batch: how many batches the run had trained, where the file is a run's checkpoint.
     """
 
     model: CLIP
@@ -94,6 +106,7 @@ class Loaded:
     recipe: str | None
     card: str | None
     unused: dict[str, Tensor]
+    batch: int | None = None
 
 
 def open_model(path: str | Path, device: str | torch.device = "cpu", config: ModelConfig | str | None = None) -> Loaded:
@@ -117,7 +130,7 @@ def open_model(path: str | Path, device: str | torch.device = "cpu", config: Mod
         unused = {name: value.clone() for name, value in found.unused.items()}
     assert found.config is not None
     preprocess = preprocess_config(found.preprocess, place, found.config.vision_cfg.image_size)
-    return Loaded(model.to(device).eval(), found.config, preprocess, found.kind, recipe, card, unused)
+    return Loaded(model.to(device).eval(), found.config, preprocess, found.kind, recipe, card, unused, found.batch)
 
 
 def _text(path: Path | None) -> str | None:

@@ -41,6 +41,7 @@ class Weights:
         run_name: what the training run was called, where the file says it.
         by_openai: whether OpenAI published it, with its own activation.
         torch_script: whether the file is a TorchScript archive.
+        batch: how many batches a run had trained when it wrote the file; None where the file doesn't say it.
     """
 
     weights: dict[str, Tensor]
@@ -49,6 +50,7 @@ class Weights:
     run_name: str = ""
     by_openai: bool = False
     torch_script: bool = False
+    batch: int | None = None
 
 
 def read_weights(file: Path, place: str) -> Weights:
@@ -69,7 +71,8 @@ def read_weights(file: Path, place: str) -> Weights:
         if not isinstance(model, dict) or not any(str(name).startswith("encoders.") for name in model):
             raise UserError(f"{place} is a Composer checkpoint, but not of a model of ours")
         check_tensors(model, place)
-        return Weights({str(name).removeprefix("encoders."): value for name, value in model.items()}, RUN)
+        ours = {str(name).removeprefix("encoders."): value for name, value in model.items()}
+        return Weights(ours, RUN, batch=_batch(state))
     weights = _without_wrapper(_state_dict(content, place), place)
     check_tensors(weights, place)
     if release_format.is_release(weights):
@@ -82,6 +85,14 @@ def read_weights(file: Path, place: str) -> Weights:
     by_openai = "input_resolution" in content  # a setting that OpenAI's archives have and no others
     run_name = str(content.get("name", ""))
     return Weights(plain, OPEN_CLIP, {}, run_name, by_openai, whole.torch_script)
+
+
+def _batch(state: Mapping[Any, Any]) -> int | None:
+    """Return the batch in a Composer checkpoint's state; None where there is no such number."""
+    value: Any = state
+    for key in ("timestamp", "Timestamp", "batch"):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value if type(value) is int else None
 
 
 def _state_dict(content: Mapping[Any, Any], place: str) -> dict[str, Any]:

@@ -137,6 +137,22 @@ def test_places_in_a_bucket(s3: S3Server, yaml: Path, data: Path) -> None:
     assert not Path("cache").exists()
 
 
+def test_a_link_in_a_bucket_stands_for_its_checkpoint(
+    s3: S3Server, yaml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = s3.bucket()
+    s3.client.put_object(Bucket=bucket.split("/")[2], Key="run/latest-rank0.pt.symlink", Body=b"run/ep0-ba2-rank0.pt")
+    early.check_weights("checkpoint", f"{bucket}/run/latest-rank0.pt")
+    with pytest.raises(UserError, match=r"checkpoint: there is no .*/run/best-rank0\.pt"):
+        early.check_weights("checkpoint", f"{bucket}/run/best-rank0.pt")
+    goes_on = load(yaml, [f"save_folder={bucket}/run"])
+    assert early._goes_on(goes_on, f"{bucket}/run")
+    assert not early._goes_on(goes_on, f"{bucket}/other")
+    # not every kind of store tells; what it keeps to itself may be there
+    monkeypatch.setattr("alignclip.storage.store.Bucket._size", lambda *_: None)
+    early.check_weights("checkpoint", f"{bucket}/run/best-rank0.pt")
+
+
 def refused(place: Path, *files: str) -> None:
     with early.leaving_nothing(str(place)):
         place.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from alignclip.config import EvaluateConfig, EvaluatorConfig
 from alignclip.evaluation.command import finish, gap_curves, main
-from alignclip.evaluation.history import History, history_beside, parse, run_folder
+from alignclip.evaluation.history import History, Record, first_before, history_beside, parse, run_folder
 from alignclip.evaluation.report import Report, table
 
 GAP = {
@@ -95,7 +96,7 @@ def test_curves_are_of_runs_and_of_checkpoints_whose_names_tell_the_batch(tmp_pa
         one.add(name, "cifar10", {"acc1": 0.5}, {})
     curves = gap_curves(one)
     assert {name: [point.batch for point in points] for name, points in curves.items()} == {
-        "first · coco": [200], ". · coco": [7],
+        "x (first) · coco": [200], "y · coco": [None], "z (.) · coco": [7],
     }  # fmt: skip
 
 
@@ -103,7 +104,79 @@ def test_runs_of_one_name_in_two_places_are_two_curves(tmp_path: Path) -> None:
     one = report(tmp_path, {"x": "a/runs/first/ep1-ba20-rank0.pt", "y": "b/runs/first/ep1-ba30-rank0.pt"})
     for name in ("x", "y"):
         one.add(name, "gap", GAP, {})
-    assert gap_curves(one).keys() == {"a/runs/first · gap", "b/runs/first · gap"}
+    assert gap_curves(one).keys() == {"x (a/runs/first) · gap", "y (b/runs/first) · gap"}
+
+
+def keep_history(run: Path, batches: Sequence[int]) -> list[Record]:
+    """A run's record of its evaluations, as training writes it."""
+    run.mkdir(parents=True)
+    history = History(None)
+    for batch in batches:
+        history.add(batch, "gap", GAP | CHANCE, CHANCE)
+    text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in history.records)
+    (run / "evaluations.jsonl").write_text(text, encoding="utf-8")
+    return history.records
+
+
+def test_of_two_checkpoints_one_of_which_was_not_evaluated_in_training_both_are_drawn(tmp_path: Path) -> None:
+    keep_history(tmp_path / "second", (5, 10))
+    checkpoints = {"clip": f"{tmp_path}/first", "alignclip": f"{tmp_path}/second", "openai": "hf-hub:openai/clip"}
+    one = report(tmp_path / "out", checkpoints)
+    one.batches = {"clip": 30, "alignclip": 10, "openai": None}
+    for name in checkpoints:
+        one.add(name, "gap", GAP, CHANCE)
+    curves = gap_curves(one)
+    assert {name: [point.batch for point in points] for name, points in curves.items()} == {
+        "clip (first) · gap": [30], "alignclip (second) · gap": [5, 10], "openai · gap": [None],
+    }  # fmt: skip
+    assert next(iter(curves)) == "clip (first) · gap", "in the order, and so in the colours, of the other plots"
+    finish(one, {})
+    assert (tmp_path / "out" / "gap.png").exists()
+
+
+def test_an_evaluator_of_one_name_on_another_set_is_another_curve(tmp_path: Path) -> None:
+    keep_history(tmp_path / "run", (5, 10))
+    one = report(tmp_path / "out", {"model": f"{tmp_path}/run"})
+    one.batches = {"model": 10}
+    one.add("model", "gap", GAP, RECALL)
+    assert {name: [point.batch for point in points] for name, points in gap_curves(one).items()} == {
+        "gap": [5, 10], "gap on another set (2)": [10],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("batch", "first"), [(10, 5), (6, 5), (5, None), (3, None), (None, None)])
+def test_a_checkpoint_is_compared_with_an_earlier_evaluation_alone(
+    tmp_path: Path, batch: int | None, first: int | None
+) -> None:
+    records = keep_history(tmp_path / "run", (5, 10))
+    found = first_before(records, batch)
+    assert [record["batch"] for record in found.values()] == ([] if first is None else [first])
+    config = EvaluateConfig(checkpoint=str(tmp_path / "run" / "best"), out=str(tmp_path))
+    one = Report(config, {"model": "w"}, {"model": found})
+    one.add("model", "gap", GAP | RECALL, CHANCE)
+    text = one.verdicts()["model"]["gap"].text
+    assert ("from" in text) == (first is not None)
+
+
+def test_training_compares_with_an_earlier_evaluation_alone() -> None:
+    history = History(None)
+    records = [history.add(batch, "gap", GAP | RECALL, CHANCE) for batch in (5, 5, 10)]
+    assert ["at batch 5" in str(record["verdict"]) for record in records] == [False, False, True]
+
+
+def test_what_is_particular_about_a_set_is_said_below_the_table_and_kept(tmp_path: Path) -> None:
+    both = ("sts", "coco")
+    one = report(tmp_path, {"model": "x"}, both)
+    one.add("model", "sts", {"spearman": 0.5}, {"spearman": 0.0}, "1,500 sentence pairs")
+    one.add("model", "coco", {"acc1": 0.5}, {})
+    assert table(one).splitlines()[-1] == "sts: 1,500 sentence pairs"
+    assert content(tmp_path)["notes"] == {"sts": "1,500 sentence pairs"}
+    again = report(tmp_path, {"model": "x"}, ("coco",))
+    again.add("model", "coco", {"acc1": 0.5}, {})
+    assert content(tmp_path)["notes"] == {"sts": "1,500 sentence pairs"}, "with the figures that are kept"
+    other = report(tmp_path, {"model": "x"}, both)
+    other.add("model", "sts", {"spearman": 0.5}, {"spearman": 0.0})
+    assert content(tmp_path)["notes"] == {}
 
 
 def test_evaluations_made_in_training_are_in_the_plot(tmp_path: Path) -> None:

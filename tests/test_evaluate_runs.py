@@ -14,8 +14,10 @@ from streaming import MDSWriter
 from test_convert_classification import make_idx
 from test_convert_classification import quick as classification
 
+from alignclip.evaluation.history import history_beside
 from alignclip.evaluation.report import PLOTS
 from alignclip.metrics import TASKS as METRICS
+from alignclip.metrics import WATCH
 
 pytestmark = pytest.mark.slow
 
@@ -76,12 +78,15 @@ def test_during_a_sharded_run_and_after_it(s3: S3Server, tmp_path: Path) -> None
     for evaluator, metrics in found[1].items():
         assert found[2][evaluator] == pytest.approx(metrics, abs=1e-6)
     # the last line of the run's own evaluation is of the same weights
+    records = {record["evaluator"]: record for record in history_beside(save_folder) if record["batch"] == 6}
     for evaluator, metrics in found[1].items():
         (line,) = re.findall(rf"batch 6, {evaluator}: (.*)", output)
-        shown = dict(re.findall(r"([\w@]+) (-?[\d.]+)", line))
-        assert shown.keys() == metrics.keys() == set(METRICS[TASKS.get(evaluator, evaluator)])
-        for name, value in shown.items():
-            assert float(value) == pytest.approx(metrics[name], abs=1e-4), (evaluator, name)
+        kept = records[evaluator]["metrics"]
+        assert kept.keys() == metrics.keys() == set(METRICS[TASKS.get(evaluator, evaluator)])
+        for name, value in kept.items():
+            assert value == pytest.approx(metrics[name], abs=1e-4), (evaluator, name)
+        shown = dict(re.findall(r"([\w@]+) [↑↓] (-?[\d.]+)", line))
+        assert shown == {name: f"{kept[name]:.4f}" for name in metrics if name in WATCH}
 
 
 BAD = {  # evaluator -> what it is told
@@ -90,7 +95,7 @@ BAD = {  # evaluator -> what it is told
     "empty": "contains no samples",
     "captionless": "lacks the columns ['caption']",
     "classes": "lie in [0, 3], but there are 3",
-    "sts": "No such file",
+    "sts": "there is no ",
 }
 
 

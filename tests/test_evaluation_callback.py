@@ -27,7 +27,8 @@ from alignclip.evaluation.encoding import Encoder
 from alignclip.evaluation.history import History, history_beside, parse
 from alignclip.evaluation.sets import OpenSets
 from alignclip.evaluation.tasks import Evaluator
-from alignclip.loading import load_encoders
+from alignclip.loading import load_encoders, open_encoders
+from alignclip.metrics import WATCH
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +260,15 @@ def test_the_record_of_evaluations_is_that_of_the_run_as_it_went_on(
     for record in records:
         assert f"  {record['evaluator']}: {record['verdict']}\n" in said
     assert "at batch 2" in str(records[-2]["verdict"]), "compared with the run's first evaluation"
+    assert "at batch" not in str(records[0]["verdict"]), "which is compared with none"
+    (line,) = re.findall("batch 8, gap: (.*)", said)
+    last = records[-2]["metrics"]
+    arrows = dict.fromkeys(WATCH, "↑") | {"centroid_distance": "↓"}
+    assert len(last) > 20
+    assert line.split(", ") == [f"{name} {arrows[name]} {value:.4f}" for name, value in last.items() if name in WATCH]
+    assert line.count(",") == 3
+    assert open_encoders(tmp_path / "saved").batch == 8
+    assert open_encoders(tmp_path / "saved" / "ep1-ba4").batch == 4
     link = tmp_path / "saved" / "latest-rank0.pt"
     link.unlink()
     link.symlink_to(min((tmp_path / "saved").glob("ep*.pt"), key=lambda p: p.stat().st_mtime).name)

@@ -6,10 +6,13 @@ import torch.nn.functional as F
 from models import EVERYTHING, small_config
 from open_clip.tokenizer import SimpleTokenizer
 
+from alignclip.config import EvaluatorConfig
 from alignclip.encoders import build_encoders
 from alignclip.errors import UserError
 from alignclip.evaluation.encoding import Encoder
-from alignclip.evaluation.sts import read_sts, similarity, spearman
+from alignclip.evaluation.sets import OpenSets
+from alignclip.evaluation.sts import read_sts, similarity, spearman, split_note
+from alignclip.evaluation.tasks import Evaluator
 
 stats = pytest.importorskip("scipy.stats")
 
@@ -68,6 +71,23 @@ def test_a_file_that_is_missing_or_no_text_is_one_line(tmp_path):
         read_sts(tmp_path / "nothing.csv")
     with pytest.raises(UserError, match="UTF-8"):
         read_sts(write(tmp_path, MINIATURE, "utf-16"))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "words"),
+    [
+        (1379, None),
+        (1500, "1,500 sentence pairs, as many as the STS benchmark's dev split; published figures are of its test"),
+        (5749, "5,749 sentence pairs, as many as the STS benchmark's train split; published figures"),
+        (1378, "1,378 sentence pairs, a number that no split of the STS benchmark has; published figures"),
+    ],
+)
+def test_a_file_that_is_not_the_test_split_is_told(tmp_path, pairs, words):
+    line = MINIATURE.splitlines(keepends=True)[0]
+    config = EvaluatorConfig(task="sts", local=str(write(tmp_path, line * pairs)))
+    note = Evaluator("sts", config, 32, OpenSets()).note
+    assert note == split_note(pairs)
+    assert (note is None) if words is None else note.startswith(words)
 
 
 def random_pairs(count=40):

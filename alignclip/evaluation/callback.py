@@ -26,6 +26,7 @@ from alignclip.evaluation.history import History
 from alignclip.evaluation.ranks import agree
 from alignclip.evaluation.sets import OpenSets
 from alignclip.evaluation.tasks import Evaluator, Metrics
+from alignclip.metrics import ARROWS, WATCH, better
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,8 @@ class EvaluationCallback(Callback):
             except UserError as error:  # a file that is missing on one machine is everybody's trouble
                 failure = error
             agree(failure)
+            if evaluator.note and dist.get_global_rank() == 0:
+                say(f"evaluators.{name}: {evaluator.note}")
             is_due = create_interval_scheduler(config.interval, checkpoint_events=False, final_events=set(EVENTS))
             self._evaluators.append((evaluator, is_due))
         self._last: dict[str, int] = {}  # batch of each one's last evaluation
@@ -124,8 +127,7 @@ class EvaluationCallback(Callback):
         logger.log_metrics({f"metrics/{key}": value for key, value in named.items()})
         record = self.history.add(batch, evaluator.name, result.metrics, result.chance)
         if dist.get_global_rank() == 0:
-            shown = ", ".join(f"{key} {value:.4f}" for key, value in result.metrics.items())
-            say(f"batch {batch}, {evaluator.name}: {shown}")
+            say(f"batch {batch}, {evaluator.name}: {_watched(result.metrics)}")
             if record["verdict"]:
                 say(f"  {evaluator.name}: {record['verdict']}")
         return named
@@ -146,6 +148,11 @@ class EvaluationCallback(Callback):
         self.history.finish()
         if self._best is not None:
             self._best.finish()
+
+
+def _watched(metrics: Metrics) -> str:
+    """The figures that tell whether a model works, with which way is better; all are in loggers and the record."""
+    return ", ".join(f"{key} {ARROWS[better(key)]} {value:.4f}" for key, value in metrics.items() if key in WATCH)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from alignclip.command import read_arguments
 from alignclip.config import EvaluateConfig
 from alignclip.config_file import load_evaluation
 from alignclip.errors import UserError, one_line_errors
-from alignclip.evaluation.history import Record, history_beside, run_folder
+from alignclip.evaluation.history import Record, first_before, history_beside, run_folder
 from alignclip.evaluation.report import RESULTS, Report, places, table
 from alignclip.storage.whole import check_folder_writable
 
@@ -80,7 +80,7 @@ def run(config: EvaluateConfig, known: Mapping[str, str] | None = None) -> dict[
     from alignclip.distributed import join_ranks
     from alignclip.evaluation.encoding import Encoder
     from alignclip.evaluation.ranks import agree, gather_objects
-    from alignclip.loading import load_encoders
+    from alignclip.loading import open_encoders
     from alignclip.preflight import choose_device
     from alignclip.trainer_arguments import autocast_dtype
 
@@ -92,8 +92,11 @@ def run(config: EvaluateConfig, known: Mapping[str, str] | None = None) -> dict[
     first = dist.get_global_rank() == 0
     agree(_unwritable(config.out) if first else None)
     # all of them first: one that is not there should not be found out after hours with the others
-    models = {name: load_encoders(place) for name, place in places(config).items()}
-    report = Report(config, {name: _digest(model) if first else "" for name, model in models.items()}, _past(config))
+    loaded = {name: open_encoders(place) for name, place in places(config).items()}
+    models = {name: found.model for name, found in loaded.items()}
+    batches = {name: found.batch for name, found in loaded.items()}
+    digests = {name: _digest(model) if first else "" for name, model in models.items()}
+    report = Report(config, digests, _past(config, batches), batches)
     report.failed |= dict(gather_objects(list((known or {}).items())))
     evaluators = _open_evaluators(config, {Encoder(m, torch.device("cpu")).image_size for m in models.values()}, report)
     pairs: dict[str, Pairs] = {}
@@ -109,7 +112,7 @@ def run(config: EvaluateConfig, known: Mapping[str, str] | None = None) -> dict[
                 continue
             if result.pairs is not None:
                 pairs[f"{name} · {evaluator.name}"] = (result.pairs[0].cpu(), result.pairs[1].cpu())
-            report.add(name, evaluator.name, result.metrics, result.chance)
+            report.add(name, evaluator.name, result.metrics, result.chance, result.note)
         model.cpu()
     agree(_nothing(report) if first else None)
     if first:
@@ -148,13 +151,9 @@ def _digest(model: CLIP) -> str:
     return f"xxh3:{digest.hexdigest()}"
 
 
-def _past(config: EvaluateConfig) -> dict[str, dict[str, Record]]:
-    """Of each checkpoint the first evaluations of its run, which its figures are compared with."""
-    past: dict[str, dict[str, Record]] = {}
-    for name, place in places(config).items():
-        for record in history_beside(place):
-            past.setdefault(name, {}).setdefault(record["evaluator"], record)
-    return past
+def _past(config: EvaluateConfig, batches: Mapping[str, int | None]) -> dict[str, dict[str, Record]]:
+    """Of each checkpoint the first evaluations of its run before it, which its figures are compared with."""
+    return {name: first_before(history_beside(place), batches[name]) for name, place in places(config).items()}
 
 
 def _nothing(report: Report) -> UserError | None:
@@ -226,20 +225,36 @@ def finish(report: Report, pairs: dict[str, Pairs]) -> None:
 
 
 def gap_curves(report: Report) -> dict[str, list[Point]]:
-    """The evaluations made in training of the runs whose checkpoints are compared, and these checkpoints' own."""
-    from alignclip.evaluation.curves import curves_of, records_of
+    """The evaluations made in training of the runs whose checkpoints are compared, and these checkpoints' own.
 
-    runs: dict[str, dict[tuple[int, str], Record]] = {}
-    for name, place in places(report.config).items():
-        folder = run_folder(place)
-        for record in history_beside(place):
-            runs.setdefault(folder, {})[record["batch"], record["evaluator"]] = record
-        for record in records_of(place, report.results.get(name, {}), report.chance):
-            runs.setdefault(folder, {})[record["batch"], record["evaluator"]] = record
-    short = {folder: folder.rpartition("/")[2] for folder in runs}
-    if len(set(short.values())) < len(runs):  # runs of one name in several places
-        short = {folder: folder for folder in runs}
-    curves: dict[str, list[Point]] = {}
+    Each of several checkpoints is there, and called as in the table: as a point of its run's curve, or, where its batch
+    is not known, as a level.
+    """
+    from alignclip.evaluation.curves import curves_of, levels_of, records_of
+
+    compared = places(report.config)
+    runs: dict[str, list[Record]] = {}
+    names: dict[str, list[str]] = {}
+    found: dict[str, dict[str, list[Point]]] = {}  # by the checkpoint that is compared first
+    for name, place in compared.items():
+        results = report.results.get(name, {})
+        own = list(records_of(place, results, report.chance, report.batches.get(name)))
+        past = history_beside(place)
+        if own or past:
+            folder = run_folder(place)
+            names.setdefault(folder, []).append(name)
+            runs[folder] = [*runs.get(folder, past), *own]
+        if not own and len(compared) > 1:
+            found[name] = levels_of(results, report.chance, name)
     for folder, records in runs.items():
-        curves |= curves_of(list(records.values()), short[folder] if len(runs) > 1 else "")
-    return curves
+        called = _called(folder, names, list(runs)) if len(compared) > 1 else ""
+        found[names[folder][0]] = found.get(names[folder][0], {}) | curves_of(records, called)
+    return {curve: points for name in compared for curve, points in found.get(name, {}).items()}
+
+
+def _called(folder: str, names: Mapping[str, Sequence[str]], folders: Sequence[str]) -> str:
+    """A run by its folder, with the name of its checkpoint before it, where there is but one."""
+    short = [one.rpartition("/")[2] for one in folders]
+    run = folder.rpartition("/")[2] if len(set(short)) == len(short) else folder  # runs of one name in several places
+    (first, *others) = names[folder]
+    return run if others or first == run else f"{first} ({run})"

@@ -52,8 +52,8 @@ class History:
         self._writer = ThreadPoolExecutor(1)
 
     def add(self, batch: int, evaluator: str, metrics: dict[str, float], chance: dict[str, float]) -> Record:
-        """Record what an evaluator found, with its verdict against the first evaluation of the run."""
-        first = next((one for one in self.records if one["evaluator"] == evaluator), None)
+        """Record what an evaluator found, with its verdict against the run's first evaluation before this batch."""
+        first = first_before(self.records, batch).get(evaluator)
         before = {} if first is None else numbers(first["metrics"])
         verdict = judge(metrics, chance, before or None, "" if first is None else f"batch {first['batch']}")
         record = Record(
@@ -89,6 +89,18 @@ class History:
             log.warning(f"could not write {self.folder.uri}/{FILE}: {describe_storage_error(error)}")
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def first_before(records: Iterable[Record], batch: int | None) -> dict[str, Record]:
+    """The first evaluation by each evaluator, where a run had trained less then than at ``batch``.
+
+    A model is not compared with itself, nor with what became of it later; where its batch is not known, with nothing.
+    """
+    found: dict[str, Record] = {}
+    for record in records:
+        if batch is not None and record["batch"] < batch:
+            found.setdefault(record["evaluator"], record)
+    return found
 
 
 def numbers(metrics: dict[str, float | None]) -> dict[str, float]:

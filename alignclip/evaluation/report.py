@@ -34,7 +34,8 @@ class Report:
     Args:
         config: what is evaluated.
         weights: a digest of the weights by the names of the checkpoints.
-        before: checkpoint → evaluator → the first evaluation of its run.
+        before: checkpoint → evaluator → the first evaluation of its run, earlier than the checkpoint.
+        batches: how many batches the checkpoints' runs had trained, where that is known.
     """
 
     def __init__(
@@ -42,18 +43,25 @@ class Report:
         config: EvaluateConfig,
         weights: dict[str, str],
         before: Mapping[str, Mapping[str, Record]] | None = None,
+        batches: Mapping[str, int | None] | None = None,
     ) -> None:
         self.config, self.weights, self.before = config, weights, before or {}
+        self.batches = batches or {}
         self.out = Path(config.out)
         self.results: Results = {name: {} for name in weights}
         self.chance: dict[str, Metrics] = {}
+        self.notes: dict[str, str] = {}
         self.failed: dict[str, str] = {}
         self._evaluators = {name: _settings(evaluator) for name, evaluator in config.evaluators.items()}
         self._opened = False
 
-    def add(self, checkpoint: str, evaluator: str, metrics: Metrics, chance: Metrics) -> None:
-        """Take the figures of an evaluator, and write all there are: none is lost with the rest."""
+    def add(self, checkpoint: str, evaluator: str, metrics: Metrics, chance: Metrics, note: str | None = None) -> None:
+        """Take the figures of an evaluator, and write all there are: none is lost with the rest.
+
+        ``note``: in what the evaluator's set is not the one that published figures are of.
+        """
         self._open()
+        self.notes |= {evaluator: note} if note else {}
         self.results[checkpoint][evaluator] = metrics
         self.chance[evaluator] = chance
         self.write(complete=False)
@@ -92,6 +100,7 @@ class Report:
                 checkpoint: {evaluator: dataclasses.asdict(verdict) for evaluator, verdict in found.items()}
                 for checkpoint, found in self.verdicts().items()
             },
+            "notes": self.notes,
             "failed": self.failed,
             "versions": versions(),
         }
@@ -113,6 +122,8 @@ class Report:
         again = [name for name in earlier["evaluators"] if name in self._evaluators]
         self._evaluators = earlier["evaluators"] | self._evaluators
         self.chance = {name: earlier["chance"][name] for name in [*kept, *again] if name in earlier["chance"]}
+        notes = earlier.get("notes") or {}
+        self.notes = {name: notes[name] for name in kept if name in notes}
         for checkpoint, found in earlier["results"].items():
             for name, metrics in found.items():
                 self.results[checkpoint][name] = {k: math.nan if v is None else float(v) for k, v in metrics.items()}
@@ -164,6 +175,8 @@ def table(report: Report) -> str:
         for evaluator, verdict in found.items():
             what = f"{checkpoint} · {evaluator}" if len(names) > 1 else evaluator
             lines += textwrap.wrap(f"{what}: {verdict.text}", 118, subsequent_indent="  ", break_on_hyphens=False)
+    for evaluator, note in report.notes.items():
+        lines += textwrap.wrap(f"{evaluator}: {note}", 118, subsequent_indent="  ", break_on_hyphens=False)
     return "\n".join(line.rstrip() for line in lines)
 
 

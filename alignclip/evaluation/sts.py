@@ -15,6 +15,7 @@ from alignclip.evaluation.linear_probe import library
 from alignclip.fetching import read_text
 
 COLUMNS = ("genre", "filename", "year", "index", "score", "sentence1", "sentence2")
+PAIRS = {"test": 1_379, "dev": 1_500, "train": 5_749}  # of the benchmark's splits, as published
 Rows = tuple[list[str], list[str], list[float]]
 
 
@@ -89,6 +90,22 @@ def read_sts(path: str | Path) -> Rows:
     if not scores:
         raise UserError(f"{path} holds no sentence pairs")
     return first, second, scores
+
+
+def split_note(pairs: int) -> str | None:
+    """Say in a sentence that a file is not the STS benchmark's test split, which published figures are of.
+
+    Args:
+        pairs: how many the file has; the splits differ in that.
+
+    Returns:
+        None where the number is that of the test split.
+    """
+    if pairs == PAIRS["test"]:
+        return None
+    split = next((f"as many as the STS benchmark's {name} split" for name, n in PAIRS.items() if n == pairs), None)
+    what = split or "a number that no split of the STS benchmark has"
+    return f"{pairs:,} sentence pairs, {what}; published figures are of its test split, {PAIRS['test']:,} pairs"
 
 
 def _number(text: str) -> float:

@@ -24,7 +24,7 @@ from alignclip.evaluation.ranks import agree
 from alignclip.evaluation.retrieval import recall
 from alignclip.evaluation.sets import EvaluationSet, OpenSets, read_classes
 from alignclip.evaluation.shift import max_softmax, out_of_distribution
-from alignclip.evaluation.sts import read_sts, similarity, unique
+from alignclip.evaluation.sts import read_sts, similarity, split_note, unique
 from alignclip.evaluation.verdict import Verdict, judge
 from alignclip.evaluation.zero_shot import accuracy, build_classifier
 from alignclip.losses import full_precision
@@ -40,11 +40,13 @@ class Result:
         metrics: by clip_benchmark's names where it has them; :data:`alignclip.metrics.TASKS` says what they are.
         chance: what features that say nothing would score, of the metrics that have such a number.
         pairs: the features of image–text pairs, [N, d] each, where the task has such: what plots are made of.
+        note: in what the set is not the one that published figures are of, where that is known.
     """
 
     metrics: Metrics
     chance: Metrics
     pairs: tuple[Tensor, Tensor] | None = None
+    note: str | None = None
 
     @property
     def verdict(self) -> Verdict | None:
@@ -55,16 +57,21 @@ class Result:
 class Evaluator:
     """One entry of ``evaluators``: its sets and its task. On every rank, at the same time.
 
+    Attributes:
+        note: in what its set is not the one that published figures are of, where that is known.
+
     Raises:
         UserError: a set is not there, or not what the task needs.
     """
 
     def __init__(self, name: str, config: EvaluatorConfig, image_size: int, opened: OpenSets) -> None:
         self.name, self.config = name, config
+        self.note: str | None = None
         self._sets: dict[str, EvaluationSet] = {}
         self._classes: dict[str, tuple[list[str], list[str]]] = {}
         if config.task == "sts":
             self._sentences = read_sts(str(config.remote or config.local))
+            self.note = split_note(len(self._sentences[0]))
             return
         column = "caption" if config.task in ("retrieval", "gap") else "label"
         parts: dict[str, SetConfig | None] = {"": config, "train": config.train, "outliers": config.outliers}
@@ -202,7 +209,8 @@ class Evaluator:
         first, second, scores = self._sentences
         # on all ranks, and the rest on one
         features = encoder.texts(unique(first, second), f"{self.name}: sentences")
-        return Result(_computed(lambda: similarity(lambda _: features, (first, second, scores))), {"spearman": 0.0})
+        metrics = _computed(lambda: similarity(lambda _: features, (first, second, scores)))
+        return Result(metrics, {"spearman": 0.0}, note=self.note)
 
 
 def evaluate_model(

@@ -7,6 +7,8 @@ import io
 import os
 import sys
 
+from alignclip import broken_output
+
 # Typography of our own lines where the terminal hasn't got it; other characters are shown as escapes
 _ASCII = {
     "…": "...", "→": "->", "×": "x", "·": "-", "–": "-", "—": "-", "“": '"', "”": '"', "‘": "'", "’": "'", "≥": ">=",
@@ -16,10 +18,12 @@ _HANDLER = "alignclip.readable"
 
 
 def prepare() -> None:
-    """Let no character end a command: what the output's encoding lacks is replaced. Call it first in every command.
+    """Let no character and no closed pipe end a command. Call it first in every command.
 
-    Child processes that are forked inherit it. Composer's and tqdm's output goes through the same streams.
+    What the output's encoding lacks is replaced; what nobody reads goes nowhere. Child processes that are forked
+    inherit it. Composer's and tqdm's output goes through the same streams.
     """
+    broken_output.survive()
     codecs.register_error(_HANDLER, _replace)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

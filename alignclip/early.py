@@ -17,8 +17,9 @@ from alignclip.config import EvaluateConfig, EvaluatorConfig, RunConfig, SetConf
 from alignclip.errors import UserError
 from alignclip.fetching import LATEST, WEIGHT_FILES, find_on_disk
 from alignclip.mds_index import INDEX, columns_of
+from alignclip.near import did_you_mean
 from alignclip.storage import StorageError, Store, check_folder_writable, is_absent, open_file, open_store
-from alignclip.streams import check_columns, local_folder, read_index
+from alignclip.streams import check_columns, local_folder, no_set_at, read_index
 
 CLASSES = "classes.json"  # beside the index of a classification set
 
@@ -112,7 +113,7 @@ def check_set(where: str, stream: SetConfig, hint: str = "") -> None:
     if stream.remote:
         _check_file(where, _beside(stream, INDEX), hint=hint)
     elif not (path := Path(_beside(stream, INDEX))).is_file():
-        raise UserError(f"{where}: no MDS set at {path.parent} (no index.json there){hint}")
+        raise UserError(f"{where}: {no_set_at(path.parent, hint)}")
 
 
 def _beside(stream: SetConfig, name: str) -> str:
@@ -197,7 +198,8 @@ def _check_file(where: str, place: str, or_link: bool = False, hint: str = "") -
     except StorageError as error:
         raise UserError(f"{where}: {error}") from None
     if not there:
-        raise UserError(f"{where}: there is no {place}{hint}")
+        near = "" if "://" in place else did_you_mean(place)
+        raise UserError(f"{where}: there is no {place}{near or hint}")
 
 
 def _is_there(store: Store, names: Sequence[str]) -> bool:

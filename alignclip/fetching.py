@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from alignclip.errors import UserError, check_place, nearest, one_line
+from alignclip.near import did_you_mean
 from alignclip.storage import StorageError, is_absent, is_denied, open_file, open_store
 
 RUN_CONFIG = "config.yaml"
@@ -122,15 +123,25 @@ def find_on_disk(place: str) -> Path:
         below = sorted(str(p.parent) for p in path.parent.glob(f"*/{LATEST}"))
         hint = f"did you mean '{below[0]}'?" if below else f"its weights: {few(beside) or 'none'}"
         raise UserError(f"the folder {place} has neither a {LATEST} nor an export's {EXPORT_CONFIG}; {hint}")
-    if re.fullmatch(r"[\w-]+/[\w.-]+", place) and not path.parent.is_dir():
-        raise UserError(f"no such file: {place}; did you mean 'hf-hub:{place}'?")
     if NAMES.fullmatch(place):
         runs = (run for folders in ("*", "*/*") for run in sorted(Path().glob(f"{folders}/{place}{BY_NAME}")))
         if (run := next(runs, None)) is not None:
             raise UserError(f"no {place}{BY_NAME} in this folder; did you mean '{run.parent / place}'?")
     if not path.suffix:
         beside = [name.removesuffix(BY_NAME) for name in beside]
-    raise UserError(f"no such file: {place}; {nearest(path.name, beside) if beside else 'no weights lie there'}")
+    if (hint := nearest(path.name, beside)).startswith("did"):
+        raise UserError(f"no such file: {place}; {hint}")
+    for meant in (path, path.with_name(path.name + BY_NAME)):
+        if near := did_you_mean(meant, _could_hold_weights):
+            raise UserError(f"no such file: {place}{near}")
+    if re.fullmatch(r"[\w-]+/[\w.-]+", place) and not path.parent.is_dir() and path.suffix not in WEIGHT_FILES:
+        raise UserError(f"no such file: {place}; did you mean 'hf-hub:{place}'?")
+    raise UserError(f"no such file: {place}; {hint if beside else 'no weights lie there'}")
+
+
+def _could_hold_weights(path: Path) -> bool:
+    """Whether a path is a folder, a file of weights or a link to one, or a checkpoint by its name."""
+    return path.is_dir() or (path.suffix in WEIGHT_FILES and _is_there(path))
 
 
 def _is_there(path: Path) -> bool:

@@ -22,6 +22,7 @@ from PIL import Image
 from alignclip import console, contact_sheet, early
 from alignclip.errors import UserError, one_line, one_line_errors
 from alignclip.fetching import LATEST
+from alignclip.near import did_you_mean
 from alignclip.paths import option, path_option
 from alignclip.threads import set_thread_defaults
 
@@ -218,7 +219,8 @@ def find(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "no such folder"
-        raise UserError(f"{folder}: {what}; the first argument is a folder of images")
+        near = did_you_mean(folder, Path.is_dir) or "; the first argument is a folder of images"
+        raise UserError(f"{folder}: {what}{near}")
     suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
     found = []
     for parent, folders, names in os.walk(folder):

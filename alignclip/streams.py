@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from alignclip.config import DataConfig, SetConfig
 from alignclip.errors import UserError, nearest
+from alignclip.fetching import few
 from alignclip.mds_index import INDEX, ShardEntry, columns_of, read_shards
+from alignclip.near import nearest_path
 from alignclip.storage import StorageError, open_file
 
 if TYPE_CHECKING:
@@ -161,11 +163,22 @@ def _check_encoders(encoders: dict[str, tuple[str | None, int | None]]) -> None:
             )
 
 
+def no_set_at(folder: Path, hint: str = "") -> str:
+    """The sentence that a folder of this machine holds no set: where one is near, or else what a person could do."""
+    below = [str(path.parent) for path in sorted(folder.glob(f"*/{INDEX}"))]
+    near = nearest_path(folder, lambda path: (path / INDEX).is_file()) or nearest_path(folder, Path.is_dir)
+    if below:
+        hint = f"; there is one in {few(below)}"
+    elif near is not None and not folder.is_dir():
+        hint = f"; did you mean '{near}'?"
+    return f"no MDS set at {folder} (no {INDEX} there){hint}"
+
+
 def read_index(where: str, stream: SetConfig, local: str, hint: str = "") -> list[ShardEntry]:
     """Fetch a set's ``index.json`` once and without retries (a typo should fail at once), and check it.
 
     Args:
-        where: the set's place in the configuration, for messages.
+        where: the set's place in the configuration, for messages; nothing where it has none.
         stream: where it lies.
         local: where it lies or is cached.
         hint: what else a person could do where there is none.
@@ -174,15 +187,15 @@ def read_index(where: str, stream: SetConfig, local: str, hint: str = "") -> lis
         UserError: there is none, it can't be read, a shard of it can't be read safely, or another set is cached in
             ``local``.
     """
-    subfolder = stream.split or ""
+    subfolder, whose = stream.split or "", f"{where}: " if where else ""
     if not stream.remote:
         path = Path(str(stream.local), subfolder, INDEX)
         if not path.is_file():
-            raise UserError(f"{where}: no MDS set at {path.parent} (no index.json there){hint}")
+            raise UserError(f"{whose}{no_set_at(path.parent, hint)}")
         try:
             return read_shards(path)
         except ValueError as error:
-            raise UserError(f"{where}: {path} {error}") from None
+            raise UserError(f"{whose}{path} {error}") from None
     remote = "/".join(part.rstrip("/") for part in (stream.remote, subfolder, INDEX) if part)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, INDEX)
@@ -190,11 +203,11 @@ def read_index(where: str, stream: SetConfig, local: str, hint: str = "") -> lis
             store, name = open_file(remote)
             store.download(name, path)
         except StorageError as error:
-            raise UserError(f"{where}: {error}") from None
+            raise UserError(f"{whose}{error}") from None
         try:
             shards = read_shards(path)
         except ValueError as error:
-            raise UserError(f"{where}: {remote} {error}") from None
+            raise UserError(f"{whose}{remote} {error}") from None
     # Streaming takes the index that is there already, whatever the remote one says
     cached = Path(local, subfolder, INDEX)
     if cached.is_file():
@@ -204,6 +217,6 @@ def read_index(where: str, stream: SetConfig, local: str, hint: str = "") -> lis
             same = False
         if not same:
             raise UserError(
-                f"{where}: {cached.parent} holds another set than {remote}; remove it or choose another local"
+                f"{whose}{cached.parent} holds another set than {remote}; remove it or choose another local"
             )
     return shards

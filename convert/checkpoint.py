@@ -14,6 +14,7 @@ from pathlib import Path
 
 from alignclip import console, early
 from alignclip.errors import UserError, check_place, one_line_errors
+from alignclip.near import did_you_mean
 from alignclip.paths import option
 
 # PyTorch is imported where a model is read: that takes seconds, and a wrong place should be told before.
@@ -100,7 +101,7 @@ def check(options: Options) -> None:
         early.check_writable("--out", options.out)
     for flag, file in (("--metrics", options.metrics), ("--model-config", options.model_config)):
         if file and not Path(file).is_file():
-            raise UserError(f"{flag} {file}: no such file")
+            raise UserError(f"{flag} {file}: no such file{did_you_mean(file)}")
     early.check_weights("source", options.source)
 
 

@@ -21,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from alignclip.errors import UserError, check_place, nearest, one_line_errors
+from alignclip.near import did_you_mean
 from convert.storage import INDEX, Store
 
 DATASET = "dataset.json"
@@ -75,7 +76,7 @@ def local_path(flag: str, place: str | None, folder: bool = False) -> Path:
         raise UserError(f"{flag} {place}: sources are read from local folders; copy it here first")
     path = Path(place).expanduser().absolute()
     if not path.exists():
-        raise UserError(f"{flag} {path} does not exist; {README}")
+        raise UserError(f"{flag} {path} does not exist{did_you_mean(path) or f'; {README}'}")
     if folder and not path.is_dir():
         raise UserError(f"{flag} {path} is a file, not a folder; {README}")
     return path

@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from alignclip.errors import UserError
+from alignclip.near import did_you_mean
 from alignclip.storage import is_passing
 from convert import mds, tables, tars
 from convert.fetch import check_web, fetched
@@ -53,7 +54,8 @@ def expand(patterns: Sequence[str], caption_key: str | None = None, how: Reading
             found += _expand_remote(name, unseen) if "://" in name else _expand_local(name, missing)
     missing += _missing_remote(unseen)
     if missing:
-        raise UserError(f"{len(missing)} of {len(found)} inputs do not exist, the first is {missing[0]}")
+        near = "" if "://" in missing[0] else did_you_mean(missing[0])
+        raise UserError(f"{len(missing)} of {len(found)} inputs do not exist, the first is {missing[0]}{near}")
     if not found:
         raise UserError("no inputs")
     check_web(name for name in found if urlparse(name).scheme in WEB)

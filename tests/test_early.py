@@ -35,6 +35,48 @@ def yaml(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+@pytest.fixture
+def near(yaml: Path) -> None:
+    """What was meant by the places that are mistyped below."""
+    for folder in ("runs/clipart", "eval/coco/val", "weights"):
+        Path(folder).mkdir(parents=True)
+    for file in ("runs/clipart/best-rank0.pt", "eval/coco/val/index.json", "eval/sts-test.csv", "weights/clip.pt"):
+        Path(file).touch()
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("pretrained=runs/clippart", "no such file: runs/clippart; did you mean 'runs/clipart'?"),
+        ("pretrained=Runs/clippart/best.pt", "did you mean 'runs/clipart/best-rank0.pt'?"),
+        ("pretrained=./rnus/clippart/best", "did you mean 'runs/clipart/best-rank0.pt'?"),
+        ("load_path=weigths/clip.pt", "load_path=weigths/clip.pt: no such file: weigths/clip.pt; did you mean 'weig"),
+        ("load_path=wholly/other.pt", "load_path=wholly/other.pt: no such file: wholly/other.pt; no weights lie there"),
+        ("data.streams.e.local=evil/cocoa/val", "no MDS set at evil/cocoa/val (no index.json there); did you mean"),
+        ("data.streams.e.local=eval/coco", "(no index.json there); there is one in eval/coco/val"),
+        ("data.streams.e.local=wholly/other", "(no index.json there); set data.streams.e.remote or .local, or"),
+        (
+            "evaluators.x={task: gap, local: eval/cocco, split: val}",
+            "no MDS set at eval/cocco/val (no index.json there); d",
+        ),
+        (
+            "evaluators.x={task: sts, local: evl/sts_test.csv}",
+            "there is no evl/sts_test.csv; did you mean 'eval/sts-test.",
+        ),
+    ],
+)
+def test_the_nearest_place_is_named(near: None, yaml: Path, override: str, says: str) -> None:
+    with pytest.raises(UserError) as error:
+        early.check_run(load(yaml, [override]))
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize("place", ["runs/clippart", "rnus/clipart", "runs/clippart/best"])
+def test_the_nearest_checkpoint_is_named(near: None, yaml: Path, place: str) -> None:
+    with pytest.raises(UserError, match=rf"checkpoint: no such file: {place}; did you mean 'runs/clipart"):
+        early.check_evaluation(EvaluateConfig(checkpoint=place))
+
+
 def names() -> list[str]:
     return sorted(path.name for path in Path().iterdir())
 

@@ -388,7 +388,7 @@ def test_another_set_in_the_cache_is_refused(s3: S3Server, tmp_path: Path) -> No
 
 def test_wrong_sets_are_one_line(tmp_path: Path) -> None:
     write_labelled(str(tmp_path / "set"), 2)
-    with pytest.raises(UserError, match=r"evaluation set .*nowhere: no MDS set at"):
+    with pytest.raises(UserError, match=r"^no MDS set at .*nowhere \(no index\.json there\)$"):
         EvaluationSet(SetConfig(local=str(tmp_path / "nowhere")), 16, "label", OpenSets())
     with pytest.raises(UserError, match=r"lacks the columns \['caption'\]; it has \['image', 'key', 'label'\]"):
         EvaluationSet(SetConfig(local=str(tmp_path / "set")), 16, "caption", OpenSets())

@@ -40,7 +40,7 @@ class OpenSets:
         failure = None
         hashes: list[str] = []
         try:
-            shards = read_index(f"evaluation set {remote or local}", stream, local)
+            shards = read_index("", stream, local)
             hashes = [name for shard in shards[:1] for name in shard["hashes"]]
         except UserError as error:
             failure = error
@@ -56,7 +56,7 @@ class OpenSets:
                 shuffle=False,
             )
         except Exception as error:  # of the file system, or any cloud's
-            failure = UserError(f"evaluation set {remote or local}: {describe_storage_error(error)}")
+            failure = UserError(f"the set {remote or local}: {describe_storage_error(error)}")
         agree(failure)
         for one in dataset.streams:  # forked workers must not share the connection
             if one._downloader is not None:

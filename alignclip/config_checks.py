@@ -7,9 +7,11 @@ import math
 import re
 from typing import Any
 
-from alignclip.config import EvaluateConfig, EvaluatorConfig, RunConfig, SetConfig
+from alignclip.config import DataConfig, EvaluateConfig, EvaluatorConfig, RunConfig, SetConfig
 from alignclip.errors import UserError, check_place, nearest
 from alignclip.metrics import MODES, TASKS, better
+from alignclip.model_checks import check_model
+from alignclip.time_checks import check_times
 
 VOCABULARY = 49408  # of CLIP's byte pairs
 SHARED_FROM = ("text", "vision")
@@ -19,6 +21,8 @@ CHOICES = {
     "precision": ("fp32", "amp_fp16", "amp_bf16", "amp_fp8"),
     "ddp_sync_strategy": ("single_auto_sync", "multi_auto_sync", "forced_sync"),
     "python_log_level": ("debug", "info", "warning", "error", "critical"),
+    "data.sampling_method": ("balanced", "fixed"),
+    "data.batching_method": ("random", "stratified", "per_stream", "device_per_stream"),
     "compile_config.mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "parallelism_config.fsdp2.mixed_precision": ("FULL", "DEFAULT", "PURE"),
 }
@@ -28,9 +32,6 @@ FILENAME_PARTS = (
     "iteration", "epoch_in_iteration", "token_in_iteration",
 )  # fmt: skip
 _EVALUATION_PRECISIONS = ("fp32", "amp_bf16", "amp_fp16")
-# The schedule counts batches; Composer's intervals can be more. Without a unit Composer would take seconds or epochs.
-_SCHEDULE_UNITS = {"ep": "epochs", "ba": "batches"}
-_INTERVAL_UNITS = _SCHEDULE_UNITS | {"sp": "samples", "sec": "seconds", "dur": "a share of the run"}
 
 
 def validate(config: RunConfig) -> None:
@@ -41,7 +42,7 @@ def validate(config: RunConfig) -> None:
     """
     model, loss, data = config.model, config.loss, config.data
     _check_finite(config, "")
-    _check_times(config)
+    check_times(config)
     _check_places(config)
     check_evaluators(config.evaluators)
     _check_keep_best(config)
@@ -58,9 +59,8 @@ def validate(config: RunConfig) -> None:
         raise UserError(
             "data.streams is empty: name at least one set, e.g. data.streams.cc12m.remote=s3://bucket/cc12m"
         )
-    for name, stream in data.streams.items():
-        if not (stream.remote or stream.local):
-            raise UserError(f"data.streams.{name} has neither remote nor local")
+    _check_weights(data)
+    check_model(model)
     if model.text_cfg.vocab_size < VOCABULARY:
         raise UserError(
             f"model.text_cfg.vocab_size={model.text_cfg.vocab_size}: CLIP's tokenizer has {VOCABULARY} tokens"
@@ -89,6 +89,8 @@ def _check_choices(config: RunConfig) -> None:
             value = getattr(value, part, None)
         if value is not None and (value.lower() if key == "python_log_level" else value) not in choices:
             raise UserError(f"{key}={value}: {nearest(value, choices)}")
+    if config.device == "cpu" and config.precision not in ("fp32", "amp_bf16"):
+        raise UserError(f"precision={config.precision} needs a GPU; with device=cpu use fp32 or amp_bf16")
     batches = config.train_subset_num_batches
     if batches != -1 and batches < 1:
         raise UserError(f"train_subset_num_batches={batches} must be -1 (all) or at least 1")
@@ -99,6 +101,24 @@ def _check_choices(config: RunConfig) -> None:
             f"model.init_logit_scale={config.model.init_logit_scale} must lie in [-20, 20]: it is the logarithm of the "
             f"scale, which training keeps in [0, {math.log(100):.4f}]"
         )
+
+
+def _check_weights(data: DataConfig) -> None:
+    """How much of each set is read is said in one way, and of all sets in a way that goes together."""
+    proportions = {name for name, stream in data.streams.items() if stream.proportion is not None}
+    for name, stream in data.streams.items():
+        where = f"data.streams.{name}"
+        if not (stream.remote or stream.local):
+            raise UserError(f"{where} has neither remote nor local")
+        given = {key: getattr(stream, key) for key in ("proportion", "repeat", "choose")}
+        given = {key: value for key, value in given.items() if value is not None}
+        if len(given) > 1:
+            raise UserError(f"{where}: {' and '.join(given)} exclude one another; set one of them")
+        for key, value in given.items():
+            if value < 0:
+                raise UserError(f"{where}.{key} must not be negative, but is {value}")
+        if proportions and name not in proportions:
+            raise UserError(f"{where} has no proportion, and data.streams.{min(proportions)} has; all or none")
 
 
 def _check_start(config: RunConfig) -> None:
@@ -123,6 +143,8 @@ def _check_start(config: RunConfig) -> None:
     for lock in ("lock_image", "lock_text"):
         if getattr(config, lock) and not (config.pretrained or config.load_path):
             raise UserError(f"{lock}=true would lock random weights; set pretrained to what the tower shall be")
+    if wrong := [beta for beta in config.optimizer.betas if not 0 <= beta < 1]:
+        raise UserError(f"optimizer.betas must lie in [0, 1), not {wrong[0]}")
     decay = config.optimizer.layer_decay
     if decay is not None and not 0 < decay <= 1:
         raise UserError(f"optimizer.layer_decay={decay} must lie in (0, 1], or be null")
@@ -133,16 +155,9 @@ def _check_signs(config: RunConfig) -> None:
     model, loss, data = config.model, config.loss, config.data
     positive = {
         "global_train_batch_size": config.global_train_batch_size,
-        "model.embed_dim": model.embed_dim,
-        "model.vision_cfg.image_size": model.vision_cfg.image_size,
-        "model.vision_cfg.patch_size": model.vision_cfg.patch_size,
-        "model.vision_cfg.layers": model.vision_cfg.layers,
-        "model.vision_cfg.head_width": model.vision_cfg.head_width,
-        "model.text_cfg.context_length": model.text_cfg.context_length,
-        "model.text_cfg.layers": model.text_cfg.layers,
-        "model.text_cfg.heads": model.text_cfg.heads,
         "data.num_canonical_nodes": data.num_canonical_nodes,
         "data.download_retry": data.download_retry,
+        "data.sampling_granularity": data.sampling_granularity,
         "optimizer.lr": config.optimizer.lr,
         "dist_timeout": config.dist_timeout,
     }
@@ -158,6 +173,7 @@ def _check_signs(config: RunConfig) -> None:
         "data.shuffle_seed": data.shuffle_seed,
         "data.predownload": data.predownload or 0,
         "data.download_timeout": data.download_timeout,
+        "optimizer.eps": config.optimizer.eps,
         "optimizer.weight_decay": config.optimizer.weight_decay,
         "scheduler.alpha_f": config.scheduler.alpha_f,
     }
@@ -183,6 +199,10 @@ def _check_checkpoints(config: RunConfig) -> None:
                 raise UserError(f"{key}={name}: {{{part}}} is unknown; {nearest(part, FILENAME_PARTS)}")
     if (latest := config.save_latest_filename) and set(re.findall(r"{([^{}:!]*)", latest)) - {"run_name", "rank"}:
         raise UserError(f"save_latest_filename={latest} may hold {{run_name}} and {{rank}} only: it names one file")
+    try:
+        (config.save_folder or "").format(run_name=config.run_name)
+    except (KeyError, IndexError, ValueError):
+        raise UserError(f"save_folder={config.save_folder} may hold {{run_name}}, and no other braces") from None
     if config.save_folder and not config.run_name and (config.autoresume or "{run_name}" in config.save_folder):
         raise UserError("save_folder needs a run_name, e.g. run_name=first")
     if config.autoresume and "{batch}" not in config.save_filename:
@@ -213,33 +233,6 @@ def _check_finite(section: Any, prefix: str) -> None:
             _check_finite(value, f"{prefix}{f.name}.")
         elif isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{prefix}{f.name} must be a finite number, not {value}")
-
-
-def _check_times(config: RunConfig) -> None:
-    """Every time has a number and a unit that it may have."""
-    schedule = {"max_duration": config.max_duration, "scheduler.t_warmup": config.scheduler.t_warmup}
-    intervals = {"save_interval": config.save_interval, "console_log_interval": config.console_log_interval}
-    intervals |= {f"evaluators.{name}.interval": e.interval for name, e in config.evaluators.items()}
-    for times, units in ((schedule, _SCHEDULE_UNITS), (intervals, _INTERVAL_UNITS)):
-        for key, text in times.items():
-            found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)([a-z]*)", text.strip().lower())
-            number = _number(found[1]) if found else None
-            if found is None or number is None or found[2] not in ("", *units):
-                names = ", ".join(f"{unit} ({name})" for unit, name in units.items())
-                raise UserError(f"{key}={text} is no time: write a number and a unit, {names}")
-            if not found[2]:
-                raise UserError(f"{key}={text} has no unit: {text}ep (epochs) or {text}ba (batches)?")
-            if found[2] != "dur" and number != int(number):
-                raise UserError(f"{key}={text}: the number before {found[2]} must be whole")
-            if number <= 0 and key != "scheduler.t_warmup":
-                raise UserError(f"{key}={text} must be positive")
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def _check_places(config: RunConfig) -> None:

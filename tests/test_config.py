@@ -188,6 +188,24 @@ def test_overrides_win_and_the_resolved_file_reads_back(yaml: Path, tmp_path: Pa
         ("save_latest_filename=latest-{epoch}.pt", "may hold {run_name} and {rank} only"),
         ("save_folder=runs/{run_name}", "save_folder needs a run_name"),
         ("profiler.activ=3", "did you mean 'active'?"),
+        # what was told by the model's, the loader's or the optimizer's constructor
+        ("scheduler.t_warmup=40ba", "scheduler.t_warmup=40ba must be shorter than max_duration=40ba"),
+        ("scheduler.t_warmup=40ep", "scheduler.t_warmup=40ep must be shorter than max_duration=40ba"),
+        ("model.vision_cfg.image_size=33", "image_size=33 is no multiple of model.vision_cfg.patch_size=8"),
+        ("model.text_cfg.heads=3", "model.text_cfg.width=32 is no multiple of model.text_cfg.heads=3"),
+        ("model.vision_cfg.layers=3", "model.shared.blocks=-1 needs equal towers, but"),
+        ("model.vision_cfg.timm_model_name=resnet18", "nothing can be shared with timm's tower"),
+        ("precision=amp_fp16", "precision=amp_fp16 needs a GPU; with device=cpu"),
+        ("data.sampling_method=even", "data.sampling_method=even: valid: balanced, fixed"),
+        ("data.batching_method=per_stram", "did you mean 'per_stream'?"),
+        ("data.sampling_granularity=0", "data.sampling_granularity must be positive"),
+        ("data.streams.e={repeat: 2, choose: 3}", "data.streams.e: repeat and choose exclude one another"),
+        ("data.streams.e.repeat=-1", "data.streams.e.repeat must not be negative"),
+        ("data.streams.f={local: there, proportion: 0.5}", "data.streams.e has no proportion, and data.streams.f has"),
+        ("optimizer.betas=[0.9, 1.5]", "optimizer.betas must lie in [0, 1), not 1.5"),
+        ("optimizer.eps=-1e-6", "optimizer.eps must not be negative"),
+        ("save_folder=runs/{batch}", "save_folder=runs/{batch} may hold {run_name}, and no other braces"),
+        ("save_folder=runs/{run_name", "may hold {run_name}, and no other braces"),
     ],
 )
 def test_bad_values_are_one_line(yaml: Path, override: str, says: str) -> None:
@@ -195,6 +213,21 @@ def test_bad_values_are_one_line(yaml: Path, override: str, says: str) -> None:
         load(yaml, [override])
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_warm_up_that_can_not_end_before_the_run(yaml: Path) -> None:
+    for overrides in (
+        ["max_duration=2ep", "scheduler.t_warmup=2ep"],
+        ["max_duration=1ep", "train_subset_num_batches=5"],
+    ):
+        with pytest.raises(UserError, match=rf"t_warmup=\w+ must be shorter than {overrides[0]}; 0ba is none"):
+            load(yaml, overrides)
+    for overrides in (
+        ["max_duration=1ep"],
+        ["scheduler.t_warmup=39ep"],
+        ["max_duration=2ep", "train_subset_num_batches=3"],
+    ):
+        load(yaml, overrides)  # the data decide
 
 
 @pytest.mark.parametrize("time", ["1ep", "3e3ba", "500sp", "90sec", "0.1dur", "20BA"])

@@ -199,14 +199,13 @@ def test_goes_on_from_a_checkpoint(dataset: Path, tmp_path: Path, interval: str,
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["model.vision_cfg.image_size=33"], "image_size"),
-        (["scheduler.t_warmup=8ba"], "must be shorter than max_duration=8ba (8 batches, 4 an epoch)"),
+        (["max_duration=2ep", "scheduler.t_warmup=8ba"], "shorter than max_duration=2ep (8 batches, 4 an epoch)"),
         (["optimizer.opt=adamv"], "did you mean 'adam'?"),
         (
             ["global_train_batch_size=65"],
             "fewer than one batch; lower global_train_batch_size to 64 or less (it is 65)",
         ),
-        (["data.sampling_method=even"], "data: "),
+        (["data.epoch_size=some"], "data: "),
     ],
 )
 def test_what_only_building_shows_is_one_line(dataset: Path, tmp_path: Path, overrides: list[str], says: str) -> None:

@@ -7,6 +7,7 @@ of an epoch goes on with the very batches it would have had.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -209,6 +210,7 @@ def build_dataloader(dataset: ImageTextDataset, config: DataConfig, pin_memory: 
     Raises:
         UserError: the dataset has fewer samples than one batch.
     """
+    _say_workers(config.num_workers)
     loader = StreamingDataLoader(
         dataset,
         batch_size=dataset.batch_size,
@@ -230,3 +232,12 @@ def build_dataloader(dataset: ImageTextDataset, config: DataConfig, pin_memory: 
             f"{size // world * world} or less (it is {int(dataset.batch_size or 0) * world})"
         )
     return loader
+
+
+def _say_workers(count: int) -> None:
+    """Say once a machine, with the setting's name, what torch would say in a paragraph on every rank, twice."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+    if count > cores and os.environ.get("LOCAL_RANK", "0") in ("", "0"):
+        says = f"data.num_workers={count}, but a process may use {cores} cores; lower it if loading is slow"
+        print(says, file=sys.stderr, flush=True)

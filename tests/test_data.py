@@ -7,6 +7,7 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -337,3 +338,19 @@ def test_missing_sets_are_one_line(s3: S3Server, tmp_path: Path, monkeypatch: py
         patch.delenv("AWS_SECRET_ACCESS_KEY")
         patch.delenv("AWS_ACCESS_KEY_ID")
         assert "no credentials found" in says(f"{bucket}/plain")
+
+
+def test_more_workers_than_cores_are_said_in_one_line_with_the_key(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_set(str(tmp_path / "set"), count=16)
+    config = config_for(tmp_path / "set")
+    config.num_workers = 1000
+    dataset = ImageTextDataset(config, batch_size=4, image_size=32, context_length=77, semantic=False)
+    with warnings.catch_warnings(record=True) as told:
+        build_dataloader(dataset, config, pin_memory=False)
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        build_dataloader(dataset, config, pin_memory=False)
+    assert told == []
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("data.num_workers=1000, but a process may use ")

@@ -17,7 +17,9 @@ from alignclip.callbacks import TrainingMonitor
 
 LOSS = "loss/train/"  # names of loss terms, as the Trainer logs them
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-WIDE, WIDEST = 110, 150  # columns from which on the bar has whole names, and rate and throughput
+NARROW_BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left, {rate_fmt}{postfix}]"
+# columns from which on the bar has the epoch and the time so far, whole names, and rate and throughput
+MIDDLE, WIDE, WIDEST = 96, 110, 150
 
 
 def say(text: str) -> None:
@@ -81,7 +83,7 @@ class Console(LoggerDestination):
                 unit="ba",
                 desc=f"{_epoch(state)}:",
                 file=self._stream,
-                bar_format=BAR,
+                bar_format=self._format(),
                 dynamic_ncols=True,
             )
 
@@ -93,6 +95,7 @@ class Console(LoggerDestination):
         if self._bar is not None:
             self._bar.set_description_str(f"{_epoch(state)}:", refresh=False)
             self._bar.set_postfix_str(self._postfix(), refresh=False)
+            self._bar.bar_format = self._format()
             self._bar.update(batch - self._bar.n)
         if self._is_due is not None and self._is_due(state, Event.BATCH_END):
             self._write(state)
@@ -118,6 +121,9 @@ class Console(LoggerDestination):
     def _losses(self) -> dict[str, float]:
         terms = {k.removeprefix(LOSS): float(v) for k, v in self._metrics.items() if k.startswith(LOSS)}
         return dict(sorted(terms.items(), key=lambda term: term[0] != "total"))
+
+    def _format(self) -> str:
+        return BAR if _columns(self._stream) >= MIDDLE else NARROW_BAR
 
     def _postfix(self) -> str:
         """As much as the terminal has room for: the terms of the loss always."""

@@ -53,6 +53,18 @@ def refusing() -> Iterator[RefusingS3]:
         yield server
 
 
+@pytest.fixture
+def fresh_wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """W&B offline, as a process of its own has it: the settings of the first run hold to the end of the process."""
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
 @pytest.fixture(autouse=True)
 def shared_memory_goes_with_the_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a test's datasets open is closed with them: Streaming keeps it to the end of the process."""

@@ -48,13 +48,11 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert rates == sorted(rates, reverse=True)
 
 
-def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_wandb: None) -> None:
     """Offline: the run's file as wandb itself would upload it later."""
     from wandb.proto.wandb_internal_pb2 import Record
     from wandb.sdk.internal.datastore import DataStore
 
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.chdir(tmp_path)
     fit(tmp_path, "loggers.WandBLogger={project: mine, rank_zero_only: true}")
     (file,) = tmp_path.rglob("run-*.wandb")

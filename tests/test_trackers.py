@@ -96,7 +96,7 @@ def rows_of(folder: Path) -> tuple[Counter[tuple[str, int]], set[str]]:
     return found, ids
 
 
-def test_weights_and_biases_has_one_run_and_each_step_once(train: Any, tmp_path: Path) -> None:
+def test_weights_and_biases_has_one_run_and_each_step_once(train: Any, tmp_path: Path, fresh_wandb: None) -> None:
     train("loggers.WandBLogger.project=x")
     found, ids = rows_of(tmp_path / "wandb")
     assert ids == {(tmp_path / "runs" / trackers.WANDB_ID).read_text(encoding="utf-8").strip()}

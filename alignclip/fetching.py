@@ -81,7 +81,7 @@ def card_beside(place: str) -> str | None:
     try:
         card = store.read_optional(CARD)
     except StorageError as error:
-        if isinstance(error.__cause__, (ValueError, ImportError)):  # Composer knows schemes that Streaming doesn't
+        if is_unreachable(error):  # Composer knows schemes that Streaming doesn't
             return None
         raise
     return None if card is None else card.decode("utf-8", errors="replace")
@@ -91,6 +91,11 @@ def few(names: Iterable[str]) -> str:
     """The first three of many names, and how many more there are."""
     first = list(names)
     return ", ".join(first[:3]) + (f" and {len(first) - 3} more" if len(first) > 3 else "")
+
+
+def is_unreachable(error: StorageError) -> bool:
+    """Whether it is about a kind of storage: its scheme is unknown, or its library isn't installed."""
+    return isinstance(error.__cause__, (ValueError, ImportError))
 
 
 def find_on_disk(place: str) -> Path:
@@ -180,6 +185,8 @@ def _from_store(url: str, downloads: Path) -> Path:
         try:
             store.download(remote.removeprefix(f"{root}/"), downloads / name)
         except StorageError as error:
+            if is_unreachable(error):  # whichever file was asked for first, this is about the place that was named
+                raise StorageError(error.right, url, error.why) from error.__cause__
             if not is_absent(error) and not is_denied(error):
                 raise
             refusals.extend([error.why] if is_denied(error) else [])
@@ -202,8 +209,8 @@ def _from_store(url: str, downloads: Path) -> Path:
             target = f"{root}/{key}"
             if get(target, name):
                 return downloads / name
-            why = refusals[-1] if refusals else "it is not there, or is a sharded checkpoint"
-            raise UserError(f"{parent}/{name} points to {target}: {why}")
+            why = f": {refusals[-1]}" if refusals else ", which is not there, or is a sharded checkpoint"
+            raise UserError(f"{parent}/{name} points to {target}{why}")
     also = f", and no {by_name} at {above}" if NAMES.fullmatch(short) else ""
     why = f": {refusals[-1]}" if refusals else "; check the bucket and the path"
     raise UserError(f"no {' or '.join(names)} at {parent}{also}{why}")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor, nn
 
 from alignclip import hugging_face, release_format
@@ -151,3 +152,12 @@ def check_tensors(weights: Mapping[Any, Any], place: str) -> None:
             )
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise UserError(f"{place} is refused: '{name}' is {list(value.shape)}, more than the file holds of it")
+
+
+def weights_digest(model: nn.Module) -> str:
+    """What tells the weights of a model from all others: of names, shapes, types and every bit of the numbers."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}")
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return f"xxh3:{digest.hexdigest()}"

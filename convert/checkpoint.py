@@ -16,6 +16,7 @@ from alignclip import console, early
 from alignclip.errors import UserError, check_place, one_line_errors
 from alignclip.near import did_you_mean
 from alignclip.paths import option
+from convert.figures import read_figures
 
 # PyTorch is imported where a model is read: that takes seconds, and a wrong place should be told before.
 
@@ -45,7 +46,7 @@ class Options:
         to: one of the formats in :data:`FORMAT_NAMES`.
         out: a folder, local or in object storage, that doesn't exist yet.
         onnx: also write both encoders as ONNX.
-        metrics: ``results.json`` of ``evaluate.py``, for the model card.
+        metrics: ``results.json`` of ``evaluate.py``, for the model card; of these weights.
         license: of the export; null takes the source's.
         model_config: a YAML file with a ``model`` section, where nothing beside the source says what model it is.
     """
@@ -79,7 +80,10 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     )
     parser.add_argument("--onnx", action="store_true", help="write both encoders as ONNX graphs as well")
     parser.add_argument(
-        "--metrics", type=option, metavar="FILE", help="results.json of evaluate.py, for the model card"
+        "--metrics",
+        type=option,
+        metavar="FILE",
+        help="results.json of evaluate.py on this model, for its card",
     )
     parser.add_argument("--license", metavar="ID", help="as the Hub writes it, e.g. apache-2.0 (default: the source's)")
     parser.add_argument(
@@ -102,6 +106,8 @@ def check(options: Options) -> None:
     for flag, file in (("--metrics", options.metrics), ("--model-config", options.model_config)):
         if file and not Path(file).is_file():
             raise UserError(f"{flag} {file}: no such file{did_you_mean(file)}")
+    if options.metrics:
+        read_figures(options.metrics)
     early.check_weights("source", options.source)
 
 

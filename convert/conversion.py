@@ -29,10 +29,12 @@ from alignclip.errors import UserError, check_place, one_line
 from alignclip.fetching import CARD, few
 from alignclip.hugging_face import special_tokens
 from alignclip.loading import Loaded, Preprocess, open_model
+from alignclip.state_dicts import weights_digest
 from alignclip.storage import StorageError, Store, check_folder_writable, open_store, patiently
 from alignclip.tokenizer import SimpleTokenizer
 from convert import exports
 from convert.exports import FORMATS, Encode
+from convert.figures import read_figures
 from convert.model_card import choose_license, write_card
 from convert.onnx_export import read_onnx, write_onnx
 
@@ -65,17 +67,14 @@ def convert(options: Options) -> float:
         except StorageError as error:
             raise UserError(f"cannot write to {options.out}: {error.why}") from None
     config = _model_config(options.model_config) if options.model_config else None
+    figures = read_figures(options.metrics) if options.metrics else None
     loaded = open_model(options.source, config=config)
+    unsure = None
+    if figures is not None:
+        figures, unsure = figures.of(weights_digest(loaded.model), options.source)
     license = choose_license(loaded, options.source, options.license)
     form = FORMATS[options.to]
-    card = write_card(
-        loaded,
-        options.source,
-        license,
-        Path(options.metrics) if options.metrics else None,
-        form,
-        options.out.rstrip("/"),
-    )
+    card = write_card(loaded, options.source, license, figures, form, options.out.rstrip("/"))
     parent = Path(tempfile.gettempdir()) if remote else out.resolve().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -99,6 +98,8 @@ def convert(options: Options) -> float:
         shutil.rmtree(folder, ignore_errors=True)
     for note in license.notes:
         print(f"licence: {note}", file=sys.stderr)
+    if unsure:
+        print(f"metrics: {unsure}", file=sys.stderr)
     return worst
 
 

@@ -213,7 +213,9 @@ def write_checkpoint(loaded: Loaded, folder: Path) -> None:
 
 
 def _write_config(loaded: Loaded, folder: Path) -> None:
-    (folder / RUN_CONFIG).write_text(OmegaConf.to_yaml({"model": OmegaConf.structured(loaded.config)}))
+    (folder / RUN_CONFIG).write_text(
+        OmegaConf.to_yaml({"model": OmegaConf.structured(loaded.config)}), encoding="utf-8"
+    )
 
 
 def read_checkpoint(folder: Path) -> Again:

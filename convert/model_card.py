@@ -1,24 +1,25 @@
 """The README.md of an export: what the model is, how it was trained, what it reaches, who may use it how.
 
 The licence is carried along: from the card beside the source, or, for weights in the AlignCLIP authors' format that
-come without one, that of their releases.
+come without one, that of their releases. A card is made to be published: no path of this machine is in it.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from alignclip.errors import UserError, one_line
+from alignclip.errors import UserError
 from alignclip.licenses import forbids_derivatives, license_of, named_license
 from alignclip.loading import Loaded
 from alignclip.yaml_text import natural, parse
 from convert.exports import Format
+from convert.figures import Figures
+from convert.publishing import is_url, public, public_place
 
 SHOWN = (  # of a run's config.yaml
     "loss", "optimizer", "scheduler", "max_duration", "global_train_batch_size", "precision", "seed", "pretrained",
@@ -42,48 +43,47 @@ def choose_license(loaded: Loaded, place: str, given: str | None) -> License:
     """
     carried = license_of(loaded.card, loaded.kind)
     notes = []
+    known = public_place(place)  # notes are printed, and published in the card
     if carried and named_license(loaded.card) is None:  # of the authors' format; it may be somebody's own training
         if given:
             notes.append(
-                f"{place} is in the AlignCLIP authors' format, and their weights are {carried}: "
+                f"{known} is in the AlignCLIP authors' format, and their weights are {carried}: "
                 f"--license {given} is for weights that you trained yourself"
             )
             carried = None
         else:
             notes.append(
-                f"{place} is in the AlignCLIP authors' format, and their weights are {carried}; weights of your own: "
+                f"{known} is in the AlignCLIP authors' format, and their weights are {carried}; weights of your own: "
                 "--license"
             )
     if carried and given and carried.lower() != given.lower():
         if forbids_derivatives(carried):
             raise UserError(f"--license {given}: {place} is {carried}, which its derivatives can't leave")
-        notes.append(f"{place} says {carried}; the export says {given}")
+        notes.append(f"{known} says {carried}; the export says {given}")
     name = given or carried
     if name and forbids_derivatives(name):
         notes.append(f"{name} forbids passing on derivatives: converted or fine-tuned, keep these weights to yourself")
     recipe = _recipe(loaded)
     start = recipe.get("pretrained") or recipe.get("load_path")
     if start and carried is None:
-        notes.append(f"this model started from {start}, whose licence holds for it, too")
+        notes.append(f"this model started from {public_place(str(start))}, whose licence holds for it, too")
     if name is None:
         notes.append("no licence: nobody else may use the model until you name one (--license apache-2.0)")
     return License(name, notes)
 
 
-def write_card(loaded: Loaded, place: str, license: License, metrics: Path | None, form: Format, out: str) -> str:
+def write_card(loaded: Loaded, place: str, license: License, figures: Figures | None, form: Format, out: str) -> str:
     """The text of a card.
 
     Args:
         loaded: the model.
         place: where it was read.
         license: of :func:`choose_license`.
-        metrics: ``results.json`` of ``evaluate.py``.
+        figures: what evaluations of this model have measured.
         form: of the export.
-        out: where it will lie.
-
-    Raises:
-        UserError: ``metrics`` is no such file.
+        out: where it will lie; of a folder of this machine the name is published.
     """
+    known = public_place(place)
     data = ModelCardData(
         license=license.name,
         library_name=form.library,
@@ -100,11 +100,11 @@ def write_card(loaded: Loaded, place: str, license: License, metrics: Path | Non
     parameters = sum(p.numel() for p in loaded.model.parameters()) / 1e6
     parts = [
         f"---\n{data.to_yaml()}\n---\n",
-        "# " + (_recipe(loaded).get("run_name") or Path(place.rstrip("/")).stem or "model") + "\n",
+        "# " + (_recipe(loaded).get("run_name") or Path(known).stem or "model") + "\n",
         "A CLIP model trained with alignclip (AlignCLIP, https://arxiv.org/abs/2406.17639).\n"
         if "data" in _recipe(loaded)
-        else f"A CLIP model, converted from `{Path(place.rstrip('/')).name}` by alignclip.\n",
-        "## Use\n\n```python\n" + form.usage_at(out) + "\n```\n",
+        else f"A CLIP model, converted from `{Path(known).name}` by alignclip.\n",
+        "## Use\n\n```python\n" + form.usage_at(public_place(out)) + "\n```\n",
         "## Model\n",
         _table(
             {
@@ -116,7 +116,7 @@ def write_card(loaded: Loaded, place: str, license: License, metrics: Path | Non
             }
         ),
         _recipe_part(loaded),
-        _metrics_part(metrics),
+        "## Metrics\n\n" + figures.table() + "\n" if figures else "",
         "## Licence\n\n" + "\n".join([license.name or "None given.", *(f"- {note}" for note in license.notes)]) + "\n",
         f"Written by alignclip {importlib.metadata.version('alignclip')}.\n",
     ]
@@ -140,32 +140,15 @@ def _recipe_part(loaded: Loaded) -> str:
     if not data:
         return ""
     streams = data.get("streams") or {}
-    rows = {
-        f"data: {name}": (stream or {}).get("remote") or (stream or {}).get("local") for name, stream in streams.items()
-    }
+    rows: dict[str, Any] = {}
+    for name, stream in streams.items():
+        remote = str((stream or {}).get("remote") or "")
+        rows[f"data: {name}"] = public_place(remote) if is_url(remote) else "not published"
     for key in SHOWN:
-        if value := recipe.get(key):
+        if value := public(recipe.get(key)):
             shown = {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
             rows[key] = ", ".join(f"{k} {v}" for k, v in shown.items()) if isinstance(shown, dict) else shown
     return "## Training\n\n" + _table(rows)
-
-
-def _metrics_part(path: Path | None) -> str:
-    """``results.json`` as a table: a row a metric, a column a checkpoint."""
-    if path is None:
-        return ""
-    try:
-        results = json.loads(path.read_text())["results"]
-        columns = list(results)
-        rows = {(evaluator, metric) for one in results.values() for evaluator, found in one.items() for metric in found}
-        lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-        for evaluator, metric in sorted(rows):
-            values = [results[name].get(evaluator, {}).get(metric) for name in columns]
-            cells = " | ".join("" if value is None else f"{value:.4f}" for value in values)
-            lines.append(f"| {evaluator}: {metric} | {cells} |")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--metrics {path} is no results.json of evaluate.py: {one_line(error)}") from None
-    return "## Metrics\n\n" + "\n".join(lines) + "\n"
 
 
 def _table(rows: dict[str, Any]) -> str:

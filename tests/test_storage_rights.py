@@ -189,13 +189,13 @@ def test_an_export_tries_its_output_before_the_model_is_read(
     refusing: RefusingS3, right: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refusing.without_right(right)
-    monkeypatch.setattr("convert.checkpoint.open_model", lambda *_, **__: pytest.fail("it has begun"))
+    monkeypatch.setattr("convert.conversion.open_model", lambda *_, **__: pytest.fail("it has begun"))
     with pytest.raises(UserError, match=rf"^cannot (reach|write to) s3://b/out: .*may not {right}"):
         export(Options("nothing", "open_clip", "s3://b/out"))
 
 
 def test_an_export_tries_a_local_output_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("convert.checkpoint.open_model", lambda *_, **__: pytest.fail("it has begun"))
+    monkeypatch.setattr("convert.conversion.open_model", lambda *_, **__: pytest.fail("it has begun"))
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"^cannot write to .*/file/out: "):
         export(Options("nothing", "open_clip", str(tmp_path / "file" / "out")))

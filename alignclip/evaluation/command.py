@@ -22,7 +22,6 @@ from alignclip.storage.whole import check_folder_writable
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from alignclip.encoders import CLIP
     from alignclip.evaluation.curves import Point
     from alignclip.evaluation.tasks import Evaluator
 
@@ -82,6 +81,7 @@ def run(config: EvaluateConfig, known: Mapping[str, str] | None = None) -> dict[
     from alignclip.evaluation.ranks import agree, gather_objects
     from alignclip.loading import open_encoders
     from alignclip.preflight import choose_device
+    from alignclip.state_dicts import weights_digest
     from alignclip.trainer_arguments import autocast_dtype
 
     device = choose_device(config.device)
@@ -95,7 +95,7 @@ def run(config: EvaluateConfig, known: Mapping[str, str] | None = None) -> dict[
     loaded = {name: open_encoders(place) for name, place in places(config).items()}
     models = {name: found.model for name, found in loaded.items()}
     batches = {name: found.batch for name, found in loaded.items()}
-    digests = {name: _digest(model) if first else "" for name, model in models.items()}
+    digests = {name: weights_digest(model) if first else "" for name, model in models.items()}
     report = Report(config, digests, _past(config, batches), batches)
     report.failed |= dict(gather_objects(list((known or {}).items())))
     evaluators = _open_evaluators(config, {Encoder(m, torch.device("cpu")).image_size for m in models.values()}, report)
@@ -137,18 +137,6 @@ def _open_evaluators(config: EvaluateConfig, sizes: Iterable[int], report: Repor
                 with _told(report.failed, name):
                     ready.append(Evaluator(name, evaluator, size, opened))
     return evaluators
-
-
-def _digest(model: CLIP) -> str:
-    """What tells the weights of a model from all others."""
-    import torch
-    import xxhash
-
-    digest = xxhash.xxh3_128()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}")
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return f"xxh3:{digest.hexdigest()}"
 
 
 def _past(config: EvaluateConfig, batches: Mapping[str, int | None]) -> dict[str, dict[str, Record]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
 
-from alignclip.errors import UserError
+from alignclip.errors import UserError, nearest
 from alignclip.storage.endpoint import expect_plain_s3
 
 # boto3 and Streaming are imported where they are used: that takes seconds, and a mistyped command should not.
@@ -168,7 +168,12 @@ class Streamed:
     def download(self, name: str, path: Path) -> None:
         """See :class:`Cloud`."""
         from streaming.base.storage import CloudDownloader
+        from streaming.base.storage.download import DOWNLOADER_MAPPINGS
 
+        scheme = urlparse(self.url).scheme
+        if scheme not in DOWNLOADER_MAPPINGS:
+            hint = nearest(scheme, filter(None, DOWNLOADER_MAPPINGS))
+            raise ValueError(f"no storage is known as '{scheme}'; {hint}")
         CloudDownloader.direct_download(f"{self.url}/{name}", str(path), READ_TIMEOUT)
 
     def upload(self, path: Path, name: str) -> None:

@@ -1,0 +1,169 @@
+"""What an export publishes: figures of its own weights, and no path, user or host of the machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import EVERYTHING, small_config
+from omegaconf import OmegaConf
+
+from alignclip.encoders import build_encoders
+from alignclip.errors import UserError
+from alignclip.loading import load_encoders
+from alignclip.state_dicts import weights_digest
+from convert.checkpoint import Options, convert
+from convert.figures import read_figures
+from convert.publishing import public, public_place
+
+
+def write_run(folder: Path, seed: int = 0, **recipe: Any) -> Path:
+    """Write a checkpoint as a run leaves it, with its configuration beside it."""
+    folder.mkdir(parents=True)
+    config = small_config(shared=EVERYTHING)
+    torch.manual_seed(seed)
+    weights = {f"encoders.{name}": value for name, value in build_encoders(config).state_dict().items()}
+    torch.save({"state": {"model": weights}}, folder / "latest-rank0.pt")
+    text = OmegaConf.to_yaml({"model": OmegaConf.structured(config), **recipe})
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    return folder
+
+
+def write_results(path: Path, runs: dict[str, Path], with_digests: bool = True) -> str:
+    """Write a ``results.json`` in which the n-th checkpoint has n tenths as its recall."""
+    values = {name: round(0.1 * number, 1) for number, name in enumerate(runs, 1)}
+    content: dict[str, Any] = {
+        "checkpoints": {name: str(run) for name, run in runs.items()},
+        "results": {
+            name: {"coco": {f"recall@{k}": value for k in (10, 1, 5)} | {"loss": None}}
+            for name, value in values.items()
+        },
+    }
+    if with_digests:
+        content["weights"] = {name: weights_digest(load_encoders(run)) for name, run in runs.items()}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return str(path)
+
+
+def exported(run: Path, out: Path, metrics: str) -> str:
+    """Return the model card of an export."""
+    convert(Options(str(run), "open_clip", str(out), metrics=metrics))
+    return (out / "README.md").read_text(encoding="utf-8")
+
+
+def test_figures_of_other_weights_are_refused(tmp_path: Path) -> None:
+    mine, other = write_run(tmp_path / "mine"), write_run(tmp_path / "other", seed=1)
+    third = write_run(tmp_path / "third", seed=2)
+    metrics = write_results(tmp_path / "results.json", {"a": other, "b": third})
+    with pytest.raises(
+        UserError, match=r"figures are of .*/other and .*/third, not of the weights in .*/mine; "
+    ) as told:
+        exported(mine, tmp_path / "out", metrics)
+    assert str(told.value).endswith(f"(composer evaluate.py … checkpoint={mine}), or leave --metrics out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_of_several_checkpoints_the_one_that_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine, other = write_run(tmp_path / "mine"), write_run(tmp_path / "other", seed=1)
+    metrics = write_results(tmp_path / "results.json", {"theirs": other, "ours": mine})
+    card = exported(mine, tmp_path / "out", metrics)
+    assert "| | ours |\n" in card
+    assert "theirs" not in card
+    rows = [line for line in card.splitlines() if "recall" in line]
+    assert rows == [f"| coco: recall@{k} | 0.2000 |" for k in (1, 5, 10)]
+    assert "metrics:" not in capsys.readouterr().err
+    # an export has the same weights, whatever its format calls them
+    assert "| | ours |\n" in exported(tmp_path / "out", tmp_path / "again", metrics)
+
+
+def test_figures_of_an_earlier_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = write_run(tmp_path / "mine")
+    metrics = write_results(tmp_path / "results.json", {"model": mine}, with_digests=False)
+    assert "| coco: recall@1 | 0.1000 |" in exported(mine, tmp_path / "out", metrics)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("metrics:")]
+    assert line.endswith("kept no digest of the weights: nobody can tell whether its figures are this model's")
+
+
+def test_a_checkpoint_that_is_not_measured_yet(tmp_path: Path) -> None:
+    content = {"weights": {"a": "xxh3:1"}, "checkpoints": {"a": "runs/a"}, "results": {"a": {}}}
+    (tmp_path / "results.json").write_text(json.dumps(content), encoding="utf-8")
+    figures = read_figures(str(tmp_path / "results.json"))
+    with pytest.raises(UserError, match=r"holds no figures of runs/a yet; evaluate it first"):
+        figures.of("xxh3:1", "runs/a")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"results": {"a": {"b": {"c": "d"}}}}', '{"results": {"a": 1}}'])
+def test_what_is_no_results_file(tmp_path: Path, content: str) -> None:
+    (tmp_path / "results.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"^--metrics .* is no results\.json of evaluate\.py: [^\n]+$"):
+        read_figures(str(tmp_path / "results.json"))
+
+
+@pytest.mark.parametrize(
+    ("place", "shown"),
+    [
+        ("/home/ada/runs/first", "first"),
+        ("/home/ada/runs/first/", "first"),
+        ("../ada/first/ep1-ba5-rank0.pt", "ep1-ba5-rank0.pt"),
+        ("~ada/first", "first"),
+        (r"C:\Users\ada\first", "first"),
+        ("local-dir:/home/ada/first", "first"),
+        ("local-dir:first", "first"),
+        ("file:///home/ada/first", "first"),
+        ("hf-hub:org/name", "hf-hub:org/name"),
+        ("ViT-B-32/openai", "ViT-B-32/openai"),
+        ("s3://bucket/runs/first", "s3://bucket/runs/first"),
+        ("s3://bucket/a@b", "s3://bucket/a@b"),
+        ("s3://AKIA:se/cr+et@bucket/runs", "s3://bucket/runs"),
+        ("sftp://ada:secret@host:22/runs", "sftp://host:22/runs"),
+        ("https://host/first.pt?X-Amz-Signature=secret#top", "https://host/first.pt"),
+    ],
+)
+def test_what_of_a_place_is_published(place: str, shown: str) -> None:
+    assert public_place(place) == shown
+
+
+def test_places_anywhere_in_a_setting() -> None:
+    given = {"a": ["/home/ada/x.json", "s3://k:s@b/x"], "n": 1, "opt": "adamw", "b": {"c": "~ada", "d": None}}
+    assert public(given) == {"a": ["x.json", "s3://b/x"], "n": 1, "opt": "adamw", "b": {"c": "ada", "d": None}}
+
+
+@pytest.mark.parametrize("to", ["open_clip", "huggingface", "release", "composer"])
+def test_an_export_names_nothing_of_the_machine(tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In all its files, the graphs of ONNX too."""
+    monkeypatch.setattr("socket.gethostname", lambda: "adalovelace-laptop")
+    for variable in ("USER", "LOGNAME", "HOSTNAME"):
+        monkeypatch.setenv(variable, "adalovelace")
+    home = tmp_path / "users" / "adalovelace"
+    recipe = {
+        "run_name": "first",
+        "pretrained": str(home / "weights" / "start.pt"),
+        "algorithms": {"some.Algorithm": {"table": str(home / "table.json")}},
+        "data": {
+            "streams": {
+                "here": {"remote": None, "local": str(home / "set")},
+                "mounted": {"remote": str(home / "set"), "local": "/tmp/adalovelace"},
+                "there": {"remote": "s3://adalovelace:secret@bucket/set", "local": str(home / "cache")},
+            }
+        },
+    }
+    run = write_run(home / "run", **recipe)
+    metrics = write_results(home / "results.json", {"model": run})
+    convert(Options(str(run), to, str(home / "exports" / "first"), onnx=True, metrics=metrics))
+    files = list((home / "exports" / "first").iterdir())
+    assert len(files) >= 4
+    for file in files:
+        content = file.read_bytes()
+        for word in ("adalovelace", str(tmp_path), str(Path(__file__).parent.parent)):
+            assert word.encode() not in content, (file.name, word)
+    card = (home / "exports" / "first" / "README.md").read_text(encoding="utf-8")
+    streams = {"here": "not published", "mounted": "not published", "there": "s3://bucket/set"}
+    for row in (f"| data: {name} | {shown} |" for name, shown in streams.items()):
+        assert row in card
+    assert "| pretrained | start.pt |" in card
+    assert "this model started from start.pt, whose licence" in card
+    assert "table.json" in card
+    assert "first" in card.split("## Use")[1].split("## Model")[0]

@@ -40,7 +40,9 @@ def kill(command: Command, victim: str, rng: random.Random) -> None:
     assert command.driver.poll() is None
     if victim == "worker":
         rng.choice(workers).kill()
-        (line,) = said(command.finish(2, 60))
+        *before, line = said(command.finish(2, 60))
+        assert len(before) <= 1
+        assert all(" holds " in one for one in before), "what is there already"
         assert line.startswith("error: a worker process was killed")
     else:
         for process in [command.driver, *(workers if victim == "all" else [])]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from models import EVERYTHING, small_config
 from runs import jpeg
 from s3 import S3Server
-from streaming import MDSWriter, Stream
+from streaming import MDSWriter
 
 from alignclip.config import EvaluatorConfig, SetConfig
 from alignclip.encoders import CLIP, build_encoders
@@ -26,6 +26,7 @@ from alignclip.evaluation.retrieval import recall
 from alignclip.evaluation.sets import EvaluationSet, OpenSets, read_classes
 from alignclip.evaluation.tasks import Evaluator, evaluate_model
 from alignclip.metrics import TASKS
+from alignclip.shard_cache import CachedStream
 from alignclip.transforms import center_crop, normalize
 
 CLASSES = ["dog", "red car", "a tree in the snow"]
@@ -297,9 +298,9 @@ def test_a_reader_that_hangs_ends_with_the_evaluation_and_blocks_no_other(
     write_captioned(str(tmp_path / "set"), 40, several=False)
     broken = tmp_path / "broken"
     broken.touch()
-    download = Stream.prepare_shard
+    download = CachedStream.prepare_shard
 
-    def prepare_shard(self: Stream, shard: Any) -> int:
+    def prepare_shard(self: CachedStream, shard: Any) -> int:
         if broken.exists() and shard.file_pairs[0][0].basename == "shard.00000.mds":
             time.sleep(1)  # until the other one is at it
             raise ConnectionError("connection reset")
@@ -307,7 +308,7 @@ def test_a_reader_that_hangs_ends_with_the_evaluation_and_blocks_no_other(
             time.sleep(600)
         return download(self, shard)
 
-    monkeypatch.setattr(Stream, "prepare_shard", prepare_shard)
+    monkeypatch.setattr(CachedStream, "prepare_shard", prepare_shard)
     config = EvaluatorConfig(task="retrieval", remote=str(tmp_path / "set"), local=str(tmp_path / "cache"))
     config.num_workers = 2
     encoder = encoder_of(small_model(), batch_size=16)
@@ -392,7 +393,7 @@ def test_wrong_sets_are_one_line(tmp_path: Path) -> None:
         EvaluationSet(SetConfig(local=str(tmp_path / "nowhere")), 16, "label", OpenSets())
     with pytest.raises(UserError, match=r"lacks the columns \['caption'\]; it has \['image', 'key', 'label'\]"):
         EvaluationSet(SetConfig(local=str(tmp_path / "set")), 16, "caption", OpenSets())
-    with pytest.raises(UserError, match=r"can't read .*classes.json: not found"):
+    with pytest.raises(UserError, match=r"can't read .*classes.json: No such file or directory"):
         read_classes(SetConfig(local=str(tmp_path / "set")))
     for text in ("[]", '{"classnames": [], "templates": ["a {c}"]}', '{"classnames": "cat", "templates": ["a {c}"]}'):
         (tmp_path / "set" / "classes.json").write_text(text)

@@ -81,7 +81,7 @@ def test_mds_sets_of_something_else(tmp_path: Path, columns: Any, row: Any, mess
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"shards": [{}]}', '{"shards": [{"samples": 1}]}', "[" * 10_000])
 def test_what_is_no_index(tmp_path: Path, text: str) -> None:
     (tmp_path / "index.json").write_text(text)
-    with pytest.raises(UserError, match=r"index\.json is no index of MDS shards$"):
+    with pytest.raises(UserError, match=r"index\.json is not a streaming index$"):
         quick([tmp_path / "index.json"], tmp_path / "out")
 
 

@@ -308,9 +308,7 @@ def test_missing_sets_are_one_line(s3: S3Server, tmp_path: Path, monkeypatch: py
     nowhere = f"data.streams.s0: no MDS set at {tmp_path / 'nowhere'} (no index.json there)"
     assert says(tmp_path / "nowhere").startswith(nowhere)
     assert says(tmp_path / "nowhere").endswith("take it out with data.streams.s0=null")
-    assert "can't read s3://no-such-bucket-here/x/index.json: no such bucket" in says(
-        "s3://no-such-bucket-here/x"
-    )
+    assert "can't read s3://no-such-bucket-here/x/index.json: no such bucket" in says("s3://no-such-bucket-here/x")
     with pytest.raises(UserError, match=r"data\.shuffle_algo=py1x does not exist; did you mean 'py1"):
         check_streams(config_for(tmp_path, shuffle_algo="py1x"), semantic=False)
     with pytest.raises(UserError, match=r"data\.validate_hash=xxh46: did you mean 'xxh64'"):

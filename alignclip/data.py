@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -18,7 +19,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from streaming import StreamingDataLoader, StreamingDataset
-from streaming.base.dataset import _ShardState
+from streaming.base.constant import TICK
+from streaming.base.dataset import _Iterator, _ShardState
 from torch import Tensor
 from torch.utils.data import default_collate
 
@@ -34,6 +36,7 @@ from alignclip.transforms import decode_image, random_resized_crop
 NOT_STREAMING = {"streams", "scale", "ratio", "num_workers", "prefetch_factor", "persistent_workers", "pin_memory"}
 
 
+LONGEST_STARVATION = 60.0  # seconds that a shard waits for room in the cache
 ZEROS_NAMED = 5  # samples with a caption embedding of zeros that a worker names
 
 
@@ -42,6 +45,8 @@ class ReleasingDataset(StreamingDataset):
 
     Streaming's own readers wait for such a shard for ever.
     """
+
+    _starved_since: float | None = None  # since when there is nothing to evict
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Download a shard; one that fails goes back to 'remote', so that sibling workers don't wait for it."""
@@ -60,13 +65,43 @@ class ReleasingDataset(StreamingDataset):
         Raises:
             RuntimeError: there is none.
         """
-        local = np.flatnonzero(self._shard_states.numpy() == _ShardState.LOCAL)
+        states = self._shard_states.numpy()
+        local = np.flatnonzero(states == _ShardState.LOCAL)
         for shard_id in local[np.argsort(self._shard_access_times.numpy()[local])]:
             shard = self.shards[shard_id]
             if isinstance(shard, CachedShard) and shard.can_be_evicted():
+                self._starved_since = None
                 self._evict_shard(int(shard_id))
                 return
-        raise RuntimeError(f"a cache limit of {self.cache_limit:,} bytes is too small to read from; raise it")
+        since = self._starved_since = self._starved_since or time.monotonic()
+        others = np.count_nonzero(states == _ShardState.PREPARING) > 1  # one is the shard that wants the room
+        if not others or time.monotonic() - since > LONGEST_STARVATION:
+            raise RuntimeError(f"a cache limit of {self.cache_limit:,} bytes is too small to read from; raise it")
+        # what others are about to have can be evicted when they have it, for which they need the lock
+        self._cache_filelock.release()
+        time.sleep(TICK)
+        self._cache_filelock.acquire()
+
+    def _ready_thread(self, it: _Iterator) -> None:
+        """Count the samples whose shards are there, which may be read.
+
+        Streaming's own waits until a shard is there, and for ever where another thread has evicted the shard by the
+        time that it looks again: a cache limit of a few shards ended in a run that stood still.
+        """
+        while not (it.should_exit() or it.ready_index == it.total or self._event.is_set()):
+            if self.predownload is not None and it.ready_index - it.yield_index > self.predownload:
+                time.sleep(TICK)
+                continue
+            sample_id = it.sample_ids[it.ready_index]
+            if sample_id != -1:
+                shard_id, _ = self.spanner[sample_id]
+                if self._shard_states[shard_id] == _ShardState.REMOTE:
+                    self.prepare_shard(shard_id, False)
+                if self._shard_states[shard_id] != _ShardState.LOCAL:
+                    time.sleep(TICK)
+                    continue
+            it.ready_index += 1
+        it.on_exit()
 
     def release(self) -> None:
         """Give back what processes that were killed had begun to download; while nobody else reads."""

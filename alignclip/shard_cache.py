@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +29,8 @@ from alignclip.decompression import decompress_to
 from alignclip.mds_index import INDEX, read_shards
 
 NOTE = ".alignclip-cache"  # a line of JSON for each file: name, time of change in ns, bytes
+_reading = threading.Lock()  # of notes: Streaming's threads ask at the same time
+os.register_at_fork(before=_reading.acquire, after_in_parent=_reading.release, after_in_child=_reading.release)
 Seal = tuple[int, int]  # time of change in ns and bytes, by which a file is known again
 
 
@@ -92,7 +95,7 @@ class ShardCache:
 
     def _known(self, name: str) -> Seal | None:
         """The seal that the note has of a file; other processes may have added to the note."""
-        with suppress(OSError), (self.folder / NOTE).open("rb") as note:
+        with _reading, suppress(OSError), (self.folder / NOTE).open("rb") as note:
             note.seek(self._read)
             lines = note.read()
             lines = lines[: lines.rfind(b"\n") + 1]

@@ -48,7 +48,7 @@ def test_from_s3_to_s3(s3: Any, tmp_path: Path) -> None:
     assert counts.written == 15
     assert_three_tars(read_back(out, tmp_path / "cache"))
     names = [f"{i:05}/{name}" for i in range(3) for name in ("counts.json", "index.json", "shard.00000.mds")]
-    names += ["convert.json", "dataset.json", "index.json"]
+    names += ["convert.json", "dataset.json", "index.json", "report.md"]
     assert s3.keys(out) == sorted(f"deep/pairs/{name}" for name in names)
     assert json.loads((tmp_path / "cache" / "index.json").read_text())["shards"]
 

@@ -217,7 +217,7 @@ def test_an_evaluation_that_fails_does_not_end_the_run(
 
 
 def test_a_set_that_is_not_there_is_told_before_the_first_step(dataset: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"evaluation set .*nowhere"):
+    with pytest.raises(UserError, match=r"no MDS set at .*nowhere"):
         train(dataset, tmp_path, *retrieval(tmp_path / "nowhere"))
 
 

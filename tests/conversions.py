@@ -18,6 +18,8 @@ import psutil
 from PIL import Image
 from tarballs import quick, read_back, write_tar
 
+from alignclip.storage.store import PROBE
+
 COMMAND = Path(__file__).parent.parent / "convert" / "cc12m.py"
 SIZE_LIMIT = "80kb"  # of a shard: a few pictures
 TIMEOUT = 240.0  # seconds, for a step that takes ten on a quiet machine
@@ -166,12 +168,16 @@ class Command:
             time.sleep(pause)
 
     def wait_for_changes(self, listing: Callable[[], set[str]], number: int) -> None:
-        """Until so many files have come or gone since now."""
-        before = listing()
+        """Until so many files have come or gone since now, besides the one that tries whether the place is writable."""
+
+        def written() -> set[str]:
+            return {name for name in listing() if not name.startswith(PROBE)}
+
+        before = written()
 
         def enough() -> bool:
             nonlocal before, number
-            now = listing()
+            now = written()
             number -= len(now ^ before)
             before = now
             return number <= 0

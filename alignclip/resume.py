@@ -20,7 +20,7 @@ from alignclip.checkpoint_file import GONE, UNREADABLE
 from alignclip.checkpoints import SaveFolder
 from alignclip.config import RunConfig
 from alignclip.errors import UserError
-from alignclip.evaluation.ranks import agree
+from alignclip.evaluation.ranks import agree, from_rank_zero
 from alignclip.fetching import fetch, few
 
 
@@ -110,16 +110,8 @@ def choose(folder: SaveFolder, download: Path) -> str | None:
 def _own(folder: SaveFolder, downloads: Path) -> Origin | None:
     """The run's own checkpoint, if there is one; rank 0 chooses it, and the other machines get the same."""
     download = downloads / "checkpoint.pt"
-    chosen: list[str | None] = [None]
-    failure: UserError | None = None
-    if dist.get_global_rank() == 0:
-        try:
-            chosen = [choose(folder, download)]
-        except UserError as error:
-            failure = error
-    agree(failure)
-    dist.broadcast_object_list(chosen)
-    if (name := chosen[0]) is None:
+    name = from_rank_zero(lambda: choose(folder, download))
+    if name is None:
         return None
 
     def get() -> Path:

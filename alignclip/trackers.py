@@ -22,7 +22,7 @@ from composer.utils import dist
 from alignclip.checkpoints import SaveFolder
 from alignclip.config import RunConfig
 from alignclip.errors import UserError, one_line
-from alignclip.evaluation.ranks import agree
+from alignclip.evaluation.ranks import agree, from_rank_zero
 
 WANDB_ID = "wandb-id.txt"  # in the save folder
 OFFLINE = ("offline", "disabled", "dryrun")  # modes of W&B that need no login
@@ -61,20 +61,13 @@ def with_wandb_id(config: RunConfig, folder: SaveFolder | None) -> RunConfig:
     """
     if folder is None or "WandBLogger" not in config.loggers:
         return config
-    found = [""]
-    failure: UserError | None = None
-    if dist.get_global_rank() == 0:
-        try:
-            found = [_wandb_id(config, folder)]
-        except UserError as error:
-            failure = error
-    agree(failure)
-    dist.broadcast_object_list(found)
+    own = folder
+    found = from_rank_zero(lambda: _wandb_id(config, own))
     arguments = dict(config.loggers["WandBLogger"] or {})
     given = dict(arguments.get("init_kwargs") or {})
     if "id" not in given and "WANDB_RUN_ID" not in os.environ:
         every = arguments.get("rank_zero_only") is False and dist.get_global_rank() > 0
-        given["id"] = f"{found[0]}-rank{dist.get_global_rank()}" if every else found[0]
+        given["id"] = f"{found}-rank{dist.get_global_rank()}" if every else found
     given.setdefault("resume", "allow")
     arguments["init_kwargs"] = given
     return dataclasses.replace(config, loggers={**config.loggers, "WandBLogger": arguments})

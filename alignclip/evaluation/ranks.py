@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from alignclip.errors import UserError
+
+T = TypeVar("T")
 
 
 def world() -> int:
@@ -48,3 +51,23 @@ def agree(error: UserError | None) -> None:
     errors = [one for one in gather_objects([error]) if one is not None]
     if errors:
         raise errors[0]
+
+
+def from_rank_zero(action: Callable[[], T]) -> T:
+    """Run ``action`` on rank 0, and return its result on every rank.
+
+    Raises:
+        UserError: the error of rank 0, on every rank.
+    """
+    found: list[Any] = [None]
+    failure: UserError | None = None
+    if rank() == 0:
+        try:
+            found = [action()]
+        except UserError as error:
+            failure = error
+    agree(failure)
+    if world() > 1:
+        dist.broadcast_object_list(found)
+    result: T = found[0]
+    return result

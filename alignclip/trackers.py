@@ -23,6 +23,7 @@ from alignclip.checkpoints import SaveFolder
 from alignclip.config import RunConfig
 from alignclip.errors import UserError, one_line
 from alignclip.evaluation.ranks import agree, from_rank_zero
+from alignclip.storage import write_whole
 
 WANDB_ID = "wandb-id.txt"  # in the save folder
 OFFLINE = ("offline", "disabled", "dryrun")  # modes of W&B that need no login
@@ -218,9 +219,8 @@ class FileLogger(loggers.FileLogger):
             kept = ""
         else:
             kept = steps_before(before.decode(errors="replace"), batch)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(kept.encode() + since)
-        partial.replace(path)
+        with write_whole(path) as partial:
+            partial.write_bytes(kept.encode() + since)
         self.file = path.open("a+", buffering=self.buffer_size, encoding="utf-8")
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 from streaming import StreamingDataLoader, StreamingDataset
 from streaming.base.constant import TICK
 from streaming.base.dataset import _Iterator, _ShardState
@@ -44,9 +45,30 @@ class ReleasingDataset(StreamingDataset):
     """A StreamingDataset of cached streams in which a failed download is nobody's.
 
     Streaming's own readers wait for such a shard for ever.
+
+    Args:
+        arguments: of StreamingDataset.
     """
 
     _starved_since: float | None = None  # since when there is nothing to evict
+
+    def __init__(self, **arguments: Any) -> None:
+        self._locks: dict[int, FileLock] = {}  # by the process, because a lock can't be inherited
+        super().__init__(**arguments)
+
+    @property
+    def _cache_filelock(self) -> FileLock:
+        """The lock of the cache, one for all threads of a process.
+
+        Streaming means to make one lock, and makes one at each call, because it asks for an attribute of another name.
+        A thread that made room then let go of another thread's lock, and both waited for ever.
+        """
+        process = os.getpid()
+        return self._locks.get(process) or self._locks.setdefault(process, FileLock(self._cache_filelock_path))
+
+    @_cache_filelock.setter
+    def _cache_filelock(self, lock: FileLock) -> None:
+        """Leave the lock that Streaming makes."""
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Download a shard; one that fails goes back to 'remote', so that sibling workers don't wait for it."""

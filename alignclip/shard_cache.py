@@ -70,7 +70,9 @@ class ShardCache:
         seal = self._seal(name)
         if seal is None or not (self.is_own or self._known(name) == seal):
             return False
-        return self._can_be_fetched(name) or (made_from is not None and (self.folder / made_from).is_file())
+        if self._can_be_fetched(name):
+            return True
+        return made_from is not None and (self._can_be_fetched(made_from) or (self.folder / made_from).is_file())
 
     def forget_what_is_gone(self) -> None:
         """Shorten the note to the files that are still there; before anybody reads from the folder."""
@@ -110,9 +112,9 @@ class ShardCache:
         """Whether the file's source is somewhere else."""
         if self.source is None or urlparse(self.source).scheme:
             return self.source is not None
-        source = Path(self.source, name)
+        source, here = Path(self.source, name), self.folder / name
         try:
-            return source.is_file() and not source.samefile(self.folder / name)
+            return source.is_file() and not (here.exists() and source.samefile(here))
         except OSError:
             return False
 

@@ -50,11 +50,13 @@ def test_tensorboard(tmp_path: Path) -> None:
 
 def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_wandb: None) -> None:
     """Offline: the run's file as wandb itself would upload it later."""
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
     from wandb.sdk.internal.datastore import DataStore
 
     monkeypatch.chdir(tmp_path)
     fit(tmp_path, "loggers.WandBLogger={project: mine, rank_zero_only: true}")
+    wandb.teardown()  # as at the end of a process: a run that has finished may be in its file a moment later
     (file,) = tmp_path.rglob("run-*.wandb")
     store, keys, project = DataStore(), set(), ""
     store.open_for_scan(str(file))

@@ -78,9 +78,11 @@ def test_a_file_has_each_step_once(train: Any, tmp_path: Path) -> None:
 
 def rows_of(folder: Path) -> tuple[Counter[tuple[str, int]], set[str]]:
     """How often each (metric, step) stands in W&B's offline files, and the ids of their runs."""
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
     from wandb.sdk.internal.datastore import DataStore
 
+    wandb.teardown()  # as at the end of a process: a run that has finished may be in its file a moment later
     found: Counter[tuple[str, int]] = Counter()
     ids = set()
     for file in folder.rglob("run-*.wandb"):

@@ -104,8 +104,8 @@ def evaluate(run: Run, step: int, options: argparse.Namespace) -> dict[str, floa
     test += [f"evaluators.{name}.local={options.test}" for name in keys]
     call("evaluate.py", ROOT / "yamls" / "evaluate.yaml", f"checkpoint={checkpoint}", "evaluators=null", *test,
          "device=cpu", "precision=fp32", f"out={out}")  # fmt: skip
-    (model,) = json.loads((out / "results.json").read_text(encoding="utf-8"))["checkpoints"].values()
-    return {name: value for task in ("retrieval", "gap") for name, value in model["metrics"][task].items()}
+    (model,) = json.loads((out / "results.json").read_text(encoding="utf-8"))["results"].values()
+    return {name: value for task in ("retrieval", "gap") for name, value in model[task].items()}
 
 
 def call(script: str, *arguments: object) -> None:

@@ -134,7 +134,7 @@ def test_keys_exist_and_values_are_taken(row: tuple[str, ...]) -> None:
     plugins.check(config)
 
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "convert" / "README.md", MIGRATION]
+DOCUMENTS = [ROOT / "README.md", ROOT / "convert" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SECTIONS = "model|loss|data|optimizer|scheduler|evaluators|keep_best|parallelism_config|compile_config"
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
@@ -151,22 +151,47 @@ def commands(path: Path) -> list[str]:
     return [line for line in [*lines, *codes] if starts.match(line)]
 
 
+def check_whole_command(command: str) -> None:
+    """Options are the script's, settings are read with its YAML."""
+    words = [word for word in shlex.split(command, comments=True) if word != "…"]
+    script = next((word for word in words if word in READERS), None)
+    if script is None or words[-1] == script:
+        check_command(command)
+        return
+    yaml, *overrides = words[words.index(script) + 1 :]
+    if "://" in yaml:  # what a run has left
+        yaml = "yamls/alignclip.yaml"
+    yaml = yaml if yaml != "my.yaml" else "yamls/evaluate.yaml"
+    if script == "evaluate.py" and not any(override.startswith("checkpoint") for override in overrides):
+        overrides.append("checkpoint=any")
+    READERS[script](ROOT / yaml, overrides)
+
+
 @each_document
 def test_commands_can_be_given(path: Path) -> None:
-    """Options are the script's, settings are read with its YAML."""
-    found = commands(path)
-    assert found
-    for command in found:
-        words = [word for word in shlex.split(command, comments=True) if word != "…"]
-        script = next((word for word in words if word in READERS), None)
-        if script is None:
-            check_command(command)
-            continue
-        yaml, *overrides = words[words.index(script) + 1 :]
-        yaml = yaml if yaml != "my.yaml" else "yamls/evaluate.yaml"
-        if script == "evaluate.py" and not any(override.startswith("checkpoint") for override in overrides):
-            overrides.append("checkpoint=any")
-        READERS[script](ROOT / yaml, overrides)
+    for command in commands(path):
+        check_whole_command(command)
+
+
+def test_documents_have_commands() -> None:
+    assert len([command for path in DOCUMENTS for command in commands(path)]) > 30
+
+
+SCRIPTS = [
+    *READERS,
+    *(f"convert/{name}.py" for name in ("cc12m", "classification", "retrieval", "verify", "checkpoint")),
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_examples_of_the_help_can_be_given(script: str) -> None:
+    """In an example a trailing backslash joins two lines; ``#`` begins a remark."""
+    text = help_of((sys.executable, str(ROOT / script)))
+    lines = text.partition("examples:\n")[2].replace("\\\n", " ").splitlines()
+    examples = [line.strip() for line in lines if re.match(r"\s+(composer|python) ", line)]
+    assert examples
+    for example in examples:
+        check_whole_command(example)
 
 
 @each_document

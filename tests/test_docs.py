@@ -187,6 +187,7 @@ SCRIPTS = [
 def test_examples_of_the_help_can_be_given(script: str) -> None:
     """In an example a trailing backslash joins two lines; ``#`` begins a remark."""
     text = help_of((sys.executable, str(ROOT / script)))
+    assert max(map(len, text.splitlines())) <= 120  # a backslash that Python ate leaves one long line
     lines = text.partition("examples:\n")[2].replace("\\\n", " ").splitlines()
     examples = [line.strip() for line in lines if re.match(r"\s+(composer|python) ", line)]
     assert examples

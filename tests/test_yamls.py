@@ -54,7 +54,7 @@ def settings(path: Path, *overrides: str) -> dict[str, Any]:
 
 
 def test_every_recipe_is_known_here() -> None:
-    assert {path.stem for path in YAMLS} == DIFFERENCES.keys() | {"quickstart", "finetune-retrieval"}
+    assert {path.stem for path in YAMLS} == DIFFERENCES.keys() | {"debug", "quickstart", "finetune-retrieval"}
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,13 +119,57 @@ def test_against_the_beginning_of_the_run() -> None:
     first = now | {"centroid_distance": 1.05, "margin": 0.0} | {name: chance[name] for name in NAMES[-2:]}
     verdict = judge(now, chance, first, "batch 10")
     assert verdict is not None
-    assert verdict.text.startswith("the gap closed (from 1.05 at batch 10 to 0.07), and retrieval rose (R@5 0.938, 112")
+    assert verdict.text.startswith(
+        "the gap closed (from 1.05 at batch 10 to 0.07), and retrieval rose (mean R@5 0.938, 112"
+    )
     # a model that was good at retrieval, and lost it while its gap closed
     before = now | {"centroid_distance": 0.8} | dict.fromkeys(NAMES[-2:], 0.99)
     verdict = judge(now | dict.fromkeys(NAMES[-2:], 0.5), chance, before, "batch 0")
     assert verdict is not None
     assert not verdict.success
-    assert "but retrieval fell (R@5 0.500, 60.0 × chance, 0.990 at batch 0)" in verdict.text
+    assert "but retrieval fell (mean R@5 0.500, 60.0 × chance, 0.990 at batch 0)" in verdict.text
+
+
+@pytest.mark.parametrize(
+    ("first", "now", "words"),
+    [
+        (0.11, 0.27, "the gap is small (0.27; 0.11 at batch 20)"),  # more than twice as large
+        (0.05, 0.05, "the gap is small (0.05; 0.05 at batch 20)"),
+        (0.0549, 0.0451, "the gap is small (0.05; 0.05 at batch 20)"),  # one number in two decimals
+        (0.18, 0.07, "the gap closed (from 0.18 at batch 20 to 0.07)"),
+        (1.10, 0.60, "the gap narrowed (from 1.10 at batch 20 to 0.60)"),
+        (0.40, 0.60, "the gap widened (from 0.40 at batch 20 to 0.60)"),
+        (0.60, 0.62, "the gap has not changed (0.62; 0.60 at batch 20)"),
+    ],
+)
+def test_the_gap_is_said_to_move_where_it_did(first: float, now: float, words: str) -> None:
+    metrics, chance = figures(600, WORKING[1][1])
+    verdict = judge(metrics | {NAMES[2]: now}, chance, metrics | {NAMES[2]: first}, "batch 20")
+    assert verdict is not None
+    assert verdict.text.startswith(f"{words}, and ")
+
+
+def test_recall_is_said_to_be_a_mean_where_it_is_one() -> None:
+    both = {NAMES[-2]: 0.0152, NAMES[-1]: 0.0182}
+    verdict = judge(both, dict.fromkeys(both, 0.01))
+    assert verdict is not None
+    assert "(mean R@5 0.017," in verdict.text
+    verdict = judge({NAMES[-2]: 0.0152}, dict.fromkeys(both, 0.01))
+    assert verdict is not None
+    assert "(R@5 0.015," in verdict.text
+
+
+def test_the_examples_of_the_document_are_what_is_printed() -> None:
+    text = (Path(__file__).parents[1] / "docs/evaluation.md").read_text(encoding="utf-8")
+    examples = [line.removeprefix("    gap: ").removesuffix("…") for line in text.splitlines() if "    gap: " in line]
+    small = figures(286, (0.9, 0.01, 0.27, 1.5, 5.0, 0.0152, 0.0182))
+    (now, chance), (first, _) = figures(600, WORKING[1][1]), figures(*COLLAPSED[3])
+    given = [judge(*figures(*COLLAPSED[1])), judge(now, chance, first, "batch 20"),
+             judge(*small, small[0] | {NAMES[2]: 0.11}, "batch 20")]  # fmt: skip
+    assert len(examples) == len(given)
+    for example, verdict in zip(examples, given, strict=True):
+        assert verdict is not None
+        assert verdict.text.startswith(example)
 
 
 def test_one_class_for_all_images_is_a_collapse_whatever_its_accuracy() -> None:

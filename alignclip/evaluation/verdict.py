@@ -14,6 +14,7 @@ from dataclasses import dataclass
 CLOSED = 0.3
 # Of its value before: less of a change is that of one evaluation to the next
 NARROWER, WIDER = 0.8, 1.25
+VISIBLE = 0.02  # a gap that is small already moves by hundredths, and two of them are seen in two decimals
 # Retrieval works from so many times chance on. Collapsed models reach 3 times chance by the little that they tell apart
 WORKS = 5.0
 SHARE = 0.25  # … or from so much of what chance misses: 5 times chance is out of reach in a set of few pairs
@@ -103,19 +104,23 @@ def _gap(now: float, before: Metrics | None, when: str) -> tuple[bool, str]:
     if not first > 0:
         return closed, f"the gap is {'closed' if closed else 'open'} ({now:.2f})"
     ratio = now / first
-    change = "narrowed" if ratio < NARROWER else "widened" if ratio > WIDER else "has not changed"
-    word = "closed" if closed and ratio < NARROWER else "is small" if closed else change
-    return closed, f"the gap {word} (from {first:.2f} at {when} to {now:.2f})"
+    if ratio < NARROWER and first - now >= VISIBLE:
+        return closed, f"the gap {'closed' if closed else 'narrowed'} (from {first:.2f} at {when} to {now:.2f})"
+    if closed:  # whichever way it went: no word of a movement
+        return closed, f"the gap is small ({now:.2f}; {first:.2f} at {when})"
+    if ratio > WIDER:
+        return closed, f"the gap widened (from {first:.2f} at {when} to {now:.2f})"
+    return closed, f"the gap has not changed ({now:.2f}; {first:.2f} at {when})"
 
 
 def _retrieval(metrics: Metrics, chance: Metrics, before: Metrics | None, when: str) -> tuple[bool, str]:
-    """Whether retrieval works, and did not fall, and a sentence about it."""
+    """Whether retrieval works, and did not fall, and a sentence about the mean of both directions."""
     known = [name for name in RECALLS if name in metrics]
     now = sum(metrics[name] for name in known) / len(known)
     random = sum(chance.get(name, 0.0) for name in known) / len(known)
     enough = min(WORKS * random, random + SHARE * (1 - random))
     times = f"{now / random:.1f} × chance" if random else "chance unknown"
-    numbers = f"R@5 {now:.3f}, {times}"
+    numbers = f"{'mean ' if len(known) > 1 else ''}R@5 {now:.3f}, {times}"
     if now < enough:
         return False, f"retrieval is near chance ({numbers})"
     if before is None or any(name not in before for name in known):

@@ -30,7 +30,7 @@ Metrics = dict[str, float]
 
 
 def evaluate(
-    model: CLIP,
+    model: CLIP | str | Path,
     evaluators: Mapping[str, Mapping[str, Any] | EvaluatorConfig],
     *,
     dtype: torch.dtype | None = None,
@@ -39,7 +39,8 @@ def evaluate(
     """Evaluate a model as ``evaluate.py`` does.
 
     Args:
-        model: of :func:`alignclip.load`, on the device on which it shall run.
+        model: of :func:`alignclip.load`, on the device on which it shall run; or a path, URL or ``hf-hub:`` name as
+            :func:`alignclip.load` takes it, whose model then runs on the CPU.
         evaluators: by a name of your choice, with the keys that they have in a YAML file:
             ``{"pairs": {"task": "retrieval", "local": "sets/coco"}}``. ``docs/evaluation.md`` has the tasks.
         dtype: of autocast while encoding, e.g. ``torch.bfloat16``; by default the model's own.
@@ -49,12 +50,14 @@ def evaluate(
         metrics by the evaluator's name and theirs; :data:`alignclip.metrics.TASKS` says what each is.
 
     Raises:
-        UserError: an unknown task or key; a set that isn't there or isn't what its task needs.
+        UserError: an unknown task or key; a set that isn't there or isn't what its task needs; a path without a model.
+        TypeError: ``model`` is neither a model nor a path.
     """
     from alignclip.evaluation.encoding import Encoder  # Streaming takes seconds
     from alignclip.evaluation.tasks import Evaluator
 
     configs = evaluators_of(evaluators)
+    model = _model(model)
     encoder = Encoder(model, model.logit_scale.device, dtype, progress=progress)
     # all of them first: one that is not there should not be found out after the others
     tasks = [Evaluator(name, config, encoder.image_size, _opened()) for name, config in configs.items()]
@@ -63,6 +66,23 @@ def evaluate(
         encoder.batch_size = task.config.batch_size
         found[task.name] = task(encoder).metrics
     return found
+
+
+def _model(given: CLIP | str | Path) -> CLIP:
+    """The model itself, or the one at a path.
+
+    Raises:
+        UserError: the path has no model.
+        TypeError: it is neither.
+    """
+    if isinstance(given, str | Path):
+        from alignclip.loading import load_encoders
+
+        return load_encoders(expand(str(given), "model"))
+    if not isinstance(given, torch.nn.Module):
+        hint = "; alignclip.load returns the model first" if isinstance(given, tuple) else ""
+        raise TypeError(f"model must be a model or a path, not {type(given).__name__}{hint}")
+    return given
 
 
 @dataclass(frozen=True)
@@ -130,7 +150,11 @@ class Pairs(Dataset[Pair]):
         """
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
-        at = range(len(self))[index]
+        count = len(self)
+        if not -count <= index < count:
+            numbers = f" (0 to {count - 1})" if count else ""
+            raise IndexError(f"{self.place}: there is no sample {index} of {count} samples{numbers}")
+        at = range(count)[index]
         columns: dict[str, Any] = dict(self._samples[at])
         caption = columns.get("caption", "")
         captions = [str(text) for text in caption] if isinstance(caption, list) else [str(caption)] if caption else []

@@ -123,6 +123,38 @@ def test_evaluators_that_are_none(model: CLIP, given: dict[str, Any], words: str
     assert "\n" not in str(error.value)
 
 
+def test_evaluate_takes_a_path_as_load_does(
+    model: CLIP, pairs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"found": {"task": "retrieval", "local": str(pairs), "num_workers": 0}}
+    asked: list[str] = []
+    monkeypatch.setattr("alignclip.loading.load_encoders", lambda place: asked.append(place) or model)
+    expected = alignclip.evaluate(model, given, progress=False)
+    assert alignclip.evaluate("runs/emoji", given, progress=False) == expected
+    assert alignclip.evaluate(Path("runs/emoji"), given, progress=False) == expected
+    assert asked == ["runs/emoji"] * 2
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="nowhere"):
+        alignclip.evaluate(tmp_path / "nowhere", given, progress=False)
+
+
+def test_what_is_no_model(model: CLIP) -> None:
+    given: dict[str, Any] = {}
+    with pytest.raises(
+        TypeError, match=r"must be a model or a path, not tuple; alignclip\.load returns the model first"
+    ):
+        alignclip.evaluate((model, None, None), given, progress=False)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"must be a model or a path, not dict$"):
+        alignclip.evaluate({}, given, progress=False)  # type: ignore[arg-type]
+
+
+def test_a_sample_that_there_is_not(pairs: Path) -> None:
+    found = alignclip.dataset(pairs)
+    for number in (24, -25):
+        with pytest.raises(IndexError, match=rf"no sample {number} of 24 samples \(0 to 23\)"):
+            found[number]
+
+
 def test_dataset(pairs: Path) -> None:
     found = alignclip.dataset(pairs)
     assert len(found) == 24

@@ -5,6 +5,7 @@ Everything imported here is light. What needs PyTorch or Composer is looked at i
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -16,10 +17,10 @@ from pathlib import Path
 from alignclip.config import EvaluateConfig, EvaluatorConfig, RunConfig, SetConfig
 from alignclip.errors import UserError
 from alignclip.fetching import LATEST, WEIGHT_FILES, find_on_disk
-from alignclip.mds_index import INDEX, columns_of
+from alignclip.mds_index import INDEX, columns_of, listed_shards
 from alignclip.near import did_you_mean
 from alignclip.storage import StorageError, Store, check_folder_writable, is_absent, open_file, open_store
-from alignclip.streams import check_columns, local_folder, no_set_at, read_index
+from alignclip.streams import check_task_columns, local_folder, no_set_at, read_index
 
 CLASSES = "classes.json"  # beside the index of a classification set
 
@@ -97,11 +98,13 @@ def check_evaluator(name: str, evaluator: EvaluatorConfig, contents: bool = Fals
         where = f"evaluators.{name}{part}"
         if contents:
             shards = read_index(where, stream, local_folder("evaluation", stream))
-            check_columns(where, map(columns_of, shards), {"image", column})
+            check_task_columns(where, map(columns_of, shards), column)
         else:
             check_set(where, stream)
+            check_task_columns(where, _columns(stream), column)
         if column == "label":
-            _check_file(where, _beside(stream, CLASSES))
+            hint = "; convert/classification.py writes it"
+            _check_file(where, _beside(stream, CLASSES), hint=hint, near=False)
 
 
 def check_set(where: str, stream: SetConfig, hint: str = "") -> None:
@@ -114,6 +117,17 @@ def check_set(where: str, stream: SetConfig, hint: str = "") -> None:
         _check_file(where, _beside(stream, INDEX), hint=hint)
     elif not (path := Path(_beside(stream, INDEX))).is_file():
         raise UserError(f"{where}: {no_set_at(path.parent, hint)}")
+
+
+def _columns(stream: SetConfig) -> list[dict[str, str]]:
+    """The columns that a set's index names, shard by shard; none where it can't be read: that is told later."""
+    try:
+        store, name = open_file(_beside(stream, INDEX))
+        found = [columns_of(entry) for entry in listed_shards(json.loads(store.read_text(name)))]
+    except (UserError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    texts = (text for one in found for pair in one.items() for text in pair)
+    return found if all(isinstance(text, str) for text in texts) else []
 
 
 def _beside(stream: SetConfig, name: str) -> str:
@@ -191,15 +205,15 @@ def leaving_nothing(place: str | None) -> Iterator[None]:
         raise
 
 
-def _check_file(where: str, place: str, or_link: bool = False, hint: str = "") -> None:
+def _check_file(where: str, place: str, or_link: bool = False, hint: str = "", near: bool = True) -> None:
     store, name = open_file(place)
     try:
         there = _is_there(store, (name, f"{name}.symlink") if or_link else (name,))
     except StorageError as error:
         raise UserError(f"{where}: {error}") from None
     if not there:
-        near = "" if "://" in place else did_you_mean(place)
-        raise UserError(f"{where}: there is no {place}{near or hint}")
+        meant = did_you_mean(place) if near and "://" not in place else ""
+        raise UserError(f"{where}: there is no {place}{meant or hint}")
 
 
 def _is_there(store: Store, names: Sequence[str]) -> bool:

@@ -130,6 +130,25 @@ def check_columns(where: str, shards: Iterable[dict[str, str]], needed: set[str]
                 raise UserError(f"{where} stores the column {name} as {columns[name]}, not as {STORED[name][0]}")
 
 
+def check_task_columns(where: str, shards: Iterable[dict[str, str]], column: str) -> None:
+    """:func:`check_columns` for an evaluator's set: it has images and ``column``, a label or a caption of each.
+
+    Raises:
+        UserError: one of the shards hasn't; where the set is of the other kind, with the tasks that read it.
+    """
+    shards = list(shards)
+    try:
+        check_columns(where, shards, {"image", column})
+    except UserError as error:
+        columns = {name for one in shards for name in one}
+        hint = ""
+        if column == "label" and columns >= {"image", "caption"} and column not in columns:
+            hint = "; the set has pairs and no classes: retrieval and gap read pairs"
+        elif column == "caption" and columns >= {"image", "label"} and column not in columns:
+            hint = "; the set has classes and no captions: zero_shot and linear_probe read classes"
+        raise UserError(f"{error}{hint}") from None
+
+
 def _encoder(stream: SetConfig, encoding: str) -> tuple[str | None, int | None]:
     """Name and dimension of the sentence encoder of a set, as far as they are known."""
     place = "/".join(part.rstrip("/") for part in (stream.remote or stream.local, stream.split, DATASET) if part)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from runs import TINY, write_set
 from s3 import S3Server
+from streaming import MDSWriter
 
 from alignclip import early
 from alignclip.config import EvaluateConfig, EvaluatorConfig, RunConfig
@@ -128,6 +129,34 @@ def test_sets_that_lack_what_their_task_reads(yaml: Path, data: Path) -> None:
     wrong.task = "zero_shot"
     with pytest.raises(UserError, match=r"evaluators\.x lacks the columns \['label'\]"):
         early.check_evaluator("x", wrong, contents=True)
+
+
+PAIRS, LABELS = ("caption", "str"), ("label", "int")
+
+
+@pytest.mark.parametrize(
+    ("task", "column", "says"),
+    [
+        ("zero_shot", PAIRS, "; the set has pairs and no classes: retrieval and gap read pairs"),
+        ("retrieval", LABELS, "; the set has classes and no captions: zero_shot and linear_probe read classes"),
+        ("gap", LABELS, "; the set has classes and no captions: zero_shot and linear_probe read classes"),
+        ("zero_shot", LABELS, "there is no set/classes.json; convert/classification.py writes it"),
+        ("zero_shot", ("text", "str"), "evaluators.x lacks the columns ['label']; it has ['image', 'text']"),
+    ],
+)
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_set_of_the_other_kind_is_said_to_be_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, column: tuple[str, str], says: str, remote: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with MDSWriter(out="set", columns=dict([("image", "bytes"), column])) as writer:
+        writer.write({"image": b"", column[0]: 1 if column == LABELS else "a dog"})
+    Path("set/dataset.json").touch()  # looks like classes.json, and is something else
+    evaluator = EvaluatorConfig(task=task, **{"remote" if remote else "local": "set"})  # type: ignore[arg-type]
+    with pytest.raises(UserError) as error:
+        early.check_evaluator("x", evaluator)
+    assert str(error.value).endswith(says)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("checkpoint", ["latest-rank0.pt", "ep0-ba2-rank0.pt"])  # the second: latest was lost

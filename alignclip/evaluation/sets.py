@@ -14,7 +14,7 @@ from alignclip.data import ReleasingDataset
 from alignclip.errors import UserError, one_line
 from alignclip.evaluation.ranks import agree
 from alignclip.storage import StorageError, describe_storage_error, open_file
-from alignclip.streams import cached_stream, check_columns, local_folder, read_index
+from alignclip.streams import cached_stream, check_task_columns, local_folder, read_index
 from alignclip.transforms import center_crop
 
 CLASSES = "classes.json"  # class names and templates, beside the index
@@ -84,7 +84,7 @@ class EvaluationSet(Dataset[tuple[Tensor, Any]]):
         self._dataset = opened.open(stream)
         shards = self._dataset.shards
         columns = (dict(zip(s.column_names, s.column_encodings, strict=True)) for s in shards)  # type: ignore[attr-defined]
-        check_columns(f"evaluation set {self.name}", columns, {"image", column})
+        check_task_columns(f"evaluation set {self.name}", columns, column)
         self.image_size = image_size
         self.column = column
 

@@ -19,6 +19,7 @@ STYLE = (
     "h2{font-size:15px;margin:0 0 2px}.charts{display:flex;flex-wrap:wrap;gap:24px}figure{margin:0}"
     "figcaption,p{color:#555;font-size:12.5px;max-width:560px}svg text{font:11px system-ui,sans-serif;fill:#444}"
 )
+CHANCE = 'fill="none" stroke="#777" stroke-width="1.4" stroke-dasharray="1.5 4"'  # of a line of chance: dotted
 ABOVE, TOLD = "5 5", 1.0  # dashes of a curve on another one; pixels from which two curves are told apart
 Point = tuple[int, float]
 Place = tuple[float, float]  # of a point in a chart, in pixels
@@ -32,11 +33,13 @@ class Chart:
         title: above it.
         caption: what to read off it.
         curves: points (batch, value) by name.
+        chance: what features that say nothing would score, at the same batches, by the curve's name.
     """
 
     title: str
     caption: str
     curves: dict[str, list[Point]] = field(default_factory=dict)
+    chance: dict[str, list[Point]] = field(default_factory=dict)
 
 
 def page(run_name: str, lines: Sequence[dict[str, Any]]) -> str:
@@ -70,29 +73,32 @@ def charts(lines: Sequence[dict[str, Any]]) -> list[Chart]:
     scale = Chart("Logit scale", "exp(logit_scale), kept in [1, 100].")
     gap = Chart("Modality gap and margin", "centroid_distance ↓: the gap. margin ↑: pairs against wrong pairs; a gap "
                 "that closes while the margin falls to 0 is a collapse.")  # fmt: skip
-    score = Chart("Retrieval and accuracy", "Does it help? Shares in [0, 1].")
+    score = Chart("Retrieval and accuracy", "Does it help? Shares in [0, 1]. Dotted: chance.")
     for line in lines:
         batch = line["batch"]
         for name, value in line.get("losses", {}).items():
-            _add(losses, name, batch, value)
-        _add(rate, "lr", batch, line.get("lr"))
-        _add(scale, "logit_scale", batch, line.get("logit_scale"))
+            _add(losses.curves, name, batch, value)
+        _add(rate.curves, "lr", batch, line.get("lr"))
+        _add(scale.curves, "logit_scale", batch, line.get("logit_scale"))
         for name, value in line.get("metrics", {}).items():
             metric = name.rpartition("/")[2]
             if metric in WATCH or metric in ("alignment_score", "acc1"):
                 is_gap = metric in ("margin", "centroid_distance", "alignment_score")
-                _add(gap if is_gap else score, f"{name} {ARROWS[better(metric)]}".strip(), batch, value)
+                chart, shown = gap if is_gap else score, f"{name} {ARROWS[better(metric)]}".strip()
+                _add(chart.curves, shown, batch, value)
+                if value is not None:
+                    _add(chart.chance, shown, batch, line.get("chance", {}).get(name))
     return [chart for chart in (losses, gap, score, rate, scale) if chart.curves]
 
 
-def _add(chart: Chart, name: str, batch: int, value: float | None) -> None:
+def _add(curves: dict[str, list[Point]], name: str, batch: int, value: float | None) -> None:
     if value is not None:
-        chart.curves.setdefault(name, []).append((batch, float(value)))
+        curves.setdefault(name, []).append((batch, float(value)))
 
 
 def _figure(chart: Chart, starts: Sequence[int], last: int) -> str:
     """A chart with its legend."""
-    values = [value for points in chart.curves.values() for _, value in points]
+    values = [value for points in (*chart.curves.values(), *chart.chance.values()) for _, value in points]
     ticks = _ticks(min(values), max(values))
     low, high = min(ticks[0], min(values)), max(ticks[-1], max(values))
 
@@ -115,13 +121,18 @@ def _figure(chart: Chart, starts: Sequence[int], last: int) -> str:
         for batch in starts
         if batch > 0
     ]
+    for known in dict.fromkeys(map(tuple, chart.chance.values())):  # once where several curves have the same
+        parts.append(_chance([(x(batch), y(value)) for batch, value in sorted(known)]))
     drawn = {name: [(x(batch), y(value)) for batch, value in points] for name, points in chart.curves.items()}
     hidden = {name: _beneath(name, drawn) for name in drawn}
     # whole lines first: those that would lie on them are dashed above, and both are seen
     for i, (name, points) in sorted(enumerate(drawn.items()), key=lambda one: hidden[one[1][0]] is not None):
         parts.append(_curve(points, i, hidden[name] is not None))
     parts.append(f'<text x="{(LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 4}" text-anchor="middle">batch</text>')
-    legend = "".join(_legend(i, name, points, hidden[name]) for i, (name, points) in enumerate(chart.curves.items()))
+    legend = "".join(
+        _legend(i, name, points, hidden[name], chart.chance.get(name))
+        for i, (name, points) in enumerate(chart.curves.items())
+    )
     title, caption = html.escape(chart.title), html.escape(chart.caption)
     return (
         f'<figure><h2>{title}</h2>\n<svg width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="{title}">\n'
@@ -159,12 +170,22 @@ def _curve(places: Sequence[Place], index: int, above: bool) -> str:
     return drawn
 
 
-def _legend(index: int, name: str, points: Sequence[Point], beneath: str | None) -> str:
+def _chance(places: Sequence[Place]) -> str:
+    """A dotted line: across the chart where chance is the same at every evaluation."""
+    if len({height for _, height in places}) == 1:
+        return f'<path d="M{LEFT} {places[0][1]:.1f}H{WIDTH - RIGHT}" {CHANCE}/>'
+    return f'<path d="M{" L".join(f"{x:.1f} {y:.1f}" for x, y in places)}" {CHANCE}/>'
+
+
+def _legend(
+    index: int, name: str, points: Sequence[Point], beneath: str | None, chance: Sequence[Point] | None = None
+) -> str:
     colour, dash = _look(index, beneath is not None)
     line = (
         f'<svg width="26" height="10"><path d="M1 5H25" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"/>'
     )
     where = f", on the line of {html.escape(beneath)}" if beneath else ""
+    where += f", chance {chance[-1][1]:.4g}" if chance else ""
     return f"<div>{line}</svg> {html.escape(name)}: {points[-1][1]:.4g} at batch {points[-1][0]:,}{where}</div>"
 
 

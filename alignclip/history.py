@@ -138,13 +138,14 @@ class History(LoggerDestination):
     def _evaluations(self, state: State) -> list[Line]:
         """What this start's evaluators, or else earlier ones, have found."""
         callback = next((c for c in state.callbacks if isinstance(c, EvaluationCallback)), None)
-        records = (
+        records: list[evaluations.Record] = (
             callback.history.records
             if callback
             else evaluations.parse(self._folder.files.read_text_optional(evaluations.FILE) or "")
         )
         return [
-            {"batch": one["batch"], "metrics": {f"{one['evaluator']}/{k}": v for k, v in one["metrics"].items()}}
+            {"batch": one["batch"]}
+            | {part: {f"{one['evaluator']}/{k}": v for k, v in one[part].items()} for part in ("metrics", "chance")}
             for one in records
             if one["batch"] <= state.timestamp.batch.value
         ]

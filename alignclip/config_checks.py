@@ -258,6 +258,8 @@ def validate_evaluation(config: EvaluateConfig) -> None:
         )
     if config.precision not in _EVALUATION_PRECISIONS:
         raise UserError(f"precision={config.precision}: {nearest(config.precision, _EVALUATION_PRECISIONS)}")
+    if config.device is not None and config.device not in CHOICES["device"]:
+        raise UserError(f"device={config.device}: {nearest(config.device, CHOICES['device'])}")
     if not config.evaluators:
         raise UserError("evaluators is empty: name at least one, e.g. evaluators.coco.task=retrieval")
     check_evaluators(config.evaluators)
@@ -303,8 +305,10 @@ def _check_keep_best(config: RunConfig) -> None:
         raise UserError(f"keep_best.metric={best.metric} must be an evaluator and its metric: {valid}")
     task, metric = config.evaluators[name].task, best.metric.partition("/")[2]
     if metric not in TASKS[task]:
-        metrics = [f"{name}/{metric}" for metric in TASKS[task]]
-        raise UserError(f"keep_best.metric={best.metric} is no metric of {task}; {nearest(best.metric, metrics)}")
+        metrics = [f"{name}/{one}" for one in TASKS[task]]
+        ends = [one for one in metrics if metric and one.endswith(metric)]
+        hint = f"did you mean '{ends[0]}'?" if ends else nearest(best.metric, metrics)
+        raise UserError(f"keep_best.metric={best.metric} is no metric of {task}; {hint}")
     if best.mode not in ("max", "min", None):
         raise UserError(f"keep_best.mode={best.mode}: valid: max, min")
     if (best.mode or MODES[better(metric)]) is None:

@@ -20,7 +20,7 @@ from alignclip.fetching import LATEST, WEIGHT_FILES, find_on_disk
 from alignclip.mds_index import INDEX, columns_of, listed_shards
 from alignclip.near import did_you_mean
 from alignclip.storage import StorageError, Store, check_folder_writable, is_absent, open_file, open_store
-from alignclip.streams import check_task_columns, local_folder, no_set_at, read_index
+from alignclip.streams import check_embeddings, check_task_columns, local_folder, no_set_at, read_index
 
 CLASSES = "classes.json"  # beside the index of a classification set
 
@@ -38,6 +38,8 @@ def check_run(config: RunConfig) -> None:
         where = f"data.streams.{name}"
         hint = f"; set {where}.remote or .local, or take it out with {where}=null"
         wrong += _wrong(lambda where=where, stream=stream, hint=hint: check_set(where, stream, hint))  # type: ignore[misc]
+        if config.loss.needs_semantic:
+            wrong += _wrong(lambda where=where, stream=stream: check_embeddings(where, _columns(stream)))  # type: ignore[misc]
     for name, evaluator in config.evaluators.items():
         wrong += _wrong(lambda name=name, evaluator=evaluator: check_evaluator(name, evaluator))  # type: ignore[misc]
     if config.load_path and "://" not in config.load_path:

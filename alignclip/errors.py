@@ -30,10 +30,26 @@ class NotFiniteError(UserError):
     status = NOT_FINITE
 
 
+# What other programs call a thing, and what it is called here
+SYNONYMS = {
+    "amp": "amp_fp16",
+    "amp_bfloat16": "amp_bf16",
+    "bf16": "amp_bf16",
+    "bfloat16": "amp_bf16",
+    "fp16": "amp_fp16",
+    "float16": "amp_fp16",
+    "float32": "fp32",
+    "cuda": "gpu",
+    "learning_rate": "lr",
+}
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """The end of an error sentence: the valid name closest to ``name``, or all of them where none is close."""
     names = {valid_name.lower(): valid_name for valid_name in sorted(valid)}
-    close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.6)
+    close = [SYNONYMS.get(name.lower(), "")]
+    if close[0] not in names:
+        close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.6)
     return f"did you mean '{names[close[0]]}'?" if close else f"valid: {', '.join(names.values()) or 'none'}"
 
 

@@ -109,6 +109,20 @@ class Loaded:
     batch: int | None = None
 
 
+def find_device(name: str | torch.device) -> torch.device:
+    """Return the device by torch's name, or by the settings' name ``gpu``.
+
+    Raises:
+        UserError: torch can't use the device on this machine.
+    """
+    try:
+        device = torch.device("cuda" if name == "gpu" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={name} can't be used on this machine: {one_line(error)}") from None
+    return device
+
+
 def open_model(path: str | Path, device: str | torch.device = "cpu", config: ModelConfig | str | None = None) -> Loaded:
     """What :func:`load` reads, with what lies beside it; the arguments are the same.
 
@@ -116,10 +130,7 @@ def open_model(path: str | Path, device: str | torch.device = "cpu", config: Mod
         UserError: as :func:`load`.
     """
     place = str(path)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={device} can't be used on this machine: {one_line(error)}") from None
+    device = find_device(device)
     # the weights are read where they lie, so a download has to stay until they are in the model
     with tempfile.TemporaryDirectory(prefix="alignclip-") as downloads:
         file = fetch(place, Path(downloads))

@@ -165,14 +165,14 @@ def search(options: SearchOptions) -> tuple[list[Match], int]:
     import torch
 
     from alignclip.evaluation.encoding import Encoder
-    from alignclip.loading import load
+    from alignclip.loading import find_device, load
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, preprocess, tokenizer = load(place, device)
     if (length := len(tokenizer.encode(options.text)) + 2) > model.context_length:
         print(f"the text has {length} tokens, and is cut to {model.context_length}", file=sys.stderr)
-    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else None
-    encoder = Encoder(model, torch.device(device), dtype, options.batch_size)
+    dtype = torch.bfloat16 if device.type == "cuda" else None
+    encoder = Encoder(model, device, dtype, options.batch_size)
     text = dataclasses.replace(encoder, progress=False).texts([options.text])
     files = cast("Dataset[Any]", ImageFiles(paths, preprocess, encoder.image_size))
     images, errors = encoder.images(files, options.num_workers)

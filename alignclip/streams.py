@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,15 +83,29 @@ def _check_sets(config: DataConfig, *, semantic: bool) -> None:
         shards = read_index(where, stream, local_folder(name, stream), hint)
         if not shards:
             raise UserError(f"{where}: the set is empty (no shards in its index.json)")
-        if semantic and any({"image", "caption"} == columns.keys() & STORED for columns in map(columns_of, shards)):
-            raise UserError(
-                f"{where} has no 'semantic' column, and loss.beta > 0 needs it: convert the set with caption "
-                "embeddings (convert/cc12m.py --encoder …), or set loss.rescale=false or loss.beta=0"
-            )
+        if semantic:
+            check_embeddings(where, [columns_of(shard).keys() for shard in shards])
         check_columns(where, map(columns_of, shards), {"image", "caption"} | ({"semantic"} if semantic else set()))
         if semantic:
             encoders[where] = _encoder(stream, columns_of(shards[0])["semantic"])
     _check_encoders(encoders)
+
+
+def check_embeddings(where: str, shards: Iterable[Collection[str]]) -> None:
+    """Make sure that no set of pairs lacks caption embeddings.
+
+    Args:
+        where: the set's place, for messages.
+        shards: names of the columns of each.
+
+    Raises:
+        UserError: a shard has images and captions alone.
+    """
+    if any({"image", "caption"} == STORED.keys() & columns for columns in shards):
+        raise UserError(
+            f"{where} has no 'semantic' column, and loss.beta > 0 needs it: convert the set with caption "
+            "embeddings (convert/cc12m.py --encoder …), or set loss.rescale=false or loss.beta=0"
+        )
 
 
 def _check_folders(config: DataConfig) -> None:

@@ -150,7 +150,8 @@ def _number(text: str, key: str, or_text: bool) -> float | None:
 def _why(text: str, members: Sequence[Any]) -> str:
     """What of a number's notation is not taken: YAML would read it as something else than it looks like."""
     if int in members and text.lstrip("+-")[:1].isdigit():
-        return ": write it in decimal digits, without leading zeros, as in 16"
+        digits = text.lstrip("+-").replace("_", "")
+        return f": write it in decimal digits, without leading zeros, as in {int(digits) if digits.isdecimal() else 16}"
     if float in members and text.lstrip("+-")[:1].isdigit():
         return ": write it in decimal digits, as in 0.001 or 1e-3"
     return ""

@@ -58,6 +58,7 @@ def test_the_shipped_evaluation_is_valid() -> None:
         (["checkpoint=a", "evaluators.coco.batch_size=0"], "batch_size=0 is too small"),
         (["checkpoint=a", "evaluators.coco.intervall=1ep"], "did you mean 'interval'?"),
         (["checkpoint=a", "max_duration=1ep"], "unknown key 'max_duration'"),
+        (["checkpoint=a", "device=cuda"], "device=cuda: did you mean 'gpu'?"),
     ],
 )
 def test_bad_evaluations_are_one_line(overrides: list[str], says: str) -> None:
@@ -82,6 +83,10 @@ def test_bad_evaluations_are_one_line(overrides: list[str], says: str) -> None:
         (
             ["evaluators.a.task=gap", "evaluators.a.local=x", "keep_best.metric=a/alignment_scor"],
             "keep_best.metric=a/alignment_scor is no metric of gap; did you mean 'a/alignment_score'?",
+        ),
+        (
+            ["evaluators.a.task=gap", "evaluators.a.local=x", "keep_best.metric=a/recall@5"],
+            "keep_best.metric=a/recall@5 is no metric of gap; did you mean 'a/image_retrieval_recall@5'?",
         ),
         (["evaluators.a.task=gap", "evaluators.a.local=x", "evaluators.a.interval=5"], "has no unit"),
     ],
@@ -196,6 +201,10 @@ def test_overrides_win_and_the_resolved_file_reads_back(yaml: Path, tmp_path: Pa
         ("model.vision_cfg.layers=3", "model.shared.blocks=-1 needs equal towers, but"),
         ("model.vision_cfg.timm_model_name=resnet18", "nothing can be shared with timm's tower"),
         ("precision=amp_fp16", "precision=amp_fp16 needs a GPU; with device=cpu"),
+        ("precision=amp", "precision=amp: did you mean 'amp_fp16'?"),  # open_clip's name of it
+        ("precision=bf16", "precision=bf16: did you mean 'amp_bf16'?"),
+        ("device=cuda", "device=cuda: did you mean 'gpu'?"),
+        ("optimizer.learning_rate=1e-3", "did you mean 'lr'?"),
         ("data.sampling_method=even", "data.sampling_method=even: valid: balanced, fixed"),
         ("data.batching_method=per_stram", "did you mean 'per_stream'?"),
         ("data.sampling_granularity=0", "data.sampling_granularity must be positive"),

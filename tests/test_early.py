@@ -105,6 +105,16 @@ def test_a_wrong_place_of_a_run(yaml: Path, override: str, says: str) -> None:
     assert names() == ["run.yaml"]
 
 
+@pytest.mark.parametrize("place", ["local", "remote"])
+def test_a_set_without_embeddings(yaml: Path, tmp_path: Path, place: str) -> None:
+    """The look takes no import of Streaming, so that a person hears of it within seconds."""
+    write_set(str(tmp_path / "plain"), count=4, columns="plain")
+    stream = f"data.streams.e={{{place}: {tmp_path / 'plain'}}}"
+    with pytest.raises(UserError, match=r"data.streams.e has no 'semantic' column, and loss.beta > 0 needs it"):
+        early.check_run(load(yaml, [stream]))
+    early.check_run(load(yaml, [stream, "loss.beta=0"]))
+
+
 def test_of_several_machines_none_ends_before_the_others_can_hear(yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They would wait for the first one until they time out; it speaks once all have met."""
     wrong = load(yaml, ["data.streams.e.local=nowhere"])

@@ -129,7 +129,8 @@ def test_arguments_of_classes_are_what_their_annotations_say(yaml: Path) -> None
     [
         (
             "callbacks.SpeedMonitor.window_size=017",
-            "SpeedMonitor.window_size: Value '017' is no whole number",
+            "SpeedMonitor.window_size: Value '017' is no whole number: write it in decimal digits, without leading "
+            "zeros, as in 17",
         ),
         ("loggers.FileLogger.capture_stdout=perhaps", "capture_stdout: Value 'perhaps' is neither true nor false"),
         ("loggers.FileLogger.filename=[a]", "loggers.FileLogger.filename: Value ['a'] is a list"),

@@ -25,8 +25,7 @@ from convert.next_step import next_step
 from convert.options import ConvertOptions, Counts
 from convert.report import REPORT, inputs_in_words, ways_out
 from convert.samples import Reading
-from convert.shards import VAL
-from convert.storage import Store
+from convert.storage import VAL, Store
 
 EXAMPLES = """examples:
   # 1243 tars of img2dataset into a bucket (S3_ENDPOINT_URL and the AWS variables as for Streaming)

@@ -21,19 +21,25 @@ from convert.fetch import remove_stale_copies
 from convert.images import CHECKS
 from convert.mds import COLUMNS as PAIRS
 from convert.options import ConvertOptions, Counts
-from convert.plan import begin, planned_inputs, written_in
-from convert.report import REPORT, inputs_in_words, ways_out, why_nothing, write_report
+from convert.plan import PLAN, begin, holds_samples, planned_inputs, written_in
+from convert.report import REPORT, first_example, inputs_in_words, ways_out, why_nothing, write_report
 from convert.samples import BROKEN_INPUT
-from convert.shards import VAL, counts_of, is_current, mds_writer
-from convert.storage import INDEX, Store
+from convert.shards import counts_of, is_current, mds_writer
+from convert.storage import INDEX, VAL, Store, shown
 from convert.workers import convert_all
 
 ENOUGH = 1000  # samples: before, a share of bad ones says little
 DATASET = "dataset.json"  # at the root, written last but for the index: what the set is
 
 
+class NothingWritten(UserError):
+    """A conversion that has read its inputs and written no sample."""
+
+
 def convert(options: ConvertOptions, executor: Executor | None = None) -> Counts:
     """Convert the inputs to MDS; return the counts of the whole set in ``options.out``, earlier runs' parts included.
+
+    A run that is refused before it has written a sample leaves a new local folder as it was.
 
     Args:
         options: what to convert, and how.
@@ -55,11 +61,19 @@ def convert(options: ConvertOptions, executor: Executor | None = None) -> Counts
     store.check_writable()
     _check(options)
     columns = _columns(options, names.values())
-    with store.locked():
+    with store.made(), store.locked():
+        is_new = not shown(store.listing())
         try:
             return _convert(options, store, names, columns, executor)
         except OSError as error:
             raise UserError(f"{store.out}: {error}") from error
+        except UserError as error:
+            elsewhere = executor is not None or options.scheduler  # where somebody may still be writing
+            if is_new and not (store.is_remote or elsewhere or holds_samples(store)):
+                store.clear(names, PLAN, REPORT)
+            elif isinstance(error, NothingWritten) and REPORT in store.listing():
+                raise UserError(f"{error}; {store.out}/{REPORT} says more") from None
+            raise
 
 
 def _convert(
@@ -258,7 +272,7 @@ def _check_bad(done: dict[str, Counts], options: ConvertOptions, enough: int) ->
             f"take {them} as {'it is' if len(broken) == 1 else 'they are'} with --max-bad 1"
         )
     if not total.written:
-        raise UserError(why_nothing(total, len(done), options))
+        raise NothingWritten(why_nothing(total, len(done), options, first_example(done)))
     if total.bad > options.max_bad * read:
         why = ", ".join(f"{reason} {number:,}" for reason, number in sorted(total.skipped.items()))
         raise UserError(

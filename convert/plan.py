@@ -8,8 +8,7 @@ from typing import Any
 
 from alignclip.errors import UserError
 from convert.options import ConvertOptions
-from convert.shards import VAL
-from convert.storage import COUNTS, INDEX, Store
+from convert.storage import COUNTS, INDEX, VAL, Store
 
 PLAN = "convert.json"  # at the root, written first: what a later run must agree with
 KEPT = {"source", "written", "held_out", "skipped", "noted", "bytes", "examples"}  # in a sub-folder's counts.json
@@ -68,6 +67,12 @@ def begin(
     if names.items() - planned.items():
         _write(store, options, planned | names, columns)
     return complete
+
+
+def holds_samples(store: Store) -> bool:
+    """Whether a sub-folder is complete and has samples."""
+    listing = store.listing()
+    return PLAN in listing and any(map(written_in, _read(store, listing)[1].values()))
 
 
 def planned_inputs(store: Store, listing: set[str]) -> set[str]:

@@ -8,6 +8,7 @@ from alignclip.errors import nearest
 from convert.csv_tables import listing
 from convert.options import ConvertOptions, Counts
 from convert.samples import (
+    BROKEN_INPUT,
     DUPLICATE_KEY,
     FIRST_DOT,
     IMAGE_EXTENSIONS,
@@ -32,13 +33,37 @@ def ways_out(skipped: Mapping[str, int]) -> list[str]:
     return [way for reason, way in WAYS_OUT.items() if reason in skipped]
 
 
-def why_nothing(total: Counts, number: int, options: ConvertOptions) -> str:
-    """The message of a run that has not written one sample: what was skipped, and what the captions may be called."""
+def first_example(done: Mapping[str, Counts]) -> str:
+    """What is told of the first pair that was left out and of which more is known than the reason; "" where none is."""
+    told = {*WAYS_OUT, MISSING_CAPTION, BROKEN_INPUT}  # of these the message says enough
+    for name in sorted(done):
+        counts = done[name]
+        for reason in sorted(counts.skipped, key=lambda one: -counts.skipped[one]):
+            if reason in told or (reason == MISSING_IMAGE and counts.endings):
+                continue
+            for key, detail in counts.examples.get(reason, ()):
+                if detail:
+                    return _plain(detail if reason == MISSING_IMAGE else f"{key}: {detail}")
+    return ""
+
+
+def why_nothing(total: Counts, number: int, options: ConvertOptions, first: str = "") -> str:
+    """The message of a run that has not written one sample: what was skipped, and what the captions may be called.
+
+    Args:
+        total: what was counted.
+        number: of inputs.
+        options: of the run.
+        first: what is told of the first pair, as :func:`first_example` has it.
+    """
     skipped = ", ".join(f"{reason} {count:,}" for reason, count in sorted(total.skipped.items()))
     message = f"no sample was written from {inputs_in_words(number)}; skipped: {skipped or 'nothing'}"
     if total.ignored:
         others = ", ".join(f"{what} {count:,}" for what, count in sorted(total.ignored.items()))
         message += f"; no part of a pair: {others}"
+    message += f". The first: {first}" if first else ""
+    if first and MISSING_IMAGE in total.skipped and not total.endings:
+        message += " (a table's relative paths begin at its own folder)"
     message = ". ".join([message, *ways_out(total.skipped)])
     endings = listing(sorted(total.endings))
     if MISSING_CAPTION not in total.skipped:

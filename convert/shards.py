@@ -31,12 +31,11 @@ from convert.samples import (
     Sample,
     Skipped,
 )
-from convert.storage import COUNTS, Store
+from convert.storage import COUNTS, VAL, Store
 
 if TYPE_CHECKING:
     from streaming import MDSWriter
 
-VAL = "val"  # the held-out split: a sub-folder of its own, with an index
 SIDES = 20  # images of an input whose sizes are looked at, for the model that is proposed
 SAMPLES_AT_ONCE = 1024  # held in memory, and embedded together
 BYTES_AT_ONCE = 32 * 2**20  # of their images, at most

@@ -22,6 +22,7 @@ from convert.fetch import TEMPORARY
 INDEX = "index.json"
 COUNTS = "counts.json"  # in each sub-folder, beside its index
 PARTIAL = ".partial-"  # a local sub-folder in the making
+VAL = "val"  # the held-out split: a sub-folder of its own, with an index
 LOCK = ".lock"  # of a local folder that is being written
 
 
@@ -54,6 +55,11 @@ def _empty(bucket: storage.Store) -> None:
     except StorageError as error:
         if is_passing(error):  # counts.json would stay, and after a kill say that a mixture is complete
             raise
+
+
+def shown(listing: Iterable[str]) -> set[str]:
+    """Those of these files that are not hidden, nor lie in a hidden folder."""
+    return {name for name in listing if not any(part.startswith(".") for part in name.split("/"))}
 
 
 class Store:
@@ -97,6 +103,29 @@ class Store:
                 yield
             finally:
                 lock.unlink(missing_ok=True)
+
+    @contextmanager
+    def made(self) -> Iterator[None]:
+        """Remove the local folder ``out`` at the end where it is empty and was not there before."""
+        folder = Path(self.out)
+        new = [] if self.is_remote else [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # the first that holds something
+                for path in new:
+                    path.rmdir()
+
+    def clear(self, names: Iterable[str], *files: str) -> None:
+        """Remove these sub-folders of a local ``out``, those of its held-out split, and these files."""
+        self.remove_partial()
+        for name in names:
+            for split in ("", VAL):
+                shutil.rmtree(Path(self.out) / split / name, ignore_errors=True)
+        for file in files:
+            (Path(self.out) / file).unlink(missing_ok=True)
+        with suppress(OSError):
+            (Path(self.out) / VAL).rmdir()
 
     def remove_partial(self) -> None:
         """Remove what killed runs have left in the making; remotely there is no such thing."""

@@ -10,8 +10,7 @@ from typing import Any
 from alignclip.errors import UserError, one_line
 from alignclip.mds_index import INDEX, ShardEntry, listed_shards, stored_file, why_unusable
 from convert.samples import BROKEN_INPUT
-from convert.shards import VAL
-from convert.storage import COUNTS, Store
+from convert.storage import COUNTS, VAL, Store
 from convert.verify_findings import Overview, Problems, folder_of
 
 CONVERTER, DATASET, CLASSES = "convert.json", "dataset.json", "classes.json"

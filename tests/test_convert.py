@@ -237,6 +237,48 @@ def test_a_wrong_caption_key_can_be_corrected(tmp_path: Path) -> None:
         quick([source], out, caption_key="caption")
 
 
+@pytest.mark.parametrize("before", ["nothing", "an empty folder", "a hidden file"])
+@pytest.mark.parametrize("held_out", [0.0, 0.5])
+def test_a_table_of_wrong_paths_says_where_it_looked_and_leaves_nothing(
+    tmp_path: Path, before: str, held_out: float
+) -> None:
+    table, out = tmp_path / "set" / "a.csv", tmp_path / "new" / "deep" / "out"
+    table.parent.mkdir()
+    table.write_text("image,caption\npics/1.jpg,a\npics/2.jpg,b\n", encoding="utf-8")
+    if before != "nothing":
+        out.mkdir(parents=True)
+    if before == "a hidden file":
+        (out / ".DS_Store").write_text("")
+    message = (
+        rf"^no sample was written from 1 input; skipped: missing image 2\. The first: no file "
+        rf"{tmp_path}/set/pics/1\.jpg \(a table's relative paths begin at its own folder\)$"
+    )
+    there = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=message):
+        quick([table], out, held_out=held_out)
+    assert sorted(tmp_path.rglob("*")) == there
+
+
+def test_inputs_without_a_sample_leave_nothing(tmp_path: Path) -> None:
+    broken = write_tar(tmp_path / "in" / "a.tar", [(f"{i}.{kind}", b"x") for i in range(2) for kind in ("jpg", "txt")])
+    message = r"^no sample was written from 1 input; skipped: not JPEG, PNG or WebP 2\. The first: 0: it begins"
+    with pytest.raises(UserError, match=message):
+        quick([broken], tmp_path / "out")
+    with pytest.raises(UserError, match=r"^no sample was written from 2 inputs"):
+        quick([broken, write_tar(tmp_path / "in" / "b.tar", [])], tmp_path / "out", processes=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_set_to_which_nothing_was_written_points_to_its_report(tmp_path: Path) -> None:
+    """What a run that was killed has left stays where it is."""
+    source, out = three_tars(tmp_path / "in"), tmp_path / "out"
+    out.mkdir()
+    (out / "convert.json").write_text("{}")
+    with pytest.raises(UserError, match=rf"did you mean 'caption'\?; {out}/report\.md says more$"):
+        quick([source], out, caption_key="captoin")
+    assert (out / "report.md").exists()
+
+
 def test_where_captions_are_when_none_were_found(tmp_path: Path) -> None:
     meta = json.dumps({"alt": "an old clock", "width": 40, "other": None}).encode()
     path = write_tar(tmp_path / "a.tar", [("0.jpg", draw(0)), ("0.json", meta)])

@@ -69,6 +69,8 @@ def test_images_of_an_ending_that_is_not_read(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", named("{:03}", 3, "gif"))
     with pytest.raises(UserError, match=r"missing image 3\. The files end in gif, txt: name those"):
         quick([path], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    quick([path, write_tar(tmp_path / "b.tar", named("{:03}", 3))], tmp_path / "out")
     report = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert "`its files: txt, gif`" in report
 

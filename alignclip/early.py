@@ -16,7 +16,7 @@ from pathlib import Path
 
 from alignclip.config import EvaluateConfig, EvaluatorConfig, RunConfig, SetConfig
 from alignclip.errors import UserError
-from alignclip.fetching import LATEST, WEIGHT_FILES, find_on_disk
+from alignclip.fetching import LATEST, WEIGHT_FILES, find_on_disk, folder_meant, why_no_weights
 from alignclip.mds_index import INDEX, columns_of, listed_shards
 from alignclip.near import did_you_mean
 from alignclip.storage import StorageError, Store, check_folder_writable, is_absent, open_file, open_store
@@ -148,7 +148,8 @@ def check_load_path(place: str) -> None:
     except UserError as error:
         raise UserError(f"load_path={place}: {error}") from None
     if not zipfile.is_zipfile(file):
-        raise UserError(f"load_path={place} is no checkpoint, or only a part of one")
+        hint = folder_meant(place) if why_no_weights(place) else ""
+        raise UserError(f"load_path={place} is no checkpoint, or only a part of one{hint}")
 
 
 def check_weights(key: str, place: str) -> None:
@@ -157,6 +158,8 @@ def check_weights(key: str, place: str) -> None:
     Raises:
         UserError: there are none.
     """
+    if why := why_no_weights(place):
+        raise UserError(f"{key}: {why}")
     if place.startswith("hf-hub:"):
         return  # its client has its own patience and cache
     if "://" in place:

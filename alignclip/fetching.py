@@ -28,6 +28,9 @@ LATEST = "latest-rank0.pt"
 BY_NAME = "-rank0.pt"
 NAMES = re.compile(r"best|latest|ep\d+-ba\d+")
 WEIGHT_FILES = {".pt", ".pth", ".bin", ".safetensors"}
+NO_WEIGHTS = {".yaml", ".yml", ".json", ".jsonl", ".html", ".txt", ".md", ".csv", ".png", ".jpg", ".log"}
+_OUTER_SLASHES = {True: 1, False: 2}  # of hf-hub:ORG/NAME and s3://bucket: what lies deeper can be a file
+KEEP_BEST = " (best needs keep_best in the run)"
 HUB_TIMEOUT = 10.0  # seconds, for a first answer
 
 
@@ -42,6 +45,8 @@ def fetch(place: str, downloads: Path) -> Path:
         UserError: there is no such thing, or it can't be reached.
     """
     check_place("path", place)
+    if why := why_no_weights(place):
+        raise UserError(why)
     if place.startswith("hf-hub:"):
         return _from_hub(place)
     if "://" in place:
@@ -51,6 +56,37 @@ def fetch(place: str, downloads: Path) -> Path:
     except (OSError, ValueError) as error:  # no permission, or no name that there can be
         why = error.strerror if isinstance(error, OSError) else one_line(error)
         raise UserError(f"can't read {place}: {why}") from None
+
+
+def why_no_weights(place: str) -> str | None:
+    """Why a file can hold no weights, told by its name alone, with the place to name instead; None where it may.
+
+    Args:
+        place: a path, a URL or a Hugging Face id.
+    """
+    path = Path(place.removeprefix("local-dir:")).expanduser()
+    suffix = path.suffix.lower()
+    if suffix not in NO_WEIGHTS or path.name.endswith(".index.json"):  # an index names files of weights
+        return None
+    is_file = place.count("/") > _OUTER_SLASHES[place.startswith("hf-hub:")] if _is_far(place) else path.is_file()
+    return f"{place} is no checkpoint, but a {suffix} file{folder_meant(place)}" if is_file else None
+
+
+def folder_meant(place: str) -> str:
+    """The end of the sentence that a file holds no weights: its folder, unless nothing can be loaded from that."""
+    if _is_far(place):
+        return f"; did you mean its folder, '{place.rpartition('/')[0]}'?"
+    folder = Path(place.removeprefix("local-dir:")).parent
+    try:
+        find_on_disk(str(folder))
+    except (UserError, OSError):
+        return ""
+    return f"; did you mean its folder, '{folder}'?"
+
+
+def _is_far(place: str) -> bool:
+    """Whether a place is on another machine: an object store's or the Hub's."""
+    return "://" in place or place.startswith("hf-hub:")
 
 
 def read_text(url: str) -> str:
@@ -134,14 +170,15 @@ def find_on_disk(place: str) -> Path:
             raise UserError(f"no {place}{BY_NAME} in this folder; did you mean '{run.parent / place}'?")
     if not path.suffix:
         beside = [name.removesuffix(BY_NAME) for name in beside]
+    best = KEEP_BEST if beside and path.name in ("best", f"best{BY_NAME}") else ""
     if (hint := nearest(path.name, beside)).startswith("did"):
-        raise UserError(f"no such file: {place}; {hint}")
+        raise UserError(f"no such file: {place}{best}; {hint}")
     for meant in (path, path.with_name(path.name + BY_NAME)):
         if near := did_you_mean(meant, _could_hold_weights):
-            raise UserError(f"no such file: {place}{near}")
+            raise UserError(f"no such file: {place}{best}{near}")
     if re.fullmatch(r"[\w-]+/[\w.-]+", place) and not path.parent.is_dir() and path.suffix not in WEIGHT_FILES:
         raise UserError(f"no such file: {place}; did you mean 'hf-hub:{place}'?")
-    raise UserError(f"no such file: {place}; {hint if beside else 'no weights lie there'}")
+    raise UserError(f"no such file: {place}{best}; {hint if beside else 'no weights lie there'}")
 
 
 def _could_hold_weights(path: Path) -> bool:
@@ -213,6 +250,7 @@ def _from_store(url: str, downloads: Path) -> Path:
             raise UserError(f"{parent}/{name} points to {target}{why}")
     also = f", and no {by_name} at {above}" if NAMES.fullmatch(short) else ""
     why = f": {refusals[-1]}" if refusals else "; check the bucket and the path"
+    why += KEEP_BEST if short in ("best", f"best{BY_NAME}") else ""
     raise UserError(f"no {' or '.join(names)} at {parent}{also}{why}")
 
 

@@ -12,10 +12,12 @@ from runs import TINY, write_set
 from s3 import S3Server
 from streaming import MDSWriter
 
+import alignclip
 from alignclip import early
 from alignclip.config import EvaluateConfig, EvaluatorConfig, RunConfig
 from alignclip.config_file import load
 from alignclip.errors import UserError
+from alignclip.fetching import why_no_weights
 
 EVALUATE = "evaluators: {a: {task: gap, local: nowhere}, b: {task: sts, local: none.csv}}\nout: results/first\n"
 
@@ -76,6 +78,58 @@ def test_the_nearest_place_is_named(near: None, yaml: Path, override: str, says:
 def test_the_nearest_checkpoint_is_named(near: None, yaml: Path, place: str) -> None:
     with pytest.raises(UserError, match=rf"checkpoint: no such file: {place}; did you mean 'runs/clipart"):
         early.check_evaluation(EvaluateConfig(checkpoint=place))
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "history.jsonl", "curves.html", "results.json", "notes.TXT"])
+def test_a_file_that_holds_no_weights_offers_its_folder(yaml: Path, name: str) -> None:
+    folder = Path("runs/emoji")
+    folder.mkdir(parents=True)
+    for file in (name, "latest-rank0.pt"):
+        (folder / file).touch()
+    place, suffix = str(folder / name), Path(name).suffix.lower()
+    says = f"{place} is no checkpoint, but a {suffix} file; did you mean its folder, 'runs/emoji'?"
+    with pytest.raises(UserError) as error:
+        early.check_evaluation(EvaluateConfig(checkpoint=place))
+    assert str(error.value) == f"checkpoint: {says}"
+    with pytest.raises(UserError) as error:
+        alignclip.load(place)
+    assert str(error.value) == says
+    with pytest.raises(UserError, match=r"is no checkpoint, or only a part of one; did you mean its folder, 'runs/emo"):
+        early.check_load_path(place)
+    (folder / "latest-rank0.pt").unlink()  # nor has the folder anything to load
+    with pytest.raises(UserError, match=rf"is no checkpoint, but a {suffix} file$"):
+        early.check_weights("checkpoint", place)
+
+
+@pytest.mark.parametrize(
+    ("place", "folder"),
+    [
+        ("s3://bucket/run/config.yaml", "s3://bucket/run"),
+        ("hf-hub:org/name/config.json", "hf-hub:org/name"),
+        ("hf-hub:org/name.txt", None),
+        ("model.safetensors.index.json", None),
+        ("folder.txt", None),
+        ("config.yaml", None),  # there is no such file
+    ],
+)
+def test_a_name_that_says_that_no_weights_are_there(yaml: Path, place: str, folder: str | None) -> None:
+    Path("folder.txt").mkdir()
+    Path("model.safetensors.index.json").touch()
+    why = why_no_weights(place)
+    assert (why is None) == (folder is None)
+    assert why is None or why.endswith(f"; did you mean its folder, '{folder}'?")
+
+
+@pytest.mark.parametrize("name", ["best", "best-rank0.pt"])
+def test_a_run_without_a_best_checkpoint_says_what_keeps_one(yaml: Path, name: str) -> None:
+    Path("runs/emoji").mkdir(parents=True)
+    for file in ("latest-rank0.pt", "ep0-ba20-rank0.pt"):
+        Path("runs/emoji", file).touch()
+    with pytest.raises(UserError) as error:
+        early.check_weights("checkpoint", f"runs/emoji/{name}")
+    nearest = "latest" if name == "best" else "latest-rank0.pt"
+    says = f"checkpoint: no such file: runs/emoji/{name} (best needs keep_best in the run); did you mean '{nearest}'?"
+    assert str(error.value) == says
 
 
 def names() -> list[str]:

@@ -21,7 +21,7 @@ from convert.fetch import remove_stale_copies
 from convert.images import CHECKS
 from convert.mds import COLUMNS as PAIRS
 from convert.options import ConvertOptions, Counts
-from convert.plan import PLAN, begin, holds_samples, planned_inputs, written_in
+from convert.plan import PLAN, begin, check_free, holds_samples, planned_inputs, written_in
 from convert.report import REPORT, first_example, inputs_in_words, ways_out, why_nothing, write_report
 from convert.samples import BROKEN_INPUT
 from convert.shards import counts_of, is_current, mds_writer
@@ -56,8 +56,8 @@ def convert(options: ConvertOptions, executor: Executor | None = None) -> Counts
     _check_numbers(options)
     names = _unique_names(inputs.expand(options.inputs, options.caption_key, options.reading), options)
     store = Store(options.out)
-    if store.is_remote:
-        store.listing()  # whether it can be reached; what is there counts once nobody else can change it
+    # whether it can be reached, and is free; what is there counts once nobody else can change it
+    check_free(store, store.listing(), names)
     store.check_writable()
     _check(options)
     columns = _columns(options, names.values())

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from alignclip.errors import UserError
+from convert.csv_tables import listing as listed
 from convert.options import ConvertOptions
-from convert.storage import COUNTS, INDEX, VAL, Store
+from convert.storage import COUNTS, INDEX, VAL, Store, shown
 
 PLAN = "convert.json"  # at the root, written first: what a later run must agree with
 KEPT = {"source", "written", "held_out", "skipped", "noted", "bytes", "examples"}  # in a sub-folder's counts.json
+
+
+def check_free(store: Store, listing: set[str], names: Iterable[str]) -> None:
+    """Refuse an output that holds somebody else's files: a set would lie among them, and could replace some.
+
+    Args:
+        store: the output.
+        listing: what it holds.
+        names: of the sub-folders that are to be written.
+
+    Raises:
+        UserError: no conversion has begun there, and there are files that are not hidden.
+    """
+    sets = tuple(name.removesuffix(PLAN) for name in listing if name.endswith(f"/{PLAN}"))  # of ours, as a split
+    there = sorted(name for name in shown(listing) if not name.startswith(sets))
+    if PLAN in listing or not there:
+        return
+    foreign = [name for name in ("", *names) if f"{name}/{INDEX}".lstrip("/") in listing]
+    if foreign:
+        place = f"{store.out}/{foreign[0]}".rstrip("/")
+        raise UserError(f"{place} already holds a data set that is not this converter's; choose another --out")
+    more = ", …" if there[3:] else ""
+    raise UserError(f"{store.out} holds other files ({listed(there[:3])}{more}); give --out a new or empty folder")
 
 
 def begin(
@@ -36,12 +60,8 @@ def begin(
     Raises:
         UserError: other options, other inputs, or a set that is not this converter's.
     """
+    check_free(store, listing, names)
     if PLAN not in listing:
-        # a tar's sub-folder is replaced as a whole, and must not be somebody else's
-        foreign = [name for name in ("", *names) if f"{name}/{INDEX}".lstrip("/") in listing]
-        if foreign:
-            place = f"{store.out}/{foreign[0]}".rstrip("/")
-            raise UserError(f"{place} already holds a data set that is not this converter's; choose another --out")
         _write(store, options, names, columns)
         return {}
     before, complete = _read(store, listing)

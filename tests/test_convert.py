@@ -237,6 +237,32 @@ def test_a_wrong_caption_key_can_be_corrected(tmp_path: Path) -> None:
         quick([source], out, caption_key="caption")
 
 
+@pytest.mark.parametrize("name", ["letter.txt", "photos/2020/a.jpg"])
+def test_a_folder_of_other_files_is_refused_before_anything_is_written(tmp_path: Path, name: str) -> None:
+    source, out = three_tars(tmp_path / "in"), tmp_path / "documents"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text("mine")
+    there = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=rf"documents holds other files \({name}\); give --out a new or empty folder$"):
+        quick([source], out, encoder="does/not-exist", semantic=True)
+    assert sorted(tmp_path.rglob("*")) == there
+
+
+def test_what_a_folder_may_hold_before(tmp_path: Path) -> None:
+    """Hidden files, empty folders, a split that was converted first, and what a killed conversion has left."""
+    source, out = three_tars(tmp_path / "in"), tmp_path / "out"
+    assert quick([source / "00001.tar"], out / "val").written == 5
+    (out / "lost+found").mkdir(parents=True)
+    for name in (".DS_Store", ".partial-x/convert.json", ".lock"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("")
+    assert quick([source / "00000.tar"], out).written == 5
+    (out / "notes.txt").write_text("beside a set of ours")
+    for name in ("index.json", "dataset.json"):
+        (out / name).unlink()
+    assert quick([source], out).written == 15
+
+
 @pytest.mark.parametrize("before", ["nothing", "an empty folder", "a hidden file"])
 @pytest.mark.parametrize("held_out", [0.0, 0.5])
 def test_a_table_of_wrong_paths_says_where_it_looked_and_leaves_nothing(

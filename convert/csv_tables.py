@@ -172,6 +172,14 @@ def listing(names: Sequence[str]) -> str:
     return ", ".join(plain[:MAX_NAMES]) + (", …" if len(plain) > MAX_NAMES else "") or "none"
 
 
+def one_column(table: Table) -> str:
+    """The clause that a table's fields may be separated by what is not taken; "" where it has several columns."""
+    if len(table.columns) != 1:
+        return ""
+    *most, last = SEPARATORS.values()
+    return f", and one column only: fields have to be separated by {', '.join(most)} or {last}"
+
+
 def list_of_urls(table: Table, image_column: str | None = None) -> str | None:
     """Say how the images of a list of URLs are downloaded; None where a table is no such list.
 

@@ -224,8 +224,8 @@ def _columns_of_csv(table: Table, caption_key: str | None, how: Reading) -> tupl
             f"{table.path} has no header: its first row is data ({csv_tables.listing(table.columns)}); write the "
             "names of its columns above that, image and caption"
         )
-    images = _column("image", PATH_COLUMNS, how.image_key, table.columns, table.path)
-    return images, _column("caption", CAPTION_COLUMNS, caption_key, table.columns, table.path)
+    images = _column("image", PATH_COLUMNS, how.image_key, table.columns, table.path, table)
+    return images, _column("caption", CAPTION_COLUMNS, caption_key, table.columns, table.path, table)
 
 
 def _of_row(row: Mapping[str, str], name: str, folder: Path, caption: str | None) -> Sample | Skipped:
@@ -241,13 +241,18 @@ def _of_row(row: Mapping[str, str], name: str, folder: Path, caption: str | None
         return Skipped(key, MISSING_IMAGE, f"{error.strerror}: {image}")
 
 
-def _column(what: str, usual: Sequence[str], wanted: str | None, names: Sequence[str], path: Path) -> str:
+def _column(
+    what: str, usual: Sequence[str], wanted: str | None, names: Sequence[str], path: Path, text: Table | None = None
+) -> str:
     """The column of that kind: the one that is wanted, else the first of the usual ones, in any case."""
     lower = {name.lower(): name for name in reversed(names)}
     found = [name for name in ([wanted] if wanted else usual) if name in names]
     found = found or [lower[name] for name in ([] if wanted else usual) if name in lower]
     if found:
         return found[0]
+    separators = csv_tables.one_column(text) if text else ""
     if wanted:
-        raise UserError(f"{path} has no column '{wanted}'; {nearest(wanted, listable(names))}")
-    raise UserError(f"{path} has no {what} column ({', '.join(usual)}); it has {csv_tables.listing(names)}")
+        raise UserError(f"{path} has no column '{wanted}'{separators}; {nearest(wanted, listable(names))}")
+    another = f"; --{what}-key names another" if text else ""
+    there = csv_tables.listing(names)
+    raise UserError(f"{path} has no {what} column ({', '.join(usual)}{another}){separators}; it has {there}")

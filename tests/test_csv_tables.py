@@ -159,6 +159,29 @@ def test_a_column_of_images_that_is_named(images: Path) -> None:
         samples_of(path, Reading(image_key="foto"))
 
 
+@pytest.mark.parametrize("separator", ["#", " ", ":"])
+def test_separators_that_are_taken_are_named(images: Path, separator: str) -> None:
+    path = images / "a.csv"
+    path.write_text(f"filepath{separator}title\n0.jpg{separator}a\n", encoding="utf-8")
+    message = (
+        rf"has no image column \(image, .*; --image-key names another\), and one column only: fields have to be "
+        rf"separated by commas, tabs, semicolons or bars; it has filepath{separator}title$"
+    )
+    with pytest.raises(UserError, match=message):
+        quick([path], images / "out")
+
+
+def test_columns_of_other_names_are_named_by_options(images: Path) -> None:
+    path = images / "a.csv"
+    path.write_text("photo,says\n0.jpg,a\n", encoding="utf-8")
+    for key, chosen in (("image", None), ("caption", "photo")):
+        with pytest.raises(
+            UserError, match=rf"has no {key} column \(.*; --{key}-key names another\); it has photo, says$"
+        ):
+            quick([path], images / "out", reading=Reading(image_key=chosen))
+    assert quick([path], images / "out", reading=Reading(image_key="photo"), caption_key="says").written == 1
+
+
 # encodings
 
 TEXT = "image,caption\n0.jpg,Käse aus Zürich\n1.jpg,ein Haus\n"

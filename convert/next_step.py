@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from convert.options import ConvertOptions, Counts
+from convert.storage import VAL
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = 100_000  # samples: below, the recipe's warm-up and canonical nodes would be most of the run
@@ -36,12 +37,12 @@ def next_step(out: str, counts: Counts, options: ConvertOptions) -> str:
     recipe = str(_from_here(ROOT / "yamls" / "evaluate.yaml"))
     evaluate = _command("evaluate.py", [recipe, "checkpoint=RUN", *words, *settings])
     run = f"RUN stands for a run's folder; a run takes the settings evaluators.{name}.…, too"
-    if _is_for_tests(out, options):
-        return f"{evaluate}\nThe name says that it is a test set. {run}."
+    if whose := _named_for_tests(out, options):
+        return f"{evaluate}\n{whose} that it is a test set. {run}."
     train = _command("pretrain.py", (_on_gpu if has_gpu() else _on_cpu)(name, out, counts, options))
-    if counts.written >= FEW:
+    if _trained_on(counts) >= FEW:
         return train
-    small = f"{counts.written:,} samples show that all works, and teach little"
+    small = f"{_trained_on(counts):,} samples show that all works, and teach little"
     return f"{train}\n{small}. If they are a test set: {evaluate}\n{run}."
 
 
@@ -58,10 +59,29 @@ def _command(script: str, words: list[str]) -> str:
     return shlex.join([start, str(_from_here(ROOT / script)), *words])
 
 
-def _is_for_tests(out: str, options: ConvertOptions) -> bool:
-    """Whether the name of a set, or of all its inputs, says that it is one to evaluate on."""
+def _named_for_tests(out: str, options: ConvertOptions) -> str:
+    """Whose name says that a set is one to evaluate on: its own, or those of all inputs; "" where none does."""
+    if TEST.search(name := out.rpartition("/")[2]):
+        return f"The output's name, {name}, says"
     inputs = [Path(place.split("?")[0]).name for place in options.inputs]
-    return bool(TEST.search(out.rpartition("/")[2]) or (inputs and all(map(TEST.search, inputs))))
+    if not inputs or not all(map(TEST.search, inputs)):
+        return ""
+    if not inputs[1:]:
+        return f"The input's name, {inputs[0]}, says"
+    return f"The inputs' names ({', '.join(inputs[:3])}{', …' if inputs[3:] else ''}) say"
+
+
+def _trained_on(counts: Counts) -> int:
+    """The samples outside of the held-out split."""
+    return counts.written - counts.held_out
+
+
+def _held_out(name: str, out: str, counts: Counts) -> list[str]:
+    """The evaluation on the held-out split, where there is one."""
+    if not counts.held_out:
+        return []
+    section = f"evaluators.{name}-{VAL}"
+    return [f"{section}.task=retrieval", *_place(section, name, out), f"{section}.split={VAL}"]
 
 
 def _on_gpu(name: str, out: str, counts: Counts, options: ConvertOptions) -> list[str]:
@@ -69,13 +89,13 @@ def _on_gpu(name: str, out: str, counts: Counts, options: ConvertOptions) -> lis
     recipe = ROOT / "yamls" / f"{'alignclip' if options.semantic else 'sharedclip'}.yaml"
     words = [str(_from_here(recipe)), f"run_name={name}"]
     words += [] if name == "cc12m" else ["data.streams.cc12m=null"]
-    words += _place(f"data.streams.{name}", name, out)
+    words += [*_place(f"data.streams.{name}", name, out), *_held_out(name, out, counts)]
     words += _images(counts, SMALL_SIDE)
-    if counts.written < SMALL:
+    if _trained_on(counts) < SMALL:
         if _side(counts) < SMALL_SIDE:
             words += ["model.embed_dim=256", "model.vision_cfg.width=256", "model.vision_cfg.layers=6"]
             words += ["model.text_cfg.width=256", "model.text_cfg.layers=6", "model.text_cfg.heads=4"]
-        words += ["data.num_canonical_nodes=1", *_fitting(counts.written, batch=512, epochs=30, share=0.1)]
+        words += ["data.num_canonical_nodes=1", *_fitting(_trained_on(counts), batch=512, epochs=30, share=0.1)]
     return words
 
 
@@ -83,10 +103,10 @@ def _on_cpu(name: str, out: str, counts: Counts, options: ConvertOptions) -> lis
     """The recipe of laptop size."""
     words = [str(_from_here(ROOT / "yamls" / "quickstart.yaml")), f"run_name={name}", "save_folder=runs/{run_name}"]
     words += [] if name == "scenes" else ["data.streams.scenes=null"]
-    words += _place(f"data.streams.{name}", name, out)
+    words += [*_place(f"data.streams.{name}", name, out), *_held_out(name, out, counts)]
     words += [] if options.semantic else ["loss.beta=0"]
     words += _images(counts, CPU_SIDE)
-    return words + _fitting(counts.written, batch=64, epochs=5, share=0.2)
+    return words + _fitting(_trained_on(counts), batch=64, epochs=5, share=0.2)
 
 
 def _place(section: str, name: str, out: str) -> list[str]:
@@ -113,7 +133,7 @@ def _fitting(samples: int, batch: int, epochs: int, share: float) -> list[str]:
     """A batch that leaves ten of them in an epoch, and a warm-up of that share of the run, 100 batches at most.
 
     Args:
-        samples: in the set.
+        samples: that are trained on.
         batch: the recipe's.
         epochs: of the recipe's run.
         share: of the run that is its warm-up.

@@ -78,17 +78,20 @@ def test_batch_and_warm_up_fit(
 
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize(
-    ("out", "inputs"),
+    ("out", "inputs", "whose"),
     [
-        ("/data/coco-test", "x.tar"),
-        ("/data/val", "x.tar"),
-        ("s3://bucket/Flickr_Val", "x.tar"),
-        ("/data/mine", "in/val2017.tar"),
+        ("/data/coco-test", "x.tar", "The output's name, coco-test, says"),
+        ("/data/val", "x.tar", "The output's name, val, says"),
+        ("s3://bucket/Flickr_Val", "x.tar", "The output's name, Flickr_Val, says"),
+        ("/data/mine", "in/val2017.tar", "The input's name, val2017.tar, says"),
+        ("/data/docs", "test/", "The input's name, test, says"),
     ],
 )
-def test_a_test_set_is_to_be_evaluated_on(monkeypatch: pytest.MonkeyPatch, gpu: bool, out: str, inputs: str) -> None:
+def test_a_test_set_is_to_be_evaluated_on(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, out: str, inputs: str, whose: str
+) -> None:
     command, why = proposed(out, monkeypatch, gpu, inputs=inputs, written=5_000).split("\n")
-    assert why.startswith("The name says that it is a test set. RUN stands for a run's folder")
+    assert why.startswith(f"{whose} that it is a test set. RUN stands for a run's folder")
     words = shlex.split(command)
     assert words[1] == "evaluate.py"
     config = load_evaluation(REPOSITORY / words[2], words[3:])
@@ -120,6 +123,22 @@ def test_sizes_of_images_are_looked_at(tmp_path: Path) -> None:
     path, out = write_tar(tmp_path / "a.tar", members), tmp_path / "out"
     assert quick([path], out).sides == [72] * 20
     assert quick([path], out).sides == [72] * 20, "of what was complete already"
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("out", ["s3://bucket/mine", "/data/mine"])
+def test_of_a_set_with_a_held_out_split_the_rest_is_trained_on(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, out: str
+) -> None:
+    held = parsed(proposed(out, monkeypatch, gpu, "--held-out", "0.1", written=6_000, held_out=600))
+    less = parsed(proposed(out, monkeypatch, gpu, written=5_400))
+    assert held.global_train_batch_size == less.global_train_batch_size
+    assert held.scheduler.t_warmup == less.scheduler.t_warmup
+    assert less.evaluators == {}
+    ((name, evaluator),) = held.evaluators.items()
+    assert (name, evaluator.task, evaluator.split) == ("mine-val", "retrieval", "val")
+    assert (evaluator.remote if "://" in out else evaluator.local) == out
+    assert held.data.streams == less.data.streams
 
 
 # a second input

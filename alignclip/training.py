@@ -49,6 +49,7 @@ from alignclip.pretrained import load_pretrained
 from alignclip.resume import Origin, origin_of
 from alignclip.saver import CheckpointSaver
 from alignclip.state_dicts import RUN
+from alignclip.streams import evaluated_on_training_data
 from alignclip.trackers import with_wandb_id
 from alignclip.trainer_arguments import autocast_dtype, console_interval, show_progress, trainer_arguments
 
@@ -101,7 +102,7 @@ def run(config: RunConfig) -> int:
 
 
 def describe(config: RunConfig, trainer: Trainer, folder: SaveFolder | None) -> str:
-    """What is about to be trained, on what, from where: three lines for the top of a log."""
+    """What is about to be trained, on what, from where: three lines for the top of a log, and what to know of it."""
     state, batch = trainer.state, trainer.state.timestamp.batch.value
     parameters = sum(p.numel() for p in state.model.parameters()) / 1e6
     locked = sum(p.numel() for p in state.model.parameters() if not p.requires_grad) / 1e6
@@ -113,10 +114,14 @@ def describe(config: RunConfig, trainer: Trainer, folder: SaveFolder | None) -> 
     processes = f"{dist.get_world_size()} × {state.device.name}"
     batches = f"{len(loader):,} batches of {config.global_train_batch_size:,} an epoch"
     checkpoints = f"{folder.uri}, every {config.save_interval}" if folder else "none (save_folder is not set)"
+    known = "".join(
+        f"\n  the figures of evaluator '{name}' are on training data: its set is data.streams.{stream}"
+        for name, stream in evaluated_on_training_data(config).items()
+    )
     return (
         f"run '{state.run_name}' {start}: {size}, {processes}, {config.precision}\n"
         f"  data: {loader.dataset.size:,} samples, {batches}, {config.max_duration} in all\n"
-        f"  checkpoints: {checkpoints}"
+        f"  checkpoints: {checkpoints}{known}"
     )
 
 

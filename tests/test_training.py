@@ -22,9 +22,10 @@ from s3 import S3Server
 
 from alignclip import plugins, preflight, training
 from alignclip.checkpoints import SaveFolder
-from alignclip.config import RunConfig
+from alignclip.config import DataConfig, EvaluatorConfig, RunConfig, StreamConfig
 from alignclip.config_file import load
 from alignclip.errors import UserError
+from alignclip.streams import evaluated_on_training_data
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +215,37 @@ def test_what_only_building_shows_is_one_line(dataset: Path, tmp_path: Path, ove
         training.build_trainer(config, get_device("cpu"), None)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stream", "evaluator", "found"),
+    [
+        ({"local": "a/set"}, {"local": "./a/set/"}, True),
+        ({"local": "a", "split": "set"}, {"local": "a/set"}, True),
+        ({"remote": "s3://b/set", "local": "c"}, {"remote": "s3://b/set/", "local": "d"}, True),
+        ({"remote": "s3://b/set", "local": "c"}, {"local": "c"}, True),  # the cache of the training set
+        ({"remote": "s3://b/set", "local": "c"}, {"remote": "s3://b/test", "local": "c/test"}, False),
+        ({"local": "a", "split": "train"}, {"local": "a", "split": "val"}, False),
+        ({"local": "a"}, {"local": "b"}, False),
+    ],
+)
+def test_an_evaluator_on_training_data_is_known(stream: dict[str, str], evaluator: dict[str, str], found: bool) -> None:
+    streams = {"other": StreamConfig(local="elsewhere"), "e": StreamConfig(**stream)}
+    evaluators = {"c": EvaluatorConfig(task="gap", **evaluator)}
+    config = RunConfig(data=DataConfig(streams=streams), evaluators=evaluators)
+    assert evaluated_on_training_data(config) == ({"c": "e"} if found else {})
+
+
+def test_an_evaluator_on_training_data_is_told_at_the_start(dataset: Path, tmp_path: Path) -> None:
+    config = configuration(dataset, tmp_path, "data.num_workers=0", "run_name=told")
+    trainer = training.build_trainer(config, get_device("cpu"), None)
+    quiet = training.describe(config, trainer, None)
+    config.evaluators = {"c": EvaluatorConfig(task="gap", local=str(dataset))}
+    told = training.describe(config, trainer, None)
+    trainer.close()
+    (stream,) = config.data.streams
+    line = f"  the figures of evaluator 'c' are on training data: its set is data.streams.{stream}"
+    assert told == f"{quiet}\n{line}"
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,13 @@ def check_evaluation(config: EvaluateConfig) -> dict[str, str]:
         raise UserError(f"nothing can be evaluated: {'; '.join(failed.values())}")
     for name, why_not in failed.items():
         print(f"error: {why_not}; without it: evaluators.{name}=null", file=sys.stderr, flush=True)
-    return failed
+    return {name: without_name(name, why_not) for name, why_not in failed.items()}
+
+
+def without_name(name: str, why: str) -> str:
+    """What is wrong with an evaluator, for a line that begins with its name."""
+    rest = why.removeprefix(f"evaluators.{name}")
+    return rest.lstrip(":. ") if rest[:1] in (":", ".", " ") else why
 
 
 def check_evaluator(name: str, evaluator: EvaluatorConfig, contents: bool = False) -> None:

@@ -249,6 +249,7 @@ def test_evaluators_that_cannot_be_run_are_told_and_the_others_run(
     sets["bad"].remote = None
     failed = early.check_evaluation(EvaluateConfig(checkpoint="model.pt", evaluators=sets))
     assert failed.keys() == {"bad"}
+    assert failed["bad"].startswith("no MDS set at mistyped")  # told again at the end, after the evaluator's name
     assert "error: evaluators.bad: no MDS set at mistyped" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"nothing can be evaluated: evaluators\.bad"):
         early.check_evaluation(EvaluateConfig(checkpoint="model.pt", evaluators={"bad": sets["bad"]}))
@@ -256,6 +257,20 @@ def test_evaluators_that_cannot_be_run_are_told_and_the_others_run(
         early.check_evaluation(EvaluateConfig(checkpoints={"x": "x.pt", "y": "y.pt"}, evaluators=sets))
     with pytest.raises(UserError, match=r"out=run\.yaml/b"):
         early.check_evaluation(EvaluateConfig(checkpoint="model.pt", evaluators=sets, out="run.yaml/b"))
+
+
+@pytest.mark.parametrize(
+    ("why", "rest"),
+    [
+        ("evaluators.d: no MDS set at x", "no MDS set at x"),
+        ("evaluators.d.train: no MDS set at x", "train: no MDS set at x"),
+        ("evaluators.d lacks the columns ['label']", "lacks the columns ['label']"),
+        ("evaluators.dogs: no MDS set at x", "evaluators.dogs: no MDS set at x"),
+        ("the set x: can't be read", "the set x: can't be read"),
+    ],
+)
+def test_what_is_wrong_with_an_evaluator_whose_name_is_said(why: str, rest: str) -> None:
+    assert early.without_name("d", why) == rest
 
 
 def test_places_in_a_bucket(s3: S3Server, yaml: Path, data: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from alignclip.config import EvaluateConfig, EvaluatorConfig
-from alignclip.evaluation.command import finish, gap_curves, main
+from alignclip.errors import UserError
+from alignclip.evaluation.command import _told, finish, gap_curves, main
 from alignclip.evaluation.history import History, Record, first_before, history_beside, parse, run_folder
 from alignclip.evaluation.report import Report, table
 
@@ -321,3 +322,11 @@ def test_a_missing_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.Capture
     assert said.startswith("error: ")
     assert said.count("\n") == 1
     assert "nowhere.pt" in said
+
+
+def test_an_evaluator_that_cannot_be_run_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
+    failed: dict[str, str] = {}
+    with _told(failed, "d"):
+        raise UserError("evaluators.d: the image of sample 3 has no caption")
+    assert failed == {"d": "the image of sample 3 has no caption"}
+    assert capsys.readouterr().err == f"error: d: {failed['d']}; without it: evaluators.d=null\n"

@@ -147,7 +147,8 @@ def _past(config: EvaluateConfig, batches: Mapping[str, int | None]) -> dict[str
 def _nothing(report: Report) -> UserError | None:
     if any(report.results.values()):
         return None
-    return UserError(f"nothing was evaluated: {next(iter(report.failed.values()))}")
+    name, why = next(iter(report.failed.items()))
+    return UserError(f"nothing was evaluated: {name}: {why}")
 
 
 @contextmanager
@@ -167,9 +168,9 @@ def _told(failed: dict[str, str], name: str, checkpoint: str | None = None) -> I
         agree(failure)
     except UserError as error:
         what = f"{checkpoint} · {name}" if checkpoint else name
-        failed[what] = str(error)
+        failed[what] = early.without_name(name, str(error))
         if rank() == 0:
-            print(f"error: {what}: {error}; without it: evaluators.{name}=null", file=sys.stderr, flush=True)
+            print(f"error: {what}: {failed[what]}; without it: evaluators.{name}=null", file=sys.stderr, flush=True)
 
 
 def _unwritable(out: str) -> UserError | None:

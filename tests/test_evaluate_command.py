@@ -324,6 +324,18 @@ def test_a_missing_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.Capture
     assert "nowhere.pt" in said
 
 
+def test_the_figures_of_a_column_have_one_format_and_the_file_has_all_digits(tmp_path: Path) -> None:
+    metrics = {"margin": 0.000264131, "alignment_std": 0.0013, "rmg": -0.000264131, "acc1": 0.0, "C": 1e-6, "aupr": 0.5}
+    one = report(tmp_path, {"a": "x"})
+    one.add("a", "coco", metrics, {})
+    shown = dict(line.split()[-2:] for line in table(one).splitlines()[2:8])
+    assert shown == {
+        "margin": "0.0003", "alignment_std": "0.0013", "rmg": "-0.0003", "acc1": "0.0000", "C": "1e-06",
+        "aupr": "0.5000",
+    }  # fmt: skip
+    assert content(tmp_path)["results"]["a"]["coco"] == metrics
+
+
 def test_an_evaluator_that_cannot_be_run_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
     failed: dict[str, str] = {}
     with _told(failed, "d"):

@@ -19,6 +19,7 @@ from alignclip.storage.whole import write_text_whole
 
 RESULTS = "results.json"
 PLOTS = ("cosines", "embeddings", "spectra", "recall", "classes", "gap")
+LEAST = 5e-5  # the least number that four decimals tell from 0
 _SET = ("task", "remote", "local", "split")  # what makes an evaluator of one name the same one
 
 Metrics = dict[str, float]
@@ -181,9 +182,12 @@ def table(report: Report) -> str:
 
 
 def _number(value: float | None) -> str:
+    """A figure in four decimals; two digits of one that four decimals would make 0. ``results.json`` has them all."""
     if value is None:
         return "–"
-    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e3 else f"{value:g}"
+    if 0 < abs(value) < LEAST:
+        return f"{value:.2g}"
+    return f"{value:.4f}" if abs(value) < 1e3 else f"{value:g}"
 
 
 def _finite(metrics: Metrics) -> dict[str, float | None]:

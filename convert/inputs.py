@@ -67,8 +67,9 @@ def _expand_local(name: str, missing: list[str]) -> list[str]:
     path = Path(name).expanduser().absolute()
     if path.is_dir():
         there = [file.name for file in path.iterdir()]
-        files = _of_one_format(there)
+        files = of_one_format(there)
         if not files:
+            _refuse_mds(path, there)
             loose = any(file.lower().endswith(IMAGE_EXTENSIONS) for file in there)
             way = f"; for images with texts beside them: tar --sort=name -cf pairs.tar -C {path} ." if loose else ""
             raise UserError(f"no {', '.join('*' + suffix for suffix in FORMATS)} in the folder {path}{way}")
@@ -85,6 +86,19 @@ def _expand_local(name: str, missing: list[str]) -> list[str]:
     return files
 
 
+def _refuse_mds(folder: Path, names: Iterable[str]) -> None:
+    """Say by which names a folder that is an MDS set, or holds some, is read.
+
+    Raises:
+        UserError: it is one, or holds some.
+    """
+    sets = [folder] if (folder / INDEX).is_file() else [folder / name for name in sorted(names)]
+    there = [str(place / INDEX) for place in sets if (place / INDEX).is_file()]
+    if there:
+        more = ", …" if there[3:] else ""
+        raise UserError(f"{folder} holds MDS, which is read by its index: name {', '.join(there[:3])}{more}")
+
+
 def _say_what_is_left_out(folder: Path, names: Sequence[str], taken: Sequence[str]) -> None:
     """Name the inputs of other formats in a folder, but for a table that describes a tar or another file beside it."""
     stems = {name.split(".")[0] for name in taken}
@@ -94,7 +108,8 @@ def _say_what_is_left_out(folder: Path, names: Sequence[str], taken: Sequence[st
         print(f"not taken from {folder}: {', '.join(left[:3])}{', …' if left[3:] else ''}; name them", file=sys.stderr)
 
 
-def _of_one_format(names: Sequence[str]) -> list[str]:
+def of_one_format(names: Iterable[str]) -> list[str]:
+    """Those of a folder's files that it stands for: its tars, else its parquet files, else its CSV and TSV files."""
     seen = [name for name in names if not name.startswith(".")]  # macOS puts ._00000.tar beside 00000.tar
     for group in GROUPS:
         if files := sorted(name for name in seen if name.lower().endswith(group)):
@@ -114,7 +129,9 @@ def _expand_remote(url: str, unseen: list[str]) -> list[str]:
     if glob.has_magic(folder):
         raise UserError(f"a wildcard in '{url}' may stand in the last part only; use braces for the folders")
     there = [name for name in list_remote(folder) if "/" not in name and not name.startswith(".")]
-    names = sorted(name for name in there if fnmatch(name, pattern)) if pattern else _of_one_format(there)
+    names = sorted(name for name in there if fnmatch(name, pattern)) if pattern else of_one_format(there)
+    if not names and not pattern and INDEX in there:
+        raise UserError(f"{folder} holds MDS, which is read by its index: name {folder}/{INDEX}")
     if not names:
         raise UserError(f"nothing matches '{folder}/{pattern or '*.tar'}'")
     return [f"{folder}/{name}" for name in names]

@@ -9,6 +9,7 @@ from typing import Any
 
 from alignclip.errors import UserError, one_line
 from alignclip.mds_index import INDEX, ShardEntry, listed_shards, stored_file, why_unusable
+from alignclip.near import did_you_mean
 from convert.samples import BROKEN_INPUT
 from convert.storage import COUNTS, VAL, Store
 from convert.verify_findings import Overview, Problems, folder_of
@@ -92,6 +93,10 @@ def _read_listed(store: Store) -> list[Any]:
 
 def _instead(store: Store) -> str:
     """The end of the sentence that there is no set: what there is."""
+    from convert.inputs import of_one_format  # and all formats, of which a set that is there has none
+
+    if not store.is_remote and not Path(store.out).exists():
+        return did_you_mean(store.out, lambda path: (path / INDEX).is_file())
     try:
         listing = list_files(store)
     except UserError:
@@ -100,7 +105,11 @@ def _instead(store: Store) -> str:
         return "; its conversion was not finished: run the convert command again"
     below = sorted(folder_of(name) for name in listing if name.endswith(f"/{INDEX}"))
     below = [name for name in below if not any(name.startswith(f"{other}/") for other in below)]
-    return f"; there is one in {', '.join(below[:3])}: --split {below[0]}" if below else ""
+    if below:
+        return f"; there is one in {', '.join(below[:3])}: --split {below[0]}"
+    if files := of_one_format(name for name in listing if "/" not in name):
+        return f"; it holds inputs ({files[0]}{', …' if files[1:] else ''}), which convert/cc12m.py makes a set of"
+    return ""
 
 
 def _count(entry: ShardEntry, found: Overview) -> None:

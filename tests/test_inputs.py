@@ -53,3 +53,14 @@ def test_what_a_folder_holds_besides_is_named(tmp_path: Path, capsys: pytest.Cap
         (source / name).write_bytes(b"")
     assert len(expand([str(source)])) == 3
     assert capsys.readouterr().err == f"not taken from {source}: more.csv, other.parquet; name them\n"
+
+
+def test_a_folder_of_mds_is_read_by_its_index(tmp_path: Path) -> None:
+    out = tmp_path / "sets" / "mine"
+    quick([three_tars(tmp_path / "in")], out)
+    for folder in (out, out.parent):
+        with pytest.raises(
+            UserError, match=rf"^{folder} holds MDS, which is read by its index: name {out}/index\.json$"
+        ):
+            quick([folder], tmp_path / "again")
+    assert quick([out / "index.json"], tmp_path / "again").written == 15

@@ -543,6 +543,21 @@ def test_what_is_there_instead(tmp_path: Path, verify: Verify) -> None:
     assert text.endswith("; its conversion was not finished: run the convert command again\n")
 
 
+def test_inputs_are_no_set_yet(tmp_path: Path, verify: Verify) -> None:
+    for name in ("00001.tar", "00000.tar", "00000.parquet"):
+        (tmp_path / name).write_bytes(b"")
+    end = "it holds inputs (00000.tar, …), which convert/cc12m.py makes a set of"
+    assert verify(tmp_path) == (2, f"error: no MDS set at {tmp_path} (no index.json there); {end}\n")
+
+
+def test_a_set_of_a_misspelt_name(tmp_path: Path, verify: Verify) -> None:
+    write_set(tmp_path / "data" / "emoji")
+    (tmp_path / "data" / "emojiz").mkdir()
+    place, near = tmp_path / "data" / "emojis", tmp_path / "data" / "emoji"
+    expected = f"error: no MDS set at {place} (no index.json there); did you mean '{near}'?\n"
+    assert verify(place) == (2, expected)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

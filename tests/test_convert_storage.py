@@ -197,3 +197,17 @@ def test_copies_that_are_left_are_those_of_dead_processes_here(tmp_path: Path, m
             os.utime(tmp_path / name, (time.time() - 4000,) * 2)
     fetch.remove_stale_copies()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
+
+
+def test_a_prefix_of_other_objects_is_no_output_and_a_set_there_is_read_by_its_index(s3: Any, tmp_path: Path) -> None:
+    source, bucket = three_tars(tmp_path / "in"), s3.bucket()
+    upload(s3, source, f"{bucket}/raw")
+    with pytest.raises(
+        UserError, match=rf"^{bucket}/raw holds other files \(00000\.tar, .*\); give --out a new or empty"
+    ):
+        quick([source], f"{bucket}/raw")
+    assert sorted(Store(f"{bucket}/raw").listing()) == [f"{i:05}.tar" for i in range(3)]
+    quick([source / "00000.tar"], f"{bucket}/set")
+    message = rf"^{bucket}/set holds MDS, which is read by its index: name {bucket}/set/index\.json$"
+    with pytest.raises(UserError, match=message):
+        quick([f"{bucket}/set"], tmp_path / "out")

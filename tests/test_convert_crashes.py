@@ -64,6 +64,8 @@ def convert_under_fire(
     landed = 0
     for victim in victims:
         with start() as command:
+            # before there are workers the command removes what a kill has left, which changes files, too
+            command.wait_for(lambda command=command: len(command.workers()) == 2)  # type: ignore[misc]
             command.wait_for_changes(listing, rng.randint(1, 12))
             time.sleep(rng.uniform(0, 0.2))
             kill(command, victim, rng)

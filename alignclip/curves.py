@@ -121,8 +121,10 @@ def _figure(chart: Chart, starts: Sequence[int], last: int) -> str:
         for batch in starts
         if batch > 0
     ]
-    for known in dict.fromkeys(map(tuple, chart.chance.values())):  # once where several curves have the same
-        parts.append(_chance([(x(batch), y(value)) for batch, value in sorted(known)]))
+    # once where several curves have the same, but for the last digits
+    known = {tuple((batch, round(value, 6)) for batch, value in sorted(one)) for one in chart.chance.values()}
+    for line in sorted(known):
+        parts.append(_chance([(x(batch), y(value)) for batch, value in line]))
     drawn = {name: [(x(batch), y(value)) for batch, value in points] for name, points in chart.curves.items()}
     hidden = {name: _beneath(name, drawn) for name in drawn}
     # whole lines first: those that would lie on them are dashed above, and both are seen

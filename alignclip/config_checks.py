@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from alignclip.config import DataConfig, EvaluateConfig, EvaluatorConfig, RunConfig, SetConfig
@@ -81,14 +82,19 @@ def validate(config: RunConfig) -> None:
     _check_start(config)
 
 
+def _check_choice(key: str, value: str | None, choices: Sequence[str]) -> None:
+    """A setting is one of a few; nothing is said of one that isn't set."""
+    if value is not None and (value.lower() if key == "python_log_level" else value) not in choices:
+        raise UserError(f"{key}={value}: {nearest(value, choices)}")
+
+
 def _check_choices(config: RunConfig) -> None:
     """Settings of which there are a few, and those that only make sense in a range."""
     for key, choices in CHOICES.items():
         value: Any = config
         for part in key.split("."):
             value = getattr(value, part, None)
-        if value is not None and (value.lower() if key == "python_log_level" else value) not in choices:
-            raise UserError(f"{key}={value}: {nearest(value, choices)}")
+        _check_choice(key, value, choices)
     if config.device == "cpu" and config.precision not in ("fp32", "amp_bf16"):
         raise UserError(f"precision={config.precision} needs a GPU; with device=cpu use fp32 or amp_bf16")
     batches = config.train_subset_num_batches
@@ -256,10 +262,8 @@ def validate_evaluation(config: EvaluateConfig) -> None:
         raise UserError(
             "name what to evaluate: checkpoint=runs/first/latest-rank0.pt, or several as checkpoints.NAME=…, not both"
         )
-    if config.precision not in _EVALUATION_PRECISIONS:
-        raise UserError(f"precision={config.precision}: {nearest(config.precision, _EVALUATION_PRECISIONS)}")
-    if config.device is not None and config.device not in CHOICES["device"]:
-        raise UserError(f"device={config.device}: {nearest(config.device, CHOICES['device'])}")
+    _check_choice("precision", config.precision, _EVALUATION_PRECISIONS)
+    _check_choice("device", config.device, CHOICES["device"])
     if not config.evaluators:
         raise UserError("evaluators is empty: name at least one, e.g. evaluators.coco.task=retrieval")
     check_evaluators(config.evaluators)

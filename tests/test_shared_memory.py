@@ -58,11 +58,13 @@ def segments(prefix: int) -> list[str]:
     return sorted(path.name for path in SHM.glob(f"{prefix:06}_*"))
 
 
-def owner(prefix: int) -> int | None:
-    """The process that has noted a prefix as its own."""
-    with suppress(OSError, ValueError):
-        return int(json.loads((SHM / f"{prefix:06}_alignclip_owner").read_text())["pid"])
-    return None
+def identities(prefix: int) -> set[tuple[str, int]]:
+    """Names and inodes: another process may take a prefix, and its names, as soon as they are free."""
+    found = set()
+    for path in SHM.glob(f"{prefix:06}_*"):
+        with suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_ino))
+    return found
 
 
 def test_the_dead_are_buried_and_the_living_left_alone(tmp_path: Path) -> None:
@@ -74,14 +76,15 @@ def test_the_dead_are_buried_and_the_living_left_alone(tmp_path: Path) -> None:
         with shared_memory._lock():  # other tests beside this one clean up, too
             kill(dead)
             left, used = segments(dead_prefix), segments(alive_prefix)
+            owned = identities(alive_prefix)
         assert len(left) > 4, "a killed process leaves its segments"
         shared_memory.remove_stale()
         assert segments(dead_prefix) == []
         assert segments(alive_prefix) == used
         alive.communicate("end\n", timeout=60)
         assert alive.returncode == 0
-        # unless another process beside this test has taken the free prefix by now
-        assert segments(alive_prefix) == [] or owner(alive_prefix) not in (None, alive.pid), "not even its note is left"
+        assert len(owned) == len(used)
+        assert not owned & identities(alive_prefix), "one that ends leaves nothing, not even its note"
     finally:
         for process in (dead, alive):
             process.kill()

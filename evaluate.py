@@ -3,7 +3,7 @@
 import sys
 
 if __name__ == "__main__":
-    from alignclip.threads import set_thread_defaults
+    from alignclip.runtime.threads import set_thread_defaults
 
     set_thread_defaults()  # before torch is imported
     from alignclip.evaluation.command import main

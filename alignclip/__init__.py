@@ -13,28 +13,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from alignclip.config import ModelConfig
-    from alignclip.encoders import CLIP
+    from alignclip.config.schema import ModelConfig
     from alignclip.errors import UserError
-    from alignclip.loading import load
+    from alignclip.evaluation.notebook import Pair, Pairs, dataset, evaluate
     from alignclip.losses import AlignCLIPLoss
-    from alignclip.notebook import Pair, Pairs, dataset, evaluate
+    from alignclip.model.encoders import CLIP
+    from alignclip.weights.loading import load
 
-__all__ = ["CLIP", "AlignCLIPLoss", "ModelConfig", "Pair", "Pairs", "UserError", "dataset", "evaluate", "load"]
+__all__ = [
+    "CLIP",
+    "AlignCLIPLoss",
+    "ModelConfig",
+    "Pair",
+    "Pairs",
+    "UserError",
+    "dataset",
+    "evaluate",
+    "load",
+]
 __version__ = "0.1.0"
 
 # Where each public name lives. Each module is imported when the name is asked for: torch takes seconds, and a typo in
 # a command line should not.
 _HOMES = {
-    "CLIP": "encoders",
+    "CLIP": "model.encoders",
     "AlignCLIPLoss": "losses",
-    "ModelConfig": "config",
-    "Pair": "notebook",
-    "Pairs": "notebook",
+    "ModelConfig": "config.schema",
+    "Pair": "evaluation.notebook",
+    "Pairs": "evaluation.notebook",
     "UserError": "errors",
-    "dataset": "notebook",
-    "evaluate": "notebook",
-    "load": "loading",
+    "dataset": "evaluation.notebook",
+    "evaluate": "evaluation.notebook",
+    "load": "weights.loading",
 }
 
 

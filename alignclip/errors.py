@@ -50,7 +50,11 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     close = [SYNONYMS.get(name.lower(), "")]
     if close[0] not in names:
         close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.6)
-    return f"did you mean '{names[close[0]]}'?" if close else f"valid: {', '.join(names.values()) or 'none'}"
+    return (
+        f"did you mean '{names[close[0]]}'?"
+        if close
+        else f"valid: {', '.join(names.values()) or 'none'}"
+    )
 
 
 def one_line(error: BaseException) -> str:
@@ -66,7 +70,9 @@ def check_place(what: str, place: str) -> None:
         UserError: names ``what`` and the URL that was meant.
     """
     if found := re.match(r"([A-Za-z][A-Za-z0-9]+):/(?!/)", place):
-        raise UserError(f"{what}={place} has one slash; did you mean '{found[1]}://{place[found.end() :]}'?")
+        raise UserError(
+            f"{what}={place} has one slash; did you mean '{found[1]}://{place[found.end() :]}'?"
+        )
 
 
 @contextmanager
@@ -79,6 +85,8 @@ def one_line_errors() -> Iterator[None]:
         yield
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(5)  # the launcher ends all others when one exits: the first one's exit ends this one here
+            time.sleep(
+                5
+            )  # the launcher ends all others when one exits: the first one's exit ends this one here
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(error.status) from None

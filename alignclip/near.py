@@ -36,7 +36,11 @@ def _follow(folder: Path, parts: tuple[str, ...], fits: Callable[[Path], bool]) 
         return folder if fits(folder) else None
     first, *rest = parts
     names = [first] if first == ".." else _names_like(first, folder)
-    found = (_follow(folder / name, tuple(rest), fits) for name in names if not rest or (folder / name).is_dir())
+    found = (
+        _follow(folder / name, tuple(rest), fits)
+        for name in names
+        if not rest or (folder / name).is_dir()
+    )
     return next((path for path in found if path is not None), None)
 
 

@@ -32,7 +32,11 @@ def expand(place: str, what: str = "path") -> str:
     expanded = os.path.expanduser(place)  # noqa: PTH111  # pathlib raises where this leaves ~nobody as it is
     if expanded.startswith("~"):
         user = place[1:].partition("/")[0]
-        why = f"there is no user '{user}'" if user else "the home folder is not known (HOME is not set)"
+        why = (
+            f"there is no user '{user}'"
+            if user
+            else "the home folder is not known (HOME is not set)"
+        )
         raise UserError(f"{what}={place}: {why}; a folder of that name is ./{place}")
     return expanded
 

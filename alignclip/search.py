@@ -19,18 +19,20 @@ from typing import TYPE_CHECKING, Any, cast
 
 from PIL import Image
 
-from alignclip import console, contact_sheet, early
+from alignclip.data import early
 from alignclip.errors import UserError, one_line, one_line_errors
-from alignclip.fetching import LATEST
 from alignclip.near import did_you_mean
 from alignclip.paths import option, path_option
-from alignclip.threads import set_thread_defaults
+from alignclip.runtime import console
+from alignclip.runtime.threads import set_thread_defaults
+from alignclip.storage.fetching import LATEST
+from alignclip.verification import contact_sheet
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.data import Dataset
 
-    from alignclip.loading import Preprocess
+    from alignclip.weights.loading import Preprocess
 
 EXAMPLES = """examples:
   python -m alignclip.search photos/ "a red bicycle"
@@ -38,7 +40,16 @@ EXAMPLES = """examples:
   python -m alignclip.search photos/ "a red bicycle" --model runs/first/latest-rank0.pt --top 30 --to found.png
   python -m alignclip.search photos/ "a red bicycle" --model hf-hub:ORG/NAME --device cpu | cut -f3"""
 
-FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "PPM", "TIFF")  # some of PIL's others start programs
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "AVIF",
+    "BMP",
+    "GIF",
+    "PPM",
+    "TIFF",
+)  # some of PIL's others start programs
 DRAWN = 1000  # images at most on a contact sheet
 TOLD = 3  # unreadable images by name
 SHEET = "search.png"
@@ -85,8 +96,13 @@ class ImageFiles:
         import torch
 
         try:
-            with warnings.catch_warnings(), Image.open(self.paths[index], formats=_readable()) as image:
-                warnings.simplefilter("ignore")  # of odd EXIF and palettes: whatever can be read is searched
+            with (
+                warnings.catch_warnings(),
+                Image.open(self.paths[index], formats=_readable()) as image,
+            ):
+                warnings.simplefilter(
+                    "ignore"
+                )  # of odd EXIF and palettes: whatever can be read is searched
                 return self.preprocess(image), ""
         except Exception as error:  # PIL's decoders raise nearly anything on broken files
             return torch.zeros(3, self.image_size, self.image_size), one_line(error)
@@ -98,7 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     set_thread_defaults()
     options = _parse(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # file names are bytes, and come out as they are
+        sys.stdout.reconfigure(
+            errors="surrogateescape"
+        )  # file names are bytes, and come out as they are
     with one_line_errors():
         matches, total = search(options)
         print("rank\tsimilarity\tpath")
@@ -125,7 +143,9 @@ def _parse(arguments: Sequence[str] | None) -> SearchOptions:
         help="anything that alignclip.load takes: a run's folder, a checkpoint, an open_clip export; a path or a URL "
         f"(default: the newest run in {' or '.join(RUNS)})",
     )
-    parser.add_argument("--top", type=int, default=default.top, metavar="N", help="how many (default %(default)s)")
+    parser.add_argument(
+        "--top", type=int, default=default.top, metavar="N", help="how many (default %(default)s)"
+    )
     sheet = parser.add_mutually_exclusive_group()
     sheet.add_argument(
         "--to",
@@ -135,8 +155,16 @@ def _parse(arguments: Sequence[str] | None) -> SearchOptions:
         help="the picture that they are drawn on (default %(default)s)",
     )
     sheet.add_argument("--no-sheet", dest="to", action="store_const", const=None, help="draw none")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, … (default: cuda where there is one)")
-    parser.add_argument("--batch-size", type=int, default=default.batch_size, metavar="N", help="default %(default)s")
+    parser.add_argument(
+        "--device", help="cpu, cuda, cuda:1, mps, … (default: cuda where there is one)"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=default.batch_size,
+        metavar="N",
+        help="default %(default)s",
+    )
     parser.add_argument(
         "--num-workers",
         type=int,
@@ -165,20 +193,28 @@ def search(options: SearchOptions) -> tuple[list[Match], int]:
     import torch
 
     from alignclip.evaluation.encoding import Encoder
-    from alignclip.loading import find_device, load
+    from alignclip.weights.loading import find_device, load
 
     device = find_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, preprocess, tokenizer = load(place, device)
     if (length := len(tokenizer.encode(options.text)) + 2) > model.context_length:
-        print(f"the text has {length} tokens, and is cut to {model.context_length}", file=sys.stderr)
+        print(
+            f"the text has {length} tokens, and is cut to {model.context_length}", file=sys.stderr
+        )
     dtype = torch.bfloat16 if device.type == "cuda" else None
     encoder = Encoder(model, device, dtype, options.batch_size)
     text = dataclasses.replace(encoder, progress=False).texts([options.text])
     files = cast("Dataset[Any]", ImageFiles(paths, preprocess, encoder.image_size))
     images, errors = encoder.images(files, options.num_workers)
     similarities = (images @ text[0]).tolist()
-    _tell_unreadable({path: error for path, error in zip(paths, errors, strict=True) if error}, len(paths))
-    matches = [Match(s, path) for s, path, error in zip(similarities, paths, errors, strict=True) if not error]
+    _tell_unreadable(
+        {path: error for path, error in zip(paths, errors, strict=True) if error}, len(paths)
+    )
+    matches = [
+        Match(s, path)
+        for s, path, error in zip(similarities, paths, errors, strict=True)
+        if not error
+    ]
     # what only the last bit tells apart is the same image
     matches.sort(key=lambda match: (-round(match.similarity, 6), match.path))
     return matches[: options.top], len(matches)
@@ -203,11 +239,20 @@ def newest_run() -> str:
     Raises:
         UserError: there is none.
     """
-    found = [path / LATEST for pattern in RUNS for path in Path().glob(pattern) if (path / LATEST).is_file()]
+    found = [
+        path / LATEST
+        for pattern in RUNS
+        for path in Path().glob(pattern)
+        if (path / LATEST).is_file()
+    ]
     if not found:
-        raise UserError(f"no run in {' or '.join(RUNS)} here; name a model: --model PATH, or hf-hub:ORG/NAME")
+        raise UserError(
+            f"no run in {' or '.join(RUNS)} here; name a model: --model PATH, or hf-hub:ORG/NAME"
+        )
     newest = max(found, key=lambda path: (path.stat().st_mtime, path))
-    print(f"model: {newest.parent}, the newest run here; another one: --model PATH", file=sys.stderr)
+    print(
+        f"model: {newest.parent}, the newest run here; another one: --model PATH", file=sys.stderr
+    )
     return str(newest.parent)
 
 
@@ -225,7 +270,11 @@ def find(folder: Path) -> list[Path]:
     found = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, n) for n in names if not n.startswith(".") and Path(n).suffix.lower() in suffixes]
+        found += [
+            Path(parent, n)
+            for n in names
+            if not n.startswith(".") and Path(n).suffix.lower() in suffixes
+        ]
     if not found:
         raise UserError(f"{folder}: no images there; they end in {', '.join(sorted(suffixes))}")
     return sorted(found)
@@ -249,7 +298,10 @@ def _tell_unreadable(errors: dict[Path, str], total: int) -> None:
     more = f" and {len(errors) - TOLD:,} more" if len(errors) > TOLD else ""
     if len(errors) == total:
         raise UserError(f"none of the {total:,} images can be read: {first}{more}")
-    print(f"{len(errors):,} of {total:,} images can't be read and are left out: {first}{more}", file=sys.stderr)
+    print(
+        f"{len(errors):,} of {total:,} images can't be read and are left out: {first}{more}",
+        file=sys.stderr,
+    )
 
 
 def draw(options: SearchOptions, matches: Sequence[Match], total: int) -> None:
@@ -261,7 +313,9 @@ def draw(options: SearchOptions, matches: Sequence[Match], total: int) -> None:
     assert options.to
     cells = [
         contact_sheet.Cell(
-            f"{rank} · {match.similarity:.4f}", _read(match.path), str(match.path.relative_to(options.folder))
+            f"{rank} · {match.similarity:.4f}",
+            _read(match.path),
+            str(match.path.relative_to(options.folder)),
         )
         for rank, match in enumerate(matches, 1)
     ]

@@ -39,9 +39,9 @@ import numpy as np
 from evaluation import highest_resident, machine
 from PIL import Image
 
-from convert.images import ImageOptions
-from convert.options import ConvertOptions
-from convert.shards import convert_shard
+from alignclip.conversion.images import ImageOptions
+from alignclip.conversion.options import ConvertOptions
+from alignclip.conversion.shards import convert_shard
 
 COLUMNS = {"key": "str", "image": "bytes", "caption": "str"}
 SIDE, QUALITY = 256, 90  # of re-encoding
@@ -75,8 +75,14 @@ class Run:
 def picture(rng: np.random.Generator, width: int, height: int) -> bytes:
     """A JPEG as noisy as a photograph: some 0.35 bytes a pixel."""
     coarse = rng.integers(0, 256, (height // 16 + 1, width // 16 + 1, 3), dtype=np.uint8)
-    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
-    noisy = (smooth + rng.integers(-12, 13, (height, width, 1), dtype=np.int16)).clip(0, 255).astype(np.uint8)
+    smooth = np.asarray(
+        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    ).astype(np.int16)
+    noisy = (
+        (smooth + rng.integers(-12, 13, (height, width, 1), dtype=np.int16))
+        .clip(0, 255)
+        .astype(np.uint8)
+    )
     file = io.BytesIO()
     Image.fromarray(noisy).save(file, "JPEG", quality=90)
     return file.getvalue()
@@ -91,7 +97,11 @@ def draw_tar(path: Path, samples: int, width: int, height: int, different: int =
             key = f"{path.stem}{i:06}"
             meta = f'{{"caption": "a picture", "url": "https://example.org/{key}", "sha256": "{"0" * 64}"}}'
             caption = f"picture {i} of something that takes a few words to say"
-            members = {"jpg": pictures[i % different], "json": meta.encode(), "txt": caption.encode()}
+            members = {
+                "jpg": pictures[i % different],
+                "json": meta.encode(),
+                "txt": caption.encode(),
+            }
             for extension, data in members.items():
                 info = tarfile.TarInfo(f"{key}.{extension}")
                 info.size = len(data)
@@ -143,7 +153,10 @@ def naive(tar_path: Path, folder: Path, kind: str) -> None:
     from streaming import MDSWriter
 
     columns = {"key": "str", "image": "jpeg", "caption": "str"}
-    with MDSWriter(columns=columns, out=str(folder / "mds"), hashes=["xxh64"]) as writer, tarfile.open(tar_path) as tar:
+    with (
+        MDSWriter(columns=columns, out=str(folder / "mds"), hashes=["xxh64"]) as writer,
+        tarfile.open(tar_path) as tar,
+    ):
         sample: dict[str, Any] = {}
         for member in tar:
             content = tar.extractfile(member)
@@ -160,7 +173,9 @@ def naive(tar_path: Path, folder: Path, kind: str) -> None:
 
 
 def ours(tar_path: Path, folder: Path, kind: str) -> None:
-    options = ConvertOptions([str(tar_path)], str(folder), semantic=False, images=KINDS[kind][0], progress=False)
+    options = ConvertOptions(
+        [str(tar_path)], str(folder), semantic=False, images=KINDS[kind][0], progress=False
+    )
     convert_shard(str(tar_path), tar_path.stem, COLUMNS, options, lambda written, skipped: None)
 
 
@@ -181,11 +196,15 @@ def measure(way: str, tar_path: Path, small: Path | None, kind: str) -> Run:
             one.mkdir()
         if small:
             WAYS[way](small, warm, kind)
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the highest so far is now what is resident
+        Path("/proc/self/clear_refs").write_text(
+            "5", encoding="utf-8"
+        )  # the highest so far is now what is resident
         before = highest_resident()
         start, cpu = time.perf_counter(), time.process_time()
         WAYS[way](tar_path, timed, kind)
-        return Run(time.perf_counter() - start, time.process_time() - cpu, highest_resident() - before)
+        return Run(
+            time.perf_counter() - start, time.process_time() - cpu, highest_resident() - before
+        )
 
 
 def in_a_process(way: str, tar_path: Path, small: Path | None, kind: str) -> Run:
@@ -198,8 +217,12 @@ def speed(options: argparse.Namespace, folder: Path) -> bool:
     tar_path = draw_tar(folder / "tar.tar", options.samples, width, height)
     small = draw_tar(folder / "small.tar", 20, width, height, 5)
     each = tar_path.stat().st_size / options.samples / 1024
-    print(f"\nspeed: {options.samples:,} images of {width} × {height} pixels, {each:.0f} KiB each, images a CPU second")
-    print(f"{'':<18}{'bare':>10}{'ours':>10}{'naive':>10}{'ours/bare':>12}{'at least':>10}{'ours/naive':>12}")
+    print(
+        f"\nspeed: {options.samples:,} images of {width} × {height} pixels, {each:.0f} KiB each, images a CPU second"
+    )
+    print(
+        f"{'':<18}{'bare':>10}{'ours':>10}{'naive':>10}{'ours/bare':>12}{'at least':>10}{'ours/naive':>12}"
+    )
     good = True
     for kind, (_, least) in KINDS.items():
         runs: dict[str, list[Run]] = {way: [] for way in WAYS}
@@ -207,14 +230,22 @@ def speed(options: argparse.Namespace, folder: Path) -> bool:
             for way, done in runs.items():
                 done.append(in_a_process(way, tar_path, small, kind))
             print(f"{kind} {i + 1}/{options.repeats}", file=sys.stderr, flush=True)
-        rates = {way: statistics.median(options.samples / run.cpu for run in done) for way, done in runs.items()}
+        rates = {
+            way: statistics.median(options.samples / run.cpu for run in done)
+            for way, done in runs.items()
+        }
         of_bare, of_naive = (
-            statistics.median(other.cpu / mine.cpu for other, mine in zip(runs[way], runs["ours"], strict=True))
+            statistics.median(
+                other.cpu / mine.cpu for other, mine in zip(runs[way], runs["ours"], strict=True)
+            )
             for way in ("bare", "naive")
         )
         good &= of_bare >= least
         numbers = "".join(f"{rates[way]:>10,.0f}" for way in WAYS)
-        print(f"{kind:<18}{numbers}{f'{of_bare:.2f}':>12}{f'{least:.2f}':>10}{f'{of_naive:.1f}×':>12}", flush=True)
+        print(
+            f"{kind:<18}{numbers}{f'{of_bare:.2f}':>12}{f'{least:.2f}':>10}{f'{of_naive:.1f}×':>12}",
+            flush=True,
+        )
     return good
 
 
@@ -230,7 +261,10 @@ def processes(options: argparse.Namespace, folder: Path) -> bool:
     seconds: dict[int, list[float]] = {1: [], 2: []}
     for i in range(options.repeats):
         for number, done in seconds.items():
-            with ProcessPoolExecutor(number, get_context("spawn")) as pool, tempfile.TemporaryDirectory() as out:
+            with (
+                ProcessPoolExecutor(number, get_context("spawn")) as pool,
+                tempfile.TemporaryDirectory() as out,
+            ):
                 list(pool.map(work, [small] * 2, [Path(out, str(j)) for j in range(2)]))
                 start = time.perf_counter()
                 list(pool.map(work, tars, [Path(out)] * len(tars)))
@@ -238,7 +272,9 @@ def processes(options: argparse.Namespace, folder: Path) -> bool:
         print(f"processes {i + 1}/{options.repeats}", file=sys.stderr, flush=True)
     pairs = [one / two for one, two in zip(seconds[1], seconds[2], strict=True)]
     images = len(tars) * options.samples
-    print(f"\nprocesses: {images:,} images in {len(tars)} tars, by the clock, load {os.getloadavg()[0]:.1f} at the end")
+    print(
+        f"\nprocesses: {images:,} images in {len(tars)} tars, by the clock, load {os.getloadavg()[0]:.1f} at the end"
+    )
     for number, done in seconds.items():
         print(f"{number} at a time{images / statistics.median(done):>10,.0f} images/s")
     each = ", ".join(f"{pair:.2f}" for pair in pairs)
@@ -252,7 +288,9 @@ def memory(options: argparse.Namespace, folder: Path) -> bool:
     samples = max(1, options.large_tar * 2**20 // one)
     tar_path = draw_tar(folder / "large.tar", samples, width, height, 3)
     size = tar_path.stat().st_size / 2**20
-    print(f"\nmemory above imports: a tar of {size:,.0f} MiB, {samples:,} images of {width} × {height} pixels")
+    print(
+        f"\nmemory above imports: a tar of {size:,.0f} MiB, {samples:,} images of {width} × {height} pixels"
+    )
     good = True
     for kind in KINDS:
         run = in_a_process("ours", tar_path, None, kind)
@@ -283,9 +321,18 @@ def main() -> int:
     parser.add_argument("--repeats", default=5, help="of each run (default: %(default)s)", **number)
     parser.add_argument("--samples", default=4000, help="in a tar (default: %(default)s)", **number)
     parser.add_argument(
-        "--size", default=(480, 360), nargs=2, help="of the images, pixels (default: 480 360)", **number
+        "--size",
+        default=(480, 360),
+        nargs=2,
+        help="of the images, pixels (default: 480 360)",
+        **number,
     )
-    parser.add_argument("--large-tar", default=4096, help="of the memory's part, MiB (default: %(default)s)", **number)
+    parser.add_argument(
+        "--large-tar",
+        default=4096,
+        help="of the memory's part, MiB (default: %(default)s)",
+        **number,
+    )
     options = parser.parse_args()
     print(f"pillow {Image.__version__} on {machine('cpu')}", flush=True)
     good = True

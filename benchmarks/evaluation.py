@@ -39,15 +39,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alignclip.conversion.evaluation_sets import benchmark_lists, choose_templates
 from alignclip.errors import UserError, one_line_errors
-from convert.evaluation_sets import benchmark_lists, choose_templates
 
 # alignclip's encoders are imported where they are used: open_clip takes seconds that retrieval does without
 
 CAPTIONS = 5  # an image
 DIM = 512  # of the features in retrieval
 KS = (1, 5, 10)
-LIMIT = {"fp32": 1e-5, "amp_bf16": 1e-2}  # bf16 rounds to three digits, a little differently in another batch
+LIMIT = {
+    "fp32": 1e-5,
+    "amp_bf16": 1e-2,
+}  # bf16 rounds to three digits, a little differently in another batch
 
 EXAMPLES = """examples:
   python benchmarks/evaluation.py
@@ -92,10 +95,10 @@ class Run:
 def prepare_classifier(options: Options, ours: bool) -> tuple[Callable[[], Any], Callable[[], Any]]:
     import open_clip
 
-    from alignclip.config import ModelConfig, TextConfig, VisionConfig
-    from alignclip.encoders import build_encoders
+    from alignclip.config.schema import ModelConfig, TextConfig, VisionConfig
     from alignclip.evaluation.encoding import Encoder
     from alignclip.evaluation.zero_shot import build_classifier
+    from alignclip.model.encoders import build_encoders
 
     names, templates = prompts(options)
     vision = VisionConfig(image_size=32, patch_size=32, width=64, layers=1)  # not used
@@ -136,22 +139,32 @@ def prepare_retrieval(options: Options, ours: bool) -> tuple[Callable[[], Any], 
     # a cosine of about 0.16: half of the captions find their image among 5,000
     texts = 6 * torch.randn(options.images, CAPTIONS, DIM, generator=generator) + images[:, None]
     owner = torch.arange(options.images).repeat_interleave(CAPTIONS)
-    images, texts, owner = (part.to(options.device) for part in (images, texts.flatten(0, 1), owner))
+    images, texts, owner = (
+        part.to(options.device) for part in (images, texts.flatten(0, 1), owner)
+    )
     compute = partial(recall, ks=KS, block=options.block) if ours else whole_matrix_recall
     few = 10 * CAPTIONS
-    return lambda: compute(images[:10], texts[:few], owner[:few]), lambda: compute(images, texts, owner)
+    return lambda: compute(images[:10], texts[:few], owner[:few]), lambda: compute(
+        images, texts, owner
+    )
 
 
 @torch.no_grad()
-def whole_matrix_recall(image_features: Tensor, text_features: Tensor, image_of_text: Tensor) -> dict[str, float]:
+def whole_matrix_recall(
+    image_features: Tensor, text_features: Tensor, image_of_text: Tensor
+) -> dict[str, float]:
     """What :func:`alignclip.evaluation.retrieval.recall` computes, from the whole similarity matrix."""
     scores = F.normalize(text_features, dim=-1) @ F.normalize(image_features, dim=-1).T
     images = scores.topk(min(max(KS), scores.shape[1]), dim=1).indices
     texts = scores.T.topk(min(max(KS), scores.shape[0]), dim=1).indices
     right_images = images == image_of_text[:, None]
     right_texts = image_of_text[texts] == torch.arange(len(texts), device=texts.device)[:, None]
-    result = {f"image_retrieval_recall@{k}": right_images[:, :k].any(1).double().mean().item() for k in KS}
-    result.update({f"text_retrieval_recall@{k}": right_texts[:, :k].any(1).double().mean().item() for k in KS})
+    result = {
+        f"image_retrieval_recall@{k}": right_images[:, :k].any(1).double().mean().item() for k in KS
+    }
+    result.update(
+        {f"text_retrieval_recall@{k}": right_texts[:, :k].any(1).double().mean().item() for k in KS}
+    )
     return result
 
 
@@ -178,7 +191,9 @@ def measure(task: str, ours: bool, options: Options) -> Run:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the highest so far is now what is resident
+        Path("/proc/self/clear_refs").write_text(
+            "5", encoding="utf-8"
+        )  # the highest so far is now what is resident
         before = highest_resident()
     start, cpu_start = time.perf_counter(), time.process_time()
     result = work()
@@ -204,11 +219,17 @@ def alternate(task: str, options: Options) -> tuple[list[Run], list[Run]]:
                 run = process.submit(measure, task, ours, options).result()
             runs[ours].append(run)
             name = "ours" if ours else "plain"
-            print(f"{task} {i + 1}/{options.repeats}, {name}: {run.seconds:.2f} s", file=sys.stderr, flush=True)
+            print(
+                f"{task} {i + 1}/{options.repeats}, {name}: {run.seconds:.2f} s",
+                file=sys.stderr,
+                flush=True,
+            )
     return runs[True], runs[False]
 
 
-def print_table(rate: str, items: int, unit: float, names: tuple[str, str], runs: tuple[list[Run], list[Run]]) -> None:
+def print_table(
+    rate: str, items: int, unit: float, names: tuple[str, str], runs: tuple[list[Run], list[Run]]
+) -> None:
     """Medians of ours and of the plain way, and ours in relation to it; ``items / unit`` a second are the rate."""
     seconds = [statistics.median(run.seconds for run in one) for one in runs]
     cpu = [statistics.median(run.cpu_seconds for run in one) for one in runs]
@@ -217,7 +238,9 @@ def print_table(rate: str, items: int, unit: float, names: tuple[str, str], runs
     print(f"{'':<44}{'seconds (min–max)':>22}{'CPU s':>8}{rate:>12}{'peak memory':>14}")
     for i, one in enumerate(runs):
         spread = f"{seconds[i]:.2f} ({min(run.seconds for run in one):.2f}–{max(run.seconds for run in one):.2f})"
-        print(f"{names[i]:<44}{spread:>22}{cpu[i]:>8.2f}{rates[i]:>12,.1f}{f'{peaks[i]:,.0f} MiB':>14}")
+        print(
+            f"{names[i]:<44}{spread:>22}{cpu[i]:>8.2f}{rates[i]:>12,.1f}{f'{peaks[i]:,.0f} MiB':>14}"
+        )
     ratios = [one[0] / one[1] if one[1] else float("nan") for one in (seconds, cpu, rates, peaks)]
     time_, cpu_, rate_, peak_ = (f"{ratio:.2f}×" for ratio in ratios)
     print(f"{'ratio':<44}{time_:>22}{cpu_:>8}{rate_:>12}{peak_:>14}")
@@ -231,14 +254,27 @@ def compare_classifier(options: Options) -> bool:
         f"\nclassifier: {options.classes:,}{of} classes × {len(templates)} templates, text tower {options.width} wide, "
         f"{options.layers} layers, {options.precision}"
     )
-    labels = (f"all prompts sorted, batches of {options.batch_size}, trimmed", "stock open_clip, class by class")
+    labels = (
+        f"all prompts sorted, batches of {options.batch_size}, trimmed",
+        "stock open_clip, class by class",
+    )
     print_table("prompts/s", len(names) * len(templates), 1, labels, (ours, plain))
     pairs = zip(ours, plain, strict=True)
     difference = max(float(abs(one.result - other.result).max()) for one, other in pairs)
-    print(f"max abs difference {difference:.1e}, must be below {LIMIT[options.precision]:.0e}", end="")
+    print(
+        f"max abs difference {difference:.1e}, must be below {LIMIT[options.precision]:.0e}", end=""
+    )
     vectors = torch.from_numpy(plain[0].result)
-    if len(vectors) > 1:  # without this, a model whose classes are all alike would agree with anything
-        nearest = torch.cdist(vectors, vectors, p=torch.inf).fill_diagonal_(torch.inf).amin(1).median().item()
+    if (
+        len(vectors) > 1
+    ):  # without this, a model whose classes are all alike would agree with anything
+        nearest = (
+            torch.cdist(vectors, vectors, p=torch.inf)
+            .fill_diagonal_(torch.inf)
+            .amin(1)
+            .median()
+            .item()
+        )
         print(f" (a class differs from the one most like it by {nearest:.1e}, median)", end="")
     print()
     return difference < LIMIT[options.precision]
@@ -247,7 +283,9 @@ def compare_classifier(options: Options) -> bool:
 def compare_retrieval(options: Options) -> bool:
     ours, plain = alternate("retrieval", options)
     captions = options.images * CAPTIONS
-    print(f"\nretrieval: {options.images:,} images × {captions:,} captions, features {DIM} wide, fp32")
+    print(
+        f"\nretrieval: {options.images:,} images × {captions:,} captions, features {DIM} wide, fp32"
+    )
     labels = (f"blocks of {options.block:,} rows", "whole matrix, torch.topk")
     # a pair counts once, though both directions look at it
     print_table("M pairs/s", options.images * captions, 1e6, labels, (ours, plain))
@@ -256,7 +294,11 @@ def compare_retrieval(options: Options) -> bool:
         recalls = [plain[0].result[f"{way}_retrieval_recall@{k}"] for k in KS]
         print(f"{way + ' retrieval':<16}" + "".join(f"{recall:>8.4f}" for recall in recalls))
     equal = all(run.result == plain[0].result for run in ours + plain)
-    print("the two are equal" if equal else f"NOT EQUAL: ours {ours[0].result}, plain {plain[0].result}")
+    print(
+        "the two are equal"
+        if equal
+        else f"NOT EQUAL: ours {ours[0].result}, plain {plain[0].result}"
+    )
     return equal
 
 
@@ -264,8 +306,13 @@ def machine(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    name = next((line.split(": ")[1] for line in info if line.startswith("model name")), platform.processor())
-    return f"{name}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} before the start"
+    name = next(
+        (line.split(": ")[1] for line in info if line.startswith("model name")),
+        platform.processor(),
+    )
+    return (
+        f"{name}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} before the start"
+    )
 
 
 def main() -> int:
@@ -282,17 +329,40 @@ def main() -> int:
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
     number: dict[str, Any] = {"type": int, "metavar": "N"}
     parser.add_argument("--only", choices=list(PREPARE), help="one of the two (default: both)")
-    parser.add_argument("--repeats", default=3, help="runs of each way (default: %(default)s)", **number)
     parser.add_argument(
-        "--device", choices=["cpu", "cuda"], default=cuda, help="default: cuda where there is one, else cpu"
+        "--repeats", default=3, help="runs of each way (default: %(default)s)", **number
     )
-    parser.add_argument("--precision", choices=list(LIMIT), default="fp32", help="of encoding (default: %(default)s)")
-    parser.add_argument("--classes", default=20, help="of ImageNet's 1,000 (default: %(default)s)", **number)
-    parser.add_argument("--width", default=256, help="of the text tower, k × 64 (default: %(default)s)", **number)
-    parser.add_argument("--layers", default=6, help="of the text tower (default: %(default)s)", **number)
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        default=cuda,
+        help="default: cuda where there is one, else cpu",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=list(LIMIT),
+        default="fp32",
+        help="of encoding (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--classes", default=20, help="of ImageNet's 1,000 (default: %(default)s)", **number
+    )
+    parser.add_argument(
+        "--width", default=256, help="of the text tower, k × 64 (default: %(default)s)", **number
+    )
+    parser.add_argument(
+        "--layers", default=6, help="of the text tower (default: %(default)s)", **number
+    )
     parser.add_argument("--batch-size", default=256, help="ours (default: %(default)s)", **number)
-    parser.add_argument("--images", default=5000, help="in retrieval, 5 captions each (default: %(default)s)", **number)
-    parser.add_argument("--block", default=256, help="rows at a time, ours (default: %(default)s)", **number)
+    parser.add_argument(
+        "--images",
+        default=5000,
+        help="in retrieval, 5 captions each (default: %(default)s)",
+        **number,
+    )
+    parser.add_argument(
+        "--block", default=256, help="rows at a time, ours (default: %(default)s)", **number
+    )
     options = Options(**vars(parser.parse_args()))
     with one_line_errors():
         for name, value in vars(options).items():

@@ -71,7 +71,13 @@ def parse() -> argparse.Namespace:
     add("--beta", nargs="+", type=float, default=[0.0, 0.1, 0.5], help="weights of the separation")
     add("--batch", nargs="+", type=int, default=[256], help="samples a step")
     add("--warmup", nargs="+", type=int, default=[40], help="steps of warm-up")
-    add("--batches", nargs="+", type=int, default=[160, 320, 480], help="steps after which a run is evaluated")
+    add(
+        "--batches",
+        nargs="+",
+        type=int,
+        default=[160, 320, 480],
+        help="steps after which a run is evaluated",
+    )
     add("--out", type=Path, default=Path("runs/small_set"), help="folder of the runs")
     return parser.parse_args()
 

@@ -40,15 +40,21 @@ print(statistics.median(seconds[1:]))
 def main() -> None:
     """Measure and print a table."""
     cores = len(os.sched_getaffinity(0))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--busy", nargs="+", type=int, default=[0, 2 * cores], help="busy processes beside the step")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--busy", nargs="+", type=int, default=[0, 2 * cores], help="busy processes beside the step"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="of each variant")
     options = parser.parse_args()
     print(f"{cores} cores, {platform.processor() or platform.machine()}, torch {torch.__version__}")
     print(f"{'seconds a step':26}" + "".join(f"{f'{busy} busy':>12}" for busy in options.busy))
     found: dict[tuple[str, int], list[float]] = {}
     for busy in options.busy:
-        spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
+        spinning = [
+            subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)
+        ]
         try:
             for _ in range(options.rounds):
                 for name in VARIANTS:
@@ -64,9 +70,13 @@ def main() -> None:
 
 def step(variables: dict[str, str]) -> float:
     """Return the median seconds of a step in a process with these variables."""
-    plain = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    plain = {
+        name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))
+    }
     command = [sys.executable, "-c", STEP]
-    done = subprocess.run(command, env=plain | variables, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, env=plain | variables, capture_output=True, text=True, check=True
+    )
     return float(done.stdout)
 
 

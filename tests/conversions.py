@@ -74,7 +74,11 @@ class Undisturbed:
 
 def relative(folder: Path) -> set[str]:
     """All files below, some of which may come and go meanwhile."""
-    return {os.path.relpath(Path(parent, name), folder) for parent, _, names in os.walk(folder) for name in names}
+    return {
+        os.path.relpath(Path(parent, name), folder)
+        for parent, _, names in os.walk(folder)
+        for name in names
+    }
 
 
 def download(s3: Any, uri: str, folder: Path) -> Path:
@@ -104,7 +108,11 @@ Path("/proc/self/clear_refs").write_text("5")
 print({expression}, status("VmHWM") - before)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=COMMAND.parents[1], capture_output=True, text=True, timeout=TIMEOUT
+        [sys.executable, "-c", code],
+        cwd=COMMAND.parents[1],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
     )
     assert done.returncode == 0, done.stderr
     number, peak = map(int, done.stdout.split())
@@ -119,13 +127,23 @@ class Command:
         temporary: its TMPDIR.
     """
 
-    def __init__(self, folder: Path, *arguments: str | Path, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, *arguments: str | Path, env: dict[str, str] | None = None
+    ) -> None:
         self.temporary = folder / "tmp"
         self.temporary.mkdir(parents=True, exist_ok=True)
         self._error = folder / "stderr.txt"
         with self._error.open("wb") as error, (folder / "stdout.txt").open("wb") as output:
             self.driver = psutil.Popen(
-                [*WITH_US, sys.executable, COMMAND, *map(str, arguments), "--no-semantic", "--size-limit", SIZE_LIMIT],
+                [
+                    *WITH_US,
+                    sys.executable,
+                    COMMAND,
+                    *map(str, arguments),
+                    "--no-semantic",
+                    "--size-limit",
+                    SIZE_LIMIT,
+                ],
                 env={**os.environ, "TMPDIR": str(self.temporary), **(env or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -202,5 +220,8 @@ class Command:
 
 def said(errors: str) -> list[str]:
     """The lines without those of the progress bar, which a line may follow on the same one."""
-    lines = (line.rpartition("]")[2] if line.startswith("converting:") else line for line in errors.splitlines())
+    lines = (
+        line.rpartition("]")[2] if line.startswith("converting:") else line
+        for line in errors.splitlines()
+    )
     return [line for line in lines if line.strip()]

@@ -20,9 +20,9 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import get_device
 
-from alignclip.checkpoints import SaveFolder
-from alignclip.config_file import load
-from alignclip.training import build_trainer
+from alignclip.config.reading import load
+from alignclip.training.pretraining import build_trainer
+from alignclip.training.save_folder import SaveFolder
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "tests" / "fixtures" / "debug"

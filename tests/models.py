@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignclip.config import ModelConfig, SharedConfig, TextConfig, VisionConfig
-from alignclip.encoders import CLIP, build_encoders
-from alignclip.release_format import renamed
+from alignclip.config.schema import ModelConfig, SharedConfig, TextConfig, VisionConfig
+from alignclip.model.encoders import CLIP, build_encoders
+from alignclip.weights.release_format import renamed
 
 FIXTURES = Path(__file__).parent / "fixtures"
 EVERYTHING = {"blocks": -1, "ln_final": True, "projection": True}
@@ -54,6 +54,8 @@ def small_batch(n: int = 8) -> tuple[Tensor, Tensor]:
     tokens = torch.zeros(n, 12, dtype=torch.long)
     for i in range(n):
         length = 2 + i % 7
-        tokens[i, :length] = torch.randint(0, 62, (length,), generator=generator)  # id 0 is a token like any other
+        tokens[i, :length] = torch.randint(
+            0, 62, (length,), generator=generator
+        )  # id 0 is a token like any other
         tokens[i, 0], tokens[i, length] = 62, 63
     return torch.randn(n, 3, 32, 32, generator=generator), tokens

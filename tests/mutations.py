@@ -18,7 +18,18 @@ from tarballs import draw
 BLOCK = tarfile.BLOCKSIZE
 HOSTILE_BYTES = (0, 1, 0x7F, 0x80, 0xFF)
 # tar header fields: first byte, length
-FIELDS = [(0, 100), (100, 8), (108, 8), (116, 8), (124, 12), (136, 12), (148, 8), (156, 1), (157, 100), (257, 8)]
+FIELDS = [
+    (0, 100),
+    (100, 8),
+    (108, 8),
+    (116, 8),
+    (124, 12),
+    (136, 12),
+    (148, 8),
+    (156, 1),
+    (157, 100),
+    (257, 8),
+]
 SIZE, SPARSE = (124, 12), (386, 96)
 
 
@@ -85,13 +96,20 @@ def damage(data: bytes, rng: random.Random, others: Sequence[bytes] = ()) -> byt
 def caption(rng: random.Random) -> tuple[str, bytes]:
     """Extension and content of a member that should hold a caption."""
     text = "Ein Käfer — 一只甲虫 &amp;amp; &#xD800;&#0; &lt;b&gt; 🪲".encode()
-    entry = rng.choice([b"3", b"1.5", b"NaN", b"-Infinity", b"true", b"null", b"[]", b'{"a": "b"}', b'"\\ud83d"'])
+    entry = rng.choice(
+        [b"3", b"1.5", b"NaN", b"-Infinity", b"true", b"null", b"[]", b'{"a": "b"}', b'"\\ud83d"']
+    )
     return rng.choice(
         [
             ("txt", damage(text, rng)),
             ("txt", rng.randbytes(rng.randint(0, 300))),
             ("txt", "überall".encode(rng.choice(["utf-16", "latin-1", "utf-8-sig"]))),
-            ("txt", rng.choice([b"", b" \n\t", "\u3000".encode(), b"\0", b"\xef\xbb\xbf", b"a\0b\x1b[31m"])),
+            (
+                "txt",
+                rng.choice(
+                    [b"", b" \n\t", "\u3000".encode(), b"\0", b"\xef\xbb\xbf", b"a\0b\x1b[31m"]
+                ),
+            ),
             ("txt", "ö".encode() * rng.choice([9_999, 10_000, 10_001, 600_000])),
             ("json", b'{"caption": ' + entry + b"}"),
             ("json", rng.choice([b"[", b'{"caption":', b'{"a":[']) * 10_000),
@@ -104,9 +122,37 @@ def caption(rng: random.Random) -> tuple[str, bytes]:
 
 def name(rng: random.Random, number: int) -> str:
     """A member's name without its extension; no other number has the same key."""
-    folder = rng.choice(["", "", "./", "../../", "/", "a.b/", "..../", "x/" * 60, "déjà/", "\udcff\udc80/", "`#?*[]/"])
+    folder = rng.choice(
+        [
+            "",
+            "",
+            "./",
+            "../../",
+            "/",
+            "a.b/",
+            "..../",
+            "x/" * 60,
+            "déjà/",
+            "\udcff\udc80/",
+            "`#?*[]/",
+        ]
+    )
     base = rng.choice(
-        ["", "ключ", "🪲", " ", "`|<b>", "\n\r", "\x1b[2J", "\udcfe", "k" * 250, "\\..", "\u202e", "%00", "~"]
+        [
+            "",
+            "ключ",
+            "🪲",
+            " ",
+            "`|<b>",
+            "\n\r",
+            "\x1b[2J",
+            "\udcfe",
+            "k" * 250,
+            "\\..",
+            "\u202e",
+            "%00",
+            "~",
+        ]
     )
     return f"{folder}{base.split('.')[0]}{number}{rng.choice(['', '', '.seg', '.', '..'])}"
 
@@ -116,11 +162,15 @@ def name(rng: random.Random, number: int) -> str:
 
 def hostile_number(rng: random.Random, length: int) -> bytes:
     """What a numeric field of a tar header may hold: octal, base 256 (also negative), or nonsense."""
-    value = rng.choice([-(2**90), -(2**40), -1536, -512, -1, 0, 1, 511, 513, 2**20, 2**33, 2**62, 2**64, 2**90])
+    value = rng.choice(
+        [-(2**90), -(2**40), -1536, -512, -1, 0, 1, 511, 513, 2**20, 2**33, 2**62, 2**64, 2**90]
+    )
     if rng.random() < 0.2:
         return rng.randbytes(length)
     if length < 12 or (rng.random() < 0.4 and 0 <= value < 2**33):
-        return (b"%o" % (abs(value) % 8 ** (length - 1))).rjust(length - 1, b"0") + rng.choice([b"\0", b" ", b"9"])
+        return (b"%o" % (abs(value) % 8 ** (length - 1))).rjust(length - 1, b"0") + rng.choice(
+            [b"\0", b" ", b"9"]
+        )
     return ((value if value < 0 else value + (128 << 88)) % 256**12).to_bytes(12, "big")
 
 
@@ -137,9 +187,13 @@ def odd_member(rng: random.Random) -> bytes:
     kind = rng.choice(b"0123457DKLMNSVXgxZ\0\xff").to_bytes(1, "big")
     content = rng.randbytes(rng.choice([0, 1, 511, 512, 700]))
     if kind in b"xgX":
-        key = rng.choice(["path", "size", "linkpath", "hdrcharset", "GNU.sparse.map", "GNU.sparse.size", "mtime"])
+        key = rng.choice(
+            ["path", "size", "linkpath", "hdrcharset", "GNU.sparse.map", "GNU.sparse.size", "mtime"]
+        )
         sparse = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9"}
-        value = rng.choice(["a,b", "0,1", "-512", "9" * 30, "", "1e3", "BINARY", "ü\udcff/x.jpg", "../../x.txt"])
+        value = rng.choice(
+            ["a,b", "0,1", "-512", "9" * 30, "", "1e3", "BINARY", "ü\udcff/x.jpg", "../../x.txt"]
+        )
         info = tarfile.TarInfo("x.jpg")
         info.pax_headers = {key: value} if rng.random() < 0.7 else sparse
         return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
@@ -148,7 +202,9 @@ def odd_member(rng: random.Random) -> bytes:
         info = tarfile.TarInfo("././@LongLink")
         info.type, info.size = b"L", len(content)
         return (info.tobuf() + content.ljust(BLOCK, b"\0")) * 2_000
-    info = tarfile.TarInfo(rng.choice(["00001.jpg", "00009.jpg", "00001.txt", "folder", "a/b/", ".jpg", "..jpg", "9"]))
+    info = tarfile.TarInfo(
+        rng.choice(["00001.jpg", "00009.jpg", "00001.txt", "folder", "a/b/", ".jpg", "..jpg", "9"])
+    )
     info.type, info.size, info.linkname = kind, len(content), "00000.jpg"
     header = info.tobuf(tarfile.GNU_FORMAT)
     if rng.random() < 0.5:
@@ -168,12 +224,16 @@ def damage_tar(data: bytes, rng: random.Random) -> bytes:
             blocks[header] = damage(blocks[header], rng)[:BLOCK].ljust(BLOCK, b"\0")
         case 2:
             field = rng.choice(FIELDS)
-            value = hostile_number(rng, field[1]) if field[1] in (8, 12) else rng.randbytes(field[1])
+            value = (
+                hostile_number(rng, field[1]) if field[1] in (8, 12) else rng.randbytes(field[1])
+            )
             blocks[header] = set_field(blocks[header], field, value)
         case 3:
             blocks[at : at + rng.randint(0, 3)] = [bytes(BLOCK)] * rng.randint(1, 4)
         case 4:
-            return data + rng.choice([rng.randbytes(rng.randint(1, 2_000)), data, b"\0", bytes(BLOCK) + data])
+            return data + rng.choice(
+                [rng.randbytes(rng.randint(1, 2_000)), data, b"\0", bytes(BLOCK) + data]
+            )
         case 5:
             blocks.insert(header, odd_member(rng))
         case 6:  # members that come again, or in another order
@@ -189,7 +249,11 @@ def damage_tar(data: bytes, rng: random.Random) -> bytes:
 def compressed(data: bytes, rng: random.Random) -> bytes:
     """A compressed tar, mostly damaged after that."""
     packed = rng.choice([gzip.compress, bz2.compress, lzma.compress])(data)
-    return damage(packed, rng) if rng.random() < 0.9 else packed + rng.choice([packed, b"\0" * 600, b"garbage"])
+    return (
+        damage(packed, rng)
+        if rng.random() < 0.9
+        else packed + rng.choice([packed, b"\0" * 600, b"garbage"])
+    )
 
 
 # tables
@@ -205,7 +269,9 @@ def parquet_files() -> list[bytes]:
     flat = pyarrow.table({"key": [f"{i:05}" for i in range(6)], "jpg": images, "caption": texts})
     struct = [{"bytes": image, "path": f"{i}.jpg"} for i, image in enumerate(images)]
     nested = pyarrow.table({"image": struct, "text": pyarrow.array(texts).dictionary_encode()})
-    choices: list[dict[str, object]] = [{"compression": name} for name in ("none", "snappy", "gzip", "zstd", "lz4")]
+    choices: list[dict[str, object]] = [
+        {"compression": name} for name in ("none", "snappy", "gzip", "zstd", "lz4")
+    ]
     choices += [{"use_dictionary": False, "data_page_version": "2.0"}]
     files = []
     for table in (flat, nested):
@@ -223,7 +289,9 @@ def damage_parquet(data: bytes, rng: random.Random) -> bytes:
     footer = int.from_bytes(data[-8:-4], "little") + 8
     changed = bytearray(data)
     for _ in range(rng.randint(1, 3)):
-        changed[len(data) - 1 - rng.randrange(footer)] = rng.choice([*HOSTILE_BYTES, rng.randrange(256)])
+        changed[len(data) - 1 - rng.randrange(footer)] = rng.choice(
+            [*HOSTILE_BYTES, rng.randrange(256)]
+        )
     return bytes(changed)
 
 
@@ -244,7 +312,11 @@ def csv_file(rng: random.Random, folder: str, delimiter: str) -> bytes:
         "ü,;\t",
         folder,
     ]
-    lines = [rng.choice([["image", "caption"], ["title", "filepath"], ["caption", "key", "image"], ["a"], []])]
+    lines = [
+        rng.choice(
+            [["image", "caption"], ["title", "filepath"], ["caption", "key", "image"], ["a"], []]
+        )
+    ]
     lines[0] = lines[0] if rng.random() < 0.1 else ["image", "caption"]
     for i in range(rng.randint(0, 8)):
         path = rng.choice([f"{i % 3}.jpg", f"{folder}/{i % 3}.jpg"])

@@ -36,14 +36,17 @@ def run(n: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> l
         context.set_forkserver_preload([name for name in SLOW_IMPORTS if name in sys.modules])
         environment = dict(os.environ) | _launcher_environment(n)
         processes = [
-            context.Process(target=_work, args=(rank, n, environment, folder, timeout, fn, args)) for rank in range(n)
+            context.Process(target=_work, args=(rank, n, environment, folder, timeout, fn, args))
+            for rank in range(n)
         ]
         try:
             for process in processes:
                 process.start()
             _wait(processes, Path(folder), timeout)
             # results travel in files: tensors in a queue would live in the memory of a process that has ended
-            return [torch.load(Path(folder, f"{rank}.result"), weights_only=False) for rank in range(n)]
+            return [
+                torch.load(Path(folder, f"{rank}.result"), weights_only=False) for rank in range(n)
+            ]
         finally:
             for process in processes:
                 if process.pid is not None:  # it was started
@@ -58,10 +61,16 @@ def _wait(processes: list[Any], folder: Path, timeout: float) -> None:
         for rank, process in enumerate(processes):
             if process.exitcode not in (None, 0):
                 # the earliest report is the cause, the others' are of the lost connection
-                reports = sorted(folder.glob("*.error"), key=lambda report: report.stat().st_mtime_ns)
+                reports = sorted(
+                    folder.glob("*.error"), key=lambda report: report.stat().st_mtime_ns
+                )
                 if reports:
-                    raise RuntimeError(f"rank {reports[0].stem} of {len(processes)} failed:\n{reports[0].read_text()}")
-                raise RuntimeError(f"rank {rank} of {len(processes)} ended with exit status {process.exitcode}")
+                    raise RuntimeError(
+                        f"rank {reports[0].stem} of {len(processes)} failed:\n{reports[0].read_text()}"
+                    )
+                raise RuntimeError(
+                    f"rank {rank} of {len(processes)} ended with exit status {process.exitcode}"
+                )
         if all(process.exitcode == 0 for process in processes):
             return
         if time.monotonic() > deadline:

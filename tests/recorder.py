@@ -14,7 +14,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch.distributed.tensor import DTensor
 
-from alignclip import command, training
+from alignclip.training import command, pretraining
 
 
 class Recorder(Callback):
@@ -56,7 +56,9 @@ class Recorder(Callback):
             file.write(json.dumps(record) + "\n")
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        while int(state.timestamp.batch) - 1 == self.hold_at and not (self.folder / "go-on").exists():
+        while (
+            int(state.timestamp.batch) - 1 == self.hold_at and not (self.folder / "go-on").exists()
+        ):
             for callback in state.callbacks:
                 if isinstance(callback, CheckpointSaver):
                     callback.batch_end(state, logger)  # where it moves `latest`
@@ -66,6 +68,9 @@ class Recorder(Callback):
 def main(arguments: list[str]) -> int:
     folder = Path(arguments[0])
     folder.mkdir(parents=True, exist_ok=True)
-    build_callbacks = training.build_callbacks
-    training.build_callbacks = lambda config, save: [*build_callbacks(config, save), Recorder(folder)]
+    build_callbacks = pretraining.build_callbacks
+    pretraining.build_callbacks = lambda config, save: [
+        *build_callbacks(config, save),
+        Recorder(folder),
+    ]
     return command.main(arguments[1:])

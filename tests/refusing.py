@@ -72,7 +72,9 @@ class Request(BaseHTTPRequestHandler):
             plain, data = plain + data[:count], data[count + 2 :]
         return plain
 
-    def _answer(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
+    def _answer(
+        self, status: int, body: bytes = b"", headers: dict[str, str] | None = None
+    ) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
@@ -81,10 +83,15 @@ class Request(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def _error(self, status: int, code: str) -> None:
-        self._answer(status, f"<Error><Code>{code}</Code><Message>{code}</Message></Error>".encode())
+        self._answer(
+            status, f"<Error><Code>{code}</Code><Message>{code}</Message></Error>".encode()
+        )
 
     def _give(self, data: bytes) -> None:
-        headers = {"ETag": f'"{hashlib.md5(data).hexdigest()}"', "Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"}
+        headers = {
+            "ETag": f'"{hashlib.md5(data).hexdigest()}"',
+            "Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT",
+        }
         if self.command == "HEAD":
             self._answer(200, headers={**headers, "Content-Length": str(len(data))})
         elif span := re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
@@ -95,7 +102,11 @@ class Request(BaseHTTPRequestHandler):
             self._answer(200, data, headers)
 
     def _list(self, prefix: str) -> None:
-        keys = sorted(key for bucket, key in self.server.objects if bucket == self.bucket and key.startswith(prefix))
+        keys = sorted(
+            key
+            for bucket, key in self.server.objects
+            if bucket == self.bucket and key.startswith(prefix)
+        )
         rows = "".join(f"<Contents><Key>{key}</Key><Size>1</Size></Contents>" for key in keys)
         count = f"<IsTruncated>false</IsTruncated><KeyCount>{len(keys)}</KeyCount>"
         self._answer(200, f"<ListBucketResult>{count}{rows}</ListBucketResult>".encode())
@@ -112,8 +123,13 @@ class Request(BaseHTTPRequestHandler):
             self._answer(200, headers={"ETag": '"x"'})
         else:
             done = parts.pop(query["uploadId"][0])
-            self.server.objects[self.bucket, self.key] = b"".join(done[number] for number in sorted(done))
-            self._answer(200, b"<CompleteMultipartUploadResult><ETag>x</ETag></CompleteMultipartUploadResult>")
+            self.server.objects[self.bucket, self.key] = b"".join(
+                done[number] for number in sorted(done)
+            )
+            self._answer(
+                200,
+                b"<CompleteMultipartUploadResult><ETag>x</ETag></CompleteMultipartUploadResult>",
+            )
 
 
 class RefusingS3(ThreadingHTTPServer):
@@ -151,7 +167,9 @@ class RefusingS3(ThreadingHTTPServer):
 
     def answer(self, status: int, code: str, *rights: str) -> None:
         """Answer every request for these rights like this, or every request at all."""
-        self.refuse = lambda request: (status, code) if not rights or request.right in rights else None
+        self.refuse = lambda request: (
+            (status, code) if not rights or request.right in rights else None
+        )
 
     @property
     def env(self) -> dict[str, str]:
@@ -171,7 +189,13 @@ def refusing_s3() -> Iterator[RefusingS3]:
     """A running server that the environment points at."""
     with RefusingS3() as server, pytest.MonkeyPatch.context() as patch:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        for name in ("AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION"):
+        for name in (
+            "AWS_SESSION_TOKEN",
+            "AWS_PROFILE",
+            "AWS_ENDPOINT_URL",
+            "AWS_ENDPOINT_URL_S3",
+            "AWS_REGION",
+        ):
             patch.delenv(name, raising=False)
         for name in ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"):
             patch.setenv(name, "")  # so that what a test's code sets is taken back

@@ -40,7 +40,9 @@ scheduler: {t_warmup: 5ba}
 """
 
 
-def write_set(out: str, count: int = 256, dimension: int = 16, columns: str = "semantic", seed: int = 0) -> None:
+def write_set(
+    out: str, count: int = 256, dimension: int = 16, columns: str = "semantic", seed: int = 0
+) -> None:
     """An image–text set of coloured gradients, in shards small enough that there are several."""
     rng = np.random.default_rng(seed)
     encodings = {"key": "str", "image": "bytes", "caption": "str"}
@@ -51,7 +53,9 @@ def write_set(out: str, count: int = 256, dimension: int = 16, columns: str = "s
             sample: dict[str, object] = {
                 "key": f"{i:05}",
                 "image": jpeg(rng),
-                "caption": " ".join(rng.choice(["red", "blue", "a", "dot", "on", "the", "left"], rng.integers(2, 9))),
+                "caption": " ".join(
+                    rng.choice(["red", "blue", "a", "dot", "on", "the", "left"], rng.integers(2, 9))
+                ),
             }
             if columns == "semantic":
                 sample["semantic"] = rng.normal(size=dimension).astype(np.float16)
@@ -59,15 +63,21 @@ def write_set(out: str, count: int = 256, dimension: int = 16, columns: str = "s
 
 
 def jpeg(rng: np.random.Generator, size: tuple[int, int] = (48, 40), mode: str = "RGB") -> bytes:
-    picture = Image.fromarray(rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    picture = Image.fromarray(rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)).resize(
+        size, Image.Resampling.BICUBIC
+    )
     buffer = io.BytesIO()
     picture.convert(mode).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
 
 
-def write_config(folder: Path, remote: str, save_folder: str | None = None, text: str = TINY) -> Path:
+def write_config(
+    folder: Path, remote: str, save_folder: str | None = None, text: str = TINY
+) -> Path:
     """A YAML for a set at ``remote`` (cached in a folder of its own) or in a local folder."""
-    stream = f"remote: {remote}, local: {folder / 'cache'}" if "://" in remote else f"local: {remote}"
+    stream = (
+        f"remote: {remote}, local: {folder / 'cache'}" if "://" in remote else f"local: {remote}"
+    )
     lines = text.replace("data: {", f"data: {{streams: {{e: {{{stream}}}}}, ", 1)
     lines += f"save_folder: {save_folder}\n" if save_folder else "autoresume: false\n"
     path = folder / "tiny.yaml"
@@ -96,7 +106,11 @@ def launch(
 
 
 def run(
-    *arguments: str | Path, processes: int = 1, cwd: Path, env: dict[str, str] | None = None, status: int = 0
+    *arguments: str | Path,
+    processes: int = 1,
+    cwd: Path,
+    env: dict[str, str] | None = None,
+    status: int = 0,
 ) -> str:
     """Launch, wait, and return what was printed; any other exit status than ``status`` is an error."""
     process = launch(*arguments, processes=processes, cwd=cwd, env=env)
@@ -135,12 +149,17 @@ def steps(records: Path) -> list[dict[str, float]]:
     if not path.exists():
         return []
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{k: float.fromhex(v) if isinstance(v, str) else v for k, v in line.items()} for line in lines]
+    return [
+        {k: float.fromhex(v) if isinstance(v, str) else v for k, v in line.items()}
+        for line in lines
+    ]
 
 
 def gradient_error(ours: Path, theirs: Path, step: int) -> float:
     """‖ours − theirs‖ / ‖theirs‖ over all parameters of a recorded step; the worst single parameter if that is more."""
-    a, b = (torch.load(folder / f"gradients-{step}.pt", weights_only=True) for folder in (ours, theirs))
+    a, b = (
+        torch.load(folder / f"gradients-{step}.pt", weights_only=True) for folder in (ours, theirs)
+    )
     assert a.keys() == b.keys()
 
     def norm(tensors: list[torch.Tensor]) -> float:

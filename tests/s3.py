@@ -42,8 +42,20 @@ class S3Server:
         self._meta = f"sqlite3://{folder / 'meta.db'}"
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "meta.db").exists():
-            options = ["--no-update", "--storage", "file", "--bucket", f"{folder / 'data'}/", "--trash-days", "0"]
-            subprocess.run([_binary(), "format", *options, self._meta, "tests"], check=True, capture_output=True)
+            options = [
+                "--no-update",
+                "--storage",
+                "file",
+                "--bucket",
+                f"{folder / 'data'}/",
+                "--trash-days",
+                "0",
+            ]
+            subprocess.run(
+                [_binary(), "format", *options, self._meta, "tests"],
+                check=True,
+                capture_output=True,
+            )
         for _ in range(5):  # somebody else may take the port between the look and the start
             self.port = _free_port()
             with suppress(ChildProcessError):
@@ -100,11 +112,27 @@ class S3Server:
         Raises:
             ChildProcessError: it ended at once, for instance because its port is taken.
         """
-        options = ["--no-usage-report", "--no-banner", "--multi-buckets", "--keep-etag", "--backup-meta", "0"]
+        options = [
+            "--no-usage-report",
+            "--no-banner",
+            "--multi-buckets",
+            "--keep-etag",
+            "--backup-meta",
+            "0",
+        ]
         options += ["--cache-dir", str(self.folder / "cache"), "--cache-size", "0"]
         options += ["--metrics", f"127.0.0.1:{_free_port()}"]
-        command = [_binary(), "--no-agent", "gateway", *options, self._meta, f"127.0.0.1:{self.port}"]
-        if setpriv := shutil.which("setpriv"):  # so that the server ends with a test session that is killed
+        command = [
+            _binary(),
+            "--no-agent",
+            "gateway",
+            *options,
+            self._meta,
+            f"127.0.0.1:{self.port}",
+        ]
+        if setpriv := shutil.which(
+            "setpriv"
+        ):  # so that the server ends with a test session that is killed
             command = [setpriv, "--pdeathsig", "KILL", *command]
         credentials = {"MINIO_ROOT_USER": "testkey", "MINIO_ROOT_PASSWORD": "testsecret123"}
         with (self.folder / "gateway.log").open("ab") as log:
@@ -119,10 +147,14 @@ class S3Server:
         deadline = time.monotonic() + START_TIMEOUT
         while not self._answers():
             if self._process.poll() is not None:
-                raise ChildProcessError(f"the S3 server ended with status {self._process.returncode}:\n{self.log()}")
+                raise ChildProcessError(
+                    f"the S3 server ended with status {self._process.returncode}:\n{self.log()}"
+                )
             if time.monotonic() > deadline:
                 self.stop()
-                raise TimeoutError(f"the S3 server does not answer after {START_TIMEOUT:.0f} s:\n{self.log()}")
+                raise TimeoutError(
+                    f"the S3 server does not answer after {START_TIMEOUT:.0f} s:\n{self.log()}"
+                )
             time.sleep(0.05)
 
     def stop(self) -> None:
@@ -137,7 +169,9 @@ class S3Server:
     def _answers(self) -> bool:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with opener.open(f"{self.env['S3_ENDPOINT_URL']}/minio/health/live", timeout=5) as answer:
+            with opener.open(
+                f"{self.env['S3_ENDPOINT_URL']}/minio/health/live", timeout=5
+            ) as answer:
                 ready = answer.status == 200
         except (urllib.error.URLError, OSError):
             return False

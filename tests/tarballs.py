@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from convert.dataset import convert
-from convert.options import ConvertOptions, Counts
-from convert.storage import Store
+from alignclip.conversion.dataset import convert
+from alignclip.conversion.options import ConvertOptions, Counts
+from alignclip.conversion.storage import Store
 
 
 def draw(seed: int, image_format: str = "JPEG", size: tuple[int, int] = (40, 30)) -> bytes:
@@ -65,7 +65,12 @@ def read_back(remote: str | None, local: Path, **arguments: Any) -> dict[str, di
     from streaming import StreamingDataset
 
     dataset = StreamingDataset(
-        remote=remote, local=str(local), batch_size=1, shuffle=False, validate_hash="xxh64", **arguments
+        remote=remote,
+        local=str(local),
+        batch_size=1,
+        shuffle=False,
+        validate_hash="xxh64",
+        **arguments,
     )
     rows = [dataset[i] for i in range(dataset.num_samples)]
     assert len({row["key"] for row in rows}) == len(rows)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 SAYS = """
 import io, subprocess, sys
-from alignclip import console
+from alignclip.runtime import console
 console.prepare()
 held = sys.stdout
 for number in range(2000):
@@ -53,7 +53,10 @@ def test_what_nobody_reads_goes_nowhere(unbuffered: list[str]) -> None:
 @pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&-"])
 def test_a_command_that_is_started_without_an_output(closed: str, tmp_path: Path) -> None:
     """The first file that it opens doesn't become its standard output."""
-    script = SAYS.replace("sys.exit(3)", "open('file', 'w').close(); io.FileIO(1, 'w', False).write(b'!'); sys.exit(3)")
+    script = SAYS.replace(
+        "sys.exit(3)",
+        "open('file', 'w').close(); io.FileIO(1, 'w', False).write(b'!'); sys.exit(3)",
+    )
     done = subprocess.run(
         ["bash", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, script],
         capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT, timeout=TIMEOUT,
@@ -78,7 +81,9 @@ def test_a_terminal_that_was_closed() -> None:
 
 def test_a_full_disk_is_no_reader_that_has_ended() -> None:
     with Path("/dev/full").open("wb") as full:
-        done = subprocess.run([sys.executable, "-c", SAYS], stdout=full, stderr=subprocess.PIPE, env=ENVIRONMENT)
+        done = subprocess.run(
+            [sys.executable, "-c", SAYS], stdout=full, stderr=subprocess.PIPE, env=ENVIRONMENT
+        )
     assert done.returncode == 1
     assert b"No space left" in done.stderr
 
@@ -99,7 +104,9 @@ def test_a_run_and_an_evaluation_that_nobody_reads_lose_nothing(tmp_path: Path) 
     assert latest.resolve().name == "ep0-ba6-rank0.pt"
     sets = "evaluators: {pairs: {task: gap, local: set, num_workers: 0}}\ndevice: cpu\nprecision: fp32\n"
     (tmp_path / "evaluate.yaml").write_text(sets)
-    for count, name in enumerate(("one", "two")):  # the second time, earlier results are moved aside first
+    for count, name in enumerate(
+        ("one", "two")
+    ):  # the second time, earlier results are moved aside first
         arguments = ("evaluate.yaml", f"checkpoints.{name}={latest}", "out=found")
         status, error = unread(ROOT / "evaluate.py", *arguments, cwd=tmp_path)
         assert status == 0, error

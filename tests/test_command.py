@@ -12,7 +12,7 @@ from runs import PRETRAIN
 
 HERE = """
 import sys
-from alignclip.command import main
+from alignclip.training.command import main
 try:
     main(sys.argv[1:])
 finally:
@@ -20,9 +20,13 @@ finally:
 """
 
 
-def call(*arguments: str | Path, environ: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def call(
+    *arguments: str | Path, environ: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", HERE, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environ or {"LOCAL_RANK": "0"}, timeout=60)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environ or {"LOCAL_RANK": "0"}, timeout=60
+    )
 
 
 @pytest.mark.parametrize(
@@ -34,7 +38,9 @@ def call(*arguments: str | Path, environ: dict[str, str] | None = None) -> subpr
         (["--batch-size", "64"], "docs/migration.md"),
     ],
 )
-def test_a_typo_is_one_line_before_anything_large_is_imported(arguments: list[str], says: str) -> None:
+def test_a_typo_is_one_line_before_anything_large_is_imported(
+    arguments: list[str], says: str
+) -> None:
     done = call(PRETRAIN.parent / "yamls" / "alignclip.yaml", *arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
@@ -53,9 +59,17 @@ def test_help_shows_examples() -> None:
 def test_other_processes_of_the_machine_wait_for_the_first_to_speak() -> None:
     """The launcher ends them meanwhile; where the first one is well, they speak for themselves."""
     start = time.monotonic()
-    environ = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0"}
+    environ = {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "NODE_RANK": "0",
+    }
     environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29599"}
-    first = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env=environ | {"LOCAL_RANK": "0"})
+    first = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(600)"], env=environ | {"LOCAL_RANK": "0"}
+    )
     try:
         done = call("nowhere.yaml", environ=environ)
     finally:

@@ -8,11 +8,11 @@ import pytest
 from composer import Trainer
 from runs import TINY
 
-from alignclip import plugins
-from alignclip.config import RunConfig, TrainerConfig
-from alignclip.config_file import REFUSED, load, load_evaluation, to_yaml
+from alignclip.config.metrics import TASKS
+from alignclip.config.reading import REFUSED, load, load_evaluation, to_yaml
+from alignclip.config.schema import RunConfig, TrainerConfig
 from alignclip.errors import UserError
-from alignclip.metrics import TASKS
+from alignclip.training import plugins
 
 EVALUATE = Path(__file__).parent.parent / "yamls" / "evaluate.yaml"
 YAMLS = sorted(path for path in EVALUATE.parent.glob("*.yaml") if path != EVALUATE)
@@ -23,14 +23,21 @@ OURS = {
     "callbacks", "loggers", "device_train_microbatch_size", "accumulate_train_batch_on_tokens",
     "scale_schedule_ratio",
 }  # fmt: skip
-NOT_IN_A_YAML = {"algorithm_passes", "console_stream", "load_object_store", "train_dataloader_label"}
+NOT_IN_A_YAML = {
+    "algorithm_passes",
+    "console_stream",
+    "load_object_store",
+    "train_dataloader_label",
+}
 EVALUATION = {"eval_dataloader", "eval_interval", "eval_subset_num_batches"}
 
 
 @pytest.fixture
 def yaml(tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
-    path.write_text(TINY.replace("data: {", "data: {streams: {e: {local: somewhere}}, ") + "autoresume: false\n")
+    path.write_text(
+        TINY.replace("data: {", "data: {streams: {e: {local: somewhere}}, ") + "autoresume: false\n"
+    )
     return path
 
 
@@ -53,7 +60,10 @@ def test_the_shipped_evaluation_is_valid() -> None:
         (["checkpoint=a", "evaluators.x.task=zeroshot"], "did you mean 'zero_shot'?"),
         (["checkpoint=a", "evaluators.x.task=gap"], "evaluators.x has neither remote nor local"),
         (["checkpoint=a", "evaluators.coco.train.local=b"], "retrieval has no use for train"),
-        (["checkpoint=a", "evaluators.x.task=linear_probe", "evaluators.x.local=b"], "linear_probe needs train"),
+        (
+            ["checkpoint=a", "evaluators.x.task=linear_probe", "evaluators.x.local=b"],
+            "linear_probe needs train",
+        ),
         (["checkpoint=a", "evaluators.coco.remote=s3:/b/c"], "did you mean 's3://b/c'?"),
         (["checkpoint=a", "evaluators.coco.batch_size=0"], "batch_size=0 is too small"),
         (["checkpoint=a", "evaluators.coco.intervall=1ep"], "did you mean 'interval'?"),
@@ -76,10 +86,18 @@ def test_bad_evaluations_are_one_line(overrides: list[str], says: str) -> None:
             "must be an evaluator and its metric",
         ),
         (
-            ["evaluators.a.task=gap", "evaluators.a.local=x", "keep_best.metric=a/rmg", "keep_best.mode=low"],
+            [
+                "evaluators.a.task=gap",
+                "evaluators.a.local=x",
+                "keep_best.metric=a/rmg",
+                "keep_best.mode=low",
+            ],
             "valid: max",
         ),
-        (["evaluators.a.task=gap", "evaluators.a.local=x", "keep_best.metric=a/rmg"], "needs a save_folder"),
+        (
+            ["evaluators.a.task=gap", "evaluators.a.local=x", "keep_best.metric=a/rmg"],
+            "needs a save_folder",
+        ),
         (
             ["evaluators.a.task=gap", "evaluators.a.local=x", "keep_best.metric=a/alignment_scor"],
             "keep_best.metric=a/alignment_scor is no metric of gap; did you mean 'a/alignment_score'?",
@@ -88,7 +106,10 @@ def test_bad_evaluations_are_one_line(overrides: list[str], says: str) -> None:
             ["evaluators.a.task=gap", "evaluators.a.local=x", "keep_best.metric=a/recall@5"],
             "keep_best.metric=a/recall@5 is no metric of gap; did you mean 'a/image_retrieval_recall@5'?",
         ),
-        (["evaluators.a.task=gap", "evaluators.a.local=x", "evaluators.a.interval=5"], "has no unit"),
+        (
+            ["evaluators.a.task=gap", "evaluators.a.local=x", "evaluators.a.interval=5"],
+            "has no unit",
+        ),
     ],
 )
 def test_bad_evaluators_of_a_run(yaml: Path, overrides: list[str], says: str) -> None:
@@ -99,35 +120,66 @@ def test_bad_evaluators_of_a_run(yaml: Path, overrides: list[str], says: str) ->
 
 def test_every_trainer_argument_is_a_key_or_left_out_on_purpose() -> None:
     keys = {f.name for f in fields(TrainerConfig)}
-    assert set(inspect.signature(Trainer.__init__).parameters) == keys | OURS | NOT_IN_A_YAML | EVALUATION
+    assert (
+        set(inspect.signature(Trainer.__init__).parameters)
+        == keys | OURS | NOT_IN_A_YAML | EVALUATION
+    )
 
 
 def test_published_recipe() -> None:
     alignclip = load(next(p for p in YAMLS if p.stem == "alignclip"))
-    optimizer, scheduler, loss, model = alignclip.optimizer, alignclip.scheduler, alignclip.loss, alignclip.model
+    optimizer, scheduler, loss, model = (
+        alignclip.optimizer,
+        alignclip.scheduler,
+        alignclip.loss,
+        alignclip.model,
+    )
     assert (alignclip.max_duration, alignclip.global_train_batch_size) == ("30ep", 512)
-    assert (optimizer.opt, optimizer.lr, optimizer.betas, optimizer.weight_decay) == ("adamw", 1e-3, [0.9, 0.98], 0.1)
+    assert (optimizer.opt, optimizer.lr, optimizer.betas, optimizer.weight_decay) == (
+        "adamw",
+        1e-3,
+        [0.9, 0.98],
+        0.1,
+    )
     # the published loop back-propagates four times this loss, with eps 1e-6
     assert optimizer.eps == 1e-6 / 4
     assert (scheduler.t_warmup, scheduler.alpha_f) == ("10000ba", 0.0)
-    assert (loss.alpha, loss.beta, loss.separate_image, loss.separate_text, loss.rescale) == (1, 0.5, True, True, True)
-    assert (model.embed_dim, model.vision_cfg.width, model.vision_cfg.layers, model.vision_cfg.patch_size) == (
+    assert (loss.alpha, loss.beta, loss.separate_image, loss.separate_text, loss.rescale) == (
+        1,
+        0.5,
+        True,
+        True,
+        True,
+    )
+    assert (
+        model.embed_dim,
+        model.vision_cfg.width,
+        model.vision_cfg.layers,
+        model.vision_cfg.patch_size,
+    ) == (
         768,
         768,
         12,
         16,
     )
     assert (model.text_cfg.width, model.text_cfg.heads, model.text_cfg.layers) == (768, 12, 12)
-    assert alignclip.data.scale == [0.9, 1.0]
+    assert alignclip.data.dataset.scale == [0.9, 1.0]
     for name in ("clip", "sharedclip"):
         other = load(next(p for p in YAMLS if p.stem == name))
         assert other.optimizer.eps == 1e-6
         assert other.loss.beta == 0
-        assert other.data == alignclip.data
+        assert other.data == alignclip.data.dataset
 
 
 def test_overrides_win_and_the_resolved_file_reads_back(yaml: Path, tmp_path: Path) -> None:
-    config = load(yaml, ["optimizer.lr=3e-4", "data.streams.other.remote=s3://b/x", "algorithms.EMA.half_life=100ba"])
+    config = load(
+        yaml,
+        [
+            "optimizer.lr=3e-4",
+            "data.streams.other.remote=s3://b/x",
+            "algorithms.EMA.half_life=100ba",
+        ],
+    )
     assert config.optimizer.lr == 3e-4
     assert config.data.streams.keys() == {"e", "other"}
     assert config.algorithms == {"EMA": {"half_life": "100ba"}}
@@ -139,8 +191,14 @@ def test_overrides_win_and_the_resolved_file_reads_back(yaml: Path, tmp_path: Pa
     ("override", "says"),
     [
         ("optimiser.lr=1", "unknown key 'optimiser'; did you mean 'optimizer'?"),
-        ("model.vision_cfg.patchsize=8", "unknown key 'model.vision_cfg.patchsize'; did you mean 'patch_size'?"),
-        ("data.streams.e.remot=s3://x", "unknown key 'data.streams.e.remot'; did you mean 'remote'?"),
+        (
+            "model.vision_cfg.patchsize=8",
+            "unknown key 'model.vision_cfg.patchsize'; did you mean 'patch_size'?",
+        ),
+        (
+            "data.streams.e.remot=s3://x",
+            "unknown key 'data.streams.e.remot'; did you mean 'remote'?",
+        ),
         ("max_durations=1ep", "did you mean 'max_duration'?"),
         ("model.embed_dim=wide", "model.embed_dim: Value 'wide'"),
         ("global_train_batch_size=16.5", "global_train_batch_size"),
@@ -175,15 +233,24 @@ def test_overrides_win_and_the_resolved_file_reads_back(yaml: Path, tmp_path: Pa
         ("max_duration=1.5ep", "the number before ep must be whole"),
         ("scheduler.t_warmup=-5ba", "scheduler.t_warmup=-5ba is no time"),
         ("console_log_interval=1.2.3ba", "is no time"),
-        ("save_folder=s3:/bucket/x", "save_folder=s3:/bucket/x has one slash; did you mean 's3://bucket/x'?"),
+        (
+            "save_folder=s3:/bucket/x",
+            "save_folder=s3:/bucket/x has one slash; did you mean 's3://bucket/x'?",
+        ),
         ("data.streams.e.remote=gs:/b", "did you mean 'gs://b'?"),
-        ("parallelism_config.fsdp2.state_dict_type=sharded", "is refused: checkpoints are full ones"),
+        (
+            "parallelism_config.fsdp2.state_dict_type=sharded",
+            "is refused: checkpoints are full ones",
+        ),
         ("run_name=a/b", "must not hold a '/'"),
         ("compile_config.mod=max-autotune", "did you mean 'mode'?"),
         ("compile_config.mode=max-autotun", "did you mean 'max-autotune'?"),
         ("ddp_sync_strategy=multi_auto", "did you mean 'multi_auto_sync'?"),
         ("python_log_level=warn", "did you mean 'warning'?"),
-        ("parallelism_config.fsdp2.mixed_precision=half", "mixed_precision=half: valid: DEFAULT, FULL, PURE"),
+        (
+            "parallelism_config.fsdp2.mixed_precision=half",
+            "mixed_precision=half: valid: DEFAULT, FULL, PURE",
+        ),
         ("train_subset_num_batches=0", "must be -1 (all) or at least 1"),
         ("seed=-1", "seed must not be negative"),
         ("dist_timeout=-1", "dist_timeout must be positive"),
@@ -194,10 +261,22 @@ def test_overrides_win_and_the_resolved_file_reads_back(yaml: Path, tmp_path: Pa
         ("save_folder=runs/{run_name}", "save_folder needs a run_name"),
         ("profiler.activ=3", "did you mean 'active'?"),
         # what was told by the model's, the loader's or the optimizer's constructor
-        ("scheduler.t_warmup=40ba", "scheduler.t_warmup=40ba must be shorter than max_duration=40ba"),
-        ("scheduler.t_warmup=40ep", "scheduler.t_warmup=40ep must be shorter than max_duration=40ba"),
-        ("model.vision_cfg.image_size=33", "image_size=33 is no multiple of model.vision_cfg.patch_size=8"),
-        ("model.text_cfg.heads=3", "model.text_cfg.width=32 is no multiple of model.text_cfg.heads=3"),
+        (
+            "scheduler.t_warmup=40ba",
+            "scheduler.t_warmup=40ba must be shorter than max_duration=40ba",
+        ),
+        (
+            "scheduler.t_warmup=40ep",
+            "scheduler.t_warmup=40ep must be shorter than max_duration=40ba",
+        ),
+        (
+            "model.vision_cfg.image_size=33",
+            "image_size=33 is no multiple of model.vision_cfg.patch_size=8",
+        ),
+        (
+            "model.text_cfg.heads=3",
+            "model.text_cfg.width=32 is no multiple of model.text_cfg.heads=3",
+        ),
         ("model.vision_cfg.layers=3", "model.shared.blocks=-1 needs equal towers, but"),
         ("model.vision_cfg.timm_model_name=resnet18", "nothing can be shared with timm's tower"),
         ("precision=amp_fp16", "precision=amp_fp16 needs a GPU; with device=cpu"),
@@ -208,12 +287,21 @@ def test_overrides_win_and_the_resolved_file_reads_back(yaml: Path, tmp_path: Pa
         ("data.sampling_method=even", "data.sampling_method=even: valid: balanced, fixed"),
         ("data.batching_method=per_stram", "did you mean 'per_stream'?"),
         ("data.sampling_granularity=0", "data.sampling_granularity must be positive"),
-        ("data.streams.e={repeat: 2, choose: 3}", "data.streams.e: repeat and choose exclude one another"),
+        (
+            "data.streams.e={repeat: 2, choose: 3}",
+            "data.streams.e: repeat and choose exclude one another",
+        ),
         ("data.streams.e.repeat=-1", "data.streams.e.repeat must not be negative"),
-        ("data.streams.f={local: there, proportion: 0.5}", "data.streams.e has no proportion, and data.streams.f has"),
+        (
+            "data.streams.f={local: there, proportion: 0.5}",
+            "data.streams.e has no proportion, and data.streams.f has",
+        ),
         ("optimizer.betas=[0.9, 1.5]", "optimizer.betas must lie in [0, 1), not 1.5"),
         ("optimizer.eps=-1e-6", "optimizer.eps must not be negative"),
-        ("save_folder=runs/{batch}", "save_folder=runs/{batch} may hold {run_name}, and no other braces"),
+        (
+            "save_folder=runs/{batch}",
+            "save_folder=runs/{batch} may hold {run_name}, and no other braces",
+        ),
         ("save_folder=runs/{run_name", "may hold {run_name}, and no other braces"),
     ],
 )
@@ -229,7 +317,9 @@ def test_a_warm_up_that_can_not_end_before_the_run(yaml: Path) -> None:
         ["max_duration=2ep", "scheduler.t_warmup=2ep"],
         ["max_duration=1ep", "train_subset_num_batches=5"],
     ):
-        with pytest.raises(UserError, match=rf"t_warmup=\w+ must be shorter than {overrides[0]}; 0ba is none"):
+        with pytest.raises(
+            UserError, match=rf"t_warmup=\w+ must be shorter than {overrides[0]}; 0ba is none"
+        ):
             load(yaml, overrides)
     for overrides in (
         ["max_duration=1ep"],
@@ -276,7 +366,8 @@ def test_rescale_off_with_a_side_off(yaml: Path) -> None:
 def test_bad_files(tmp_path: Path) -> None:
     (tmp_path / "alignclip.yaml").write_text("max_duration: 1ep\n")
     with pytest.raises(
-        UserError, match=r"no config file .*alignclp\.yaml'; did you mean '.*alignclip\.yaml'|did you mean"
+        UserError,
+        match=r"no config file .*alignclp\.yaml'; did you mean '.*alignclip\.yaml'|did you mean",
     ):
         load(tmp_path / "alignclp.yaml")
     with pytest.raises(UserError, match="the first argument is the YAML file"):
@@ -294,9 +385,18 @@ def test_bad_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["algorithms.Ema.half_life=1ba"], "no class 'Ema' in composer.algorithms; did you mean 'EMA'?"),
-        (["algorithms.EMA.halflife=1ba"], "unknown key 'algorithms.EMA.halflife'; did you mean 'half_life'?"),
-        (["algorithms.GradientClipping.clipping_type=norm"], "algorithms.GradientClipping needs clipping_threshold"),
+        (
+            ["algorithms.Ema.half_life=1ba"],
+            "no class 'Ema' in composer.algorithms; did you mean 'EMA'?",
+        ),
+        (
+            ["algorithms.EMA.halflife=1ba"],
+            "unknown key 'algorithms.EMA.halflife'; did you mean 'half_life'?",
+        ),
+        (
+            ["algorithms.GradientClipping.clipping_type=norm"],
+            "algorithms.GradientClipping needs clipping_threshold",
+        ),
         (["algorithms.MixUp.alpha=0.2"], "algorithms.MixUp is refused"),
         (["algorithms.NoOpModel={}"], "algorithms.NoOpModel is refused"),
         (
@@ -306,10 +406,15 @@ def test_bad_files(tmp_path: Path) -> None:
         (["callbacks.LrMonitor={}"], "did you mean 'LRMonitor'?"),
         (["callbacks.CheckpointSaver={}"], "no class 'CheckpointSaver'"),
         (["loggers.TensorBoardLogger={}"], "did you mean 'TensorboardLogger'?"),
-        (["callbacks.EMA.half_life=1ba"], "callbacks: EMA is one of the algorithms: algorithms.EMA"),
+        (
+            ["callbacks.EMA.half_life=1ba"],
+            "callbacks: EMA is one of the algorithms: algorithms.EMA",
+        ),
     ],
 )
-def test_classes_are_checked_when_the_file_is_read(yaml: Path, overrides: list[str], says: str) -> None:
+def test_classes_are_checked_when_the_file_is_read(
+    yaml: Path, overrides: list[str], says: str
+) -> None:
     with pytest.raises(UserError) as error:
         plugins.check(load(yaml, overrides))
     assert says in str(error.value)
@@ -325,7 +430,9 @@ def test_the_mode_of_keep_best_is_the_metrics_own(yaml: Path) -> None:
     best = load(yaml, [*gap, "keep_best.metric=a/rmg"]).keep_best
     assert best is not None
     assert best.mode is None
-    with pytest.raises(UserError, match=r"a/alignment_std is better neither way; name keep_best\.mode: max or min"):
+    with pytest.raises(
+        UserError, match=r"a/alignment_std is better neither way; name keep_best\.mode: max or min"
+    ):
         load(yaml, [*gap, "keep_best.metric=a/alignment_std"])
     load(yaml, [*gap, "keep_best.metric=a/alignment_std", "keep_best.mode=min"])
 

@@ -11,12 +11,20 @@ from types import SimpleNamespace
 import pytest
 from composer.loggers import Logger
 
-from alignclip import console, plugins
-from alignclip.config import RunConfig
+from alignclip.config.schema import RunConfig
+from alignclip.runtime import console
+from alignclip.training import plugins
 
 COMMANDS = (
-    "alignclip.command", "alignclip.evaluation.command", "alignclip.search", "alignclip.quickstart.__main__",
-    "convert.cc12m", "convert.classification", "convert.retrieval", "convert.checkpoint", "convert.verify",
+    "alignclip.training.command",
+    "alignclip.evaluation.command",
+    "alignclip.search",
+    "alignclip.quickstart.__main__",
+    "alignclip.conversion.cc12m",
+    "alignclip.conversion.classification",
+    "alignclip.conversion.retrieval",
+    "alignclip.weights.export_command",
+    "alignclip.verification.command",
 )  # fmt: skip
 
 
@@ -50,7 +58,9 @@ def test_every_command_can_say_everything(name: str, streams: Streams) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
     assert ended.value.code == 0
-    print("→ … × · 你好 \udcff", file=sys.stderr)  # a name of a file that is no UTF-8 has such characters
+    print(
+        "→ … × · 你好 \udcff", file=sys.stderr
+    )  # a name of a file that is no UTF-8 has such characters
     assert "usage:" in streams.text()
 
 
@@ -77,7 +87,9 @@ def test_loading_is_said_once_a_machine(streams: Streams, monkeypatch: pytest.Mo
     assert streams.text().startswith("loading all ")
 
 
-def test_the_log_file_is_utf8_whatever_the_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_file_is_utf8_whatever_the_locale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
 
     original = open
     monkeypatch.setattr(
@@ -86,7 +98,9 @@ def test_the_log_file_is_utf8_whatever_the_locale(tmp_path: Path, monkeypatch: p
         raising=False,
     )
     path = tmp_path / "log.txt"
-    config = RunConfig(loggers={"FileLogger": {"filename": str(path), "overwrite": True, "buffer_size": "1"}})
+    config = RunConfig(
+        loggers={"FileLogger": {"filename": str(path), "overwrite": True, "buffer_size": "1"}}
+    )
     [logger] = plugins.build(plugins.check(config), "loggers")
     logger.write("", "before → …\n")
     logger.init(SimpleNamespace(run_name="a"), Logger.__new__(Logger))

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alignclip import contact_sheet
 from alignclip.errors import UserError
+from alignclip.verification import contact_sheet
 
 
 def picture(seed: int, image_format: str = "JPEG", size: tuple[int, int] = (60, 40)) -> bytes:
@@ -52,18 +52,27 @@ def test_a_sheet_of_anything() -> None:
     ]
     transparent = io.BytesIO()
     Image.new("RGBA", (30, 30), (0, 0, 0, 0)).save(transparent, "PNG")
-    cells = [contact_sheet.Cell(text, image, text) for text, image in zip(texts, images, strict=True)]
+    cells = [
+        contact_sheet.Cell(text, image, text) for text, image in zip(texts, images, strict=True)
+    ]
     cells += [contact_sheet.Cell("key", transparent.getvalue(), "seen through")]
     sheet = contact_sheet.draw(cells, texts[1], ("JPEG", "PNG"))
     assert sheet.size == contact_sheet.size(7)
     box = contact_sheet.BOX
-    left, top = contact_sheet.GAP, contact_sheet.TITLE + 2 * (contact_sheet.CELL[1] + contact_sheet.GAP)
+    left, top = (
+        contact_sheet.GAP,
+        contact_sheet.TITLE + 2 * (contact_sheet.CELL[1] + contact_sheet.GAP),
+    )
     assert sheet.getpixel((left + box // 2, top + box // 2)) == (0xF1, 0xF1, 0xEF)
 
 
 def test_wrap() -> None:
     font = contact_sheet.load_font(13)
-    for text in ("one two three four five six seven eight nine ten eleven twelve", "日本語" * 40, "x" * 90):
+    for text in (
+        "one two three four five six seven eight nine ten eleven twelve",
+        "日本語" * 40,
+        "x" * 90,
+    ):
         lines = contact_sheet.wrap(text, font, 100, 3)
         assert len(lines) == 3
         assert all(font.getlength(line) <= 100 for line in lines)

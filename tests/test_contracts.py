@@ -56,57 +56,75 @@ READER = "streaming.base.format.base.reader.Reader"
 WRITER = "streaming.base.format.base.writer"
 FSDP = "torch.distributed.fsdp._fully_shard._fsdp_collectives"
 LOADER = "torch.utils.data.dataloader._MultiProcessingDataLoaderIter"
-PATCHES, CACHE = "alignclip/composer_patches.py", "alignclip/shard_cache.py"
+PATCHES, CACHE = "alignclip/training/composer_patches.py", "alignclip/data/shard_cache.py"
 
 FUNCTIONS = [
     Function(f"{CHECKPOINT}.save_checkpoint", "state filename weights_only ignore_keys", PATCHES),
     Function(f"{CHECKPOINT}._write_checkpoint_file", "state_dict filename", PATCHES),
-    Function(f"{CHECKPOINT}.download_checkpoint", "path node_checkpoint_folder object_store progress_bar", PATCHES),
     Function(
-        f"{CHECKPOINT}.safe_torch_load", "composer_states_filepath map_location load_monolith_rank0_only", PATCHES
+        f"{CHECKPOINT}.download_checkpoint",
+        "path node_checkpoint_folder object_store progress_bar",
+        PATCHES,
     ),
-    Function(f"{CHECKPOINT}._torch_load_with_validation", "checkpoint_filepath map_location", PATCHES),
+    Function(
+        f"{CHECKPOINT}.safe_torch_load",
+        "composer_states_filepath map_location load_monolith_rank0_only",
+        PATCHES,
+    ),
+    Function(
+        f"{CHECKPOINT}._torch_load_with_validation", "checkpoint_filepath map_location", PATCHES
+    ),
     Function("composer.core.engine.Engine._close", "state logger", PATCHES),
     Function(
         f"{UPLOADER}._upload_file_to_object_store",
         "remote_backend_name backend_kwargs remote_file_name local_file_path overwrite num_attempts",
-        "alignclip/uploads.py",
+        "alignclip/training/uploads.py",
     ),
     Function(
         "composer.utils.file_helpers.validate_credentials",
         "remote_backend remote_file_name_to_test",
-        "alignclip/uploads.py",
+        "alignclip/training/uploads.py",
     ),
-    Function(f"{UPLOADER}.RemoteUploader.wait_and_close", "self", "alignclip/saver.py"),
-    Function(f"{SAVER}._save_checkpoint", "self state logger", "alignclip/saver.py"),
+    Function(f"{UPLOADER}.RemoteUploader.wait_and_close", "self", "alignclip/training/saver.py"),
+    Function(f"{SAVER}._save_checkpoint", "self state logger", "alignclip/training/saver.py"),
     Function(
         f"{SAVER}._upload_checkpoint",
         "self remote_file_name local_file_name local_remote_file_names logger",
-        "alignclip/saver.py",
+        "alignclip/training/saver.py",
     ),
-    Function("composer.algorithms.EMA.apply", "self event state logger", "alignclip/evaluation/callback.py"),
-    Function(f"{DATASET}.prepare_shard", "self shard_id blocking", "alignclip/data.py"),
-    Function(f"{DATASET}._evict_coldest_shard", "self", "alignclip/data.py"),
-    Function(f"{DATASET}._evict_shard", "self shard_id", "alignclip/data.py"),
-    Function(f"{DATASET}._ready_thread", "self it", "alignclip/data.py"),
-    Function(f"{DATASET}._resume_incr_epoch", "self", "alignclip/data.py"),
-    Function(f"{DATASET}.on_exception", "self future", "alignclip/data.py"),
-    Function(f"{DATASET}.state_dict", "self num_samples from_beginning", "alignclip/data.py"),
-    Function("streaming.base.dataset._Iterator.on_exit", "self", "alignclip/data.py"),
-    Function("streaming.base.dataset._Iterator.should_exit", "self", "alignclip/data.py"),
-    Function(f"{PREFIX}.get_shm_prefix", "streams_local streams_remote world retry", "alignclip/shared_memory.py"),
-    Function(f"{PREFIX}._check_self", "streams_local", "alignclip/shared_memory.py"),
+    Function(
+        "composer.algorithms.EMA.apply",
+        "self event state logger",
+        "alignclip/training/evaluation_callback.py",
+    ),
+    Function(f"{DATASET}.prepare_shard", "self shard_id blocking", "alignclip/data/dataset.py"),
+    Function(f"{DATASET}._evict_coldest_shard", "self", "alignclip/data/dataset.py"),
+    Function(f"{DATASET}._evict_shard", "self shard_id", "alignclip/data/dataset.py"),
+    Function(f"{DATASET}._ready_thread", "self it", "alignclip/data/dataset.py"),
+    Function(f"{DATASET}._resume_incr_epoch", "self", "alignclip/data/dataset.py"),
+    Function(f"{DATASET}.on_exception", "self future", "alignclip/data/dataset.py"),
+    Function(
+        f"{DATASET}.state_dict", "self num_samples from_beginning", "alignclip/data/dataset.py"
+    ),
+    Function("streaming.base.dataset._Iterator.on_exit", "self", "alignclip/data/dataset.py"),
+    Function("streaming.base.dataset._Iterator.should_exit", "self", "alignclip/data/dataset.py"),
+    Function(
+        f"{PREFIX}.get_shm_prefix",
+        "streams_local streams_remote world retry",
+        "alignclip/data/shared_memory.py",
+    ),
+    Function(f"{PREFIX}._check_self", "streams_local", "alignclip/data/shared_memory.py"),
     Function(
         f"{PREFIX}._check_and_find_retrying",
         "streams_local streams_remote shm_name retry",
-        "alignclip/shared_memory.py",
+        "alignclip/data/shared_memory.py",
     ),
-    Function(f"{PREFIX}._pack_locals", "dirnames prefix_int", "alignclip/shared_memory.py"),
-    Function(f"{PREFIX}._get_path", "prefix_int name", "alignclip/shared_memory.py"),
+    Function(f"{PREFIX}._pack_locals", "dirnames prefix_int", "alignclip/data/shared_memory.py"),
+    Function(f"{PREFIX}._get_path", "prefix_int name", "alignclip/data/shared_memory.py"),
     Function(
         "streaming.base.shared.SharedMemory.__init__",
         "self name create size auto_cleanup",
-        "alignclip/shared_memory.py",
+        "alignclip/data/shared_memory.py",
     ),
     Function(f"{STREAM}.prepare_shard", "self shard", CACHE),
     Function(f"{STREAM}.get_shards", "self world allow_unsafe_types", CACHE),
@@ -117,53 +135,87 @@ FUNCTIONS = [
     Function(f"{READER}._evict_raw", "self", CACHE),
     Function(f"{READER}._evict_zip", "self", CACHE),
     Function("streaming.base.format.mds.reader.MDSReader.from_json", "dirname split obj", CACHE),
-    Function("streaming.base.format.reader_from_json", "dirname split obj", "convert/mds.py"),
-    Function("streaming.MDSWriter.encode_joint_shard", "self", "convert/shards.py"),
-    Function(f"{WRITER}.Writer._process_file", "self raw_data raw_basename zip_basename", "convert/shards.py"),
-    Function(f"{WRITER}.Writer._hash", "self data basename", "convert/shards.py"),
+    Function(
+        "streaming.base.format.reader_from_json", "dirname split obj", "alignclip/conversion/mds.py"
+    ),
+    Function("streaming.MDSWriter.encode_joint_shard", "self", "alignclip/conversion/shards.py"),
+    Function(
+        f"{WRITER}.Writer._process_file",
+        "self raw_data raw_basename zip_basename",
+        "alignclip/conversion/shards.py",
+    ),
+    Function(f"{WRITER}.Writer._hash", "self data basename", "alignclip/conversion/shards.py"),
     Function(
         f"{FSDP}._get_gradient_divide_factors",
         "reduce_scatter_group all_reduce_group reduce_dtype device_type",
-        "alignclip/distributed.py",
+        "alignclip/runtime/distributed.py",
     ),
-    Function("torch._dynamo.backends.registry.list_backends", "exclude_tags", "alignclip/preflight.py"),
+    Function(
+        "torch._dynamo.backends.registry.list_backends",
+        "exclude_tags",
+        "alignclip/training/preflight.py",
+    ),
     Function(f"{LOADER}._shutdown_workers", "self", "alignclip/evaluation/encoding.py"),
     Function(
         "timm.models._manipulate.group_with_matcher",
         "named_objects group_matcher return_values reverse",
-        "alignclip/optimization.py",
+        "alignclip/model/optimization.py",
     ),
 ]
 
 ATTRIBUTES = [
-    Attribute("composer.Trainer", "_rng_state", "alignclip/training.py"),
+    Attribute("composer.Trainer", "_rng_state", "alignclip/training/pretraining.py"),
     Attribute(
         SAVER,
         "symlink_upload_tasks saved_checkpoints last_checkpoint_batch start_batch remote_uploader "
         "_symlink_upload_wait_before_next_try_in_seconds",
-        "alignclip/saver.py",
+        "alignclip/training/saver.py",
     ),
     Attribute(
         f"{UPLOADER}.RemoteUploader",
         "_upload_staging_folder upload_executor check_remote_files_exist_executor",
-        "alignclip/saver.py",
+        "alignclip/training/saver.py",
     ),
-    Attribute("composer.algorithms.EMA", "ema_started", "alignclip/evaluation/callback.py"),
+    Attribute(
+        "composer.algorithms.EMA", "ema_started", "alignclip/training/evaluation_callback.py"
+    ),
     Attribute(
         DATASET,
         "_cache_filelock _cache_filelock_path _shard_states _shard_access_times _event _iterator "
         "_unique_rank_world _locals_shm cache_usage predownload spanner shard_offset_per_stream shards_per_stream",
-        "alignclip/data.py",
+        "alignclip/data/dataset.py",
     ),
-    Attribute("streaming.base.dataset._Iterator", "ready_index yield_index total sample_ids", "alignclip/data.py"),
+    Attribute(
+        "streaming.base.dataset._Iterator",
+        "ready_index yield_index total sample_ids",
+        "alignclip/data/dataset.py",
+    ),
     Attribute(STREAM, "_downloader safe_keep_zip validate_hash", CACHE),
     Attribute("streaming.base.format.base.reader.JointReader", "raw_data zip_data", CACHE),
-    Attribute(f"{WRITER}.JointWriter", "new_samples extra_bytes_per_shard encode_joint_shard", "convert/shards.py"),
-    Attribute("streaming.MDSWriter", "config_data column_encodings", "convert/shards.py"),
+    Attribute(
+        f"{WRITER}.JointWriter",
+        "new_samples extra_bytes_per_shard encode_joint_shard",
+        "alignclip/conversion/shards.py",
+    ),
+    Attribute(
+        "streaming.MDSWriter", "config_data column_encodings", "alignclip/conversion/shards.py"
+    ),
     Attribute(LOADER, "_workers", "alignclip/evaluation/encoding.py"),
-    Attribute("torchvision.datasets.Flowers102", "_image_files _labels", "convert/classification_sets.py"),
-    Attribute("torchvision.datasets.FGVCAircraft", "_image_files _labels", "convert/classification_sets.py"),
-    Attribute("torchvision.datasets.StanfordCars", "_samples classes", "convert/classification_sets.py"),
+    Attribute(
+        "torchvision.datasets.Flowers102",
+        "_image_files _labels",
+        "alignclip/conversion/classification_sets.py",
+    ),
+    Attribute(
+        "torchvision.datasets.FGVCAircraft",
+        "_image_files _labels",
+        "alignclip/conversion/classification_sets.py",
+    ),
+    Attribute(
+        "torchvision.datasets.StanfordCars",
+        "_samples classes",
+        "alignclip/conversion/classification_sets.py",
+    ),
 ]
 
 
@@ -187,7 +239,9 @@ def parameters_of(name: str) -> list[str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(find(owner)))).body
     if isinstance(body[0], ast.ClassDef):
         body = body[0].body
-    (found,) = (node for node in body if isinstance(node, ast.FunctionDef) and node.name == function)
+    (found,) = (
+        node for node in body if isinstance(node, ast.FunctionDef) and node.name == function
+    )
     arguments = found.args
     return [one.arg for one in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
 
@@ -213,32 +267,45 @@ def test_attributes(contract: Attribute) -> None:
 @pytest.mark.parametrize(
     ("module", "name", "used_by"),
     [
-        ("composer.utils.remote_uploader", "validate_credentials", "alignclip/uploads.py"),
-        ("streaming.base.dataset", "get_shm_prefix", "alignclip/shared_memory.py"),
-        ("streaming.base.shared.prefix", "SharedMemory", "alignclip/shared_memory.py"),
-        ("torch._dynamo", "list_backends", "alignclip/preflight.py"),
+        ("composer.utils.remote_uploader", "validate_credentials", "alignclip/training/uploads.py"),
+        ("streaming.base.dataset", "get_shm_prefix", "alignclip/data/shared_memory.py"),
+        ("streaming.base.shared.prefix", "SharedMemory", "alignclip/data/shared_memory.py"),
+        ("torch._dynamo", "list_backends", "alignclip/training/preflight.py"),
     ],
 )
-def test_names_that_are_replaced_or_read_where_they_are_imported(module: str, name: str, used_by: str) -> None:
-    assert hasattr(importlib.import_module(module), name), f"{module}.{name} is gone: look at {used_by}"
+def test_names_that_are_replaced_or_read_where_they_are_imported(
+    module: str, name: str, used_by: str
+) -> None:
+    assert hasattr(importlib.import_module(module), name), (
+        f"{module}.{name} is gone: look at {used_by}"
+    )
 
 
 def test_states_of_a_shard() -> None:
-    """``alignclip/data.py`` gives a shard whose download failed back to others."""
+    """``alignclip/data/dataset.py`` gives a shard whose download failed back to others."""
     from streaming.base.dataset import _ShardState
 
     assert {state.name for state in _ShardState} == {"INVALID", "REMOTE", "PREPARING", "LOCAL"}
 
 
 def test_timms_mark_of_a_parameter_that_belongs_to_the_block_before() -> None:
-    """``alignclip/optimization.py`` gives these parameters the depth of timm's own groups."""
+    """``alignclip/model/optimization.py`` gives these parameters the depth of timm's own groups."""
     from timm.models._manipulate import MATCH_PREV_GROUP
 
     assert MATCH_PREV_GROUP == (99999,)
 
 
 def test_batch_norms_have_one_base() -> None:
-    """``alignclip/encoders.py`` finds a batch norm of any number of dimensions."""
-    from torch.nn.modules.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, _BatchNorm
+    """``alignclip/model/encoders.py`` finds a batch norm of any number of dimensions."""
+    from torch.nn.modules.batchnorm import (
+        BatchNorm1d,
+        BatchNorm2d,
+        BatchNorm3d,
+        SyncBatchNorm,
+        _BatchNorm,
+    )
 
-    assert all(issubclass(one, _BatchNorm) for one in (BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm))
+    assert all(
+        issubclass(one, _BatchNorm)
+        for one in (BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
+    )

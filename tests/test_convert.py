@@ -13,16 +13,27 @@ from typing import Any
 
 import pytest
 from streaming import MDSWriter
-from tarballs import assert_three_tars, cut, draw, pairs, quick, read_back, serve, stage, three_tars, write_tar
+from tarballs import (
+    assert_three_tars,
+    cut,
+    draw,
+    pairs,
+    quick,
+    read_back,
+    serve,
+    stage,
+    three_tars,
+    write_tar,
+)
 
+from alignclip.conversion import dataset, samples
+from alignclip.conversion.cc12m import summary
+from alignclip.conversion.dataset import convert
+from alignclip.conversion.images import ImageOptions
+from alignclip.conversion.options import ConvertOptions
+from alignclip.conversion.shards import mds_writer, position
+from alignclip.conversion.storage import Store
 from alignclip.errors import UserError
-from convert import dataset, samples
-from convert.cc12m import summary
-from convert.dataset import convert
-from convert.images import ImageOptions
-from convert.options import ConvertOptions
-from convert.shards import mds_writer, position
-from convert.storage import Store
 
 
 def test_local_shards_are_read_back_equal(tmp_path: Path) -> None:
@@ -66,7 +77,11 @@ def test_a_second_run_goes_on(tmp_path: Path) -> None:
 
     again = quick([source], out)
     assert (again.written, again.resumed) == (15, 10)
-    changed = {str(path.relative_to(out)) for path in out.glob("*/*") if path.stat().st_mtime_ns != before.get(path)}
+    changed = {
+        str(path.relative_to(out))
+        for path in out.glob("*/*")
+        if path.stat().st_mtime_ns != before.get(path)
+    }
     assert changed == {f"00001/{name}" for name in ("shard.00000.mds", "counts.json", "index.json")}
     assert_three_tars(read_back(None, out))
 
@@ -78,16 +93,26 @@ def test_what_was_begun_otherwise_is_refused(tmp_path: Path) -> None:
     quick([source / "00000.tar"], out)
     for changes, message in (
         ({"size_limit": "1mb"}, "begun with --size-limit 32mb, this run has --size-limit 1mb"),
-        ({"images": ImageOptions(check="none")}, "begun with --check decode, this run has --check none"),
-        ({"images": ImageOptions(resize=8, quality=50)}, "begun with no --resize, this run has --resize 8"),
+        (
+            {"images": ImageOptions(check="none")},
+            "begun with --check decode, this run has --check none",
+        ),
+        (
+            {"images": ImageOptions(resize=8, quality=50)},
+            "begun with no --resize, this run has --resize 8",
+        ),
         ({"held_out": 0.1}, "begun with --held-out 0.0, this run has --held-out 0.1"),
         ({"compression": "zstd"}, "begun with no --compression, this run has --compression zstd"),
     ):
-        end = f"finish it with the same options, choose another --out or delete {out} to start again$"
+        end = (
+            f"finish it with the same options, choose another --out or delete {out} to start again$"
+        )
         with pytest.raises(UserError, match=f"{message}: {end}"):
             quick([source], out, **changes)
     other = three_tars(tmp_path / "other")
-    with pytest.raises(UserError, match=r"out/00000 was made from .*/in/00000\.tar, not from .*/other/00000\.tar"):
+    with pytest.raises(
+        UserError, match=r"out/00000 was made from .*/in/00000\.tar, not from .*/other/00000\.tar"
+    ):
         quick([other], out)
     with pytest.raises(UserError, match=r"would both become '00000'"):
         quick([source, other], tmp_path / "both")
@@ -106,8 +131,14 @@ def test_what_was_begun_otherwise_is_refused(tmp_path: Path) -> None:
             {"compression": "rar"},
             r"^--compression rar .*; valid: br\[:0-11\], bz2\[:1-9\], gz\[:0-9\], snappy, zstd\[:1-22\]$",
         ),
-        ({"compression": "zstd:23"}, r"^--compression zstd:23 is not one of Streaming's; valid: br"),
-        ({"out": "s3:/bucket/x"}, r"^--out=s3:/bucket/x has one slash; did you mean 's3://bucket/x'\?"),
+        (
+            {"compression": "zstd:23"},
+            r"^--compression zstd:23 is not one of Streaming's; valid: br",
+        ),
+        (
+            {"out": "s3:/bucket/x"},
+            r"^--out=s3:/bucket/x has one slash; did you mean 's3://bucket/x'\?",
+        ),
         ({"processes": 0}, "--processes must be at least 1, not 0"),
         (
             {"out": "ftp://host/x"},
@@ -115,7 +146,9 @@ def test_what_was_begun_otherwise_is_refused(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_options_are_checked_up_front(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_options_are_checked_up_front(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     source = three_tars(tmp_path / "in")
     with pytest.raises(UserError, match=message):
         quick([source], **{"out": tmp_path / "out", **changes})
@@ -142,7 +175,9 @@ def test_staged_shows_nothing_after_an_error(tmp_path: Path) -> None:
 def assert_index_is_what_is_there(out: Path) -> None:
     index = json.loads((out / "index.json").read_text())
     named = {shard["raw_data"]["basename"]: shard["raw_data"]["bytes"] for shard in index["shards"]}
-    assert named == {str(path.relative_to(out)): path.stat().st_size for path in out.glob("*/*.mds")}
+    assert named == {
+        str(path.relative_to(out)): path.stat().st_size for path in out.glob("*/*.mds")
+    }
 
 
 def test_a_truncated_tar_is_converted_again_once_it_is_whole(tmp_path: Path) -> None:
@@ -150,7 +185,11 @@ def test_a_truncated_tar_is_converted_again_once_it_is_whole(tmp_path: Path) -> 
     whole = (source / "00001.tar").read_bytes()
     cut(source / "00001.tar", 2)
     counts = quick([source], out, size_limit="4kb")
-    assert (counts.written, counts.skipped, counts.broken) == (12, {samples.BROKEN_INPUT: 1}, ["00001"])
+    assert (counts.written, counts.skipped, counts.broken) == (
+        12,
+        {samples.BROKEN_INPUT: 1},
+        ["00001"],
+    )
     options = ConvertOptions([str(source)], str(out), semantic=False)
     hint = "\n1 input is truncated (00001): fetch it again and repeat this command\n"
     assert hint in summary(counts, options)
@@ -190,23 +229,31 @@ def test_another_tar_of_the_same_name_replaces_the_shards_of_the_first(tmp_path:
     assert list(read_back(None, out)) == ["00050", "00051"]
     assert {path.name for path in (out / "00000").iterdir()} >= {"notes.txt", "counts.json"}
     index = json.loads((out / "00000" / "index.json").read_text())
-    assert {shard["raw_data"]["basename"] for shard in index["shards"]} == {p.name for p in out.glob("*/*.mds")}
+    assert {shard["raw_data"]["basename"] for shard in index["shards"]} == {
+        p.name for p in out.glob("*/*.mds")
+    }
 
 
 def test_a_part_that_is_being_replaced_is_incomplete(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "out"))
     stage(store, "shard.00000.mds", "index.json", "counts.json")
-    (tmp_path / "out" / "00000" / "shard.00001.mds").mkdir()  # can't be unlinked and ends it there, as a kill would
+    (
+        tmp_path / "out" / "00000" / "shard.00001.mds"
+    ).mkdir()  # can't be unlinked and ends it there, as a kill would
     with pytest.raises(OSError, match=r"shard\.00001\.mds"):
         stage(store, "shard.00000.mds", "index.json", "counts.json")
     assert "00000/counts.json" not in store.listing()
 
 
-def test_a_run_that_fails_while_it_replaces_leaves_a_smaller_set_that_is_whole(tmp_path: Path) -> None:
+def test_a_run_that_fails_while_it_replaces_leaves_a_smaller_set_that_is_whole(
+    tmp_path: Path,
+) -> None:
     source, out = three_tars(tmp_path / "in"), tmp_path / "out"
     whole = (source / "00001.tar").read_bytes()
     cut(source / "00001.tar", 2)
-    with serve(functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(source))) as url:
+    with serve(
+        functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(source))
+    ) as url:
         every = [url + "/{00000..00002}.tar"]
         assert quick(every, out).written == 12
         (source / "00001.tar").unlink()
@@ -233,17 +280,24 @@ def test_a_wrong_caption_key_can_be_corrected(tmp_path: Path) -> None:
         quick([source], out, caption_key="zzz")
     assert quick([source], out, caption_key="title").written == 15
     assert {row["caption"] for row in read_back(None, out).values()} >= {"title 0", "title 24"}
-    with pytest.raises(UserError, match="begun with --caption-key title, this run has --caption-key caption"):
+    with pytest.raises(
+        UserError, match="begun with --caption-key title, this run has --caption-key caption"
+    ):
         quick([source], out, caption_key="caption")
 
 
 @pytest.mark.parametrize("name", ["letter.txt", "photos/2020/a.jpg"])
-def test_a_folder_of_other_files_is_refused_before_anything_is_written(tmp_path: Path, name: str) -> None:
+def test_a_folder_of_other_files_is_refused_before_anything_is_written(
+    tmp_path: Path, name: str
+) -> None:
     source, out = three_tars(tmp_path / "in"), tmp_path / "documents"
     (out / name).parent.mkdir(parents=True)
     (out / name).write_text("mine")
     there = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError, match=rf"documents holds other files \({name}\); give --out a new or empty folder$"):
+    with pytest.raises(
+        UserError,
+        match=rf"documents holds other files \({name}\); give --out a new or empty folder$",
+    ):
         quick([source], out, encoder="does/not-exist", semantic=True)
     assert sorted(tmp_path.rglob("*")) == there
 
@@ -286,7 +340,10 @@ def test_a_table_of_wrong_paths_says_where_it_looked_and_leaves_nothing(
 
 
 def test_inputs_without_a_sample_leave_nothing(tmp_path: Path) -> None:
-    broken = write_tar(tmp_path / "in" / "a.tar", [(f"{i}.{kind}", b"x") for i in range(2) for kind in ("jpg", "txt")])
+    broken = write_tar(
+        tmp_path / "in" / "a.tar",
+        [(f"{i}.{kind}", b"x") for i in range(2) for kind in ("jpg", "txt")],
+    )
     message = r"^no sample was written from 1 input; skipped: not JPEG, PNG or WebP 2\. The first: 0: it begins"
     with pytest.raises(UserError, match=message):
         quick([broken], tmp_path / "out")
@@ -308,12 +365,19 @@ def test_a_set_to_which_nothing_was_written_points_to_its_report(tmp_path: Path)
 def test_where_captions_are_when_none_were_found(tmp_path: Path) -> None:
     meta = json.dumps({"alt": "an old clock", "width": 40, "other": None}).encode()
     path = write_tar(tmp_path / "a.tar", [("0.jpg", draw(0)), ("0.json", meta)])
-    with pytest.raises(UserError, match=r"no txt members, and no 'caption' in json members; they have: alt \(--capt"):
+    with pytest.raises(
+        UserError,
+        match=r"no txt members, and no 'caption' in json members; they have: alt \(--capt",
+    ):
         quick([path], tmp_path / "out")
-    with pytest.raises(UserError, match=r"--caption-key 'width' is no text in the json members; they have: alt$"):
+    with pytest.raises(
+        UserError, match=r"--caption-key 'width' is no text in the json members; they have: alt$"
+    ):
         quick([path], tmp_path / "out", caption_key="width")
     write_tar(path, [("0.jpg", draw(0))])
-    with pytest.raises(UserError, match=r"There are no texts in json members, and there are no txt members$"):
+    with pytest.raises(
+        UserError, match=r"There are no texts in json members, and there are no txt members$"
+    ):
         quick([path], tmp_path / "out")
     write_tar(path, [])
     with pytest.raises(UserError, match=r"from 1 input; skipped: nothing$"):
@@ -323,7 +387,9 @@ def test_where_captions_are_when_none_were_found(tmp_path: Path) -> None:
 def test_shards_are_those_of_streamings_own_writer(tmp_path: Path) -> None:
     """Ours joins a shard's samples itself; nobody may see a difference."""
     columns = {"key": "str", "image": "bytes", "caption": "str"}
-    with MDSWriter(columns=columns, out=str(tmp_path / "own"), hashes=["xxh64"], size_limit="8kb") as writer:
+    with MDSWriter(
+        columns=columns, out=str(tmp_path / "own"), hashes=["xxh64"], size_limit="8kb"
+    ) as writer:
         for i in range(20):
             writer.write({"key": f"{i:05}", "image": draw(i), "caption": f"picture {i}"})
     quick([write_tar(tmp_path / "a.tar", pairs(0, 20))], tmp_path / "out", size_limit="8kb")
@@ -337,7 +403,10 @@ def test_shards_are_those_of_streamings_own_writer(tmp_path: Path) -> None:
 
 def test_a_second_conversion_into_a_folder_is_refused(tmp_path: Path) -> None:
     source, out = three_tars(tmp_path / "in"), tmp_path / "out"
-    with Store(str(out)).locked(), pytest.raises(UserError, match=f"another conversion into {out} is running"):
+    with (
+        Store(str(out)).locked(),
+        pytest.raises(UserError, match=f"another conversion into {out} is running"),
+    ):
         quick([source], out)
     assert quick([source], out).written == 15
     assert not list(out.glob(".*"))
@@ -399,7 +468,9 @@ def test_a_relative_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_an_executor_of_ones_own(tmp_path: Path) -> None:
     """Which goes on to be of use."""
-    options = ConvertOptions([str(three_tars(tmp_path / "in"))], str(tmp_path / "out"), semantic=False, progress=False)
+    options = ConvertOptions(
+        [str(three_tars(tmp_path / "in"))], str(tmp_path / "out"), semantic=False, progress=False
+    )
     with ThreadPoolExecutor(2) as executor:
         assert convert(options, executor).written == 15
         assert executor.submit(int, "7").result() == 7
@@ -417,7 +488,9 @@ class Elsewhere(ThreadPoolExecutor):
 
 def test_workers_that_do_not_see_the_output(tmp_path: Path) -> None:
     """Found out by the first of them, not when all is written somewhere else."""
-    options = ConvertOptions([str(three_tars(tmp_path / "in"))], str(tmp_path / "out"), semantic=False, progress=False)
+    options = ConvertOptions(
+        [str(three_tars(tmp_path / "in"))], str(tmp_path / "out"), semantic=False, progress=False
+    )
     message = r"^the worker on .* does not see .*/out, where this command writes: a local --out has to be a folder that"
     with Elsewhere(1) as executor, pytest.raises(UserError, match=message):
         convert(options, executor)
@@ -430,7 +503,11 @@ def test_parts_of_held_out_samples_alone(tmp_path: Path) -> None:
     held = [key for key in keys if position(key) < 0.2][:3]
     kept = [key for key in keys if position(key) >= 0.2][:3]
     for name, chosen in (("held", held), ("kept", kept)):
-        members = [(f"{key}.{end}", data) for key in chosen for end, data in (("jpg", draw(int(key))), ("txt", b"x"))]
+        members = [
+            (f"{key}.{end}", data)
+            for key in chosen
+            for end, data in (("jpg", draw(int(key))), ("txt", b"x"))
+        ]
         write_tar(tmp_path / "in" / f"{name}.tar", members)
     counts = quick([tmp_path / "in"], tmp_path / "out", held_out=0.2)
     assert (counts.written, counts.held_out) == (6, 3)
@@ -447,15 +524,25 @@ def test_shards_are_streamings_own(tmp_path: Path, compression: str | None) -> N
         limit = rng.choice(["300b", "1kb", "4kb", "64kb"])
         ours, theirs = tmp_path / f"ours-{i}", tmp_path / f"theirs-{i}"
         ours.mkdir()
-        options = ConvertOptions(["x"], "y", semantic=False, size_limit=limit, compression=compression)
-        own = MDSWriter(columns=columns, out=str(theirs), hashes=["xxh64"], size_limit=limit, compression=compression)
+        options = ConvertOptions(
+            ["x"], "y", semantic=False, size_limit=limit, compression=compression
+        )
+        own = MDSWriter(
+            columns=columns,
+            out=str(theirs),
+            hashes=["xxh64"],
+            size_limit=limit,
+            compression=compression,
+        )
         with own, mds_writer(columns, ours, options) as writer:
             for key in range(rng.randint(0, 40)):
                 image = rng.randbytes(rng.choice([0, 1, 10, 200, 3000, rng.randint(0, 9000)]))
                 sample = {"key": str(key), "image": image, "caption": "x" * rng.randint(0, 50)}
                 own.write(sample)
                 writer.write(sample)
-        assert sorted(path.name for path in ours.iterdir()) == sorted(path.name for path in theirs.iterdir())
+        assert sorted(path.name for path in ours.iterdir()) == sorted(
+            path.name for path in theirs.iterdir()
+        )
         for path in theirs.iterdir():
             assert (ours / path.name).read_bytes() == path.read_bytes(), (i, path.name)
 
@@ -488,11 +575,18 @@ def test_a_finished_set_takes_more_inputs(tmp_path: Path) -> None:
     assert plan == {f"{i:05}": f"{source}/{i:05}.tar" for i in range(3)}
     said = [f"{source}/{{00000..00001}}.tar", f"{source}/00002.tar"]
     assert json.loads((out / "dataset.json").read_text())["source"] == said
-    assert quick([source / "00000.tar"], out).converted == 0  # whoever mends one input need not name all
-    assert json.loads((out / "dataset.json").read_text())["source"] == [*said, f"{source}/00000.tar"]
+    assert (
+        quick([source / "00000.tar"], out).converted == 0
+    )  # whoever mends one input need not name all
+    assert json.loads((out / "dataset.json").read_text())["source"] == [
+        *said,
+        f"{source}/00000.tar",
+    ]
 
 
-def test_a_driver_that_was_started_before_another_one_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_was_started_before_another_one_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is there counts once nobody else can change it."""
     source, out = three_tars(tmp_path / "in"), tmp_path / "out"
     check = dataset._check
@@ -511,7 +605,10 @@ def test_a_driver_that_was_started_before_another_one_finished(tmp_path: Path, m
 def test_equal_options_are_the_same(tmp_path: Path) -> None:
     source, out = three_tars(tmp_path / "in"), tmp_path / "out"
     quick([source], out, size_limit="32mb", hashes=["xxh64", "sha1"])
-    assert quick([source], out, size_limit=str(32 * 2**20), hashes=["sha1", "xxh64", "sha1"]).converted == 0
+    assert (
+        quick([source], out, size_limit=str(32 * 2**20), hashes=["sha1", "xxh64", "sha1"]).converted
+        == 0
+    )
 
 
 def test_a_held_out_split_that_is_gone_is_made_again(tmp_path: Path) -> None:
@@ -521,7 +618,9 @@ def test_a_held_out_split_that_is_gone_is_made_again(tmp_path: Path) -> None:
     shutil.rmtree(out / "val")
     again = quick([source], out, held_out=0.4)
     assert (again.written, again.held_out) == (15, first.held_out)
-    assert {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()} == kept
+    assert {
+        path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()
+    } == kept
 
 
 def test_too_many_truncated_inputs(tmp_path: Path) -> None:
@@ -545,4 +644,8 @@ def test_the_report_of_what_was_mended_does_not_stay(tmp_path: Path) -> None:
     assert "00001.tar" in (out / "report.md").read_text()
     (source / "00001.tar").write_bytes(whole)
     quick([source], out)
-    assert (out / "report.md").read_text().endswith("15 samples read from 3 inputs, 15 written, 0 skipped.\n")
+    assert (
+        (out / "report.md")
+        .read_text()
+        .endswith("15 samples read from 3 inputs, 15 written, 0 skipped.\n")
+    )

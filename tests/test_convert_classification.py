@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from alignclip.conversion import classification, evaluation_sets
+from alignclip.conversion.classification import Options, convert, main, parse
+from alignclip.conversion.storage import Store
 from alignclip.errors import UserError
-from convert import classification, evaluation_sets
-from convert.classification import Options, convert, main, parse
-from convert.storage import Store
 
 REPOSITORY = Path(__file__).parents[1]
 random = np.random.default_rng(0)
@@ -113,8 +113,13 @@ def make_flowers(root: Path) -> Path:
     folder = root / "flowers-102"
     for i in range(1, 13):
         write(folder / "jpg" / f"image_{i:05}.jpg", picture(i))
-    savemat(folder / "imagelabels.mat", {"labels": np.array([[77, 77, 102, 1, 2, 3, 50, 51, 52, 77, 5, 6]])})
-    savemat(folder / "setid.mat", {"trnid": [[1, 3, 5]], "valid": [[2, 4]], "tstid": [[12, 3, 10, 7]]})
+    savemat(
+        folder / "imagelabels.mat",
+        {"labels": np.array([[77, 77, 102, 1, 2, 3, 50, 51, 52, 77, 5, 6]])},
+    )
+    savemat(
+        folder / "setid.mat", {"trnid": [[1, 3, 5]], "valid": [[2, 4]], "tstid": [[12, 3, 10, 7]]}
+    )
     return root
 
 
@@ -141,7 +146,9 @@ def make_cars(root: Path) -> Path:
     fields = [("bbox_x1", "O"), ("class", "O"), ("fname", "O")]
     labels = [181, 103, 196, 1]  # from 1
     rows = [(39, np.uint8(label), f"{i:05}.jpg") for i, label in enumerate(labels, 1)]
-    savemat(folder / "cars_test_annos_withlabels.mat", {"annotations": np.array(rows, dtype=fields)})
+    savemat(
+        folder / "cars_test_annos_withlabels.mat", {"annotations": np.array(rows, dtype=fields)}
+    )
     for i in range(1, 5):
         write(folder / "cars_test" / f"{i:05}.jpg", picture(i))
     return root
@@ -151,7 +158,10 @@ def make_idx(root: Path, prefix: str, number: int, packed: bool) -> tuple[np.nda
     images = random.integers(0, 256, (number, 28, 28), dtype=np.uint8)
     labels = (np.arange(number) % 10).astype(np.uint8)
     for name, data in (
-        (f"{prefix}-images-idx3-ubyte", struct.pack(">IIII", 2051, number, 28, 28) + images.tobytes()),
+        (
+            f"{prefix}-images-idx3-ubyte",
+            struct.pack(">IIII", 2051, number, 28, 28) + images.tobytes(),
+        ),
         (f"{prefix}-labels-idx1-ubyte", struct.pack(">II", 2049, number) + labels.tobytes()),
     ):
         write(root / f"{name}.gz", gzip.compress(data)) if packed else write(root / name, data)
@@ -194,7 +204,9 @@ def test_cifar(kind: str, any_md5: None, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("any_md5")
-@pytest.mark.parametrize(("split", "labels"), [("test", [5, 101, 76, 49]), ("val", [76, 0]), ("train", [76, 101, 1])])
+@pytest.mark.parametrize(
+    ("split", "labels"), [("test", [5, 101, 76, 49]), ("val", [76, 0]), ("train", [76, 101, 1])]
+)
 def test_flowers(split: str, labels: list[int], tmp_path: Path) -> None:
     root = make_flowers(tmp_path / "data")
     quick("flowers", root, tmp_path / "out", split=split)
@@ -230,29 +242,42 @@ def test_training_splits_of_food_and_cars(tmp_path: Path) -> None:
     from scipy.io import savemat
 
     food, cars = make_food(tmp_path / "data"), make_cars(tmp_path / "data") / "stanford_cars"
-    names = {"waffles": ["waffles/1"], "apple_pie": ["apple_pie/2"], "baby_back_ribs": ["baby_back_ribs/9"]}
+    names = {
+        "waffles": ["waffles/1"],
+        "apple_pie": ["apple_pie/2"],
+        "baby_back_ribs": ["baby_back_ribs/9"],
+    }
     for i, name in enumerate(name for names in names.values() for name in names):
         write(food / "food-101" / "images" / f"{name}.jpg", picture(20 + i))
     write(food / "food-101" / "meta" / "train.json", json.dumps(names).encode())
     fields = [("bbox_x1", "O"), ("class", "O"), ("fname", "O")]
-    rows = np.array([(39, np.uint8(7), "00002.jpg"), (39, np.uint8(196), "00001.jpg")], dtype=fields)
+    rows = np.array(
+        [(39, np.uint8(7), "00002.jpg"), (39, np.uint8(196), "00001.jpg")], dtype=fields
+    )
     savemat(cars / "devkit" / "cars_train_annos.mat", {"annotations": rows})
     for i in (1, 2):
         write(cars / "cars_train" / f"{i:05}.jpg", picture(30 + i))
     quick("food101", food, tmp_path / "food", split="train")
     found, classes, _ = read_back(tmp_path / "food")
-    assert [classes["classnames"][row["label"]] for row in found] == ["waffles", "apple pie", "baby back ribs"]
+    assert [classes["classnames"][row["label"]] for row in found] == [
+        "waffles",
+        "apple pie",
+        "baby back ribs",
+    ]
     assert [row["image"] for row in found] == [picture(20 + i) for i in range(3)]
     quick("cars", tmp_path / "data", tmp_path / "cars", split="train")
     found, _, _ = read_back(tmp_path / "cars")
     assert [(row["label"], row["image"]) for row in found] == [(6, picture(32)), (195, picture(31))]
 
 
-@pytest.mark.parametrize(("folder", "packed"), [("", True), ("fashion-mnist", True), ("FashionMNIST/raw", False)])
+@pytest.mark.parametrize(
+    ("folder", "packed"), [("", True), ("fashion-mnist", True), ("FashionMNIST/raw", False)]
+)
 def test_fashion_mnist(folder: str, packed: bool, tmp_path: Path) -> None:
     root = tmp_path / "data"
     expected = {
-        split: make_idx(root / folder, prefix, 12, packed) for split, prefix in (("train",) * 2, ("test", "t10k"))
+        split: make_idx(root / folder, prefix, 12, packed)
+        for split, prefix in (("train",) * 2, ("test", "t10k"))
     }
     for split, (images, labels) in expected.items():
         quick("fashion-mnist", root, tmp_path / split, split=split)
@@ -283,7 +308,9 @@ def test_imagenet(tmp_path: Path) -> None:
     assert described["split"] == "val"
 
     shutil.rmtree(root / "val" / "n01484850")
-    with pytest.raises(UserError, match=r"999 class folders instead of 1,000; the first one missing is n01484850"):
+    with pytest.raises(
+        UserError, match=r"999 class folders instead of 1,000; the first one missing is n01484850"
+    ):
         quick("imagenet1k", root, tmp_path / "other")
     (root / "val" / "n01484850").mkdir()
     with pytest.raises(UserError, match=r"n01484850 has no images"):
@@ -293,7 +320,9 @@ def test_imagenet(tmp_path: Path) -> None:
         quick("imagenet1k", root, tmp_path / "other")
 
 
-def test_imagenet_v2_folder_names_are_the_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imagenet_v2_folder_names_are_the_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     builder = pytest.importorskip("clip_benchmark.datasets.builder")
     root = tmp_path / "ImageNetV2-matched-frequency"  # as clip_benchmark renames it
     make_class_folders(root, [str(i) for i in range(1000)], "jpeg")
@@ -311,7 +340,9 @@ def test_imagenet_v2_folder_names_are_the_labels(tmp_path: Path, monkeypatch: py
 
     root.rename(tmp_path / "imagenetv2-matched-frequency-format-val")
     shutil.rmtree(tmp_path / "imagenetv2-matched-frequency-format-val" / "10")
-    with pytest.raises(UserError, match=r"999 class folders instead of 1,000; the first one missing is 10;"):
+    with pytest.raises(
+        UserError, match=r"999 class folders instead of 1,000; the first one missing is 10;"
+    ):
         quick("imagenetv2", tmp_path, tmp_path / "other")
 
 
@@ -355,7 +386,9 @@ def test_imagenet_sketch_by_both_names(name: str, tmp_path: Path) -> None:
 
 
 def make_birds(root: Path) -> Path:
-    for i, name in enumerate(["wren/1.jpg", "wren/more/2.PNG", "auk/1.webp", "auk/2.jpg", "auk/notes.txt"]):
+    for i, name in enumerate(
+        ["wren/1.jpg", "wren/more/2.PNG", "auk/1.webp", "auk/2.jpg", "auk/notes.txt"]
+    ):
         formats = {".png": "PNG", ".webp": "WEBP"}
         write(root / name, picture(i, formats.get(Path(name).suffix.lower(), "JPEG")))
     (root / "kiwi").mkdir()
@@ -374,14 +407,27 @@ def test_folder(tmp_path: Path) -> None:
     }
     assert all(row["image"] == (root / row["key"]).read_bytes() for row in rows)
     assert classes["dataset"] == "folder"
-    assert classes["classnames"] == ["auk", "kiwi", "wren"]  # a class without images is one of the choices
+    assert classes["classnames"] == [
+        "auk",
+        "kiwi",
+        "wren",
+    ]  # a class without images is one of the choices
     assert "a photo of a {c}." in classes["templates"]
     assert described["source"] == str(root)
-    assert set(described["versions"]) >= {"alignclip", "mosaicml-streaming", "torchvision", "clip-benchmark"}
+    assert set(described["versions"]) >= {
+        "alignclip",
+        "mosaicml-streaming",
+        "torchvision",
+        "clip-benchmark",
+    }
 
 
 @pytest.mark.parametrize(
-    "classnames", [["great auk", "kiwi", "house wren"], {"wren": "house wren", "auk": "great auk", "kiwi": "kiwi"}]
+    "classnames",
+    [
+        ["great auk", "kiwi", "house wren"],
+        {"wren": "house wren", "auk": "great auk", "kiwi": "kiwi"},
+    ],
 )
 def test_names_and_templates_of_ones_own_need_no_clip_benchmark(
     classnames: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -416,11 +462,18 @@ def test_unreadable_images_are_left_out_and_counted(tmp_path: Path) -> None:
 # complete or absent
 
 
-def test_a_complete_set_stays_and_another_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_complete_set_stays_and_another_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root, out = make_birds(tmp_path / "birds"), tmp_path / "out"
     main(["folder", "--root", str(root), "--out", str(out)])
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    assert {path.name for path in before} == {"index.json", "shard.00000.mds", "classes.json", "dataset.json"}
+    assert {path.name for path in before} == {
+        "index.json",
+        "shard.00000.mds",
+        "classes.json",
+        "dataset.json",
+    }
     main(["folder", "--root", str(root), "--out", str(out)])
     assert f"{out} holds folder (test) already, 4 samples: nothing to do" in capsys.readouterr().out
     names = write(tmp_path / "names.json", b'["a", "b", "c"]')
@@ -465,8 +518,15 @@ def test_s3_and_back(s3: Any, tmp_path: Path) -> None:
     out = f"{s3.bucket()}/eval/fashion"
     images, labels = make_idx(tmp_path / "data", "t10k", 40, packed=True)
     quick("fashion_mnist", tmp_path / "data", out)
-    assert sorted(Store(out).listing()) == ["classes.json", "dataset.json", "index.json", "shard.00000.mds"]
-    dataset = StreamingDataset(remote=out, local=str(tmp_path / "cache"), batch_size=1, validate_hash="xxh64")
+    assert sorted(Store(out).listing()) == [
+        "classes.json",
+        "dataset.json",
+        "index.json",
+        "shard.00000.mds",
+    ]
+    dataset = StreamingDataset(
+        remote=out, local=str(tmp_path / "cache"), batch_size=1, validate_hash="xxh64"
+    )
     for i in range(40):
         row = dataset[i]
         assert row["label"] == labels[int(row["key"])]
@@ -493,7 +553,9 @@ def bad_inputs(folder: Path) -> list[tuple[list[str], str]]:
     write(folder / "cifar-10-batches-py" / "test_batch", b"truncated")
     for name in ("idx/t10k-images-idx3-ubyte.gz", "idx/t10k-labels-idx1-ubyte.gz"):
         write(folder / name, b"\x1f\x8bbroken")
-    write(folder / "food-101" / "meta" / "test.json", b'{"apple_pie": ["apple_pie/1", "apple_pie/2"]}')
+    write(
+        folder / "food-101" / "meta" / "test.json", b'{"apple_pie": ["apple_pie/1", "apple_pie/2"]}'
+    )
     write(folder / "food-101" / "images" / "apple_pie" / "2.jpg", picture(1))
     write(folder / "text" / "a" / "a.txt", b"no images")
     write(folder / "undecodable" / "a" / "a.jpg", b"no image")
@@ -509,7 +571,10 @@ def bad_inputs(folder: Path) -> list[tuple[list[str], str]]:
         (["cifar10", "--root", str(folder / "broken.json")], "is a file, not a folder"),
         (["cifar10", "--root", str(birds)], "there is no folder 'cifar-10-batches-py' in --root"),
         (["cifar10", "--root", str(folder)], "not the published ones by their MD5"),
-        (["fashion_mnist", "--root", str(birds)], "there is no t10k-images-idx3-ubyte[.gz] in --root"),
+        (
+            ["fashion_mnist", "--root", str(birds)],
+            "there is no t10k-images-idx3-ubyte[.gz] in --root",
+        ),
         (["fashion_mnist", "--root", str(folder / "idx")], "cannot read"),
         (["food101", "--root", str(folder)], "1 of 2 images are missing, the first is"),
         (["imagenet1k", "--root", str(folder / "text")], "'a' is none of the set's"),
@@ -520,8 +585,14 @@ def bad_inputs(folder: Path) -> list[tuple[list[str], str]]:
         ([*own, "--classnames", str(folder / "none.json")], "none.json does not exist"),
         ([*own, "--classnames", str(folder / "broken.json")], "is not JSON"),
         ([*own, "--classnames", str(folder / "short.json")], "has 1 names, the set has 3 classes"),
-        ([*own, "--classnames", str(folder / "part.json")], "the first is 'wren'; did you mean 'wrens'?"),
-        ([*own, "--templates", str(folder / "plain.json")], "'a photo' has no place for the class name"),
+        (
+            [*own, "--classnames", str(folder / "part.json")],
+            "the first is 'wren'; did you mean 'wrens'?",
+        ),
+        (
+            [*own, "--templates", str(folder / "plain.json")],
+            "'a photo' has no place for the class name",
+        ),
         ([*own, "--templates", str(folder / "part.json")], "must be a JSON list of strings"),
         (["folder", "--root", str(folder / "splits")], "are splits, not classes: give"),
         (["folder", "--root", str(folder / "text" / "a")], "has no sub-folders"),
@@ -556,7 +627,9 @@ def test_mistakes_are_told_before_anything_large_is_imported(tmp_path: Path) -> 
     code += f"try: runpy.run_path({str(script)!r}, run_name='__main__')\nexcept SystemExit as end: print(end.code)\n"
     code += "print(sorted({'torch', 'torchvision', 'streaming', 'scipy', 'timm', 'clip_benchmark'} & set(sys.modules)))"
     start = time.monotonic()
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.splitlines() == ["2", "[]"]
     assert "did you mean 'cifar10'?" in result.stderr
     assert time.monotonic() - start < 20  # 0.5 s on a machine with nothing else to do

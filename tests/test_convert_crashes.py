@@ -26,11 +26,11 @@ from conversions import SIZE_LIMIT, Command, Undisturbed, download, picture, rel
 from s3 import _free_port
 from tarballs import pairs, quick, stage, three_tars, upload, write_tar
 
+from alignclip.conversion.cc12m import main
+from alignclip.conversion.storage import Store
 from alignclip.errors import UserError
 from alignclip.storage import patience, patiently
-from convert.cc12m import main
-from convert.storage import Store
-from convert.verify import VerifyOptions, verify
+from alignclip.verification.command import VerifyOptions, verify
 
 
 def kill(command: Command, victim: str, rng: random.Random) -> None:
@@ -52,7 +52,11 @@ def kill(command: Command, victim: str, rng: random.Random) -> None:
 
 
 def convert_under_fire(
-    start: Callable[[], Command], listing: Callable[[], set[str]], victims: list[str], tars: int, seed: int
+    start: Callable[[], Command],
+    listing: Callable[[], set[str]],
+    victims: list[str],
+    tars: int,
+    seed: int,
 ) -> int:
     """Kill and start again until the command finishes by itself; return the kills during the conversion.
 
@@ -71,7 +75,9 @@ def convert_under_fire(
             kill(command, victim, rng)
         landed += 1
         left = tars - sum(name.endswith("/counts.json") for name in listing())
-        assert left >= 8, f"only {left} of {tars} inputs are left after {landed} kills: too few to be in the middle"
+        assert left >= 8, (
+            f"only {left} of {tars} inputs are left after {landed} kills: too few to be in the middle"
+        )
         assert "index.json" not in listing(), "there is an index before the set is complete"
     for _ in range(2):  # before there is anything to see: while it is imported, while workers start
         with start() as command:
@@ -80,7 +86,11 @@ def convert_under_fire(
             command.driver.kill()
             command.assert_workers_end()
     with start() as command:  # around the index
-        command.wait_for(lambda: sum(name.endswith("/counts.json") and name[0] != "." for name in listing()) == tars)
+        command.wait_for(
+            lambda: (
+                sum(name.endswith("/counts.json") and name[0] != "." for name in listing()) == tars
+            )
+        )
         time.sleep(rng.uniform(0, 0.3))
         command.workers()
         command.driver.kill()
@@ -97,12 +107,16 @@ def test_twenty_kills_of_a_conversion_into_a_bucket(s3: Any, tmp_path: Path) -> 
     out = f"{s3.bucket()}/deep/pairs"
 
     def start() -> Command:
-        return Command(tmp_path / "run", "--inputs", undisturbed.tars, "--out", out, "--processes", "2")
+        return Command(
+            tmp_path / "run", "--inputs", undisturbed.tars, "--out", out, "--processes", "2"
+        )
 
     def listing() -> set[str]:
         return {key.removeprefix("deep/pairs/") for key in s3.keys(out)}
 
-    landed = convert_under_fire(start, listing, ["driver"] * 7 + ["worker"] * 7 + ["all"] * 6, tars=160, seed=1)
+    landed = convert_under_fire(
+        start, listing, ["driver"] * 7 + ["worker"] * 7 + ["all"] * 6, tars=160, seed=1
+    )
     assert landed == 20
     undisturbed.assert_same(download(s3, out, tmp_path / "got"))
 
@@ -114,9 +128,13 @@ def test_kills_of_a_conversion_into_a_folder(tmp_path: Path) -> None:
     out = tmp_path / "out"
 
     def start() -> Command:
-        return Command(tmp_path / "run", "--inputs", undisturbed.tars, "--out", out, "--processes", "2")
+        return Command(
+            tmp_path / "run", "--inputs", undisturbed.tars, "--out", out, "--processes", "2"
+        )
 
-    landed = convert_under_fire(start, lambda: relative(out), ["driver", "worker", "all"] * 2, tars=72, seed=2)
+    landed = convert_under_fire(
+        start, lambda: relative(out), ["driver", "worker", "all"] * 2, tars=72, seed=2
+    )
     assert landed == 6
     assert not list(out.glob(".partial-*"))
     undisturbed.assert_same(out)
@@ -126,7 +144,9 @@ def test_kills_of_a_conversion_into_a_folder(tmp_path: Path) -> None:
 def test_storage_that_is_away_for_a_while(s3: Any, tmp_path: Path) -> None:
     undisturbed = Undisturbed(tmp_path, tars=24, samples=12)
     out = f"{s3.bucket()}/pairs"
-    with Command(tmp_path / "run", "--inputs", undisturbed.tars, "--out", out, "--processes", "2") as command:
+    with Command(
+        tmp_path / "run", "--inputs", undisturbed.tars, "--out", out, "--processes", "2"
+    ) as command:
         command.wait_for_changes(lambda: set(s3.keys(out)), 30)
         s3.stop()
         try:
@@ -171,7 +191,16 @@ def test_a_kill_with_a_held_out_split(tmp_path: Path) -> None:
     undisturbed, out = Undisturbed(tmp_path, tars=24, samples=12), tmp_path / "out"
     expected = tmp_path / "expected"
     quick([undisturbed.tars], expected, size_limit=SIZE_LIMIT, held_out=0.2)
-    arguments = ["--inputs", undisturbed.tars, "--out", out, "--processes", "2", "--held-out", "0.2"]
+    arguments = [
+        "--inputs",
+        undisturbed.tars,
+        "--out",
+        out,
+        "--processes",
+        "2",
+        "--held-out",
+        "0.2",
+    ]
     for _ in range(2):
         with Command(tmp_path / "run", *arguments) as command:
             command.wait_for_changes(lambda: relative(out) if out.exists() else set(), 30)
@@ -195,7 +224,15 @@ def test_an_endpoint_where_nothing_listens_is_not_waited_for(
     monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{_free_port()}")
     start = time.monotonic()
     with pytest.raises(SystemExit, match="2"):
-        main(["--inputs", str(three_tars(tmp_path / "in")), "--out", "s3://bucket/x", "--no-semantic"])
+        main(
+            [
+                "--inputs",
+                str(three_tars(tmp_path / "in")),
+                "--out",
+                "s3://bucket/x",
+                "--no-semantic",
+            ]
+        )
     assert time.monotonic() - start < 30
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: cannot reach s3://bucket/x: can't connect: ")
@@ -267,7 +304,9 @@ def test_patience_ends(
     assert len(calls) > 2
     assert 3 < time.monotonic() - start < 20
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("the bucket can't be reached (can't connect: Could not connect to the endpoint URL")
+    assert line.startswith(
+        "the bucket can't be reached (can't connect: Could not connect to the endpoint URL"
+    )
 
 
 def test_a_key_press_is_no_outage(calls: list[float]) -> None:
@@ -318,9 +357,24 @@ def test_time_in_which_bytes_came_is_no_outage(monkeypatch: pytest.MonkeyPatch) 
     ("error", "passes"),
     [
         (RetriesExceededError(ReadTimeoutError(endpoint_url="http://x")), True),
-        (RetriesExceededError(ClientError({"ResponseMetadata": {"HTTPStatusCode": 403}}, "GetObject")), False),
-        (botocore.exceptions.SSLError(endpoint_url="https://x", error="EOF occurred in violation of protocol"), True),
-        (botocore.exceptions.SSLError(endpoint_url="https://x", error="[SSL: CERTIFICATE_VERIFY_FAILED] …"), False),
+        (
+            RetriesExceededError(
+                ClientError({"ResponseMetadata": {"HTTPStatusCode": 403}}, "GetObject")
+            ),
+            False,
+        ),
+        (
+            botocore.exceptions.SSLError(
+                endpoint_url="https://x", error="EOF occurred in violation of protocol"
+            ),
+            True,
+        ),
+        (
+            botocore.exceptions.SSLError(
+                endpoint_url="https://x", error="[SSL: CERTIFICATE_VERIFY_FAILED] …"
+            ),
+            False,
+        ),
         (URLError(ssl.SSLEOFError(8, "EOF occurred")), True),
         (URLError(ssl.SSLCertVerificationError(1, "certificate verify failed")), False),
         (ssl.SSLError(1, "record layer failure"), True),
@@ -386,7 +440,9 @@ class Proxy(socketserver.ThreadingTCPServer):
     daemon_threads = True  # boto3 keeps its connections
 
 
-def test_a_complete_part_is_not_mixed_with_a_new_one(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_complete_part_is_not_mixed_with_a_new_one(
+    s3: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Were the old counts.json to stay because storage is busy, a kill would leave a mixture that seems complete."""
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     out = f"{s3.bucket()}/out"
@@ -406,7 +462,9 @@ def test_a_complete_part_is_not_mixed_with_a_new_one(s3: Any, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("cuts", [8, 10**6])
-def test_bodies_that_break_midway(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuts: int) -> None:
+def test_bodies_that_break_midway(
+    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuts: int
+) -> None:
     """boto3 fetches a body anew five times and then gives up, with an error of its own."""
     if cuts > 8:
         monkeypatch.setattr(patience, "PATIENCE", 1.0)
@@ -448,7 +506,9 @@ def long_tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("folder", 1, "all", "converting"),
     ],
 )
-def test_ctrl_c(s3: Any, tmp_path: Path, long_tars: Path, to: str, processes: int, signalled: str, when: str) -> None:
+def test_ctrl_c(
+    s3: Any, tmp_path: Path, long_tars: Path, to: str, processes: int, signalled: str, when: str
+) -> None:
     """A terminal sends it to all processes, ``kill`` and a notebook to one."""
     out = f"{s3.bucket()}/out" if to == "bucket" else str(tmp_path / "out")
     options = ["--resize", "1500", "--processes", str(processes)]
@@ -466,14 +526,20 @@ def test_ctrl_c(s3: Any, tmp_path: Path, long_tars: Path, to: str, processes: in
         assert time.monotonic() - start < 10
         assert said(errors) == ["interrupted; the same command goes on from here"]
         command.assert_workers_end(1)
-    assert not list(command.temporary.glob("alignclip-*")), "copies of inputs or outputs stay behind"
+    assert not list(command.temporary.glob("alignclip-*")), (
+        "copies of inputs or outputs stay behind"
+    )
     assert not list((tmp_path / "out").glob(".*"))
 
 
 @pytest.mark.slow
 def test_sigterm(tmp_path: Path, long_tars: Path) -> None:
-    with Command(tmp_path, "--inputs", long_tars, "--out", tmp_path / "out", "--processes", "2") as command:
-        command.wait_for(lambda: len(command.workers()) == 2 and len(list(tmp_path.glob("out/.partial-*"))) == 2)
+    with Command(
+        tmp_path, "--inputs", long_tars, "--out", tmp_path / "out", "--processes", "2"
+    ) as command:
+        command.wait_for(
+            lambda: len(command.workers()) == 2 and len(list(tmp_path.glob("out/.partial-*"))) == 2
+        )
         command.driver.terminate()
         assert said(command.finish(130, 20)) == ["interrupted; the same command goes on from here"]
         command.assert_workers_end(1)

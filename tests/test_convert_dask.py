@@ -41,7 +41,15 @@ class Cluster:
         try:
             self._wait_for(about.exists)
             self.address = json.loads(about.read_text())["address"]
-            places = ["--nworkers", "1", "--nthreads", "1", "--no-nanny", "--local-directory", str(folder)]
+            places = [
+                "--nworkers",
+                "1",
+                "--nthreads",
+                "1",
+                "--no-nanny",
+                "--local-directory",
+                str(folder),
+            ]
             self.workers = [self._start("dask_worker", *shared, *places) for _ in range(WORKERS)]
             self._wait_for(lambda: self.log().count("Register worker") == WORKERS)
         except BaseException:
@@ -61,7 +69,9 @@ class Cluster:
     def _wait_for(self, condition: Any) -> None:
         deadline = time.monotonic() + TIMEOUT
         while not condition():
-            assert all(process.poll() is None for process in (self.scheduler, *self.workers)), self.log()
+            assert all(process.poll() is None for process in (self.scheduler, *self.workers)), (
+                self.log()
+            )
             assert time.monotonic() < deadline, self.log()
             time.sleep(0.1)
 
@@ -119,7 +129,10 @@ def test_a_scheduler_that_is_killed_is_one_line(s3: Any, tmp_path: Path, cluster
         start = time.monotonic()
         errors = said(command.finish(2))
         assert time.monotonic() - start < 60
-    assert errors[-1] == f"error: the Dask scheduler at {cluster.address} is gone; start it and run again"
+    assert (
+        errors[-1]
+        == f"error: the Dask scheduler at {cluster.address} is gone; start it and run again"
+    )
     with Command(tmp_path / "again", *arguments, "--processes", "1") as command:
         command.finish()
     undisturbed.assert_same(download(s3, out, tmp_path / "got"))
@@ -129,7 +142,13 @@ def test_no_scheduler_is_one_line(tmp_path: Path) -> None:
     address = f"tcp://127.0.0.1:{_free_port()}"
     start = time.monotonic()
     with Command(
-        tmp_path / "run", "--inputs", three_tars(tmp_path / "in"), "--out", tmp_path / "out", "--scheduler", address
+        tmp_path / "run",
+        "--inputs",
+        three_tars(tmp_path / "in"),
+        "--out",
+        tmp_path / "out",
+        "--scheduler",
+        address,
     ) as command:
         (line,) = said(command.finish(2))
     assert line.startswith(f"error: --scheduler {address}: ")

@@ -32,13 +32,13 @@ from mutations import (
 )
 from tarballs import draw, pairs, quick, write_tar
 
+from alignclip.conversion import samples
+from alignclip.conversion.images import ImageOptions
+from alignclip.conversion.inputs import expand, name_of, opened
+from alignclip.conversion.samples import Ignored, Skipped
+from alignclip.conversion.tars import read_tar
+from alignclip.data.transforms import decode_image
 from alignclip.errors import UserError
-from alignclip.transforms import decode_image
-from convert import samples
-from convert.images import ImageOptions
-from convert.inputs import expand, name_of, opened
-from convert.samples import Ignored, Skipped
-from convert.tars import read_tar
 
 # Readers run in the test's own thread before a converter's worker does: there a hang ends with a stack trace
 pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore")]
@@ -95,10 +95,17 @@ def mutated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[bytes]
 
 @pytest.mark.parametrize(
     "options",
-    [ImageOptions(), ImageOptions(resize=16), ImageOptions(check="header"), ImageOptions(check="none")],
+    [
+        ImageOptions(),
+        ImageOptions(resize=16),
+        ImageOptions(check="header"),
+        ImageOptions(check="none"),
+    ],
     ids=["decode", "resize", "header", "none"],
 )
-def test_mutated_samples(mutated: tuple[Path, list[bytes]], tmp_path: Path, options: ImageOptions) -> None:
+def test_mutated_samples(
+    mutated: tuple[Path, list[bytes]], tmp_path: Path, options: ImageOptions
+) -> None:
     folder, images = mutated
     counts = quick([folder], tmp_path / "out", images=options, max_bad=1.0)
     assert counts.written + counts.bad == len(images) == TARS * SAMPLES
@@ -108,7 +115,9 @@ def test_mutated_samples(mutated: tuple[Path, list[bytes]], tmp_path: Path, opti
     assert len({row["key"] for row in rows}) == len(rows)
     for row in rows:
         original = images[int(NUMBER.search(row["key"])[0])]
-        assert options.resize or row["image"] == original or original[24] == 16  # bits a channel of a PNG
+        assert (
+            options.resize or row["image"] == original or original[24] == 16
+        )  # bits a channel of a PNG
         if options.check == "decode":
             assert decode_image(row["image"]).shape[0] == 3
         assert 0 < len(row["caption"]) <= samples.MAX_CAPTION
@@ -119,7 +128,9 @@ def yielded(file: Path) -> dict[str, int]:
     numbers = {}
     for shard in expand([str(file)]):
         with opened(shard, None) as (_, items):
-            numbers[name_of(shard)] = sum(1 for item in islice(items, 100) if not isinstance(item, Ignored))
+            numbers[name_of(shard)] = sum(
+                1 for item in islice(items, 100) if not isinstance(item, Ignored)
+            )
         assert numbers[name_of(shard)] < 100
     return numbers
 
@@ -152,7 +163,11 @@ def header(member: str, kind: bytes, size: int, **pax: str) -> bytes:
     info = tarfile.TarInfo(member)
     info.type, info.pax_headers = kind, pax
     data = info.tobuf(tarfile.PAX_FORMAT)
-    return data[:-BLOCK] + set_field(data[-BLOCK:], SIZE, (size % 256**12).to_bytes(12, "big")) if size else data
+    return (
+        data[:-BLOCK] + set_field(data[-BLOCK:], SIZE, (size % 256**12).to_bytes(12, "big"))
+        if size
+        else data
+    )
 
 
 @pytest.mark.parametrize(
@@ -164,7 +179,12 @@ def header(member: str, kind: bytes, size: int, **pax: str) -> bytes:
         header("x.jpg", b"0", 2**64 + 2**95),
         header("x", b"L", 2**62 + 2**95),
         header("x.jpg", b"0", 0, **{"GNU.sparse.map": "a,b", "GNU.sparse.size": "5"}),
-        header("x.jpg", b"0", 0, **{"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "5"}),
+        header(
+            "x.jpg",
+            b"0",
+            0,
+            **{"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "5"},
+        ),
         header("x", b"L", 0) * 3_000,
         bytes(BLOCK),
         bytes(4 * BLOCK),
@@ -236,7 +256,9 @@ def test_damaged_csv_files(tmp_path: Path) -> None:
     files = []
     for i in range(TABLES):
         files.append(tmp_path / f"{i:05}.{rng.choice(['csv', 'tsv'])}")
-        files[-1].write_bytes(csv_file(rng, str(tmp_path), "\t" if files[-1].suffix == ".tsv" else ","))
+        files[-1].write_bytes(
+            csv_file(rng, str(tmp_path), "\t" if files[-1].suffix == ".tsv" else ",")
+        )
     assert_tables_are_counted(files, tmp_path / "out")
 
 

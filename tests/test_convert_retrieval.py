@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from alignclip.conversion import retrieval
+from alignclip.conversion.retrieval import Options, convert, main, parse
+from alignclip.conversion.storage import Store
 from alignclip.errors import UserError
-from convert import retrieval
-from convert.retrieval import Options, convert, main, parse
-from convert.storage import Store
 
 
 def picture(number: int) -> bytes:
@@ -32,11 +32,15 @@ def write(path: Path, data: bytes | str) -> Path:
 
 
 def texts(number: int, captions: int = 5) -> list[str]:
-    return [f"picture {number}, said in way {i}.\n" for i in range(captions)]  # COCO's have such ends
+    return [
+        f"picture {number}, said in way {i}.\n" for i in range(captions)
+    ]  # COCO's have such ends
 
 
 def quick(dataset: str, images: Path, annotations: Path, out: Path | str, **changes: Any) -> str:
-    return convert(Options(dataset, str(images), str(annotations), str(out), progress=False, **changes))
+    return convert(
+        Options(dataset, str(images), str(annotations), str(out), progress=False, **changes)
+    )
 
 
 def read_back(folder: Path) -> tuple[dict[str, tuple[bytes, list[str]]], dict[str, Any]]:
@@ -48,7 +52,10 @@ def read_back(folder: Path) -> tuple[dict[str, tuple[bytes, list[str]]], dict[st
     assert {tuple(sorted(row)) for row in rows} == {("caption", "image", "key")}
     index = json.loads((folder / "index.json").read_text())
     assert all(shard["hashes"] == ["xxh64"] for shard in index["shards"])
-    assert index["shards"][0]["column_encodings"][index["shards"][0]["column_names"].index("caption")] == "json"
+    assert (
+        index["shards"][0]["column_encodings"][index["shards"][0]["column_names"].index("caption")]
+        == "json"
+    )
     described = json.loads((folder / "dataset.json").read_text())
     assert described["samples"] == len(rows)
     return {row["key"]: (row["image"], row["caption"]) for row in rows}, described
@@ -66,18 +73,24 @@ def make_karpathy(root: Path, dataset: str) -> Path:
     for i, split in enumerate(SPLITS):
         folder = "train2014" if split in ("train", "restval") else "val2014"
         name = f"COCO_{folder}_{i:012}.jpg" if coco else f"{1000 + i}.jpg"
-        sentences = [{"raw": text, "sentid": j} for j, text in enumerate(texts(i, 6 if i == 5 else 5))]
+        sentences = [
+            {"raw": text, "sentid": j} for j, text in enumerate(texts(i, 6 if i == 5 else 5))
+        ]
         image = {"filename": name, "imgid": i, "split": split, "sentences": sentences}
         images.append({**image, "filepath": folder} if coco else image)
         write(root / (folder if coco else "flickr30k-images") / name, picture(i))
-    return write(root / f"dataset_{dataset}.json", json.dumps({"images": images, "dataset": dataset}))
+    return write(
+        root / f"dataset_{dataset}.json", json.dumps({"images": images, "dataset": dataset})
+    )
 
 
 def make_coco_api(root: Path) -> Path:
     """Ids out of order, the captions of an image not together."""
     ids = [300, 100, 200]
     images = [{"id": i, "file_name": f"{i:012}.jpg", "height": 4, "width": 6} for i in ids]
-    captions = [{"id": 10 * j + i, "image_id": i, "caption": texts(i)[j]} for j in range(5) for i in ids]
+    captions = [
+        {"id": 10 * j + i, "image_id": i, "caption": texts(i)[j]} for j in range(5) for i in ids
+    ]
     for i in ids:
         write(root / "val2017" / f"{i:012}.jpg", picture(i))
     content = {"images": images, "annotations": captions, "info": {}, "licenses": []}
@@ -86,14 +99,25 @@ def make_coco_api(root: Path) -> Path:
 
 def make_flickr_lines(root: Path, form: str) -> Path:
     lines = {"token": "{name}#{j}\t{text}", "csv": "{name}| {j}| {text}", "txt": "{name},{text}"}
-    header = {"token": [], "csv": ["image_name| comment_number| comment"], "txt": ["image,caption"]}[form]
+    header = {
+        "token": [],
+        "csv": ["image_name| comment_number| comment"],
+        "txt": ["image,caption"],
+    }[form]
     rows = []
     for i in range(4):
         write(root / "images" / f"{1000 + i}.jpg", picture(i))
-        rows += [lines[form].format(name=f"{1000 + i}.jpg", j=j, text=text.strip()) for j, text in enumerate(texts(i))]
+        rows += [
+            lines[form].format(name=f"{1000 + i}.jpg", j=j, text=text.strip())
+            for j, text in enumerate(texts(i))
+        ]
     if form == "csv":  # a line of Kaggle's file is like this
         rows[-1] = rows[-1].replace("| 4|", "| 4  ")
-    name = {"token": "results_20130124.token", "csv": "results.csv", "txt": "flickr30k_test_karpathy.txt"}[form]
+    name = {
+        "token": "results_20130124.token",
+        "csv": "results.csv",
+        "txt": "flickr30k_test_karpathy.txt",
+    }[form]
     return write(root / name, "\n".join([*header, *rows]) + "\n")
 
 
@@ -105,14 +129,23 @@ def test_coco_karpathy(below: str, tmp_path: Path) -> None:
     annotations = make_karpathy(tmp_path / "coco", "coco")
     quick("coco", tmp_path / "coco" / below, annotations, tmp_path / "out")
     rows, described = read_back(tmp_path / "out")
-    assert rows == {f"val2014/COCO_val2014_{i:012}.jpg": (picture(i), texts(i, 6 if i == 5 else 5)) for i in (1, 3, 5)}
-    assert (described["dataset"], described["split"], described["annotations"]) == ("coco", "test", str(annotations))
+    assert rows == {
+        f"val2014/COCO_val2014_{i:012}.jpg": (picture(i), texts(i, 6 if i == 5 else 5))
+        for i in (1, 3, 5)
+    }
+    assert (described["dataset"], described["split"], described["annotations"]) == (
+        "coco",
+        "test",
+        str(annotations),
+    )
     quick("coco", tmp_path / "coco", annotations, tmp_path / "restval", split="restval")
     assert list(read_back(tmp_path / "restval")[0]) == ["train2014/COCO_train2014_000000000004.jpg"]
 
 
 @pytest.mark.parametrize("below", ["", "val2017"])
-@pytest.mark.parametrize("dataset", ["coco2017", "coco"])  # clip_benchmark's coco_test_karpathy.json is such a file
+@pytest.mark.parametrize(
+    "dataset", ["coco2017", "coco"]
+)  # clip_benchmark's coco_test_karpathy.json is such a file
 def test_coco_api_layout(dataset: str, below: str, tmp_path: Path) -> None:
     annotations = make_coco_api(tmp_path / "coco")
     quick(dataset, tmp_path / "coco" / below, annotations, tmp_path / "out")
@@ -131,16 +164,24 @@ def test_flickr_karpathy(below: str, tmp_path: Path) -> None:
     annotations = make_karpathy(tmp_path / "flickr", "flickr30k")
     quick("flickr30k", tmp_path / "flickr" / below, annotations, tmp_path / "out")
     rows, _ = read_back(tmp_path / "out")
-    assert rows == {f"{1000 + i}.jpg": (picture(i), texts(i, 6 if i == 5 else 5)) for i in (1, 3, 5)}
+    assert rows == {
+        f"{1000 + i}.jpg": (picture(i), texts(i, 6 if i == 5 else 5)) for i in (1, 3, 5)
+    }
 
 
 @pytest.mark.parametrize("form", ["token", "csv", "txt"])
 def test_flickr_lines(form: str, tmp_path: Path) -> None:
     annotations = make_flickr_lines(tmp_path, form)
-    split_file = write(tmp_path / "test.txt", "1003\n1001.jpg\n")  # Flickr30k Entities' have no .jpg
-    quick("flickr30k", tmp_path / "images", annotations, tmp_path / "out", split_file=str(split_file))
+    split_file = write(
+        tmp_path / "test.txt", "1003\n1001.jpg\n"
+    )  # Flickr30k Entities' have no .jpg
+    quick(
+        "flickr30k", tmp_path / "images", annotations, tmp_path / "out", split_file=str(split_file)
+    )
     rows, described = read_back(tmp_path / "out")
-    expected = {f"{1000 + i}.jpg": (picture(i), [text.strip() for text in texts(i)]) for i in (3, 1)}
+    expected = {
+        f"{1000 + i}.jpg": (picture(i), [text.strip() for text in texts(i)]) for i in (3, 1)
+    }
     assert list(rows.items()) == list(expected.items())
     assert described["split"] == "test"
 
@@ -153,7 +194,12 @@ def test_flickr_of_hugging_face(tmp_path: Path) -> None:
     rows.writeheader()
     for i, split in enumerate(SPLITS):
         captions = [text.strip() + ' "quoted", é' for text in texts(i)]
-        row = {"raw": json.dumps(captions), "sentids": "[0, 1, 2, 3, 4]", "split": split, "filename": f"{1000 + i}.jpg"}
+        row = {
+            "raw": json.dumps(captions),
+            "sentids": "[0, 1, 2, 3, 4]",
+            "split": split,
+            "filename": f"{1000 + i}.jpg",
+        }
         rows.writerow(row | {"img_id": i})
     annotations = write(tmp_path / "flickr_annotations_30k.csv", table.getvalue())
     quick("flickr30k", tmp_path / "flickr", annotations, tmp_path / "out")
@@ -166,7 +212,9 @@ def test_flickr_of_hugging_face(tmp_path: Path) -> None:
 
 def test_flickr_of_kaggle_with_commas(tmp_path: Path) -> None:
     lines = ["image_name,comment_number,comment"]
-    lines += [f"{1000 + i}.jpg,{j}, 3 men, said in way {j}.\x85" for i in range(2) for j in range(5)]
+    lines += [
+        f"{1000 + i}.jpg,{j}, 3 men, said in way {j}.\x85" for i in range(2) for j in range(5)
+    ]
     for i in range(2):
         write(tmp_path / "images" / f"{1000 + i}.jpg", picture(i))
     annotations = write(tmp_path / "captions.txt", "\r\n".join(lines))
@@ -180,7 +228,9 @@ def test_all_of_flickr_is_no_split(tmp_path: Path) -> None:
     lines = ["image,caption", *(f"{i}.jpg,a dog" for i in range(31_783))]
     annotations = write(tmp_path / "captions.txt", "\n".join(lines))
     (tmp_path / "images").mkdir()
-    with pytest.raises(UserError, match=r"holds all splits \(31,783 images\); name the images of 'test'"):
+    with pytest.raises(
+        UserError, match=r"holds all splits \(31,783 images\); name the images of 'test'"
+    ):
         quick("flickr30k", tmp_path / "images", annotations, tmp_path / "out")
 
 
@@ -188,9 +238,13 @@ def test_another_list_of_images_is_another_set(tmp_path: Path) -> None:
     annotations = make_flickr_lines(tmp_path, "token")
     first, second = write(tmp_path / "a.txt", "1001"), write(tmp_path / "b.txt", "1000")
     quick("flickr30k", tmp_path / "images", annotations, tmp_path / "out", split_file=str(first))
-    assert "already" in quick("flickr30k", tmp_path / "images", annotations, tmp_path / "out", split_file=str(first))
+    assert "already" in quick(
+        "flickr30k", tmp_path / "images", annotations, tmp_path / "out", split_file=str(first)
+    )
     with pytest.raises(UserError, match="already holds flickr30k"):
-        quick("flickr30k", tmp_path / "images", annotations, tmp_path / "out", split_file=str(second))
+        quick(
+            "flickr30k", tmp_path / "images", annotations, tmp_path / "out", split_file=str(second)
+        )
 
 
 def test_flickr_of_clip_benchmark(tmp_path: Path) -> None:
@@ -198,14 +252,26 @@ def test_flickr_of_clip_benchmark(tmp_path: Path) -> None:
     annotations = make_flickr_lines(tmp_path, "txt")
     quick("flickr30k", tmp_path / "images", annotations, tmp_path / "out")
     theirs = flickr.Flickr(str(tmp_path / "images"), str(annotations))
-    assert [(name, captions) for name, (_, captions) in read_back(tmp_path / "out")[0].items()] == theirs.data
+    assert [
+        (name, captions) for name, (_, captions) in read_back(tmp_path / "out")[0].items()
+    ] == theirs.data
 
 
 @pytest.mark.parametrize(("suffix", "comma"), [("csv", ","), ("tsv", "\t")])
 def test_pairs(suffix: str, comma: str, tmp_path: Path) -> None:
-    rows = [("number", "image", "caption"), ("1", "a.jpg", '"one, ""so"" said"'), ("2", "sub/b.jpg", "ein Bär")]
-    rows += [("3", "a.jpg", "again"), ("4", "c.jpg", " "), ("5", str(tmp_path / "elsewhere.jpg"), "absolute")]
-    annotations = write(tmp_path / f"my.{suffix}", "\ufeff" + "\r\n".join(comma.join(row) for row in rows))
+    rows = [
+        ("number", "image", "caption"),
+        ("1", "a.jpg", '"one, ""so"" said"'),
+        ("2", "sub/b.jpg", "ein Bär"),
+    ]
+    rows += [
+        ("3", "a.jpg", "again"),
+        ("4", "c.jpg", " "),
+        ("5", str(tmp_path / "elsewhere.jpg"), "absolute"),
+    ]
+    annotations = write(
+        tmp_path / f"my.{suffix}", "\ufeff" + "\r\n".join(comma.join(row) for row in rows)
+    )
     for i, name in enumerate(["images/a.jpg", "images/sub/b.jpg", "images/c.jpg", "elsewhere.jpg"]):
         write(tmp_path / name, picture(i))
     message = quick("pairs", tmp_path / "images", annotations, tmp_path / "out", split="mine")
@@ -227,7 +293,9 @@ def test_missing_images_are_named_or_skipped(tmp_path: Path) -> None:
     annotations = make_karpathy(tmp_path, "coco")
     lost = tmp_path / "val2014" / f"COCO_val2014_{3:012}.jpg"
     lost.unlink()
-    with pytest.raises(UserError, match=rf"1 of 3 images are missing, the first is {lost}; --skip-missing"):
+    with pytest.raises(
+        UserError, match=rf"1 of 3 images are missing, the first is {lost}; --skip-missing"
+    ):
         quick("coco", tmp_path, annotations, tmp_path / "out")
     write(tmp_path / "val2014" / f"COCO_val2014_{1:012}.jpg", b"no image")
     message = quick("coco", tmp_path, annotations, tmp_path / "out", skip_missing=True)
@@ -240,9 +308,13 @@ def test_missing_images_are_named_or_skipped(tmp_path: Path) -> None:
         quick("coco", tmp_path, annotations, tmp_path / "other", skip_missing=True)
 
 
-@pytest.mark.parametrize("name", ["../secret.jpg", "a/../../secret.jpg", "{folder}/secret.jpg", "..", "/etc/hostname"])
+@pytest.mark.parametrize(
+    "name", ["../secret.jpg", "a/../../secret.jpg", "{folder}/secret.jpg", "..", "/etc/hostname"]
+)
 @pytest.mark.parametrize("layout", ["pairs", "coco2017"])
-def test_annotations_name_no_image_outside_of_the_folder(tmp_path: Path, name: str, layout: str) -> None:
+def test_annotations_name_no_image_outside_of_the_folder(
+    tmp_path: Path, name: str, layout: str
+) -> None:
     if layout == "pairs" and name.startswith(("/", "{")):
         pytest.skip("your own table may have full paths")
     write(tmp_path / "secret.jpg", picture(1))
@@ -253,7 +325,9 @@ def test_annotations_name_no_image_outside_of_the_folder(tmp_path: Path, name: s
     else:
         images = [{"id": 1, "file_name": "a/1.jpg"}, {"id": 2, "file_name": name}]
         captions = [{"image_id": i, "caption": "text"} for i in (1, 2)]
-        file = write(tmp_path / "captions.json", json.dumps({"images": images, "annotations": captions}))
+        file = write(
+            tmp_path / "captions.json", json.dumps({"images": images, "annotations": captions})
+        )
     with pytest.raises(UserError, match="name an image outside of --images"):
         quick(layout, tmp_path / "images", file, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -263,9 +337,19 @@ def test_annotations_name_no_image_outside_of_the_folder(tmp_path: Path, name: s
 # complete or absent
 
 
-def test_a_complete_set_stays_and_another_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_complete_set_stays_and_another_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     annotations, out = make_karpathy(tmp_path, "coco"), tmp_path / "out"
-    command = ["coco", "--images", str(tmp_path), "--annotations", str(annotations), "--out", str(out)]
+    command = [
+        "coco",
+        "--images",
+        str(tmp_path),
+        "--annotations",
+        str(annotations),
+        "--out",
+        str(out),
+    ]
     main([*command, "--limit", "2"])
     main([*command, "--limit", "2"])
     assert f"{out} holds coco (test) already, 2 samples: nothing to do" in capsys.readouterr().out
@@ -282,9 +366,13 @@ def test_s3_and_back(s3: Any, tmp_path: Path) -> None:
     annotations = make_karpathy(tmp_path, "flickr30k")
     quick("flickr30k", tmp_path, annotations, out)
     assert sorted(Store(out).listing()) == ["dataset.json", "index.json", "shard.00000.mds"]
-    dataset = StreamingDataset(remote=out, local=str(tmp_path / "cache"), batch_size=1, validate_hash="xxh64")
+    dataset = StreamingDataset(
+        remote=out, local=str(tmp_path / "cache"), batch_size=1, validate_hash="xxh64"
+    )
     rows = {row["key"]: (row["image"], row["caption"]) for row in (dataset[i] for i in range(3))}
-    assert rows == {f"{1000 + i}.jpg": (picture(i), texts(i, 6 if i == 5 else 5)) for i in (1, 3, 5)}
+    assert rows == {
+        f"{1000 + i}.jpg": (picture(i), texts(i, 6 if i == 5 else 5)) for i in (1, 3, 5)
+    }
     assert "nothing to do" in quick("flickr30k", tmp_path, annotations, out)
 
 
@@ -307,22 +395,43 @@ def bad_inputs(folder: Path) -> list[tuple[list[str], str]]:
     test = str(file("test.txt", "1001\n77\n"))
     return [
         (given("flicker30k", karpathy), "unknown dataset 'flicker30k'; did you mean 'flickr30k'?"),
-        (given("flickr30k", karpathy, "--split", "tset"), "has no split 'tset'; did you mean 'test'?"),
+        (
+            given("flickr30k", karpathy, "--split", "tset"),
+            "has no split 'tset'; did you mean 'test'?",
+        ),
         (["coco", "--images", str(images)], "--annotations is missing"),
         (["coco", "--annotations", str(karpathy)], "--images is missing"),
         (given("coco", folder / "none.json"), "none.json does not exist"),
         (given("coco", images), "cannot read --annotations"),
         (given("coco", file("broken.json", "{")), "is not JSON"),
-        (given("coco", file("other.json", '{"image": []}')), "is not laid out as coco is: no entry 'images'"),
+        (
+            given("coco", file("other.json", '{"image": []}')),
+            "is not laid out as coco is: no entry 'images'",
+        ),
         (given("coco", file("list.json", "[1]")), "is not laid out as coco is"),
-        (given("coco2017", file("one.json", '{"images": [], "annotations": [{"image_id": 1}]}')), "no entry 1"),
-        (given("coco2017", file("empty.json", '{"images": [], "annotations": []}')), "has no captions"),
+        (
+            given("coco2017", file("one.json", '{"images": [], "annotations": [{"image_id": 1}]}')),
+            "no entry 1",
+        ),
+        (
+            given("coco2017", file("empty.json", '{"images": [], "annotations": []}')),
+            "has no captions",
+        ),
         (given("flickr30k", karpathy, "--split-file", test), "has splits of its own"),
         (given("coco", karpathy, "--split-file", test), "--split-file is for flickr30k"),
-        (given("flickr30k", token), "holds all splits (4 images); name the images of 'test' with --split-file"),
-        (given("flickr30k", token, "--split-file", test), "1 of 2 images of --split-file are not in"),
+        (
+            given("flickr30k", token),
+            "holds all splits (4 images); name the images of 'test' with --split-file",
+        ),
+        (
+            given("flickr30k", token, "--split-file", test),
+            "1 of 2 images of --split-file are not in",
+        ),
         (given("flickr30k", token, "--split-file", str(folder / "none")), "none does not exist"),
-        (given("flickr30k", file("odd.txt", "image,caption\nno image\n")), "line 2 is no image and caption: no image"),
+        (
+            given("flickr30k", file("odd.txt", "image,caption\nno image\n")),
+            "line 2 is no image and caption: no image",
+        ),
         (given("pairs", "file,caption\na.jpg,b\n"), "has no column 'image'; it has file, caption"),
         (given("pairs", ""), "has no column 'image'; it has none"),
         (given("pairs", "image,caption\na.jpg\n"), "line 2: less than 2 columns"),
@@ -330,12 +439,21 @@ def bad_inputs(folder: Path) -> list[tuple[list[str], str]]:
             given("pairs", "image,caption\na.jpg,one, two\n"),
             "line 2: more than 2 columns (captions with separators",
         ),
-        (given("pairs", 'image,caption\na.jpg,"Stop" sign\n'), "line 2: ',' expected after '\"' (captions with"),
-        (given("pairs", 'image,caption\na.jpg,"Stop sign\nb.jpg,c\n'), "line 2: unexpected end of data"),
+        (
+            given("pairs", 'image,caption\na.jpg,"Stop" sign\n'),
+            "line 2: ',' expected after '\"' (captions with",
+        ),
+        (
+            given("pairs", 'image,caption\na.jpg,"Stop sign\nb.jpg,c\n'),
+            "line 2: unexpected end of data",
+        ),
         (given("pairs", "image,caption\n,b\n"), "a row has no image (its caption: 'b')"),
         (given("pairs", "image,caption\n"), "has no captions"),
         (given("pairs", "image,caption\na.jpg, \n"), "there are no images"),
-        (given("pairs", write(folder / "latin.csv", b"image,caption\na.jpg,B\xe4r\n")), "is not UTF-8 (line 2)"),
+        (
+            given("pairs", write(folder / "latin.csv", b"image,caption\na.jpg,B\xe4r\n")),
+            "is not UTF-8 (line 2)",
+        ),
         (given("flickr30k", karpathy, "--limit", "-1"), "--limit must be at least 1"),
         (given("flickr30k", karpathy, "--out", "s3:/bucket"), "did you mean 's3://bucket'?"),
         (["coco", "--annotations", str(karpathy), "--images", "s3://bucket/coco"], "local folders"),

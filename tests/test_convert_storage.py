@@ -12,13 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tarballs import assert_three_tars, cut, pairs, quick, read_back, serve, stage, three_tars, upload, write_tar
+from tarballs import (
+    assert_three_tars,
+    cut,
+    pairs,
+    quick,
+    read_back,
+    serve,
+    stage,
+    three_tars,
+    upload,
+    write_tar,
+)
 
+from alignclip.conversion import fetch
+from alignclip.conversion.inputs import expand
+from alignclip.conversion.storage import Store
 from alignclip.errors import UserError
 from alignclip.storage import patience
-from convert import fetch
-from convert.inputs import expand
-from convert.storage import Store
 
 
 def test_a_part_that_is_being_uploaded_again_is_incomplete(
@@ -38,7 +49,9 @@ def test_from_s3_to_s3(s3: Any, tmp_path: Path) -> None:
     every = [f"{bucket}/raw/{i:05}.tar" for i in range(3)]
     for pattern in ("", "/", "/*.tar", "/{00000..00002}.tar"):
         assert expand([f"{bucket}/raw{pattern}"]) == every
-    with pytest.raises(UserError, match=rf"1 of 4 inputs do not exist, the first is {bucket}/raw/00003\.tar"):
+    with pytest.raises(
+        UserError, match=rf"1 of 4 inputs do not exist, the first is {bucket}/raw/00003\.tar"
+    ):
         expand([bucket + "/raw/{00000..00003}.tar"])
     with pytest.raises(UserError, match="nothing matches"):
         expand([f"{bucket}/raw/x*.tar"])
@@ -47,20 +60,29 @@ def test_from_s3_to_s3(s3: Any, tmp_path: Path) -> None:
     counts = quick([f"{bucket}/raw"], out + "/")
     assert counts.written == 15
     assert_three_tars(read_back(out, tmp_path / "cache"))
-    names = [f"{i:05}/{name}" for i in range(3) for name in ("counts.json", "index.json", "shard.00000.mds")]
+    names = [
+        f"{i:05}/{name}"
+        for i in range(3)
+        for name in ("counts.json", "index.json", "shard.00000.mds")
+    ]
     names += ["convert.json", "dataset.json", "index.json", "report.md"]
     assert s3.keys(out) == sorted(f"deep/pairs/{name}" for name in names)
     assert json.loads((tmp_path / "cache" / "index.json").read_text())["shards"]
 
     name, key = bucket.removeprefix("s3://"), "deep/pairs/00001/index.json"
-    written = {entry: s3.client.head_object(Bucket=name, Key=entry)["LastModified"] for entry in s3.keys(out)}
+    written = {
+        entry: s3.client.head_object(Bucket=name, Key=entry)["LastModified"]
+        for entry in s3.keys(out)
+    }
     s3.client.delete_object(Bucket=name, Key=key)
     again = quick([f"{bucket}/raw"], out)
     assert (again.written, again.resumed) == (15, 10)
     assert_three_tars(read_back(out, tmp_path / "second-cache"))
     kept = "deep/pairs/00000/shard.00000.mds"
     assert s3.client.head_object(Bucket=name, Key=kept)["LastModified"] == written[kept]
-    with pytest.raises(UserError, match="was begun with no --caption-key, this run has --caption-key title:"):
+    with pytest.raises(
+        UserError, match="was begun with no --caption-key, this run has --caption-key title:"
+    ):
         quick([f"{bucket}/raw"], out, caption_key="title")
 
 
@@ -90,7 +112,9 @@ def test_no_objects_stay_of_a_part_that_became_smaller(s3: Any, tmp_path: Path) 
     assert {key for key in s3.keys(out) if key.endswith(".mds")} == named
 
 
-def test_an_outage_leaves_no_index(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outage_leaves_no_index(
+    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(patience, "PATIENCE", 0.1)
     store = Store(f"{s3.bucket()}/out")
 
@@ -111,7 +135,9 @@ def test_an_outage_leaves_no_index(s3: Any, tmp_path: Path, monkeypatch: pytest.
     assert store.listing() == {"00000/index.json"}
 
 
-def test_no_bucket_and_no_credentials(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_bucket_and_no_credentials(
+    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = three_tars(tmp_path / "in")
     with pytest.raises(UserError, match=r"cannot reach s3://not-there/x: no such bucket"):
         quick([source], "s3://not-there/x")
@@ -131,7 +157,9 @@ def test_no_bucket_and_no_credentials(s3: Any, tmp_path: Path, monkeypatch: pyte
 
 def test_tars_over_http(tmp_path: Path) -> None:
     with serve(
-        functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(three_tars(tmp_path / "in")))
+        functools.partial(
+            http.server.SimpleHTTPRequestHandler, directory=str(three_tars(tmp_path / "in"))
+        )
     ) as url:
         assert quick([url + "/{00000..00002}.tar"], tmp_path / "out").written == 15
         with pytest.raises(UserError, match=rf"cannot fetch {url}/00009\.tar: HTTP Error 404"):
@@ -179,7 +207,9 @@ def test_http_that_fails_for_the_moment(tmp_path: Path, monkeypatch: pytest.Monk
                 quick([f"{url}/b.tar"], tmp_path / "none")
 
 
-def test_copies_that_are_left_are_those_of_dead_processes_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_that_are_left_are_those_of_dead_processes_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """TMPDIR may be shared with other machines, whose process ids say nothing here."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     dead = subprocess.Popen(["true"])
@@ -199,15 +229,20 @@ def test_copies_that_are_left_are_those_of_dead_processes_here(tmp_path: Path, m
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
 
 
-def test_a_prefix_of_other_objects_is_no_output_and_a_set_there_is_read_by_its_index(s3: Any, tmp_path: Path) -> None:
+def test_a_prefix_of_other_objects_is_no_output_and_a_set_there_is_read_by_its_index(
+    s3: Any, tmp_path: Path
+) -> None:
     source, bucket = three_tars(tmp_path / "in"), s3.bucket()
     upload(s3, source, f"{bucket}/raw")
     with pytest.raises(
-        UserError, match=rf"^{bucket}/raw holds other files \(00000\.tar, .*\); give --out a new or empty"
+        UserError,
+        match=rf"^{bucket}/raw holds other files \(00000\.tar, .*\); give --out a new or empty",
     ):
         quick([source], f"{bucket}/raw")
     assert sorted(Store(f"{bucket}/raw").listing()) == [f"{i:05}.tar" for i in range(3)]
     quick([source / "00000.tar"], f"{bucket}/set")
-    message = rf"^{bucket}/set holds MDS, which is read by its index: name {bucket}/set/index\.json$"
+    message = (
+        rf"^{bucket}/set holds MDS, which is read by its index: name {bucket}/set/index\.json$"
+    )
     with pytest.raises(UserError, match=message):
         quick([f"{bucket}/set"], tmp_path / "out")

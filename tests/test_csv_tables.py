@@ -13,11 +13,11 @@ from pyarrow import csv as arrow
 from tarballs import draw, quick, read_back
 from test_tables import write_parquet
 
+from alignclip.conversion import csv_tables
+from alignclip.conversion.csv_tables import look, rows_of
+from alignclip.conversion.inputs import expand, read
+from alignclip.conversion.samples import TOO_MANY_FIELDS, Reading, Sample
 from alignclip.errors import UserError, nearest
-from convert import csv_tables
-from convert.csv_tables import look, rows_of
-from convert.inputs import expand, read
-from convert.samples import TOO_MANY_FIELDS, Reading, Sample
 
 README = Path(__file__).parents[1] / "README.md"
 PUBLISHED = {  # the first lines of the published lists, which have no header
@@ -36,7 +36,9 @@ def images(tmp_path: Path) -> Path:
 
 def samples_of(path: Path, how: Reading | None = None) -> list[Sample]:
     how = how or Reading()
-    items = [item for part in expand([str(path)], None, how) for item in read(part, path, None, how)]
+    items = [
+        item for part in expand([str(path)], None, how) for item in read(part, path, None, how)
+    ]
     return [item for item in items if isinstance(item, Sample)]
 
 
@@ -51,7 +53,9 @@ def write_list(folder: Path, name: str, suffix: str = ".tsv") -> Path:
 
 @pytest.mark.parametrize("suffix", [".tsv", ".csv"])
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_list_is_told_how_to_be_downloaded(tmp_path: Path, name: str, suffix: str) -> None:
+def test_a_published_list_is_told_how_to_be_downloaded(
+    tmp_path: Path, name: str, suffix: str
+) -> None:
     """Both commands in the message do what it says: the first writes a header that img2dataset's reader takes."""
     path = write_list(tmp_path, name, suffix)
     with pytest.raises(UserError, match=r"is a list of URLs, .* img2dataset --url_list") as refused:
@@ -80,10 +84,13 @@ def test_the_first_step_of_the_documents_takes_the_published_list_as_it_is(tmp_p
     subprocess.run(first, shell=True, check=True, cwd=tmp_path)
     words = shlex.split(command)
     table = arrow.read_csv(
-        tmp_path / words[words.index("--url_list") + 1], parse_options=arrow.ParseOptions(delimiter="\t")
+        tmp_path / words[words.index("--url_list") + 1],
+        parse_options=arrow.ParseOptions(delimiter="\t"),
     )
     assert table.num_rows == 3
-    assert table.column_names == [words[words.index(name) + 1] for name in ("--url_col", "--caption_col")]
+    assert table.column_names == [
+        words[words.index(name) + 1] for name in ("--url_col", "--caption_col")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +104,9 @@ def test_the_first_step_of_the_documents_takes_the_published_list_as_it_is(tmp_p
 def test_a_list_of_urls_with_a_header(tmp_path: Path, text: str, column: str) -> None:
     path = tmp_path / "a.csv"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=rf"a list of URLs, .* --url_col {column} --caption_col caption"):
+    with pytest.raises(
+        UserError, match=rf"a list of URLs, .* --url_col {column} --caption_col caption"
+    ):
         quick([path], tmp_path / "out")
 
 
@@ -109,7 +118,10 @@ def test_urls_beside_images_are_no_list(images: Path) -> None:
 
 def test_a_parquet_file_of_urls(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", {"url": ["https://e.org/0.jpg"], "TEXT": ["a"]})
-    with pytest.raises(UserError, match=r"a list of URLs, .* --input_format parquet --url_col url --caption_col TEXT"):
+    with pytest.raises(
+        UserError,
+        match=r"a list of URLs, .* --input_format parquet --url_col url --caption_col TEXT",
+    ):
         quick([path], tmp_path / "out")
     (tmp_path / "a.tar").write_bytes(b"")
     with pytest.raises(UserError, match=rf"a list of URLs, .* they lie in {tmp_path}/a\.tar$"):
@@ -130,12 +142,23 @@ def test_a_first_row_that_is_data(images: Path) -> None:
 @pytest.mark.parametrize("suffix", [".csv", ".tsv"])
 @pytest.mark.parametrize("delimiter", csv_tables.SEPARATORS)
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_the_separator_is_what_the_header_has(images: Path, suffix: str, delimiter: str, end: str) -> None:
+def test_the_separator_is_what_the_header_has(
+    images: Path, suffix: str, delimiter: str, end: str
+) -> None:
     path = images / f"a{suffix}"
     with path.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file, delimiter=delimiter, lineterminator=end)
-        rows.writerows([["image", "caption"], ["0.jpg", "one, two; three | four\tfive"], ["1.jpg", 'the "other"']])
-    assert [sample.caption for sample in samples_of(path)] == ["one, two; three | four\tfive", 'the "other"']
+        rows.writerows(
+            [
+                ["image", "caption"],
+                ["0.jpg", "one, two; three | four\tfive"],
+                ["1.jpg", 'the "other"'],
+            ]
+        )
+    assert [sample.caption for sample in samples_of(path)] == [
+        "one, two; three | four\tfive",
+        'the "other"',
+    ]
     table = look(path, {"image", "caption"})
     assert list(rows_of(table, "--annotations a")) == [
         ["0.jpg", "one, two; three | four\tfive"],
@@ -176,10 +199,16 @@ def test_columns_of_other_names_are_named_by_options(images: Path) -> None:
     path.write_text("photo,says\n0.jpg,a\n", encoding="utf-8")
     for key, chosen in (("image", None), ("caption", "photo")):
         with pytest.raises(
-            UserError, match=rf"has no {key} column \(.*; --{key}-key names another\); it has photo, says$"
+            UserError,
+            match=rf"has no {key} column \(.*; --{key}-key names another\); it has photo, says$",
         ):
             quick([path], images / "out", reading=Reading(image_key=chosen))
-    assert quick([path], images / "out", reading=Reading(image_key="photo"), caption_key="says").written == 1
+    assert (
+        quick(
+            [path], images / "out", reading=Reading(image_key="photo"), caption_key="says"
+        ).written
+        == 1
+    )
 
 
 # encodings
@@ -187,9 +216,13 @@ def test_columns_of_other_names_are_named_by_options(images: Path) -> None:
 TEXT = "image,caption\n0.jpg,Käse aus Zürich\n1.jpg,ein Haus\n"
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
-def test_encodings_that_a_file_shows(images: Path, encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("convert.tables.ROWS", 1)
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"]
+)
+def test_encodings_that_a_file_shows(
+    images: Path, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("alignclip.conversion.tables.ROWS", 1)
     path = images / "a.csv"
     path.write_bytes(TEXT.encode(encoding))
     assert [sample.caption for sample in samples_of(path)] == ["Käse aus Zürich", "ein Haus"]
@@ -206,12 +239,18 @@ def test_a_mark_before_a_name_in_quotation_marks(images: Path) -> None:
 def test_an_encoding_that_a_file_does_not_show_is_asked_for(images: Path, encoding: str) -> None:
     path = images / "a.csv"
     path.write_bytes(TEXT.encode(encoding))
-    with pytest.raises(UserError, match=r"a\.csv is not UTF-8 \(line 2\); name its encoding, e\.g\. --encoding cp1252"):
+    with pytest.raises(
+        UserError,
+        match=r"a\.csv is not UTF-8 \(line 2\); name its encoding, e\.g\. --encoding cp1252",
+    ):
         quick([path], images / "out")
     assert not (images / "out").exists()
     counts = quick([path], images / "out", reading=Reading(encoding=encoding))
     assert (counts.written, counts.noted) == (2, {})
-    assert {row["caption"] for row in read_back(None, images / "out").values()} == {"Käse aus Zürich", "ein Haus"}
+    assert {row["caption"] for row in read_back(None, images / "out").values()} == {
+        "Käse aus Zürich",
+        "ein Haus",
+    }
 
 
 def test_utf8_by_name_is_what_sets_were_begun_with(images: Path) -> None:
@@ -220,7 +259,9 @@ def test_utf8_by_name_is_what_sets_were_begun_with(images: Path) -> None:
     path.write_bytes(TEXT.encode("latin-1"))
     for name in ("utf-8", "UTF_8", "utf8"):
         assert quick([path], images / "out", reading=Reading(encoding=name)).written == 2
-    with pytest.raises(UserError, match=r"was begun with no --encoding, this run has --encoding latin-1"):
+    with pytest.raises(
+        UserError, match=r"was begun with no --encoding, this run has --encoding latin-1"
+    ):
         quick([path], images / "out", reading=Reading(encoding="latin-1"))
 
 
@@ -228,7 +269,9 @@ def test_no_such_encoding(images: Path) -> None:
     path = images / "a.csv"
     path.write_text(TEXT, encoding="utf-8")
     for name in ("windows", "base64", "rot13"):
-        with pytest.raises(UserError, match=rf"^--encoding {name} is not known; for instance utf-8,"):
+        with pytest.raises(
+            UserError, match=rf"^--encoding {name} is not known; for instance utf-8,"
+        ):
             quick([path], images / "out", reading=Reading(encoding=name))
 
 
@@ -239,10 +282,17 @@ def test_a_lone_quotation_mark_swallows_no_rows(images: Path) -> None:
     """It opens a field that ends where the next one does: three pairs would be one."""
     path = images / "a.tsv"
     path.write_text('caption\timage\n"big\t0.jpg\na house\t1.jpg\n5"\t2.jpg\n', encoding="utf-8")
-    with pytest.raises(UserError, match=r"a\.tsv, line 2: a field begins with a quotation mark and goes on over"):
+    with pytest.raises(
+        UserError, match=r"a\.tsv, line 2: a field begins with a quotation mark and goes on over"
+    ):
         quick([path], images / "out")
-    path.write_text('caption,image\n"a house,\nthe ""big"" one",0.jpg\na 5" disk,1.jpg\n', encoding="utf-8")
-    assert [sample.caption for sample in samples_of(path)] == ['a house,\nthe "big" one', 'a 5" disk']
+    path.write_text(
+        'caption,image\n"a house,\nthe ""big"" one",0.jpg\na 5" disk,1.jpg\n', encoding="utf-8"
+    )
+    assert [sample.caption for sample in samples_of(path)] == [
+        'a house,\nthe "big" one',
+        'a 5" disk',
+    ]
 
 
 def test_captions_that_are_cut_at_a_separator_are_counted(images: Path) -> None:
@@ -254,10 +304,19 @@ def test_captions_that_are_cut_at_a_separator_are_counted(images: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"image,caption\n0.jpg,a\n1.jpg,b,c\n", r"^--annotations a line 3: more than 2 columns \("),
+        (
+            b"image,caption\n0.jpg,a\n1.jpg,b,c\n",
+            r"^--annotations a line 3: more than 2 columns \(",
+        ),
         (b"image,caption\n0.jpg\n", r"^--annotations a line 2: less than 2 columns \("),
-        (b'image,caption\n0.jpg,"a" b\n', r"^--annotations a line 2: .* \(captions with separators or quotation"),
-        (b"image,caption\n0.jpg,a\0b\n", r"^--annotations a line 2: (a zero byte|line contains NUL)"),
+        (
+            b'image,caption\n0.jpg,"a" b\n',
+            r"^--annotations a line 2: .* \(captions with separators or quotation",
+        ),
+        (
+            b"image,caption\n0.jpg,a\0b\n",
+            r"^--annotations a line 2: (a zero byte|line contains NUL)",
+        ),
     ],
 )
 def test_annotations_are_read_strictly(tmp_path: Path, text: bytes, message: str) -> None:

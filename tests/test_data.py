@@ -21,10 +21,10 @@ from runs import jpeg, write_set
 from s3 import S3Server
 from streaming import MDSWriter
 
-from alignclip.config import DataConfig, StreamConfig
-from alignclip.data import ImageTextDataset, build_dataloader
+from alignclip.config.schema import DataConfig, StreamConfig
+from alignclip.data.dataset import ImageTextDataset, build_dataloader
+from alignclip.data.streams import check_streams
 from alignclip.errors import UserError
-from alignclip.streams import check_streams
 
 Build = Callable[..., ImageTextDataset]
 
@@ -36,7 +36,9 @@ def build() -> Iterator[Build]:
 
     def build(config: DataConfig, batch_size: int = 8, semantic: bool = True) -> ImageTextDataset:
         made.append(
-            ImageTextDataset(config, batch_size=batch_size, image_size=32, context_length=20, semantic=semantic)
+            ImageTextDataset(
+                config, batch_size=batch_size, image_size=32, context_length=20, semantic=semantic
+            )
         )
         return made[-1]
 
@@ -114,7 +116,12 @@ def test_several_captions_draw_one_with_its_embedding(tmp_path: Path, build: Bui
         for i in range(24):
             rows = np.arange(4, dtype=np.float16)[:, None].repeat(3, axis=1)
             writer.write(
-                {"key": str(i), "image": jpeg(np.random.default_rng(i)), "caption": captions, "semantic": rows}
+                {
+                    "key": str(i),
+                    "image": jpeg(np.random.default_rng(i)),
+                    "caption": captions,
+                    "semantic": rows,
+                }
             )
     dataset = build(config_for(tmp_path / "m"))
     drawn = set()
@@ -225,8 +232,8 @@ def test_an_outage_is_waited_for(s3: S3Server, tmp_path: Path) -> None:
     write_set(remote, 400)
     script = f"""
         import sys
-        from alignclip.config import DataConfig, StreamConfig
-        from alignclip.data import ImageTextDataset, build_dataloader
+        from alignclip.config.schema import DataConfig, StreamConfig
+        from alignclip.data.dataset import ImageTextDataset, build_dataloader
         stream = StreamConfig(remote={remote!r}, local={str(tmp_path / "cache")!r})
         config = DataConfig(
             streams={{"s": stream}}, num_canonical_nodes=1, num_workers=1, download_retry=6, download_timeout=2.0,
@@ -239,7 +246,10 @@ def test_an_outage_is_waited_for(s3: S3Server, tmp_path: Path) -> None:
                 sys.stdin.readline()
     """
     reader = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", textwrap.dedent(script)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert reader.stdin is not None
     assert reader.stdout is not None
@@ -262,7 +272,10 @@ def test_an_outage_is_waited_for(s3: S3Server, tmp_path: Path) -> None:
     [
         ((("hub/mpnet", 16), ("models/mpnet", 16)), None),
         ((("hub/mpnet", 16), (None, None)), None),
-        ((("hub/mpnet", 16), ("hub/minilm", 16)), "of 'hub/mpnet', data.streams.s1 of 'hub/minilm', which can't be"),
+        (
+            (("hub/mpnet", 16), ("hub/minilm", 16)),
+            "of 'hub/mpnet', data.streams.s1 of 'hub/minilm', which can't be",
+        ),
         ((("hub/mpnet", 16), ("hub/mpnet", 24)), "dimension 16, data.streams.s1 of 24"),
     ],
     ids=str,
@@ -279,7 +292,9 @@ def test_streams_have_one_sentence_encoder(tmp_path: Path, encoders: Any, says: 
             ]
         (folder / "index.json").write_text(json.dumps(index))
         if encoder:
-            (folder / "dataset.json").write_text(json.dumps({"encoder": encoder, "dimension": dimension}))
+            (folder / "dataset.json").write_text(
+                json.dumps({"encoder": encoder, "dimension": dimension})
+            )
     if says is None:
         check_streams(config_for(*folders), semantic=True)
         return
@@ -291,14 +306,19 @@ def test_streams_have_one_sentence_encoder(tmp_path: Path, encoders: Any, says: 
 def test_a_short_epoch_is_not_taken_for_a_short_set(tmp_path: Path) -> None:
     write_set(str(tmp_path), 70)
     config = config_for(tmp_path, epoch_size="10", num_workers=0)
-    dataset = ImageTextDataset(config, batch_size=16, image_size=32, context_length=20, semantic=False)
+    dataset = ImageTextDataset(
+        config, batch_size=16, image_size=32, context_length=20, semantic=False
+    )
     with pytest.raises(
-        UserError, match=r"an epoch \(data.epoch_size, .*\) has 10 samples, .* to 10 or less \(it is 16"
+        UserError,
+        match=r"an epoch \(data.epoch_size, .*\) has 10 samples, .* to 10 or less \(it is 16",
     ):
         build_dataloader(dataset, config, pin_memory=False)
 
 
-def test_missing_sets_are_one_line(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_sets_are_one_line(
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def says(*folders: Path | str, semantic: bool = True) -> str:
         with pytest.raises(UserError) as error:
             check_streams(config_for(*folders), semantic=semantic)
@@ -308,8 +328,12 @@ def test_missing_sets_are_one_line(s3: S3Server, tmp_path: Path, monkeypatch: py
     nowhere = f"data.streams.s0: no MDS set at {tmp_path / 'nowhere'} (no index.json there)"
     assert says(tmp_path / "nowhere").startswith(nowhere)
     assert says(tmp_path / "nowhere").endswith("take it out with data.streams.s0=null")
-    assert "can't read s3://no-such-bucket-here/x/index.json: no such bucket" in says("s3://no-such-bucket-here/x")
-    with pytest.raises(UserError, match=r"data\.shuffle_algo=py1x does not exist; did you mean 'py1"):
+    assert "can't read s3://no-such-bucket-here/x/index.json: no such bucket" in says(
+        "s3://no-such-bucket-here/x"
+    )
+    with pytest.raises(
+        UserError, match=r"data\.shuffle_algo=py1x does not exist; did you mean 'py1"
+    ):
         check_streams(config_for(tmp_path, shuffle_algo="py1x"), semantic=False)
     with pytest.raises(UserError, match=r"data\.validate_hash=xxh46: did you mean 'xxh64'"):
         check_streams(config_for(tmp_path, validate_hash="xxh46"), semantic=False)
@@ -329,7 +353,9 @@ def test_missing_sets_are_one_line(s3: S3Server, tmp_path: Path, monkeypatch: py
         assert "is not a streaming index" in says(tmp_path / "odd")
     write_set(str(tmp_path / "a"), 4, dimension=16)
     write_set(str(tmp_path / "b"), 4, dimension=24)
-    assert "caption embeddings of dimension 16, data.streams.s1 of 24" in says(tmp_path / "a", tmp_path / "b")
+    assert "caption embeddings of dimension 16, data.streams.s1 of 24" in says(
+        tmp_path / "a", tmp_path / "b"
+    )
     with monkeypatch.context() as patch:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
         assert "access denied" in says(f"{bucket}/plain")
@@ -344,7 +370,9 @@ def test_more_workers_than_cores_are_said_in_one_line_with_the_key(
     write_set(str(tmp_path / "set"), count=16)
     config = config_for(tmp_path / "set")
     config.num_workers = 1000
-    dataset = ImageTextDataset(config, batch_size=4, image_size=32, context_length=77, semantic=False)
+    dataset = ImageTextDataset(
+        config, batch_size=4, image_size=32, context_length=77, semantic=False
+    )
     with warnings.catch_warnings(record=True) as told:
         build_dataloader(dataset, config, pin_memory=False)
         monkeypatch.setenv("LOCAL_RANK", "1")

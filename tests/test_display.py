@@ -20,13 +20,17 @@ from composer.loggers import Logger
 from composer.utils import dist
 from runs import write_config
 
-from alignclip import training
-from alignclip.callbacks import TrainingMonitor
-from alignclip.config_file import load
-from alignclip.display import Console
+from alignclip.config.reading import load
+from alignclip.training import pretraining
+from alignclip.training.callbacks import TrainingMonitor
+from alignclip.training.display import Console
 
 LOGGER = cast(Logger, None)  # not used
-LOSSES = {"loss/train/contrastive": 4.1234, "loss/train/separation": 0.5678, "loss/train/total": 4.6912}
+LOSSES = {
+    "loss/train/contrastive": 4.1234,
+    "loss/train/separation": 0.5678,
+    "loss/train/total": 4.6912,
+}
 
 
 class Clock:
@@ -36,7 +40,8 @@ class Clock:
         self.now = 1000.0
         monkeypatch.setattr("tqdm.std.time", lambda: self.now)
         monkeypatch.setattr(
-            "alignclip.display.time", SimpleNamespace(monotonic=lambda: self.now, strftime=time.strftime)
+            "alignclip.training.display.time",
+            SimpleNamespace(monotonic=lambda: self.now, strftime=time.strftime),
         )
 
 
@@ -50,7 +55,9 @@ class Run:
 
     def __init__(self, clock: Clock, total: int, batch: int = 0) -> None:
         self.clock, self.total, self.monitor = clock, total, TrainingMonitor()
-        self.state: Any = SimpleNamespace(callbacks=[self.monitor], get_elapsed_duration=self._elapsed)
+        self.state: Any = SimpleNamespace(
+            callbacks=[self.monitor], get_elapsed_duration=self._elapsed
+        )
         self._move(batch)
 
     def _elapsed(self) -> Time:
@@ -64,7 +71,10 @@ class Run:
         """Up to a batch, so many seconds each."""
         for batch in range(self.state.timestamp.batch.value + 1, to + 1):
             self.clock.now += seconds
-            self.monitor.batches, self.monitor.seconds = self.monitor.batches + 1, self.monitor.seconds + seconds
+            self.monitor.batches, self.monitor.seconds = (
+                self.monitor.batches + 1,
+                self.monitor.seconds + seconds,
+            )
             self.monitor.waited += seconds / 4
             self._move(batch)
             console.log_metrics({**LOSSES, "lr": 5e-4})
@@ -102,9 +112,14 @@ class Terminal:
 
 @pytest.mark.parametrize("columns", [80, 95, 96, 100, 120, 160])
 @pytest.mark.parametrize(("seconds", "rate"), [(2.5, "2.50s/ba"), (0.4, "2.50ba/s")])
-def test_the_bar_has_rate_and_all_terms_in_any_terminal(clock: Clock, columns: int, seconds: float, rate: str) -> None:
+def test_the_bar_has_rate_and_all_terms_in_any_terminal(
+    clock: Clock, columns: int, seconds: float, rate: str
+) -> None:
     terminal = Terminal(columns)
-    console, run = Console(21_490, 4096, True, None, stream=terminal.stream), Run(clock, 21_490, 12_300)
+    console, run = (
+        Console(21_490, 4096, True, None, stream=terminal.stream),
+        Run(clock, 21_490, 12_300),
+    )
     console.fit_start(run.state, LOGGER)
     clock.now += 40_000  # hours, as the time left is: the longest that the times get
     run.train(console, 12_350, seconds)
@@ -173,12 +188,14 @@ def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def build(rank: int, *overrides: str) -> list[Any]:
         monkeypatch.setattr(dist, "get_global_rank", lambda: rank)
         config = load(write_config(tmp_path, str(tmp_path)), ["run_name=r", *overrides])
-        return list(training.build_displays(config, None, cast(Any, range(4))))
+        return list(pretraining.build_displays(config, None, cast(Any, range(4))))
 
     return build
 
 
-@pytest.mark.parametrize("overrides", [("progress_bar=true",), ("progress_bar=false", "log_to_console=true")])
+@pytest.mark.parametrize(
+    "overrides", [("progress_bar=true",), ("progress_bar=false", "log_to_console=true")]
+)
 def test_the_first_rank_alone_shows_anything(built: Any, overrides: tuple[str, ...]) -> None:
     assert [type(one) for one in built(0, *overrides)] == [Console]
     assert built(1, *overrides) == []

@@ -15,14 +15,17 @@ from typing import Any
 
 import pytest
 
-from alignclip import plugins
-from alignclip.config import RunConfig
-from alignclip.config_file import _check_keys, load, load_evaluation
+from alignclip.config.reading import _check_keys, load, load_evaluation
+from alignclip.config.schema import RunConfig
 from alignclip.errors import UserError
+from alignclip.training import plugins
 
 ROOT = Path(__file__).parent.parent
 MIGRATION = ROOT / "docs" / "migration.md"
-READERS: dict[str, Callable[[Path, list[str]], object]] = {"pretrain.py": load, "evaluate.py": load_evaluation}
+READERS: dict[str, Callable[[Path, list[str]], object]] = {
+    "pretrain.py": load,
+    "evaluate.py": load_evaluation,
+}
 
 # Of main/params.py of https://github.com/sarahESL/AlignCLIP at commit a18e805, besides those that open_clip has, too.
 PUBLISHED = """
@@ -40,7 +43,9 @@ def tables() -> dict[str, list[tuple[str, ...]]]:
         if line.startswith("## "):
             section = line.removeprefix("## ")
         elif line.startswith("| ") and not line.startswith("| **"):
-            found.setdefault(section, []).append(tuple(cell.strip() for cell in line.strip().strip("|").split("|")))
+            found.setdefault(section, []).append(
+                tuple(cell.strip() for cell in line.strip().strip("|").split("|"))
+            )
     return {name: rows[1:] for name, rows in found.items()}
 
 
@@ -59,7 +64,11 @@ def open_clips_flags() -> set[str]:
     assert spec.origin is not None
     tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    adds = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument"]
+    adds = [
+        call
+        for call in calls
+        if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument"
+    ]
     return {ast.literal_eval(call.args[0]).removeprefix("--") for call in adds}
 
 
@@ -86,7 +95,9 @@ def nested(key: str, value: Any = None) -> Any:
 
 @functools.cache
 def help_of(command: tuple[str, ...]) -> str:
-    done = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -126,18 +137,34 @@ def test_keys_exist_and_values_are_taken(row: tuple[str, ...]) -> None:
             _check_keys(nested(code), RunConfig, RunConfig, "", row[0])
     if any(override.startswith("evaluators.") for override in overrides):
         evaluated = overrides[0].split(".")[1]
-        more = {"retrieval": [], "zero_shot": [], "linear_probe": ["train"], "out_of_distribution": ["outliers"]}
+        more = {
+            "retrieval": [],
+            "zero_shot": [],
+            "linear_probe": ["train"],
+            "out_of_distribution": ["outliers"],
+        }
         task = next((o.partition("=")[2] for o in overrides if ".task=" in o), "retrieval")
-        sets = [f"evaluators.{evaluated}.{part}local=x" for part in ("", *(f"{key}." for key in more[task]))]
+        sets = [
+            f"evaluators.{evaluated}.{part}local=x"
+            for part in ("", *(f"{key}." for key in more[task]))
+        ]
         overrides += [f"evaluators.{evaluated}.task={task}", *sets]
     config = load(ROOT / "yamls" / "alignclip.yaml", overrides)
     plugins.check(config)
 
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "convert" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "convert" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 WITHOUT_COMMANDS = {"data.md", "evaluation.md", "python.md"}  # of docs
-SECTIONS = "model|loss|data|optimizer|scheduler|evaluators|keep_best|parallelism_config|compile_config"
-each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+SECTIONS = (
+    "model|loss|data|optimizer|scheduler|evaluators|keep_best|parallelism_config|compile_config"
+)
+each_document = pytest.mark.parametrize(
+    "path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT))
+)
 
 
 def commands(path: Path) -> list[str]:
@@ -163,7 +190,9 @@ def check_whole_command(command: str) -> None:
     if "://" in yaml:  # what a run has left
         yaml = "yamls/alignclip.yaml"
     yaml = yaml if yaml != "my.yaml" else "yamls/evaluate.yaml"
-    if script == "evaluate.py" and not any(override.startswith("checkpoint") for override in overrides):
+    if script == "evaluate.py" and not any(
+        override.startswith("checkpoint") for override in overrides
+    ):
         overrides.append("checkpoint=any")
     READERS[script](ROOT / yaml, overrides)
 
@@ -178,7 +207,10 @@ def test_commands_can_be_given(path: Path) -> None:
 
 SCRIPTS = [
     *READERS,
-    *(f"convert/{name}.py" for name in ("cc12m", "classification", "retrieval", "verify", "checkpoint")),
+    *(
+        f"convert/{name}.py"
+        for name in ("cc12m", "classification", "retrieval", "verify", "checkpoint")
+    ),
 ]
 
 
@@ -186,7 +218,9 @@ SCRIPTS = [
 def test_examples_of_the_help_can_be_given(script: str) -> None:
     """In an example a trailing backslash joins two lines; ``#`` begins a remark."""
     text = help_of((sys.executable, str(ROOT / script)))
-    assert max(map(len, text.splitlines())) <= 120  # a backslash that Python ate leaves one long line
+    assert (
+        max(map(len, text.splitlines())) <= 120
+    )  # a backslash that Python ate leaves one long line
     lines = text.partition("examples:\n")[2].replace("\\\n", " ").splitlines()
     examples = [line.strip() for line in lines if re.match(r"\s+(composer|python) ", line)]
     assert examples
@@ -207,9 +241,13 @@ def test_keys_in_the_text_exist(path: Path) -> None:
 def test_files_that_are_named_are_there(path: Path) -> None:
     """Scripts, YAMLs and links to files."""
     text = path.read_text(encoding="utf-8")
-    names = set(re.findall(r"(?:convert|yamls|benchmarks|docs|alignclip)/[\w/.-]+\.(?:py|yaml|md)", text))
+    names = set(
+        re.findall(r"(?:convert|yamls|benchmarks|docs|alignclip)/[\w/.-]+\.(?:py|yaml|md)", text)
+    )
     names |= {link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link}
-    missing = {name for name in names if not (ROOT / name).exists() and not (path.parent / name).exists()}
+    missing = {
+        name for name in names if not (ROOT / name).exists() and not (path.parent / name).exists()
+    }
     assert not missing
 
 

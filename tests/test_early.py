@@ -13,11 +13,11 @@ from s3 import S3Server
 from streaming import MDSWriter
 
 import alignclip
-from alignclip import early
-from alignclip.config import EvaluateConfig, EvaluatorConfig, RunConfig
-from alignclip.config_file import load
+from alignclip.config.reading import load
+from alignclip.config.schema import EvaluateConfig, EvaluatorConfig, RunConfig
+from alignclip.data import early
 from alignclip.errors import UserError
-from alignclip.fetching import why_no_weights
+from alignclip.storage.fetching import why_no_weights
 
 EVALUATE = "evaluators: {a: {task: gap, local: nowhere}, b: {task: sts, local: none.csv}}\nout: results/first\n"
 
@@ -43,7 +43,12 @@ def near(yaml: Path) -> None:
     """What was meant by the places that are mistyped below."""
     for folder in ("runs/clipart", "eval/coco/val", "weights"):
         Path(folder).mkdir(parents=True)
-    for file in ("runs/clipart/best-rank0.pt", "eval/coco/val/index.json", "eval/sts-test.csv", "weights/clip.pt"):
+    for file in (
+        "runs/clipart/best-rank0.pt",
+        "eval/coco/val/index.json",
+        "eval/sts-test.csv",
+        "weights/clip.pt",
+    ):
         Path(file).touch()
 
 
@@ -53,11 +58,23 @@ def near(yaml: Path) -> None:
         ("pretrained=runs/clippart", "no such file: runs/clippart; did you mean 'runs/clipart'?"),
         ("pretrained=Runs/clippart/best.pt", "did you mean 'runs/clipart/best-rank0.pt'?"),
         ("pretrained=./rnus/clippart/best", "did you mean 'runs/clipart/best-rank0.pt'?"),
-        ("load_path=weigths/clip.pt", "load_path=weigths/clip.pt: no such file: weigths/clip.pt; did you mean 'weig"),
-        ("load_path=wholly/other.pt", "load_path=wholly/other.pt: no such file: wholly/other.pt; no weights lie there"),
-        ("data.streams.e.local=evil/cocoa/val", "no MDS set at evil/cocoa/val (no index.json there); did you mean"),
+        (
+            "load_path=weigths/clip.pt",
+            "load_path=weigths/clip.pt: no such file: weigths/clip.pt; did you mean 'weig",
+        ),
+        (
+            "load_path=wholly/other.pt",
+            "load_path=wholly/other.pt: no such file: wholly/other.pt; no weights lie there",
+        ),
+        (
+            "data.streams.e.local=evil/cocoa/val",
+            "no MDS set at evil/cocoa/val (no index.json there); did you mean",
+        ),
         ("data.streams.e.local=eval/coco", "(no index.json there); there is one in eval/coco/val"),
-        ("data.streams.e.local=wholly/other", "(no index.json there); set data.streams.e.remote or .local, or"),
+        (
+            "data.streams.e.local=wholly/other",
+            "(no index.json there); set data.streams.e.remote or .local, or",
+        ),
         (
             "evaluators.x={task: gap, local: eval/cocco, split: val}",
             "no MDS set at eval/cocco/val (no index.json there); d",
@@ -76,11 +93,15 @@ def test_the_nearest_place_is_named(near: None, yaml: Path, override: str, says:
 
 @pytest.mark.parametrize("place", ["runs/clippart", "rnus/clipart", "runs/clippart/best"])
 def test_the_nearest_checkpoint_is_named(near: None, yaml: Path, place: str) -> None:
-    with pytest.raises(UserError, match=rf"checkpoint: no such file: {place}; did you mean 'runs/clipart"):
+    with pytest.raises(
+        UserError, match=rf"checkpoint: no such file: {place}; did you mean 'runs/clipart"
+    ):
         early.check_evaluation(EvaluateConfig(checkpoint=place))
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "history.jsonl", "curves.html", "results.json", "notes.TXT"])
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "history.jsonl", "curves.html", "results.json", "notes.TXT"]
+)
 def test_a_file_that_holds_no_weights_offers_its_folder(yaml: Path, name: str) -> None:
     folder = Path("runs/emoji")
     folder.mkdir(parents=True)
@@ -94,7 +115,10 @@ def test_a_file_that_holds_no_weights_offers_its_folder(yaml: Path, name: str) -
     with pytest.raises(UserError) as error:
         alignclip.load(place)
     assert str(error.value) == says
-    with pytest.raises(UserError, match=r"is no checkpoint, or only a part of one; did you mean its folder, 'runs/emo"):
+    with pytest.raises(
+        UserError,
+        match=r"is no checkpoint, or only a part of one; did you mean its folder, 'runs/emo",
+    ):
         early.check_load_path(place)
     (folder / "latest-rank0.pt").unlink()  # nor has the folder anything to load
     with pytest.raises(UserError, match=rf"is no checkpoint, but a {suffix} file$"):
@@ -112,7 +136,9 @@ def test_a_file_that_holds_no_weights_offers_its_folder(yaml: Path, name: str) -
         ("config.yaml", None),  # there is no such file
     ],
 )
-def test_a_name_that_says_that_no_weights_are_there(yaml: Path, place: str, folder: str | None) -> None:
+def test_a_name_that_says_that_no_weights_are_there(
+    yaml: Path, place: str, folder: str | None
+) -> None:
     Path("folder.txt").mkdir()
     Path("model.safetensors.index.json").touch()
     why = why_no_weights(place)
@@ -164,12 +190,16 @@ def test_a_set_without_embeddings(yaml: Path, tmp_path: Path, place: str) -> Non
     """The look takes no import of Streaming, so that a person hears of it within seconds."""
     write_set(str(tmp_path / "plain"), count=4, columns="plain")
     stream = f"data.streams.e={{{place}: {tmp_path / 'plain'}}}"
-    with pytest.raises(UserError, match=r"data.streams.e has no 'semantic' column, and loss.beta > 0 needs it"):
+    with pytest.raises(
+        UserError, match=r"data.streams.e has no 'semantic' column, and loss.beta > 0 needs it"
+    ):
         early.check_run(load(yaml, [stream]))
     early.check_run(load(yaml, [stream, "loss.beta=0"]))
 
 
-def test_of_several_machines_none_ends_before_the_others_can_hear(yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_several_machines_none_ends_before_the_others_can_hear(
+    yaml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They would wait for the first one until they time out; it speaks once all have met."""
     wrong = load(yaml, ["data.streams.e.local=nowhere"])
     for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
@@ -181,14 +211,21 @@ def test_of_several_machines_none_ends_before_the_others_can_hear(yaml: Path, mo
 
 
 def test_all_wrong_places_are_told_in_one_go(yaml: Path) -> None:
-    wrong = ["data.streams.e.local=one", "evaluators.x={task: gap, local: two}", "pretrained=three.pt"]
+    wrong = [
+        "data.streams.e.local=one",
+        "evaluators.x={task: gap, local: two}",
+        "pretrained=three.pt",
+    ]
     with pytest.raises(UserError) as error:
         early.check_run(load(yaml, [*wrong, "evaluators.y={task: sts, local: four}"]))
     assert all(word in str(error.value) for word in ("one", "two", "three.pt", "four"))
 
 
 def test_sets_that_lack_what_their_task_reads(yaml: Path, data: Path) -> None:
-    good, wrong = EvaluatorConfig(local=str(data / "set"), task="gap"), EvaluatorConfig(local=str(data / "set"))
+    good, wrong = (
+        EvaluatorConfig(local=str(data / "set"), task="gap"),
+        EvaluatorConfig(local=str(data / "set")),
+    )
     early.check_evaluator("x", good, contents=True)
     wrong.task = "zero_shot"
     with pytest.raises(UserError, match=r"evaluators\.x lacks the columns \['label'\]"):
@@ -202,15 +239,32 @@ PAIRS, LABELS = ("caption", "str"), ("label", "int")
     ("task", "column", "says"),
     [
         ("zero_shot", PAIRS, "; the set has pairs and no classes: retrieval and gap read pairs"),
-        ("retrieval", LABELS, "; the set has classes and no captions: zero_shot and linear_probe read classes"),
-        ("gap", LABELS, "; the set has classes and no captions: zero_shot and linear_probe read classes"),
+        (
+            "retrieval",
+            LABELS,
+            "; the set has classes and no captions: zero_shot and linear_probe read classes",
+        ),
+        (
+            "gap",
+            LABELS,
+            "; the set has classes and no captions: zero_shot and linear_probe read classes",
+        ),
         ("zero_shot", LABELS, "there is no set/classes.json; convert/classification.py writes it"),
-        ("zero_shot", ("text", "str"), "evaluators.x lacks the columns ['label']; it has ['image', 'text']"),
+        (
+            "zero_shot",
+            ("text", "str"),
+            "evaluators.x lacks the columns ['label']; it has ['image', 'text']",
+        ),
     ],
 )
 @pytest.mark.parametrize("remote", [False, True])
 def test_a_set_of_the_other_kind_is_said_to_be_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, column: tuple[str, str], says: str, remote: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    task: str,
+    column: tuple[str, str],
+    says: str,
+    remote: bool,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with MDSWriter(out="set", columns=dict([("image", "bytes"), column])) as writer:
@@ -223,7 +277,9 @@ def test_a_set_of_the_other_kind_is_said_to_be_one(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("checkpoint", ["latest-rank0.pt", "ep0-ba2-rank0.pt"])  # the second: latest was lost
+@pytest.mark.parametrize(
+    "checkpoint", ["latest-rank0.pt", "ep0-ba2-rank0.pt"]
+)  # the second: latest was lost
 def test_what_a_run_starts_from_may_be_gone_when_it_goes_on(checkpoint: str, yaml: Path) -> None:
     config = load(yaml, ["pretrained=gone.pt"])
     with pytest.raises(UserError, match="pretrained"):
@@ -244,19 +300,32 @@ def test_evaluators_that_cannot_be_run_are_told_and_the_others_run(
     yaml: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (yaml.parent / "model.pt").touch()
-    sets = {"good": EvaluatorConfig(local=str(data / "set"), task="gap"), "bad": EvaluatorConfig("none", task="gap")}
+    sets = {
+        "good": EvaluatorConfig(local=str(data / "set"), task="gap"),
+        "bad": EvaluatorConfig("none", task="gap"),
+    }
     sets["bad"].local = "mistyped"
     sets["bad"].remote = None
     failed = early.check_evaluation(EvaluateConfig(checkpoint="model.pt", evaluators=sets))
     assert failed.keys() == {"bad"}
-    assert failed["bad"].startswith("no MDS set at mistyped")  # told again at the end, after the evaluator's name
+    assert failed["bad"].startswith(
+        "no MDS set at mistyped"
+    )  # told again at the end, after the evaluator's name
     assert "error: evaluators.bad: no MDS set at mistyped" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"nothing can be evaluated: evaluators\.bad"):
-        early.check_evaluation(EvaluateConfig(checkpoint="model.pt", evaluators={"bad": sets["bad"]}))
-    with pytest.raises(UserError, match=r"checkpoints\.x: no such file: x\.pt.*; checkpoints\.y: no such file"):
-        early.check_evaluation(EvaluateConfig(checkpoints={"x": "x.pt", "y": "y.pt"}, evaluators=sets))
+        early.check_evaluation(
+            EvaluateConfig(checkpoint="model.pt", evaluators={"bad": sets["bad"]})
+        )
+    with pytest.raises(
+        UserError, match=r"checkpoints\.x: no such file: x\.pt.*; checkpoints\.y: no such file"
+    ):
+        early.check_evaluation(
+            EvaluateConfig(checkpoints={"x": "x.pt", "y": "y.pt"}, evaluators=sets)
+        )
     with pytest.raises(UserError, match=r"out=run\.yaml/b"):
-        early.check_evaluation(EvaluateConfig(checkpoint="model.pt", evaluators=sets, out="run.yaml/b"))
+        early.check_evaluation(
+            EvaluateConfig(checkpoint="model.pt", evaluators=sets, out="run.yaml/b")
+        )
 
 
 @pytest.mark.parametrize(
@@ -283,7 +352,9 @@ def test_places_in_a_bucket(s3: S3Server, yaml: Path, data: Path) -> None:
     ]
     with pytest.raises(UserError) as error:
         early.check_run(load(yaml, wrong))
-    assert all(f"{bucket}/{name}" in str(error.value) for name in ("nowhere", "none.pt", "none.csv"))
+    assert all(
+        f"{bucket}/{name}" in str(error.value) for name in ("nowhere", "none.pt", "none.csv")
+    )
     assert not Path("cache").exists()
 
 
@@ -291,7 +362,9 @@ def test_a_link_in_a_bucket_stands_for_its_checkpoint(
     s3: S3Server, yaml: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bucket = s3.bucket()
-    s3.client.put_object(Bucket=bucket.split("/")[2], Key="run/latest-rank0.pt.symlink", Body=b"run/ep0-ba2-rank0.pt")
+    s3.client.put_object(
+        Bucket=bucket.split("/")[2], Key="run/latest-rank0.pt.symlink", Body=b"run/ep0-ba2-rank0.pt"
+    )
     early.check_weights("checkpoint", f"{bucket}/run/latest-rank0.pt")
     with pytest.raises(UserError, match=r"checkpoint: there is no .*/run/best-rank0\.pt"):
         early.check_weights("checkpoint", f"{bucket}/run/best-rank0.pt")
@@ -342,17 +415,23 @@ finally:
 @pytest.mark.parametrize(
     ("module", "arguments"),
     [
-        ("alignclip.command", ["run.yaml", "data.streams.e.local=nowhere"]),
-        ("alignclip.command", ["run.yaml", "pretrained=nowhere.pt", "save_folder=run.yaml/x"]),
+        ("alignclip.training.command", ["run.yaml", "data.streams.e.local=nowhere"]),
+        (
+            "alignclip.training.command",
+            ["run.yaml", "pretrained=nowhere.pt", "save_folder=run.yaml/x"],
+        ),
         ("alignclip.evaluation.command", ["evaluate.yaml", "checkpoint=nowhere.pt"]),
         ("alignclip.evaluation.command", ["evaluate.yaml", "checkpoint=model.pt"]),
         ("alignclip.search", ["nowhere", "a dog"]),
         ("alignclip.search", [".", "a dog", "--model", "nowhere.pt"]),
-        ("convert.cc12m", ["--inputs", "nowhere", "--out", "out"]),
-        ("convert.classification", ["cifar10", "--root", "nowhere", "--out", "out"]),
-        ("convert.retrieval", ["coco", "--images", "nowhere", "--annotations", "nowhere", "--out", "out"]),
-        ("convert.verify", ["nowhere"]),
-        ("convert.checkpoint", ["nowhere.pt", "--to", "open_clip", "--out", "out"]),
+        ("alignclip.conversion.cc12m", ["--inputs", "nowhere", "--out", "out"]),
+        ("alignclip.conversion.classification", ["cifar10", "--root", "nowhere", "--out", "out"]),
+        (
+            "alignclip.conversion.retrieval",
+            ["coco", "--images", "nowhere", "--annotations", "nowhere", "--out", "out"],
+        ),
+        ("alignclip.verification.command", ["nowhere"]),
+        ("alignclip.weights.export_command", ["nowhere.pt", "--to", "open_clip", "--out", "out"]),
     ],
 )
 def test_a_wrong_place_is_one_line_before_anything_large_is_imported(
@@ -378,8 +457,8 @@ def test_a_wrong_place_is_one_line_before_anything_large_is_imported(
 
 
 def test_the_formats_that_are_offered_are_those_that_there_are() -> None:
-    from convert.checkpoint import FORMAT_NAMES
-    from convert.exports import FORMATS
+    from alignclip.weights.export_command import FORMAT_NAMES
+    from alignclip.weights.exports import FORMATS
 
     assert tuple(FORMATS) == FORMAT_NAMES
 

@@ -10,13 +10,21 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from models import EVERYTHING, FIXTURES, MODELS, load_published, reference, small_batch, small_config
+from models import (
+    EVERYTHING,
+    FIXTURES,
+    MODELS,
+    load_published,
+    reference,
+    small_batch,
+    small_config,
+)
 
-from alignclip.config import ModelConfig, SharedConfig, TextConfig, VisionConfig
-from alignclip.encoders import build_encoders
+from alignclip.config.schema import ModelConfig, SharedConfig, TextConfig, VisionConfig
 from alignclip.errors import UserError
 from alignclip.losses import AlignCLIPLoss
-from alignclip.release_format import our_names, renamed
+from alignclip.model.encoders import build_encoders
+from alignclip.weights.release_format import our_names, renamed
 
 # --- the published code -------------------------------------------------------------------------------------------
 
@@ -82,9 +90,13 @@ def test_published_losses_and_gradients(name: str, kind: str) -> None:
 def test_released_vit_b_16_has_our_names_and_shapes() -> None:
     """Shapes of the authors' ViT-B-16 file: 768 wide, embedding 768, everything shared."""
     release = json.loads((FIXTURES / "vitb16_state_dict_shapes.json").read_text())
-    config = ModelConfig(768, text_cfg=TextConfig(width=768, heads=12), shared=SharedConfig(**EVERYTHING))
+    config = ModelConfig(
+        768, text_cfg=TextConfig(width=768, heads=12), shared=SharedConfig(**EVERYTHING)
+    )
     with torch.device("meta"):
-        ours = {name: list(value.shape) for name, value in build_encoders(config).state_dict().items()}
+        ours = {
+            name: list(value.shape) for name, value in build_encoders(config).state_dict().items()
+        }
     assert ours.pop("logit_scale") == [1]
     assert release.pop("logit_scale") == []
     assert ours == renamed(release)
@@ -115,7 +127,9 @@ def test_initialisation_is_the_published_one() -> None:
 
 
 def stock(config: ModelConfig) -> open_clip.CLIP:
-    return open_clip.CLIP(config.embed_dim, vars(config.vision_cfg).copy(), vars(config.text_cfg).copy())
+    return open_clip.CLIP(
+        config.embed_dim, vars(config.vision_cfg).copy(), vars(config.text_cfg).copy()
+    )
 
 
 def test_unshared_initialisation_is_open_clips() -> None:
@@ -147,14 +161,18 @@ def test_partial_sharing_keeps_the_rest_as_open_clip_initialises_it() -> None:
         assert torch.equal(value.reshape(theirs[name].shape), theirs[name]), name
 
 
-@pytest.mark.parametrize("shared", [{}, {"blocks": 2, "ln_final": True}, EVERYTHING], ids=["none", "some", "all"])
+@pytest.mark.parametrize(
+    "shared", [{}, {"blocks": 2, "ln_final": True}, EVERYTHING], ids=["none", "some", "all"]
+)
 def test_stock_open_clip_loads_the_state_dict(shared: dict[str, Any]) -> None:
     config = small_config(shared=shared)
     model = build_encoders(config)
     plain = stock(config)
     plain.load_state_dict(model.state_dict())
     images, tokens = small_batch()
-    tokens[0] = torch.tensor([62, *range(10), 63])  # as long as the context, so both compute the same positions
+    tokens[0] = torch.tensor(
+        [62, *range(10), 63]
+    )  # as long as the context, so both compute the same positions
     with torch.no_grad():
         image, text, scale = plain(images, tokens)
         assert torch.equal(model.encode_image(images, normalize=True), image)
@@ -191,21 +209,28 @@ def test_ties_survive_copying_loading_and_casting() -> None:
     assert len(list(copied.parameters())) == len(list(model.parameters()))
     assert copied.visual.proj is copied.text_projection
     assert copied.visual.ln_post is copied.ln_final
-    for vision, text in zip(copied.visual.transformer.resblocks, copied.transformer.resblocks, strict=True):
+    for vision, text in zip(
+        copied.visual.transformer.resblocks, copied.transformer.resblocks, strict=True
+    ):
         assert vision is text
     assert torch.equal(copied.visual.proj, other.text_projection.double())
     assert copied.visual.proj is not model.visual.proj
 
 
 def test_logit_scale_has_one_dimension_and_its_start() -> None:
-    assert build_encoders(small_config()).logit_scale.tolist() == pytest.approx([math.log(1 / 0.07)])
+    assert build_encoders(small_config()).logit_scale.tolist() == pytest.approx(
+        [math.log(1 / 0.07)]
+    )
     assert build_encoders(small_config(init_logit_scale=1.5)).logit_scale.tolist() == [1.5]
 
 
 @pytest.mark.parametrize(
     ("config", "mentions"),
     [
-        (small_config(vision={"image_size": 100}), ["image_size=100", "patch_size=16", "96 or 112"]),
+        (
+            small_config(vision={"image_size": 100}),
+            ["image_size=100", "patch_size=16", "96 or 112"],
+        ),
         (small_config(vision={"image_size": 8}), ["image_size=8", "nearest are 16"]),
         (small_config(vision={"head_width": 24}), ["vision_cfg.width=32", "head_width=24"]),
         (small_config(text={"heads": 3}), ["text_cfg.width=32", "text_cfg.heads=3"]),
@@ -215,24 +240,38 @@ def test_logit_scale_has_one_dimension_and_its_start() -> None:
         ),
         (small_config(shared={"blocks": 4}), ["blocks=4", "vision_cfg.layers=3"]),
         (small_config(shared={"blocks": -2}), ["blocks=-2"]),
-        (small_config(shared={"blocks": 1}, text={"heads": 4}), ["width/head_width=2", "text_cfg.heads=4"]),
-        (small_config(shared={"blocks": 1}, text={"mlp_ratio": 2.0}), ["mlp_ratio=4.0", "mlp_ratio=2.0"]),
+        (
+            small_config(shared={"blocks": 1}, text={"heads": 4}),
+            ["width/head_width=2", "text_cfg.heads=4"],
+        ),
+        (
+            small_config(shared={"blocks": 1}, text={"mlp_ratio": 2.0}),
+            ["mlp_ratio=4.0", "mlp_ratio=2.0"],
+        ),
         *[
-            (small_config(shared=shared, text={"width": 64}), ["vision_cfg.width=32", "text_cfg.width=64"])
+            (
+                small_config(shared=shared, text={"width": 64}),
+                ["vision_cfg.width=32", "text_cfg.width=64"],
+            )
             for shared in ({"blocks": 1}, {"ln_final": True}, {"projection": True})
         ],
         (
             small_config(shared={"projection": True}, vision={"timm_model_name": "resnet18"}),
             ["timm_model_name=resnet18", "projection=false"],
         ),
-        (small_config(vision={"timm_model_name": "resnet81"}), ["'resnet81'", "did you mean 'resnet"]),
+        (
+            small_config(vision={"timm_model_name": "resnet81"}),
+            ["'resnet81'", "did you mean 'resnet"],
+        ),
         (
             small_config(vision={"timm_model_name": "vit_tiny_patch16_224"}),
             ["image_size=32", "takes 224"],
         ),
         (small_config(vision={"timm_model_name": "resnet18", "timm_proj": "liner"}), ["resnet18"]),
         (
-            small_config(vision={"timm_model_name": "resnet18", "timm_pool": "avg"}, encode_chunk_size=2),
+            small_config(
+                vision={"timm_model_name": "resnet18", "timm_pool": "avg"}, encode_chunk_size=2
+            ),
             ["encode_chunk_size=2", "resnet18", "batch norm"],
         ),
     ],

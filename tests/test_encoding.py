@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from alignclip.encoders import CLIP, build_encoders, clamp_logit_scale_
 from alignclip.losses import AlignCLIPLoss
+from alignclip.model.encoders import CLIP, build_encoders, clamp_logit_scale_
 
 # --- text length --------------------------------------------------------------------------------------------------
 
@@ -34,7 +34,9 @@ def test_trimmed_text_has_the_features_of_untrimmed(name: str) -> None:
     model = load_published(published)
     tokens = published["tokens"][:3]  # the short captions
     lengths: list[int] = []
-    handle = model.transformer.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    handle = model.transformer.register_forward_pre_hook(
+        lambda module, args: lengths.append(args[0].shape[1])
+    )
     with torch.no_grad():
         trimmed = model.encode_text(tokens, normalize=True)
         torch.testing.assert_close(trimmed, untrimmed(model, tokens), rtol=0, atol=1e-6)
@@ -48,11 +50,15 @@ def test_trimmed_text_has_the_features_of_untrimmed(name: str) -> None:
 def test_trimming_does_not_count_zeros() -> None:
     """Id 0 inside of a caption is a token, and what stands behind the end of text is no part of it, zero or not."""
     model = build_encoders(small_config())
-    tokens = torch.tensor([[62, 0, 0, 0, 5, 0, 63, 0, 0, 0, 0, 0], [62, 7, 63, 0, 0, 0, 0, 0, 0, 0, 0, 0]])
+    tokens = torch.tensor(
+        [[62, 0, 0, 0, 5, 0, 63, 0, 0, 0, 0, 0], [62, 7, 63, 0, 0, 0, 0, 0, 0, 0, 0, 0]]
+    )
     other_padding = tokens.clone()
     other_padding[0, 7:] = 9
     with torch.no_grad():
-        torch.testing.assert_close(model.encode_text(tokens, normalize=True), untrimmed(model, tokens))
+        torch.testing.assert_close(
+            model.encode_text(tokens, normalize=True), untrimmed(model, tokens)
+        )
         assert torch.equal(model.encode_text(tokens), model.encode_text(other_padding))
 
 
@@ -104,9 +110,13 @@ def test_chunks_of_text_share_one_length() -> None:
     model = build_encoders(small_config())
     images, tokens = small_batch()
     lengths: list[int] = []
-    model.transformer.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    model.transformer.register_forward_pre_hook(
+        lambda module, args: lengths.append(args[0].shape[1])
+    )
     model.encode(images, tokens, 2)
-    assert lengths == [9] * 4  # the longest caption's, though the first two chunks hold only shorter ones
+    assert (
+        lengths == [9] * 4
+    )  # the longest caption's, though the first two chunks hold only shorter ones
 
 
 def test_recomputed_chunks_drop_the_same_patches() -> None:
@@ -121,7 +131,9 @@ def test_recomputed_chunks_drop_the_same_patches() -> None:
         if chunked:
             image, text = model.encode(images, tokens, 2)
         else:
-            image = torch.cat([model.encode_image(chunk, normalize=True) for chunk in images.split(2)])
+            image = torch.cat(
+                [model.encode_image(chunk, normalize=True) for chunk in images.split(2)]
+            )
             text = model.encode_text(tokens, normalize=True)
         AlignCLIPLoss(beta=0)(image, text, model.logit_scale.exp())["total"].backward()
         features.append((image.detach(), gradients(model)))
@@ -146,7 +158,9 @@ def test_chunks_keep_no_activations_and_work_without_gradients() -> None:
 
     assert saved_numbers(2) < saved_numbers(0) / 20
     with torch.no_grad():
-        for chunked, whole in zip(model.encode(images, tokens, 3), model.encode(images, tokens), strict=True):
+        for chunked, whole in zip(
+            model.encode(images, tokens, 3), model.encode(images, tokens), strict=True
+        ):
             torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-6)
 
 
@@ -169,7 +183,9 @@ class Step(nn.Module):
 
     def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
         image, text = self.encoders.encode(images, tokens, self.chunk_size)
-        total: Tensor = self.loss(image, text, self.encoders.logit_scale.exp(), images.flatten(1)[:, :20])["total"]
+        total: Tensor = self.loss(
+            image, text, self.encoders.logit_scale.exp(), images.flatten(1)[:, :20]
+        )["total"]
         return total
 
 

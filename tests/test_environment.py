@@ -13,20 +13,24 @@ import torch
 from runs import RECORDING, run, steps, write_config, write_set
 from s3 import S3Server
 
-from alignclip import config_file
-from alignclip.checkpoints import FIXED, FREE, SaveFolder
-from alignclip.config import RunConfig
-from alignclip.environment import Git, Start, checkout, versions
+from alignclip.config import reading
+from alignclip.config.schema import RunConfig
 from alignclip.errors import UserError
+from alignclip.runtime.environment import Git, Start, checkout, versions
+from alignclip.training.save_folder import FIXED, FREE, SaveFolder
 
 
 def git(folder: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=n", "-c", "user.email=e"]
-    done = subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True
+    )
     return done.stdout.strip()
 
 
-def test_the_commit_of_the_checkout_that_the_code_is_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_of_the_checkout_that_the_code_is_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code = tmp_path / "repository" / "code"
     code.mkdir(parents=True)
     (code / "a.py").write_text("1")
@@ -64,7 +68,9 @@ def test_nothing_of_a_repository_is_run(
 ) -> None:
     """What git would start for a repository's configuration, in one above an environment and in the project's own."""
     foreign, ran = tmp_path / "repository", tmp_path / "ran"
-    code = foreign / {"somebody's": ".venv/src/alignclip", "installed": ".venv/alignclip"}.get(below, "alignclip")
+    code = foreign / {"somebody's": ".venv/src/alignclip", "installed": ".venv/alignclip"}.get(
+        below, "alignclip"
+    )
     code.mkdir(parents=True)
     (code / "a.py").write_text("1")
     (foreign / "other.py").write_text("1")
@@ -80,7 +86,9 @@ def test_nothing_of_a_repository_is_run(
     git(foreign, "status")
     assert ran.exists(), "nothing would be run"
     ran.unlink()
-    if below != "project's":  # in the project's own repository git may clean files, as its person does
+    if (
+        below != "project's"
+    ):  # in the project's own repository git may clean files, as its person does
         git(foreign, "config", "filter.x.clean", str(program))
         (foreign / ".git" / "info").mkdir(exist_ok=True)
         (foreign / ".git" / "info" / "attributes").write_text("*.py filter=x\n")
@@ -99,9 +107,11 @@ def test_versions() -> None:
 
 
 @pytest.mark.parametrize("place", ["local", "s3"])
-def test_every_start_is_recorded(s3: S3Server, tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_start_is_recorded(
+    s3: S3Server, tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     uri = str(tmp_path / "runs") if place == "local" else f"{s3.bucket()}/runs"
-    config = config_file.load(write_config(tmp_path, str(tmp_path / "set"), uri), ["run_name=first"])
+    config = reading.load(write_config(tmp_path, str(tmp_path / "set"), uri), ["run_name=first"])
     folder = SaveFolder(config)
     folder.open()
     first = Start(0, 8, "NVIDIA H200")
@@ -111,7 +121,10 @@ def test_every_start_is_recorded(s3: S3Server, tmp_path: Path, place: str, capsy
     changed = {**first.versions, "torch": "9.9", "new": "1"}
     folder.add_start(Start(10, 2, "cpu", versions=changed))
     changes = f"new: not set → 1; torch: {first.versions['torch']} → 9.9"
-    assert capsys.readouterr().out == f"since the last start other versions were installed: {changes}\n"
+    assert (
+        capsys.readouterr().out
+        == f"since the last start other versions were installed: {changes}\n"
+    )
     written = json.loads(folder._read("starts.json") or "")
     assert [(s["batch"], s["world_size"], s["device"]) for s in written] == [
         (0, 8, "NVIDIA H200"), (5, 2, "cpu"), (10, 2, "cpu"),
@@ -120,10 +133,14 @@ def test_every_start_is_recorded(s3: S3Server, tmp_path: Path, place: str, capsy
     assert written[2]["versions"] == changed
     assert written[1]["git"] is None
     assert written[0]["command"] == first.command
-    assert datetime.now(timezone.utc) - datetime.fromisoformat(written[0]["time"]) < timedelta(minutes=10)
+    assert datetime.now(timezone.utc) - datetime.fromisoformat(written[0]["time"]) < timedelta(
+        minutes=10
+    )
     for broken in ("[{", '{"a": 1}', "[1]"):
         folder.files.write_text("starts.json", broken)
-        with pytest.raises(UserError, match=r"runs/starts\.json is no list of this run's starts; move it away"):
+        with pytest.raises(
+            UserError, match=r"runs/starts\.json is no list of this run's starts; move it away"
+        ):
             folder.add_start(first)
     if place == "local":
         assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["starts.json"]
@@ -135,8 +152,18 @@ def test_a_run_is_run_again_from_what_it_left_in_the_bucket(s3: S3Server, tmp_pa
     dataset, runs = f"{s3.bucket()}/pairs", f"{s3.bucket()}/runs"
     write_set(dataset, 64)
     config = write_config(tmp_path, dataset, f"{runs}/{{run_name}}")
-    settings = ["max_duration=6ba", "save_interval=4ba", "loss.alpha=0.75", "optimizer.lr=0.002", "seed=3"]
-    settings += ["algorithms.EMA.half_life=2ba", "model.vision_cfg.patch_dropout=0.25", "model.shared.blocks=0"]
+    settings = [
+        "max_duration=6ba",
+        "save_interval=4ba",
+        "loss.alpha=0.75",
+        "optimizer.lr=0.002",
+        "seed=3",
+    ]
+    settings += [
+        "algorithms.EMA.half_life=2ba",
+        "model.vision_cfg.patch_dropout=0.25",
+        "model.shared.blocks=0",
+    ]
     run(RECORDING, tmp_path / "first", config, "run_name=first", *settings, cwd=tmp_path / "a")
     config.unlink()
     arguments = [RECORDING, tmp_path / "again", f"{runs}/first/config.yaml"]
@@ -163,7 +190,7 @@ def test_a_configuration_in_a_bucket(s3: S3Server, tmp_path: Path) -> None:
     path = write_config(tmp_path, str(tmp_path / "set"))
     name = bucket.removeprefix("s3://")
     s3.client.put_object(Bucket=name, Key="tiny.yaml", Body=path.read_bytes())
-    assert config_file.load(f"{bucket}/tiny.yaml", ["seed=5"]) == config_file.load(path, ["seed=5"])
+    assert reading.load(f"{bucket}/tiny.yaml", ["seed=5"]) == reading.load(path, ["seed=5"])
     s3.client.put_object(Bucket=name, Key="a.yaml", Body=b"model: [")
     s3.client.put_object(Bucket=name, Key="weights.pt", Body=b"\xff\xfe\x00")
     for url, words in {
@@ -175,7 +202,7 @@ def test_a_configuration_in_a_bucket(s3: S3Server, tmp_path: Path) -> None:
         f"data.streams.a.remote={bucket}/set": "the first argument is the YAML file",
     }.items():
         with pytest.raises(UserError, match=words):
-            config_file.load(url)
+            reading.load(url)
 
 
 def test_a_start_keeps_what_has_changed(tmp_path: Path) -> None:
@@ -183,20 +210,26 @@ def test_a_start_keeps_what_has_changed(tmp_path: Path) -> None:
 
     def start(batch: int, world_size: int, *overrides: str) -> list[str]:
         path = write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "runs"))
-        folder = SaveFolder(config_file.load(path, ["run_name=first", *overrides]))
+        folder = SaveFolder(reading.load(path, ["run_name=first", *overrides]))
         folder.open()
         folder.add_start(Start(batch, world_size, "cpu"))
         folder.write_config()
-        changed: list[str] = json.loads((tmp_path / "runs" / "starts.json").read_text(encoding="utf-8"))[-1]["changed"]
+        changed: list[str] = json.loads(
+            (tmp_path / "runs" / "starts.json").read_text(encoding="utf-8")
+        )[-1]["changed"]
         return changed
 
     assert start(0, 1) == []
     assert start(5, 1) == []
     more = ("max_duration=80ba", "precision=amp_bf16", "evaluators.e={task: retrieval, local: set}")
     changed = start(10, 2, *more)
-    assert {"max_duration: 40ba → 80ba", "precision: fp32 → amp_bf16", "world_size: 1 → 2"} <= set(changed)
+    assert {"max_duration: 40ba → 80ba", "precision: fp32 → amp_bf16", "world_size: 1 → 2"} <= set(
+        changed
+    )
     assert "evaluators.e.task: not set → retrieval" in changed
-    assert not any(line.startswith(("model", "loss", "data", "optimizer", "seed")) for line in changed)
+    assert not any(
+        line.startswith(("model", "loss", "data", "optimizer", "seed")) for line in changed
+    )
     assert start(20, 2, *more) == []
 
 

@@ -11,29 +11,44 @@ from typing import Any
 import pytest
 import torch
 
-from alignclip.config import EvaluateConfig, EvaluatorConfig
+from alignclip.config.schema import EvaluateConfig, EvaluatorConfig
 from alignclip.errors import UserError
 from alignclip.evaluation.command import _told, finish, gap_curves, main
-from alignclip.evaluation.history import History, Record, first_before, history_beside, parse, run_folder
+from alignclip.evaluation.history import (
+    History,
+    Record,
+    first_before,
+    history_beside,
+    parse,
+    run_folder,
+)
 from alignclip.evaluation.report import Report, table
 
 GAP = {
     "centroid_distance": 0.05, "alignment_score": 0.955, "wrong_pairs_cosine": 0.95, "margin": 0.005,
     "effective_rank_image": 1.3, "effective_rank_text": 2.4,
 }  # fmt: skip
-RECALL = {f"{side}_retrieval_recall@{k}": k / 1000 for side in ("image", "text") for k in (1, 5, 10)}
+RECALL = {
+    f"{side}_retrieval_recall@{k}": k / 1000 for side in ("image", "text") for k in (1, 5, 10)
+}
 CHANCE = {name: value / 2 for name, value in RECALL.items()}
 
 
-def report(out: Path, checkpoints: dict[str, str], evaluators: tuple[str, ...] = ("gap",), **more: Any) -> Report:
+def report(
+    out: Path, checkpoints: dict[str, str], evaluators: tuple[str, ...] = ("gap",), **more: Any
+) -> Report:
     """A comparison whose weights are called as their places are."""
     tasks = {name: EvaluatorConfig(task="gap", local=f"sets/{name}") for name in evaluators}
     weights = more.pop("weights", {name: f"xxh3:{place}" for name, place in checkpoints.items()})
-    return Report(EvaluateConfig(checkpoints=checkpoints, evaluators=tasks, out=str(out), **more), weights)
+    return Report(
+        EvaluateConfig(checkpoints=checkpoints, evaluators=tasks, out=str(out), **more), weights
+    )
 
 
 def content(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    found: dict[str, Any] = json.loads(
+        (out / "results.json").read_text(encoding="utf-8"), parse_constant=pytest.fail
+    )
     return found
 
 
@@ -55,7 +70,8 @@ def test_table_ends_in_a_verdict_that_calls_a_collapse_a_collapse(tmp_path: Path
     text = table(one)
     assert any(line.split()[:4] == ["*", "↑", "margin", "0.0050"] for line in text.splitlines())
     assert (
-        "gap: COLLAPSED: the gap is closed (0.05), but retrieval is near chance (mean R@5 0.005, 2.0 × chance)" in text
+        "gap: COLLAPSED: the gap is closed (0.05), but retrieval is near chance (mean R@5 0.005, 2.0 × chance)"
+        in text
     )
     found = content(tmp_path)
     verdict = found["verdicts"]["model"]["gap"]
@@ -70,7 +86,9 @@ def test_table_ends_in_a_verdict_that_calls_a_collapse_a_collapse(tmp_path: Path
 def test_the_verdict_is_against_the_first_evaluation_of_the_run(tmp_path: Path) -> None:
     history = History(None)
     first = history.add(10, "gap", GAP | {"centroid_distance": 1.1, "margin": 0.0} | CHANCE, CHANCE)
-    config = EvaluateConfig(checkpoint="x", evaluators={"gap": EvaluatorConfig(task="gap")}, out=str(tmp_path))
+    config = EvaluateConfig(
+        checkpoint="x", evaluators={"gap": EvaluatorConfig(task="gap")}, out=str(tmp_path)
+    )
     good = GAP | {"margin": 0.9, "effective_rank_image": 9.0, "effective_rank_text": 9.0}
     good |= dict.fromkeys(RECALL, 0.5)
     for chance, words in (
@@ -78,7 +96,10 @@ def test_the_verdict_is_against_the_first_evaluation_of_the_run(tmp_path: Path) 
             CHANCE,
             "the gap closed (from 1.10 at batch 10 to 0.05), and retrieval rose (mean R@5 0.500, 200.0 × chance, 0.003",
         ),
-        (RECALL, "the gap is closed (0.05), and retrieval works"),  # the first evaluation was of another set
+        (
+            RECALL,
+            "the gap is closed (0.05), and retrieval works",
+        ),  # the first evaluation was of another set
     ):
         one = Report(config, {"model": "w"}, {"model": {"gap": first}})
         one.add("model", "gap", good, chance)
@@ -104,7 +125,9 @@ def test_curves_are_of_runs_and_of_checkpoints_whose_names_tell_the_batch(tmp_pa
 
 
 def test_runs_of_one_name_in_two_places_are_two_curves(tmp_path: Path) -> None:
-    one = report(tmp_path, {"x": "a/runs/first/ep1-ba20-rank0.pt", "y": "b/runs/first/ep1-ba30-rank0.pt"})
+    one = report(
+        tmp_path, {"x": "a/runs/first/ep1-ba20-rank0.pt", "y": "b/runs/first/ep1-ba30-rank0.pt"}
+    )
     for name in ("x", "y"):
         one.add(name, "gap", GAP, {})
     assert gap_curves(one).keys() == {"x (a/runs/first) · gap", "y (b/runs/first) · gap"}
@@ -121,9 +144,15 @@ def keep_history(run: Path, batches: Sequence[int]) -> list[Record]:
     return history.records
 
 
-def test_of_two_checkpoints_one_of_which_was_not_evaluated_in_training_both_are_drawn(tmp_path: Path) -> None:
+def test_of_two_checkpoints_one_of_which_was_not_evaluated_in_training_both_are_drawn(
+    tmp_path: Path,
+) -> None:
     keep_history(tmp_path / "second", (5, 10))
-    checkpoints = {"clip": f"{tmp_path}/first", "alignclip": f"{tmp_path}/second", "openai": "hf-hub:openai/clip"}
+    checkpoints = {
+        "clip": f"{tmp_path}/first",
+        "alignclip": f"{tmp_path}/second",
+        "openai": "hf-hub:openai/clip",
+    }
     one = report(tmp_path / "out", checkpoints)
     one.batches = {"clip": 30, "alignclip": 10, "openai": None}
     for name in checkpoints:
@@ -132,7 +161,9 @@ def test_of_two_checkpoints_one_of_which_was_not_evaluated_in_training_both_are_
     assert {name: [point.batch for point in points] for name, points in curves.items()} == {
         "clip (first) · gap": [30], "alignclip (second) · gap": [5, 10], "openai · gap": [None],
     }  # fmt: skip
-    assert next(iter(curves)) == "clip (first) · gap", "in the order, and so in the colours, of the other plots"
+    assert next(iter(curves)) == "clip (first) · gap", (
+        "in the order, and so in the colours, of the other plots"
+    )
     finish(one, {})
     assert (tmp_path / "out" / "gap.png").exists()
 
@@ -176,7 +207,9 @@ def test_what_is_particular_about_a_set_is_said_below_the_table_and_kept(tmp_pat
     assert content(tmp_path)["notes"] == {"sts": "1,500 sentence pairs"}
     again = report(tmp_path, {"model": "x"}, ("coco",))
     again.add("model", "coco", {"acc1": 0.5}, {})
-    assert content(tmp_path)["notes"] == {"sts": "1,500 sentence pairs"}, "with the figures that are kept"
+    assert content(tmp_path)["notes"] == {"sts": "1,500 sentence pairs"}, (
+        "with the figures that are kept"
+    )
     other = report(tmp_path, {"model": "x"}, both)
     other.add("model", "sts", {"spearman": 0.5}, {"spearman": 0.0})
     assert content(tmp_path)["notes"] == {}
@@ -208,7 +241,10 @@ def test_what_is_no_number_is_null(tmp_path: Path) -> None:
     one.add("model", "gap", {"rmg": 0.5}, {})
     found = content(tmp_path)
     assert found["results"]["model"] == {"sts": {"spearman": None}, "gap": {"rmg": 0.5}}
-    assert found["verdicts"]["model"]["sts"]["text"] == "COLLAPSED: all sentence pairs are equally similar"
+    assert (
+        found["verdicts"]["model"]["sts"]["text"]
+        == "COLLAPSED: all sentence pairs are equally similar"
+    )
     assert found["complete"] is False
 
 
@@ -227,7 +263,9 @@ def test_everything_is_written_and_a_plot_that_fails_takes_nothing_with_it(
         one.failed["cars"] = "no MDS set"
         finish(one, dict.fromkeys(places, (features[0] * factor, features[1])))
         written = {path.name for path in (tmp_path / out).iterdir()} - {"results.json"}
-        assert written == (plots | {"cosines.png", "embeddings.png", "spectra.png"} if out == "out" else plots)
+        assert written == (
+            plots | {"cosines.png", "embeddings.png", "spectra.png"} if out == "out" else plots
+        )
         found = content(tmp_path / out)
         assert (found["results"], found["failed"]) == (one.results, {"cars": "no MDS set"})
         assert found["complete"] is True
@@ -237,7 +275,9 @@ def test_everything_is_written_and_a_plot_that_fails_takes_nothing_with_it(
 # --- a folder that holds an earlier evaluation ------------------------------------------------------------------
 
 
-def test_the_same_comparison_is_added_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_comparison_is_added_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = report(tmp_path, {"a": "x", "b": "y"}, ("coco", "cifar10"))
     for name in ("a", "b"):
         first.add(name, "coco", {"rmg": 0.1}, {"rmg": 0.5})
@@ -248,7 +288,8 @@ def test_the_same_comparison_is_added_to(tmp_path: Path, capsys: pytest.CaptureF
     second.add("a", "flickr", {"rmg": 0.2}, {})
     second.add("a", "cifar10", {"acc1": 0.3}, {"acc1": 0.01})
     assert (
-        capsys.readouterr().out == f"{tmp_path} holds results of the same weights: coco kept, cifar10 measured again\n"
+        capsys.readouterr().out
+        == f"{tmp_path} holds results of the same weights: coco kept, cifar10 measured again\n"
     )
     found = content(tmp_path)
     assert found["results"] == {
@@ -286,7 +327,10 @@ def test_results_of_another_comparison_are_kept_elsewhere(
         assert not list(tmp_path.glob("earlier-*"))
         return
     earlier = tmp_path / "earlier-1"
-    assert said == f"{tmp_path} held the results of another comparison ({why}): they are in {earlier} now\n"
+    assert (
+        said
+        == f"{tmp_path} held the results of another comparison ({why}): they are in {earlier} now\n"
+    )
     assert content(earlier) == before
     assert (earlier / "gap.png").read_bytes() == b"theirs"
     assert not (tmp_path / "gap.png").exists()
@@ -301,7 +345,9 @@ def test_an_evaluator_of_one_name_on_another_set_is_another_comparison(tmp_path:
     Report(config, {"a": "xxh3:x"}).add("a", "gap", {"rmg": 0.2}, {})
     assert content(tmp_path / "earlier-1")["results"] == {"a": {"gap": {"rmg": 0.1}}}
     # where a remote set is cached makes no difference
-    config.evaluators = {"gap": EvaluatorConfig(task="gap", remote="s3://b/other", local="elsewhere")}
+    config.evaluators = {
+        "gap": EvaluatorConfig(task="gap", remote="s3://b/other", local="elsewhere")
+    }
     Report(config, {"a": "xxh3:x"}).add("a", "gap", {"rmg": 0.3}, {})
     assert not (tmp_path / "earlier-2").exists()
 
@@ -314,7 +360,9 @@ def test_what_an_earlier_version_or_a_person_left_is_kept(tmp_path: Path, text: 
     assert (tmp_path / "earlier-2" / "results.json").read_text(encoding="utf-8") == text
 
 
-def test_a_missing_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_checkpoint_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "e.yaml").write_text("evaluators: {a: {task: gap, local: x}}\ndevice: cpu\n")
     with pytest.raises(SystemExit):
         main([str(tmp_path / "e.yaml"), f"checkpoint={tmp_path / 'nowhere.pt'}"])
@@ -324,8 +372,17 @@ def test_a_missing_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.Capture
     assert "nowhere.pt" in said
 
 
-def test_the_figures_of_a_column_have_one_format_and_the_file_has_all_digits(tmp_path: Path) -> None:
-    metrics = {"margin": 0.000264131, "alignment_std": 0.0013, "rmg": -0.000264131, "acc1": 0.0, "C": 1e-6, "aupr": 0.5}
+def test_the_figures_of_a_column_have_one_format_and_the_file_has_all_digits(
+    tmp_path: Path,
+) -> None:
+    metrics = {
+        "margin": 0.000264131,
+        "alignment_std": 0.0013,
+        "rmg": -0.000264131,
+        "acc1": 0.0,
+        "C": 1e-6,
+        "aupr": 0.5,
+    }
     one = report(tmp_path, {"a": "x"})
     one.add("a", "coco", metrics, {})
     shown = dict(line.split()[-2:] for line in table(one).splitlines()[2:8])

@@ -14,10 +14,10 @@ from streaming import MDSWriter
 from test_convert_classification import make_idx
 from test_convert_classification import quick as classification
 
+from alignclip.config.metrics import TASKS as METRICS
+from alignclip.config.metrics import WATCH
 from alignclip.evaluation.history import history_beside
 from alignclip.evaluation.report import PLOTS
-from alignclip.metrics import TASKS as METRICS
-from alignclip.metrics import WATCH
 
 pytestmark = pytest.mark.slow
 
@@ -35,14 +35,23 @@ def test_during_a_sharded_run_and_after_it(s3: S3Server, tmp_path: Path) -> None
     sets = [
         f"evaluators.{task}.{key}"
         for task in ("retrieval", "gap")
-        for key in (f"task={task}", f"remote={test}", f"local={tmp_path / 'eval-cache'}", "batch_size=8")
+        for key in (
+            f"task={task}",
+            f"remote={test}",
+            f"local={tmp_path / 'eval-cache'}",
+            "batch_size=8",
+        )
     ]
     labelled = f"{s3.bucket()}/fashion"
     for split, prefix, count in (("train", "train", 60), ("test", "t10k", 23)):
         make_idx(tmp_path / "idx", prefix, count, packed=True)
         classification("fashion_mnist", tmp_path / "idx", f"{labelled}/{split}", split=split)
-    sentences = [f"g\tf\t2012\t{i}\t{i / 2}\t{'red ' * i}\t{'blue ' * (9 - i)}" for i in range(1, 8)]
-    s3.client.put_object(Bucket=labelled.split("/")[2], Key="sts-test.csv", Body="\n".join(sentences).encode())
+    sentences = [
+        f"g\tf\t2012\t{i}\t{i / 2}\t{'red ' * i}\t{'blue ' * (9 - i)}" for i in range(1, 8)
+    ]
+    s3.client.put_object(
+        Bucket=labelled.split("/")[2], Key="sts-test.csv", Body="\n".join(sentences).encode()
+    )
     test_part = [f"remote={labelled}/test", f"local={tmp_path / 'fashion-cache'}", "batch_size=8"]
     sets += [f"evaluators.fashion.{part}" for part in ("task=zero_shot", *test_part)]
     sets += [f"evaluators.probe.{part}" for part in ("task=linear_probe", *test_part)]
@@ -50,13 +59,25 @@ def test_during_a_sharded_run_and_after_it(s3: S3Server, tmp_path: Path) -> None
         f"evaluators.probe.train.remote={labelled}/train",
         f"evaluators.probe.train.local={tmp_path / 'train-cache'}",
     ]
-    sets += ["evaluators.sts.task=sts", f"evaluators.sts.remote={labelled.rpartition('/')[0]}/sts-test.csv"]
+    sets += [
+        "evaluators.sts.task=sts",
+        f"evaluators.sts.remote={labelled.rpartition('/')[0]}/sts-test.csv",
+    ]
     config = write_config(tmp_path, train, save_folder)
     settings = ["run_name=evaluated", "max_duration=6ba", "save_interval=6ba", FSDP]
     settings += ["keep_best.metric=retrieval/image_retrieval_recall@10"]
     intervals = ["evaluators.retrieval.interval=2ba", "evaluators.gap.interval=1ep"]
     intervals += [f"evaluators.{name}.interval=1dur" for name in ("fashion", "probe", "sts")]
-    output = run(RECORDING, tmp_path / "records", config, *settings, *sets, *intervals, processes=2, cwd=tmp_path)
+    output = run(
+        RECORDING,
+        tmp_path / "records",
+        config,
+        *settings,
+        *sets,
+        *intervals,
+        processes=2,
+        cwd=tmp_path,
+    )
     assert all(r["sharded"] for r in steps(tmp_path / "records"))
     assert re.findall(r"batch (\d+), (\w+): ", output) == [
         ("2", "retrieval"), ("4", "retrieval"), ("4", "gap"), ("6", "retrieval"), ("6", "gap"),
@@ -69,16 +90,28 @@ def test_during_a_sharded_run_and_after_it(s3: S3Server, tmp_path: Path) -> None
     found = {}
     for processes, place in ((1, save_folder), (2, f"{save_folder}/latest-rank0.pt")):
         out = tmp_path / f"evaluation-{processes}"
-        arguments = [EVALUATE, tmp_path / "evaluate.yaml", f"checkpoints.last={place}", f"out={out}", *sets]
+        arguments = [
+            EVALUATE,
+            tmp_path / "evaluate.yaml",
+            f"checkpoints.last={place}",
+            f"out={out}",
+            *sets,
+        ]
         printed = run(*arguments, processes=processes, cwd=out)
         found[processes] = json.loads((out / "results.json").read_text())["results"]["last"]
         assert "image_retrieval_recall@10" in printed
         pictures = {path.name for path in out.glob("*.png")}
-        assert pictures == {f"{name}.png" for name in PLOTS}, "the curves are of the evaluations in training"
+        assert pictures == {f"{name}.png" for name in PLOTS}, (
+            "the curves are of the evaluations in training"
+        )
     for evaluator, metrics in found[1].items():
         assert found[2][evaluator] == pytest.approx(metrics, abs=1e-6)
     # the last line of the run's own evaluation is of the same weights
-    records = {record["evaluator"]: record for record in history_beside(save_folder) if record["batch"] == 6}
+    records = {
+        record["evaluator"]: record
+        for record in history_beside(save_folder)
+        if record["batch"] == 6
+    }
     for evaluator, metrics in found[1].items():
         (line,) = re.findall(rf"batch 6, {evaluator}: (.*)", output)
         kept = records[evaluator]["metrics"]
@@ -108,11 +141,15 @@ def test_what_is_bad_is_told_and_the_others_are_evaluated(tmp_path: Path) -> Non
     with MDSWriter(out=str(tmp_path / "labelled"), columns=columns) as writer:
         for i in range(8):
             writer.write({"key": f"k{i}", "image": jpeg(np.random.default_rng(i)), "label": i % 4})
-    (tmp_path / "labelled" / "classes.json").write_text('{"classnames": ["a", "b", "c"], "templates": ["a {c}"]}')
+    (tmp_path / "labelled" / "classes.json").write_text(
+        '{"classnames": ["a", "b", "c"], "templates": ["a {c}"]}'
+    )
     (tmp_path / "nothing").mkdir()
     (tmp_path / "nothing" / "index.json").write_text('{"version": 2, "shards": []}')
     config = write_config(tmp_path, str(tmp_path / "train"), str(tmp_path / "runs"))
-    run(PRETRAIN, config, "run_name=bad", "max_duration=1ba", "scheduler.t_warmup=0ba", cwd=tmp_path)
+    run(
+        PRETRAIN, config, "run_name=bad", "max_duration=1ba", "scheduler.t_warmup=0ba", cwd=tmp_path
+    )
     yaml = f"""
 precision: fp32
 device: cpu
@@ -126,7 +163,12 @@ evaluators:
   good: {{task: retrieval, local: {tmp_path}/pairs, batch_size: 4}}
 """
     (tmp_path / "e.yaml").write_text(yaml)
-    arguments = [EVALUATE, tmp_path / "e.yaml", f"checkpoint={tmp_path}/runs", f"out={tmp_path}/out"]
+    arguments = [
+        EVALUATE,
+        tmp_path / "e.yaml",
+        f"checkpoint={tmp_path}/runs",
+        f"out={tmp_path}/out",
+    ]
     output = run(*arguments, processes=2, cwd=tmp_path, status=1)
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["results"]["model"].keys() == {"good"}

@@ -17,18 +17,19 @@ from composer.utils import get_device
 from runs import run, write_config, write_set
 from s3 import S3Server
 
-from alignclip import checkpoint_file, training
-from alignclip.checkpoints import SaveFolder
-from alignclip.config import EvaluatorConfig, KeepBestConfig
-from alignclip.config_file import load
+from alignclip.config.metrics import WATCH
+from alignclip.config.reading import load
+from alignclip.config.schema import EvaluatorConfig, KeepBestConfig
 from alignclip.errors import UserError
-from alignclip.evaluation.best import BestCheckpoint
 from alignclip.evaluation.encoding import Encoder
 from alignclip.evaluation.history import History, history_beside, parse
 from alignclip.evaluation.sets import OpenSets
 from alignclip.evaluation.tasks import Evaluator
-from alignclip.loading import load_encoders, open_encoders
-from alignclip.metrics import WATCH
+from alignclip.training import pretraining
+from alignclip.training.best import BestCheckpoint
+from alignclip.training.save_folder import SaveFolder
+from alignclip.weights import checkpoint_file
+from alignclip.weights.loading import load_encoders, open_encoders
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def train(dataset: Path, folder: Path, *overrides: str) -> tuple[Trainer, InMemo
          "loggers.InMemoryLogger={}", "model.vision_cfg.patch_dropout=0.5", "model.shared.blocks=0"),
     )  # fmt: skip
     folder = SaveFolder(config)
-    trainer = training.build_trainer(config, get_device("cpu"), folder)
+    trainer = pretraining.build_trainer(config, get_device("cpu"), folder)
     folder.write_config()
     trainer.fit()
     trainer.close()
@@ -66,20 +67,31 @@ def retrieval(dataset: Path, name: str = "pairs", **more: Any) -> list[str]:
 def test_evaluators_have_their_intervals_and_leave_no_trace(dataset: Path, tmp_path: Path) -> None:
     _, without = train(dataset, tmp_path / "a")
     trainer, memory = train(
-        dataset, tmp_path / "b", *retrieval(dataset, interval="3ba"), *retrieval(dataset, "gap", task="gap")
+        dataset,
+        tmp_path / "b",
+        *retrieval(dataset, interval="3ba"),
+        *retrieval(dataset, "gap", task="gap"),
     )
     # patch dropout draws from the global generator in every step
     assert logged(memory, "loss/train/total") == logged(without, "loss/train/total")
     assert logged(memory, "metrics/pairs/image_retrieval_recall@5").keys() == {3, 6, 8}
     assert logged(memory, "metrics/gap/centroid_distance").keys() == {4, 8}
-    assert len(memory.data["metrics/gap/centroid_distance"]) == 2, "the end of the run is also the end of an epoch"
+    assert len(memory.data["metrics/gap/centroid_distance"]) == 2, (
+        "the end of the run is also the end of an epoch"
+    )
     assert trainer.state.model.training
 
 
-@pytest.mark.parametrize("more", [[], ["algorithms.EMA.half_life=4ba", "algorithms.EMA.update_interval=1ba"]])
-def test_the_last_evaluation_is_of_the_model_that_is_saved(dataset: Path, tmp_path: Path, more: list[str]) -> None:
+@pytest.mark.parametrize(
+    "more", [[], ["algorithms.EMA.half_life=4ba", "algorithms.EMA.update_interval=1ba"]]
+)
+def test_the_last_evaluation_is_of_the_model_that_is_saved(
+    dataset: Path, tmp_path: Path, more: list[str]
+) -> None:
     _, memory = train(dataset, tmp_path, *retrieval(dataset, task="gap", interval="1ep"), *more)
-    encoder = Encoder(load_encoders(str(tmp_path / "saved")), torch.device("cpu"), batch_size=16, progress=False)
+    encoder = Encoder(
+        load_encoders(str(tmp_path / "saved")), torch.device("cpu"), batch_size=16, progress=False
+    )
     config = EvaluatorConfig(task="gap", local=str(dataset), num_workers=0)
     after = Evaluator("pairs", config, encoder.image_size, OpenSets())(encoder).metrics
     for name, value in after.items():
@@ -125,7 +137,13 @@ def test_the_best_of_another_metric_does_not_count(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluators = retrieval(dataset, task="gap", interval="1ep")
-    train(dataset, tmp_path, *evaluators, "keep_best.metric=pairs/effective_rank_image", "save_interval=1ep")
+    train(
+        dataset,
+        tmp_path,
+        *evaluators,
+        "keep_best.metric=pairs/effective_rank_image",
+        "save_interval=1ep",
+    )
     link = tmp_path / "saved" / "latest-rank0.pt"
     link.unlink()
     link.symlink_to(min((tmp_path / "saved").glob("ep*.pt"), key=lambda p: p.stat().st_mtime).name)
@@ -134,7 +152,9 @@ def test_the_best_of_another_metric_does_not_count(
     train(dataset, tmp_path, *evaluators, "keep_best.metric=pairs/rmg")  # which is better lower
     assert (tmp_path / "saved" / "best-rank0.pt").exists()
     said = capsys.readouterr().out
-    assert "the best pairs/effective_rank_image (max) so far doesn't count for pairs/rmg (min)" in said
+    assert (
+        "the best pairs/effective_rank_image (max) so far doesn't count for pairs/rmg (min)" in said
+    )
 
 
 def test_a_best_checkpoint_that_cannot_be_written_ends_no_run(
@@ -161,7 +181,9 @@ def test_the_best_goes_into_a_bucket_beside_the_training(
 ) -> None:
     """However slow the upload is: what is being uploaded has to be beaten, and what is lost in it has not."""
     config = KeepBestConfig("pairs/rmg", "min")
-    folder = SaveFolder(load(write_config(tmp_path, str(dataset), f"{s3.bucket()}/run"), ["run_name=r"]))
+    folder = SaveFolder(
+        load(write_config(tmp_path, str(dataset), f"{s3.bucket()}/run"), ["run_name=r"])
+    )
     folder.open()
     go_on, uploaded, keep_file = threading.Event(), [], folder.keep_file
 
@@ -206,7 +228,7 @@ def test_an_evaluation_that_fails_does_not_end_the_run(
         ["max_duration=1ep", "data.num_workers=0", "run_name=r", "scheduler.t_warmup=1ba", *evaluators,
          "loggers.InMemoryLogger={}"],
     )  # fmt: skip
-    trainer = training.build_trainer(config, get_device("cpu"), SaveFolder(config))
+    trainer = pretraining.build_trainer(config, get_device("cpu"), SaveFolder(config))
     shard.write_bytes(b"\xff" * shard.stat().st_size)
     trainer.fit()
     trainer.close()
@@ -216,19 +238,25 @@ def test_an_evaluation_that_fails_does_not_end_the_run(
     assert not [name for name in memory.data if "broken" in name]
 
 
-def test_a_set_that_is_not_there_is_told_before_the_first_step(dataset: Path, tmp_path: Path) -> None:
+def test_a_set_that_is_not_there_is_told_before_the_first_step(
+    dataset: Path, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=r"no MDS set at .*nowhere"):
         train(dataset, tmp_path, *retrieval(tmp_path / "nowhere"))
 
 
-def test_a_run_that_is_told_to_stop_saves_before_anything_else(dataset: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_told_to_stop_saves_before_anything_else(
+    dataset: Path, tmp_path: Path
+) -> None:
     """In a process of its own, because of its signals: SIGTERM while the first of two evaluators works."""
-    evaluators = retrieval(dataset, "first", interval="2ba") + retrieval(dataset, "second", interval="2ba")
+    evaluators = retrieval(dataset, "first", interval="2ba") + retrieval(
+        dataset, "second", interval="2ba"
+    )
     config = write_config(tmp_path, str(dataset), str(tmp_path / "saved"))
     script = tmp_path / "stopped.py"
     script.write_text(
         "import os, signal, sys\n"
-        "from alignclip import command\n"
+        "from alignclip.training import command\n"
         "from alignclip.evaluation import tasks\n"
         "found = tasks.recall\n"
         "def recall(*args, **more):\n"
@@ -237,7 +265,9 @@ def test_a_run_that_is_told_to_stop_saves_before_anything_else(dataset: Path, tm
         "tasks.recall = recall\n"
         "sys.exit(command.main(sys.argv[1:]))\n"
     )
-    output = run(script, config, "run_name=r", "max_duration=8ba", *evaluators, cwd=tmp_path, status=143)
+    output = run(
+        script, config, "run_name=r", "max_duration=8ba", *evaluators, cwd=tmp_path, status=143
+    )
     assert re.findall(r"batch (\d+), (\w+)", output) == [("2", "first")]
     assert "stopped by a signal after batch 3" in output
     assert (tmp_path / "saved" / "latest-rank0.pt").resolve().name == "ep0-ba3-rank0.pt"
@@ -247,14 +277,19 @@ def test_the_record_of_evaluations_is_that_of_the_run_as_it_went_on(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A line an evaluation; a run that goes on from an earlier checkpoint has not those of the future that was lost."""
-    evaluators = [*retrieval(dataset, "gap", task="gap", interval="2ba"), *retrieval(dataset, interval="4ba")]
+    evaluators = [
+        *retrieval(dataset, "gap", task="gap", interval="2ba"),
+        *retrieval(dataset, interval="4ba"),
+    ]
     _, memory = train(dataset, tmp_path, *evaluators, "save_interval=1ep")
     file = tmp_path / "saved" / "evaluations.jsonl"
     lines = [(2, "gap"), (4, "gap"), (4, "pairs"), (6, "gap"), (8, "gap"), (8, "pairs")]
     records = parse(file.read_text(encoding="utf-8"))
     assert [(one["batch"], one["evaluator"]) for one in records] == lines
     values = logged(memory, "metrics/gap/margin")
-    assert [one["metrics"]["margin"] for one in records if one["evaluator"] == "gap"] == list(values.values())
+    assert [one["metrics"]["margin"] for one in records if one["evaluator"] == "gap"] == list(
+        values.values()
+    )
     assert records[-1]["chance"]["image_retrieval_recall@1"] == pytest.approx(1 / 64)
     said = capsys.readouterr().out
     for record in records:
@@ -265,7 +300,9 @@ def test_the_record_of_evaluations_is_that_of_the_run_as_it_went_on(
     last = records[-2]["metrics"]
     arrows = dict.fromkeys(WATCH, "↑") | {"centroid_distance": "↓"}
     assert len(last) > 20
-    assert line.split(", ") == [f"{name} {arrows[name]} {value:.4f}" for name, value in last.items() if name in WATCH]
+    assert line.split(", ") == [
+        f"{name} {arrows[name]} {value:.4f}" for name, value in last.items() if name in WATCH
+    ]
     assert line.count(",") == 3
     assert open_encoders(tmp_path / "saved").batch == 8
     assert open_encoders(tmp_path / "saved" / "ep1-ba4").batch == 4
@@ -282,7 +319,9 @@ def test_the_record_of_evaluations_is_that_of_the_run_as_it_went_on(
 def test_a_record_that_cannot_be_written_ends_no_run(
     s3: S3Server, dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = SaveFolder(load(write_config(tmp_path, str(dataset), f"{s3.bucket()}/run"), ["run_name=r"]))
+    folder = SaveFolder(
+        load(write_config(tmp_path, str(dataset), f"{s3.bucket()}/run"), ["run_name=r"])
+    )
     folder.open()
     history = History(folder)
     history.add(3, "pairs", {"acc1": 0.5, "rmg": float("nan")}, {"acc1": 0.1})
@@ -290,16 +329,26 @@ def test_a_record_that_cannot_be_written_ends_no_run(
     history.finish()
     history.finish()
     assert [key.rpartition("/")[2] for key in s3.keys(folder.uri)] == ["evaluations.jsonl"]
-    assert history_beside(folder.uri) == history_beside(f"{folder.uri}/latest-rank0.pt") == history.records
+    assert (
+        history_beside(folder.uri)
+        == history_beside(f"{folder.uri}/latest-rank0.pt")
+        == history.records
+    )
     assert history.records[0]["metrics"] == {"acc1": 0.5, "rmg": None}
-    local = SaveFolder(load(write_config(tmp_path, str(dataset), str(tmp_path / "file" / "run")), ["run_name=r"]))
+    local = SaveFolder(
+        load(write_config(tmp_path, str(dataset), str(tmp_path / "file" / "run")), ["run_name=r"])
+    )
     (tmp_path / "file").write_text("no folder", encoding="utf-8")
     History(local).write()
     assert "could not write" in caplog.text
 
 
-def test_a_mode_against_the_metric_is_told(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = SaveFolder(load(write_config(tmp_path, str(dataset), str(tmp_path / "saved")), ["run_name=r"]))
+def test_a_mode_against_the_metric_is_told(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = SaveFolder(
+        load(write_config(tmp_path, str(dataset), str(tmp_path / "saved")), ["run_name=r"])
+    )
     assert BestCheckpoint(KeepBestConfig("pairs/rmg"), folder).mode == "min"
     assert BestCheckpoint(KeepBestConfig("pairs/margin"), folder).mode == "max"
     assert BestCheckpoint(KeepBestConfig("pairs/alignment_std", "min"), folder).mode == "min"

@@ -34,18 +34,20 @@ from test_loading import picture, release_of, widths_of_64
 from torch import Tensor
 
 import alignclip
-from alignclip import config_file, hugging_face, training
-from alignclip.checkpoints import SaveFolder
-from alignclip.config import ModelConfig, SharedConfig
-from alignclip.encoders import CLIP, build_encoders
+from alignclip.config import reading
+from alignclip.config.schema import ModelConfig, SharedConfig
 from alignclip.errors import UserError
 from alignclip.evaluation.encoding import Encoder
 from alignclip.evaluation.zero_shot import accuracy, build_classifier
-from alignclip.licenses import forbids_derivatives, license_of, named_license
-from alignclip.release_format import our_names
-from alignclip.state_dicts import OPEN_CLIP, RELEASE
+from alignclip.model.encoders import CLIP, build_encoders
 from alignclip.storage.clouds import S3
-from convert.checkpoint import Options, convert, main
+from alignclip.training import pretraining
+from alignclip.training.save_folder import SaveFolder
+from alignclip.weights import hugging_face
+from alignclip.weights.export_command import Options, convert, main
+from alignclip.weights.licenses import forbids_derivatives, license_of, named_license
+from alignclip.weights.release_format import our_names
+from alignclip.weights.state_dicts import OPEN_CLIP, RELEASE
 
 ROOT = Path(__file__).parent.parent
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -57,10 +59,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The save folder of a model that was trained here, everything shared."""
     folder = tmp_path_factory.mktemp("run")
     write_set(str(folder / "set"), 64)
-    overrides = ["max_duration=3ba", "scheduler.t_warmup=1ba", "data.num_workers=0", "run_name=r", "optimizer.lr=0.01"]
-    config = config_file.load(write_config(folder, str(folder / "set"), str(folder / "saved")), overrides)
+    overrides = [
+        "max_duration=3ba",
+        "scheduler.t_warmup=1ba",
+        "data.num_workers=0",
+        "run_name=r",
+        "optimizer.lr=0.01",
+    ]
+    config = reading.load(
+        write_config(folder, str(folder / "set"), str(folder / "saved")), overrides
+    )
     save_folder = SaveFolder(config)
-    trainer = training.build_trainer(config, get_device("cpu"), save_folder)
+    trainer = pretraining.build_trainer(config, get_device("cpu"), save_folder)
     save_folder.write_config()
     trainer.fit()
     trainer.close()
@@ -85,7 +95,10 @@ def pictures() -> list[Image.Image]:
 def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("exports")
     for to in ("open_clip", "huggingface", "release", "composer"):
-        assert convert(Options(str(run), to, str(folder / to), license="mit", onnx=to == "open_clip")) < 1e-5
+        assert (
+            convert(Options(str(run), to, str(folder / to), license="mit", onnx=to == "open_clip"))
+            < 1e-5
+        )
     return {path.name: path for path in folder.iterdir()}
 
 
@@ -147,12 +160,16 @@ def test_its_tokenizer_is_clips(exported: dict[str, Path]) -> None:
     captions = [one for one in published["captions"] if "&" not in one]
     assert len(captions) > 5
     theirs = tokenizer(captions, truncation=True)["input_ids"]
-    for ours, found in zip(open_clip.get_tokenizer("ViT-B-16")(captions).tolist(), theirs, strict=True):
+    for ours, found in zip(
+        open_clip.get_tokenizer("ViT-B-16")(captions).tolist(), theirs, strict=True
+    ):
         assert ours[: len(found)] == found
         assert not any(ours[len(found) :])
 
 
-def test_onnx_runtime(exported: dict[str, Path], features: tuple[Tensor, Tensor], run: Path) -> None:
+def test_onnx_runtime(
+    exported: dict[str, Path], features: tuple[Tensor, Tensor], run: Path
+) -> None:
     _, preprocess, tokenizer = alignclip.load(run)
     pixels = torch.stack([preprocess(one) for one in pictures()])
     feeds = {"image": pixels, "text": tokenizer(TEXTS)}
@@ -163,9 +180,13 @@ def test_onnx_runtime(exported: dict[str, Path], features: tuple[Tensor, Tensor]
             torch.testing.assert_close(torch.from_numpy(found), ours[rows], **CLOSE)
 
 
-def test_clip_benchmark_loads_it(exported: dict[str, Path], features: tuple[Tensor, Tensor]) -> None:
+def test_clip_benchmark_loads_it(
+    exported: dict[str, Path], features: tuple[Tensor, Tensor]
+) -> None:
     name = f"local-dir:{exported['open_clip']}"
-    model, preprocess, tokenizer = load_clip("open_clip", name, pretrained="", cache_dir=None, device="cpu")
+    model, preprocess, tokenizer = load_clip(
+        "open_clip", name, pretrained="", cache_dir=None, device="cpu"
+    )
     pixels = torch.stack([preprocess(one) for one in pictures()])
     with torch.no_grad():
         found = model.eval().encode_image(pixels), model.encode_text(tokenizer(TEXTS))
@@ -174,7 +195,9 @@ def test_clip_benchmark_loads_it(exported: dict[str, Path], features: tuple[Tens
 
 
 @pytest.mark.slow
-def test_clip_benchmarks_command_evaluates_it(exported: dict[str, Path], run: Path, tmp_path: Path) -> None:
+def test_clip_benchmarks_command_evaluates_it(
+    exported: dict[str, Path], run: Path, tmp_path: Path
+) -> None:
     """Zero-shot on a set in clip_benchmark's own layout, with the accuracy that we find."""
     classes, templates = ["red", "blue", "a dot on the left"], ["a {}", "the {} on it"]
     rng = np.random.default_rng(0)
@@ -191,8 +214,23 @@ def test_clip_benchmarks_command_evaluates_it(exported: dict[str, Path], run: Pa
     prompts = "\n".join(template.replace("{}", "{c}") for template in templates)
     (tmp_path / "set" / "zeroshot_classification_templates.txt").write_text(prompts)
     command = [Path(sys.executable).with_name("clip_benchmark"), "eval", "--dataset", "wds/mine"]
-    command += ["--dataset_root", tmp_path / "set", "--model", f"local-dir:{exported['open_clip']}", "--pretrained", ""]
-    command += ["--output", tmp_path / "result.json", "--num_workers", "0", "--no_amp", "--batch_size", "32"]
+    command += [
+        "--dataset_root",
+        tmp_path / "set",
+        "--model",
+        f"local-dir:{exported['open_clip']}",
+        "--pretrained",
+        "",
+    ]
+    command += [
+        "--output",
+        tmp_path / "result.json",
+        "--num_workers",
+        "0",
+        "--no_amp",
+        "--batch_size",
+        "32",
+    ]
     subprocess.run([*map(str, command)], check=True, timeout=200, cwd=tmp_path, capture_output=True)
     theirs = json.loads((tmp_path / "result.json").read_text())["metrics"]
 
@@ -200,13 +238,17 @@ def test_clip_benchmarks_command_evaluates_it(exported: dict[str, Path], run: Pa
     encoder = Encoder(model, torch.device("cpu"), progress=False)
     classifier = build_classifier(encoder.texts, classes, templates)
     with torch.no_grad():
-        encoded = F.normalize(model.encode_image(torch.stack([preprocess(image) for image in images])), dim=-1)
+        encoded = F.normalize(
+            model.encode_image(torch.stack([preprocess(image) for image in images])), dim=-1
+        )
     ours = accuracy(encoded, classifier, torch.from_numpy(labels))
     assert theirs["acc1"] == pytest.approx(ours["acc1"], abs=1e-6)
     assert theirs["mean_per_class_recall"] == pytest.approx(ours["mean_per_class_recall"], abs=1e-6)
 
 
-def test_every_export_loads_here(exported: dict[str, Path], run: Path, features: tuple[Tensor, Tensor]) -> None:
+def test_every_export_loads_here(
+    exported: dict[str, Path], run: Path, features: tuple[Tensor, Tensor]
+) -> None:
     """The release, too, whose heads of 16 are not the published 64: shapes don't tell, its config.yaml does."""
     trained, _, _ = alignclip.load(run)
     sources = [exported[name] for name in ("open_clip", "huggingface")]
@@ -223,10 +265,16 @@ def test_every_export_loads_here(exported: dict[str, Path], run: Path, features:
             torch.testing.assert_close(model.encode_text(tokenizer(TEXTS)), features[1], **CLOSE)
 
 
-def test_a_run_starts_from_the_exported_checkpoint(exported: dict[str, Path], run: Path, tmp_path: Path) -> None:
-    overrides = [f"load_path={exported['composer'] / 'model.pt'}", "load_weights_only=true", "data.num_workers=0"]
-    config = config_file.load(write_config(tmp_path, str(run.parent / "set")), overrides)
-    trainer = training.build_trainer(config, get_device("cpu"), None)
+def test_a_run_starts_from_the_exported_checkpoint(
+    exported: dict[str, Path], run: Path, tmp_path: Path
+) -> None:
+    overrides = [
+        f"load_path={exported['composer'] / 'model.pt'}",
+        "load_weights_only=true",
+        "data.num_workers=0",
+    ]
+    config = reading.load(write_config(tmp_path, str(run.parent / "set")), overrides)
+    trainer = pretraining.build_trainer(config, get_device("cpu"), None)
     trained = alignclip.load(run)[0].state_dict()
     encoders = trainer.state.model.encoders
     assert isinstance(encoders, CLIP)
@@ -236,9 +284,13 @@ def test_a_run_starts_from_the_exported_checkpoint(exported: dict[str, Path], ru
 
 
 @pytest.mark.parametrize("to", ["open_clip", "huggingface", "composer"])
-@pytest.mark.parametrize("shared", [{}, {"blocks": 1}, {"blocks": 2, "ln_final": True}, {"projection": True}], ids=str)
+@pytest.mark.parametrize(
+    "shared", [{}, {"blocks": 1}, {"blocks": 2, "ln_final": True}, {"projection": True}], ids=str
+)
 def test_all_ways_of_sharing(tmp_path: Path, to: str, shared: dict[str, Any]) -> None:
-    config = small_config(shared=shared, text={"vocab_size": 70, "layers": 4}, vision={"mlp_ratio": 4.0})
+    config = small_config(
+        shared=shared, text={"vocab_size": 70, "layers": 4}, vision={"mlp_ratio": 4.0}
+    )
     source = write_checkpoint(tmp_path / "run", config)
     assert convert(Options(str(source), to, str(tmp_path / "out"))) < 1e-5
     found = alignclip.load(tmp_path / "out" / ("model.pt" if to == "composer" else ""))[0]
@@ -249,7 +301,9 @@ def test_all_ways_of_sharing(tmp_path: Path, to: str, shared: dict[str, Any]) ->
 
 def test_a_timm_tower(tmp_path: Path) -> None:
     vision = {"timm_model_name": "test_vit", "image_size": 160}
-    source = write_checkpoint(tmp_path / "run", small_config(vision=vision, text={"vocab_size": 70}))
+    source = write_checkpoint(
+        tmp_path / "run", small_config(vision=vision, text={"vocab_size": 70})
+    )
     assert convert(Options(str(source), "open_clip", str(tmp_path / "out"))) < 1e-5
     with pytest.raises(UserError, match="can't hold the timm tower test_vit"):
         convert(Options(str(source), "huggingface", str(tmp_path / "hf")))
@@ -262,7 +316,9 @@ def test_a_vocabulary_larger_than_clips(tmp_path: Path, to: str) -> None:
     config = small_config(text={"vocab_size": 49500})
     source = write_checkpoint(tmp_path / "run", config)
     assert convert(Options(str(source), to, str(tmp_path / "out"))) < 1e-5
-    model, _, tokenizer = alignclip.load(tmp_path / "out" / ("model.pt" if to == "composer" else ""))
+    model, _, tokenizer = alignclip.load(
+        tmp_path / "out" / ("model.pt" if to == "composer" else "")
+    )
     expected = drawn(config).encode_text(tokenizer(TEXTS)).detach()
     torch.testing.assert_close(model.encode_text(tokenizer(TEXTS)).detach(), expected, **CLOSE)
     if to == "huggingface":
@@ -282,7 +338,9 @@ def test_the_check_reads_real_captions(tmp_path: Path, monkeypatch: pytest.Monke
 
     def as_it_was(config: ModelConfig) -> dict[str, Any]:
         found = written(config)
-        return found | {"text_config": found["text_config"] | {"eos_token_id": config.text_cfg.vocab_size - 1}}
+        return found | {
+            "text_config": found["text_config"] | {"eos_token_id": config.text_cfg.vocab_size - 1}
+        }
 
     monkeypatch.setattr(hugging_face, "their_config", as_it_was)
     with pytest.raises(UserError, match="--to huggingface: read again, the features differ by"):
@@ -303,12 +361,24 @@ def test_quick_gelu(tmp_path: Path) -> None:
             assert torch.equal(model.encode_image(images), drawn(config).encode_image(images))
             assert torch.equal(model.encode_text(tokens), drawn(config).encode_text(tokens))
             plain = drawn(small_config(text={"vocab_size": 70}))
-            assert not torch.allclose(model.encode_image(images), plain.encode_image(images), atol=1e-3)
-    assert json.loads((tmp_path / "open_clip" / "open_clip_config.json").read_text())["model_cfg"]["quick_gelu"] is True
+            assert not torch.allclose(
+                model.encode_image(images), plain.encode_image(images), atol=1e-3
+            )
     assert (
-        transformers.CLIPModel.from_pretrained(tmp_path / "huggingface").config.text_config.hidden_act == "quick_gelu"
+        json.loads((tmp_path / "open_clip" / "open_clip_config.json").read_text())["model_cfg"][
+            "quick_gelu"
+        ]
+        is True
     )
-    shared = write_checkpoint(tmp_path / "shared", dataclasses.replace(config, shared=SharedConfig(**EVERYTHING)))
+    assert (
+        transformers.CLIPModel.from_pretrained(
+            tmp_path / "huggingface"
+        ).config.text_config.hidden_act
+        == "quick_gelu"
+    )
+    shared = write_checkpoint(
+        tmp_path / "shared", dataclasses.replace(config, shared=SharedConfig(**EVERYTHING))
+    )
     with pytest.raises(UserError, match=r"can't hold model\.quick_gelu"):
         convert(Options(str(shared), "release", str(tmp_path / "release")))
 
@@ -318,11 +388,16 @@ def test_stock_quick_gelu_models(tmp_path: Path) -> None:
     vision = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 2, "head_width": 16}
     text = {"context_length": 12, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2}
     torch.manual_seed(0)
-    images, tokens = torch.randn(2, 3, 32, 32), torch.tensor([[62, 1, 63, *[0] * 9], [62, 5, 5, 63, *[0] * 8]])
+    images, tokens = (
+        torch.randn(2, 3, 32, 32),
+        torch.tensor([[62, 1, 63, *[0] * 9], [62, 5, 5, 63, *[0] * 8]]),
+    )
     theirs = open_clip.CLIP(16, vision_cfg=vision, text_cfg=text, quick_gelu=True).eval()
     (tmp_path / "open_clip").mkdir()
     model_cfg = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text, "quick_gelu": True}
-    (tmp_path / "open_clip" / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg}))
+    (tmp_path / "open_clip" / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": model_cfg})
+    )
     save_file(theirs.state_dict(), tmp_path / "open_clip" / "open_clip_model.safetensors")
     model, _, _ = alignclip.load(tmp_path / "open_clip")
     with torch.no_grad():
@@ -332,8 +407,12 @@ def test_stock_quick_gelu_models(tmp_path: Path) -> None:
     hub.save_pretrained(tmp_path / "hub")
     model, _, _ = alignclip.load(tmp_path / "hub")
     with torch.no_grad():
-        torch.testing.assert_close(model.encode_image(images), hub.get_image_features(images), **CLOSE)
-        torch.testing.assert_close(model.encode_text(tokens), hub.get_text_features(tokens), **CLOSE)
+        torch.testing.assert_close(
+            model.encode_image(images), hub.get_image_features(images), **CLOSE
+        )
+        torch.testing.assert_close(
+            model.encode_text(tokens), hub.get_text_features(tokens), **CLOSE
+        )
 
 
 def test_mlps_of_any_width(tmp_path: Path) -> None:
@@ -371,7 +450,9 @@ def test_an_authors_file_there_and_back(name: str, tmp_path: Path) -> None:
     place, given = source, str(config)
     for to in ("release", "composer", "open_clip", "huggingface", "release"):
         out = tmp_path / f"{place.name}-{to}"
-        convert(Options(str(place), to, str(out), model_config=given if place.suffix == ".pt" else None))
+        convert(
+            Options(str(place), to, str(out), model_config=given if place.suffix == ".pt" else None)
+        )
         place = {"release": out / "release.pt", "composer": out / "model.pt"}.get(to, out)
         if to == "release":
             written = torch.load(place, weights_only=True)["state_dict"]
@@ -384,7 +465,12 @@ def test_an_authors_file_there_and_back(name: str, tmp_path: Path) -> None:
 
 def test_a_release_of_a_model_of_ours(exported: dict[str, Path]) -> None:
     written = torch.load(exported["release"] / "release.pt", weights_only=True)["state_dict"]
-    assert written.keys() >= {"projection", "ln_post.weight", "text.text_projection", "visual.conv1.weight"}
+    assert written.keys() >= {
+        "projection",
+        "ln_post.weight",
+        "text.text_projection",
+        "visual.conv1.weight",
+    }
     assert not written["text.text_projection"].any()
     assert all(our_names(name) or name == "text.text_projection" for name in written)
 
@@ -401,11 +487,22 @@ def test_only_what_shares_everything_is_a_release(tmp_path: Path) -> None:
 
 def clip_model(**changes: Any) -> transformers.CLIPModel:
     torch.manual_seed(0)
-    both = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    both = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     both |= {"hidden_act": changes.pop("hidden_act", "gelu"), "projection_dim": 16}
     vision = both | {"image_size": 32, "patch_size": 8} | changes.pop("vision", {})
-    text = both | {"vocab_size": 64, "max_position_embeddings": 12, "eos_token_id": 63} | changes.pop("text", {})
-    config = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=16, **changes)
+    text = (
+        both
+        | {"vocab_size": 64, "max_position_embeddings": 12, "eos_token_id": 63}
+        | changes.pop("text", {})
+    )
+    config = transformers.CLIPConfig(
+        vision_config=vision, text_config=text, projection_dim=16, **changes
+    )
     return transformers.CLIPModel(config).eval()
 
 
@@ -417,8 +514,12 @@ def test_a_clip_model_of_transformers_loads_here(tmp_path: Path) -> None:
     images, tokens = torch.randn(3, 3, 32, 32), torch.randint(0, 62, (3, 12))
     tokens[:, 5] = 63
     with torch.no_grad():
-        torch.testing.assert_close(model.encode_image(images), theirs.get_image_features(images), **CLOSE)
-        torch.testing.assert_close(model.encode_text(tokens), theirs.get_text_features(tokens), **CLOSE)
+        torch.testing.assert_close(
+            model.encode_image(images), theirs.get_image_features(images), **CLOSE
+        )
+        torch.testing.assert_close(
+            model.encode_text(tokens), theirs.get_text_features(tokens), **CLOSE
+        )
     white = preprocess(Image.new("RGB", (32, 32), "white"))
     assert float(white[0, 0, 0]) == pytest.approx(0.5 / 0.26862954)
     convert(Options(str(tmp_path / "theirs"), "huggingface", str(tmp_path / "ours")))
@@ -426,7 +527,9 @@ def test_a_clip_model_of_transformers_loads_here(tmp_path: Path) -> None:
     for name, value in theirs.state_dict().items():
         assert torch.equal(again[name], value), name
     # what can't say how images are prepared, refuses
-    with pytest.raises(UserError, match="can't hold that this model's images are prepared otherwise"):
+    with pytest.raises(
+        UserError, match="can't hold that this model's images are prepared otherwise"
+    ):
         convert(Options(str(tmp_path / "theirs"), "composer", str(tmp_path / "composer")))
 
 
@@ -439,7 +542,10 @@ def test_a_clip_model_of_transformers_loads_here(tmp_path: Path) -> None:
         ),
         ({"text": {"layer_norm_eps": 1e-6}}, "text_config.layer_norm_eps is 1e-06"),
         ({"text": {"eos_token_id": 7}}, "eos_token_id is 7, and our encoders end texts at 63"),
-        ({"text": {"eos_token_id": 49407}}, "eos_token_id is 49407, and our encoders end texts at 63"),
+        (
+            {"text": {"eos_token_id": 49407}},
+            "eos_token_id is 49407, and our encoders end texts at 63",
+        ),
     ],
 )
 def test_clip_models_that_are_not_ours(tmp_path: Path, change: dict[str, Any], words: str) -> None:
@@ -450,7 +556,10 @@ def test_clip_models_that_are_not_ours(tmp_path: Path, change: dict[str, Any], w
 
 def test_broken_clip_models(tmp_path: Path) -> None:
     clip_model().save_pretrained(tmp_path)
-    weights, config = load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text())
+    weights, config = (
+        load_file(tmp_path / "model.safetensors"),
+        json.loads((tmp_path / "config.json").read_text()),
+    )
     one = "text_model.encoder.layers.0.self_attn.k_proj.weight"
     cases: list[tuple[dict[str, Tensor], dict[str, Any], str]] = [
         (
@@ -460,8 +569,16 @@ def test_broken_clip_models(tmp_path: Path) -> None:
         ),
         (weights | {"extra": torch.zeros(1)}, config, "it has extra in addition"),
         (weights | {"logit_scale": torch.zeros(2)}, config, r"logit_scale is \[2\], not \[1\]"),
-        (weights, config | {"vision_config": config["vision_config"] | {"image_size": 64}}, "positional_embedding is"),
-        (weights, config | {"vision_config": config["vision_config"] | {"hidden_size": 48}}, "is .*, not "),
+        (
+            weights,
+            config | {"vision_config": config["vision_config"] | {"image_size": 64}},
+            "positional_embedding is",
+        ),
+        (
+            weights,
+            config | {"vision_config": config["vision_config"] | {"hidden_size": 48}},
+            "is .*, not ",
+        ),
         (
             weights,
             config | {"text_config": config["text_config"] | {"num_attention_heads": 0}},
@@ -487,7 +604,13 @@ def test_broken_clip_models(tmp_path: Path) -> None:
 
 def with_pixels(folder: Path, **pixels: Any) -> Path:
     """An export of open_clip's whose images are prepared in a way of its own."""
-    convert(Options(str(write_checkpoint(folder / "run", small_config())), "open_clip", str(folder / "source")))
+    convert(
+        Options(
+            str(write_checkpoint(folder / "run", small_config())),
+            "open_clip",
+            str(folder / "source"),
+        )
+    )
     path = folder / "source" / "open_clip_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"preprocess_cfg": pixels}))
     return folder / "source"
@@ -496,7 +619,12 @@ def with_pixels(folder: Path, **pixels: Any) -> Path:
 @pytest.mark.parametrize(
     "pixels",
     [
-        {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "interpolation": "bilinear", "resize_mode": "shortest"},
+        {
+            "mean": [0.5, 0.4, 0.3],
+            "std": [0.2, 0.3, 0.4],
+            "interpolation": "bilinear",
+            "resize_mode": "shortest",
+        },
         {"mean": 0.5, "std": 0.25, "interpolation": "bicubic", "resize_mode": "squash"},
         {"resize_mode": "longest", "fill_color": 128, "interpolation": "bilinear"},
     ],
@@ -508,7 +636,9 @@ def test_how_images_are_prepared_is_kept(tmp_path: Path, pixels: dict[str, Any])
     wide = pictures()[0].resize((97, 33))
     ours = alignclip.load(source)[1](wide)
     convert(Options(str(source), "open_clip", str(tmp_path / "again")))
-    written = json.loads((tmp_path / "again" / "open_clip_config.json").read_text())["preprocess_cfg"]
+    written = json.loads((tmp_path / "again" / "open_clip_config.json").read_text())[
+        "preprocess_cfg"
+    ]
     assert written.keys() == {"mode", "mean", "std", "interpolation", "resize_mode", "fill_color"}
     _, _, theirs = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'again'}")
     assert torch.equal(theirs(wide), ours)
@@ -524,11 +654,17 @@ def test_how_images_are_prepared_is_kept(tmp_path: Path, pixels: dict[str, Any])
     assert torch.equal(alignclip.load(tmp_path / "back")[1](wide), ours)
 
 
-def test_an_export_whose_pixels_differ_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_whose_pixels_differ_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = with_pixels(tmp_path, interpolation="bilinear")
     settings = hugging_face.processor_settings
-    monkeypatch.setattr(hugging_face, "processor_settings", lambda *given: settings(*given) | {"resample": 3})
-    with pytest.raises(UserError, match=r"prepares images otherwise: pixels differ by \d+\.\d of 255 levels"):
+    monkeypatch.setattr(
+        hugging_face, "processor_settings", lambda *given: settings(*given) | {"resample": 3}
+    )
+    with pytest.raises(
+        UserError, match=r"prepares images otherwise: pixels differ by \d+\.\d of 255 levels"
+    ):
         convert(Options(str(source), "huggingface", str(tmp_path / "hub")))
     assert not (tmp_path / "hub").exists()
 
@@ -544,13 +680,20 @@ def test_an_export_whose_pixels_differ_is_refused(tmp_path: Path, monkeypatch: p
         ({"do_center_crop": False}, "do_center_crop is false"),
         ({"size": {"shortest_edge": 40}}, "are not one square"),
         ({"size": {"height": 32, "width": 40}, "do_center_crop": False}, "are not one square"),
-        ({"image_processor_type": "ViTImageProcessor"}, "prepared by a ViTImageProcessor; did you mean"),
+        (
+            {"image_processor_type": "ViTImageProcessor"},
+            "prepared by a ViTImageProcessor; did you mean",
+        ),
         ({"image_mean": [0.5, 0.5]}, "mean has 2 numbers, not 3"),
     ],
 )
-def test_processors_that_open_clip_has_not(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
+def test_processors_that_open_clip_has_not(
+    tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
     clip_model().save_pretrained(tmp_path)
-    transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(tmp_path)
+    transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(
+        tmp_path
+    )
     alignclip.load(tmp_path)
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
@@ -562,16 +705,24 @@ def test_processors_that_open_clip_has_not(tmp_path: Path, settings: dict[str, A
 # --- what is written, and what is not ---------------------------------------------------------------------------------
 
 
-def test_into_a_bucket(exported: dict[str, Path], s3: S3Server, features: tuple[Tensor, Tensor]) -> None:
+def test_into_a_bucket(
+    exported: dict[str, Path], s3: S3Server, features: tuple[Tensor, Tensor]
+) -> None:
     url = f"{s3.bucket()}/exports/first"
     convert(Options(str(exported["composer"] / "model.pt"), "open_clip", url))
     model, _, tokenizer = alignclip.load(url)
     with torch.no_grad():
         torch.testing.assert_close(model.encode_text(tokenizer(TEXTS)), features[1], **CLOSE)
-    with pytest.raises(UserError, match=r"holds files already \(README.md, open_clip_config.json, open"):
+    with pytest.raises(
+        UserError, match=r"holds files already \(README.md, open_clip_config.json, open"
+    ):
         convert(Options(str(exported["open_clip"]), "open_clip", url))
     # stock open_clip reads no bucket
-    card = s3.client.get_object(Bucket=url.split("/")[2], Key="exports/first/README.md")["Body"].read().decode()
+    card = (
+        s3.client.get_object(Bucket=url.split("/")[2], Key="exports/first/README.md")["Body"]
+        .read()
+        .decode()
+    )
     assert f'alignclip.load("{url}")' in card
     assert "local-dir:" not in card
     assert "library_name: open_clip" in card
@@ -603,14 +754,24 @@ def test_an_upload_that_breaks_leaves_nothing(
     alignclip.load(url)
 
 
-def test_a_full_disk(exported: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk(
+    exported: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One line from whichever library notices, and nothing left."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     for to in ("open_clip", "huggingface", "release", "composer"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
         try:
             with pytest.raises(SystemExit, match="2"):
-                main([str(exported["composer"] / "model.pt"), "--to", to, "--out", str(tmp_path / "out" / to)])
+                main(
+                    [
+                        str(exported["composer"] / "model.pt"),
+                        "--to",
+                        to,
+                        "--out",
+                        str(tmp_path / "out" / to),
+                    ]
+                )
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         loading, line = [line for line in capsys.readouterr().err.splitlines() if line]
@@ -619,7 +780,9 @@ def test_a_full_disk(exported: dict[str, Path], tmp_path: Path, capsys: pytest.C
         assert not list((tmp_path / "out").iterdir())
 
 
-def test_an_export_that_differs_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_export_that_differs_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Features that are no numbers are such ones: whatever is read again can't be seen to be the same."""
     config = small_config(text={"vocab_size": 70})
     model = drawn(config)
@@ -651,15 +814,22 @@ def card_of(folder: Path) -> ModelCard:
 
 
 def test_the_card(run: Path, tmp_path: Path) -> None:
-    results = {"results": {"model": {"coco": {"image_retrieval_recall@5": 0.5}, "gap": {"rmg": 0.25}}}}
+    results = {
+        "results": {"model": {"coco": {"image_retrieval_recall@5": 0.5}, "gap": {"rmg": 0.25}}}
+    }
     (tmp_path / "results.json").write_text(json.dumps(results))
-    options = Options(str(run), "open_clip", str(tmp_path / "out"), metrics=str(tmp_path / "results.json"))
+    options = Options(
+        str(run), "open_clip", str(tmp_path / "out"), metrics=str(tmp_path / "results.json")
+    )
     convert(dataclasses.replace(options, license="apache-2.0"))
     card = card_of(tmp_path / "out")
     assert card.data.license == "apache-2.0"
     assert card.data.library_name == "open_clip"
     assert "\n# r\n" in card.text
-    for row in ("| coco: image_retrieval_recall@5 | 0.5000 |", "| shared between the towers | everything |"):
+    for row in (
+        "| coco: image_retrieval_recall@5 | 0.5000 |",
+        "| shared between the towers | everything |",
+    ):
         assert row in card.text
     assert "| max_duration | 3ba |" in card.text
     assert "| data: e | not published |" in card.text
@@ -692,7 +862,10 @@ def test_licences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # who has trained such a file can say so
     name, said = licensed(release, "own", "--license", "mit")
     assert name == "mit"
-    assert "their weights are cc-by-nc-nd-4.0: --license mit is for weights that you trained yourself" in said
+    assert (
+        "their weights are cc-by-nc-nd-4.0: --license mit is for weights that you trained yourself"
+        in said
+    )
     # a README.md of a repository that the file was put into is no licence
     (tmp_path / "README.md").write_text("# AlignCLIP\n")
     name, said = licensed(release, "beside")
@@ -717,7 +890,11 @@ def test_licences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("\n\n---\r\nlicense: cc-by-nd-4.0\r\n---\r\n", "cc-by-nd-4.0", True),
         ("---\nlicense: other\nlicense_name: cc-by-nc-nd-4.0\n---\n", "cc-by-nc-nd-4.0", True),
         ("---\nlicense: other\n---\n", "other", False),
-        ("---\nlicense:\n- apache-2.0\n- cc-by-nc-nd-3.0\n---\n", "apache-2.0, cc-by-nc-nd-3.0", True),
+        (
+            "---\nlicense:\n- apache-2.0\n- cc-by-nc-nd-3.0\n---\n",
+            "apache-2.0, cc-by-nc-nd-3.0",
+            True,
+        ),
         ("---\nlicense: attribution-noderivatives\n---\n", "attribution-noderivatives", True),
         ("---\nlicense: bsd-standard\n---\n", "bsd-standard", False),
         ("---\nlicense: 3\n---\n", None, False),
@@ -734,27 +911,40 @@ def test_what_a_card_says(card: str | None, name: str | None, forbidden: bool) -
     assert forbids_derivatives(name or "") == forbidden
 
 
-def test_the_licence_of_what_a_run_started_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_licence_of_what_a_run_started_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """From the authors' weights over a run of one's own to an export: nobody has to remember it."""
     release = tmp_path / "AlignCLIP.pt"
     write_set(str(tmp_path / "set"), 64)
     overrides = ["max_duration=1ba", "scheduler.t_warmup=0ba", "data.num_workers=0", "run_name=r"]
-    overrides += [f"pretrained={release}", "model.vision_cfg.width=64", "model.vision_cfg.head_width=64"]
+    overrides += [
+        f"pretrained={release}",
+        "model.vision_cfg.width=64",
+        "model.vision_cfg.head_width=64",
+    ]
     overrides += ["model.text_cfg.width=64", "model.text_cfg.heads=1", "model.vision_cfg.layers=3"]
     overrides += ["model.text_cfg.layers=3"]
-    config = config_file.load(write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "saved")), overrides)
+    config = reading.load(
+        write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "saved")), overrides
+    )
     torch.save(release_of(drawn(config.model)), release)
     folder = SaveFolder(config)
-    trainer = training.build_trainer(config, get_device("cpu"), folder)
+    trainer = pretraining.build_trainer(config, get_device("cpu"), folder)
     folder.write_config()
     trainer.fit()
     trainer.close()
-    assert "licence: cc-by-nc-nd-4.0, which holds for what is trained from it, too" in capsys.readouterr().out
+    assert (
+        "licence: cc-by-nc-nd-4.0, which holds for what is trained from it, too"
+        in capsys.readouterr().out
+    )
     main([str(tmp_path / "saved"), "--to", "huggingface", "--out", str(tmp_path / "out")])
     assert "forbids passing on derivatives" in capsys.readouterr().err
     assert card_of(tmp_path / "out").data.license == "cc-by-nc-nd-4.0"
     with pytest.raises(UserError, match="which its derivatives can't leave"):
-        convert(Options(str(tmp_path / "saved"), "open_clip", str(tmp_path / "other"), license="mit"))
+        convert(
+            Options(str(tmp_path / "saved"), "open_clip", str(tmp_path / "other"), license="mit")
+        )
 
 
 @pytest.mark.parametrize("place", ["local", "s3"])
@@ -763,17 +953,17 @@ def test_the_licence_of_what_a_run_loaded(tmp_path: Path, s3: S3Server, place: s
     write_set(str(tmp_path / "set"), 64)
     yaml = write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "saved"))
     overrides = ["max_duration=1ba", "scheduler.t_warmup=0ba", "data.num_workers=0", "run_name=r"]
-    source = write_checkpoint(tmp_path / "source", config_file.load(yaml, overrides).model)
+    source = write_checkpoint(tmp_path / "source", reading.load(yaml, overrides).model)
     (source / "README.md").write_text("---\nlicense: cc-by-nc-nd-4.0\n---\n")
     path = str(source / "latest-rank0.pt")
     if place == "s3":
         path = f"{s3.bucket()}/source/latest-rank0.pt"
         for file in source.iterdir():
             s3.client.upload_file(str(file), path.split("/")[2], f"source/{file.name}")
-    config = config_file.load(yaml, [*overrides, f"load_path={path}", "load_weights_only=true"])
+    config = reading.load(yaml, [*overrides, f"load_path={path}", "load_weights_only=true"])
     folder = SaveFolder(config)
     folder.open()
-    training.build_trainer(config, get_device("cpu"), folder).close()
+    pretraining.build_trainer(config, get_device("cpu"), folder).close()
     card = (tmp_path / "saved" / "README.md").read_text()
     assert "license: cc-by-nc-nd-4.0" in card
     assert f"Started from `{path}`" in card
@@ -782,14 +972,26 @@ def test_the_licence_of_what_a_run_loaded(tmp_path: Path, s3: S3Server, place: s
 def test_the_command(exported: dict[str, Path], tmp_path: Path) -> None:
     def command(*arguments: object) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, ROOT / "convert" / "checkpoint.py", *arguments]
-        return subprocess.run([*map(str, line)], text=True, capture_output=True, timeout=200, cwd=tmp_path)
+        return subprocess.run(
+            [*map(str, line)], text=True, capture_output=True, timeout=200, cwd=tmp_path
+        )
 
-    done = command(exported["composer"] / "model.pt", "--to", "open_clip", "--out", "out/mine", "--license", "mit")
+    done = command(
+        exported["composer"] / "model.pt",
+        "--to",
+        "open_clip",
+        "--out",
+        "out/mine",
+        "--license",
+        "mit",
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == "loading PyTorch …\n"
     found, _, *usage = done.stdout.splitlines()
     assert found.startswith("out/mine: read again, the features differ by at most ")
-    ran = subprocess.run([sys.executable, "-c", textwrap.dedent("\n".join(usage))], cwd=tmp_path, timeout=200)
+    ran = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent("\n".join(usage))], cwd=tmp_path, timeout=200
+    )
     assert ran.returncode == 0
     card = (tmp_path / "out" / "mine" / "README.md").read_text()
     assert all(line.strip().replace("out/mine", "mine") in card for line in usage)

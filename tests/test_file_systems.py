@@ -19,14 +19,21 @@ from runs import write_config, write_set
 from s3 import S3Server
 
 import alignclip
-from alignclip import checkpoint_file, composer_patches, training
-from alignclip.checkpoint_file import NotSavedError
-from alignclip.checkpoints import SaveFolder
-from alignclip.config_file import load
+from alignclip.config.reading import load
 from alignclip.errors import NOT_SAVED, UserError, one_line_errors
-from alignclip.resume import choose
+from alignclip.training import composer_patches, pretraining
+from alignclip.training.resume import choose
+from alignclip.training.save_folder import SaveFolder
+from alignclip.weights import checkpoint_file
+from alignclip.weights.checkpoint_file import NotSavedError
 
-FIXED = ("run_name=r", "max_duration=4ba", "save_interval=2ba", "data.num_workers=0", "scheduler.t_warmup=1ba")
+FIXED = (
+    "run_name=r",
+    "max_duration=4ba",
+    "save_interval=2ba",
+    "data.num_workers=0",
+    "scheduler.t_warmup=1ba",
+)
 CONTENT = {"state": {"a": torch.zeros(100_000)}}
 
 
@@ -38,7 +45,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=[errno.EOPNOTSUPP, errno.EPERM, errno.ENOSYS, errno.EACCES])
-def no_links(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def no_links(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither symbolic nor hard links below ``tmp_path``."""
 
     def refuse(source: object, target: object, *more: object, **named: object) -> None:
@@ -48,12 +57,14 @@ def no_links(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "link", refuse)
 
 
-def build(dataset: Path, tmp_path: Path, save_folder: str, *overrides: str) -> tuple[SaveFolder, Any]:
+def build(
+    dataset: Path, tmp_path: Path, save_folder: str, *overrides: str
+) -> tuple[SaveFolder, Any]:
     config = load(write_config(tmp_path, str(dataset), save_folder), [*FIXED, *overrides])
     folder = SaveFolder(config)
     folder.open()
     folder.check_config()
-    trainer = training.build_trainer(config, get_device("cpu"), folder)
+    trainer = pretraining.build_trainer(config, get_device("cpu"), folder)
     folder.write_config()
     return folder, trainer
 
@@ -63,26 +74,39 @@ def test_a_run_without_links(no_links: None, dataset: Path, tmp_path: Path) -> N
     place = tmp_path / "runs"
     for duration in (4, 6):
         folder, trainer = build(
-            dataset, tmp_path, str(place), f"max_duration={duration}ba", "save_num_checkpoints_to_keep=1"
+            dataset,
+            tmp_path,
+            str(place),
+            f"max_duration={duration}ba",
+            "save_num_checkpoints_to_keep=1",
         )
         assert trainer.state.timestamp.batch.value == (0 if duration == 4 else 4)
         trainer.fit()
         composer_patches.close(trainer)
     assert folder.latest_target() == "ep1-ba6-rank0.pt"
-    assert sorted(path.name for path in place.glob("*.pt*")) == ["ep1-ba6-rank0.pt", "latest-rank0.pt.symlink"]
+    assert sorted(path.name for path in place.glob("*.pt*")) == [
+        "ep1-ba6-rank0.pt",
+        "latest-rank0.pt.symlink",
+    ]
     weights = trainer.state.model.encoders.state_dict()
     for name in (place, place / "latest-rank0.pt"):
         model, *_ = alignclip.load(name)
         assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     # as load_path, too
     _, other = build(
-        dataset, tmp_path, str(tmp_path / "other"), f"load_path={place}/latest-rank0.pt", "max_duration=8ba"
+        dataset,
+        tmp_path,
+        str(tmp_path / "other"),
+        f"load_path={place}/latest-rank0.pt",
+        "max_duration=8ba",
     )
     composer_patches.close(other)
     assert other.state.timestamp.batch.value == 6
 
 
-def test_a_folder_that_moves_to_where_there_are_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_moves_to_where_there_are_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = SaveFolder(load(write_config(tmp_path, "set", str(tmp_path / "runs")), ["run_name=r"]))
     for batch in (2, 4):
         checkpoint_file.save(CONTENT, tmp_path / "runs" / f"ep0-ba{batch}-rank0.pt")
@@ -91,7 +115,9 @@ def test_a_folder_that_moves_to_where_there_are_links(tmp_path: Path, monkeypatc
             if not links:
                 patch.setattr(os, "symlink", _refuse)
             folder.point_latest(f"ep0-ba{batch}-rank0.pt")
-        there = {path.name for path in (tmp_path / "runs").iterdir() if path.name.startswith("latest")}
+        there = {
+            path.name for path in (tmp_path / "runs").iterdir() if path.name.startswith("latest")
+        }
         assert there == {"latest-rank0.pt" if links else "latest-rank0.pt.symlink"}
         assert choose(folder, tmp_path / "download.pt") == f"ep0-ba{batch}-rank0.pt"
     (tmp_path / "runs" / "latest-rank0.pt").unlink()
@@ -147,7 +173,11 @@ def full(monkeypatch: pytest.MonkeyPatch, number: int, after: int, only: str = "
 
 @pytest.mark.parametrize(
     ("number", "says"),
-    [(errno.ENOSPC, "no space left in"), (errno.EDQUOT, "quota"), (errno.EIO, "Input/output error")],
+    [
+        (errno.ENOSPC, "no space left in"),
+        (errno.EDQUOT, "quota"),
+        (errno.EIO, "Input/output error"),
+    ],
 )
 @pytest.mark.parametrize("after", [0, 5_000, 300_000, 401_000])
 def test_a_save_that_fails_leaves_what_was_there(
@@ -224,7 +254,9 @@ def test_a_temporary_folder_that_is_full_while_a_checkpoint_waits_for_its_upload
         return copy(source, target, **named)
 
     monkeypatch.setattr(shutil, "copy2", refuse)
-    with pytest.raises(NotSavedError, match=r"can't save .*ep0-ba4-rank0.pt: no space left in .*needed"):
+    with pytest.raises(
+        NotSavedError, match=r"can't save .*ep0-ba4-rank0.pt: no space left in .*needed"
+    ):
         trainer.fit()
     composer_patches.close(trainer)
     assert folder.latest_target() == "ep0-ba2-rank0.pt"
@@ -235,7 +267,7 @@ def _train_on_a_full_disk(yaml: Path) -> str:
     config = load(yaml, [*FIXED, "global_train_batch_size=16"])
     with pytest.MonkeyPatch.context() as patch:
         full(patch, errno.ENOSPC, 20_000)
-        trainer = training.build_trainer(config, get_device("cpu"), SaveFolder(config))
+        trainer = pretraining.build_trainer(config, get_device("cpu"), SaveFolder(config))
         try:
             trainer.fit()
         except UserError as error:
@@ -257,6 +289,8 @@ def test_what_a_killed_run_has_left_goes(dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "runs" / ".ep0-ba2-rank0.pt.partial").write_bytes(b"half of it")
     folder = SaveFolder(load(write_config(tmp_path, str(dataset), str(tmp_path / "runs")), FIXED))
     folder.open()
-    assert list((tmp_path / "runs").iterdir()), "a start that is refused later leaves another run's folder alone"
+    assert list((tmp_path / "runs").iterdir()), (
+        "a start that is refused later leaves another run's folder alone"
+    )
     folder.remove_partial()
     assert not list((tmp_path / "runs").iterdir())

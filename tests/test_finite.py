@@ -22,12 +22,12 @@ from runs import PRETRAIN, run, write_config
 from streaming import MDSWriter
 
 import alignclip
-from alignclip import training
-from alignclip.checkpoints import SaveFolder
-from alignclip.command import main
-from alignclip.config_file import load
+from alignclip.config.reading import load
 from alignclip.errors import NOT_FINITE, NotFiniteError, UserError
-from alignclip.resume import Origin
+from alignclip.training import pretraining
+from alignclip.training.command import main
+from alignclip.training.resume import Origin
+from alignclip.training.save_folder import SaveFolder
 
 COUNT, DIMENSION = 64, 16
 FIXED = (
@@ -39,14 +39,26 @@ FIXED = (
 def write_embeddings(out: Path, change: Callable[[int, np.ndarray], None]) -> None:
     """A set of 64 pairs; ``change`` edits the caption embedding of a sample."""
     rng = np.random.default_rng(0)
-    columns = {"key": "str", "image": "bytes", "caption": "str", "semantic": f"ndarray:float16:{DIMENSION}"}
+    columns = {
+        "key": "str",
+        "image": "bytes",
+        "caption": "str",
+        "semantic": f"ndarray:float16:{DIMENSION}",
+    }
     with MDSWriter(out=str(out), columns=columns) as writer:
         for i in range(COUNT):
             picture = io.BytesIO()
             Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(picture, "JPEG")
             semantic = rng.normal(size=DIMENSION).astype(np.float16)
             change(i, semantic)
-            writer.write({"key": f"k{i}", "image": picture.getvalue(), "caption": f"{i} dots", "semantic": semantic})
+            writer.write(
+                {
+                    "key": f"k{i}",
+                    "image": picture.getvalue(),
+                    "caption": f"{i} dots",
+                    "semantic": semantic,
+                }
+            )
 
 
 def sound(i: int, semantic: np.ndarray) -> None:
@@ -74,9 +86,11 @@ class At(Callback):
 
 
 def start(tmp_path: Path, *overrides: str, callbacks: tuple[Callback, ...] = ()) -> Any:
-    config = load(write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "runs")), [*FIXED, *overrides])
+    config = load(
+        write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "runs")), [*FIXED, *overrides]
+    )
     folder = SaveFolder(config)
-    return training.build_trainer(config, get_device("cpu"), folder, callbacks)
+    return pretraining.build_trainer(config, get_device("cpu"), folder, callbacks)
 
 
 def fit(trainer: Any) -> str:
@@ -104,10 +118,18 @@ def test_an_embedding_that_is_not_finite_ends_the_run(tmp_path: Path, value: flo
     write_embeddings(tmp_path / "set", bad(value, 20, 22))  # in the second batch of 16
     said = fit(start(tmp_path, "save_num_checkpoints_to_keep=2"))
     assert said.startswith("batch 2: the loss is not finite: total nan, contrastive ")
-    assert "separation nan; samples 'k20', 'k22' have a caption embedding ('semantic') not finite; " in said
+    assert (
+        "separation nan; samples 'k20', 'k22' have a caption embedding ('semantic') not finite; "
+        in said
+    )
     assert "the gradients of " in said
-    assert said.endswith("once these samples are out of the set (convert/verify.py finds all of them)")
-    assert "The run is saved up to batch 1; the same command goes on from there, once these samples" in said
+    assert said.endswith(
+        "once these samples are out of the set (convert/verify.py finds all of them)"
+    )
+    assert (
+        "The run is saved up to batch 1; the same command goes on from there, once these samples"
+        in said
+    )
     assert saved(tmp_path) == [1]
 
 
@@ -129,10 +151,16 @@ def test_what_was_trained_before_is_saved(tmp_path: Path, batch: int) -> None:
         place = f"save_folder={tmp_path / name}"
         losses.setdefault(name, [])
         event = At("batch_start", batch if interval == "100ba" else -1, spoil)
-        trainer = start(tmp_path, *more, place, f"save_interval={interval}", callbacks=(Record(), event))
+        trainer = start(
+            tmp_path, *more, place, f"save_interval={interval}", callbacks=(Record(), event)
+        )
         if interval == "100ba":
             assert f"The run is saved up to batch {batch}" in fit(trainer)
-            assert (tmp_path / name / "latest-rank0.pt").resolve().name.endswith(f"-ba{batch}-rank0.pt")
+            assert (
+                (tmp_path / name / "latest-rank0.pt")
+                .resolve()
+                .name.endswith(f"-ba{batch}-rank0.pt")
+            )
             assert len(losses[name]) == batch
         else:
             trainer.fit()
@@ -165,7 +193,11 @@ def test_the_gradient_that_is_not_finite_is_named(tmp_path: Path, clipping: str)
         parameter = state.model.encoders.get_parameter(name)
         parameter.register_hook(lambda gradient: torch.full_like(gradient, math.inf))
 
-    more = ["algorithms.GradientClipping={clipping_type: norm, clipping_threshold: 1.0}"] if clipping else []
+    more = (
+        ["algorithms.GradientClipping={clipping_type: norm, clipping_threshold: 1.0}"]
+        if clipping
+        else []
+    )
     said = fit(start(tmp_path, *more, callbacks=(At("batch_start", 2, spoil),)))
     assert said.startswith("batch 3: not finite are the gradients of 1 of ")
     assert f"({name})" in said or f"(visual.{name})" in said  # it is one and the same
@@ -178,7 +210,9 @@ def test_weights_that_a_step_makes_infinite(tmp_path: Path) -> None:
     write_embeddings(tmp_path / "set", sound)
 
     def spoil(state: State) -> None:
-        state.optimizers[0].register_step_post_hook(lambda *_: state.model.encoders.ln_final.bias.data.fill_(math.nan))
+        state.optimizers[0].register_step_post_hook(
+            lambda *_: state.model.encoders.ln_final.bias.data.fill_(math.nan)
+        )
 
     said = fit(start(tmp_path, callbacks=(At("batch_start", 2, spoil),)))
     assert said.startswith("batch 3: after the step not finite are the weights ")
@@ -216,14 +250,17 @@ def test_the_latest_checkpoint_is_not_finite(tmp_path: Path) -> None:
     content["state"]["model"]["encoders.positional_embedding"][0, 0] = math.nan
     torch.save(content, newest)
     with pytest.raises(
-        UserError, match=r"latest checkpoint \(.*ba3-rank0.pt\) holds .* not finite .*: positional_embedding"
+        UserError,
+        match=r"latest checkpoint \(.*ba3-rank0.pt\) holds .* not finite .*: positional_embedding",
     ):
         start(tmp_path)
     content["state"]["model"]["encoders.positional_embedding"] = good
     moments = content["state"]["optimizers"]["AdamW"]["state"]
     next(iter(moments.values()))["exp_avg_sq"].fill_(math.inf)
     torch.save(content, newest)
-    with pytest.raises(UserError, match=r"the optimizer's state in the latest checkpoint .* exp_avg_sq"):
+    with pytest.raises(
+        UserError, match=r"the optimizer's state in the latest checkpoint .* exp_avg_sq"
+    ):
         start(tmp_path)
 
 
@@ -241,7 +278,7 @@ def test_the_command_ends_with_a_status_of_its_own(
     def run(config: object) -> int:
         raise NotFiniteError("batch 7: …")
 
-    monkeypatch.setattr(training, "run", run)
+    monkeypatch.setattr(pretraining, "run", run)
     write_embeddings(tmp_path / "set", sound)
     with pytest.raises(SystemExit) as status:
         main([str(write_config(tmp_path, str(tmp_path / "set")))])
@@ -286,7 +323,7 @@ def _check_loaded() -> str:
         torch.nn.init.constant_(model.weight, math.nan)
     trainer = cast("Trainer", SimpleNamespace(state=SimpleNamespace(model=model, optimizers=[])))
     try:
-        training.check_loaded(trainer, Origin(Path("a.pt"), "runs/a.pt", goes_on=True))
+        pretraining.check_loaded(trainer, Origin(Path("a.pt"), "runs/a.pt", goes_on=True))
     except UserError as error:
         return str(error)
     return "goes on"
@@ -296,4 +333,6 @@ def test_what_one_rank_finds_in_a_checkpoint_ends_all() -> None:
     """One that went on alone would wait for the other for ever."""
     found = processes.run(2, _check_loaded)
     assert found[0] == found[1]
-    assert found[0].startswith("the latest checkpoint (runs/a.pt) holds numbers that are not finite")
+    assert found[0].startswith(
+        "the latest checkpoint (runs/a.pt) holds numbers that are not finite"
+    )

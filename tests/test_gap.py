@@ -10,14 +10,22 @@ import torch.nn.functional as F
 
 from alignclip.errors import UserError
 from alignclip.evaluation.gap import modality_gap
-from alignclip.evaluation.geometry import close_gap, effective_rank, linear_separability, pair_cosines, spectrum
+from alignclip.evaluation.geometry import (
+    close_gap,
+    effective_rank,
+    linear_separability,
+    pair_cosines,
+    spectrum,
+)
 from alignclip.evaluation.plots import embedding_map
 from alignclip.evaluation.retrieval import recall
 
 
 def random_pairs(count=37, width=6):
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(count, width, generator=generator) + 0.3, torch.randn(count, width, generator=generator)
+    return torch.randn(count, width, generator=generator) + 0.3, torch.randn(
+        count, width, generator=generator
+    )
 
 
 def test_equal_modalities_have_no_gap():
@@ -54,14 +62,21 @@ def test_equals_double_loops(block):
     v, t = (F.normalize(x, dim=-1).double().numpy() for x in (images, texts))
 
     def uniformity(x, y):
-        kernel = [np.exp(-2 * ((x[i] - y[j]) ** 2).sum()) for i in range(len(x)) for j in range(len(y)) if i != j]
+        kernel = [
+            np.exp(-2 * ((x[i] - y[j]) ** 2).sum())
+            for i in range(len(x))
+            for j in range(len(y))
+            if i != j
+        ]
         return math.log(np.mean(kernel))
 
     def distance(x, y):
         return (1 - x @ y) / 2
 
     def within(x):
-        return np.mean([distance(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j])
+        return np.mean(
+            [distance(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j]
+        )
 
     def rank(x):
         # singular values of the centred features: their squares are the covariance's eigenvalues
@@ -89,7 +104,9 @@ def test_equals_double_loops(block):
         "effective_rank_text": rank(t),
     }
     assert abs(within(v) - within(t)) > 0.01
-    assert modality_gap(images, texts, block=block, separability=False) == pytest.approx(expected, rel=1e-5)
+    assert modality_gap(images, texts, block=block, separability=False) == pytest.approx(
+        expected, rel=1e-5
+    )
     expected["linear_separability"] = linear_separability(images, texts)
     assert modality_gap(images, texts, block=block) == pytest.approx(expected, rel=1e-5)
 
@@ -104,7 +121,9 @@ def test_lengths_of_features_do_not_matter():
 def test_a_small_angle_is_not_lost():
     direction = torch.tensor([[1.0, 0.0]]).repeat(4, 1).double()
     turned = torch.tensor([[math.cos(1e-4), math.sin(1e-4)]]).repeat(4, 1).double()
-    assert modality_gap(direction, turned)["centroid_angle"] == pytest.approx(math.degrees(1e-4), rel=1e-3)
+    assert modality_gap(direction, turned)["centroid_angle"] == pytest.approx(
+        math.degrees(1e-4), rel=1e-3
+    )
 
 
 def test_one_point_but_for_rounding_is_one_point():
@@ -138,7 +157,10 @@ def test_separability_grows_with_the_gap():
 def test_separability_is_of_pairs_the_classifier_has_not_seen():
     """In a space wider than there are pairs, a plane separates everything that it was fitted to."""
     generator = torch.Generator().manual_seed(0)
-    images, texts = torch.randn(60, 200, generator=generator), torch.randn(60, 200, generator=generator)
+    images, texts = (
+        torch.randn(60, 200, generator=generator),
+        torch.randn(60, 200, generator=generator),
+    )
     assert linear_separability(images, texts) == pytest.approx(0.5, abs=0.15)
     # nor has it seen their partners: those of the same pair lie on the same side
     texts = images + 0.01 * torch.randn(60, 200, generator=generator)
@@ -147,7 +169,10 @@ def test_separability_is_of_pairs_the_classifier_has_not_seen():
 
 def test_separability_equals_scikit_learns_pipeline_over_splits():
     """Its mean and spread over splits; in a space where the gap is in the axis of least variance."""
-    pipeline, preprocessing = pytest.importorskip("sklearn.pipeline"), pytest.importorskip("sklearn.preprocessing")
+    pipeline, preprocessing = (
+        pytest.importorskip("sklearn.pipeline"),
+        pytest.importorskip("sklearn.preprocessing"),
+    )
     from sklearn.linear_model import LogisticRegression
 
     scale = torch.tensor([0.01] + [1.0] * 15)
@@ -156,7 +181,9 @@ def test_separability_equals_scikit_learns_pipeline_over_splits():
     rng, found = np.random.default_rng(0), []
     for _ in range(20):
         train, test = np.split(rng.permutation(300), 2)
-        probe = pipeline.make_pipeline(preprocessing.StandardScaler(), LogisticRegression(max_iter=1000))
+        probe = pipeline.make_pipeline(
+            preprocessing.StandardScaler(), LogisticRegression(max_iter=1000)
+        )
         probe.fit(np.concatenate([v[train], t[train]]), np.repeat([0, 1], 150))
         found.append(probe.score(np.concatenate([v[test], t[test]]), np.repeat([0, 1], 150)))
     ours = [linear_separability(images, texts, seed=seed) for seed in range(20)]
@@ -192,10 +219,14 @@ def test_effective_rank_counts_axes():
     assert effective_rank(axes) == pytest.approx(8)
     assert effective_rank(axes[[0, 1, 8, 9]]) == pytest.approx(2)
     assert effective_rank(axes[:2]) == pytest.approx(1)
-    assert effective_rank(torch.rand(20, 1).repeat(1, 8) + 0.1) == 0  # one direction: one point of the sphere
+    assert (
+        effective_rank(torch.rand(20, 1).repeat(1, 8) + 0.1) == 0
+    )  # one direction: one point of the sphere
     assert spectrum(torch.full((5, 3), 0.3)).tolist() == [0, 0, 0]
     # a mean far from the origin is no axis
-    assert effective_rank(torch.tensor([[1, 0.1, 0], [1, -0.1, 0], [1, 0, 0.1], [1, 0, -0.1]])) == pytest.approx(2)
+    assert effective_rank(
+        torch.tensor([[1, 0.1, 0], [1, -0.1, 0], [1, 0, 0.1], [1, 0, -0.1]])
+    ) == pytest.approx(2)
 
 
 @pytest.mark.parametrize("features", [torch.ones(3), torch.ones(1, 3)])
@@ -221,7 +252,9 @@ def test_a_gap_closed_by_hand():
     half = (v.mean(0) - t.mean(0)) / 2
     for found, expected in zip(moved, (v - half, t + half), strict=True):
         assert found.dtype == torch.float32
-        assert found.numpy() == pytest.approx(expected / np.linalg.norm(expected, axis=1)[:, None], abs=1e-6)
+        assert found.numpy() == pytest.approx(
+            expected / np.linalg.norm(expected, axis=1)[:, None], abs=1e-6
+        )
 
 
 def test_no_gap_stays_as_it_is():
@@ -292,7 +325,12 @@ def test_the_map_is_a_png_whose_panels_differ(tmp_path):
     from PIL import Image
 
     images, texts = random_pairs(200)
-    embedding_map((images - 2, texts + 2), (images, images + 0.1 * texts), tmp_path / "map.png", ("before", "after"))
+    embedding_map(
+        (images - 2, texts + 2),
+        (images, images + 0.1 * texts),
+        tmp_path / "map.png",
+        ("before", "after"),
+    )
     pixels = np.asarray(Image.open(tmp_path / "map.png").convert("RGB")).astype(int)
     assert pixels.shape[0] > 400
 

@@ -23,10 +23,14 @@ def stored() -> list[golden.Step]:
 
 def is_the_platform() -> bool:
     """Whether the last bits can be compared."""
-    return bool(json.loads(golden.STEPS.read_text(encoding="utf-8"))["platform"] == golden.platform())
+    return bool(
+        json.loads(golden.STEPS.read_text(encoding="utf-8"))["platform"] == golden.platform()
+    )
 
 
-def test_the_samples_come_in_the_same_order(run: golden.Recorder, stored: list[golden.Step]) -> None:
+def test_the_samples_come_in_the_same_order(
+    run: golden.Recorder, stored: list[golden.Step]
+) -> None:
     assert [step.samples for step in run.steps] == [step.samples for step in stored]
     for epoch in range(3):
         ids = [i for step in run.steps[4 * epoch : 4 * epoch + 4] for i in step.samples]
@@ -48,7 +52,9 @@ def test_the_crops_are_the_same(run: golden.Recorder, stored: list[golden.Step])
         assert [step.crops for step in run.steps] == [step.crops for step in stored]
 
 
-def test_losses_gradients_and_rates_are_the_same(run: golden.Recorder, stored: list[golden.Step]) -> None:
+def test_losses_gradients_and_rates_are_the_same(
+    run: golden.Recorder, stored: list[golden.Step]
+) -> None:
     """To the last bit on the same platform, to 1e-3 elsewhere: crops may differ there, too."""
     assert [step.lr for step in run.steps] == [step.lr for step in stored]
     for ours, theirs in zip(run.steps, stored, strict=True):

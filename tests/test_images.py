@@ -16,8 +16,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from tarballs import draw
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from alignclip.transforms import decode_image
-from convert.images import (
+from alignclip.conversion.images import (
     CHECKS,
     IMAGE_TOO_SMALL,
     MAX_PIXELS,
@@ -27,10 +26,21 @@ from convert.images import (
     Unusable,
     prepare,
 )
-from convert.samples import IMAGE_TOO_LARGE
+from alignclip.conversion.samples import IMAGE_TOO_LARGE
+from alignclip.data.transforms import decode_image
 
 ORIENTATION = 0x0112
-KINDS = ["jpeg", "rotated-jpeg", "grey-jpeg", "cmyk", "mpo", "rotated-png", "animated-png", "palette", "rgba"]
+KINDS = [
+    "jpeg",
+    "rotated-jpeg",
+    "grey-jpeg",
+    "cmyk",
+    "mpo",
+    "rotated-png",
+    "animated-png",
+    "palette",
+    "rgba",
+]
 KINDS += ["grey-alpha", "bilevel", "grey-16", "webp", "lossless-webp", "animated-rotated-webp"]
 
 
@@ -51,10 +61,20 @@ def png(width: int, height: int, colour: int, data: bytes) -> bytes:
     """A PNG of 16 bits a channel, which PIL does not write in colour; ``colour``: 0 grey, 2 RGB."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        return (
+            struct.pack(">I", len(content))
+            + name
+            + content
+            + struct.pack(">I", zlib.crc32(name + content))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(data))
+        + chunk(b"IEND", b"")
+    )
 
 
 def claiming(width: int, height: int) -> bytes:
@@ -80,7 +100,9 @@ def refused(data: bytes, options: ImageOptions | None = None) -> str:
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("resize", [None, 16, 30, 100])
 @pytest.mark.parametrize(("kind", "data"), list(zip(KINDS, pictures(), strict=True)), ids=KINDS)
-def test_training_reads_what_is_accepted(kind: str, data: bytes, resize: int | None, check: str) -> None:
+def test_training_reads_what_is_accepted(
+    kind: str, data: bytes, resize: int | None, check: str
+) -> None:
     stored, _ = prepare(data, ImageOptions(check=check, resize=resize))
     tensor = decode_image(stored)
     short = min(resize or 30, 30)
@@ -88,7 +110,9 @@ def test_training_reads_what_is_accepted(kind: str, data: bytes, resize: int | N
     assert (tensor.shape[0], set(tensor.shape[1:])) == (3, sides)
     if resize is None and (kind != "grey-16" or check == "none"):
         assert stored is data
-        with Image.open(io.BytesIO(data)) as picture:  # its first picture, not upright, without its transparency
+        with Image.open(
+            io.BytesIO(data)
+        ) as picture:  # its first picture, not upright, without its transparency
             expected = pil_to_tensor(picture.convert("RGB"))
         assert (tensor.int() - expected.int()).abs().max() <= 2  # another JPEG decoder
     if resize is not None and (short < 30 or data[:2] != b"\xff\xd8"):
@@ -97,12 +121,16 @@ def test_training_reads_what_is_accepted(kind: str, data: bytes, resize: int | N
 
 
 def test_what_is_unusual_is_noted() -> None:
-    found = {kind: prepare(data, ImageOptions())[1] for kind, data in zip(KINDS, pictures(), strict=True)}
+    found = {
+        kind: prepare(data, ImageOptions())[1] for kind, data in zip(KINDS, pictures(), strict=True)
+    }
     plain = {"jpeg", "grey-jpeg", "bilevel", "webp"}
     assert {kind for kind, notes in found.items() if not notes} == plain
     assert found["cmyk"] == ("image: CMYK",)
     assert found["palette"] == ("image: palette",)
-    assert found["rgba"] == found["grey-alpha"] == found["lossless-webp"] == ("image: transparency",)
+    assert (
+        found["rgba"] == found["grey-alpha"] == found["lossless-webp"] == ("image: transparency",)
+    )
     assert found["grey-16"] == ("image: 16-bit grey, stored with 8",)
     assert found["mpo"] == found["animated-png"] == ("image: animated",)
     assert found["rotated-png"] == found["rotated-jpeg"] == ("image: EXIF-rotated",)
@@ -172,7 +200,10 @@ def test_a_long_comment_does_not_keep_an_image_from_being_shrunk() -> None:
 
 
 def half(image_format: str) -> bytes:
-    data = encode(Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)), image_format)
+    data = encode(
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)),
+        image_format,
+    )
     return data[: len(data) // 2]
 
 
@@ -217,7 +248,11 @@ def test_what_is_no_image_that_training_reads(data: bytes) -> None:
 def test_too_small() -> None:
     for size in ((1, 1), (15, 400), (400, 15)):
         data = draw(0, size=size)
-        assert refused(data) == refused(data, ImageOptions(check="header", resize=8)) == IMAGE_TOO_SMALL
+        assert (
+            refused(data)
+            == refused(data, ImageOptions(check="header", resize=8))
+            == IMAGE_TOO_SMALL
+        )
         assert prepare(data, ImageOptions(min_side=1))[0] is data
     assert prepare(draw(0, size=(16, 16)), ImageOptions())[0] == draw(0, size=(16, 16))
 
@@ -225,7 +260,11 @@ def test_too_small() -> None:
 @pytest.mark.parametrize("check", ["decode", "header"])
 def test_too_large_to_decode(check: str) -> None:
     """Known from the header: none of these is decoded."""
-    bombs = [encode(Image.new("1", (10_000, 10_000)), "PNG"), claiming(60_000, 60_000), claiming(10_000, 5_001)]
+    bombs = [
+        encode(Image.new("1", (10_000, 10_000)), "PNG"),
+        claiming(60_000, 60_000),
+        claiming(10_000, 5_001),
+    ]
     for data in bombs:
         assert len(data) < 20_000
         assert refused(data, ImageOptions(check=check)) == IMAGE_TOO_LARGE
@@ -246,7 +285,9 @@ def test_too_large_to_decode(check: str) -> None:
         ((2048, 1536), 100, (133, 100)),
     ],
 )
-def test_the_shorter_side(size: tuple[int, int], side: int, expected: tuple[int, int], image_format: str) -> None:
+def test_the_shorter_side(
+    size: tuple[int, int], side: int, expected: tuple[int, int], image_format: str
+) -> None:
     large = scene(*size)
     small = opened(prepare(encode(large, image_format), ImageOptions(resize=side))[0])
     assert (small.format, small.mode, small.size) == ("JPEG", "RGB", expected)
@@ -265,18 +306,24 @@ def test_small_jpegs_stay_and_other_formats_become_jpegs() -> None:
 
 def test_quality_makes_the_size() -> None:
     data = draw(0, "PNG", (200, 200))
-    sizes = [len(prepare(data, ImageOptions(resize=100, quality=quality))[0]) for quality in (10, 50, 90, 100)]
+    sizes = [
+        len(prepare(data, ImageOptions(resize=100, quality=quality))[0])
+        for quality in (10, 50, 90, 100)
+    ]
     assert all(larger > 1.3 * smaller for smaller, larger in pairwise(sizes))
 
 
 @pytest.mark.parametrize(
-    ("kind", "mode", "size"), [("PNG", "RGBA", (7000, 7000)), ("PNG", "P", (7000, 7000)), ("WEBP", "RGB", (2800, 7000))]
+    ("kind", "mode", "size"),
+    [("PNG", "RGBA", (7000, 7000)), ("PNG", "P", (7000, 7000)), ("WEBP", "RGB", (2800, 7000))],
 )
 def test_memory_of_the_largest(tmp_path: Path, kind: str, mode: str, size: tuple[int, int]) -> None:
     """What a worker may take in all is 400 MB."""
     path = tmp_path / "large"
     Image.new(mode, size).save(path, kind, exif=rotated(6))
-    imports = "from convert.images import ImageOptions, prepare"
-    number, peak = peak_memory(imports, f"len(prepare(Path({str(path)!r}).read_bytes(), ImageOptions(resize=256))[0])")
+    imports = "from alignclip.conversion.images import ImageOptions, prepare"
+    number, peak = peak_memory(
+        imports, f"len(prepare(Path({str(path)!r}).read_bytes(), ImageOptions(resize=256))[0])"
+    )
     assert number > 100
     assert peak < 330e6

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tarballs import quick, three_tars
 
+from alignclip.conversion.inputs import expand
 from alignclip.errors import UserError
-from convert.inputs import expand
 
 
 def test_expand(tmp_path: Path) -> None:
@@ -37,22 +37,30 @@ def test_expand_says_what_is_missing(tmp_path: Path, pattern: str, message: str)
 
 
 def test_one_slash_in_a_url_of_tars(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^--inputs=s3:/raw/a\.tar has one slash; did you mean 's3://raw/a\.tar'\?"):
+    with pytest.raises(
+        UserError, match=r"^--inputs=s3:/raw/a\.tar has one slash; did you mean 's3://raw/a\.tar'\?"
+    ):
         quick([tmp_path / "b.tar", "s3:/raw/a.tar"], tmp_path / "out")
 
 
 def test_a_folder_of_loose_images_says_how_they_are_packed(tmp_path: Path) -> None:
     (tmp_path / "0.JPG").write_bytes(b"")
-    with pytest.raises(UserError, match=rf"beside them: tar --sort=name -cf pairs\.tar -C {tmp_path} \.$"):
+    with pytest.raises(
+        UserError, match=rf"beside them: tar --sort=name -cf pairs\.tar -C {tmp_path} \.$"
+    ):
         expand([str(tmp_path)])
 
 
-def test_what_a_folder_holds_besides_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_folder_holds_besides_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = three_tars(tmp_path / "in")
     for name in ("00000.parquet", "00001.csv", "more.csv", "other.parquet", "._x.csv", "notes.txt"):
         (source / name).write_bytes(b"")
     assert len(expand([str(source)])) == 3
-    assert capsys.readouterr().err == f"not taken from {source}: more.csv, other.parquet; name them\n"
+    assert (
+        capsys.readouterr().err == f"not taken from {source}: more.csv, other.parquet; name them\n"
+    )
 
 
 def test_a_folder_of_mds_is_read_by_its_index(tmp_path: Path) -> None:
@@ -60,7 +68,8 @@ def test_a_folder_of_mds_is_read_by_its_index(tmp_path: Path) -> None:
     quick([three_tars(tmp_path / "in")], out)
     for folder in (out, out.parent):
         with pytest.raises(
-            UserError, match=rf"^{folder} holds MDS, which is read by its index: name {out}/index\.json$"
+            UserError,
+            match=rf"^{folder} holds MDS, which is read by its index: name {out}/index\.json$",
         ):
             quick([folder], tmp_path / "again")
     assert quick([out / "index.json"], tmp_path / "again").written == 15

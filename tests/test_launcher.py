@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from runs import PRETRAIN, TIMEOUT, write_config, write_set
 
-from alignclip import launcher
 from alignclip.errors import UserError
+from alignclip.runtime import launcher
 
 WHOLE = {
     "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0",
@@ -37,9 +37,25 @@ def clean(**variables: str) -> dict[str, str]:
         {"RANK": "0"},
         {"LOCAL_RANK": "0", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1"},
         {"WORLD_SIZE": "", "RANK": ""},
-        {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "NODE_RANK": "0"},
-        {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"},  # a batch script
-        {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"},
+        {
+            "WORLD_SIZE": "1",
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "LOCAL_WORLD_SIZE": "1",
+            "NODE_RANK": "0",
+        },
+        {
+            "SLURM_PROCID": "0",
+            "SLURM_NTASKS": "4",
+            "SLURM_LOCALID": "0",
+            "SLURM_NODEID": "0",
+        },  # a batch script
+        {
+            "SLURM_PROCID": "0",
+            "SLURM_STEP_NUM_TASKS": "1",
+            "SLURM_LOCALID": "0",
+            "SLURM_NODEID": "0",
+        },
         {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
     ],
 )
@@ -56,7 +72,10 @@ def test_what_says_a_single_process_is_one(environ: dict[str, str]) -> None:
             {"WORLD_SIZE": "2", "RANK": "0"},
             "LOCAL_RANK, LOCAL_WORLD_SIZE, NODE_RANK, MASTER_ADDR, MASTER_PORT are not set",
         ),
-        ({"WORLD_SIZE": "2", "RANK": "0"}, "unset RANK WORLD_SIZE, for a single process; for several: composer -n 2"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0"},
+            "unset RANK WORLD_SIZE, for a single process; for several: composer -n 2",
+        ),
         ({"WORLD_SIZE": "8"}, "WORLD_SIZE=8: that is one of 8 processes"),
         ({"RANK": "3"}, "RANK=3 contradict"),
         ({"LOCAL_RANK": "1"}, "unset LOCAL_RANK"),
@@ -70,7 +89,9 @@ def test_what_says_a_single_process_is_one(environ: dict[str, str]) -> None:
         ({k: v for k, v in WHOLE.items() if k != "MASTER_ADDR"}, "MASTER_ADDR is not set"),
     ],
 )
-def test_variables_that_are_left_over_are_named_in_one_line(environ: dict[str, str], says: str) -> None:
+def test_variables_that_are_left_over_are_named_in_one_line(
+    environ: dict[str, str], says: str
+) -> None:
     with pytest.raises(UserError) as error:
         launcher.settle(environ, patience=0)
     assert says in str(error.value)
@@ -78,7 +99,10 @@ def test_variables_that_are_left_over_are_named_in_one_line(environ: dict[str, s
 
 
 def test_torchruns_variables_are_enough() -> None:
-    environ = {k: v for k, v in WHOLE.items() if k != "NODE_RANK"} | {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    environ = {k: v for k, v in WHOLE.items() if k != "NODE_RANK"} | {
+        "LOCAL_WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+    }
     launcher.settle(environ | {"TORCHELASTIC_RUN_ID": "none", "GROUP_RANK": "1"})
     launcher.settle(environ)
     assert environ["NODE_RANK"] == "1"
@@ -86,7 +110,12 @@ def test_torchruns_variables_are_enough() -> None:
 
 def test_mpiruns_variables_are_enough() -> None:
     for names in (
-        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+        (
+            "OMPI_COMM_WORLD_SIZE",
+            "OMPI_COMM_WORLD_RANK",
+            "OMPI_COMM_WORLD_LOCAL_SIZE",
+            "OMPI_COMM_WORLD_LOCAL_RANK",
+        ),
         ("PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
     ):
         environ = dict(zip(names, ("4", "3", "1", "0"), strict=True))
@@ -121,7 +150,9 @@ def test_sruns_variables_are_enough() -> None:
 
 def test_processes_of_one_launcher_see_one_another() -> None:
     environ = dict(WHOLE, MASTER_PORT=str(free_port()))
-    with pytest.raises(UserError, match=r"one of 2 processes of this machine, and no other one runs; if an earlier"):
+    with pytest.raises(
+        UserError, match=r"one of 2 processes of this machine, and no other one runs; if an earlier"
+    ):
         launcher.settle(dict(environ), patience=0)
     with sleeper(dict(environ, LOCAL_RANK="0", RANK="0")):
         launcher.settle(environ, patience=60)
@@ -136,7 +167,9 @@ class sleeper:
 
     def __enter__(self) -> None:
         code = "import time; time.sleep(600)"
-        self.process = subprocess.Popen([sys.executable, "-S", "-c", code], env=os.environ | self.environ)
+        self.process = subprocess.Popen(
+            [sys.executable, "-S", "-c", code], env=os.environ | self.environ
+        )
 
     def __exit__(self, *_: object) -> None:
         self.process.kill()
@@ -166,7 +199,14 @@ def test_torchrun_trains_on_two_processes(tiny: Path) -> None:
         "--master_port",
         str(free_port()),
     ]
-    arguments = [PRETRAIN, tiny, "run_name=elastic", "max_duration=2ba", "scheduler.t_warmup=1ba", "data.num_workers=0"]
+    arguments = [
+        PRETRAIN,
+        tiny,
+        "run_name=elastic",
+        "max_duration=2ba",
+        "scheduler.t_warmup=1ba",
+        "data.num_workers=0",
+    ]
     done = subprocess.run(
         [*command, *map(str, arguments)], cwd=tiny.parent, env=clean(OMP_NUM_THREADS="1"), capture_output=True,
         encoding="utf-8", timeout=2 * TIMEOUT,
@@ -178,7 +218,7 @@ def test_torchrun_trains_on_two_processes(tiny: Path) -> None:
 WAITING = """
 import sys
 from composer.devices import DeviceCPU
-from alignclip import distributed
+from alignclip.runtime import distributed
 distributed.TOLD_AFTER = 0.5
 distributed.join_ranks(DeviceCPU(), float(sys.argv[1]))
 """
@@ -190,12 +230,17 @@ def test_a_process_that_waits_says_for_whom_and_ends_on_a_signal(number: signal.
     port = str(free_port())
     environ = clean(**dict(WHOLE, MASTER_PORT=port, RANK="0", LOCAL_RANK="0"))
     process = subprocess.Popen(
-        [sys.executable, "-c", WAITING, "600"], env=environ, stderr=subprocess.PIPE, encoding="utf-8"
+        [sys.executable, "-c", WAITING, "600"],
+        env=environ,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
     )
     try:
         assert process.stderr is not None
         line = until(process.stderr.readline, lambda text: "waits for the others" in text)
-        assert f"process 0 of 2 (numbers begin at 0) waits for the others at 127.0.0.1:{port}" in line
+        assert (
+            f"process 0 of 2 (numbers begin at 0) waits for the others at 127.0.0.1:{port}" in line
+        )
         assert "of 2 on this machine 1 run" in line
         process.send_signal(number)
         assert process.wait(60) == -number
@@ -210,10 +255,16 @@ def test_others_that_do_not_come_end_the_wait_with_one_line() -> None:
     code = f"from alignclip.errors import one_line_errors\nwith one_line_errors():\n{body}"
     environ = clean(**dict(WHOLE, MASTER_PORT=str(free_port()), RANK="0", LOCAL_RANK="0"))
     done = subprocess.run(
-        [sys.executable, "-c", code, "2"], env=environ, capture_output=True, encoding="utf-8", timeout=TIMEOUT
+        [sys.executable, "-c", code, "2"],
+        env=environ,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=TIMEOUT,
     )
     assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: the processes of this run can't meet at 127.0.0.1:")
+    assert done.stderr.splitlines()[-1].startswith(
+        "error: the processes of this run can't meet at 127.0.0.1:"
+    )
 
 
 def until(read: Callable[[], str], condition: Callable[[str], bool]) -> str:

@@ -18,7 +18,9 @@ def blobs(classes=4, count=160, noise=1.4, seed=0):
     """Features and targets of training and test set, half each; classes are unequal."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(classes, 8, generator=generator)
-    targets = torch.multinomial(torch.arange(2.0, 2 + classes), 2 * count, replacement=True, generator=generator)
+    targets = torch.multinomial(
+        torch.arange(2.0, 2 + classes), 2 * count, replacement=True, generator=generator
+    )
     features = centres[targets] + noise * torch.randn(2 * count, 8, generator=generator)
     return features[:count], targets[:count], features[count:], targets[count:]
 
@@ -29,9 +31,13 @@ def brute_force(x, y, x_test, y_test, strengths, seed, fraction):
     from sklearn.model_selection import train_test_split
 
     x, x_test = (F.normalize(v.double(), dim=-1).numpy() for v in (x, x_test))
-    a, b, ya, yb = train_test_split(x, y.numpy(), test_size=fraction, stratify=y.numpy(), random_state=seed)
+    a, b, ya, yb = train_test_split(
+        x, y.numpy(), test_size=fraction, stratify=y.numpy(), random_state=seed
+    )
     exactly = {"solver": "newton-cg", "tol": 1e-10, "max_iter": 10_000}
-    scores = [linear_model.LogisticRegression(C=c, **exactly).fit(a, ya).score(b, yb) for c in strengths]
+    scores = [
+        linear_model.LogisticRegression(C=c, **exactly).fit(a, ya).score(b, yb) for c in strengths
+    ]
     best = strengths[int(np.argmax(scores))]
     probe = linear_model.LogisticRegression(C=best, **exactly).fit(x, y.numpy())
     found = {"acc1": probe.score(x_test, y_test.numpy()), "C": best}
@@ -81,11 +87,17 @@ def test_the_test_set_has_no_say_in_the_strength(monkeypatch):
         chosen.add(linear_probe(x, y, -x_test, labels, strengths=GRID, progress=False)["C"])
     assert len(chosen) == 1
     normalised = F.normalize(x.double(), dim=-1).numpy()
-    assert [c / normalised.var(axis=0).mean() for c, _, _ in fitted[:5]] == pytest.approx([*GRID, *chosen])
+    assert [c / normalised.var(axis=0).mean() for c, _, _ in fitted[:5]] == pytest.approx(
+        [*GRID, *chosen]
+    )
     # 144 of the 160 while choosing, all of them in the end, and none of them is of the test set
     assert [len(targets) for _, _, targets in fitted[:5]] == [144, 144, 144, 144, 160]
     known = (normalised - normalised.mean(axis=0)) / normalised.var(axis=0).mean() ** 0.5
-    assert all(np.abs(known - row).max(axis=1).min() < 1e-9 for _, features, _ in fitted for row in features)
+    assert all(
+        np.abs(known - row).max(axis=1).min() < 1e-9
+        for _, features, _ in fitted
+        for row in features
+    )
     # stratified: nine tenths of each class
     for label, count in zip(*np.unique(y.numpy(), return_counts=True), strict=True):
         assert abs((fitted[0][2] == label).sum() - 0.9 * count) <= 1
@@ -93,7 +105,10 @@ def test_the_test_set_has_no_say_in_the_strength(monkeypatch):
 
 def test_reproducible_and_the_seed_changes_the_split():
     data = blobs(noise=3)
-    runs = [linear_probe(*data, seed=seed, strengths=GRID, progress=False) for seed in (0, 0, 1, 2, 3, 4)]
+    runs = [
+        linear_probe(*data, seed=seed, strengths=GRID, progress=False)
+        for seed in (0, 0, 1, 2, 3, 4)
+    ]
     assert runs[0] == runs[1]
     assert len({run["C"] for run in runs}) > 1
 
@@ -103,7 +118,9 @@ def test_labels_and_lengths_of_features_do_not_matter():
     labels = torch.tensor([-7, 3, 100, 2000])
     lengths = torch.rand(160, 1, generator=torch.Generator().manual_seed(0)) + 0.5
     expected = linear_probe(x, y, x_test, y_test, strengths=GRID, progress=False)
-    found = linear_probe(x * lengths, labels[y], x_test / lengths, labels[y_test], strengths=GRID, progress=False)
+    found = linear_probe(
+        x * lengths, labels[y], x_test / lengths, labels[y_test], strengths=GRID, progress=False
+    )
     assert found == pytest.approx(expected)
 
 
@@ -141,12 +158,21 @@ def test_progress_goes_to_the_number_of_fits(capsys):
         (lambda x, y, xt, yt: (x, y, xt[:, :3], yt), "features must be"),
         (lambda x, y, xt, yt: (x[0], y, xt, yt), "features must be"),
         (lambda x, y, xt, yt: (x, y[1:], xt, yt), "targets must be 160 integers"),
-        (lambda x, y, xt, yt: (x, y, xt, yt.float()), "targets must be 160 integers, not torch.float32"),
+        (
+            lambda x, y, xt, yt: (x, y, xt, yt.float()),
+            "targets must be 160 integers, not torch.float32",
+        ),
         (lambda x, y, xt, yt: (x, y, xt[:0], yt[:0]), "targets must be 0 integers"),
         (lambda x, y, xt, yt: (x, y, xt / 0, yt), "NaN or infinity"),
         (lambda x, y, xt, yt: (x, y * 0, xt, yt * 0), "a single class"),
-        (lambda x, y, xt, yt: (x, y.index_fill(0, torch.tensor([5]), 77), xt, yt), r"1 of 5 classes.*\[77\]"),
-        (lambda x, y, xt, yt: (x, torch.arange(160), xt, yt), r"160 of 160 classes have a single.*\[0, 1, 2, 3, 4\] …"),
+        (
+            lambda x, y, xt, yt: (x, y.index_fill(0, torch.tensor([5]), 77), xt, yt),
+            r"1 of 5 classes.*\[77\]",
+        ),
+        (
+            lambda x, y, xt, yt: (x, torch.arange(160), xt, yt),
+            r"160 of 160 classes have a single.*\[0, 1, 2, 3, 4\] …",
+        ),
         (lambda x, y, xt, yt: (x, y, xt, yt + 2), r"2 classes of the test set.*\[4, 5\]"),
     ],
 )
@@ -155,7 +181,9 @@ def test_bad_input_is_an_error(change, message):
         linear_probe(*change(*blobs()), progress=False)
 
 
-@pytest.mark.parametrize("options", [{"validation_fraction": 0}, {"validation_fraction": 1}, {"strengths": ()}])
+@pytest.mark.parametrize(
+    "options", [{"validation_fraction": 0}, {"validation_fraction": 1}, {"strengths": ()}]
+)
 def test_bad_options_are_errors(options):
     with pytest.raises(ValueError, match="a fraction in"):
         linear_probe(*blobs(), **options)

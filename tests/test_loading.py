@@ -34,20 +34,23 @@ from test_encoders import stock
 from torch import Tensor
 
 import alignclip
-from alignclip import config_file, training
-from alignclip.checkpoints import SaveFolder
-from alignclip.config import ModelConfig
-from alignclip.encoders import CLIP, build_encoders
+from alignclip.config import reading
+from alignclip.config.schema import ModelConfig
 from alignclip.errors import UserError
-from alignclip.loading import load_encoders
-from alignclip.pretrained import load_pretrained
-from alignclip.release_format import our_names
+from alignclip.model.encoders import CLIP, build_encoders
+from alignclip.training import pretraining
+from alignclip.training.save_folder import SaveFolder
+from alignclip.weights.loading import load_encoders
+from alignclip.weights.pretrained import load_pretrained
+from alignclip.weights.release_format import our_names
 
 CAPTIONS = ["a red dot", "blue on the left!", ""]
 
 
 def picture() -> Image.Image:
-    return Image.effect_mandelbrot((70, 50), (-2, -1.5, 1, 1.5), 20).convert("P")  # not square, and not RGB
+    return Image.effect_mandelbrot((70, 50), (-2, -1.5, 1, 1.5), 20).convert(
+        "P"
+    )  # not square, and not RGB
 
 
 def features(model: CLIP, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,7 +82,9 @@ def release_of(model: CLIP, theirs: Path = FIXTURES / "model_micro.pt") -> dict[
     }
 
 
-def write_export(folder: Path, config: ModelConfig, weights: dict[str, Tensor], **preprocess: Any) -> Path:
+def write_export(
+    folder: Path, config: ModelConfig, weights: dict[str, Tensor], **preprocess: Any
+) -> Path:
     """As ``open_clip.push_to_hf_hub.save_for_hf`` writes it."""
     folder.mkdir(parents=True)
     model_cfg = {
@@ -102,15 +107,25 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CLIP]:
     """A run's save folder, and the model whose weights its latest checkpoint has: EMA's average."""
     folder = tmp_path_factory.mktemp("run")
     write_set(str(folder / "set"), 64)
-    overrides = ["max_duration=3ba", "scheduler.t_warmup=1ba", "save_interval=2ba", "data.num_workers=0", "run_name=r"]
+    overrides = [
+        "max_duration=3ba",
+        "scheduler.t_warmup=1ba",
+        "save_interval=2ba",
+        "data.num_workers=0",
+        "run_name=r",
+    ]
     overrides += ["algorithms.EMA.half_life=2ba", "algorithms.EMA.update_interval=1ba"]
-    config = config_file.load(write_config(folder, str(folder / "set"), str(folder / "saved")), overrides)
+    config = reading.load(
+        write_config(folder, str(folder / "set"), str(folder / "saved")), overrides
+    )
     save_folder = SaveFolder(config)
-    trainer = training.build_trainer(config, get_device("cpu"), save_folder)
+    trainer = pretraining.build_trainer(config, get_device("cpu"), save_folder)
     save_folder.write_config()
     trainer.fit()
     trainer.close()
-    (ema,) = [algorithm for algorithm in trainer.state.algorithms if type(algorithm).__name__ == "EMA"]
+    (ema,) = [
+        algorithm for algorithm in trainer.state.algorithms if type(algorithm).__name__ == "EMA"
+    ]
     encoders = trainer.state.model.encoders
     assert isinstance(encoders, CLIP)
     assert ema.ema_weights_active
@@ -129,7 +144,9 @@ def test_a_checkpoint_of_ours(run: tuple[Path, CLIP], name: str) -> None:
     assert_same(model, trained, tokenizer(CAPTIONS))
     assert model.visual.proj is model.text_projection
     assert len(list(model.parameters())) == len(list(trained.parameters()))
-    assert torch.equal(preprocess(picture()), open_clip.image_transform(32, is_train=False)(picture()))
+    assert torch.equal(
+        preprocess(picture()), open_clip.image_transform(32, is_train=False)(picture())
+    )
     assert tokenizer(CAPTIONS).shape == (3, 77)
 
 
@@ -151,7 +168,9 @@ def test_links_to_a_checkpoint(run: tuple[Path, CLIP], tmp_path: Path) -> None:
     assert torch.equal(load_encoders(tmp_path).text_projection, trained.text_projection)
 
 
-def test_a_checkpoint_by_its_name(run: tuple[Path, CLIP], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_by_its_name(
+    run: tuple[Path, CLIP], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """``RUN/best``, in the run's own folder ``best``, and in a folder that was copied from a bucket."""
     folder, trained = run
     copy = tmp_path / "runs" / "r"
@@ -163,7 +182,9 @@ def test_a_checkpoint_by_its_name(run: tuple[Path, CLIP], tmp_path: Path, monkey
     for place in (copy / "best", copy / "latest"):
         assert torch.equal(load_encoders(str(place)).text_projection, trained.text_projection)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"no best-rank0\.pt in this folder; did you mean 'runs/r/best'\?"):
+    with pytest.raises(
+        UserError, match=r"no best-rank0\.pt in this folder; did you mean 'runs/r/best'\?"
+    ):
         load_encoders("best")
     monkeypatch.chdir(copy)
     assert torch.equal(load_encoders("best").text_projection, trained.text_projection)
@@ -181,9 +202,13 @@ def test_a_checkpoint_in_a_bucket(run: tuple[Path, CLIP], s3: S3Server) -> None:
     for file in ("config.yaml", "ep0-ba3-rank0.pt"):
         s3.client.upload_file(str(folder / file), name, f"{prefix}/{file}")
     # what Composer writes instead of a link
-    s3.client.put_object(Bucket=name, Key=f"{prefix}/latest-rank0.pt.symlink", Body=b"runs/r/ep0-ba3-rank0.pt")
+    s3.client.put_object(
+        Bucket=name, Key=f"{prefix}/latest-rank0.pt.symlink", Body=b"runs/r/ep0-ba3-rank0.pt"
+    )
     for path in ("ep0-ba3-rank0.pt", "latest-rank0.pt", "", "ep0-ba3", "latest", "latest/"):
-        assert torch.equal(load_encoders(f"{bucket}/{prefix}/{path}").text_projection, trained.text_projection)
+        assert torch.equal(
+            load_encoders(f"{bucket}/{prefix}/{path}").text_projection, trained.text_projection
+        )
     for path, words in {
         f"{bucket}/{prefix}/ep9-ba9-rank0.pt": "no ep9-ba9-rank0.pt at",
         f"{bucket}/nothing": "no latest-rank0.pt at",
@@ -193,7 +218,9 @@ def test_a_checkpoint_in_a_bucket(run: tuple[Path, CLIP], s3: S3Server) -> None:
     }.items():
         with pytest.raises(UserError, match=words):
             alignclip.load(path)
-    s3.client.put_object(Bucket=name, Key=f"{prefix}/latest-rank0.pt.symlink", Body=b"runs/r/ep7-ba7")
+    s3.client.put_object(
+        Bucket=name, Key=f"{prefix}/latest-rank0.pt.symlink", Body=b"runs/r/ep7-ba7"
+    )
     with pytest.raises(UserError, match=r"points to s3://.*/runs/r/ep7-ba7, which is not there"):
         alignclip.load(f"{bucket}/{prefix}")
 
@@ -206,7 +233,9 @@ def test_an_export_in_a_bucket(s3: S3Server, tmp_path: Path) -> None:
     assert_same(load_encoders(f"{bucket}/export"), source, small_batch()[1])
 
 
-def test_only_the_model_section_of_the_configuration_matters(run: tuple[Path, CLIP], tmp_path: Path) -> None:
+def test_only_the_model_section_of_the_configuration_matters(
+    run: tuple[Path, CLIP], tmp_path: Path
+) -> None:
     """A run that another version of this package has started, with keys that are gone or refused now."""
     folder, _ = run
     path = tmp_path / "ep0-ba3-rank0.pt"
@@ -222,7 +251,9 @@ def test_only_the_model_section_of_the_configuration_matters(run: tuple[Path, CL
         text.replace("layers: 2", "layers: 3"): ["it lacks", " and 21 more"],
         text.replace("layers: 2", "layers: 1"): ["it has", " and 21 more in addition"],
         text.replace("width: 32", "width: 34"): ["model.vision_cfg.width=34 is no multiple"],
-        text.replace("head_width: 16", "head_width: 0"): ["model.vision_cfg.head_width=0 must be positive"],
+        text.replace("head_width: 16", "head_width: 0"): [
+            "model.vision_cfg.head_width=0 must be positive"
+        ],
         text.replace("patch_size: 8", "patch_seize: 8"): ["no model can be read", "patch_seize"],
         "model: [": ["no model can be read from the config.yaml"],
     }.items():
@@ -238,7 +269,7 @@ def test_a_configuration_instead_of_the_file(run: tuple[Path, CLIP], tmp_path: P
     shutil.copy(folder / "ep0-ba3-rank0.pt", tmp_path / "model.pt")
     with pytest.raises(UserError, match=r"no config\.yaml beside it; copy it"):
         alignclip.load(tmp_path / "model.pt")
-    config = config_file.load(folder / "config.yaml").model
+    config = reading.load(folder / "config.yaml").model
     model = load_encoders(tmp_path / "model.pt", config=config)
     assert torch.equal(model.text_projection, trained.text_projection)
 
@@ -267,12 +298,16 @@ def test_the_sizes_of_a_release_are_read_off_its_shapes(tmp_path: Path) -> None:
     """As the published loop saves it, of several processes."""
     source = build_encoders(widths_of_64(**EVERYTHING))
     wrapped = {f"module.{name}": value for name, value in release_of(source).items()}
-    torch.save({"epoch": 30, "name": "x", "state_dict": wrapped, "optimizer": {}}, tmp_path / "epoch_30.pt")
+    torch.save(
+        {"epoch": 30, "name": "x", "state_dict": wrapped, "optimizer": {}}, tmp_path / "epoch_30.pt"
+    )
     model, _, tokenizer = alignclip.load(tmp_path / "epoch_30.pt")
     assert_same(model, source.eval(), small_batch()[1])
     assert tokenizer(CAPTIONS).shape == (3, 12)
     # bare, in half precision
-    torch.save({name: value.half() for name, value in release_of(source).items()}, tmp_path / "half.pt")
+    torch.save(
+        {name: value.half() for name, value in release_of(source).items()}, tmp_path / "half.pt"
+    )
     half = load_encoders(tmp_path / "half.pt")
     assert half.text_projection.dtype == torch.float32
     assert torch.equal(half.text_projection, source.text_projection.half().float())
@@ -287,7 +322,9 @@ def test_a_configuration_beside_a_release_says_more_than_its_shapes(tmp_path: Pa
     inferred = features(load_encoders(tmp_path / "release.pt"), tokens)
     config = widths_of_64(**EVERYTHING)
     config.vision_cfg.head_width, config.text_cfg.heads = 16, 4
-    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml({"model": OmegaConf.structured(config)}))
+    (tmp_path / "config.yaml").write_text(
+        OmegaConf.to_yaml({"model": OmegaConf.structured(config)})
+    )
     found = load_encoders(tmp_path / "release.pt")
     expected = build_encoders(config)
     expected.load_state_dict(source.state_dict())
@@ -315,10 +352,16 @@ def test_wrong_releases(tmp_path: Path) -> None:
     assert "it lacks visual.ln_pre.bias" in complaint(without("visual.ln_pre.bias"))
     blocks = [name for name in release if name.startswith("transformer.resblocks.2.ln")]
     assert " and 5 more" in complaint(without(*blocks))
-    assert "it has visual.extra in addition" in complaint(release | {"visual.extra": torch.zeros(1)})
-    assert "ln_final.bias is [63], not [64]" in complaint(release | {"ln_post.bias": torch.zeros(63)})
+    assert "it has visual.extra in addition" in complaint(
+        release | {"visual.extra": torch.zeros(1)}
+    )
+    assert "ln_final.bias is [63], not [64]" in complaint(
+        release | {"ln_post.bias": torch.zeros(63)}
+    )
     assert "logit_scale is [2], not [1]" in complaint(release | {"logit_scale": torch.zeros(2)})
-    assert "no 'text_projection' of 2 dimensions" in complaint(release | {"projection": torch.zeros(64)})
+    assert "no 'text_projection' of 2 dimensions" in complaint(
+        release | {"projection": torch.zeros(64)}
+    )
     with pytest.raises(UserError, match=r"width of 32 is no multiple of 64.*ModelConfig"):
         alignclip.load(FIXTURES / "model_nano.pt")
 
@@ -326,16 +369,22 @@ def test_wrong_releases(tmp_path: Path) -> None:
 # --- exports ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shared", [{}, {"blocks": 2, "ln_final": True}, EVERYTHING], ids=["none", "some", "all"])
+@pytest.mark.parametrize(
+    "shared", [{}, {"blocks": 2, "ln_final": True}, EVERYTHING], ids=["none", "some", "all"]
+)
 def test_an_export_is_what_open_clip_makes_of_it(tmp_path: Path, shared: dict[str, Any]) -> None:
     torch.manual_seed(0)
     source = build_encoders(small_config(shared=shared, text={"vocab_size": 49408}))
-    for parameter in source.parameters():  # as if trained: at the start LayerNorms are equal without being shared
+    for parameter in (
+        source.parameters()
+    ):  # as if trained: at the start LayerNorms are equal without being shared
         torch.nn.init.normal_(parameter, std=0.1)
     config = small_config(text={"vocab_size": 49408})
     mean, std = [0.1, 0.2, 0.3], [0.9, 0.8, 0.7]
     weights = source.state_dict() | {"logit_scale": source.logit_scale.detach()[0]}
-    folder = write_export(tmp_path / "export", config, weights, mean=mean, std=std, resize_mode="squash")
+    folder = write_export(
+        tmp_path / "export", config, weights, mean=mean, std=std, resize_mode="squash"
+    )
     model, preprocess, tokenizer = alignclip.load(folder)
     theirs, their_preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
     tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(CAPTIONS)
@@ -361,7 +410,9 @@ def test_where_an_export_may_lie(tmp_path: Path) -> None:
         assert torch.equal(images, features(load_encoders(folder), tokens)[0])
         assert texts.shape == (8, 16)
     (folder / "open_clip_model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"no open_clip_model\.safetensors or open_clip_pytorch_model\.bin"):
+    with pytest.raises(
+        UserError, match=r"no open_clip_model\.safetensors or open_clip_pytorch_model\.bin"
+    ):
         alignclip.load(folder)
     (folder / "epoch_1.pt").rename(folder / "open_clip_pytorch_model.bin")
     load_encoders(folder)
@@ -390,13 +441,17 @@ def test_exports_that_are_not_our_model(tmp_path: Path) -> None:
     }
     path.write_text(json.dumps({"model_cfg": right | spelled_out, "preprocess_cfg": None}))
     load_encoders(folder)
-    assert "don't have its model_cfg's multimodal_cfg; load it with open_clip" in complaint(multimodal_cfg={"width": 8})
+    assert "don't have its model_cfg's multimodal_cfg; load it with open_clip" in complaint(
+        multimodal_cfg={"width": 8}
+    )
     text = right["text_cfg"] | {"hf_model_name": "x", "pool_type": "last"}
     assert "text_cfg.hf_model_name, text_cfg.pool_type" in complaint(text_cfg=text)
     assert "could not be converted" in complaint(embed_dim="many")
     vision = right["vision_cfg"] | {"width": 48}
     assert "visual.class_embedding is [32], not [48]" in complaint(vision_cfg=vision)
-    assert "vision_cfg.width=32 is no multiple" in complaint(vision_cfg=right["vision_cfg"] | {"head_width": 24})
+    assert "vision_cfg.width=32 is no multiple" in complaint(
+        vision_cfg=right["vision_cfg"] | {"head_width": 24}
+    )
     assert "its vision_cfg is a str, not a section" in complaint(vision_cfg="ViT-B-16")
     assert "its text_cfg is a list, not a section" in complaint(text_cfg=[right["text_cfg"]])
     negative = right["vision_cfg"] | {"image_size": -32}
@@ -447,12 +502,23 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             parts = self.path.strip("/").split("/")
             if parts[:2] == ["api", "models"]:
                 folder = root / "/".join(parts[2:4])
-                files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-                listing = {"id": "/".join(parts[2:4]), "siblings": [{"rfilename": file} for file in sorted(files)]}
-                self.reply(json.dumps(listing).encode() if folder.is_dir() else None, "RepoNotFound")
+                files = [
+                    path.relative_to(folder).as_posix()
+                    for path in folder.rglob("*")
+                    if path.is_file()
+                ]
+                listing = {
+                    "id": "/".join(parts[2:4]),
+                    "siblings": [{"rfilename": file} for file in sorted(files)],
+                }
+                self.reply(
+                    json.dumps(listing).encode() if folder.is_dir() else None, "RepoNotFound"
+                )
             else:
                 file = root / "/".join(parts[:2] + parts[4:])
-                missing = "EntryNotFound" if (root / "/".join(parts[:2])).is_dir() else "RepoNotFound"
+                missing = (
+                    "EntryNotFound" if (root / "/".join(parts[:2])).is_dir() else "RepoNotFound"
+                )
                 self.reply(file.read_bytes() if file.is_file() else None, missing)
 
         def reply(self, body: bytes | None, error: str) -> None:
@@ -556,14 +622,18 @@ def test_no_code_of_a_file_runs(run: tuple[Path, CLIP], tmp_path: Path, kind: st
         content = torch.load(folder / "latest-rank0.pt", weights_only=False)
         content["state"]["callbacks"] = payload
     else:
-        content = {"state_dict": trained.state_dict(), "x": payload} if kind == "state dict" else payload
+        content = (
+            {"state_dict": trained.state_dict(), "x": payload} if kind == "state dict" else payload
+        )
     if kind == "pickle":
         path.write_bytes(pickle.dumps(content, protocol=2))
     else:
         torch.save(content, path)
     with pytest.raises(UserError) as error:
         alignclip.load(path)
-    assert "not a safetensors file" in one_line(error.value) or "mkdir', which could run code" in str(error.value)
+    assert "not a safetensors file" in one_line(
+        error.value
+    ) or "mkdir', which could run code" in str(error.value)
     assert not (tmp_path / "made").exists()
     with suppress(RuntimeError):  # what follows the payload is no checkpoint
         torch.load(path, weights_only=False)
@@ -572,7 +642,9 @@ def test_no_code_of_a_file_runs(run: tuple[Path, CLIP], tmp_path: Path, kind: st
 
 def test_files_that_are_no_models(run: tuple[Path, CLIP], tmp_path: Path) -> None:
     folder, trained = run
-    export = write_export(tmp_path / "export", small_config(), build_encoders(small_config()).state_dict())
+    export = write_export(
+        tmp_path / "export", small_config(), build_encoders(small_config()).state_dict()
+    )
     whole = (export / "open_clip_model.safetensors").read_bytes()
     cut = export / "cut.safetensors"
     cut.write_bytes(whole[: len(whole) // 2])
@@ -582,8 +654,12 @@ def test_files_that_are_no_models(run: tuple[Path, CLIP], tmp_path: Path) -> Non
     (tmp_path / "empty.pt").write_text("")
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"a": 1, "b": 2, "c": 3, "d": 4}, tmp_path / "dict.pt")
-    torch.save({"state": {"model": {"backbone.weight": torch.zeros(1)}}, "rng": []}, tmp_path / "other.pt")
-    torch.save({"state": {"model": {"encoders.x": torch.zeros(1)}}, "rng": []}, tmp_path / "near.pt")
+    torch.save(
+        {"state": {"model": {"backbone.weight": torch.zeros(1)}}, "rng": []}, tmp_path / "other.pt"
+    )
+    torch.save(
+        {"state": {"model": {"encoders.x": torch.zeros(1)}}, "rng": []}, tmp_path / "near.pt"
+    )
     torch.save(trained, tmp_path / "module.pt")
     sharded = tmp_path / "ep1-ba5"
     sharded.mkdir()
@@ -604,7 +680,8 @@ def test_files_that_are_no_models(run: tuple[Path, CLIP], tmp_path: Path) -> Non
         tmp_path / "dangling.pt": "gone.pt, which is not there",
         tmp_path / "lits.pt": "no such file: .*; did you mean 'list.pt'",
         tmp_path / "nowhere" / "x.pt": "no such file: .*; no weights lie there",
-        tmp_path / "nothing": "neither a latest-rank0.pt nor an export's open_clip_config.json; its weights: none",
+        tmp_path
+        / "nothing": "neither a latest-rank0.pt nor an export's open_clip_config.json; its weights: none",
         tmp_path: "neither a latest-rank0.pt nor an export's open_clip_config.json; its weights: cut.pt, .* more",
         folder.parent: "did you mean '.*saved'?",
         "some/name": "did you mean 'hf-hub:some/name'",
@@ -640,8 +717,13 @@ def test_tensors_that_are_no_weights(tmp_path: Path, how: str) -> None:
     model = build_encoders(config)
     weights = {f"encoders.{name}": value for name, value in model.state_dict().items()}
     name = "encoders.transformer.resblocks.0.mlp.c_fc.weight"
-    torch.save({"state": {"model": weights | {name: special(weights[name])[how]}}}, tmp_path / "latest-rank0.pt")
-    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml({"model": OmegaConf.structured(config)}))
+    torch.save(
+        {"state": {"model": weights | {name: special(weights[name])[how]}}},
+        tmp_path / "latest-rank0.pt",
+    )
+    (tmp_path / "config.yaml").write_text(
+        OmegaConf.to_yaml({"model": OmegaConf.structured(config)})
+    )
     with pytest.raises(UserError) as error:
         alignclip.load(tmp_path)
     assert "c_fc.weight" in one_line(error.value) or "which could run code" in str(error.value)
@@ -659,14 +741,22 @@ def test_tensors_that_are_no_weights(tmp_path: Path, how: str) -> None:
 def test_small_files_take_little_memory(tmp_path: Path) -> None:
     """Of a model of 100 TB by its configuration, by a tensor that is one number, by a file that unpacks to a GB."""
     config = small_config()
-    weights = {f"encoders.{name}": value for name, value in build_encoders(config).state_dict().items()}
+    weights = {
+        f"encoders.{name}": value for name, value in build_encoders(config).state_dict().items()
+    }
     whole = tmp_path / "latest-rank0.pt"
     torch.save({"state": {"model": weights}}, whole)
     for settings, words in (
-        ({"text_cfg": {**vars(config.text_cfg), "vocab_size": 10**12}}, "token_embedding.weight is"),
+        (
+            {"text_cfg": {**vars(config.text_cfg), "vocab_size": 10**12}},
+            "token_embedding.weight is",
+        ),
         ({"text_cfg": {**vars(config.text_cfg), "layers": 10**9}}, "1000000000 layers, but it has"),
         ({"embed_dim": 10**11}, "is .*, not "),
-        ({"vision_cfg": {**vars(config.vision_cfg), "image_size": 16 * 10**5}}, "visual.positional_embedding is"),
+        (
+            {"vision_cfg": {**vars(config.vision_cfg), "image_size": 16 * 10**5}},
+            "visual.positional_embedding is",
+        ),
         ({"vision_cfg": {**vars(config.vision_cfg), "mlp_ratio": 1e12}}, "is .*, not "),
     ):
         merged = OmegaConf.merge(OmegaConf.structured(config), settings)
@@ -674,10 +764,15 @@ def test_small_files_take_little_memory(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=words) as error:
             alignclip.load(tmp_path)
         one_line(error.value)
-    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml({"model": OmegaConf.structured(config)}))
+    (tmp_path / "config.yaml").write_text(
+        OmegaConf.to_yaml({"model": OmegaConf.structured(config)})
+    )
     alignclip.load(tmp_path)
     packed = tmp_path / "packed.pt"
-    with zipfile.ZipFile(whole) as archive, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as other:
+    with (
+        zipfile.ZipFile(whole) as archive,
+        zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as other,
+    ):
         for entry in archive.infolist():
             other.writestr(entry.filename, archive.read(entry))
     assert packed.stat().st_size < whole.stat().st_size
@@ -685,11 +780,15 @@ def test_small_files_take_little_memory(tmp_path: Path) -> None:
         alignclip.load(packed)
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b"\xff\xfe\x00\x01", b"runs/", b"a\x00b", b"x" * 5000])
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b"\xff\xfe\x00\x01", b"runs/", b"a\x00b", b"x" * 5000]
+)
 def test_links_that_are_none(tmp_path: Path, content: bytes, s3: S3Server) -> None:
     (tmp_path / "latest-rank0.pt.symlink").write_bytes(content)
     bucket = s3.bucket()
-    s3.client.put_object(Bucket=bucket.removeprefix("s3://"), Key="r/latest-rank0.pt.symlink", Body=content)
+    s3.client.put_object(
+        Bucket=bucket.removeprefix("s3://"), Key="r/latest-rank0.pt.symlink", Body=content
+    )
     for place in (tmp_path, f"{bucket}/r"):
         with pytest.raises(UserError, match="is no link to a checkpoint") as error:
             alignclip.load(place)
@@ -699,7 +798,9 @@ def test_links_that_are_none(tmp_path: Path, content: bytes, s3: S3Server) -> No
 def test_devices() -> None:
     with pytest.raises(UserError, match="device=gpu can't be used on this machine"):
         alignclip.load(FIXTURES / "model_nano.pt", "gpu")
-    model, _, _ = alignclip.load(FIXTURES / "model_nano.pt", "meta", config=config_of(reference("nano")["config"]))
+    model, _, _ = alignclip.load(
+        FIXTURES / "model_nano.pt", "meta", config=config_of(reference("nano")["config"])
+    )
     assert model.logit_scale.device.type == "meta"
 
 

@@ -11,12 +11,12 @@ from models import EVERYTHING, small_config
 from omegaconf import OmegaConf
 from runs import PRETRAIN, run, write_config, write_set
 
-from alignclip import config_file
-from alignclip.config import StartConfig
-from alignclip.encoders import CLIP, build_encoders
+from alignclip.config import reading
+from alignclip.config.schema import StartConfig
 from alignclip.errors import UserError
-from alignclip.loading import load_encoders
-from alignclip.locking import lock_towers
+from alignclip.model.encoders import CLIP, build_encoders
+from alignclip.training.locking import lock_towers
+from alignclip.weights.loading import load_encoders
 
 
 def trained(shared: dict[str, Any] | None = None, **settings: Any) -> set[str]:
@@ -38,22 +38,31 @@ def test_an_image_tower() -> None:
     """LiT: all of it, but for as many groups from the top as are left open."""
     everything = names(*TEXT, "visual.", "logit_scale")
     assert trained(lock_image=True) == everything - names("visual.")
-    assert trained(lock_image=True, lock_image_unlocked_groups=1) == everything - names("visual.") | {"visual.proj"}
+    assert trained(lock_image=True, lock_image_unlocked_groups=1) == everything - names(
+        "visual."
+    ) | {"visual.proj"}
     top = names("visual.proj", "visual.ln_post", "visual.transformer.resblocks.2.")
-    assert trained(lock_image=True, lock_image_unlocked_groups=2) == everything - names("visual.") | top
+    assert (
+        trained(lock_image=True, lock_image_unlocked_groups=2)
+        == everything - names("visual.") | top
+    )
 
 
 def test_a_text_tower() -> None:
     everything = names(*TEXT, "visual.", "logit_scale")
     assert trained(lock_text=True) == everything - names(*TEXT)
     two = trained(lock_text=True, lock_text_unlocked_layers=2)
-    assert two == everything - names(*TEXT) | names("text_projection", "ln_final", "transformer.resblocks.2.")
+    assert two == everything - names(*TEXT) | names(
+        "text_projection", "ln_final", "transformer.resblocks.2."
+    )
 
 
 def test_shared_modules_above_what_is_locked() -> None:
     """The last block is one for both towers: it may not be locked for one of them."""
     shared = {"blocks": 1, "ln_final": True, "projection": True}
-    with pytest.raises(UserError, match=r"lock_image would lock \d+ tensors for both towers, which share them"):
+    with pytest.raises(
+        UserError, match=r"lock_image would lock \d+ tensors for both towers, which share them"
+    ):
         trained(shared, lock_image=True)
     open_ones = trained(shared, lock_image=True, lock_image_unlocked_groups=2)
     assert "visual.transformer.resblocks.2.mlp.c_fc.weight" in open_ones
@@ -65,17 +74,21 @@ def test_shared_modules_above_what_is_locked() -> None:
 def test_locks_that_make_no_sense() -> None:
     with pytest.raises(UserError, match="leave nothing but logit_scale to train"):
         trained(lock_image=True, lock_text=True)
-    with pytest.raises(UserError, match="lock_image_unlocked_groups=99 leaves nothing of the tower locked"):
+    with pytest.raises(
+        UserError, match="lock_image_unlocked_groups=99 leaves nothing of the tower locked"
+    ):
         trained(lock_image=True, lock_image_unlocked_groups=99)
 
 
 def test_random_weights_are_not_locked(tmp_path: Path) -> None:
     yaml = write_config(tmp_path, str(tmp_path / "set"))
     for lock in ("lock_image", "lock_text"):
-        with pytest.raises(UserError, match=f"{lock}=true would lock random weights; set pretrained to what"):
-            config_file.load(yaml, [f"{lock}=true"])
+        with pytest.raises(
+            UserError, match=f"{lock}=true would lock random weights; set pretrained to what"
+        ):
+            reading.load(yaml, [f"{lock}=true"])
         for start in ("pretrained=x.pt", "load_path=x.pt"):
-            config_file.load(yaml, [f"{lock}=true", start])
+            reading.load(yaml, [f"{lock}=true", start])
 
 
 @pytest.mark.parametrize("groups", [0, 2])
@@ -91,7 +104,9 @@ def test_batch_norms_that_keep_their_statistics(tmp_path: Path, name: str, group
                 tensor.add_(torch.rand_like(tensor))
         images = torch.randn(2, 3, 64, 64)
         before = model.encode_image(images)
-        locks = StartConfig(lock_image=True, lock_image_unlocked_groups=groups, lock_image_freeze_bn_stats=True)
+        locks = StartConfig(
+            lock_image=True, lock_image_unlocked_groups=groups, lock_image_freeze_bn_stats=True
+        )
         lock_towers(model, locks)
         torch.testing.assert_close(model.encode_image(images), before, rtol=0, atol=1e-6)
         statistics = {k: v.clone() for k, v in model.state_dict().items() if "running" in k}
@@ -102,12 +117,16 @@ def test_batch_norms_that_keep_their_statistics(tmp_path: Path, name: str, group
             torch.testing.assert_close(training, before, rtol=0, atol=1e-6)
         else:
             assert moved
-            open_ones = {n.rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+            open_ones = {
+                n.rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad
+            }
             assert {key.rpartition(".")[0] for key in moved} <= open_ones
             model.load_state_dict(statistics, strict=False)
     state = {"model": {f"encoders.{key}": value for key, value in model.state_dict().items()}}
     torch.save({"state": state}, tmp_path / "latest-rank0.pt")
-    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml({"model": OmegaConf.structured(config)}))
+    (tmp_path / "config.yaml").write_text(
+        OmegaConf.to_yaml({"model": OmegaConf.structured(config)})
+    )
     found = load_encoders(tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(found.encode_image(images), before, rtol=0, atol=1e-6)
@@ -118,10 +137,20 @@ def test_batch_norms_that_keep_their_statistics(tmp_path: Path, name: str, group
 def test_on_two_processes(tmp_path: Path, how: str) -> None:
     write_set(str(tmp_path / "set"), 64)
     yaml = write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "saved"))
-    overrides = ["run_name=r", "max_duration=3ba", "scheduler.t_warmup=1ba", "data.num_workers=0", "save_interval=1ba"]
-    overrides += ["model.shared.blocks=0", "model.shared.ln_final=false", "model.shared.projection=false"]
+    overrides = [
+        "run_name=r",
+        "max_duration=3ba",
+        "scheduler.t_warmup=1ba",
+        "data.num_workers=0",
+        "save_interval=1ba",
+    ]
+    overrides += [
+        "model.shared.blocks=0",
+        "model.shared.ln_final=false",
+        "model.shared.projection=false",
+    ]
     start = tmp_path / "epoch_1.pt"
-    torch.save(build_encoders(config_file.load(yaml, overrides).model).state_dict(), start)
+    torch.save(build_encoders(reading.load(yaml, overrides).model).state_dict(), start)
     overrides += [f"pretrained={start}", "lock_image=true", "lock_image_unlocked_groups=1"]
     overrides += ["parallelism_config.fsdp2={}"] if how == "fsdp2" else []
     output = run(PRETRAIN, yaml, *overrides, processes=2, cwd=tmp_path)

@@ -9,7 +9,8 @@ from composer.utils import get_device
 from runs import write_config, write_set
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from alignclip import config_file, plugins, training
+from alignclip.config import reading
+from alignclip.training import plugins, pretraining
 
 LOGGED = {
     "loss/train/total", "loss/train/contrastive", "loss/train/separation", "logit_scale", "lr",
@@ -20,11 +21,15 @@ LOGGED = {
 def fit(folder: Path, *overrides: str) -> None:
     write_set(str(folder / "set"), 64)
     fixed = ["run_name=r", "max_duration=24ba", "scheduler.t_warmup=1ba", "data.num_workers=0"]
-    fixed += ["evaluators.e.task=retrieval", f"evaluators.e.local={folder / 'set'}", "evaluators.e.interval=12ba"]
+    fixed += [
+        "evaluators.e.task=retrieval",
+        f"evaluators.e.local={folder / 'set'}",
+        "evaluators.e.interval=12ba",
+    ]
     fixed += ["evaluators.e.num_workers=0"]
-    config = config_file.load(write_config(folder, str(folder / "set")), [*fixed, *overrides])
+    config = reading.load(write_config(folder, str(folder / "set")), [*fixed, *overrides])
     plugins.check(config)
-    trainer = training.build_trainer(config, get_device("cpu"), None)
+    trainer = pretraining.build_trainer(config, get_device("cpu"), None)
     trainer.fit()
     trainer.close()
 
@@ -48,7 +53,9 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert rates == sorted(rates, reverse=True)
 
 
-def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_wandb: None) -> None:
+def test_weights_and_biases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_wandb: None
+) -> None:
     """Offline: the run's file as wandb itself would upload it later."""
     import wandb
     from wandb.proto.wandb_internal_pb2 import Record

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from processes import run
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alignclip.config import LossConfig
+from alignclip.config.schema import LossConfig
 from alignclip.errors import UserError
 from alignclip.losses import AlignCLIPLoss
 
@@ -29,9 +29,13 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-def random_batch(n: int, dtype: torch.dtype = torch.float64, dim: int = 16) -> dict[str, torch.Tensor]:
+def random_batch(
+    n: int, dtype: torch.dtype = torch.float64, dim: int = 16
+) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(n)
-    image, text, semantic = (torch.randn(n, dim, generator=generator, dtype=torch.float64) for _ in range(3))
+    image, text, semantic = (
+        torch.randn(n, dim, generator=generator, dtype=torch.float64) for _ in range(3)
+    )
     return {
         "image_features": F.normalize(image, dim=1).to(dtype).requires_grad_(),
         "text_features": F.normalize(text, dim=1).to(dtype).requires_grad_(),
@@ -44,7 +48,9 @@ def random_batch(n: int, dtype: torch.dtype = torch.float64, dim: int = 16) -> d
 def test_published_losses_and_gradients(case: dict[str, Any]) -> None:
     key, plain = case["key"], case["kind"] == "clip"
     prefix = f"in_{case['B']}_{case['D']}_{case['S']}_{case['dtype']}"
-    image, text, semantic = (torch.from_numpy(NUMBERS[f"{prefix}_{name}"]) for name in ("img", "txt", "sem"))
+    image, text, semantic = (
+        torch.from_numpy(NUMBERS[f"{prefix}_{name}"]) for name in ("img", "txt", "sem")
+    )
     image.requires_grad_(), text.requires_grad_()
     scale = torch.tensor(case["logit_scale"], dtype=image.dtype, requires_grad=True)
     if plain:
@@ -80,13 +86,17 @@ def test_published_losses_and_gradients(case: dict[str, Any]) -> None:
     for name in weighted.keys() & theirs.keys():
         # fp32 losses near zero are small differences of large logits
         rtol, atol = (1e-9, 1e-12) if double else (1e-6, 1e-6)
-        torch.testing.assert_close(weighted[name].detach(), theirs[name], rtol=rtol, atol=atol, msg=f"{key} {name}")
+        torch.testing.assert_close(
+            weighted[name].detach(), theirs[name], rtol=rtol, atol=atol, msg=f"{key} {name}"
+        )
     for name, leaf in {"image": image, "text": text, "scale": scale}.items():
         assert leaf.grad is not None
         # the scale's gradient is a sum whose terms all but cancel in some fp32 cases
         cancellation = 1e-8 if name == "scale" and not double else 0.0
         error = float((leaf.grad - theirs[name]).norm())
-        assert error < (1e-9 if double else 1e-6) * float(theirs[name].norm()) + cancellation, f"{key} d/d{name}"
+        assert error < (1e-9 if double else 1e-6) * float(theirs[name].norm()) + cancellation, (
+            f"{key} d/d{name}"
+        )
 
 
 @pytest.mark.parametrize("separate_image", [True, False])
@@ -98,11 +108,15 @@ def test_rescaled_loss_by_hand(separate_image: bool, separate_text: bool) -> Non
     expected = 0.0
     for x, on in ((v, separate_image), (t, separate_text)):
         for i in range(5) if on else ():
-            logits = [s * (v[i] @ t[i] if i == j else (x[i] @ x[j]) * (1 - q[i] @ q[j])) for j in range(5)]
+            logits = [
+                s * (v[i] @ t[i] if i == j else (x[i] @ x[j]) * (1 - q[i] @ q[j])) for j in range(5)
+            ]
             expected += float(torch.logsumexp(torch.stack(logits), dim=0) - logits[i]) / 5 / 2
     losses = AlignCLIPLoss(1.0, 0.5, separate_image, separate_text)(**batch)
     assert float(losses["separation"]) == pytest.approx(expected, rel=1e-12)
-    assert float(losses["total"]) == pytest.approx(float(losses["contrastive"]) + 0.5 * expected, rel=1e-12)
+    assert float(losses["total"]) == pytest.approx(
+        float(losses["contrastive"]) + 0.5 * expected, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("off", [{"beta": 0.0}, {"separate_image": False, "separate_text": False}])
@@ -116,7 +130,9 @@ def test_no_separation_needs_no_embeddings(off: dict[str, Any]) -> None:
 def test_scale_may_be_a_scalar_or_of_shape_one() -> None:
     batch = random_batch(4)
     scalar = batch | {"logit_scale": batch["logit_scale"].detach()[0]}
-    for one, other in zip(AlignCLIPLoss()(**batch).values(), AlignCLIPLoss()(**scalar).values(), strict=True):
+    for one, other in zip(
+        AlignCLIPLoss()(**batch).values(), AlignCLIPLoss()(**scalar).values(), strict=True
+    ):
         assert one.shape == ()
         assert torch.equal(one, other)
 
@@ -171,7 +187,9 @@ def test_autocast_and_low_matmul_precision_change_nothing(device: str) -> None:
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast(device, dtype=torch.bfloat16):
-            assert batch["image_features"].matmul(batch["text_features"].T).dtype == torch.bfloat16  # it is on
+            assert (
+                batch["image_features"].matmul(batch["text_features"].T).dtype == torch.bfloat16
+            )  # it is on
             found = losses_and_gradients(batch)
         found_without_autocast = losses_and_gradients(batch)
         assert torch.get_float32_matmul_precision() == "medium"  # and left as it was
@@ -187,9 +205,13 @@ def test_matmul_precision_is_highest_in_backward() -> None:
     seen: list[tuple[str, bool]] = []
 
     class WatchProducts(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             if func is torch.ops.aten.mm.default:
-                seen.append((torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")))
+                seen.append(
+                    (torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu"))
+                )
             return func(*args, **(kwargs or {}))
 
     batch = random_batch(8, torch.float32)
@@ -257,13 +279,17 @@ def distributed_losses() -> dict[str, dict[str, torch.Tensor]]:
     rank, world = dist.get_rank(), dist.get_world_size()
     alone = [dist.new_group([r]) for r in range(world)][rank]
     settings = DIST_SETTINGS | {"alone": {"group": alone}}
-    return {name: part_losses(AlignCLIPLoss(**kwargs), rank, world) for name, kwargs in settings.items()}
+    return {
+        name: part_losses(AlignCLIPLoss(**kwargs), rank, world) for name, kwargs in settings.items()
+    }
 
 
 def part_losses(loss: AlignCLIPLoss, rank: int, world: int) -> dict[str, torch.Tensor]:
     """Losses and gradients of the ``rank``-th of ``world`` parts of the fixture's batch."""
     n = len(DIST["img"]) // world
-    image, text, semantic = (DIST[name][rank * n : (rank + 1) * n].clone() for name in ("img", "txt", "sem"))
+    image, text, semantic = (
+        DIST[name][rank * n : (rank + 1) * n].clone() for name in ("img", "txt", "sem")
+    )
     image.requires_grad_(), text.requires_grad_()
     scale = torch.tensor([DIST["logit_scale"]], dtype=torch.float64, requires_grad=True)
     losses = loss(image, text, scale, semantic)
@@ -303,7 +329,9 @@ def test_two_ranks_average_to_one_process(name: str, on_two_ranks: list[Any]) ->
         torch.testing.assert_close(mean, single[key], rtol=1e-12, atol=1e-14)
     for key in ("image", "text"):
         # each rank's features reach the losses of both ranks; averaging gradients over ranks halves their sum
-        torch.testing.assert_close(torch.cat([rank[key] for rank in ranks]) / 2, single[key], rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(
+            torch.cat([rank[key] for rank in ranks]) / 2, single[key], rtol=1e-11, atol=1e-13
+        )
 
 
 @pytest.mark.world_size(2)

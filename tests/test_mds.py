@@ -13,16 +13,22 @@ from PIL import Image
 from streaming import MDSWriter
 from tarballs import assert_three_tars, draw, pairs, quick, read_back, three_tars, write_tar
 
-from alignclip.config import DataConfig, StreamConfig
+from alignclip.config.schema import DataConfig, StreamConfig
+from alignclip.conversion import dataset, mds, samples, shards
+from alignclip.data.streams import check_streams
 from alignclip.errors import UserError
-from alignclip.streams import check_streams
-from convert import dataset, mds, samples, shards
-from convert.verify import VerifyOptions, verify
+from alignclip.verification.command import VerifyOptions, verify
 
 
 def write_mds_with_embeddings(folder: Path) -> None:
     """Three samples whose embeddings are of no encoder."""
-    columns = {"key": "str", "image": "bytes", "caption": "str", "semantic": "ndarray:float16:8", "width": "int"}
+    columns = {
+        "key": "str",
+        "image": "bytes",
+        "caption": "str",
+        "semantic": "ndarray:float16:8",
+        "width": "int",
+    }
     with MDSWriter(out=str(folder), columns=columns) as writer:
         for i in range(3):
             row = {"key": f"{i:05}", "image": draw(i), "caption": f"picture {i}", "width": 40}
@@ -48,16 +54,27 @@ def test_an_mds_set_with_a_broken_and_a_missing_shard(tmp_path: Path) -> None:
     shard = tmp_path / "first" / "00001" / "shard.00000.mds"
     shard.write_bytes(shard.read_bytes()[:-10])
     counts = quick([tmp_path / "first" / "index.json"], tmp_path / "second")
-    assert (counts.written, counts.skipped, counts.broken) == (10, {samples.BROKEN_INPUT: 1}, ["00001-shard-00000"])
+    assert (counts.written, counts.skipped, counts.broken) == (
+        10,
+        {samples.BROKEN_INPUT: 1},
+        ["00001-shard-00000"],
+    )
     shard.unlink()
-    with pytest.raises(UserError, match=r"index\.json names the shard .*/00001/shard\.00000\.mds, which is not there$"):
+    with pytest.raises(
+        UserError,
+        match=r"index\.json names the shard .*/00001/shard\.00000\.mds, which is not there$",
+    ):
         quick([tmp_path / "first" / "index.json"], tmp_path / "third")
 
 
 @pytest.mark.parametrize(
     ("columns", "row", "message"),
     [
-        ({"image": "bytes"}, {"image": b"x"}, r"lack the columns \['caption', 'key'\]; they have \['image'\]$"),
+        (
+            {"image": "bytes"},
+            {"image": b"x"},
+            r"lack the columns \['caption', 'key'\]; they have \['image'\]$",
+        ),
         (
             {"key": "str", "image": "jpeg", "caption": "str"},
             {"key": "0", "image": None, "caption": "a"},
@@ -71,14 +88,19 @@ def test_an_mds_set_with_a_broken_and_a_missing_shard(tmp_path: Path) -> None:
     ],
 )
 def test_mds_sets_of_something_else(tmp_path: Path, columns: Any, row: Any, message: str) -> None:
-    row = {name: Image.open(io.BytesIO(draw(1))) if value is None else value for name, value in row.items()}
+    row = {
+        name: Image.open(io.BytesIO(draw(1))) if value is None else value
+        for name, value in row.items()
+    }
     with MDSWriter(out=str(tmp_path / "in"), columns=columns) as writer:
         writer.write(row)
     with pytest.raises(UserError, match=message):
         quick([tmp_path / "in" / "index.json"], tmp_path / "out")
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"shards": [{}]}', '{"shards": [{"samples": 1}]}', "[" * 10_000])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[1]", '{"shards": [{}]}', '{"shards": [{"samples": 1}]}', "[" * 10_000]
+)
 def test_what_is_no_index(tmp_path: Path, text: str) -> None:
     (tmp_path / "index.json").write_text(text)
     with pytest.raises(UserError, match=r"index\.json is not a streaming index$"):
@@ -88,7 +110,10 @@ def test_what_is_no_index(tmp_path: Path, text: str) -> None:
 def test_embeddings_of_another_set_are_left_out(tmp_path: Path) -> None:
     write_mds_with_embeddings(tmp_path / "in")
     assert quick([tmp_path / "in" / "index.json"], tmp_path / "out").written == 3
-    assert all(set(row) == {"key", "image", "caption"} for row in read_back(None, tmp_path / "out").values())
+    assert all(
+        set(row) == {"key", "image", "caption"}
+        for row in read_back(None, tmp_path / "out").values()
+    )
 
 
 class Lengths:
@@ -101,7 +126,9 @@ class Lengths:
         return [False] * len(captions)
 
     def encode(self, captions: list[str]) -> np.ndarray:
-        return np.repeat(np.array([[len(caption)] for caption in captions], np.float16), self.dimension, axis=1)
+        return np.repeat(
+            np.array([[len(caption)] for caption in captions], np.float16), self.dimension, axis=1
+        )
 
 
 @pytest.fixture
@@ -124,7 +151,9 @@ def test_a_shard_stays_one_when_embeddings_are_added(tmp_path: Path, lengths: No
     for i, row in enumerate(read_back(None, tmp_path / "second").values()):
         assert row["image"] == draw(i)
         assert (row["semantic"] == len(f"picture {i}")).all()
-    smaller = quick([index], tmp_path / "third", size_limit="8kb")  # whoever wants them smaller gets them
+    smaller = quick(
+        [index], tmp_path / "third", size_limit="8kb"
+    )  # whoever wants them smaller gets them
     assert smaller.written == 60
     assert len(json.loads((tmp_path / "third" / "index.json").read_text())["shards"]) > len(before)
 
@@ -140,7 +169,10 @@ def test_an_index_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_mended_shard_without_hashes_is_converted_again(tmp_path: Path) -> None:
     quick([three_tars(tmp_path / "in")], tmp_path / "first", hashes=[])
-    index, shard = tmp_path / "first" / "index.json", tmp_path / "first" / "00001" / "shard.00000.mds"
+    index, shard = (
+        tmp_path / "first" / "index.json",
+        tmp_path / "first" / "00001" / "shard.00000.mds",
+    )
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-10])
     assert quick([index], tmp_path / "second").broken == ["00001-shard-00000"]
@@ -152,8 +184,16 @@ def test_a_mended_shard_without_hashes_is_converted_again(tmp_path: Path) -> Non
 
 def write_lists(folder: Path) -> list[list[str]]:
     """A set as convert/retrieval.py writes it."""
-    captions = [["a clock", "an old clock", "time"], ["Fish &amp; chips"], ["a", " ", "b"], [" "], []]
-    with MDSWriter(out=str(folder), columns={"key": "str", "image": "bytes", "caption": "json"}) as writer:
+    captions = [
+        ["a clock", "an old clock", "time"],
+        ["Fish &amp; chips"],
+        ["a", " ", "b"],
+        [" "],
+        [],
+    ]
+    with MDSWriter(
+        out=str(folder), columns={"key": "str", "image": "bytes", "caption": "json"}
+    ) as writer:
         for i, some in enumerate(captions):
             writer.write({"key": f"{i}", "image": draw(i), "caption": some})
     return captions
@@ -179,11 +219,15 @@ def test_several_captions_an_image(tmp_path: Path, lengths: None) -> None:
     message = r"in/index\.json has lists of captions, other inputs have one an image; give it an --out of its own$"
     with pytest.raises(UserError, match=message):
         quick([index, write_tar(tmp_path / "a.tar", pairs(10, 2))], tmp_path / "both")
-    with pytest.raises(UserError, match=r"was begun with the columns .* this run would write .*; choose an"):
+    with pytest.raises(
+        UserError, match=r"was begun with the columns .* this run would write .*; choose an"
+    ):
         quick([tmp_path / "a.tar"], out, semantic=True)
 
 
-def test_columns_that_are_left_out_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_columns_that_are_left_out_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_mds_with_embeddings(tmp_path / "in")
     quick([tmp_path / "in" / "index.json"], tmp_path / "out", progress=True)
     assert f"not taken from {tmp_path}/in/index.json: semantic, width\n" in capsys.readouterr().err

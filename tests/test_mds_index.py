@@ -15,13 +15,13 @@ import pytest
 from runs import jpeg
 from streaming import MDSWriter
 
-from alignclip.config import DataConfig, SetConfig, StreamConfig
+from alignclip.config.schema import DataConfig, SetConfig, StreamConfig
+from alignclip.conversion.cc12m import main as convert
+from alignclip.data.mds_index import read_shards, why_not_plain, why_unusable
+from alignclip.data.streams import check_streams
 from alignclip.errors import UserError
 from alignclip.evaluation.sets import OpenSets
-from alignclip.mds_index import read_shards, why_not_plain, why_unusable
-from alignclip.streams import check_streams
-from convert.cc12m import main as convert
-from convert.verify import main as verify
+from alignclip.verification.command import main as verify
 
 Entry = dict[str, Any]
 OUTSIDE = [
@@ -54,7 +54,16 @@ def test_what_is_no_plain_name(name: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["shard.00000.mds", "00000/shard.00000.mds.zstd", "a b/ü.mds", "~/x", "..x/y..", "x" * 255, "日本/1.mds"]
+    "name",
+    [
+        "shard.00000.mds",
+        "00000/shard.00000.mds.zstd",
+        "a b/ü.mds",
+        "~/x",
+        "..x/y..",
+        "x" * 255,
+        "日本/1.mds",
+    ],
 )
 def test_a_plain_name(name: str) -> None:
     assert why_not_plain(name) is None
@@ -63,9 +72,13 @@ def test_a_plain_name(name: str) -> None:
 def write(folder: Path, count: int = 24, **options: Any) -> list[Entry]:
     """Write a set; return the entries of its index."""
     columns = {"key": "str", "image": "bytes", "caption": "str"}
-    with MDSWriter(out=str(folder), columns=columns, size_limit="10kb", hashes=["xxh64"], **options) as writer:
+    with MDSWriter(
+        out=str(folder), columns=columns, size_limit="10kb", hashes=["xxh64"], **options
+    ) as writer:
         for i in range(count):
-            writer.write({"key": str(i), "image": jpeg(np.random.default_rng(i)), "caption": f"number {i}"})
+            writer.write(
+                {"key": str(i), "image": jpeg(np.random.default_rng(i)), "caption": f"number {i}"}
+            )
     entries: list[Entry] = json.loads((folder / "index.json").read_text())["shards"]
     return entries
 
@@ -105,13 +118,19 @@ BROKEN: list[tuple[Callable[[Entry], Any], str]] = [
     (with_file("zip_data", basename="/x.mds"), "names a file outside the set: /x.mds"),
     (with_file("raw_data", basename="index.json"), "names the index as a shard: index.json"),
     (with_file("zip_data", basename="a/index.json"), "names the index as a shard: a/index.json"),
-    (with_file("raw_data", basename="shard.00000.mds.zstd"), "has one name for two files: shard.00000.mds.zstd"),
+    (
+        with_file("raw_data", basename="shard.00000.mds.zstd"),
+        "has one name for two files: shard.00000.mds.zstd",
+    ),
     (with_file("raw_data", bytes=-1), "has no size or no hashes of shard.00000.mds"),
     (with_file("raw_data", bytes=2**32 + 1), "has no size or no hashes of shard.00000.mds"),
     (with_file("raw_data", bytes=True), "has no size or no hashes of shard.00000.mds"),
     (with_file("raw_data", bytes=1e3), "has no size or no hashes of shard.00000.mds"),
     (with_file("zip_data", hashes=["xxh64"]), "has no size or no hashes of shard.00000.mds.zstd"),
-    (with_file("zip_data", hashes={"xxh64": 5}), "has no size or no hashes of shard.00000.mds.zstd"),
+    (
+        with_file("zip_data", hashes={"xxh64": 5}),
+        "has no size or no hashes of shard.00000.mds.zstd",
+    ),
     (with_file("raw_data", extra=1), "has no file with a basename, bytes and hashes"),
     (with_values(raw_data=None), "has no file with a basename, bytes and hashes"),
     (with_values(raw_data="shard.00000.mds"), "has no file with a basename, bytes and hashes"),
@@ -126,7 +145,10 @@ BROKEN: list[tuple[Callable[[Entry], Any], str]] = [
     (with_values(format="json", raw_meta={"basename": "../x"}), "has the format json, not mds"),
     (with_values(version=1), "has version 1; Streaming reads 2"),
     (with_values(raw_meta={"basename": "../x"}), "has raw_meta, which no MDS shard has"),
-    (with_values(column_names=["key", "key", "caption"]), "has not one name, encoding and size for each column"),
+    (
+        with_values(column_names=["key", "key", "caption"]),
+        "has not one name, encoding and size for each column",
+    ),
     (with_values(column_names="key"), "has no names, encodings and sizes of columns"),
     (with_values(column_sizes=[None]), "has not one name, encoding and size for each column"),
     (with_values(hashes="xxh64"), "has no list of hashes, or no size limit"),
@@ -145,7 +167,9 @@ BROKEN: list[tuple[Callable[[Entry], Any], str]] = [
 
 
 @pytest.mark.parametrize(("change", "why"), BROKEN, ids=[why for _, why in BROKEN])
-def test_an_entry_that_can_not_be_read_safely(whole: Entry, change: Callable[[Entry], Any], why: str) -> None:
+def test_an_entry_that_can_not_be_read_safely(
+    whole: Entry, change: Callable[[Entry], Any], why: str
+) -> None:
     entry = copy.deepcopy(whole)
     assert why_unusable(entry) is None
     change(entry)
@@ -156,7 +180,20 @@ def test_an_entry_that_can_not_be_read_safely(whole: Entry, change: Callable[[En
 
 
 def test_any_value_in_any_place_is_told_and_never_raised(whole: Entry) -> None:
-    values = [None, True, -1, 1e308, 10**30, "", "../x", [], [None], {}, {"basename": "x"}, [[["pkl"]]]]
+    values = [
+        None,
+        True,
+        -1,
+        1e308,
+        10**30,
+        "",
+        "../x",
+        [],
+        [None],
+        {},
+        {"basename": "x"},
+        [[["pkl"]]],
+    ]
     for value in values:
         assert why_unusable(value) is not None
         for name in whole:
@@ -166,10 +203,14 @@ def test_any_value_in_any_place_is_told_and_never_raised(whole: Entry) -> None:
                     why_unusable({**whole, file: {**whole[file], part: value}})
 
 
-@pytest.mark.parametrize("text", ["", "5", "[]", "{}", '{"shards": 5}', "[" * 100_000, '{"version": 1, "shards": []}'])
+@pytest.mark.parametrize(
+    "text", ["", "5", "[]", "{}", '{"shards": 5}', "[" * 100_000, '{"version": 1, "shards": []}']
+)
 def test_a_file_that_is_no_index(tmp_path: Path, text: str) -> None:
     (tmp_path / "index.json").write_text(text)
-    with pytest.raises(ValueError, match=r"is not a streaming index|has version 1; Streaming reads 2"):
+    with pytest.raises(
+        ValueError, match=r"is not a streaming index|has version 1; Streaming reads 2"
+    ):
         read_shards(tmp_path / "index.json")
 
 
@@ -194,7 +235,9 @@ class Touch:
 
 @pytest.mark.parametrize("where", ["local", "remote"])
 @pytest.mark.parametrize("what", ["name", "pickle"])
-def test_training_and_evaluation_refuse_a_strangers_set(tmp_path: Path, where: str, what: str) -> None:
+def test_training_and_evaluation_refuse_a_strangers_set(
+    tmp_path: Path, where: str, what: str
+) -> None:
     folder, cache = tmp_path / "deep/er/set", tmp_path / "cache/a/b"
     entries = write(folder)
     if what == "name":
@@ -206,10 +249,14 @@ def test_training_and_evaluation_refuse_a_strangers_set(tmp_path: Path, where: s
     cache.mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
     stream = (
-        StreamConfig(remote=str(folder), local=str(cache)) if where == "remote" else StreamConfig(local=str(folder))
+        StreamConfig(remote=str(folder), local=str(cache))
+        if where == "remote"
+        else StreamConfig(local=str(folder))
     )
     why = "names a file outside the set" if what == "name" else "executes code when it is read"
-    with pytest.raises(UserError, match=rf"index.json can't be used: shard \d {why}|shard \d stores .* {why}"):
+    with pytest.raises(
+        UserError, match=rf"index.json can't be used: shard \d {why}|shard \d stores .* {why}"
+    ):
         check_streams(DataConfig(streams={"mine": stream}), semantic=False)
     with pytest.raises(UserError, match=why):
         OpenSets().open(SetConfig(remote=stream.remote, local=stream.local))
@@ -236,7 +283,15 @@ def test_verifier_and_converter_refuse_a_strangers_set(
     said = capsys.readouterr()
     assert why in said.out + said.err
     with pytest.raises(SystemExit):
-        convert(["--inputs", str(folder / "index.json"), "--out", str(tmp_path / "out"), "--no-semantic"])
+        convert(
+            [
+                "--inputs",
+                str(folder / "index.json"),
+                "--out",
+                str(tmp_path / "out"),
+                "--no-semantic",
+            ]
+        )
     assert why in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -246,9 +301,15 @@ def test_shards_that_differ_in_their_columns_are_told_before_they_are_read(tmp_p
     entries[-1]["column_names"] = ["key", "picture", "caption"]
     index(tmp_path, entries)
     stream = {"mine": StreamConfig(local=str(tmp_path))}
-    with pytest.raises(UserError, match=r"streams.mine lacks the columns \['image'\]; it has \['caption', 'key', 'pic"):
+    with pytest.raises(
+        UserError,
+        match=r"streams.mine lacks the columns \['image'\]; it has \['caption', 'key', 'pic",
+    ):
         check_streams(DataConfig(streams=stream), semantic=False)
-    entries[-1] |= {"column_names": ["key", "image", "caption"], "column_encodings": ["str", "jpeg", "str"]}
+    entries[-1] |= {
+        "column_names": ["key", "image", "caption"],
+        "column_encodings": ["str", "jpeg", "str"],
+    }
     index(tmp_path, entries)
     with pytest.raises(UserError, match="stores the column image as jpeg, not as bytes"):
         check_streams(DataConfig(streams=stream), semantic=False)

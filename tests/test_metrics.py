@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 import torch
 
+from alignclip.config.metrics import ALL, ARROWS, TASKS, WATCH, better
 from alignclip.evaluation.chance import accuracy_chance, recall_chance
 from alignclip.evaluation.gap import modality_gap
 from alignclip.evaluation.retrieval import recall
-from alignclip.metrics import ALL, ARROWS, TASKS, WATCH, better
 
 
 def test_every_metric_says_which_way_is_better() -> None:
     assert {metric.better for metric in ALL.values()} <= set(ARROWS)
     assert all(metric.meaning for metric in ALL.values())
     assert ALL.keys() >= WATCH
-    assert all(WATCH & metrics.keys() for metrics in TASKS.values()), "each task has a number to watch"
+    assert all(WATCH & metrics.keys() for metrics in TASKS.values()), (
+        "each task has a number to watch"
+    )
     assert (better("margin"), better("rmg"), better("C"), better("another's")) == (
         "higher", "lower", "neither", "neither",
     )  # fmt: skip
@@ -66,7 +68,10 @@ def test_a_collapse_has_no_margin_whatever_its_alignment() -> None:
     assert gap["margin"] == pytest.approx(gap["alignment_score"] - gap["wrong_pairs_cosine"])
     assert gap["margin"] > 0.005
     random.seed(0)  # wrong pairs are all of them: the mean over shuffled texts comes near
-    shuffled = [modality_gap(images, images[random.sample(range(200), 200)], separability=False) for _ in range(20)]
+    shuffled = [
+        modality_gap(images, images[random.sample(range(200), 200)], separability=False)
+        for _ in range(20)
+    ]
     mean = np.mean([one["alignment_score"] for one in shuffled])
     assert mean == pytest.approx(gap["wrong_pairs_cosine"], abs=0.001)
 

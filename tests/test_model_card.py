@@ -11,13 +11,13 @@ import torch
 from models import EVERYTHING, small_config
 from omegaconf import OmegaConf
 
-from alignclip.encoders import build_encoders
 from alignclip.errors import UserError
-from alignclip.loading import load_encoders
-from alignclip.state_dicts import weights_digest
-from convert.checkpoint import Options, convert
-from convert.figures import read_figures
-from convert.publishing import public, public_place
+from alignclip.model.encoders import build_encoders
+from alignclip.weights.export_command import Options, convert
+from alignclip.weights.figures import read_figures
+from alignclip.weights.loading import load_encoders
+from alignclip.weights.publishing import public, public_place
+from alignclip.weights.state_dicts import weights_digest
 
 
 def write_run(folder: Path, seed: int = 0, **recipe: Any) -> Path:
@@ -25,7 +25,9 @@ def write_run(folder: Path, seed: int = 0, **recipe: Any) -> Path:
     folder.mkdir(parents=True)
     config = small_config(shared=EVERYTHING)
     torch.manual_seed(seed)
-    weights = {f"encoders.{name}": value for name, value in build_encoders(config).state_dict().items()}
+    weights = {
+        f"encoders.{name}": value for name, value in build_encoders(config).state_dict().items()
+    }
     torch.save({"state": {"model": weights}}, folder / "latest-rank0.pt")
     text = OmegaConf.to_yaml({"model": OmegaConf.structured(config), **recipe})
     (folder / "config.yaml").write_text(text, encoding="utf-8")
@@ -43,7 +45,9 @@ def write_results(path: Path, runs: dict[str, Path], with_digests: bool = True) 
         },
     }
     if with_digests:
-        content["weights"] = {name: weights_digest(load_encoders(run)) for name, run in runs.items()}
+        content["weights"] = {
+            name: weights_digest(load_encoders(run)) for name, run in runs.items()
+        }
     path.write_text(json.dumps(content), encoding="utf-8")
     return str(path)
 
@@ -62,11 +66,15 @@ def test_figures_of_other_weights_are_refused(tmp_path: Path) -> None:
         UserError, match=r"figures are of .*/other and .*/third, not of the weights in .*/mine; "
     ) as told:
         exported(mine, tmp_path / "out", metrics)
-    assert str(told.value).endswith(f"(composer evaluate.py … checkpoint={mine}), or leave --metrics out")
+    assert str(told.value).endswith(
+        f"(composer evaluate.py … checkpoint={mine}), or leave --metrics out"
+    )
     assert not (tmp_path / "out").exists()
 
 
-def test_of_several_checkpoints_the_one_that_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_of_several_checkpoints_the_one_that_is_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     mine, other = write_run(tmp_path / "mine"), write_run(tmp_path / "other", seed=1)
     metrics = write_results(tmp_path / "results.json", {"theirs": other, "ours": mine})
     card = exported(mine, tmp_path / "out", metrics)
@@ -84,7 +92,9 @@ def test_figures_of_an_earlier_version(tmp_path: Path, capsys: pytest.CaptureFix
     metrics = write_results(tmp_path / "results.json", {"model": mine}, with_digests=False)
     assert "| coco: recall@1 | 0.1000 |" in exported(mine, tmp_path / "out", metrics)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("metrics:")]
-    assert line.endswith("kept no digest of the weights: nobody can tell whether its figures are this model's")
+    assert line.endswith(
+        "kept no digest of the weights: nobody can tell whether its figures are this model's"
+    )
 
 
 def test_a_checkpoint_that_is_not_measured_yet(tmp_path: Path) -> None:
@@ -95,10 +105,14 @@ def test_a_checkpoint_that_is_not_measured_yet(tmp_path: Path) -> None:
         figures.of("xxh3:1", "runs/a")
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"results": {"a": {"b": {"c": "d"}}}}', '{"results": {"a": 1}}'])
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", "{", '{"results": {"a": {"b": {"c": "d"}}}}', '{"results": {"a": 1}}']
+)
 def test_what_is_no_results_file(tmp_path: Path, content: str) -> None:
     (tmp_path / "results.json").write_text(content, encoding="utf-8")
-    with pytest.raises(UserError, match=r"^--metrics .* is no results\.json of evaluate\.py: [^\n]+$"):
+    with pytest.raises(
+        UserError, match=r"^--metrics .* is no results\.json of evaluate\.py: [^\n]+$"
+    ):
         read_figures(str(tmp_path / "results.json"))
 
 
@@ -127,12 +141,24 @@ def test_what_of_a_place_is_published(place: str, shown: str) -> None:
 
 
 def test_places_anywhere_in_a_setting() -> None:
-    given = {"a": ["/home/ada/x.json", "s3://k:s@b/x"], "n": 1, "opt": "adamw", "b": {"c": "~ada", "d": None}}
-    assert public(given) == {"a": ["x.json", "s3://b/x"], "n": 1, "opt": "adamw", "b": {"c": "ada", "d": None}}
+    given = {
+        "a": ["/home/ada/x.json", "s3://k:s@b/x"],
+        "n": 1,
+        "opt": "adamw",
+        "b": {"c": "~ada", "d": None},
+    }
+    assert public(given) == {
+        "a": ["x.json", "s3://b/x"],
+        "n": 1,
+        "opt": "adamw",
+        "b": {"c": "ada", "d": None},
+    }
 
 
 @pytest.mark.parametrize("to", ["open_clip", "huggingface", "release", "composer"])
-def test_an_export_names_nothing_of_the_machine(tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_names_nothing_of_the_machine(
+    tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In all its files, the graphs of ONNX too."""
     monkeypatch.setattr("socket.gethostname", lambda: "adalovelace-laptop")
     for variable in ("USER", "LOGNAME", "HOSTNAME"):
@@ -146,7 +172,10 @@ def test_an_export_names_nothing_of_the_machine(tmp_path: Path, to: str, monkeyp
             "streams": {
                 "here": {"remote": None, "local": str(home / "set")},
                 "mounted": {"remote": str(home / "set"), "local": "/tmp/adalovelace"},
-                "there": {"remote": "s3://adalovelace:secret@bucket/set", "local": str(home / "cache")},
+                "there": {
+                    "remote": "s3://adalovelace:secret@bucket/set",
+                    "local": str(home / "cache"),
+                },
             }
         },
     }

@@ -8,24 +8,32 @@ from pathlib import Path
 import pytest
 from tarballs import draw, pairs, quick, write_tar
 
-from alignclip.config import RunConfig
-from alignclip.config_file import load, load_evaluation
-from convert import next_step
-from convert.cc12m import parse, summary
-from convert.options import ConvertOptions, Counts
+from alignclip.config.reading import load, load_evaluation
+from alignclip.config.schema import RunConfig
+from alignclip.conversion import next_step
+from alignclip.conversion.cc12m import parse, summary
+from alignclip.conversion.options import ConvertOptions, Counts
 
 REPOSITORY = Path(__file__).parents[1]
 
 
 def proposed(
-    out: str, monkeypatch: pytest.MonkeyPatch, gpu: bool, *more: str, inputs: str = "x.tar", **counts: int
+    out: str,
+    monkeypatch: pytest.MonkeyPatch,
+    gpu: bool,
+    *more: str,
+    inputs: str = "x.tar",
+    **counts: int,
 ) -> str:
     """What the summary of a conversion says last."""
     monkeypatch.setattr(next_step, "has_gpu", lambda: gpu)
     monkeypatch.chdir(REPOSITORY)
     sides = [counts.pop("side", 256)] * 5
     options = parse(["--inputs", inputs, "--out", out, *more])
-    said = summary(Counts(**{"written": 20_000, "converted": 1, "seconds": 1.0, "sides": sides, **counts}), options)
+    said = summary(
+        Counts(**{"written": 20_000, "converted": 1, "seconds": 1.0, "sides": sides, **counts}),
+        options,
+    )
     return said.split("\nnext: ")[1]
 
 
@@ -103,15 +111,21 @@ def test_a_test_set_is_to_be_evaluated_on(
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-def test_a_small_set_is_a_first_try_or_a_test_set(monkeypatch: pytest.MonkeyPatch, gpu: bool) -> None:
+def test_a_small_set_is_a_first_try_or_a_test_set(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool
+) -> None:
     command, other, _ = proposed("/data/mine", monkeypatch, gpu, written=400).split("\n")
     assert parsed(command).global_train_batch_size <= 40
-    assert other.startswith("400 samples show that all works, and teach little. If they are a test set: ")
+    assert other.startswith(
+        "400 samples show that all works, and teach little. If they are a test set: "
+    )
     assert " evaluate.py " in other
     assert "evaluators.mine.local=/data/mine" in other
 
 
-@pytest.mark.parametrize("out", ["/data/latest", "/data/contest", "/data/valley", "/data/devices", "/data/evaluator-x"])
+@pytest.mark.parametrize(
+    "out", ["/data/latest", "/data/contest", "/data/valley", "/data/devices", "/data/evaluator-x"]
+)
 def test_names_that_only_contain_such_a_word(monkeypatch: pytest.MonkeyPatch, out: str) -> None:
     assert parsed(proposed(out, monkeypatch, True)).data.streams
 
@@ -144,15 +158,23 @@ def test_of_a_set_with_a_held_out_split_the_rest_is_trained_on(
 # a second input
 
 
-def test_more_inputs_say_what_is_there_and_what_is_added(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_more_inputs_say_what_is_there_and_what_is_added(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first, second = (write_tar(tmp_path / f"{i}.tar", pairs(10 * i, 5 + i)) for i in range(2))
     out = tmp_path / "out"
     quick([first], out, progress=True)
     assert "holds" not in capsys.readouterr().err
     counts = quick([first, second], out, progress=True)
-    assert f"{out} holds 5 samples from 1 input; 1 input added ({second})\n" in capsys.readouterr().err
+    assert (
+        f"{out} holds 5 samples from 1 input; 1 input added ({second})\n" in capsys.readouterr().err
+    )
     said = summary(counts, ConvertOptions([str(second)], str(out), semantic=False))
-    rows = [line.split()[-1] for line in said.splitlines() if line.startswith(("  there before", "  added"))]
+    rows = [
+        line.split()[-1]
+        for line in said.splitlines()
+        if line.startswith(("  there before", "  added"))
+    ]
     assert rows == ["5", "6"]
     quick([first, second], out, progress=True)
     assert "holds" not in capsys.readouterr().err, "nothing is added"

@@ -16,9 +16,9 @@ from s3 import S3Server
 from torch.utils.data import DataLoader
 
 import alignclip
-from alignclip.config import EvaluatorConfig
-from alignclip.encoders import CLIP, build_encoders
+from alignclip.config.schema import EvaluatorConfig
 from alignclip.errors import UserError
+from alignclip.model.encoders import CLIP, build_encoders
 
 CAPTIONS = ["a red dot", "blue on the left!", ""]
 
@@ -60,7 +60,10 @@ def test_texts_as_they_are(model: CLIP) -> None:
 
     tokens = SimpleTokenizer(context_length=77)(CAPTIONS)
     assert torch.equal(model.encode_text(CAPTIONS), model.encode_text(tokens))
-    assert torch.equal(model.encode_text(tuple(CAPTIONS), normalize=True), model.encode_text(tokens, normalize=True))
+    assert torch.equal(
+        model.encode_text(tuple(CAPTIONS), normalize=True),
+        model.encode_text(tokens, normalize=True),
+    )
     assert torch.equal(model.encode_text(CAPTIONS[0]), model.encode_text(tokens[:1]))
     assert model.encode_text("a very long text " * 100).shape == (1, 16)
 
@@ -75,7 +78,9 @@ def test_pictures_as_they_are(model: CLIP, tmp_path: Path) -> None:
     assert torch.equal(model.encode_image(pictures[0]), model.encode_image(pixels[:1]))
     model.preprocess = lambda image: torch.zeros(3, 32, 32)  # a loaded model has its own
     try:
-        assert torch.equal(model.encode_image(pictures[0]), model.encode_image(torch.zeros(1, 3, 32, 32)))
+        assert torch.equal(
+            model.encode_image(pictures[0]), model.encode_image(torch.zeros(1, 3, 32, 32))
+        )
     finally:
         model.preprocess = None
     with pytest.raises(TypeError, match=r"not str: PIL.Image.open\(path\)"):
@@ -102,7 +107,9 @@ def test_evaluate(model: CLIP, pairs: Path) -> None:
     assert type(found) is dict
     assert all(type(value) is float for value in found["found"].values())
     config = EvaluatorConfig(task="gap", local=str(pairs), num_workers=0)
-    again = alignclip.evaluate(model, {**given, "gap": config}, progress=False)  # a set of this process, once more
+    again = alignclip.evaluate(
+        model, {**given, "gap": config}, progress=False
+    )  # a set of this process, once more
     assert again["found"] == found["found"]
     assert "margin" in again["gap"]
 
@@ -110,7 +117,10 @@ def test_evaluate(model: CLIP, pairs: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"x": {"task": "retreival", "local": "x"}}, r"evaluators\.x\.task=retreival: did you mean 'retrieval'"),
+        (
+            {"x": {"task": "retreival", "local": "x"}},
+            r"evaluators\.x\.task=retreival: did you mean 'retrieval'",
+        ),
         ({"x": {"tusk": "retrieval", "local": "x"}}, r"tusk.*task"),
         ({"x": {"task": "retrieval", "local": "x", "batch_size": "many"}}, "batch_size"),
         ({"x": {"task": "retrieval", "local": "nowhere/at/all"}}, "nowhere/at/all"),
@@ -128,7 +138,9 @@ def test_evaluate_takes_a_path_as_load_does(
 ) -> None:
     given: dict[str, Any] = {"found": {"task": "retrieval", "local": str(pairs), "num_workers": 0}}
     asked: list[str] = []
-    monkeypatch.setattr("alignclip.loading.load_encoders", lambda place: asked.append(place) or model)
+    monkeypatch.setattr(
+        "alignclip.weights.loading.load_encoders", lambda place: asked.append(place) or model
+    )
     expected = alignclip.evaluate(model, given, progress=False)
     assert alignclip.evaluate("runs/emoji", given, progress=False) == expected
     assert alignclip.evaluate(Path("runs/emoji"), given, progress=False) == expected
@@ -141,7 +153,8 @@ def test_evaluate_takes_a_path_as_load_does(
 def test_what_is_no_model(model: CLIP) -> None:
     given: dict[str, Any] = {}
     with pytest.raises(
-        TypeError, match=r"must be a model or a path, not tuple; alignclip\.load returns the model first"
+        TypeError,
+        match=r"must be a model or a path, not tuple; alignclip\.load returns the model first",
     ):
         alignclip.evaluate((model, None, None), given, progress=False)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"must be a model or a path, not dict$"):
@@ -170,7 +183,9 @@ def test_dataset(pairs: Path) -> None:
     assert [one.key for one in found] == [f"{i:05}" for i in range(24)]
     with pytest.raises(IndexError):
         found[24]
-    batches = list(DataLoader(found, batch_size=8, collate_fn=lambda batch: [one.caption for one in batch]))
+    batches = list(
+        DataLoader(found, batch_size=8, collate_fn=lambda batch: [one.caption for one in batch])
+    )
     assert [len(batch) for batch in batches] == [8, 8, 8]
     assert len(alignclip.dataset(str(pairs))) == 24, "opened a second time"
 

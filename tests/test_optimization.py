@@ -12,16 +12,23 @@ import torch
 from models import EVERYTHING, small_batch, small_config
 from torch import nn
 
-from alignclip.config import ModelConfig, OptimizerConfig, SharedConfig, TextConfig
-from alignclip.encoders import CLIP, build_encoders
+from alignclip.config.schema import ModelConfig, OptimizerConfig, SharedConfig, TextConfig
 from alignclip.errors import UserError
-from alignclip.optimization import _timm_depths, build_optimizer, lr_multiplier, parameter_groups
+from alignclip.model.encoders import CLIP, build_encoders
+from alignclip.model.optimization import (
+    _timm_depths,
+    build_optimizer,
+    lr_multiplier,
+    parameter_groups,
+)
 
 
 def shared_vit_b_16() -> nn.Module:
     with torch.device("meta"):
         return build_encoders(
-            ModelConfig(768, text_cfg=TextConfig(width=768, heads=12), shared=SharedConfig(-1, True, True))
+            ModelConfig(
+                768, text_cfg=TextConfig(width=768, heads=12), shared=SharedConfig(-1, True, True)
+            )
         )
 
 
@@ -38,15 +45,32 @@ def test_decayed_parameters_of_the_published_model() -> None:
             "visual.conv1.weight",
             "token_embedding.weight",
             "text_projection",
-            *(f"{block}.attn.{name}" for block in blocks for name in ("in_proj_weight", "out_proj.weight")),
+            *(
+                f"{block}.attn.{name}"
+                for block in blocks
+                for name in ("in_proj_weight", "out_proj.weight")
+            ),
             *(f"{block}.mlp.{name}.weight" for block in blocks for name in ("c_fc", "c_proj")),
         },
         0.0: {
             "logit_scale",
             "visual.class_embedding",
-            *(f"visual.{norm}.{name}" for norm in ("ln_pre", "ln_post") for name in ("weight", "bias")),
-            *(f"{block}.{norm}.{name}" for block in blocks for norm in ("ln_1", "ln_2") for name in ("weight", "bias")),
-            *(f"{block}.attn.{name}" for block in blocks for name in ("in_proj_bias", "out_proj.bias")),
+            *(
+                f"visual.{norm}.{name}"
+                for norm in ("ln_pre", "ln_post")
+                for name in ("weight", "bias")
+            ),
+            *(
+                f"{block}.{norm}.{name}"
+                for block in blocks
+                for norm in ("ln_1", "ln_2")
+                for name in ("weight", "bias")
+            ),
+            *(
+                f"{block}.attn.{name}"
+                for block in blocks
+                for name in ("in_proj_bias", "out_proj.bias")
+            ),
             *(f"{block}.mlp.{name}.bias" for block in blocks for name in ("c_fc", "c_proj")),
         },
     }
@@ -57,7 +81,9 @@ def test_default_optimizer_is_the_published_adamw() -> None:
     model = nn.Linear(3, 2)
     optimizer = build_optimizer(OptimizerConfig(), model)
     assert type(optimizer) is torch.optim.AdamW
-    for group, (parameter, decay) in zip(optimizer.param_groups, [(model.bias, 0.0), (model.weight, 0.1)], strict=True):
+    for group, (parameter, decay) in zip(
+        optimizer.param_groups, [(model.bias, 0.0), (model.weight, 0.1)], strict=True
+    ):
         assert group["params"] == [parameter]
         assert group["weight_decay"] == decay
         assert (group["lr"], group["betas"], group["eps"]) == (1e-3, (0.9, 0.98), 1e-6)
@@ -106,7 +132,9 @@ def test_published_learning_rates() -> None:
     middle = (10_000 + total) // 2
     assert lr_multiplier(middle, 10_000, total) == pytest.approx(0.5, abs=1e-12)
     quarter = 10_000 + (total - 10_000) // 4
-    assert lr_multiplier(quarter, 10_000, total) == pytest.approx(0.5 + math.sqrt(0.5) / 2, rel=1e-9)
+    assert lr_multiplier(quarter, 10_000, total) == pytest.approx(
+        0.5 + math.sqrt(0.5) / 2, rel=1e-9
+    )
     assert 0 < lr_multiplier(total - 1, 10_000, total) < 1e-10
 
 
@@ -134,8 +162,12 @@ def test_layer_decay_counts_from_the_top_of_each_tower(shared: dict[str, Any]) -
     config = OptimizerConfig(lr=0.5, weight_decay=0.1, layer_decay=0.8)
     optimizer = build_optimizer(config, model)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    decays = {
+        id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+    }
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(
+        list(model.parameters())
+    )
     assert optimizer.param_groups[0]["lr"] == 0.5
     for name, parameter in model.named_parameters(remove_duplicate=False):
         number = layers["visual" if name.startswith("visual.") else ""]
@@ -144,7 +176,9 @@ def test_layer_decay_counts_from_the_top_of_each_tower(shared: dict[str, Any]) -
         elif any(part in name for part in ("embedding", "conv1", "ln_pre")):
             depth = number + 1
         else:
-            assert any(part in name for part in ("proj", "ln_post", "ln_final", "logit_scale")), name
+            assert any(part in name for part in ("proj", "ln_post", "ln_final", "logit_scale")), (
+                name
+            )
             depth = 0
         assert rates[id(parameter)] == pytest.approx(0.5 * 0.8**depth), name
         assert decays[id(parameter)] == (0.1 if parameter.dim() > 1 else 0.0), name
@@ -156,7 +190,9 @@ def test_layer_decay_of_one_is_none() -> None:
     def steps(layer_decay: float | None) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
         model = build_encoders(small_config())
-        optimizer = build_optimizer(OptimizerConfig(opt="sgd", lr=0.1, layer_decay=layer_decay), model)
+        optimizer = build_optimizer(
+            OptimizerConfig(opt="sgd", lr=0.1, layer_decay=layer_decay), model
+        )
         before = {name: value.detach().clone() for name, value in model.named_parameters()}
         for _ in range(2):
             optimizer.zero_grad()
@@ -193,7 +229,9 @@ def test_layer_decay_of_a_timm_tower() -> None:
     assert rates[id(model.transformer.resblocks[-1].ln_1.weight)] == 0.5
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_vit2", "test_efficientnet", "test_resnet", "test_convnext"])
+@pytest.mark.parametrize(
+    "name", ["test_vit", "test_vit2", "test_efficientnet", "test_resnet", "test_convnext"]
+)
 def test_layer_decay_of_timm_towers_is_timms(name: str) -> None:
     """With its classifier, which is where our projection is; what timm counts to the last block lies behind it here."""
     trunk = timm_tower(name).visual.trunk

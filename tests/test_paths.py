@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 from runs import TINY
 
-from alignclip import paths, plugins, typed
-from alignclip.config import CLASSES, PLACE, EvaluateConfig, RunConfig
-from alignclip.config_file import load, load_evaluation
+from alignclip import paths
+from alignclip.config import typed
+from alignclip.config.reading import load, load_evaluation
+from alignclip.config.schema import CLASSES, PLACE, EvaluateConfig, RunConfig
 from alignclip.errors import UserError
+from alignclip.training import plugins
 
 # words in the name of a setting or option that holds a path; and those that hold such a word and are none
 PATH_WORDS = (
@@ -30,10 +32,18 @@ NO_PATHS = {
     "separate_image", "save_num_checkpoints_to_keep",
 }  # fmt: skip
 COMMANDS = (
-    "alignclip.search", "alignclip.quickstart.__main__", "convert.cc12m", "convert.classification",
-    "convert.retrieval", "convert.checkpoint", "convert.verify",
+    "alignclip.search",
+    "alignclip.quickstart.__main__",
+    "alignclip.conversion.cc12m",
+    "alignclip.conversion.classification",
+    "alignclip.conversion.retrieval",
+    "alignclip.weights.export_command",
+    "alignclip.verification.command",
 )  # fmt: skip
-NO_PATH_OPTIONS = {("convert.cc12m", "held_out"), ("convert.checkpoint", "to")}
+NO_PATH_OPTIONS = {
+    ("alignclip.conversion.cc12m", "held_out"),
+    ("alignclip.weights.export_command", "to"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +97,10 @@ def test_every_option_that_is_a_path_expands(name: str, monkeypatch: pytest.Monk
 def test_home_in_every_setting(tmp_path: Path) -> None:
     yaml = tmp_path / "run.yaml"
     text = TINY.replace("data: {", "data: {streams: {e: {local: ~/set, remote: file:///a%20b}}, ")
-    yaml.write_text(f"{text}run_name: a\nsave_folder: ~/runs\nprofiler: {{torch_prof_folder: ~/t}}\n", encoding="utf-8")
+    yaml.write_text(
+        f"{text}run_name: a\nsave_folder: ~/runs\nprofiler: {{torch_prof_folder: ~/t}}\n",
+        encoding="utf-8",
+    )
     overrides = ["load_path=~/x.pt", "evaluators.s={task: sts, local: ~/s}", "save_folder=~"]
     config = load("~/run.yaml", overrides)
     stream = config.data.streams["e"]
@@ -122,7 +135,9 @@ def test_home_in_every_argument_of_a_class(tmp_path: Path) -> None:
     assert found == {
         "TensorboardLogger": {"log_dir": f"{tmp_path}/tb"},
         "FileLogger": {"filename": f"{tmp_path}/{{run_name}}.txt", "remote_file_name": "a~"},
-        "WandBLogger": {"init_kwargs": {"dir": f"{tmp_path}/wandb", "tags": [f"{tmp_path}/a", str(tmp_path)]}},
+        "WandBLogger": {
+            "init_kwargs": {"dir": f"{tmp_path}/wandb", "tags": [f"{tmp_path}/a", str(tmp_path)]}
+        },
     }
     assert set(CLASSES) == {"algorithms", "callbacks", "loggers"}
 
@@ -132,7 +147,9 @@ def test_places_that_are_no_paths_below_home_stay(tmp_path: Path) -> None:
         assert paths.expand(place) == place
     assert paths.expand("~root") != "~root"
     assert paths.expand("file://localhost/a") == "/a"
-    with pytest.raises(UserError, match=r"save_folder=~nobody-here/x: there is no user.*\./~nobody-here/x"):
+    with pytest.raises(
+        UserError, match=r"save_folder=~nobody-here/x: there is no user.*\./~nobody-here/x"
+    ):
         paths.expand("~nobody-here/x", "save_folder")
     with pytest.raises(argparse.ArgumentTypeError, match="there is no user"):
         paths.option("~nobody-here")

@@ -19,12 +19,16 @@ from alignclip.evaluation.geometry import effective_rank
 from alignclip.evaluation.history import History
 
 pytest.importorskip("matplotlib")
-pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # a layout that doesn't fit, a glyph that is missing
+pytestmark = pytest.mark.filterwarnings(
+    "error::UserWarning"
+)  # a layout that doesn't fit, a glyph that is missing
 
 COLOUR = plots.COLOURS[0]
 LONG = [
     "ViT-B-16 AlignCLIP alpha=1 beta=0.5 cc12m 30 epochs ep30-ba587700-rank0.pt · flickr30k-test",
-    "runs/$HOME/a_name_without_any_blanks/" + "/".join(["that_goes_on_and_on"] * 5) + "/ep1-ba2$ · coco",
+    "runs/$HOME/a_name_without_any_blanks/"
+    + "/".join(["that_goes_on_and_on"] * 5)
+    + "/ep1-ba2$ · coco",
     "_underscored",
     *(f"epoch {epoch} · coco_val2017" for epoch in range(5)),
 ]
@@ -33,7 +37,10 @@ LONG = [
 def pairs_of(mean=1.0, gap=1.0, noise=0.5, count=60, width=16, seed=0):
     """Two cones: of a common direction and one of each modality's own, and what a pair has in common."""
     generator = torch.Generator().manual_seed(seed)
-    shared, own = torch.randn(count, width, generator=generator), torch.randn(2, count, width, generator=generator)
+    shared, own = (
+        torch.randn(count, width, generator=generator),
+        torch.randn(2, count, width, generator=generator),
+    )
     images, texts = shared + noise * own
     images[:, 0] += mean * gap
     texts[:, 1] += mean * gap
@@ -43,7 +50,9 @@ def pairs_of(mean=1.0, gap=1.0, noise=0.5, count=60, width=16, seed=0):
 
 
 def checkpoints(names):
-    untrained, *others = [pairs_of(50, 1)] + [pairs_of(2, 0.3 * i, seed=i) for i in range(len(names) - 1)]
+    untrained, *others = [pairs_of(50, 1)] + [
+        pairs_of(2, 0.3 * i, seed=i) for i in range(len(names) - 1)
+    ]
     return dict(zip(names, [untrained, *others], strict=True))
 
 
@@ -54,7 +63,11 @@ def recalls(first=0.1):
 
 def gap_curves(names, batches=(0, 1000, 250_000)):
     def point(i, batch):
-        gap = {"alignment_score": 0.1 * i + batch / 1e6, "centroid_distance": 1 - batch / 1e6, "margin": batch / 1e6}
+        gap = {
+            "alignment_score": 0.1 * i + batch / 1e6,
+            "centroid_distance": 1 - batch / 1e6,
+            "margin": batch / 1e6,
+        }
         return Point(batch, gap | recalls(batch / 1e6), recalls(0.001))
 
     return {name: [point(i, batch) for batch in batches] for i, name in enumerate(names)}
@@ -66,10 +79,15 @@ DRAW = {
     "spectra": lambda names, path: plots.spectra(checkpoints(names), path),
     "curves": lambda names, path: draw_curves(gap_curves(names), path),
     "recall_bars": lambda names, path: recall_bars(
-        {name: {"coco": recalls(), "a" * 120: recalls(0.0)} for name in names}, path, {"coco": recalls(0.01)}
+        {name: {"coco": recalls(), "a" * 120: recalls(0.0)} for name in names},
+        path,
+        {"coco": recalls(0.01)},
     ),
     "accuracy_bars": lambda names, path: accuracy_bars(
-        {name: {f"set-{i}": {"mean_per_class_recall": 0.1 * i} for i in range(6)} for name in names},
+        {
+            name: {f"set-{i}": {"mean_per_class_recall": 0.1 * i} for i in range(6)}
+            for name in names
+        },
         path,
         {f"set-{i}": {"mean_per_class_recall": 0.02} for i in range(6)},
     ),
@@ -93,7 +111,9 @@ def figures(monkeypatch):
 
 
 @every_plot
-@pytest.mark.parametrize("names", [["model"], ["CLIP", "SharedCLIP", "AlignCLIP", "untrained"], LONG], ids=[1, 4, 8])
+@pytest.mark.parametrize(
+    "names", [["model"], ["CLIP", "SharedCLIP", "AlignCLIP", "untrained"], LONG], ids=[1, 4, 8]
+)
 def test_pictures_in_which_nothing_is_covered_or_clipped(draw, names, tmp_path, figures):
     draw(names, tmp_path / "plot.png")
     assert [path.name for path in tmp_path.iterdir()] == ["plot.png"]
@@ -165,7 +185,10 @@ def test_without_matplotlib_the_extra_is_named(draw, tmp_path, monkeypatch):
     ("pairs", "message"),
     [
         ({}, "no checkpoints"),
-        ({"good": pairs_of(), "bad": (torch.ones(4, 3), torch.ones(4, 2))}, r"^bad: features must be.*\[4, 2\]"),
+        (
+            {"good": pairs_of(), "bad": (torch.ones(4, 3), torch.ones(4, 2))},
+            r"^bad: features must be.*\[4, 2\]",
+        ),
         ({"bad": (torch.ones(1, 3), torch.ones(1, 3))}, "^bad: two pairs"),
         ({"bad": (torch.ones(4, 3) * torch.nan, torch.ones(4, 3))}, "^bad: .*NaN"),
     ],
@@ -178,15 +201,23 @@ def test_bad_features_are_an_error(draw, pairs, message, tmp_path):
 
 def test_a_map_needs_two_dimensions(tmp_path):
     with pytest.raises(ValueError, match=r"^narrow: .*two dimensions"):
-        plots.embedding_maps({"narrow": (torch.ones(4, 1), torch.ones(4, 1))}, tmp_path / "plot.png")
+        plots.embedding_maps(
+            {"narrow": (torch.ones(4, 1), torch.ones(4, 1))}, tmp_path / "plot.png"
+        )
 
 
 @pytest.mark.parametrize(
     ("curves", "message"),
     [
         ({}, "no checkpoints"),
-        ({"run": [Point(7, {"alignment_score": 0.5, "centroid_distance": math.inf}, {})]}, "run, batch 7: .* not inf"),
-        ({"run": [Point(7, {"centroid_distance": 1.0, "margin": math.nan}, {})]}, "margin .* not nan"),
+        (
+            {"run": [Point(7, {"alignment_score": 0.5, "centroid_distance": math.inf}, {})]},
+            "run, batch 7: .* not inf",
+        ),
+        (
+            {"run": [Point(7, {"centroid_distance": 1.0, "margin": math.nan}, {})]},
+            "margin .* not nan",
+        ),
     ],
 )
 def test_bad_points_are_an_error(curves, message, tmp_path):
@@ -199,7 +230,10 @@ def test_bad_points_are_an_error(curves, message, tmp_path):
     [
         ({}, "no evaluator has any of image_retrieval_recall@1"),
         ({"clip": {"imagenet": {"acc1": 0.3}}}, "no evaluator"),
-        ({"clip": {"coco": {"text_retrieval_recall@5": 43.0}}}, r"clip, coco: text_retrieval_recall@5 .* not 43.0"),
+        (
+            {"clip": {"coco": {"text_retrieval_recall@5": 43.0}}},
+            r"clip, coco: text_retrieval_recall@5 .* not 43.0",
+        ),
         ({"clip": {"coco": {"image_retrieval_recall@1": math.nan}}}, "not nan"),
     ],
 )
@@ -215,7 +249,9 @@ def test_a_folder_that_is_missing_is_an_error(tmp_path):
 
 def test_histograms_are_of_the_cosines(tmp_path, figures):
     images, texts = pairs_of(count=300)
-    plots.cosine_histograms({"a": (images, texts), "b": (images, 3 * images)}, tmp_path / "plot.png")
+    plots.cosine_histograms(
+        {"a": (images, texts), "b": (images, 3 * images)}, tmp_path / "plot.png"
+    )
     cosines = F.normalize(images.double(), dim=-1) @ F.normalize(texts.double(), dim=-1).T
     (panel,) = figures[0].axes
     pairs, others, same, _ = panel.patches
@@ -231,7 +267,9 @@ def test_histograms_are_of_the_cosines(tmp_path, figures):
         assert heights[i] * widths[i] == pytest.approx(inside.double().mean().item())
     # 10,000 draws of 89,700 non-pairs, against all of them
     apart = cosines[~torch.eye(300, dtype=torch.bool)]
-    share = np.array([((apart >= low) & (apart < high)).double().mean() for low, high in pairwise(edges)])
+    share = np.array(
+        [((apart >= low) & (apart < high)).double().mean() for low, high in pairwise(edges)]
+    )
     assert others.get_data().values * widths == pytest.approx(share, abs=0.015)
     assert same.get_data().values[:-1] == pytest.approx(0)
     assert [patch.get_linestyle() for patch in (pairs, others)] == ["-", (0, (3, 1.5))]
@@ -241,7 +279,10 @@ def test_histograms_are_of_the_cosines(tmp_path, figures):
     marker = panel.lines[0]
     row = np.searchsorted(edges, means[0]) - 1
     assert marker.get_ydata()[0] == heights[row]
-    labels = [text.get_text().replace("\N{NO-BREAK SPACE}", " ") for text in figures[0].legends[0].get_texts()]
+    labels = [
+        text.get_text().replace("\N{NO-BREAK SPACE}", " ")
+        for text in figures[0].legends[0].get_texts()
+    ]
     margin = cosines.diagonal().mean() - apart.mean()
     assert labels[0] == f"a: alignment {cosines.diagonal().mean():.2f}, margin {margin:.2f}"
     assert labels[1].startswith("b: alignment 1.00")
@@ -272,7 +313,9 @@ def test_bins_of_cosines_that_are_all_the_same(value):
 def test_spectra_are_the_squared_singular_values(tmp_path, figures):
     images, texts = pairs_of(width=8)
     texts[:, 4:] = 0  # four axes
-    plots.spectra({"a": (images, texts), "still": (torch.ones(60, 8), texts)}, tmp_path / "plot.png")
+    plots.spectra(
+        {"a": (images, texts), "still": (torch.ones(60, 8), texts)}, tmp_path / "plot.png"
+    )
     (panel,) = figures[0].axes
     solid, dashed, still, _ = panel.lines
     for line, features, rank in ((solid, images, 8), (dashed, texts, 4)):
@@ -285,7 +328,9 @@ def test_spectra_are_the_squared_singular_values(tmp_path, figures):
     assert panel.get_yscale() == "log"
     assert not len(still.get_ydata())
     first, second = (text.get_text() for text in figures[0].legends[0].get_texts())
-    assert first == f"a: effective ranks {effective_rank(images):.1f} and {effective_rank(texts):.1f}"
+    assert (
+        first == f"a: effective ranks {effective_rank(images):.1f} and {effective_rank(texts):.1f}"
+    )
     assert second == "still (images don't vary)"
 
 
@@ -313,12 +358,21 @@ def test_maps_show_the_pairs_and_their_gap(tmp_path, figures):
     plots.embedding_maps(features, tmp_path / "plot.png")
     panels = figures[0].axes
     assert [panel.get_visible() for panel in panels] == [True] * 4 + [False] * 2
-    labelled = [any(label.get_visible() for label in panel.get_xticklabels()) for panel in panels[:4]]
-    assert labelled == [bool(panel.get_xlabel()) for panel in panels[:4]] == [False, True, True, True]
-    assert len({panel.get_xlim() for panel in panels[:4]} | {panel.get_ylim() for panel in panels[:4]}) == 1
+    labelled = [
+        any(label.get_visible() for label in panel.get_xticklabels()) for panel in panels[:4]
+    ]
+    assert (
+        labelled == [bool(panel.get_xlabel()) for panel in panels[:4]] == [False, True, True, True]
+    )
+    assert (
+        len({panel.get_xlim() for panel in panels[:4]} | {panel.get_ylim() for panel in panels[:4]})
+        == 1
+    )
     for panel, (name, (images, texts)) in zip(panels, features.items(), strict=False):
         gap = modality_gap(images, texts, separability=False)
-        title = f"{name}\ngap {gap['centroid_distance']:.2f}, alignment {gap['alignment_score']:.2f}"
+        title = (
+            f"{name}\ngap {gap['centroid_distance']:.2f}, alignment {gap['alignment_score']:.2f}"
+        )
         title += f", margin {gap['margin']:.2f}"
         assert panel.get_title() == title
         lines, scatter = panel.collections
@@ -326,7 +380,9 @@ def test_maps_show_the_pairs_and_their_gap(tmp_path, figures):
         assert len(points) == 120
         assert np.abs(points).max() < panel.get_xlim()[1]
         # every line ends in an image and in its text
-        expected = np.stack(plots._project(*(F.normalize(x.double(), dim=-1) for x in (images, texts))), axis=1)
+        expected = np.stack(
+            plots._project(*(F.normalize(x.double(), dim=-1) for x in (images, texts))), axis=1
+        )
         assert np.stack(lines.get_segments()) == pytest.approx(expected)
         blue = scatter.get_facecolors()[:, 2] > scatter.get_facecolors()[:, 0]
         assert np.sort(points[blue], axis=0) == pytest.approx(np.sort(expected[:, 0], axis=0))
@@ -351,11 +407,23 @@ def test_curves_in_order_of_batches_with_their_chance(tmp_path, figures):
             if line.get_linestyle() != "None":
                 assert list(line.get_xdata()) == [20, 300, 1000]
     assert gap.lines[0].get_ydata() == pytest.approx([0.99998, 0.9997, 0.999])
-    solid, dashed = (line for line in margin.lines if line.get_linestyle() != "None" and line.get_color() == COLOUR)
+    solid, dashed = (
+        line
+        for line in margin.lines
+        if line.get_linestyle() != "None" and line.get_color() == COLOUR
+    )
     assert solid.get_ydata() == pytest.approx([2e-5, 3e-4, 1e-3])
-    assert dashed.get_ydata() == pytest.approx([2e-5, 3e-4, 1e-3])  # the alignment score of the first
-    lines = [line for line in recall.lines if line.get_linestyle() != "None" and line.get_color() == COLOUR]
-    expected = [100 * (batch / 1e6 + 0.25) for batch in (20, 300, 1000)]  # the mean over both directions
+    assert dashed.get_ydata() == pytest.approx(
+        [2e-5, 3e-4, 1e-3]
+    )  # the alignment score of the first
+    lines = [
+        line
+        for line in recall.lines
+        if line.get_linestyle() != "None" and line.get_color() == COLOUR
+    ]
+    expected = [
+        100 * (batch / 1e6 + 0.25) for batch in (20, 300, 1000)
+    ]  # the mean over both directions
     assert lines[0].get_ydata() == pytest.approx(expected)
     assert lines[1].get_ydata() == pytest.approx([25.1] * 3)  # chance
     assert "gap" in gap.get_title()
@@ -368,11 +436,16 @@ def test_evaluations_of_a_collapse_are_hollow(tmp_path, figures):
     low = {name: 2 * value for name, value in chance.items()}
     collapsed = {"centroid_distance": 0.05, "alignment_score": 0.96, "margin": 0.02}
     ranks = {"effective_rank_image": 1.3, "effective_rank_text": 2.4}
-    good = {"centroid_distance": 0.07, "alignment_score": 0.9, "margin": 0.9} | dict.fromkeys(ranks, 9.0)
+    good = {"centroid_distance": 0.07, "alignment_score": 0.9, "margin": 0.9} | dict.fromkeys(
+        ranks, 9.0
+    )
     points = [Point(10, collapsed | ranks | low, chance), Point(20, good | recalls(0.4), chance)]
     draw_curves({"run": points}, tmp_path / "plot.png")
     marks = [line for line in figures[0].axes[0].lines if line.get_linestyle() == "None"]
-    assert {line.get_markerfacecolor(): list(line.get_xdata()) for line in marks} == {COLOUR: [20], "white": [10]}
+    assert {line.get_markerfacecolor(): list(line.get_xdata()) for line in marks} == {
+        COLOUR: [20],
+        "white": [10],
+    }
     assert figures[0].legends[0].get_texts()[0].get_text() == "run (hollow: collapsed)"
 
 
@@ -389,7 +462,9 @@ def test_curves_are_of_the_evaluations_in_training():
     assert curves.keys() == {"first · gap", "first · flickr"}
     assert [point.batch for point in curves["first · gap"]] == [10, 20]
     # a kept checkpoint tells its batch in its name
-    records = list(records_of("s3://b/runs/first/ep1-ba200-rank0.pt", {"gap": gap}, {"gap": {"x": 0.5}}))
+    records = list(
+        records_of("s3://b/runs/first/ep1-ba200-rank0.pt", {"gap": gap}, {"gap": {"x": 0.5}})
+    )
     assert [(record["batch"], record["evaluator"], record["chance"]) for record in records] == [
         (200, "gap", {"x": 0.5})
     ]
@@ -401,7 +476,11 @@ def test_bars_are_the_recalls_in_percent(tmp_path, figures):
     results = {
         "clip": {"coco": recalls(), "imagenet": {"acc1": math.nan}},
         "probe only": {"imagenet": {"acc1": 0.4}},
-        "alignclip": {"coco": partly, "flickr": {"text_retrieval_recall@10": 1.0}, "gap": {"rmg": 2.0}},
+        "alignclip": {
+            "coco": partly,
+            "flickr": {"text_retrieval_recall@10": 1.0},
+            "gap": {"rmg": 2.0},
+        },
     }
     recall_bars(results, tmp_path / "plot.png")
     coco, flickr = figures[0].axes
@@ -417,15 +496,17 @@ def test_bars_are_the_recalls_in_percent(tmp_path, figures):
     first, second = (bars[0] for bars in coco.containers)
     assert first.get_x() < first.get_x() + first.get_width() <= second.get_x()
     assert (first.get_x() + second.get_x() + second.get_width()) / 2 == pytest.approx(0, abs=1e-9)
-    assert [text.get_text() for text in coco.texts if text.get_text()] == [f"{10 * i}.0" for i in range(1, 7)] + [
-        "25.0"
-    ]
+    assert [text.get_text() for text in coco.texts if text.get_text()] == [
+        f"{10 * i}.0" for i in range(1, 7)
+    ] + ["25.0"]
     assert flickr.containers[1][5].get_height() == pytest.approx(100)
     assert flickr.get_ylim()[1] >= 105
 
 
 def test_chance_is_a_line_across_the_bars(tmp_path, figures):
-    recall_bars({"a": {"coco": recalls(), "gap": recalls()}}, tmp_path / "plot.png", {"coco": recalls(0.02)})
+    recall_bars(
+        {"a": {"coco": recalls(), "gap": recalls()}}, tmp_path / "plot.png", {"coco": recalls(0.02)}
+    )
     (panel,) = figures[0].axes  # the gap and the retrieval of one set have the same figures
     assert panel.get_title() == "coco, gap"
     assert [line.get_ydata()[0] for line in panel.lines] == pytest.approx([2, 12, 22, 32, 42, 52])
@@ -442,7 +523,9 @@ def test_many_bars_carry_no_values(tmp_path, figures):
 def test_checkpoints_differ_in_colour_or_marker():
     styles = [(plots.style(i)["color"], plots.style(i)["marker"]) for i in range(30)]
     assert len(set(styles)) == 30
-    assert len({colour for colour, _ in styles[:8]}) == len({marker for _, marker in styles[:8]}) == 8
+    assert (
+        len({colour for colour, _ in styles[:8]}) == len({marker for _, marker in styles[:8]}) == 8
+    )
 
 
 def test_names_are_shown_as_they_are_in_lines_that_fit():

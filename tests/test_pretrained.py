@@ -21,14 +21,15 @@ from runs import run, write_config, write_set
 from safetensors.torch import save_file
 from torch import Tensor
 
-from alignclip import config_file, training
-from alignclip.checkpoints import SaveFolder
-from alignclip.config import ModelConfig, StartConfig
-from alignclip.encoders import CLIP, build_encoders
+from alignclip.config import reading
+from alignclip.config.schema import ModelConfig, StartConfig
 from alignclip.errors import UserError
-from alignclip.locking import lock_towers
-from alignclip.pretrained import load_pretrained
-from alignclip.release_format import renamed
+from alignclip.model.encoders import CLIP, build_encoders
+from alignclip.training import pretraining
+from alignclip.training.locking import lock_towers
+from alignclip.training.save_folder import SaveFolder
+from alignclip.weights.pretrained import load_pretrained
+from alignclip.weights.release_format import renamed
 
 TOWERS = {  # of a tensor that can be shared: its name in the text tower, in the vision tower
     "blocks": ("transformer.", "visual.transformer."),
@@ -55,7 +56,9 @@ def training_checkpoint(model: torch.nn.Module, path: Path) -> Path:
     optimizer = torch.optim.AdamW(model.parameters())
     sum(p.sum() for p in model.parameters()).backward()
     optimizer.step()
-    torch.save({"epoch": 32, "name": "x", "state_dict": weights, "optimizer": optimizer.state_dict()}, path)
+    torch.save(
+        {"epoch": 32, "name": "x", "state_dict": weights, "optimizer": optimizer.state_dict()}, path
+    )
     return path
 
 
@@ -98,7 +101,9 @@ def test_a_training_checkpoint_of_open_clip(tmp_path: Path) -> None:
 
 
 def test_with_the_optimizer_in_it(tmp_path: Path) -> None:
-    _, report = start(small_config(), training_checkpoint(stock(small_config()), tmp_path / "epoch_32.pt"))
+    _, report = start(
+        small_config(), training_checkpoint(stock(small_config()), tmp_path / "epoch_32.pt")
+    )
     assert "left over" not in report
 
 
@@ -122,11 +127,17 @@ def test_a_release(tmp_path: Path, shared: dict[str, Any]) -> None:
     config = config_of(published["config"], **shared)
     # its heads are 16 wide, which the file doesn't say
     assert "heads are 64 wide, but with model.text_cfg.heads" in (said := refusal(config, path))
-    assert said.endswith("as all published ones; if these are others, say so with a config.yaml beside the file")
-    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml({"model": OmegaConf.structured(config)}))
+    assert said.endswith(
+        "as all published ones; if these are others, say so with a config.yaml beside the file"
+    )
+    (tmp_path / "config.yaml").write_text(
+        OmegaConf.to_yaml({"model": OmegaConf.structured(config)})
+    )
     model, report = start(config, path)
     # one set of numbers for both towers: nothing to choose, and nothing to say but whose they are
-    assert re.fullmatch(r"pretrained: \S+: loaded (\d+) of \1 tensors\n  licence: cc-by-nc-nd-4.0, .*", report)
+    assert re.fullmatch(
+        r"pretrained: \S+: loaded (\d+) of \1 tensors\n  licence: cc-by-nc-nd-4.0, .*", report
+    )
     weights = renamed(published["state_dict"])
     for name, value in model.state_dict().items():
         assert torch.equal(value, weights[name].reshape(value.shape)), name
@@ -134,7 +145,11 @@ def test_a_release(tmp_path: Path, shared: dict[str, Any]) -> None:
 
 def test_an_export_that_we_could_not_load(tmp_path: Path) -> None:
     config = small_config()
-    model_cfg = {"embed_dim": 16, "quick_gelu": True, "vision_cfg": dataclasses.asdict(config.vision_cfg)}
+    model_cfg = {
+        "embed_dim": 16,
+        "quick_gelu": True,
+        "vision_cfg": dataclasses.asdict(config.vision_cfg),
+    }
     model_cfg["text_cfg"] = dataclasses.asdict(config.text_cfg) | {"pool_type": "last"}
     text = json.dumps({"model_cfg": model_cfg, "preprocess_cfg": {"mean": [0.5, 0.5, 0.5]}})
     (tmp_path / "open_clip_config.json").write_text(text)
@@ -151,7 +166,9 @@ def test_an_export_that_we_could_not_load(tmp_path: Path) -> None:
         ("preprocess_cfg", {"mean": [0.5, 0.5]}, "mean has 2 numbers, not 3"),
         ("model_cfg", {"vision_cfg": "ViT-B-16"}, "its vision_cfg is a str, not a section"),
     ):
-        (tmp_path / "open_clip_config.json").write_text(json.dumps({**json.loads(text), key: wrong}))
+        (tmp_path / "open_clip_config.json").write_text(
+            json.dumps({**json.loads(text), key: wrong})
+        )
         if words:
             assert words in refusal(config, tmp_path)
         else:
@@ -159,20 +176,26 @@ def test_an_export_that_we_could_not_load(tmp_path: Path) -> None:
     (tmp_path / "open_clip_config.json").write_text(text)
     # the same shapes, other heads
     other = small_config(vision={"head_width": 8})
-    assert "the checkpoint's vision heads are 16 wide, but with model.vision_cfg.head_width=8 they are 8" in refusal(
-        other, tmp_path
+    assert (
+        "the checkpoint's vision heads are 16 wide, but with model.vision_cfg.head_width=8 they are 8"
+        in refusal(other, tmp_path)
     )
-    assert "with model.text_cfg.heads=4 they are 8" in refusal(small_config(text={"heads": 4}), tmp_path)
+    assert "with model.text_cfg.heads=4 they are 8" in refusal(
+        small_config(text={"heads": 4}), tmp_path
+    )
 
 
 def test_open_clip_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = small_config()
-    assert "open_clip's ViT-B-16 has no weights 'openia'; write ViT-B-16/TAG; did you mean 'openai'?" in refusal(
-        config, "ViT-B-16/openia"
+    assert (
+        "open_clip's ViT-B-16 has no weights 'openia'; write ViT-B-16/TAG; did you mean 'openai'?"
+        in refusal(config, "ViT-B-16/openia")
     )
     assert "write ViT-B-16/TAG" in refusal(config, "ViT-B-16")
-    assert "no model ViT-B16 with weights 'openai'; did you mean 'ViT-B-16'?" in refusal(config, "ViT-B16/openai")
+    assert "no model ViT-B16 with weights 'openai'; did you mean 'ViT-B-16'?" in refusal(
+        config, "ViT-B16/openai"
+    )
     # offline, as every test is: the Hub's cache has no such thing
     assert "hf-hub:timm/vit_base_patch16_clip_224.openai" in refusal(config, "ViT-B-16/openai")
     # a file of that name is a file
@@ -185,19 +208,30 @@ def test_the_recipes_example_fits() -> None:
     """What yamls/finetune-retrieval.yaml says that open_clip's ViT-B-16/openai wants."""
     recipe = Path(__file__).parent.parent / "yamls" / "finetune-retrieval.yaml"
     text = recipe.read_text()
-    assert "ViT-B-16/openai has a text tower 512 wide, so it wants embed_dim 512, text_cfg.width 512" in text
-    assert "text_cfg.heads 8, quick_gelu true, and shared {blocks: 0, ln_final: false, projection: false}" in text
+    assert (
+        "ViT-B-16/openai has a text tower 512 wide, so it wants embed_dim 512, text_cfg.width 512"
+        in text
+    )
+    assert (
+        "text_cfg.heads 8, quick_gelu true, and shared {blocks: 0, ln_final: false, projection: false}"
+        in text
+    )
     overrides = ["pretrained=ViT-B-16/openai", "model.embed_dim=512", "model.text_cfg.width=512"]
     overrides += ["model.text_cfg.heads=8", "model.quick_gelu=true", "model.shared.blocks=0"]
     overrides += ["model.shared.ln_final=false", "model.shared.projection=false", "run_name=r"]
-    config = config_file.load(recipe, overrides).model
+    config = reading.load(recipe, overrides).model
     theirs = open_clip.get_model_config("ViT-B-16")
     with torch.device("meta"):
         ours, model = build_encoders(config), open_clip.CLIP(**theirs)
-    shapes = {name: value.shape for name, value in model.state_dict().items()} | {"logit_scale": torch.Size([1])}
+    shapes = {name: value.shape for name, value in model.state_dict().items()} | {
+        "logit_scale": torch.Size([1])
+    }
     assert {name: value.shape for name, value in ours.state_dict().items()} == shapes
     assert open_clip.get_pretrained_cfg("ViT-B-16", "openai")["quick_gelu"]
-    assert (config.vision_cfg.head_width, config.text_cfg.width // config.text_cfg.heads) == (64, 64)
+    assert (config.vision_cfg.head_width, config.text_cfg.width // config.text_cfg.heads) == (
+        64,
+        64,
+    )
 
 
 # --- what fits ---------------------------------------------------------------------------------------------------
@@ -225,8 +259,12 @@ def test_two_towers_into_shared_modules(tmp_path: Path, shared: dict[str, Any], 
         names.setdefault(id(parameter), []).append(name)
     assert any(len(group) == 2 for group in names.values())
     for group in names.values():
-        chosen = next(n for n in group if len(group) == 1 or n.startswith("visual.") == (tower == "vision"))
-        assert torch.equal(parameters[chosen], weights[chosen].reshape(parameters[chosen].shape)), group
+        chosen = next(
+            n for n in group if len(group) == 1 or n.startswith("visual.") == (tower == "vision")
+        )
+        assert torch.equal(parameters[chosen], weights[chosen].reshape(parameters[chosen].shape)), (
+            group
+        )
     expected = {"all": "transformer.resblocks.0-2", "blocks": "transformer.resblocks.0-1"}
     told = [line for line in report.splitlines() if "shared modules" in line]
     assert len(told) == 1
@@ -247,8 +285,13 @@ def test_the_other_tower_where_one_does_not_fit(tmp_path: Path) -> None:
     vision = source.state_dict()
     for name, value in model.visual.state_dict().items():
         assert torch.equal(value, vision[f"visual.{name}"]), name
-    assert "shared modules from the vision tower: text_projection, transformer.resblocks.0-2, ln_final" in report
-    assert "of another shape: positional_embedding ([12, 16], not [12, 32]), token_embedding" in report
+    assert (
+        "shared modules from the vision tower: text_projection, transformer.resblocks.0-2, ln_final"
+        in report
+    )
+    assert (
+        "of another shape: positional_embedding ([12, 16], not [12, 32]), token_embedding" in report
+    )
     assert "([64, 16], not [64, 32])" in report
     untouched = fresh(small_config(shared=EVERYTHING))
     assert torch.equal(model.token_embedding.weight, untouched.token_embedding.weight)
@@ -288,11 +331,16 @@ def test_what_is_missing_left_over_or_of_another_shape_is_listed(tmp_path: Path)
     untouched = fresh(config).state_dict()
     for name, value in model.state_dict().items():
         initial = name.startswith("transformer.resblocks.1.") or name == "token_embedding.weight"
-        assert torch.equal(value, (untouched if initial else weights)[name].reshape(value.shape)), name
+        assert torch.equal(value, (untouched if initial else weights)[name].reshape(value.shape)), (
+            name
+        )
 
 
 def test_position_embeddings_are_resized_as_open_clip_does(tmp_path: Path) -> None:
-    small, large = small_config(), small_config(vision={"image_size": 64}, text={"context_length": 20})
+    small, large = (
+        small_config(),
+        small_config(vision={"image_size": 64}, text={"context_length": 20}),
+    )
     source = stock(small)
     torch.save(source.state_dict(), tmp_path / "small.pt")
     model, report = start(large, tmp_path / "small.pt")
@@ -304,16 +352,26 @@ def test_position_embeddings_are_resized_as_open_clip_does(tmp_path: Path) -> No
     assert torch.equal(model.visual.positional_embedding[0], source.visual.positional_embedding[0])
 
 
-@pytest.mark.parametrize("positions", [torch.randn(7, 32), torch.randn(4), torch.randn(0, 32)], ids=["6", "1-D", "0"])
+@pytest.mark.parametrize(
+    "positions", [torch.randn(7, 32), torch.randn(4), torch.randn(0, 32)], ids=["6", "1-D", "0"]
+)
 def test_position_embeddings_that_are_no_grid(tmp_path: Path, positions: Tensor) -> None:
     weights = stock(small_config()).state_dict() | {"visual.positional_embedding": positions}
     torch.save(weights, tmp_path / "odd.pt")
-    assert "of another shape: visual.positional_embedding" in start(small_config(), tmp_path / "odd.pt")[1]
+    assert (
+        "of another shape: visual.positional_embedding"
+        in start(small_config(), tmp_path / "odd.pt")[1]
+    )
 
 
 def test_what_is_not_this_model(tmp_path: Path) -> None:
     config = small_config()
-    says = {"other.pt": "loaded 0 of", "text.pt": "holds hello", "alone.pt": "loaded 1 of", "bad.pt": "could run code"}
+    says = {
+        "other.pt": "loaded 0 of",
+        "text.pt": "holds hello",
+        "alone.pt": "loaded 1 of",
+        "bad.pt": "could run code",
+    }
     torch.save({"layer.weight": torch.zeros(3)}, tmp_path / "other.pt")
     torch.save({"hello": "world"}, tmp_path / "text.pt")
     torch.save({"logit_scale": torch.ones(())}, tmp_path / "alone.pt")
@@ -332,7 +390,13 @@ def test_what_is_not_this_model(tmp_path: Path) -> None:
 # --- in a run --------------------------------------------------------------------------------------------------------
 
 
-FIXED = ("max_duration=8ba", "data.num_workers=0", "run_name=r", "scheduler.t_warmup=1ba", "save_interval=3ba")
+FIXED = (
+    "max_duration=8ba",
+    "data.num_workers=0",
+    "run_name=r",
+    "scheduler.t_warmup=1ba",
+    "save_interval=3ba",
+)
 START = ("lock_image=true", "lock_image_unlocked_groups=2", "optimizer.layer_decay=0.5", "model.shared.blocks=0",
          "model.shared.ln_final=false", "model.shared.projection=false")  # fmt: skip
 
@@ -345,7 +409,7 @@ def test_a_run_goes_on_without_the_file(
     yaml = write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "saved"))
     path = tmp_path / "epoch_32.pt"
     logger = "loggers.InMemoryLogger={}"
-    config = config_file.load(yaml, (*FIXED, *START, logger, f"pretrained={path}"))
+    config = reading.load(yaml, (*FIXED, *START, logger, f"pretrained={path}"))
     source = stock(config.model).eval()
     torch.save({"state_dict": source.state_dict()}, path)
 
@@ -353,7 +417,7 @@ def test_a_run_goes_on_without_the_file(
     for part in range(2):
         folder = SaveFolder(config)
         folder.check_config()
-        trainer = training.build_trainer(config, get_device("cpu"), folder)
+        trainer = pretraining.build_trainer(config, get_device("cpu"), folder)
         folder.write_config()
         trainer.fit()
         (memory,) = [d for d in trainer.logger.destinations if isinstance(d, InMemoryLogger)]
@@ -384,13 +448,15 @@ def test_a_run_goes_on_without_the_file(
         ("lock_image_unlocked_groups=1", "lock_image_unlocked_groups: 2 → 1"),
         ("optimizer.layer_decay=0.6", "optimizer.layer_decay: 0.5 → 0.6"),
     ):
-        changed = config_file.load(yaml, (*FIXED, *START, logger, f"pretrained={path}", override))
+        changed = reading.load(yaml, (*FIXED, *START, logger, f"pretrained={path}", override))
         with pytest.raises(UserError, match=re.escape(says)):
             SaveFolder(changed).check_config()
     # a new one needs the file
-    new = config_file.load(yaml, (*FIXED, *START, "run_name=n", f"pretrained={path}", f"save_folder={tmp_path}/new"))
+    new = reading.load(
+        yaml, (*FIXED, *START, "run_name=n", f"pretrained={path}", f"save_folder={tmp_path}/new")
+    )
     with pytest.raises(UserError, match=r"pretrained: no such file"):
-        training.build_trainer(new, get_device("cpu"), SaveFolder(new))
+        pretraining.build_trainer(new, get_device("cpu"), SaveFolder(new))
 
 
 def test_locked_towers_are_as_they_were_trained(tmp_path: Path) -> None:
@@ -401,8 +467,13 @@ def test_locked_towers_are_as_they_were_trained(tmp_path: Path) -> None:
     settings = {"embed_dim": 16, "vision_cfg": dataclasses.asdict(config.vision_cfg)}
     settings["text_cfg"] = dataclasses.asdict(config.text_cfg)
 
-    def lock(lacking: tuple[str, ...] = (), pixels: Any = None, locks: str = "lock_image", **given: Any) -> str:
-        save_file({name: value for name, value in weights.items() if not name.startswith(lacking or " ")}, path)
+    def lock(
+        lacking: tuple[str, ...] = (), pixels: Any = None, locks: str = "lock_image", **given: Any
+    ) -> str:
+        save_file(
+            {name: value for name, value in weights.items() if not name.startswith(lacking or " ")},
+            path,
+        )
         described = {"model_cfg": settings | given, "preprocess_cfg": pixels or {}}
         (tmp_path / "open_clip_config.json").write_text(json.dumps(described))
         model = fresh(config)
@@ -418,13 +489,19 @@ def test_locked_towers_are_as_they_were_trained(tmp_path: Path) -> None:
     assert lock(lacking=("visual.proj", "transformer.")) == ""
     said = lock(lacking=("visual.transformer.resblocks.1.ln",))
     assert "would lock 4 tensors that x doesn't have in this shape" in said
-    assert "visual.transformer.resblocks.1.ln_1.bias, visual.transformer.resblocks.1.ln_1.weight" in said
-    assert "keeps a tower as x has it, but its pixels were normalised with another std" in lock(pixels={"std": 0.5})
+    assert (
+        "visual.transformer.resblocks.1.ln_1.bias, visual.transformer.resblocks.1.ln_1.weight"
+        in said
+    )
+    assert "keeps a tower as x has it, but its pixels were normalised with another std" in lock(
+        pixels={"std": 0.5}
+    )
     assert lock(pixels={"std": 0.5}, locks="lock_text") == ""
     for locks in ("lock_image", "lock_text"):
         said = lock(quick_gelu=True, locks=locks)
         assert (
-            said == f"{locks} keeps a tower as x has it, but it was trained with quick_gelu: set model.quick_gelu=true"
+            said
+            == f"{locks} keeps a tower as x has it, but it was trained with quick_gelu: set model.quick_gelu=true"
         )
 
 
@@ -434,11 +511,11 @@ def test_an_error_on_one_rank_is_everybodys(tmp_path: Path) -> None:
     yaml = write_config(tmp_path, str(tmp_path / "set"))
     script = tmp_path / "one.py"
     script.write_text(
-        "import os, sys\nfrom alignclip import config_file, training\n"
+        "import os, sys\nfrom alignclip.config import reading\nfrom alignclip.training import pretraining\n"
         "from alignclip.errors import UserError, one_line_errors\n"
         "def load(*_):\n    if os.environ['RANK'] == sys.argv[2]:\n        raise UserError('only here')\n"
         "training.load_pretrained = load\nwith one_line_errors():\n"
-        "    training.run(config_file.load(sys.argv[1], ['pretrained=x', 'run_name=r', 'data.num_workers=0']))\n"
+        "    pretraining.run(reading.load(sys.argv[1], ['pretrained=x', 'run_name=r', 'data.num_workers=0']))\n"
     )
     for rank in ("0", "1"):
         output = run(script, yaml, rank, processes=2, cwd=tmp_path / rank, status=2)
@@ -448,17 +525,19 @@ def test_an_error_on_one_rank_is_everybodys(tmp_path: Path) -> None:
 def test_a_run_of_ours_into_another_model(tmp_path: Path) -> None:
     write_set(str(tmp_path / "set"), 64)
     yaml = write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "saved"))
-    config = config_file.load(yaml, (*FIXED, "max_duration=3ba"))
+    config = reading.load(yaml, (*FIXED, "max_duration=3ba"))
     folder = SaveFolder(config)
-    trainer = training.build_trainer(config, get_device("cpu"), folder)
+    trainer = pretraining.build_trainer(config, get_device("cpu"), folder)
     folder.write_config()
     trainer.fit()
     trainer.close()
     trained = trainer.state.model.encoders.state_dict()
-    apart = config_file.load(yaml, ("model.shared.blocks=1", "run_name=x")).model
+    apart = reading.load(yaml, ("model.shared.blocks=1", "run_name=x")).model
     model, report = start(apart, tmp_path / "saved")
     assert re.fullmatch(r"pretrained: \S+: loaded (\d+) of \1 tensors", report)
     for name, value in model.state_dict().items():
         assert torch.equal(value, trained[name]), name
-    heads = config_file.load(yaml, ("model.text_cfg.heads=1", "model.vision_cfg.head_width=32", "run_name=x")).model
+    heads = reading.load(
+        yaml, ("model.text_cfg.heads=1", "model.vision_cfg.head_width=32", "run_name=x")
+    ).model
     assert "heads are 16 wide" in refusal(heads, tmp_path / "saved")

@@ -25,10 +25,10 @@ from test_convert_classification import (
     write,
 )
 
+from alignclip.conversion import classification, classification_sets, published, retrieval
+from alignclip.conversion.image_finder import ImageFinder
+from alignclip.conversion.retrieval_sets import SOURCES as RETRIEVAL
 from alignclip.errors import UserError
-from convert import classification, classification_sets, published, retrieval
-from convert.image_finder import ImageFinder
-from convert.retrieval_sets import SOURCES as RETRIEVAL
 
 # where the parts of Stanford Cars lie, by who has put them together
 CARS = {
@@ -47,12 +47,16 @@ def test_cars_are_found_where_people_have_them(layout: str, tmp_path: Path) -> N
         (root / places[name]).parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(published_place / name, root / places[name], dirs_exist_ok=True)
     labels = "cars_test_annos_withlabels"
-    shutil.copy(published_place / f"{labels}.mat", root / f"{labels}{places.get('annotations', '')}.mat")
+    shutil.copy(
+        published_place / f"{labels}.mat", root / f"{labels}{places.get('annotations', '')}.mat"
+    )
     quick("cars", root, tmp_path / "out")
     rows, classes, _ = read_back(tmp_path / "out")
     assert [row["label"] for row in rows] == [180, 102, 195, 0]
     assert [row["image"] for row in rows] == [picture(i) for i in range(1, 5)]
-    assert [row["key"] for row in rows] == [f"stanford_cars/cars_test/{i:05}.jpg" for i in range(1, 5)]
+    assert [row["key"] for row in rows] == [
+        f"stanford_cars/cars_test/{i:05}.jpg" for i in range(1, 5)
+    ]
     assert len(classes["classnames"]) == 196
 
 
@@ -77,11 +81,15 @@ def test_cars_in_one_folder(tmp_path: Path) -> None:
 
     fields = [("relative_im_path", "O"), ("class", "O"), ("test", "O")]
     rows = [
-        (f"car_ims/{i:06}.jpg", np.uint8(label), np.uint8(test)) for i, label, test in ((1, 3, 1), (2, 1, 0), (3, 2, 1))
+        (f"car_ims/{i:06}.jpg", np.uint8(label), np.uint8(test))
+        for i, label, test in ((1, 3, 1), (2, 1, 0), (3, 2, 1))
     ]
     names = np.array(["Audi A", "BMW B", "Kia C"], dtype=object)
     (tmp_path / "cars").mkdir()
-    savemat(tmp_path / "cars" / "cars_annos.mat", {"annotations": np.array(rows, dtype=fields), "class_names": names})
+    savemat(
+        tmp_path / "cars" / "cars_annos.mat",
+        {"annotations": np.array(rows, dtype=fields), "class_names": names},
+    )
     for i in range(1, 4):
         write(tmp_path / "cars" / "car_ims" / f"{i:06}.jpg", picture(i))
     quick("cars", tmp_path, tmp_path / "test")
@@ -93,14 +101,23 @@ def test_cars_in_one_folder(tmp_path: Path) -> None:
 
 
 def test_food_and_flowers_in_other_folders(tmp_path: Path, any_md5: None) -> None:
-    food, flowers = make_food(tmp_path / "a") / "food-101", make_flowers(tmp_path / "b") / "flowers-102"
+    food, flowers = (
+        make_food(tmp_path / "a") / "food-101",
+        make_flowers(tmp_path / "b") / "flowers-102",
+    )
     (tmp_path / "food" / "meta").mkdir(parents=True)
     food.joinpath("images").rename(tmp_path / "food" / "images")
     food.joinpath("meta").rename(tmp_path / "food" / "meta" / "meta")
     quick("food101", tmp_path / "food", tmp_path / "food-out")
     found, classes, _ = read_back(tmp_path / "food-out")
-    assert [classes["classnames"][row["label"]] for row in found][2:] == ["apple pie", "baby back ribs"]
-    assert all(row["image"] == (tmp_path / "food" / row["key"].removeprefix("food-101/")).read_bytes() for row in found)
+    assert [classes["classnames"][row["label"]] for row in found][2:] == [
+        "apple pie",
+        "baby back ribs",
+    ]
+    assert all(
+        row["image"] == (tmp_path / "food" / row["key"].removeprefix("food-101/")).read_bytes()
+        for row in found
+    )
     flowers.joinpath("jpg").rename(flowers / "102flowers")
     flowers.rename(tmp_path / "Oxford")
     quick("flowers", tmp_path / "Oxford", tmp_path / "flowers-out")
@@ -116,7 +133,9 @@ def any_md5(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: Path(path).is_file())
 
 
-@pytest.mark.parametrize(("kind", "folder"), [("CIFAR10", "cifar-10-python/cifar10"), ("CIFAR100", "data")])
+@pytest.mark.parametrize(
+    ("kind", "folder"), [("CIFAR10", "cifar-10-python/cifar10"), ("CIFAR100", "data")]
+)
 def test_cifar_in_other_folders(kind: str, folder: str, any_md5: None, tmp_path: Path) -> None:
     (unpacked,) = make_cifar(tmp_path / "x", kind).iterdir()
     (tmp_path / "y" / folder).parent.mkdir(parents=True)
@@ -129,21 +148,34 @@ def test_imagenet_without_class_folders(tmp_path: Path) -> None:
     """The archive and Kaggle's copy are flat; Kaggle's has the labels in a table."""
     root, wnids = tmp_path / "ILSVRC", synsets("1k")
     # a folder of annotations has the same name, and comes first
-    write(root / "Annotations" / "CLS-LOC" / "val" / "ILSVRC2012_val_00000001.xml", b"<annotation/>")
+    write(
+        root / "Annotations" / "CLS-LOC" / "val" / "ILSVRC2012_val_00000001.xml", b"<annotation/>"
+    )
     for i in range(1, 4):
         write(root / "Data" / "CLS-LOC" / "val" / f"ILSVRC2012_val_{i:08}.JPEG", picture(i))
-    with pytest.raises(UserError, match=r"CLS-LOC/val has 3 images and no class folders: nothing says which class"):
+    with pytest.raises(
+        UserError, match=r"CLS-LOC/val has 3 images and no class folders: nothing says which class"
+    ):
         quick("imagenet1k", root, tmp_path / "out")
-    rows = [(f"ILSVRC2012_val_{i:08}", f"{wnids[i * 7]} 85 1 499 272 {wnids[1]} 3 4 5 6 ") for i in (3, 1, 2)]
-    with (tmp_path / "ILSVRC" / "LOC_val_solution.csv").open("w", newline="", encoding="utf-8") as file:
+    rows = [
+        (f"ILSVRC2012_val_{i:08}", f"{wnids[i * 7]} 85 1 499 272 {wnids[1]} 3 4 5 6 ")
+        for i in (3, 1, 2)
+    ]
+    with (tmp_path / "ILSVRC" / "LOC_val_solution.csv").open(
+        "w", newline="", encoding="utf-8"
+    ) as file:
         csv.writer(file).writerows([("ImageId", "PredictionString"), *rows])
     message = quick("imagenet1k", root, tmp_path / "out")
     found, classes, _ = read_back(tmp_path / "out")
-    assert [(row["label"], row["image"]) for row in found] == [(7 * i, picture(i)) for i in range(1, 4)]
+    assert [(row["label"], row["image"]) for row in found] == [
+        (7 * i, picture(i)) for i in range(1, 4)
+    ]
     assert len(classes["classnames"]) == 1000
     assert "imagenet1k's val split is published with 50,000 images, this one has 3" in message
     write(root / "Data" / "CLS-LOC" / "val" / "ILSVRC2012_val_00000009.JPEG", picture(9))
-    with pytest.raises(UserError, match=r"has no label of 1 images, the first is ILSVRC2012_val_00000009.JPEG"):
+    with pytest.raises(
+        UserError, match=r"has no label of 1 images, the first is ILSVRC2012_val_00000009.JPEG"
+    ):
         quick("imagenet1k", root, tmp_path / "other")
 
 
@@ -154,7 +186,9 @@ def test_nested_imagenet_relatives(tmp_path: Path) -> None:
 
 
 def test_another_variant_of_imagenet_v2_is_said(tmp_path: Path) -> None:
-    make_class_folders(tmp_path / "imagenetv2-top-images-format-val", [str(i) for i in range(1000)], "jpeg")
+    make_class_folders(
+        tmp_path / "imagenetv2-top-images-format-val", [str(i) for i in range(1000)], "jpeg"
+    )
     message = quick("imagenetv2", tmp_path / "imagenetv2-top-images-format-val", tmp_path / "out")
     assert "imagenetv2-top-images-format-val is not the matched-frequency variant" in message
     assert any("matched-frequency" in note for note in read_back(tmp_path / "out")[2]["notes"])
@@ -163,12 +197,17 @@ def test_another_variant_of_imagenet_v2_is_said(tmp_path: Path) -> None:
 def test_mnist_is_not_fashion_mnist(tmp_path: Path) -> None:
     """MNIST's files have the same names and sizes; its classes differ in size."""
     labels = np.array([0] * 980 + [1] * 1135 + [i % 8 + 2 for i in range(7885)], dtype=np.uint8)
-    header = {"images-idx3": np.array([2051, 10_000, 1, 1], ">u4"), "labels-idx1": np.array([2049, 10_000], ">u4")}
+    header = {
+        "images-idx3": np.array([2051, 10_000, 1, 1], ">u4"),
+        "labels-idx1": np.array([2049, 10_000], ">u4"),
+    }
     data = {"images-idx3": bytes(10_000), "labels-idx1": labels.tobytes()}
     for name, numbers in header.items():
         content = gzip.compress(numbers.tobytes() + data[name])
         write(tmp_path / f"t10k-{name}-ubyte.gz", content)
-    with pytest.raises(UserError, match=r"1,000 images of each class; here are 980 to 1,135, as in MNIST"):
+    with pytest.raises(
+        UserError, match=r"1,000 images of each class; here are 980 to 1,135, as in MNIST"
+    ):
         quick("fashion_mnist", tmp_path, tmp_path / "out")
     assert Counter(labels.tolist())[0] == 980
 
@@ -178,16 +217,22 @@ def test_a_mirrors_names_of_fashion_mnist(tmp_path: Path) -> None:
 
     _, labels = make_idx(tmp_path / "archive", "t10k", 12, packed=False)
     for name in ("images-idx3-ubyte", "labels-idx1-ubyte"):
-        (tmp_path / "archive" / f"t10k-{name}").rename(tmp_path / "archive" / f"t10k-{name.replace('-idx', '.idx')}")
+        (tmp_path / "archive" / f"t10k-{name}").rename(
+            tmp_path / "archive" / f"t10k-{name.replace('-idx', '.idx')}"
+        )
     quick("fashion_mnist", tmp_path, tmp_path / "out")
     assert [row["label"] for row in read_back(tmp_path / "out")[0]] == labels.tolist()
 
 
-def test_a_number_of_images_that_is_not_the_published_one_is_said(tmp_path: Path, any_md5: None) -> None:
+def test_a_number_of_images_that_is_not_the_published_one_is_said(
+    tmp_path: Path, any_md5: None
+) -> None:
     message = quick("flowers", make_flowers(tmp_path / "data"), tmp_path / "out")
     assert "flowers's test split is published with 6,149 images, this one has 4" in message
     described = json.loads((tmp_path / "out" / "dataset.json").read_text(encoding="utf-8"))
-    assert described["notes"] == ["flowers's test split is published with 6,149 images, this one has 4"]
+    assert described["notes"] == [
+        "flowers's test split is published with 6,149 images, this one has 4"
+    ]
     # a part of the set was asked for: the set itself is compared
     assert "this one has 4" in quick("flowers", tmp_path / "data", tmp_path / "part", limit=2)
 
@@ -212,11 +257,20 @@ def karpathy(folder: Path, splits: dict[str, int], dataset: str = "coco") -> Pat
     for split, number in splits.items():
         for _ in range(number):
             name = f"COCO_val2014_{len(images):012}.jpg"
-            images.append({"filepath": "val2014", "filename": name, "split": split, "sentences": [{"raw": "a dog"}]})
+            images.append(
+                {
+                    "filepath": "val2014",
+                    "filename": name,
+                    "split": split,
+                    "sentences": [{"raw": "a dog"}],
+                }
+            )
     return write(folder / f"dataset_{dataset}.json", json.dumps({"images": images}).encode())
 
 
-def convert_captions(dataset: str, images: Path, annotations: Path, out: Path, **changes: object) -> str:
+def convert_captions(
+    dataset: str, images: Path, annotations: Path, out: Path, **changes: object
+) -> str:
     given = retrieval.Options(dataset, str(images), str(annotations), str(out), progress=False)
     return retrieval.convert(dataclasses.replace(given, **changes))  # type: ignore[arg-type]
 
@@ -233,9 +287,14 @@ def test_what_is_left_out_of_a_split_is_said(tmp_path: Path) -> None:
     for i in range(6):
         write(tmp_path / "val2014" / f"COCO_val2014_{i:012}.jpg", picture(i))
     message = convert_captions("coco", tmp_path, annotations, tmp_path / "train", split="train")
-    assert "train has 3 images; left out: restval 2, test 1; --split train+restval takes both" in message
+    assert (
+        "train has 3 images; left out: restval 2, test 1; --split train+restval takes both"
+        in message
+    )
     assert "coco's train split is published with 82,783 images, this one has 3" in message
-    message = convert_captions("coco", tmp_path, annotations, tmp_path / "both", split="train+restval")
+    message = convert_captions(
+        "coco", tmp_path, annotations, tmp_path / "both", split="train+restval"
+    )
     assert "train+restval has 5 images; left out: test 1" in message
     assert len(captions_in(tmp_path / "both")) == 5
     with pytest.raises(UserError, match=r"no split 'restvl'; did you mean 'restval'"):
@@ -251,16 +310,22 @@ def test_what_is_left_out_of_a_split_is_said(tmp_path: Path) -> None:
         ("flickr8k", 8_091, ""),
     ],
 )
-def test_a_whole_set_is_not_taken_for_a_split(dataset: str, number: int, looks: str, tmp_path: Path) -> None:
+def test_a_whole_set_is_not_taken_for_a_split(
+    dataset: str, number: int, looks: str, tmp_path: Path
+) -> None:
     lines = "".join(f"{i}.jpg,a dog\n" for i in range(number))
     annotations = write(tmp_path / "captions.txt", f"image,caption\n{lines}".encode())
     write(tmp_path / "images" / "1.jpg", picture(1))
     expected = rf"holds all splits \({number:,} images\); name the images of 'test' with --split-file .*{looks}"
     with pytest.raises(UserError, match=expected):
-        convert_captions(dataset, tmp_path / "images", annotations, tmp_path / "out", skip_missing=True)
+        convert_captions(
+            dataset, tmp_path / "images", annotations, tmp_path / "out", skip_missing=True
+        )
     (tmp_path / "list").write_text("1.jpg\n", encoding="utf-8")
     listed = str(tmp_path / "list")
-    message = convert_captions(dataset, tmp_path / "images", annotations, tmp_path / "out", split_file=listed)
+    message = convert_captions(
+        dataset, tmp_path / "images", annotations, tmp_path / "out", split_file=listed
+    )
     assert f"left out: not in the split file {number - 1:,}" in message
     assert f"{dataset}'s test split is published with 1,000 images, this one has 1" in message
 
@@ -270,10 +335,14 @@ def test_a_whole_file_of_coco_is_not_karpathys_split(tmp_path: Path) -> None:
     captions = [{"image_id": i, "caption": "a dog"} for i in range(40_504)]
     content = json.dumps({"images": images, "annotations": captions})
     annotations = write(tmp_path / "captions_val2014.json", content.encode())
-    with pytest.raises(UserError, match=r"40,504 images.*coco's test split has 5,000.*COCO's val2014 as a whole"):
+    with pytest.raises(
+        UserError, match=r"40,504 images.*coco's test split has 5,000.*COCO's val2014 as a whole"
+    ):
         convert_captions("coco", tmp_path, annotations, tmp_path / "out")
     write(tmp_path / "7.jpg", picture(7))
-    convert_captions("coco", tmp_path, annotations, tmp_path / "out", split="val2014", skip_missing=True)
+    convert_captions(
+        "coco", tmp_path, annotations, tmp_path / "out", split="val2014", skip_missing=True
+    )
     assert captions_in(tmp_path / "out") == {"7.jpg": ["a dog"]}
 
 
@@ -313,7 +382,9 @@ def test_marks_of_csv_are_no_part_of_a_caption(name: str, tmp_path: Path) -> Non
         ("9.jpg", "Flicker8k_Dataset/9.jpg"),
     ],
 )
-def test_images_are_found_in_the_folders_of_an_archive(named: str, lies: str, tmp_path: Path) -> None:
+def test_images_are_found_in_the_folders_of_an_archive(
+    named: str, lies: str, tmp_path: Path
+) -> None:
     file = write(tmp_path / lies, picture(9))
     assert ImageFinder(tmp_path, published=True).find(named) == file
     # a table of one's own says where its images lie
@@ -331,7 +402,13 @@ def test_all_of_flickr8k(tmp_path: Path) -> None:
     assert captions_in(tmp_path / "out") == {"3_c.jpg": ["A cat ."]}
 
 
-ENCODINGS = {"utf-16": None, "utf-8-sig": None, "utf-16-le": None, "cp1252": "cp1252", "latin-1": "latin-1"}
+ENCODINGS = {
+    "utf-16": None,
+    "utf-8-sig": None,
+    "utf-16-le": None,
+    "cp1252": "cp1252",
+    "latin-1": "latin-1",
+}
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -341,7 +418,9 @@ ENCODINGS = {"utf-16": None, "utf-8-sig": None, "utf-16-le": None, "cp1252": "cp
 def test_annotations_in_other_encodings_and_separators(
     dataset: str, separator: str, encoding: str, tmp_path: Path
 ) -> None:
-    text = "".join(f"{separator.join(row)}\r\n" for row in [("image", "caption"), ("1.jpg", "ein Bär, dort")])
+    text = "".join(
+        f"{separator.join(row)}\r\n" for row in [("image", "caption"), ("1.jpg", "ein Bär, dort")]
+    )
     text = text if separator != "," else text.replace("ein Bär, dort", '"ein Bär, dort"')
     annotations = write(tmp_path / "captions.txt", text.encode(encoding))
     write(tmp_path / "1.jpg", picture(1))

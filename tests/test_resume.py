@@ -20,15 +20,22 @@ from composer.utils import checkpoint, get_device
 from runs import write_config, write_set
 from s3 import S3Server
 
-from alignclip import checkpoint_file, composer_patches, training
-from alignclip.callbacks import Rotation
-from alignclip.checkpoints import SaveFolder
-from alignclip.config_file import load
+from alignclip.config.reading import load
 from alignclip.errors import UserError
-from alignclip.resume import origin_of
-from alignclip.safe_read import read_pickled
+from alignclip.training import composer_patches, pretraining
+from alignclip.training.callbacks import Rotation
+from alignclip.training.resume import origin_of
+from alignclip.training.save_folder import SaveFolder
+from alignclip.weights import checkpoint_file
+from alignclip.weights.safe_read import read_pickled
 
-FIXED = ("run_name=r", "max_duration=6ba", "save_interval=2ba", "data.num_workers=0", "scheduler.t_warmup=1ba")
+FIXED = (
+    "run_name=r",
+    "max_duration=6ba",
+    "save_interval=2ba",
+    "data.num_workers=0",
+    "scheduler.t_warmup=1ba",
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +57,7 @@ class Runs:
         folder = SaveFolder(config)
         folder.open()
         folder.check_config()
-        return folder, training.build_trainer(config, get_device("cpu"), folder)
+        return folder, pretraining.build_trainer(config, get_device("cpu"), folder)
 
     def train(self, *overrides: str) -> dict[str, torch.Tensor]:
         """Train to the end and return the weights."""
@@ -67,7 +74,11 @@ class Runs:
 
 @pytest.fixture(params=["folder", "bucket"])
 def runs(request: pytest.FixtureRequest, dataset: Path, tmp_path: Path, s3: S3Server) -> Runs:
-    return Runs(dataset, tmp_path, f"{s3.bucket()}/run" if request.param == "bucket" else str(tmp_path / "runs"))
+    return Runs(
+        dataset,
+        tmp_path,
+        f"{s3.bucket()}/run" if request.param == "bucket" else str(tmp_path / "runs"),
+    )
 
 
 def change(runs: Runs, s3: S3Server, name: str, how: Callable[[bytes], bytes]) -> None:
@@ -84,7 +95,12 @@ def test_a_damaged_checkpoint_costs_an_interval_and_nothing_else(
     runs: Runs, s3: S3Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = runs.train()
-    change(runs, s3, "ep1-ba6-rank0.pt", lambda data: data[:5000] + bytes([data[5000] ^ 4]) + data[5001:])
+    change(
+        runs,
+        s3,
+        "ep1-ba6-rank0.pt",
+        lambda data: data[:5000] + bytes([data[5000] ^ 4]) + data[5001:],
+    )
     capsys.readouterr()
 
     def refuse(*args: Any, **options: Any) -> None:
@@ -93,7 +109,10 @@ def test_a_damaged_checkpoint_costs_an_interval_and_nothing_else(
     monkeypatch.setattr(torch, "load", refuse)
     again = runs.train()
     said = capsys.readouterr().out
-    assert "passed over ep1-ba6-rank0.pt (its checksum is wrong); the newest whole checkpoint is ep0-ba4" in said
+    assert (
+        "passed over ep1-ba6-rank0.pt (its checksum is wrong); the newest whole checkpoint is ep0-ba4"
+        in said
+    )
     assert runs.losses[1] == runs.losses[0][4:], "batches 5 and 6 once more, bit for bit"
     assert all(torch.equal(again[name], value) for name, value in whole.items())
     folder, trainer = runs.build()
@@ -138,23 +157,43 @@ def test_a_run_that_goes_on_executes_nothing(
     runs.train("max_duration=2ba")
     mark = tmp_path / "executed"
     poisoned(tmp_path / "runs" / "ep0-ba2-rank0.pt", mark, where, sealed)
-    with pytest.raises(UserError, match=r"runs/ep0-ba2-rank0.pt is refused.*could run code") as raised:
+    with pytest.raises(
+        UserError, match=r"runs/ep0-ba2-rank0.pt is refused.*could run code"
+    ) as raised:
         runs.train()
     assert "\n" not in str(raised.value)
     assert not mark.exists()
     # nor with load_path
     with pytest.raises(UserError, match=r"ep0-ba2-rank0.pt is refused"):
-        runs.train(f"load_path={tmp_path}/runs/ep0-ba2-rank0.pt", "run_name=other", f"save_folder={tmp_path}/other")
+        runs.train(
+            f"load_path={tmp_path}/runs/ep0-ba2-rank0.pt",
+            "run_name=other",
+            f"save_folder={tmp_path}/other",
+        )
     assert not mark.exists()
 
 
-def test_an_algorithm_that_changes_the_model_is_still_applied(dataset: Path, tmp_path: Path) -> None:
+def test_an_algorithm_that_changes_the_model_is_still_applied(
+    dataset: Path, tmp_path: Path
+) -> None:
     """Composer adds to a run what its ``load_path`` was trained with; a plain call is harmless."""
     path = tmp_path / "a.pt"
-    state = {"state": {"algorithms": [("BlurPool", {"repr": "BlurPool(replace_convs=True, min_channels=16)"})]}}
+    state = {
+        "state": {
+            "algorithms": [("BlurPool", {"repr": "BlurPool(replace_convs=True, min_channels=16)"})]
+        }
+    }
     checkpoint_file.save(state, path)
     assert composer_patches.read_checkpoint(path, "a.pt")["state"]["algorithms"][0][0] == "BlurPool"
-    for text in ("BlurPool(*[f()])", "BlurPool(a=b)", "BlurPool(a=[f()])", "BlurPool()()", "x.BlurPool()", "1", "("):
+    for text in (
+        "BlurPool(*[f()])",
+        "BlurPool(a=b)",
+        "BlurPool(a=[f()])",
+        "BlurPool()()",
+        "x.BlurPool()",
+        "1",
+        "(",
+    ):
         checkpoint_file.save({"state": {"algorithms": [("BlurPool", {"repr": text})]}}, path)
         with pytest.raises(UserError, match="could run code"):
             composer_patches.read_checkpoint(path, "a.pt")
@@ -181,8 +220,12 @@ def test_all_that_runs_have_is_plain(dataset: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("remote", [False, True], ids=["folder", "bucket"])
-def test_load_path_is_read_whole_or_not_at_all(dataset: Path, tmp_path: Path, s3: S3Server, remote: bool) -> None:
-    first = Runs(dataset, tmp_path / "a", f"{s3.bucket()}/run" if remote else str(tmp_path / "runs"))
+def test_load_path_is_read_whole_or_not_at_all(
+    dataset: Path, tmp_path: Path, s3: S3Server, remote: bool
+) -> None:
+    first = Runs(
+        dataset, tmp_path / "a", f"{s3.bucket()}/run" if remote else str(tmp_path / "runs")
+    )
     first.train("max_duration=2ba")
     second = Runs(dataset, tmp_path / "b", str(tmp_path / "second"))
     for place in (f"{first.uri}/ep0-ba2-rank0.pt", f"{first.uri}/latest-rank0.pt"):
@@ -192,7 +235,9 @@ def test_load_path_is_read_whole_or_not_at_all(dataset: Path, tmp_path: Path, s3
         assert trainer.state.load_path == place
     for how in (lambda data: data[:-1000], lambda data: data[:9000] + b"\0\0\0\0" + data[9004:]):
         change(first, s3, "ep0-ba2-rank0.pt", how)
-        with pytest.raises(UserError, match=r"load_path=.*ep0-ba2-rank0.pt is no whole checkpoint: it"):
+        with pytest.raises(
+            UserError, match=r"load_path=.*ep0-ba2-rank0.pt is no whole checkpoint: it"
+        ):
             second.build(f"load_path={first.uri}/ep0-ba2-rank0.pt")
 
 
@@ -255,7 +300,9 @@ class Failing(Callback):
             raise ZeroDivisionError("the third batch")
 
 
-def test_what_was_saved_before_an_error_arrives(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_saved_before_an_error_arrives(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also into a bucket, with ``latest``; closing again says nothing, not even where no thread can be started."""
     folder, trainer = runs.build("save_num_checkpoints_to_keep=2")
     trainer.state.callbacks.append(Failing())
@@ -284,20 +331,24 @@ def test_the_error_is_the_last_thing_on_the_screen(dataset: Path, tmp_path: Path
     script.write_text(
         "import sys\n"
         "from composer.core import Callback\n"
-        "from alignclip import training\n"
-        "from alignclip.command import main\n"
+        "from alignclip.training import pretraining\n"
+        "from alignclip.training.command import main\n"
         "class Failing(Callback):\n"
         "    def batch_end(self, state, logger):\n"
         "        if state.timestamp.batch.value == 3: raise ZeroDivisionError('the third batch')\n"
-        "made = training.build_callbacks\n"
+        "made = pretraining.build_callbacks\n"
         "training.build_callbacks = lambda *args: [*made(*args), Failing()]\n"
         "sys.exit(main(sys.argv[1:]))\n",
         encoding="utf-8",
     )
     yaml = write_config(tmp_path, str(dataset), str(tmp_path / "runs"))
     command = [sys.executable, script, yaml, *FIXED, "save_num_checkpoints_to_keep=2"]
-    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, check=False)
+    ended = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=240, check=False
+    )
     assert ended.returncode == 1
-    assert ended.stderr.rstrip().endswith("ZeroDivisionError: the third batch"), ended.stderr[-3000:]
+    assert ended.stderr.rstrip().endswith("ZeroDivisionError: the third batch"), ended.stderr[
+        -3000:
+    ]
     assert ended.stderr.count("Traceback") == 1
     assert "post_close" not in ended.stderr

@@ -11,10 +11,10 @@ from composer.loggers import Logger
 from composer.utils import get_device
 from runs import write_config, write_set
 
-from alignclip import training
-from alignclip.checkpoints import SaveFolder
-from alignclip.config_file import load
-from alignclip.optimization import lr_multiplier
+from alignclip.config.reading import load
+from alignclip.model.optimization import lr_multiplier
+from alignclip.training import pretraining
+from alignclip.training.save_folder import SaveFolder
 
 FIXED = (
     "run_name=r", "data.num_workers=0", "scheduler.t_warmup=2ba", "data.num_canonical_nodes=1", "save_interval=4ba",
@@ -30,7 +30,9 @@ class Rates(Callback):
 
     def batch_start(self, state: State, logger: Logger) -> None:
         groups = state.optimizers[0].param_groups
-        self.found[state.timestamp.batch.value] = [(group["lr"], group["initial_lr"]) for group in groups]
+        self.found[state.timestamp.batch.value] = [
+            (group["lr"], group["initial_lr"]) for group in groups
+        ]
 
 
 @pytest.fixture
@@ -38,9 +40,12 @@ def train(tmp_path: Path) -> Any:
     write_set(str(tmp_path / "set"), 64)
 
     def train(*overrides: str) -> dict[int, list[tuple[float, float]]]:
-        config = load(write_config(tmp_path, str(tmp_path / "set"), f"{tmp_path}/{{run_name}}"), [*FIXED, *overrides])
+        config = load(
+            write_config(tmp_path, str(tmp_path / "set"), f"{tmp_path}/{{run_name}}"),
+            [*FIXED, *overrides],
+        )
         rates = Rates()
-        trainer = training.build_trainer(config, get_device("cpu"), SaveFolder(config), [rates])
+        trainer = pretraining.build_trainer(config, get_device("cpu"), SaveFolder(config), [rates])
         trainer.fit()
         trainer.close()
         return rates.found
@@ -53,11 +58,16 @@ def first(found: dict[int, list[tuple[float, float]]]) -> dict[int, float]:
 
 
 def schedule(start: int, total: int, lr: float = 1e-3) -> dict[int, float]:
-    return {step: pytest.approx(lr * lr_multiplier(step, 2, total), rel=1e-12) for step in range(start, total)}
+    return {
+        step: pytest.approx(lr * lr_multiplier(step, 2, total), rel=1e-12)
+        for step in range(start, total)
+    }
 
 
 @pytest.mark.parametrize(("before", "now"), [("8ba", "16ba"), ("2ep", "4ep"), ("8ba", "5ep")])
-def test_a_finished_run_is_made_longer(train: Any, capsys: pytest.CaptureFixture[str], before: str, now: str) -> None:
+def test_a_finished_run_is_made_longer(
+    train: Any, capsys: pytest.CaptureFixture[str], before: str, now: str
+) -> None:
     assert first(train(f"max_duration={before}")) == schedule(0, 8)
     assert "learning rate" not in capsys.readouterr().out
     total = {"16ba": 16, "4ep": 16, "5ep": 20}[now]
@@ -66,7 +76,9 @@ def test_a_finished_run_is_made_longer(train: Any, capsys: pytest.CaptureFixture
     assert said in capsys.readouterr().out
 
 
-def test_a_run_is_made_shorter(train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_made_shorter(
+    train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train("max_duration=16ba")
     folder = tmp_path / "r"
     (folder / "latest-rank0.pt").unlink()
@@ -76,13 +88,17 @@ def test_a_run_is_made_shorter(train: Any, tmp_path: Path, capsys: pytest.Captur
     assert f"(batch 5): {rates[0]} → {rates[1]}, by this run's schedule" in capsys.readouterr().out
 
 
-def test_an_unchanged_run_has_the_very_rates(train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unchanged_run_has_the_very_rates(
+    train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole = train("max_duration=8ba", "run_name=whole")
     train("max_duration=8ba")
     folder = tmp_path / "r"
     (folder / "latest-rank0.pt").unlink()
     (folder / "latest-rank0.pt").symlink_to("ep0-ba4-rank0.pt")
-    assert train("max_duration=8ba") == {batch: rates for batch, rates in whole.items() if batch >= 4}
+    assert train("max_duration=8ba") == {
+        batch: rates for batch, rates in whole.items() if batch >= 4
+    }
     assert "learning rate" not in capsys.readouterr().out
 
 

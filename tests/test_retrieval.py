@@ -60,7 +60,9 @@ def test_equals_clip_benchmark_with_five_captions_an_image():
     generator = torch.Generator().manual_seed(0)
     images = F.normalize(torch.randn(60, 16, generator=generator), dim=-1)
     image_of_text = torch.arange(60).repeat_interleave(5)[torch.randperm(300, generator=generator)]
-    texts = F.normalize(images[image_of_text] + 0.6 * torch.randn(300, 16, generator=generator), dim=-1)
+    texts = F.normalize(
+        images[image_of_text] + 0.6 * torch.randn(300, 16, generator=generator), dim=-1
+    )
     found = recall(images, texts, image_of_text, ks=(1, 5), block=32)
     for k in (1, 5):
         to_image, to_text = clip_benchmark_recall(images, texts, image_of_text, k)

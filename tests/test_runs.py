@@ -13,7 +13,18 @@ import psutil
 import pytest
 import torch
 import yaml
-from runs import RECORDING, TIMEOUT, gradient_error, kill_group, launch, run, steps, wait_for, write_config, write_set
+from runs import (
+    RECORDING,
+    TIMEOUT,
+    gradient_error,
+    kill_group,
+    launch,
+    run,
+    steps,
+    wait_for,
+    write_config,
+    write_set,
+)
 from s3 import S3Server
 
 pytestmark = pytest.mark.slow
@@ -47,7 +58,9 @@ def losses(records: Path) -> dict[int, tuple[float, ...]]:
     found: dict[int, tuple[float, ...]] = {}
     for r in steps(records):
         values = tuple(v for k, v in sorted(r.items()) if k not in ("step", "sharded"))
-        assert found.setdefault(int(r["step"]), values) == values, f"step {r['step']} differs when trained again"
+        assert found.setdefault(int(r["step"]), values) == values, (
+            f"step {r['step']} differs when trained again"
+        )
     return found
 
 
@@ -70,14 +83,26 @@ def latest(s3: S3Server, save_folder: str) -> int:
     return int(target.rpartition("-ba")[2].split("-")[0])
 
 
-def test_killed_twice_goes_on_bit_for_bit(s3: S3Server, dataset: str, reference: Path, tmp_path: Path) -> None:
+def test_killed_twice_goes_on_bit_for_bit(
+    s3: S3Server, dataset: str, reference: Path, tmp_path: Path
+) -> None:
     save_folder = f"{s3.bucket()}/runs/killed"
     config = write_config(tmp_path, dataset, save_folder)
-    arguments = (RECORDING, tmp_path / "records", config, "run_name=killed", "save_num_checkpoints_to_keep=2")
+    arguments = (
+        RECORDING,
+        tmp_path / "records",
+        config,
+        "run_name=killed",
+        "save_num_checkpoints_to_keep=2",
+    )
     # in the first epoch, when `latest` has moved; in the second, at once, whatever is being uploaded
     for hold_at, saved in ((12, 10), (27, 0)):
         process = launch(*arguments, cwd=tmp_path, env={"ALIGNCLIP_TEST_HOLD_AT": str(hold_at)})
-        wait_for(lambda at=hold_at: any(r["step"] == at for r in steps(tmp_path / "records")), process, tmp_path)
+        wait_for(
+            lambda at=hold_at: any(r["step"] == at for r in steps(tmp_path / "records")),
+            process,
+            tmp_path,
+        )
         wait_for(lambda at=saved: latest(s3, save_folder) >= at, process, tmp_path)
         kill_group(process)
     output = run(*arguments, cwd=tmp_path)
@@ -87,12 +112,17 @@ def test_killed_twice_goes_on_bit_for_bit(s3: S3Server, dataset: str, reference:
     assert "Traceback" not in output
     recorded = [int(r["step"]) for r in steps(tmp_path / "records")]
     restarts = [b for a, b in pairwise(recorded) if b != a + 1]
-    assert len(restarts) == 2, "each kill should have cost the steps since the last checkpoint, and no more"
+    assert len(restarts) == 2, (
+        "each kill should have cost the steps since the last checkpoint, and no more"
+    )
     assert restarts[0] == 10
     assert 10 <= restarts[1] <= 25
     assert losses(tmp_path / "records") == losses(reference)
     names = [key.rpartition("/")[2] for key in s3.keys(save_folder)]
-    assert sorted(n for n in names if n.endswith(".pt")) == ["ep2-ba35-rank0.pt", "ep2-ba40-rank0.pt"]
+    assert sorted(n for n in names if n.endswith(".pt")) == [
+        "ep2-ba35-rank0.pt",
+        "ep2-ba40-rank0.pt",
+    ]
     assert yaml.safe_load(_object(s3, save_folder, "config.yaml"))["run_name"] == "killed"
     # the same command once more: finished, and says so
     output = run(*arguments, cwd=tmp_path)
@@ -103,7 +133,9 @@ def test_killed_twice_goes_on_bit_for_bit(s3: S3Server, dataset: str, reference:
     assert "loss.beta: 0.5 → 0.25" in output
 
 
-def test_a_bucket_that_is_away_ends_nothing(s3: S3Server, dataset: str, reference: Path, tmp_path: Path) -> None:
+def test_a_bucket_that_is_away_ends_nothing(
+    s3: S3Server, dataset: str, reference: Path, tmp_path: Path
+) -> None:
     """Checkpoints are written while there is no server for 20 seconds: they wait, and so does the end of the run."""
     save_folder = f"{s3.bucket()}/runs/away"
     config = write_config(tmp_path, dataset, save_folder)
@@ -135,7 +167,13 @@ def _object(s3: S3Server, folder: str, name: str) -> str:
 @pytest.mark.world_size(2)
 def test_two_processes_are_one(dataset: str, reference: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, dataset)
-    arguments = (RECORDING, tmp_path / "records", config, "run_name=two", "model.encode_chunk_size=3")
+    arguments = (
+        RECORDING,
+        tmp_path / "records",
+        config,
+        "run_name=two",
+        "model.encode_chunk_size=3",
+    )
     run(*arguments, processes=2, cwd=tmp_path, env=GRADIENTS)
     assert_close(tmp_path / "records", reference, 1e-5)
     for step in range(3):
@@ -145,8 +183,20 @@ def test_two_processes_are_one(dataset: str, reference: Path, tmp_path: Path) ->
 @pytest.mark.world_size(2)
 def test_two_compiled_processes_in_chunks(dataset: str, reference: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, dataset)
-    arguments = (RECORDING, tmp_path / "records", config, "run_name=compiled", "model.encode_chunk_size=3")
-    run(*arguments, "max_duration=6ba", "compile_config.backend=aot_eager", processes=2, cwd=tmp_path)
+    arguments = (
+        RECORDING,
+        tmp_path / "records",
+        config,
+        "run_name=compiled",
+        "model.encode_chunk_size=3",
+    )
+    run(
+        *arguments,
+        "max_duration=6ba",
+        "compile_config.backend=aot_eager",
+        processes=2,
+        cwd=tmp_path,
+    )
     ours, theirs = losses(tmp_path / "records"), losses(reference)
     for step in range(5):  # of the warm-up, which doesn't depend on how long the run is
         assert ours[step] == pytest.approx(theirs[step], abs=1e-5)
@@ -156,7 +206,14 @@ def test_two_compiled_processes_in_chunks(dataset: str, reference: Path, tmp_pat
 def test_fsdp_in_chunks(dataset: str, reference: Path, tmp_path: Path) -> None:
     """Over several steps: a gathered parameter that outlived its step would be an old one in the next."""
     config = write_config(tmp_path, dataset)
-    arguments = (RECORDING, tmp_path / "records", config, "run_name=chunks", FSDP, "model.encode_chunk_size=3")
+    arguments = (
+        RECORDING,
+        tmp_path / "records",
+        config,
+        "run_name=chunks",
+        FSDP,
+        "model.encode_chunk_size=3",
+    )
     run(*arguments, "max_duration=6ba", processes=2, cwd=tmp_path, env=GRADIENTS)
     assert all(r["sharded"] == 35 for r in steps(tmp_path / "records"))
     ours, theirs = losses(tmp_path / "records"), losses(reference)
@@ -167,14 +224,25 @@ def test_fsdp_in_chunks(dataset: str, reference: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.world_size(2)
-def test_fsdp_stopped_by_sigterm_goes_on(s3: S3Server, dataset: str, reference: Path, tmp_path: Path) -> None:
+def test_fsdp_stopped_by_sigterm_goes_on(
+    s3: S3Server, dataset: str, reference: Path, tmp_path: Path
+) -> None:
     """One of two FSDP processes gets SIGTERM; both save the same batch, and the run goes on from there."""
     save_folder = f"{s3.bucket()}/runs/fsdp"
     config = write_config(tmp_path, dataset, save_folder)
-    arguments = (RECORDING, tmp_path / "records", config, "run_name=fsdp", FSDP, "save_interval=1000ba")
+    arguments = (
+        RECORDING,
+        tmp_path / "records",
+        config,
+        "run_name=fsdp",
+        FSDP,
+        "save_interval=1000ba",
+    )
     process = launch(*arguments, processes=2, cwd=tmp_path, env=GRADIENTS | SLOWLY)
     wait_for(lambda: len(steps(tmp_path / "records")) >= 6, process, tmp_path)
-    ranks = [p for p in psutil.Process(process.pid).children() if "recording.py" in " ".join(p.cmdline())]
+    ranks = [
+        p for p in psutil.Process(process.pid).children() if "recording.py" in " ".join(p.cmdline())
+    ]
     assert len(ranks) == 2
     os.kill(ranks[1].pid, signal.SIGTERM)
     try:
@@ -213,7 +281,9 @@ def test_a_signal_to_the_whole_group(
     process = launch(*arguments, cwd=tmp_path, env={"ALIGNCLIP_TEST_HOLD_AT": "6"})
     # from then on the uploaders are there: the launcher gives 30 s, and on a busy machine they need that to start
     wait_for(lambda: latest(s3, save_folder) == 5, process, tmp_path)
-    (rank,) = [p for p in psutil.Process(process.pid).children() if "recording.py" in " ".join(p.cmdline())]
+    (rank,) = [
+        p for p in psutil.Process(process.pid).children() if "recording.py" in " ".join(p.cmdline())
+    ]
     kill_group(process, number)
     (tmp_path / "records" / "go-on").touch()
     psutil.wait_procs([rank], timeout=60)

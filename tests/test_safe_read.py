@@ -24,19 +24,24 @@ from composer.utils import get_device
 from runs import write_config, write_set
 from torch import Tensor, nn
 
-from alignclip import config_file, training
-from alignclip.checkpoints import SaveFolder
+from alignclip.config import reading
 from alignclip.errors import UserError
-from alignclip.safe_pickle import Machine, Refused
-from alignclip.safe_read import read_pickled
-from alignclip.safe_types import CheckpointTypes
+from alignclip.training import pretraining
+from alignclip.training.save_folder import SaveFolder
+from alignclip.weights.safe_pickle import Machine, Refused
+from alignclip.weights.safe_read import read_pickled
+from alignclip.weights.safe_types import CheckpointTypes
 
 
 def assert_same(ours: Any, theirs: Any, at: str = "") -> None:
     """Equal to the last bit, and of the same types."""
     assert type(ours) is type(theirs), at
     if isinstance(ours, Tensor):
-        assert (ours.dtype, ours.shape, ours.stride()) == (theirs.dtype, theirs.shape, theirs.stride()), at
+        assert (ours.dtype, ours.shape, ours.stride()) == (
+            theirs.dtype,
+            theirs.shape,
+            theirs.stride(),
+        ), at
         assert ours.storage_offset() == theirs.storage_offset(), at
         assert ours.requires_grad == theirs.requires_grad, at
         assert ours.untyped_storage().nbytes() == theirs.untyped_storage().nbytes(), at
@@ -93,16 +98,24 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's last one, with EMA and clipped gradients."""
     folder = tmp_path_factory.mktemp("run")
     write_set(str(folder / "set"), 64)
-    overrides = ["max_duration=3ba", "scheduler.t_warmup=1ba", "save_interval=2ba", "data.num_workers=0", "run_name=r"]
+    overrides = [
+        "max_duration=3ba",
+        "scheduler.t_warmup=1ba",
+        "save_interval=2ba",
+        "data.num_workers=0",
+        "run_name=r",
+    ]
     overrides += ["algorithms.EMA.half_life=2ba", "algorithms.EMA.update_interval=1ba"]
     overrides += [
         "algorithms.GradientClipping.clipping_type=norm",
         "algorithms.GradientClipping.clipping_threshold=1.0",
     ]
     overrides += ["callbacks.SpeedMonitor={}", "callbacks.LRMonitor={}"]
-    config = config_file.load(write_config(folder, str(folder / "set"), str(folder / "saved")), overrides)
+    config = reading.load(
+        write_config(folder, str(folder / "set"), str(folder / "saved")), overrides
+    )
     save_folder = SaveFolder(config)
-    trainer = training.build_trainer(config, get_device("cpu"), save_folder)
+    trainer = pretraining.build_trainer(config, get_device("cpu"), save_folder)
     trainer.fit()
     trainer.close()
     return folder / "saved" / "latest-rank0.pt"
@@ -112,10 +125,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_runs_checkpoint_is_what_torch_reads(checkpoint: Path, mapped: bool) -> None:
     ours = read_pickled(checkpoint, mapped=mapped)
     theirs = torch.load(checkpoint, weights_only=False)
-    assert {"model", "optimizers", "schedulers", "algorithms", "callbacks", "timestamp"} <= set(ours["state"])
+    assert {"model", "optimizers", "schedulers", "algorithms", "callbacks", "timestamp"} <= set(
+        ours["state"]
+    )
     assert {name for name, _ in ours["state"]["algorithms"]} == {"GradientClipping", "EMA"}
     assert_same(ours, theirs)
-    places, expected = (sorted(map(sorted, aliases(content).values())) for content in (ours, theirs))
+    places, expected = (
+        sorted(map(sorted, aliases(content).values())) for content in (ours, theirs)
+    )
     assert places == expected
     assert any(len(shared) > 1 for shared in places), "no two tensors share a storage"
 
@@ -123,14 +140,28 @@ def test_a_runs_checkpoint_is_what_torch_reads(checkpoint: Path, mapped: bool) -
 @pytest.mark.parametrize("format", list(FORMATS))
 def test_what_people_have_beside_weights(tmp_path: Path, format: str) -> None:
     base = torch.arange(24, dtype=torch.float32)
-    dtypes = (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64)
+    dtypes = (
+        torch.float64,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.uint8,
+        torch.bool,
+        torch.complex64,
+    )
     content = {
-        "weights": collections.OrderedDict(a=base[4:12].view(2, 4).t(), b=base, c=nn.Parameter(torch.ones(2))),
+        "weights": collections.OrderedDict(
+            a=base[4:12].view(2, 4).t(), b=base, c=nn.Parameter(torch.ones(2))
+        ),
         "dtypes": [torch.tensor([0, 1]).to(dtype) for dtype in dtypes],
         "others": [torch.tensor([1, 2], dtype=torch.uint16), torch.ones(2).to(torch.float8_e4m3fn)],
         "empty": [torch.zeros(0, 3), torch.tensor(1.5)],
         "numbers": [np.float32(1), np.float64(2), np.int64(3), np.bool_(True), np.array(1.0)],
-        "arrays": [np.arange(3, dtype=np.float32), np.asfortranarray(np.eye(3)), np.arange(3, dtype=">i4")],
+        "arrays": [
+            np.arange(3, dtype=np.float32),
+            np.asfortranarray(np.eye(3)),
+            np.arange(3, dtype=">i4"),
+        ],
         "words": np.array(["a", "bc"]),
         "args": argparse.Namespace(lr=0.1, nested=argparse.Namespace(path=pathlib.Path("a/b"))),
         "d": collections.defaultdict(list, {"a": [1]}),
@@ -138,7 +169,19 @@ def test_what_people_have_beside_weights(tmp_path: Path, format: str) -> None:
         "c": collections.Counter("aab"),
         "sets": [{1, 2}, frozenset("a")],
         "bytes": [b"\x00\xff", bytearray(b"ab")],
-        "numbers of Python": [1, -1, 2**40, 2**200, 1.5, float("inf"), 1j, True, None, (), (1, (2,))],
+        "numbers of Python": [
+            1,
+            -1,
+            2**40,
+            2**200,
+            1.5,
+            float("inf"),
+            1j,
+            True,
+            None,
+            (),
+            (1, (2,)),
+        ],
         "torch": [torch.float32, torch.Size([1, 2]), torch.device("cuda", 1), torch.device("cpu")],
         "when": [datetime.timedelta(1, 2, 3), datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)],
         "state": [random.Random(0).getstate(), np.random.get_state(), torch.random.get_rng_state()],
@@ -150,7 +193,10 @@ def test_what_people_have_beside_weights(tmp_path: Path, format: str) -> None:
     FORMATS[format](content, tmp_path / "x.pt")
     ours = read_pickled(tmp_path / "x.pt")
     assert_same(ours, torch.load(tmp_path / "x.pt", weights_only=False))
-    assert ours["weights"]["a"].untyped_storage().data_ptr() == ours["weights"]["b"].untyped_storage().data_ptr()
+    assert (
+        ours["weights"]["a"].untyped_storage().data_ptr()
+        == ours["weights"]["b"].untyped_storage().data_ptr()
+    )
 
 
 def test_names_of_numpy_1(tmp_path: Path) -> None:
@@ -235,9 +281,13 @@ class Slow(tuple[Any, ...]):
 @pytest.mark.parametrize("what", list(HOSTILE))
 def test_hostile_pickles_get_a_line(tmp_path: Path, what: str, format: str) -> None:
     path = tmp_path / "x.pt"
-    FORMATS[format]({"state_dict": {"a": torch.ones(2)}, "x": HOSTILE[what](str(tmp_path / "made"))}, path)
+    FORMATS[format](
+        {"state_dict": {"a": torch.ones(2)}, "x": HOSTILE[what](str(tmp_path / "made"))}, path
+    )
     for mapped in (False, True):
-        with pytest.raises(UserError, match=r"x\.pt is refused: (beside weights )?it holds") as error:
+        with pytest.raises(
+            UserError, match=r"x\.pt is refused: (beside weights )?it holds"
+        ) as error:
             read_pickled(path, mapped=mapped)
         assert "\n" not in str(error.value)
     assert not (tmp_path / "made").exists()
@@ -258,7 +308,9 @@ def long(value: int) -> bytes:
 
 
 TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"
-NUMBERS = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQ"
+NUMBERS = (
+    b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQ"
+)
 # opcodes that no pickler writes, around a storage of 4 numbers
 CRAFTED: dict[str, bytes] = {
     "an item of a tensor": TENSOR + b"(" + NUMBERS + b"K\x00K\x04\x85K\x01\x85\x89}tRK\x00K\x01s.",
@@ -277,7 +329,12 @@ CRAFTED: dict[str, bytes] = {
     "a negative size": TENSOR + b"(" + NUMBERS + b"K\x00" + long(-1) + b"\x85K\x01\x85\x89}tR.",
     "a negative stride": TENSOR + b"(" + NUMBERS + b"K\x00K\x04\x85" + long(-1) + b"\x85\x89}tR.",
     "a stride beyond": TENSOR + b"(" + NUMBERS + b"K\x00K\x04\x85K\x02\x85\x89}tR.",
-    "an overflowing stride": TENSOR + b"(" + NUMBERS + b"K\x00K\x04\x85" + long(2**62) + b"\x85\x89}tR.",
+    "an overflowing stride": TENSOR
+    + b"("
+    + NUMBERS
+    + b"K\x00K\x04\x85"
+    + long(2**62)
+    + b"\x85\x89}tR.",
     "sizes whose product overflows": TENSOR
     + b"("
     + NUMBERS
@@ -285,7 +342,12 @@ CRAFTED: dict[str, bytes] = {
     + long(2**32)
     + long(2**32)
     + b"\x86K\x00K\x00\x86\x89}tR.",
-    "a petabyte that repeats a number": TENSOR + b"(" + NUMBERS + b"K\x00" + long(2**50) + b"\x85K\x00\x85\x89}tR.",
+    "a petabyte that repeats a number": TENSOR
+    + b"("
+    + NUMBERS
+    + b"K\x00"
+    + long(2**50)
+    + b"\x85K\x00\x85\x89}tR.",
     "hooks": TENSOR + b"(" + NUMBERS + b"K\x00K\x04\x85K\x01\x85\x89}K\x01K\x01stR.",
     "a tensor of a dtype": TENSOR + b"(ctorch\nfloat32\nK\x00K\x04\x85K\x01\x85\x89}tR.",
     "a call of a tensor": TENSOR + b"(" + NUMBERS + b"K\x00K\x04\x85K\x01\x85\x89}tR)R.",
@@ -321,7 +383,9 @@ def test_crafted_pickles_get_a_line(tmp_path: Path, what: str) -> None:
     path = tmp_path / "x.pt"
     crafted(path, CRAFTED[what])
     for mapped in (False, True):
-        with pytest.raises(UserError, match=r"x\.pt is (refused: |not a PyTorch checkpoint)") as error:
+        with pytest.raises(
+            UserError, match=r"x\.pt is (refused: |not a PyTorch checkpoint)"
+        ) as error:
             read_pickled(path, mapped=mapped)
         assert "\n" not in str(error.value)
         assert "MemoryError" not in str(error.value)
@@ -348,13 +412,17 @@ def test_a_flipped_bit_of_a_weight_is_found(tmp_path: Path) -> None:
     content[content.index(struct.pack("<f", 1.0) * 1000) + 2000] ^= 1
     (tmp_path / "x.pt").write_bytes(content)
     for mapped in (False, True):
-        with pytest.raises(UserError, match=r"x\.pt is damaged: the checksum of its part x/data/0 doesn't match"):
+        with pytest.raises(
+            UserError, match=r"x\.pt is damaged: the checksum of its part x/data/0 doesn't match"
+        ):
             read_pickled(tmp_path / "x.pt", mapped=mapped)
 
 
 def small(path: Path, format: str) -> None:
     content = {
-        "state_dict": collections.OrderedDict(a=torch.arange(6.0).view(2, 3), b=torch.tensor([True])),
+        "state_dict": collections.OrderedDict(
+            a=torch.arange(6.0).view(2, 3), b=torch.tensor([True])
+        ),
         "rng": np.random.RandomState(0).get_state(),
         "when": datetime.timedelta(1),
         "numbers": [np.float32(1), (1, 2.5), {"x": None}],
@@ -380,7 +448,11 @@ def test_any_changed_bytes_give_a_value_or_a_line(tmp_path: Path, format: str) -
     path = tmp_path / "x.pt"
     small(path, format)
     whole = path.read_bytes()
-    with zipfile.ZipFile(io.BytesIO(whole)) if format == "zip" else warnings.catch_warnings() as archive:
+    with (
+        zipfile.ZipFile(io.BytesIO(whole))
+        if format == "zip"
+        else warnings.catch_warnings() as archive
+    ):
         pickled = archive.read("x/data.pkl") if archive else b""
     draw = random.Random(0)
     lines = []
@@ -405,14 +477,48 @@ def test_any_changed_bytes_give_a_value_or_a_line(tmp_path: Path, format: str) -
 def test_random_opcodes() -> None:
     """The machine raises one of a few errors, whatever it is given; and calls nothing."""
     draw = random.Random(0)
-    pieces = [b"(", b"t", b"}", b"]", b"K\x01", b"s", b"u", b"a", b"e", b"R", b"b", b"Q", b"q\x00", b"h\x00"]
-    pieces += [b"\x85", b"2", b"0", b"1", b"\x81", b"N", b"X\x01\x00\x00\x00a", b"\x8f", b"\x90", b"\x91", TENSOR]
-    pieces += [b"cnumpy\ndtype\n", b"ccollections\nOrderedDict\n", b"ctorch\nFloatStorage\n", b"cargparse\nNamespace\n"]
+    pieces = [
+        b"(",
+        b"t",
+        b"}",
+        b"]",
+        b"K\x01",
+        b"s",
+        b"u",
+        b"a",
+        b"e",
+        b"R",
+        b"b",
+        b"Q",
+        b"q\x00",
+        b"h\x00",
+    ]
+    pieces += [
+        b"\x85",
+        b"2",
+        b"0",
+        b"1",
+        b"\x81",
+        b"N",
+        b"X\x01\x00\x00\x00a",
+        b"\x8f",
+        b"\x90",
+        b"\x91",
+        TENSOR,
+    ]
+    pieces += [
+        b"cnumpy\ndtype\n",
+        b"ccollections\nOrderedDict\n",
+        b"ctorch\nFloatStorage\n",
+        b"cargparse\nNamespace\n",
+    ]
     ends: collections.Counter[str] = collections.Counter()
     for _ in range(5000):
         pickled = b"".join(draw.choices(pieces, k=draw.randrange(2, 30))) + b"."
         try:
-            Machine(CheckpointTypes(lambda key, length: torch.UntypedStorage(4))).run(io.BytesIO(pickled))
+            Machine(CheckpointTypes(lambda key, length: torch.UntypedStorage(4))).run(
+                io.BytesIO(pickled)
+            )
             ends["value"] += 1
         except (Refused, IndexError, KeyError, TypeError, ValueError) as error:
             ends[type(error).__name__] += 1

@@ -17,7 +17,10 @@ CANONICAL = {word: canonical for canonical, words in scenes.WORDS.items() for wo
 
 
 def take(split, count, seed=0):
-    return [(scene, caption) for scene, caption, _ in itertools.islice(scenes.scenes(split, seed), count)]
+    return [
+        (scene, caption)
+        for scene, caption, _ in itertools.islice(scenes.scenes(split, seed), count)
+    ]
 
 
 def test_no_training_thing_is_held_out_and_every_test_scene_has_one():
@@ -65,7 +68,9 @@ def test_captions_of_a_scene_vary_and_name_all_that_is_drawn():
         assert told.count("grey") == 1
 
 
-@pytest.mark.parametrize(("count", "noun"), [(2, "crosses"), (3, "rings|hoops"), (4, "diamonds|rhombuses")])
+@pytest.mark.parametrize(
+    ("count", "noun"), [(2, "crosses"), (3, "rings|hoops"), (4, "diamonds|rhombuses")]
+)
 def test_groups_are_counted_in_the_plural(count, noun):
     shape = {2: "cross", 3: "ring", 4: "diamond"}[count]
     scene = scenes.Scene((scenes.Thing("small", "red", shape),), count, None, "white")
@@ -83,7 +88,8 @@ def coloured_pixels(scene, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("relation", "axis", "sign"), [("left of", 1, -1), ("right of", 1, 1), ("above", 0, -1), ("below", 0, 1)]
+    ("relation", "axis", "sign"),
+    [("left of", 1, -1), ("right of", 1, 1), ("above", 0, -1), ("below", 0, 1)],
 )
 def test_a_relation_is_drawn_as_it_is_said(relation, axis, sign):
     things = (scenes.Thing("large", "red", "circle"), scenes.Thing("small", "blue", "square"))
@@ -96,7 +102,11 @@ def test_a_relation_is_drawn_as_it_is_said(relation, axis, sign):
 @pytest.mark.parametrize("shape", scenes.SHAPES)
 def test_size_and_count_show_in_the_area_and_nothing_leaves_the_picture(shape):
     def area(size, count):
-        return len(coloured_pixels(scenes.Scene((scenes.Thing(size, "red", shape),), count, None, "black"))[0])
+        return len(
+            coloured_pixels(
+                scenes.Scene((scenes.Thing(size, "red", shape),), count, None, "black")
+            )[0]
+        )
 
     assert area("large", 1) > 2.5 * area("small", 1) > 0
     assert 3.3 < area("large", 4) / area("large", 1) < 4.9
@@ -105,7 +115,9 @@ def test_size_and_count_show_in_the_area_and_nothing_leaves_the_picture(shape):
         pixels = np.asarray(scenes.draw(scene, random.Random(seed)))
         assert pixels[1:-1, 1:-1].max() > 200
         # the outermost pixels are less than half covered
-        assert max(edge.max() for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1])) < 100
+        assert (
+            max(edge.max() for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1])) < 100
+        )
 
 
 def test_shapes_differ_from_one_another():
@@ -128,11 +140,19 @@ def test_tars_hold_jpeg_text_and_json_under_one_key(tmp_path, monkeypatch):
             names = tar.getnames()
             assert len(names) == 3 * size
             for key in dict.fromkeys(name.split(".")[0] for name in names):
-                read = {suffix: tar.extractfile(f"{key}.{suffix}").read() for suffix in ("jpg", "txt", "json")}
+                read = {
+                    suffix: tar.extractfile(f"{key}.{suffix}").read()
+                    for suffix in ("jpg", "txt", "json")
+                }
                 scene, caption = next(expected)
                 assert read["txt"].decode() == caption
                 record = json.loads(read["json"])
-                assert (record["key"], record["caption"], record["width"], record["height"]) == (key, caption, 64, 64)
+                assert (record["key"], record["caption"], record["width"], record["height"]) == (
+                    key,
+                    caption,
+                    64,
+                    64,
+                )
                 assert record["scene"]["background"] == scene.background
                 image = Image.open(io.BytesIO(read["jpg"]))
                 assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (64, 64))

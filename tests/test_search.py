@@ -17,9 +17,9 @@ from PIL import Image
 from test_loading import write_export
 
 import alignclip
-from alignclip import contact_sheet
-from alignclip.encoders import build_encoders
+from alignclip.model.encoders import build_encoders
 from alignclip.search import find, main
+from alignclip.verification import contact_sheet
 
 TEXT = "a red bicycle"
 SUFFIXES = (".jpg", ".png", ".webp", ".JPEG", ".gif", ".bmp", ".tif")
@@ -31,7 +31,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = small_config(text={"vocab_size": 49408}, shared=EVERYTHING)
     torch.manual_seed(0)
     weights = build_encoders(config).state_dict()
-    return write_export(tmp_path_factory.mktemp("model") / "export", config, weights, mean=[0.4] * 3, std=[0.2] * 3)
+    return write_export(
+        tmp_path_factory.mktemp("model") / "export", config, weights, mean=[0.4] * 3, std=[0.2] * 3
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +58,10 @@ def images(tmp_path: Path) -> Path:
 def rows(text: str) -> list[tuple[int, float, str]]:
     header, *lines = text.splitlines()
     assert header == "rank\tsimilarity\tpath"
-    return [(int(rank), float(similarity), path) for rank, similarity, path in (line.split("\t") for line in lines)]
+    return [
+        (int(rank), float(similarity), path)
+        for rank, similarity, path in (line.split("\t") for line in lines)
+    ]
 
 
 def call(*arguments: object) -> None:
@@ -70,7 +75,9 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert end.value.code == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    (said,) = [line for line in captured.err.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    (said,) = [
+        line for line in captured.err.replace("\r", "\n").splitlines() if line.startswith("error: ")
+    ]
     assert captured.err.rstrip().endswith(said)
     return said.removeprefix("error: ")
 
@@ -92,7 +99,9 @@ def test_the_ranking_is_that_of_the_models_own_features(
     found = rows(captured.out)
     assert [rank for rank, _, _ in found] == list(range(1, 21))
     assert [path for _, _, path in found] == sorted(expected, key=lambda path: -expected[path])[:20]
-    assert [similarity for _, similarity, _ in found] == pytest.approx([expected[p] for _, _, p in found], abs=6e-5)
+    assert [similarity for _, similarity, _ in found] == pytest.approx(
+        [expected[p] for _, _, p in found], abs=6e-5
+    )
     assert "images: 100%" in captured.err
     assert captured.err.endswith("drawn: search.png\n")
     with Image.open(tmp_path / "search.png") as drawn:
@@ -103,22 +112,33 @@ def test_the_ranking_is_that_of_the_models_own_features(
     assert not (tmp_path / "search.png").exists()
 
 
-def test_the_newest_run_is_the_model(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_newest_run_is_the_model(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As in ``search images/ "a red bicycle"``, with nothing but the two."""
     said = failure(capsys, "images", TEXT)
-    assert said == "no run in runs/* or quickstart-run/checkpoints here; name a model: --model PATH, or hf-hub:ORG/NAME"
+    assert (
+        said
+        == "no run in runs/* or quickstart-run/checkpoints here; name a model: --model PATH, or hf-hub:ORG/NAME"
+    )
     config = small_config(text={"vocab_size": 49408})
     found = []
-    for i, folder in enumerate(("runs/second", "quickstart-run/checkpoints", "runs/first", "runs/empty")):
+    for i, folder in enumerate(
+        ("runs/second", "quickstart-run/checkpoints", "runs/first", "runs/empty")
+    ):
         (tmp_path / folder).mkdir(parents=True)
         if folder == "runs/empty":
             continue
         torch.manual_seed(i)
-        weights = {f"encoders.{name}": value for name, value in build_encoders(config).state_dict().items()}
+        weights = {
+            f"encoders.{name}": value for name, value in build_encoders(config).state_dict().items()
+        }
         path = tmp_path / folder / "ep1-ba1-rank0.pt"
         torch.save({"state": {"model": weights}}, path)
         (tmp_path / folder / "latest-rank0.pt").symlink_to(path.name)
-        (tmp_path / folder / "config.yaml").write_text(OmegaConf.to_yaml({"model": OmegaConf.structured(config)}))
+        (tmp_path / folder / "config.yaml").write_text(
+            OmegaConf.to_yaml({"model": OmegaConf.structured(config)})
+        )
         os.utime(path, (1000 + i, 1000 + i))
         call("images", TEXT, "--no-sheet")
         captured = capsys.readouterr()
@@ -129,13 +149,17 @@ def test_the_newest_run_is_the_model(images: Path, tmp_path: Path, capsys: pytes
     assert len(set(found)) == 3
 
 
-def test_equal_images_come_by_path(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_equal_images_come_by_path(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     names = [f"{folder}/{name}.png" for folder in "ba" for name in ("z", "y", "x")]
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (32, 32), "red").save(tmp_path / name)
     call(tmp_path, TEXT, "--model", model, "--batch-size", 4, "--no-sheet")
-    assert [path for _, _, path in rows(capsys.readouterr().out)] == [str(tmp_path / name) for name in sorted(names)]
+    assert [path for _, _, path in rows(capsys.readouterr().out)] == [
+        str(tmp_path / name) for name in sorted(names)
+    ]
 
 
 def test_what_is_an_image(tmp_path: Path) -> None:
@@ -146,7 +170,9 @@ def test_what_is_an_image(tmp_path: Path) -> None:
     assert find(tmp_path) == [tmp_path / "a.jpg", tmp_path / "c" / "d.WEBP"]
 
 
-def test_broken_images_are_left_out(model: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_broken_images_are_left_out(
+    model: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     good = sorted(images.rglob("*.*"))
     whole = next(path for path in good if path.suffix == ".jpg").read_bytes()
     (images / "cut.jpg").write_bytes(whole[: len(whole) // 2])
@@ -162,21 +188,29 @@ def test_broken_images_are_left_out(model: Path, images: Path, capsys: pytest.Ca
     assert line.endswith(" and 2 more")
     for path in good:
         path.unlink()
-    assert failure(capsys, images, TEXT, "--model", model).startswith("none of the 5 images can be read: ")
+    assert failure(capsys, images, TEXT, "--model", model).startswith(
+        "none of the 5 images can be read: "
+    )
 
 
-def test_a_text_that_is_too_long_is_cut(model: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_text_that_is_too_long_is_cut(
+    model: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """This model reads 12 tokens, two of which are the start and the end."""
     printed = []
     for words in (10, 11, 500):
         call(images, "red " * words, "--model", model)
         captured = capsys.readouterr()
-        assert (f"the text has {words + 2} tokens, and is cut to 12" in captured.err) == (words > 10)
+        assert (f"the text has {words + 2} tokens, and is cut to 12" in captured.err) == (
+            words > 10
+        )
         printed.append(captured.out)
     assert printed[0] == printed[1] == printed[2]
 
 
-def test_bad_input_is_one_line(model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_line(
+    model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").touch()
     nowhere = tmp_path / "nowhere"
@@ -184,14 +218,19 @@ def test_bad_input_is_one_line(model: Path, images: Path, tmp_path: Path, capsys
     assert said.startswith(f"{tmp_path / 'empty'}: no images there; they end in .")
     assert ".webp" in said
     assert failure(capsys, nowhere, TEXT, "--model", model).startswith(f"{nowhere}: no such folder")
-    assert "is a file, not a folder" in failure(capsys, tmp_path / "empty" / "notes.txt", TEXT, "--model", model)
+    assert "is a file, not a folder" in failure(
+        capsys, tmp_path / "empty" / "notes.txt", TEXT, "--model", model
+    )
     assert f"no such file: {nowhere}" in failure(capsys, images, TEXT, "--model", nowhere)
     for changes, words in (
         ((TEXT, "--top", "0"), "--top must be at least 1, not 0"),
         ((TEXT, "--batch-size", "0"), "--batch-size must be at least 1, not 0"),
         ((TEXT, "--num-workers", "-1"), "--num-workers must be at least 0, not -1"),
         ((TEXT, "--to", "sheet.jpg"), "--to sheet.jpg must be a local .png file"),
-        ((TEXT, "--to", "s.png", "--top", "5000"), "--to draws 1000 images at most, not --top 5000"),
+        (
+            (TEXT, "--to", "s.png", "--top", "5000"),
+            "--to draws 1000 images at most, not --top 5000",
+        ),
         ((" ",), "the text is empty; write what to look for"),
     ):
         with pytest.raises(SystemExit):
@@ -214,11 +253,15 @@ def test_the_sheet_shows_the_matches_in_their_order(
         for i, (_, _, path) in enumerate(found):
             left = contact_sheet.GAP + i % 3 * (contact_sheet.CELL[0] + contact_sheet.GAP)
             top = contact_sheet.TITLE + i // 3 * (contact_sheet.CELL[1] + contact_sheet.GAP)
-            box = drawn.crop((left, top, left + contact_sheet.BOX, top + contact_sheet.BOX)).resize((1, 1))
+            box = drawn.crop((left, top, left + contact_sheet.BOX, top + contact_sheet.BOX)).resize(
+                (1, 1)
+            )
             with Image.open(path) as picture:
                 square = Image.new("RGB", (max(picture.size),) * 2, "#f1f1ef")
                 square.paste(picture.convert("RGB"), (0, (square.height - picture.height) // 2))
-            np.testing.assert_allclose(box.getpixel((0, 0)), square.resize((1, 1)).getpixel((0, 0)), atol=3)
+            np.testing.assert_allclose(
+                box.getpixel((0, 0)), square.resize((1, 1)).getpixel((0, 0)), atol=3
+            )
 
 
 @pytest.mark.slow
@@ -226,7 +269,17 @@ def test_the_command(model: Path, images: Path, tmp_path: Path) -> None:
     """With workers; from another folder; with a name that is no UTF-8; nothing of the training is imported."""
     name = os.fsdecode(b"caf\xe9.png")
     Image.new("RGB", (40, 40), "red").save(images / name)
-    command = [sys.executable, "-X", "importtime", "-m", "alignclip.search", "images", TEXT, "--model", str(model)]
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "-m",
+        "alignclip.search",
+        "images",
+        TEXT,
+        "--model",
+        str(model),
+    ]
     command += ["--top", "24", "--num-workers", "2", "--batch-size", "5", "--to", "sheet.png"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from tarballs import draw, quick, read_back, write_tar
 
+from alignclip.conversion import captions, dataset, shards
+from alignclip.conversion.captions import SentenceEncoder, find_encoder, usable
+from alignclip.conversion.samples import BAD_CAPTIONS, CUT_CAPTION, NO_EMBEDDING
 from alignclip.errors import UserError
-from convert import captions, dataset, shards
-from convert.captions import SentenceEncoder, find_encoder, usable
-from convert.samples import BAD_CAPTIONS, CUT_CAPTION, NO_EMBEDDING
 
 LONG = " ".join(["thing"] * 400)
 # kind -> rows of its table of positions, of which 64 can be used
@@ -34,15 +34,32 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("models")
     letters = [chr(97 + i) for i in range(26)]
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{one}" for one in letters), "photo", "thing"]
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *letters,
+        *(f"##{one}" for one in letters),
+        "photo",
+        "thing",
+    ]
     (root / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     classes = {"roberta": (RobertaConfig, RobertaModel), "mpnet": (MPNetConfig, MPNetModel)}
     for kind, positions in POSITIONS.items():
         tokenizer = BertTokenizerFast(vocab_file=str(root / "vocab.txt"))
         config, model = classes.get(kind, (BertConfig, BertModel))
-        sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        sizes = {
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        }
         numbering = {"pad_token_id": 1} if kind in classes else {}
-        made = model(config(**sizes, **numbering, intermediate_size=32, max_position_embeddings=positions))
+        made = model(
+            config(**sizes, **numbering, intermediate_size=32, max_position_embeddings=positions)
+        )
         made.save_pretrained(root / kind)
         tokenizer.save_pretrained(root / kind)
         path = root / kind / "tokenizer_config.json"
@@ -51,7 +68,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if kind == "stated":
             stated["model_max_length"] = 512
             limits = {"max_seq_length": 512, "do_lower_case": False}
-            (root / kind / "sentence_bert_config.json").write_text(json.dumps(limits), encoding="utf-8")
+            (root / kind / "sentence_bert_config.json").write_text(
+                json.dumps(limits), encoding="utf-8"
+            )
         path.write_text(json.dumps(stated), encoding="utf-8")
     return root
 
@@ -60,7 +79,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_greatest_length_is_found_before_the_first_caption(models: Path, kind: str) -> None:
     encoder = SentenceEncoder(str(models / kind))
     assert encoder.length == 64
-    texts = ["a photo", LONG, " ".join(["thing"] * 62), " ".join(["thing"] * 63)]  # and a mark at each end
+    texts = [
+        "a photo",
+        LONG,
+        " ".join(["thing"] * 62),
+        " ".join(["thing"] * 63),
+    ]  # and a mark at each end
     assert encoder.cut(texts) == [False, True, False, True]
     embeddings = encoder.encode(texts)
     assert usable(embeddings).all()
@@ -71,7 +95,10 @@ def test_the_greatest_length_is_found_before_the_first_caption(models: Path, kin
 def test_captions_that_are_cut_are_in_the_report(models: Path, tmp_path: Path, kind: str) -> None:
     members = []
     for i in range(6):
-        members += [(f"{i}.jpg", draw(i)), (f"{i}.txt", (LONG if i == 4 else f"photo {i}").encode())]
+        members += [
+            (f"{i}.jpg", draw(i)),
+            (f"{i}.txt", (LONG if i == 4 else f"photo {i}").encode()),
+        ]
     path, out = write_tar(tmp_path / "a.tar", members), tmp_path / "out"
     counts = quick([path], out, semantic=True, encoder=str(models / kind))
     assert (counts.written, counts.noted) == (6, {CUT_CAPTION: 1})
@@ -95,7 +122,13 @@ def test_an_encoder_that_can_embed_nothing(models: Path, tmp_path: Path) -> None
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     tokenizer = BertTokenizerFast(vocab_file=str(models / "vocab.txt"))
-    config = BertConfig(vocab_size=3, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    config = BertConfig(
+        vocab_size=3,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
     BertModel(config).save_pretrained(tmp_path / "x")
     tokenizer.save_pretrained(tmp_path / "x")
     with pytest.raises(UserError, match=r"/x' is no sentence encoder: index out of range"):
@@ -112,7 +145,9 @@ def test_the_packaged_encoder_has_a_name(monkeypatch: pytest.MonkeyPatch, tmp_pa
     for name in ("all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2"):
         assert Path(find_encoder(name)).resolve() == Path(get_model_path()).resolve()
     monkeypatch.setattr(captions, "PACKAGED", {"all-MiniLM-L6-v2": "not_installed_here"})
-    with pytest.raises(UserError, match=r"^no sentence encoder 'all-MiniLM-L6-v2': .* once pip install 'alignclip"):
+    with pytest.raises(
+        UserError, match=r"^no sentence encoder 'all-MiniLM-L6-v2': .* once pip install 'alignclip"
+    ):
         find_encoder("all-MiniLM-L6-v2")
 
 
@@ -144,7 +179,9 @@ class Odd:
 
     def encode(self, captions: list[str]) -> np.ndarray:
         values = {"zero": 0.0, "nan": np.nan, "inf": np.inf}
-        return np.array([[values.get(caption, 0.5)] * self.dimension for caption in captions], np.float16)
+        return np.array(
+            [[values.get(caption, 0.5)] * self.dimension for caption in captions], np.float16
+        )
 
     def cut(self, captions: list[str]) -> list[bool]:
         return [caption == "long" for caption in captions]
@@ -161,8 +198,14 @@ def test_embeddings_that_are_none_are_counted_by_key(tmp_path: Path, odd: None) 
     members = []
     for key in ("good", "zero", "nan", "inf", "long"):
         members += [(f"{key}.jpg", draw(1)), (f"{key}.txt", key.encode())]
-    counts = quick([write_tar(tmp_path / "a.tar", members)], tmp_path / "out", semantic=True, max_bad=0.9)
-    assert (counts.written, counts.skipped, counts.noted) == (2, {NO_EMBEDDING: 3}, {CUT_CAPTION: 1})
+    counts = quick(
+        [write_tar(tmp_path / "a.tar", members)], tmp_path / "out", semantic=True, max_bad=0.9
+    )
+    assert (counts.written, counts.skipped, counts.noted) == (
+        2,
+        {NO_EMBEDDING: 3},
+        {CUT_CAPTION: 1},
+    )
     assert set(read_back(None, tmp_path / "out")) == {"good", "long"}
     report = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert all(f"- `{key}` in" in report for key in ("zero", "nan", "inf", "long"))
@@ -176,7 +219,11 @@ def test_of_several_captions_those_with_an_embedding_are_kept(tmp_path: Path, od
         for key, several in (("0", ["a", "nan", "b"]), ("1", ["zero", "inf"]), ("2", ["c"])):
             writer.write({"key": key, "image": draw(1), "caption": several})
     counts = quick([tmp_path / "in" / "index.json"], tmp_path / "out", semantic=True)
-    assert (counts.written, counts.skipped, counts.noted) == (2, {NO_EMBEDDING: 1}, {BAD_CAPTIONS: 1})
+    assert (counts.written, counts.skipped, counts.noted) == (
+        2,
+        {NO_EMBEDDING: 1},
+        {BAD_CAPTIONS: 1},
+    )
     rows = read_back(None, tmp_path / "out")
     assert {key: (row["caption"], row["semantic"].shape) for key, row in rows.items()} == {
         "0": (["a", "b"], (2, 4)),

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from runs import TINY
 
-from alignclip import plugins
-from alignclip.checkpoints import differences
-from alignclip.config import CLASSES, RunConfig
-from alignclip.config_file import load, load_evaluation, model_section, to_yaml
+from alignclip.config.reading import load, load_evaluation, model_section, to_yaml
+from alignclip.config.schema import CLASSES, RunConfig
+from alignclip.config.yaml_text import Plain, dump, natural, parse
 from alignclip.errors import UserError
-from alignclip.yaml_text import Plain, dump, natural, parse
+from alignclip.training import plugins
+from alignclip.training.save_folder import differences
 
 # what YAML 1.1, or Python, takes for a number, a boolean, a date or nothing
 TEXTS = (
@@ -32,7 +32,9 @@ LINE_TEXTS = (
 def yaml(tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(
-        TINY.replace("data: {", "data: {streams: {e: {local: somewhere}}, ") + "autoresume: false\n", encoding="utf-8"
+        TINY.replace("data: {", "data: {streams: {e: {local: somewhere}}, ")
+        + "autoresume: false\n",
+        encoding="utf-8",
     )
     return path
 
@@ -41,7 +43,12 @@ def yaml(tmp_path: Path) -> Path:
 def test_a_text_on_the_line_stays_as_it_was_typed(yaml: Path, text: str) -> None:
     config = load(
         yaml,
-        [f"run_name={text}", f"save_folder={text}", f"data.streams.e.split={text}", f"data.streams.e.local={text}"],
+        [
+            f"run_name={text}",
+            f"save_folder={text}",
+            f"data.streams.e.split={text}",
+            f"data.streams.e.local={text}",
+        ],
     )
     stream = config.data.streams["e"]
     assert (config.run_name, config.save_folder, stream.split, stream.local) == (text,) * 4
@@ -51,7 +58,9 @@ def test_a_text_on_the_line_stays_as_it_was_typed(yaml: Path, text: str) -> None
 @pytest.mark.parametrize("text", [t for t in TEXTS if t != "<<"])  # as a key this merges
 def test_a_text_in_a_file_stays_as_it_was_typed(yaml: Path, text: str) -> None:
     with yaml.open("a", encoding="utf-8") as file:
-        file.write(f"run_name: {text}\nsave_ignore_keys: [{text}, a]\nloggers: {{FileLogger: {{filename: {text}}}}}\n")
+        file.write(
+            f"run_name: {text}\nsave_ignore_keys: [{text}, a]\nloggers: {{FileLogger: {{filename: {text}}}}}\n"
+        )
         file.write(f"evaluators:\n  {text}: {{task: gap, local: {text}}}\n")
     config = plugins.check(load(yaml))
     assert config.run_name == text
@@ -63,31 +72,45 @@ def test_a_text_in_a_file_stays_as_it_was_typed(yaml: Path, text: str) -> None:
 
 @pytest.mark.parametrize("text", [t for t in TEXTS if "." not in t and "=" not in t])
 def test_names_on_the_line_are_texts(yaml: Path, text: str) -> None:
-    config = load(yaml, [f"data.streams.{text}.local=x", f"evaluators.{text}.task=gap", f"evaluators.{text}.local=x"])
+    config = load(
+        yaml,
+        [
+            f"data.streams.{text}.local=x",
+            f"evaluators.{text}.task=gap",
+            f"evaluators.{text}.local=x",
+        ],
+    )
     assert config.data.streams.keys() == {"e", text}
     assert config.evaluators.keys() == {text}
-    assert load(yaml, [f"data.streams.{text}.local=x", f"data.streams.{text}=null"]).data.streams.keys() == {"e"}
+    assert load(
+        yaml, [f"data.streams.{text}.local=x", f"data.streams.{text}=null"]
+    ).data.streams.keys() == {"e"}
 
 
 @pytest.mark.parametrize("text", [t for t in TEXTS if t != "<<"])
 def test_checkpoints_to_compare_have_the_names_that_were_typed(tmp_path: Path, text: str) -> None:
     path = tmp_path / "evaluate.yaml"
     path.write_text(
-        f"checkpoints: {{ok: a, {text}: {text}}}\nevaluators: {{e: {{task: gap, local: x}}}}\n", encoding="utf-8"
+        f"checkpoints: {{ok: a, {text}: {text}}}\nevaluators: {{e: {{task: gap, local: x}}}}\n",
+        encoding="utf-8",
     )
     config = load_evaluation(path, [f"out={text}"])
     assert config.checkpoints == {"ok": "a", text: text}
     assert config.out == text
 
 
-@pytest.mark.parametrize("text", [*TEXTS, *LINE_TEXTS, "", "null", "a\\b", 'a"b', "a\nb", "#", "a: ", "?"])
+@pytest.mark.parametrize(
+    "text", [*TEXTS, *LINE_TEXTS, "", "null", "a\\b", 'a"b', "a\nb", "#", "a: ", "?"]
+)
 def test_what_a_run_leaves_reads_back_to_the_same(yaml: Path, tmp_path: Path, text: str) -> None:
     config = load(yaml)
     config.save_folder = config.data.streams["e"].split = text
     config.run_name = "a" if "\n" in text else text
     config.save_ignore_keys = [text]
     config.data.streams[text] = config.data.streams["e"]
-    config.loggers = {"WandBLogger": {"project": text, "init_kwargs": {"notes": text, "number": 3, "rate": 0.5}}}
+    config.loggers = {
+        "WandBLogger": {"project": text, "init_kwargs": {"notes": text, "number": 3, "rate": 0.5}}
+    }
     again = tmp_path / "again.yaml"
     again.write_text(to_yaml(config), encoding="utf-8")
     read = load(again)
@@ -96,8 +119,12 @@ def test_what_a_run_leaves_reads_back_to_the_same(yaml: Path, tmp_path: Path, te
     assert differences(asdict(config), natural(parse(to_yaml(config)))) == []
 
 
-def test_arguments_that_were_not_converted_are_written_as_they_were_typed(yaml: Path, tmp_path: Path) -> None:
-    overrides = ["loggers.WandBLogger={project: 0123, init_kwargs: {a: 0123, b: '5', c: 5, d: no, e: true, f: null}}"]
+def test_arguments_that_were_not_converted_are_written_as_they_were_typed(
+    yaml: Path, tmp_path: Path
+) -> None:
+    overrides = [
+        "loggers.WandBLogger={project: 0123, init_kwargs: {a: 0123, b: '5', c: 5, d: no, e: true, f: null}}"
+    ]
     config = load(yaml, overrides)
     (tmp_path / "again.yaml").write_text(to_yaml(config), encoding="utf-8")
     again = load(tmp_path / "again.yaml")
@@ -116,7 +143,11 @@ def test_arguments_of_classes_are_what_their_annotations_say(yaml: Path) -> None
         "algorithms.EMA.half_life=10ba",
     ]
     config = plugins.check(load(yaml, overrides))
-    assert config.loggers["FileLogger"] == {"filename": "1e400000", "capture_stdout": True, "buffer_size": 7}
+    assert config.loggers["FileLogger"] == {
+        "filename": "1e400000",
+        "capture_stdout": True,
+        "buffer_size": 7,
+    }
     assert config.loggers["WandBLogger"] == {"tags": ["1e5", "no"]}
     threshold = config.algorithms["GradientClipping"]["clipping_threshold"]  # type: ignore[index]
     assert isinstance(threshold, float)
@@ -132,9 +163,15 @@ def test_arguments_of_classes_are_what_their_annotations_say(yaml: Path) -> None
             "SpeedMonitor.window_size: Value '017' is no whole number: write it in decimal digits, without leading "
             "zeros, as in 17",
         ),
-        ("loggers.FileLogger.capture_stdout=perhaps", "capture_stdout: Value 'perhaps' is neither true nor false"),
+        (
+            "loggers.FileLogger.capture_stdout=perhaps",
+            "capture_stdout: Value 'perhaps' is neither true nor false",
+        ),
         ("loggers.FileLogger.filename=[a]", "loggers.FileLogger.filename: Value ['a'] is a list"),
-        ("algorithms.GradientClipping={clipping_type: norm, clipping_threshold: 1e999}", "must be a finite number"),
+        (
+            "algorithms.GradientClipping={clipping_type: norm, clipping_threshold: 1e999}",
+            "must be a finite number",
+        ),
     ],
 )
 def test_arguments_of_another_type_are_one_line(yaml: Path, override: str, says: str) -> None:
@@ -144,7 +181,8 @@ def test_arguments_of_another_type_are_one_line(yaml: Path, override: str, says:
 
 
 @pytest.mark.parametrize(
-    "text", ["017", "0x1F", "1_000", "1e3", "1:30", "0b11", "16.0", "١٦", "1e400", "9" * 30, "no", "inf"]
+    "text",
+    ["017", "0x1F", "1_000", "1e3", "1:30", "0b11", "16.0", "١٦", "1e400", "9" * 30, "no", "inf"],
 )
 def test_integers_are_decimal_or_refused(yaml: Path, text: str) -> None:
     for key in ("seed", "model.vision_cfg.width", "evaluators.a.batch_size"):
@@ -164,7 +202,8 @@ def test_integers_that_are_meant(yaml: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("1e-3", 1e-3), ("3E-4", 3e-4), (".5", 0.5), ("5.", 5.0), ("+1", 1.0), ("1", 1.0)]
+    ("text", "value"),
+    [("1e-3", 1e-3), ("3E-4", 3e-4), (".5", 0.5), ("5.", 5.0), ("+1", 1.0), ("1", 1.0)],
 )
 def test_numbers(yaml: Path, text: str, value: float) -> None:
     found = load(yaml, [f"optimizer.lr={text}"]).optimizer.lr
@@ -172,7 +211,9 @@ def test_numbers(yaml: Path, text: str, value: float) -> None:
     assert isinstance(found, float)
 
 
-@pytest.mark.parametrize("text", ["1e400", "-1e1000", ".inf", "nan", "1e-1000", "1:30", "0x1F", "1_0.5", "yes", "1,5"])
+@pytest.mark.parametrize(
+    "text", ["1e400", "-1e1000", ".inf", "nan", "1e-1000", "1:30", "0x1F", "1_0.5", "yes", "1,5"]
+)
 def test_numbers_are_finite_and_decimal_or_refused(yaml: Path, text: str) -> None:
     with pytest.raises(UserError, match=r"optimizer\.lr") as error:
         load(yaml, [f"optimizer.lr={text}"])
@@ -193,18 +234,28 @@ def test_booleans_and_nulls_are_what_they_were(yaml: Path) -> None:
     assert (config.load_path, config.save_folder, config.compile_config) == (None, None, None)
 
 
-@pytest.mark.parametrize("override", ["run_name=null", "data.streams.e.split=null", "data.streams.e.local=null"])
+@pytest.mark.parametrize(
+    "override", ["run_name=null", "data.streams.e.split=null", "data.streams.e.local=null"]
+)
 def test_a_null_that_may_be_a_name_is_told_how_to_be_one(yaml: Path, override: str) -> None:
     with pytest.raises(UserError, match="quotes"):
         load(yaml, [override])
     quoted = override.replace("null", "'null'")
     config = load(yaml, [quoted])
-    assert "null" in (config.run_name, config.data.streams["e"].split, config.data.streams["e"].local)
+    assert "null" in (
+        config.run_name,
+        config.data.streams["e"].split,
+        config.data.streams["e"].local,
+    )
 
 
 def test_interpolation_is_omegaconfs(yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BATCH", "48")
-    overrides = ["run_name=0123", "save_folder=runs/${run_name}", "global_train_batch_size=${oc.env:BATCH}"]
+    overrides = [
+        "run_name=0123",
+        "save_folder=runs/${run_name}",
+        "global_train_batch_size=${oc.env:BATCH}",
+    ]
     config = load(yaml, [*overrides, "loggers.FileLogger.filename=${save_folder}/{rank}.txt"])
     assert config.save_folder == "runs/0123"
     assert config.global_train_batch_size == 48
@@ -229,7 +280,12 @@ def test_what_is_no_plain_yaml_is_one_line(yaml: Path, text: str) -> None:
 
 def test_anchors_and_tags_of_yaml_work(tmp_path: Path) -> None:
     text = "a: &a {x: 0123, y: !!str 5}\nb: {<<: *a, y: 7}\nc: !!int 5\nd: |\n  two\n  lines\n"
-    expected = {"a": {"x": "0123", "y": "5"}, "b": {"x": "0123", "y": 7}, "c": 5, "d": "two\nlines\n"}
+    expected = {
+        "a": {"x": "0123", "y": "5"},
+        "b": {"x": "0123", "y": 7},
+        "c": 5,
+        "d": "two\nlines\n",
+    }
     assert natural(parse(text)) == expected
     assert parse("") is None
     assert parse("\ufeffa: 1") == {"a": "1"}
@@ -238,14 +294,24 @@ def test_anchors_and_tags_of_yaml_work(tmp_path: Path) -> None:
 def test_the_model_beside_a_checkpoint_is_read_by_its_types(tmp_path: Path) -> None:
     text = to_yaml(RunConfig())
     assert model_section(text) == RunConfig().model
-    for wrong in ("model: {embed_dim: 0x10}", "model: {embed_dims: 3}", "data: {}", "model: {embed_dim: 017}", "["):
+    for wrong in (
+        "model: {embed_dim: 0x10}",
+        "model: {embed_dims: 3}",
+        "data: {}",
+        "model: {embed_dim: 017}",
+        "[",
+    ):
         with pytest.raises(ValueError):
             model_section(wrong)
 
 
 def test_a_run_of_an_earlier_version_is_the_same_run(yaml: Path) -> None:
-    config: Any = load(yaml, ["algorithms.EMA={half_life: 100ba, update_interval: 1ba}", "run_name=inf"])
-    before = to_yaml(plugins.check(config)).replace("run_name: 'inf'", "run_name: .inf")  # as YAML writes the number
+    config: Any = load(
+        yaml, ["algorithms.EMA={half_life: 100ba, update_interval: 1ba}", "run_name=inf"]
+    )
+    before = to_yaml(plugins.check(config)).replace(
+        "run_name: 'inf'", "run_name: .inf"
+    )  # as YAML writes the number
     yaml.with_name("old.yaml").write_text(before, encoding="utf-8")
     assert load(yaml.with_name("old.yaml")).run_name == ".inf"
     assert differences(natural(parse(before)), natural(parse(to_yaml(config)))) == []
@@ -256,9 +322,9 @@ def test_sections_of_classes_hold_classes_with_arguments(yaml: Path) -> None:
         for wrong in (f"{name}=3", f"{name}=[EMA]", f"{name}.EMA=3", f"{name}=null"):
             with pytest.raises(UserError, match=name):
                 load(yaml, [wrong])
-        assert getattr(load(yaml, [f"{name}.X={{}}", f"{name}.Y=null", f"{name}.Y.z=1"]), name)["Y"] == {
-            "z": Plain("1")
-        }
+        assert getattr(load(yaml, [f"{name}.X={{}}", f"{name}.Y=null", f"{name}.Y.z=1"]), name)[
+            "Y"
+        ] == {"z": Plain("1")}
 
 
 def test_what_is_dumped_means_the_same_to_every_reader_of_yaml() -> None:

@@ -16,17 +16,19 @@ from runs import jpeg
 from streaming import MDSWriter
 from streaming.base.compression import compress
 
-from alignclip.config import DataConfig, SetConfig, StreamConfig
-from alignclip.data import ImageTextDataset, build_dataloader
-from alignclip.decompression import decompress_to
+from alignclip.config.schema import DataConfig, SetConfig, StreamConfig
+from alignclip.data.dataset import ImageTextDataset, build_dataloader
+from alignclip.data.decompression import decompress_to
+from alignclip.data.shard_cache import NOTE
+from alignclip.data.streams import check_streams
 from alignclip.errors import UserError
 from alignclip.evaluation.sets import OpenSets
-from alignclip.shard_cache import NOTE
-from alignclip.streams import check_streams
 
 SAMPLES = 96
 IN_FLIGHT = 2  # threads of a worker that download; Streaming doesn't count a shard before the shard is there
-MOST_SHARDS = 6 + IN_FLIGHT  # of the sets here, with the fixture's limit: the last shard of a set is a small one
+MOST_SHARDS = (
+    6 + IN_FLIGHT
+)  # of the sets here, with the fixture's limit: the last shard of a set is a small one
 Contents = dict[str, bytes]
 Read = Callable[..., ImageTextDataset]
 
@@ -35,10 +37,20 @@ def write(folder: Path, compression: str | None = None, seed: int = 0) -> Path:
     """A set of about a dozen shards."""
     columns = {"key": "str", "image": "bytes", "caption": "str"}
     with MDSWriter(
-        out=str(folder), columns=columns, size_limit="8kb", hashes=["xxh64"], compression=compression
+        out=str(folder),
+        columns=columns,
+        size_limit="8kb",
+        hashes=["xxh64"],
+        compression=compression,
     ) as writer:
         for i in range(SAMPLES):
-            writer.write({"key": str(i), "image": jpeg(np.random.default_rng([seed, i])), "caption": f"number {i}"})
+            writer.write(
+                {
+                    "key": str(i),
+                    "image": jpeg(np.random.default_rng([seed, i])),
+                    "caption": f"number {i}",
+                }
+            )
     return folder
 
 
@@ -52,7 +64,10 @@ def shards_in(folder: Path) -> int:
 
 
 def raw_sizes(folder: Path) -> list[int]:
-    return [entry["raw_data"]["bytes"] for entry in json.loads((folder / "index.json").read_text())["shards"]]
+    return [
+        entry["raw_data"]["bytes"]
+        for entry in json.loads((folder / "index.json").read_text())["shards"]
+    ]
 
 
 @pytest.fixture
@@ -69,7 +84,9 @@ def read() -> Iterator[Read]:
             **settings,
         )
         check_streams(config, semantic=False)
-        dataset = ImageTextDataset(config, batch_size=8, image_size=16, context_length=12, semantic=False)
+        dataset = ImageTextDataset(
+            config, batch_size=8, image_size=16, context_length=12, semantic=False
+        )
         made.append(dataset)
         loader = build_dataloader(dataset, config, pin_memory=False)
         for _ in range(epochs):
@@ -90,17 +107,32 @@ def limit(tmp_path: Path) -> str:
 
 
 def test_a_stream_without_a_remote_is_never_evicted(tmp_path: Path, limit: str, read: Read) -> None:
-    mine, other, cache = write(tmp_path / "mine"), write(tmp_path / "other", seed=1), tmp_path / "cache"
+    mine, other, cache = (
+        write(tmp_path / "mine"),
+        write(tmp_path / "other", seed=1),
+        tmp_path / "cache",
+    )
     before = contents(mine)
-    read(StreamConfig(local=str(mine)), StreamConfig(remote=str(other), local=str(cache)), cache_limit=limit)
+    read(
+        StreamConfig(local=str(mine)),
+        StreamConfig(remote=str(other), local=str(cache)),
+        cache_limit=limit,
+    )
     assert contents(mine) == before
-    assert 0 < shards_in(cache) <= MOST_SHARDS  # the limit holds for the cache, and the other set doesn't use it up
+    assert (
+        0 < shards_in(cache) <= MOST_SHARDS
+    )  # the limit holds for the cache, and the other set doesn't use it up
 
 
 @pytest.mark.parametrize("spelling", ["same", "slash", "dots", "link", "relative", "split"])
 @pytest.mark.parametrize("compression", [None, "zstd"])
 def test_a_remote_that_is_the_same_folder(
-    tmp_path: Path, limit: str, read: Read, spelling: str, compression: str | None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    limit: str,
+    read: Read,
+    spelling: str,
+    compression: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = write(tmp_path / "sets" / "mine", compression)
     other = write(tmp_path / "other", seed=1)
@@ -142,7 +174,9 @@ def test_a_copy_that_was_there_before_is_not_a_cache(
     gone.unlink()  # one is fetched, and is the cache's alone
     before = contents(mine)
     for _ in range(2):
-        read(StreamConfig(remote=str(remote), local=str(mine)), cache_limit=limit, keep_zip=keep_zip)
+        read(
+            StreamConfig(remote=str(remote), local=str(mine)), cache_limit=limit, keep_zip=keep_zip
+        )
         assert before.items() <= contents(mine).items()
 
 
@@ -157,7 +191,9 @@ def test_decompressed_copies_of_a_compressed_set_are_evicted_and_the_set_is_not(
     assert 0 < shards_in(mine) <= MOST_SHARDS
 
 
-def test_raw_shards_whose_compressed_files_are_gone_are_the_only_copy(tmp_path: Path, read: Read) -> None:
+def test_raw_shards_whose_compressed_files_are_gone_are_the_only_copy(
+    tmp_path: Path, read: Read
+) -> None:
     mine = write(tmp_path / "mine", "zstd")
     read(StreamConfig(local=str(mine)), epochs=1)
     for path in mine.glob("*.zstd"):
@@ -170,12 +206,23 @@ def test_raw_shards_whose_compressed_files_are_gone_are_the_only_copy(tmp_path: 
 
 
 @pytest.mark.parametrize("keep_zip", [False, True])
-def test_a_cache_keeps_to_its_limit_over_starts(tmp_path: Path, limit: str, read: Read, keep_zip: bool) -> None:
+def test_a_cache_keeps_to_its_limit_over_starts(
+    tmp_path: Path, limit: str, read: Read, keep_zip: bool
+) -> None:
     remote, cache = write(tmp_path / "remote", "zstd"), tmp_path / "cache"
     size = 2 * int(limit)
     for _ in range(3):
-        read(StreamConfig(remote=str(remote), local=str(cache)), cache_limit=str(size), keep_zip=keep_zip, epochs=1)
-        assert 0 < sum(map(len, contents(cache).values())) <= size + IN_FLIGHT * 2 * max(raw_sizes(remote))
+        read(
+            StreamConfig(remote=str(remote), local=str(cache)),
+            cache_limit=str(size),
+            keep_zip=keep_zip,
+            epochs=1,
+        )
+        assert (
+            0
+            < sum(map(len, contents(cache).values()))
+            <= size + IN_FLIGHT * 2 * max(raw_sizes(remote))
+        )
         assert bool(list(cache.glob("*.zstd"))) == keep_zip
     assert len((cache / NOTE).read_text().splitlines()) <= 2 * 3 * SAMPLES
 
@@ -199,7 +246,9 @@ def test_what_was_copied_over_the_cache_stays(
     assert said in capsys.readouterr().err
 
 
-def test_a_cache_whose_remote_was_taken_out_is_the_only_copy(tmp_path: Path, limit: str, read: Read) -> None:
+def test_a_cache_whose_remote_was_taken_out_is_the_only_copy(
+    tmp_path: Path, limit: str, read: Read
+) -> None:
     remote, cache = write(tmp_path / "remote"), tmp_path / "cache"
     read(StreamConfig(remote=str(remote), local=str(cache)), epochs=1)
     before = contents(cache)
@@ -234,11 +283,15 @@ def test_two_streams_in_one_folder(tmp_path: Path) -> None:
         "a": StreamConfig(remote=str(one), local=str(tmp_path / "cache")),
         "b": StreamConfig(remote=str(two), local=str(tmp_path / "link")),
     }
-    with pytest.raises(UserError, match=r"data\.streams\.a and data\.streams\.b have one local folder"):
+    with pytest.raises(
+        UserError, match=r"data\.streams\.a and data\.streams\.b have one local folder"
+    ):
         check_streams(DataConfig(streams=streams), semantic=False)
 
 
-def test_a_shard_that_fails_its_hash_is_not_taken_for_whole_by_the_next_run(tmp_path: Path, read: Read) -> None:
+def test_a_shard_that_fails_its_hash_is_not_taken_for_whole_by_the_next_run(
+    tmp_path: Path, read: Read
+) -> None:
     remote, cache = write(tmp_path / "remote"), tmp_path / "cache"
     broken = sorted(remote.glob("*.mds"))[0]
     whole = broken.read_bytes()
@@ -254,7 +307,9 @@ def test_a_shard_that_fails_its_hash_is_not_taken_for_whole_by_the_next_run(tmp_
     read(StreamConfig(remote=str(remote), local=str(cache)), epochs=1)
 
 
-def test_nothing_is_written_through_links_that_lead_out_of_a_set(tmp_path: Path, read: Read) -> None:
+def test_nothing_is_written_through_links_that_lead_out_of_a_set(
+    tmp_path: Path, read: Read
+) -> None:
     mine, target = write(tmp_path / "mine", "zstd"), tmp_path / "target"
     target.write_text("precious")
     first = sorted(mine.glob("*.zstd"))[0]

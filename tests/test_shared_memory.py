@@ -17,19 +17,20 @@ from composer.utils import get_device
 from runs import write_config, write_set
 from streaming.base.shared.prefix import _pack_locals as pack_locals
 
-from alignclip import shared_memory, training
-from alignclip.config import DataConfig, StreamConfig
-from alignclip.config_file import load
-from alignclip.data import ImageTextDataset
-from alignclip.shared_memory import NOTE, SHM
+from alignclip.config.reading import load
+from alignclip.config.schema import DataConfig, StreamConfig
+from alignclip.data import shared_memory
+from alignclip.data.dataset import ImageTextDataset
+from alignclip.data.shared_memory import NOTE, SHM
+from alignclip.training import pretraining
 
 pytestmark = pytest.mark.skipif(not SHM.is_dir(), reason="shared memory is not a folder here")
 
 HOLDER = """
 import sys, time
-from alignclip import shared_memory
-from alignclip.config import DataConfig, StreamConfig
-from alignclip.data import ImageTextDataset
+from alignclip.data import shared_memory
+from alignclip.config.schema import DataConfig, StreamConfig
+from alignclip.data.dataset import ImageTextDataset
 config = DataConfig(streams={"a": StreamConfig(local=sys.argv[1])}, num_canonical_nodes=1)
 shared_memory.remove_stale()
 dataset = ImageTextDataset(config, batch_size=4, image_size=32, context_length=20, semantic=False)
@@ -40,7 +41,10 @@ sys.stdin.readline()
 
 def hold(folder: Path) -> tuple[subprocess.Popen[str], int]:
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLDER, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     return process, int(process.stdout.readline())
@@ -84,7 +88,9 @@ def test_the_dead_are_buried_and_the_living_left_alone(tmp_path: Path) -> None:
         alive.communicate("end\n", timeout=60)
         assert alive.returncode == 0
         assert len(owned) == len(used)
-        assert not owned & identities(alive_prefix), "one that ends leaves nothing, not even its note"
+        assert not owned & identities(alive_prefix), (
+            "one that ends leaves nothing, not even its note"
+        )
     finally:
         for process in (dead, alive):
             process.kill()
@@ -93,8 +99,8 @@ def test_the_dead_are_buried_and_the_living_left_alone(tmp_path: Path) -> None:
 KILLED_EARLY = """
 import os, signal, sys
 import streaming.base.dataset
-from alignclip.config import DataConfig, StreamConfig
-from alignclip.data import ImageTextDataset
+from alignclip.config.schema import DataConfig, StreamConfig
+from alignclip.data.dataset import ImageTextDataset
 register = streaming.base.dataset.get_shm_prefix
 def killed(*arguments, **more):
     print(register(*arguments, **more)[0], flush=True)
@@ -106,7 +112,9 @@ ImageTextDataset(config, batch_size=4, image_size=32, context_length=20, semanti
 
 
 def open_set(remote: Path, local: Path) -> ImageTextDataset:
-    config = DataConfig(streams={"a": StreamConfig(remote=str(remote), local=str(local))}, num_canonical_nodes=1)
+    config = DataConfig(
+        streams={"a": StreamConfig(remote=str(remote), local=str(local))}, num_canonical_nodes=1
+    )
     return ImageTextDataset(config, batch_size=4, image_size=32, context_length=20, semantic=False)
 
 
@@ -195,7 +203,7 @@ def test_two_runs_that_start_together_take_two_prefixes(tmp_path: Path) -> None:
 
 MANY = """
 import resource, sys
-from alignclip.config import SetConfig
+from alignclip.config.schema import SetConfig
 from alignclip.evaluation.sets import OpenSets
 _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (500, most))
@@ -233,7 +241,10 @@ def test_a_process_number_that_was_given_again_is_another_process() -> None:
 
 
 def build_on_a_rank(folder: str) -> int:
-    config = load(write_config(Path(folder) / f"rank{os.environ['RANK']}", f"{folder}/set"), ["data.num_workers=0"])
+    config = load(
+        write_config(Path(folder) / f"rank{os.environ['RANK']}", f"{folder}/set"),
+        ["data.num_workers=0"],
+    )
     remove = shared_memory.remove_stale
 
     def slowly() -> list[int]:
@@ -241,7 +252,7 @@ def build_on_a_rank(folder: str) -> int:
         return remove()
 
     shared_memory.remove_stale = slowly
-    return training.build_data(config, get_device("cpu")).dataset._shm_prefix_int
+    return pretraining.build_data(config, get_device("cpu")).dataset._shm_prefix_int
 
 
 @pytest.mark.world_size(2)

@@ -11,7 +11,7 @@ import torch
 from runs import write_set
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from alignclip import shared_memory_room as room
+from alignclip.data import shared_memory_room as room
 from alignclip.errors import UserError
 
 SIZE, LENGTH, DIMENSION, BATCH, WORKERS, PREFETCH = 96, 16, 8, 32, 2, 3
@@ -36,7 +36,13 @@ class Samples(Dataset[dict[str, torch.Tensor]]):
 def shared_bytes() -> int:
     """Bytes of the batches of this process's family: files of PyTorch's that are mapped or open, by inode."""
     me = os.getpid()
-    family = [me, *(int(p) for p in Path(f"/proc/{me}/task/{me}/children").read_text(encoding="utf-8").split())]
+    family = [
+        me,
+        *(
+            int(p)
+            for p in Path(f"/proc/{me}/task/{me}/children").read_text(encoding="utf-8").split()
+        ),
+    ]
     found = {}
     for process in family:
         for descriptor in Path(f"/proc/{process}/fd").iterdir():
@@ -60,7 +66,12 @@ def test_the_estimate_holds_for_a_loader_whose_workers_run_ahead() -> None:
 
     batch = room.batch_bytes(BATCH, SIZE, LENGTH, DIMENSION)
     loader = DataLoader(
-        Samples(), BATCH, num_workers=WORKERS, prefetch_factor=PREFETCH, collate_fn=default_collate, drop_last=True
+        Samples(),
+        BATCH,
+        num_workers=WORKERS,
+        prefetch_factor=PREFETCH,
+        collate_fn=default_collate,
+        drop_last=True,
     )
     batches, most, held = iter(loader), 0, None
     for step in range(6):
@@ -93,7 +104,9 @@ def test_containers(free: int, fits: bool, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(UserError) as error:
         room.check_room(needed, 1, 0, 8)
     text = str(error.value)
-    assert text.startswith("/dev/shm has 67 MB free on this machine, and the loaders of its 1 process need 1,4")
+    assert text.startswith(
+        "/dev/shm has 67 MB free on this machine, and the loaders of its 1 process need 1,4"
+    )
     assert "docker run --shm-size=8g" in text
     assert "data.num_workers (0 needs none) or data.prefetch_factor" in text
     room.check_room(0, 1, 1_000_000, 0)  # without workers there is room
@@ -104,7 +117,9 @@ def test_ranks_and_the_order_of_an_epoch_count(monkeypatch: pytest.MonkeyPatch) 
     room.check_room(20_000_000, 2, 0, 2)
     with pytest.raises(UserError, match="its 4 processes need 82 MB"):
         room.check_room(20_000_000, 4, 0, 2)
-    with pytest.raises(UserError, match=r"need 82 MB of shared memory; .* or lower data\.epoch_size"):
+    with pytest.raises(
+        UserError, match=r"need 82 MB of shared memory; .* or lower data\.epoch_size"
+    ):
         room.check_room(0, 1, 10_030_127, 0)
 
 
@@ -113,7 +128,10 @@ def test_an_evaluation_goes_on_without_workers(
 ) -> None:
     monkeypatch.setattr(room, "free_bytes", lambda: 9_000_000)
     assert room.affordable_workers(4, 1_000_000, 100) == 0
-    assert "/dev/shm has 9 MB free, and 4 workers of this evaluation need 10 MB" in capsys.readouterr().err
+    assert (
+        "/dev/shm has 9 MB free, and 4 workers of this evaluation need 10 MB"
+        in capsys.readouterr().err
+    )
     assert room.affordable_workers(3, 1_000_000, 100) == 3
     assert room.affordable_workers(4, 1_000_000, 5) == 4  # a small set
     assert not capsys.readouterr().err
@@ -124,8 +142,16 @@ def test_an_evaluation_goes_on_without_workers(
 @pytest.mark.parametrize(
     ("error", "is_ours"),
     [
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that …"), True),
-        (RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)"), True),
+        (
+            RuntimeError(
+                "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that …"
+            ),
+            True,
+        ),
+        (
+            RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)"),
+            True,
+        ),
         (RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_3>"), True),
         (RuntimeError("CUDA out of memory"), False),
         (OSError(28, "No space left on device", "/runs/x.pt"), False),
@@ -138,21 +164,24 @@ def test_a_bus_error_later_on(error: Exception, is_ours: bool) -> None:
     assert not is_ours or "ran out of shared memory; /dev/shm has" in str(caught.value)
 
 
-def test_training_looks_before_its_first_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_looks_before_its_first_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from composer.devices import DeviceCPU
 
-    from alignclip import training
-    from alignclip.config import DataConfig, RunConfig, StreamConfig
+    from alignclip.config.schema import DataConfig, RunConfig, StreamConfig
+    from alignclip.training import pretraining
 
     write_set(str(tmp_path / "set"), 64)
     streams = {"a": StreamConfig(local=str(tmp_path / "set"))}
     config = RunConfig(
-        data=DataConfig(streams=streams, num_workers=2, num_canonical_nodes=1), global_train_batch_size=32
+        data=DataConfig(streams=streams, num_workers=2, num_canonical_nodes=1),
+        global_train_batch_size=32,
     )
     monkeypatch.setattr(room, "free_bytes", lambda: 2**24)
-    monkeypatch.setattr(training, "in_turn", lambda action: action())
-    monkeypatch.setattr(training.dist, "barrier", lambda: None)
+    monkeypatch.setattr(pretraining, "in_turn", lambda action: action())
+    monkeypatch.setattr(pretraining.dist, "barrier", lambda: None)
     with pytest.raises(UserError, match=r"/dev/shm has 17 MB free on this machine"):
-        training.build_data(config, DeviceCPU())
+        pretraining.build_data(config, DeviceCPU())
     config.data.num_workers = 0
-    training.build_data(config, DeviceCPU()).dataset._locals_shm.cleanup()  # type: ignore[attr-defined]
+    pretraining.build_data(config, DeviceCPU()).dataset._locals_shm.cleanup()  # type: ignore[attr-defined]

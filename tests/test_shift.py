@@ -43,12 +43,18 @@ def test_perfect_reversed_and_no_separation():
     reverse = out_of_distribution(low, high)
     assert (reverse["auroc"], reverse["fpr95"]) == (0, 1)
     same = torch.full((30,), 0.5)
-    assert out_of_distribution(same, torch.full((10,), 0.5)) == {"auroc": 0.5, "aupr": 0.25, "fpr95": 1}
+    assert out_of_distribution(same, torch.full((10,), 0.5)) == {
+        "auroc": 0.5,
+        "aupr": 0.25,
+        "fpr95": 1,
+    }
 
 
 def test_chance():
     generator = torch.Generator().manual_seed(0)
-    found = out_of_distribution(torch.rand(3000, generator=generator), torch.rand(1000, generator=generator))
+    found = out_of_distribution(
+        torch.rand(3000, generator=generator), torch.rand(1000, generator=generator)
+    )
     assert found == pytest.approx({"auroc": 0.5, "aupr": 0.25, "fpr95": 0.95}, abs=0.04)
 
 
@@ -74,7 +80,10 @@ def test_nineteen_of_twenty_are_95_percent():
 @pytest.mark.parametrize("block", [1, 7, 1024])
 def test_max_softmax_is_the_largest_probability(block):
     generator = torch.Generator().manual_seed(0)
-    images, classes = torch.randn(20, 6, generator=generator), torch.randn(9, 6, generator=generator)
+    images, classes = (
+        torch.randn(20, 6, generator=generator),
+        torch.randn(9, 6, generator=generator),
+    )
     logits = 12.5 * F.normalize(images, dim=-1) @ F.normalize(classes, dim=-1).T
     expected = np.exp(logits.numpy().max(1)) / np.exp(logits.numpy()).sum(1)
     for scale in (12.5, torch.tensor(12.5), torch.tensor([12.5])):

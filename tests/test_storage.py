@@ -39,12 +39,20 @@ from alignclip.storage import (
     write_whole,
 )
 
-OPERATIONS = {"list": "ListObjectsV2", "read": "GetObject", "write": "PutObject", "delete": "DeleteObject"}
+OPERATIONS = {
+    "list": "ListObjectsV2",
+    "read": "GetObject",
+    "write": "PutObject",
+    "delete": "DeleteObject",
+}
 
 
 def answer(status: int, code: str = "", right: str = "write") -> ClientError:
     """S3's answer, as botocore raises it."""
-    response: Any = {"Error": {"Code": code or str(status)}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    response: Any = {
+        "Error": {"Code": code or str(status)},
+        "ResponseMetadata": {"HTTPStatusCode": status},
+    }
     return ClientError(response, OPERATIONS[right])
 
 
@@ -69,17 +77,25 @@ def azure_error(status: int, code: str) -> Exception:
 
 PASSING = [
     *(answer(status) for status in (408, 425, 429, 500, 502, 503, 504, 509)),
-    *(answer(400, code) for code in ("RequestTimeout", "IncompleteBody", "BadDigest", "ThrottlingException")),
+    *(
+        answer(400, code)
+        for code in ("RequestTimeout", "IncompleteBody", "BadDigest", "ThrottlingException")
+    ),
     *(answer(403, code) for code in ("SlowDown", "RequestLimitExceeded", "BandwidthLimitExceeded")),
     answer(503, "SlowDown"),
     answer(409, "OperationAborted"),
     answer(503, "None"),
     raised_from(
-        StorageError("write", "s3://b/a", "An error occurred (None) when calling the PutObject operation: None"),
+        StorageError(
+            "write",
+            "s3://b/a",
+            "An error occurred (None) when calling the PutObject operation: None",
+        ),
         answer(503, "None"),
     ),
     raised_from(
-        S3UploadFailedError("An error occurred (Odd) when calling the PutObject operation"), answer(503, "Odd")
+        S3UploadFailedError("An error occurred (Odd) when calling the PutObject operation"),
+        answer(503, "Odd"),
     ),
     raised_from(S3UploadFailedError("no"), answer(503, "SlowDown")),
     RetriesExceededError(boto.ReadTimeoutError(endpoint_url="http://x")),
@@ -117,9 +133,18 @@ PASSING = [
 ]
 FOR_GOOD = [
     *(answer(status) for status in (400, 401, 403, 404, 405, 409, 411, 412, 416, 501, 505, 507)),
-    *(answer(400, code) for code in ("InvalidArgument", "ExpiredToken", "InvalidToken", "EntityTooLarge")),
-    *(answer(403, code) for code in ("AccessDenied", "RequestTimeTooSkewed", "ExpiredToken", "QuotaExceeded")),
-    *(answer(403, code) for code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AllAccessDisabled")),
+    *(
+        answer(400, code)
+        for code in ("InvalidArgument", "ExpiredToken", "InvalidToken", "EntityTooLarge")
+    ),
+    *(
+        answer(403, code)
+        for code in ("AccessDenied", "RequestTimeTooSkewed", "ExpiredToken", "QuotaExceeded")
+    ),
+    *(
+        answer(403, code)
+        for code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AllAccessDisabled")
+    ),
     *(answer(404, code) for code in ("NoSuchKey", "NoSuchBucket")),
     answer(412, "PreconditionFailed"),
     answer(400, "XMinioAdminBucketQuotaExceeded"),
@@ -127,7 +152,9 @@ FOR_GOOD = [
     answer(501, "NotImplemented"),
     raised_from(ObjectStoreTransientError("no"), answer(501, "NotImplemented")),
     raised_from(FileNotFoundError("Object s3://b/k not found"), answer(403, "403")),
-    S3UploadFailedError("An error occurred (AccessDenied) when calling the PutObject operation: Access Denied"),
+    S3UploadFailedError(
+        "An error occurred (AccessDenied) when calling the PutObject operation: Access Denied"
+    ),
     RetriesExceededError(answer(403)),
     boto.NoCredentialsError(),
     raised_from(boto.NoCredentialsError(), ConnectionRefusedError()),
@@ -144,7 +171,9 @@ FOR_GOOD = [
     OSError(errno.EFBIG, "File too large"),
     OSError(errno.EROFS, "Read-only file system"),
     OSError(errno.EIO, "Input/output error"),
-    raised_from(requests.exceptions.ConnectionError("no"), OSError(errno.ENOSPC, "No space left on device")),
+    raised_from(
+        requests.exceptions.ConnectionError("no"), OSError(errno.ENOSPC, "No space left on device")
+    ),
     google.Forbidden("no"),
     google.NotFound("no"),
     google_error(google.Forbidden, "quotaExceeded"),
@@ -196,14 +225,18 @@ def test_what_does_not_pass(error: BaseException) -> None:
     ],
     ids=repr,
 )  # fmt: skip
-def test_each_answer_in_words(error: Exception, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_answer_in_words(
+    error: Exception, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("AWS_REQUEST_CHECKSUM_CALCULATION", raising=False)
     said = describe_storage_error(error)
     assert words in said
     assert "\n" not in said
 
 
-def test_a_store_that_is_told_nothing_of_checksums_is_not_blamed_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_is_told_nothing_of_checksums_is_not_blamed_on_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     assert "AWS_REQUEST" not in describe_storage_error(answer(501, "NotImplemented"))
 
@@ -217,7 +250,9 @@ def test_a_store(place: str, tmp_path: Path) -> None:
     store = open_store(place)
     assert store.names() == set()
     assert store.read_optional("a.txt") is None
-    with pytest.raises(StorageError, match=rf"^can't read {place}/a\.txt: (not found|No such file)"):
+    with pytest.raises(
+        StorageError, match=rf"^can't read {place}/a\.txt: (not found|No such file)"
+    ):
         store.read_bytes("a.txt")
     store.check_writable()
     assert store.names() == set()
@@ -257,10 +292,17 @@ def test_each_missing_right_is_named(refusing: RefusingS3, right: str) -> None:
         "write": lambda: store.write_text("there", "x"),
         "delete": lambda: store.delete("here"),
     }
-    names = {"list": "ListBucket", "read": "GetObject", "write": "PutObject", "delete": "DeleteObject"}
+    names = {
+        "list": "ListBucket",
+        "read": "GetObject",
+        "write": "PutObject",
+        "delete": "DeleteObject",
+    }
     for other, action in actions.items():
         if other == right:
-            with pytest.raises(StorageError, match=rf"^can't {right} s3://b/runs.*: access denied.*{names[right]}"):
+            with pytest.raises(
+                StorageError, match=rf"^can't {right} s3://b/runs.*: access denied.*{names[right]}"
+            ):
                 action()
         elif other != "delete":
             action()
@@ -277,7 +319,11 @@ def test_each_missing_right_is_named(refusing: RefusingS3, right: str) -> None:
 
 @pytest.mark.parametrize(
     ("status", "code", "words"),
-    [(400, "ExpiredToken", "expired"), (403, "RequestTimeTooSkewed", "clock"), (403, "InvalidAccessKeyId", "key")],
+    [
+        (400, "ExpiredToken", "expired"),
+        (403, "RequestTimeTooSkewed", "clock"),
+        (403, "InvalidAccessKeyId", "key"),
+    ],
 )
 def test_what_is_wrong_with_the_key_is_told_though_head_has_no_words(
     refusing: RefusingS3, status: int, code: str, words: str
@@ -307,7 +353,11 @@ def test_a_refusal_for_good_is_tried_once_and_a_passing_one_again(
 def test_other_stores_get_no_checksums_unless_a_person_says_so(refusing: RefusingS3) -> None:
     def refuse(request: Any) -> tuple[int, str] | None:
         names = [name.lower() for name in request.headers]
-        return (501, "NotImplemented") if any(name.startswith("x-amz-checksum-") for name in names) else None
+        return (
+            (501, "NotImplemented")
+            if any(name.startswith("x-amz-checksum-") for name in names)
+            else None
+        )
 
     refusing.refuse = refuse
     open_store("s3://b/runs").write_text("a", "x")
@@ -320,8 +370,15 @@ def test_other_stores_get_no_checksums_unless_a_person_says_so(refusing: Refusin
 
 
 @pytest.mark.parametrize("endpoint", [None, "https://s3.eu-central-1.amazonaws.com"])
-def test_amazon_itself_gets_what_boto3_sends(monkeypatch: pytest.MonkeyPatch, endpoint: str | None) -> None:
-    for name in ("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REQUEST_CHECKSUM_CALCULATION"):
+def test_amazon_itself_gets_what_boto3_sends(
+    monkeypatch: pytest.MonkeyPatch, endpoint: str | None
+) -> None:
+    for name in (
+        "S3_ENDPOINT_URL",
+        "AWS_ENDPOINT_URL",
+        "AWS_ENDPOINT_URL_S3",
+        "AWS_REQUEST_CHECKSUM_CALCULATION",
+    ):
         monkeypatch.delenv(name, raising=False)
     if endpoint:
         monkeypatch.setenv("S3_ENDPOINT_URL", endpoint)
@@ -350,7 +407,9 @@ def test_a_disk_that_fills_in_the_middle(tmp_path: Path, full_disk: None, writer
             else:
                 partial.write_bytes(b"1" * 200_000)
 
-    with pytest.raises(StorageError, match=rf"^can't write {path}: (no space left|File too large).*needed$"):
+    with pytest.raises(
+        StorageError, match=rf"^can't write {path}: (no space left|File too large).*needed$"
+    ):
         write()
     assert path.read_text() == "whole"
     assert [one.name for one in path.parent.iterdir()] == ["latest.pt"]

@@ -10,19 +10,19 @@ import pytest
 from refusing import RefusingS3
 from tarballs import pairs, quick, write_tar
 
-from alignclip import uploads
-from alignclip.checkpoints import SaveFolder
-from alignclip.config import RunConfig, SetConfig
+from alignclip.config.schema import RunConfig, SetConfig
+from alignclip.conversion.inputs import expand
+from alignclip.conversion.storage import Store, list_remote
+from alignclip.data.streams import read_index
 from alignclip.errors import UserError
 from alignclip.evaluation.sets import read_classes
-from alignclip.fetching import card_beside, fetch, read_text
-from alignclip.preflight import check_load_path
 from alignclip.storage import StorageError
-from alignclip.streams import read_index
-from convert.checkpoint import Options
-from convert.checkpoint import convert as export
-from convert.inputs import expand
-from convert.storage import Store, list_remote
+from alignclip.storage.fetching import card_beside, fetch, read_text
+from alignclip.training import uploads
+from alignclip.training.preflight import check_load_path
+from alignclip.training.save_folder import SaveFolder
+from alignclip.weights.export_command import Options
+from alignclip.weights.export_command import convert as export
 
 RUN = {
     "config.yaml": b"model: {}",
@@ -93,17 +93,23 @@ def test_a_model_that_is_not_there_or_may_not_be_read(
         fetch("s3://b/none", tmp_path)
 
 
-def test_a_link_to_what_is_gone_with_a_key_that_may_not_list(refusing: RefusingS3, tmp_path: Path) -> None:
+def test_a_link_to_what_is_gone_with_a_key_that_may_not_list(
+    refusing: RefusingS3, tmp_path: Path
+) -> None:
     fill(refusing, "runs/r", {"latest-rank0.pt.symlink": b"runs/r/gone.pt"})
     refusing.without_right("list")
-    with pytest.raises(UserError, match=r"points to s3://b/runs/r/gone\.pt: access denied: .*or it isn't there"):
+    with pytest.raises(
+        UserError, match=r"points to s3://b/runs/r/gone\.pt: access denied: .*or it isn't there"
+    ):
         fetch("s3://b/runs/r", tmp_path)
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
     "model": lambda path: fetch("s3://b/set", path),
     "config": lambda path: read_text("s3://b/set/config.yaml"),
-    "set": lambda path: read_index("data.streams.a", SetConfig(remote="s3://b/set", local=str(path)), str(path)),
+    "set": lambda path: read_index(
+        "data.streams.a", SetConfig(remote="s3://b/set", local=str(path)), str(path)
+    ),
     "classes": lambda path: read_classes(SetConfig(remote="s3://b/set", local=str(path))),
     "input": lambda path: quick(["s3://b/set/a.tar"], path / "out"),
     "listing": lambda path: list_remote("s3://b/set"),
@@ -126,7 +132,9 @@ def test_each_reader_names_what_is_wrong_with_the_key(
 
 
 @pytest.mark.parametrize("reader", ["config", "set", "classes", "load_path"])
-def test_a_needed_file_with_a_key_that_may_not_list(refusing: RefusingS3, tmp_path: Path, reader: str) -> None:
+def test_a_needed_file_with_a_key_that_may_not_list(
+    refusing: RefusingS3, tmp_path: Path, reader: str
+) -> None:
     refusing.without_right("list")
     with pytest.raises(UserError, match=r"s3://b/set.*or it isn't there and the key may not list"):
         READERS[reader](tmp_path)
@@ -138,7 +146,9 @@ def test_a_conversion_tries_its_output_before_it_begins(
 ) -> None:
     write_tar(tmp_path / "in" / "a.tar", pairs(0, 4))
     refusing.without_right(right)
-    monkeypatch.setattr("convert.dataset.convert_all", lambda *_: pytest.fail("it has begun"))
+    monkeypatch.setattr(
+        "alignclip.conversion.dataset.convert_all", lambda *_: pytest.fail("it has begun")
+    )
     with pytest.raises(UserError, match=rf"^cannot (reach|write to) s3://b/out: .*may not {right}"):
         quick([tmp_path / "in"], "s3://b/out")
     assert refusing.keys("out/") == []
@@ -159,11 +169,15 @@ def test_a_quota_that_is_used_up_in_the_middle_of_a_conversion(
     write_tar(tmp_path / "in" / "b.tar", pairs(10, 4))
 
     def refuse(request: Any) -> tuple[int, str] | None:
-        full = request.right == "write" and any(key == "out/a/counts.json" for _, key in request.server.objects)
+        full = request.right == "write" and any(
+            key == "out/a/counts.json" for _, key in request.server.objects
+        )
         return (403, "QuotaExceeded") if full else None
 
     refusing.refuse = refuse
-    with pytest.raises(UserError, match=r"^cannot write to s3://b/out/.*: the bucket's quota is used up \(QuotaEx"):
+    with pytest.raises(
+        UserError, match=r"^cannot write to s3://b/out/.*: the bucket's quota is used up \(QuotaEx"
+    ):
         quick([tmp_path / "in"], "s3://b/out", processes=1)
     refusing.refuse = lambda request: None
     assert quick([tmp_path / "in"], "s3://b/out", processes=1).written == 8
@@ -174,7 +188,11 @@ def test_a_store_without_checksums_is_converted_into(
 ) -> None:
     def refuse(request: Any) -> tuple[int, str] | None:
         names = [name.lower() for name in request.headers]
-        return (501, "NotImplemented") if any(name.startswith("x-amz-checksum-") for name in names) else None
+        return (
+            (501, "NotImplemented")
+            if any(name.startswith("x-amz-checksum-") for name in names)
+            else None
+        )
 
     write_tar(tmp_path / "in" / "a.tar", pairs(0, 4))
     refusing.refuse = refuse
@@ -189,13 +207,19 @@ def test_an_export_tries_its_output_before_the_model_is_read(
     refusing: RefusingS3, right: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refusing.without_right(right)
-    monkeypatch.setattr("convert.conversion.open_model", lambda *_, **__: pytest.fail("it has begun"))
+    monkeypatch.setattr(
+        "alignclip.weights.export.open_model", lambda *_, **__: pytest.fail("it has begun")
+    )
     with pytest.raises(UserError, match=rf"^cannot (reach|write to) s3://b/out: .*may not {right}"):
         export(Options("nothing", "open_clip", "s3://b/out"))
 
 
-def test_an_export_tries_a_local_output_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("convert.conversion.open_model", lambda *_, **__: pytest.fail("it has begun"))
+def test_an_export_tries_a_local_output_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "alignclip.weights.export.open_model", lambda *_, **__: pytest.fail("it has begun")
+    )
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"^cannot write to .*/file/out: "):
         export(Options("nothing", "open_clip", str(tmp_path / "file" / "out")))
@@ -233,7 +257,9 @@ def test_a_checkpoint_that_can_never_arrive_is_uploaded_once(
     assert len(refusing.requests) == 1
 
 
-@pytest.mark.parametrize(("status", "code"), [(503, "SlowDown"), (500, "InternalError"), (429, "TooManyRequests")])
+@pytest.mark.parametrize(
+    ("status", "code"), [(503, "SlowDown"), (500, "InternalError"), (429, "TooManyRequests")]
+)
 def test_a_checkpoint_waits_for_a_store_in_trouble(
     refusing: RefusingS3, tmp_path: Path, status: int, code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,7 +275,9 @@ def save_folder(**settings: Any) -> SaveFolder:
 
 
 @pytest.mark.parametrize("rights", [("list",), ("delete",), ("list", "delete")])
-def test_a_run_starts_with_a_key_that_may_only_read_and_write(refusing: RefusingS3, rights: tuple[str, ...]) -> None:
+def test_a_run_starts_with_a_key_that_may_only_read_and_write(
+    refusing: RefusingS3, rights: tuple[str, ...]
+) -> None:
     refusing.without_right(*rights)
     folder = save_folder()
     folder.open()
@@ -271,7 +299,11 @@ def test_a_run_starts_with_a_key_that_may_only_read_and_write(refusing: Refusing
     ],
 )
 def test_a_save_folder_is_tried_before_anything_is_built(
-    refusing: RefusingS3, answer: tuple[int, str], rights: tuple[str, ...], words: str, monkeypatch: pytest.MonkeyPatch
+    refusing: RefusingS3,
+    answer: tuple[int, str],
+    rights: tuple[str, ...],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_supported")
     refusing.answer(*answer, *rights)
@@ -279,11 +311,15 @@ def test_a_save_folder_is_tried_before_anything_is_built(
         save_folder().open()
 
 
-@pytest.mark.parametrize("place", ["r", "r/", "r/latest-rank0.pt", "r/latest-rank0.pt.symlink", "r/ep1-ba5-rank0.pt"])
+@pytest.mark.parametrize(
+    "place", ["r", "r/", "r/latest-rank0.pt", "r/latest-rank0.pt.symlink", "r/ep1-ba5-rank0.pt"]
+)
 @pytest.mark.parametrize("rights", [(), ("list",)])
 def test_a_load_path_in_a_bucket(refusing: RefusingS3, place: str, rights: tuple[str, ...]) -> None:
     fill(refusing, "runs/r", RUN)
     refusing.without_right(*rights)
     check_load_path(f"s3://b/runs/{place}")
-    with pytest.raises(UserError, match=r"^load_path=s3://b/runs/q/latest-rank0\.pt: (not found|access denied)"):
+    with pytest.raises(
+        UserError, match=r"^load_path=s3://b/runs/q/latest-rank0\.pt: (not found|access denied)"
+    ):
         check_load_path("s3://b/runs/q/latest-rank0.pt")

@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from models import EVERYTHING, small_config
 from open_clip.tokenizer import SimpleTokenizer
 
-from alignclip.config import EvaluatorConfig
-from alignclip.encoders import build_encoders
+from alignclip.config.schema import EvaluatorConfig
 from alignclip.errors import UserError
 from alignclip.evaluation.encoding import Encoder
 from alignclip.evaluation.sets import OpenSets
 from alignclip.evaluation.sts import read_sts, similarity, spearman, split_note
 from alignclip.evaluation.tasks import Evaluator
+from alignclip.model.encoders import build_encoders
 
 stats = pytest.importorskip("scipy.stats")
 
@@ -47,12 +47,21 @@ def test_reads_the_benchmarks_layout(tmp_path, ending):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (MINIATURE + "a\tb\tc\td\t1\te\n", "line 6: 6 tab-separated columns instead of 7 (genre, filename"),
+        (
+            MINIATURE + "a\tb\tc\td\t1\te\n",
+            "line 6: 6 tab-separated columns instead of 7 (genre, filename",
+        ),
         (MINIATURE.replace("\t", ","), "line 1: 1 tab-separated columns instead of 7"),
-        (MINIATURE.replace("2.500", "5.1"), "line 1: the score (column 5) is '5.1', not a number from 0 to 5"),
+        (
+            MINIATURE.replace("2.500", "5.1"),
+            "line 1: the score (column 5) is '5.1', not a number from 0 to 5",
+        ),
         (MINIATURE.replace("0.8", "-0.1"), "line 3: the score (column 5) is '-0.1'"),
         (MINIATURE.replace("0.8", "nan"), "line 3: the score (column 5) is 'nan'"),
-        ("genre\tfilename\tyear\tindex\tscore\tsentence1\tsentence2\n" + MINIATURE, "line 1: the score (column 5)"),
+        (
+            "genre\tfilename\tyear\tindex\tscore\tsentence1\tsentence2\n" + MINIATURE,
+            "line 1: the score (column 5)",
+        ),
         (MINIATURE.replace("A man is playing a guitar.", " "), "line 2: an empty sentence"),
         ("\n\n", "holds no sentence pairs"),
     ],
@@ -77,9 +86,18 @@ def test_a_file_that_is_missing_or_no_text_is_one_line(tmp_path):
     ("pairs", "words"),
     [
         (1379, None),
-        (1500, "1,500 sentence pairs, as many as the STS benchmark's dev split; published figures are of its test"),
-        (5749, "5,749 sentence pairs, as many as the STS benchmark's train split; published figures"),
-        (1378, "1,378 sentence pairs, a number that no split of the STS benchmark has; published figures"),
+        (
+            1500,
+            "1,500 sentence pairs, as many as the STS benchmark's dev split; published figures are of its test",
+        ),
+        (
+            5749,
+            "5,749 sentence pairs, as many as the STS benchmark's train split; published figures",
+        ),
+        (
+            1378,
+            "1,378 sentence pairs, a number that no split of the STS benchmark has; published figures",
+        ),
     ],
 )
 def test_a_file_that_is_not_the_test_split_is_told(tmp_path, pairs, words):
@@ -139,7 +157,9 @@ def test_bad_input_is_an_error(change, message):
 def small_model():
     torch.manual_seed(0)
     text = {"context_length": 32, "vocab_size": 49408}
-    return build_encoders(small_config(shared=EVERYTHING, text=text)).eval(), SimpleTokenizer(context_length=32)
+    return build_encoders(small_config(shared=EVERYTHING, text=text)).eval(), SimpleTokenizer(
+        context_length=32
+    )
 
 
 def test_a_file_is_encoded_sentence_by_sentence_and_each_once(tmp_path, monkeypatch):
@@ -147,7 +167,10 @@ def test_a_file_is_encoded_sentence_by_sentence_and_each_once(tmp_path, monkeypa
     path = write(tmp_path, MINIATURE)
     first, second, scores = read_sts(path)
     with torch.no_grad():
-        features = [[model.encode_text(tokenizer([s]))[0] for s in sentences] for sentences in (first, second)]
+        features = [
+            [model.encode_text(tokenizer([s]))[0] for s in sentences]
+            for sentences in (first, second)
+        ]
     cosines = [F.cosine_similarity(a, b, dim=0).item() for a, b in zip(*features, strict=True)]
     expected = stats.spearmanr(cosines, scores).statistic
     asked = []
@@ -163,7 +186,9 @@ def test_a_file_is_encoded_sentence_by_sentence_and_each_once(tmp_path, monkeypa
         assert sorted(asked) == sorted({*first, *second})
 
 
-@pytest.mark.parametrize("pairs", [([], [], []), (["a"], ["b", "c"], [1.0]), (["a", "b"], ["c", "d"], [1.0])])
+@pytest.mark.parametrize(
+    "pairs", [([], [], []), (["a"], ["b", "c"], [1.0]), (["a", "b"], ["c", "d"], [1.0])]
+)
 def test_lists_that_do_not_fit_are_errors(pairs):
     with pytest.raises(ValueError, match=r"two pairs|second sentences|two features of"):
         similarity(Encoder(small_model()[0], torch.device("cpu"), progress=False).texts, pairs)

@@ -15,11 +15,11 @@ from conversions import peak_memory
 from pyarrow import parquet
 from tarballs import assert_three_tars, draw, quick, read_back, three_tars, write_tar
 
+from alignclip.conversion import csv_tables, samples, tables
+from alignclip.conversion.inputs import expand, read
+from alignclip.conversion.samples import Sample, Skipped
+from alignclip.conversion.tables import read_parquet
 from alignclip.errors import UserError
-from convert import csv_tables, samples, tables
-from convert.inputs import expand, read
-from convert.samples import Sample, Skipped
-from convert.tables import read_parquet
 
 
 def write_parquet(path: Path, columns: dict[str, Any], **options: Any) -> Path:
@@ -43,7 +43,10 @@ def img2dataset(path: Path, first: int = 0, number: int = 10, **options: Any) ->
 def texts(*values: bytes | None) -> Any:
     """A column of texts, UTF-8 or not."""
     return pyarrow.Array.from_buffers(
-        pyarrow.string(), len(values), pyarrow.array(values, pyarrow.binary()).buffers(), null_count=-1
+        pyarrow.string(),
+        len(values),
+        pyarrow.array(values, pyarrow.binary()).buffers(),
+        null_count=-1,
     )
 
 
@@ -69,7 +72,8 @@ def test_rows_are_as_few_at_a_time_as_they_are_large(tmp_path: Path) -> None:
     columns = {"caption": ["a"] * 48, "jpg": [rng.bytes(size) for _ in range(48)]}
     path = write_parquet(tmp_path / "a.parquet", columns, row_group_size=3)
     number, peak = peak_memory(
-        "from convert.tables import read_parquet", f"len([len(s.image) for s in read_parquet(Path({str(path)!r}))])"
+        "from alignclip.conversion.tables import read_parquet",
+        f"len([len(s.image) for s in read_parquet(Path({str(path)!r}))])",
     )
     assert number == 48
     assert peak < 100e6
@@ -77,7 +81,11 @@ def test_rows_are_as_few_at_a_time_as_they_are_large(tmp_path: Path) -> None:
 
 def test_images_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples, "MAX_IMAGE_BYTES", 2000)
-    columns = {"key": ["0", "1"], "jpg": [draw(0)[:1900], draw(0, size=(200, 200))], "caption": ["a", "b"]}
+    columns = {
+        "key": ["0", "1"],
+        "jpg": [draw(0)[:1900], draw(0, size=(200, 200))],
+        "caption": ["a", "b"],
+    }
     small, large = read_parquet(write_parquet(tmp_path / "a.parquet", columns))
     assert isinstance(small, Sample)
     assert large == Skipped("1", samples.IMAGE_TOO_LARGE)
@@ -87,8 +95,12 @@ def test_images_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_parquet_of_hugging_face(tmp_path: Path, with_path: bool) -> None:
     """A struct of bytes and path, no key, large strings, and captions by their dictionary."""
     images = [{"bytes": draw(i), **({"path": f"{i}.jpg"} if with_path else {})} for i in range(70)]
-    captions = pyarrow.array([f"picture {i % 7}" for i in range(70)], pyarrow.large_string()).dictionary_encode()
-    path = write_parquet(tmp_path / "train-00000-of-00001.parquet", {"text": captions, "image": images})
+    captions = pyarrow.array(
+        [f"picture {i % 7}" for i in range(70)], pyarrow.large_string()
+    ).dictionary_encode()
+    path = write_parquet(
+        tmp_path / "train-00000-of-00001.parquet", {"text": captions, "image": images}
+    )
     assert list(read_parquet(path)) == [
         Sample(f"train-00000-of-00001-{i:08}", draw(i), f"picture {i % 7}") for i in range(70)
     ]
@@ -116,11 +128,16 @@ def test_parquet_with_gaps(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "indexed.parquet", indexed)
     assert list(read_parquet(path)) == [Sample("0", draw(0), "K\ufffdse")]
     struct = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
-    nulls = {"image": pyarrow.array([None, {"bytes": None, "path": "x.jpg"}], struct), "caption": ["a", "b"]}
+    nulls = {
+        "image": pyarrow.array([None, {"bytes": None, "path": "x.jpg"}], struct),
+        "caption": ["a", "b"],
+    }
     for item in read_parquet(write_parquet(tmp_path / "b.parquet", nulls)):
         assert isinstance(item, Skipped)
         assert item.reason == samples.MISSING_IMAGE
-    empty = write_parquet(tmp_path / "c.parquet", {"jpg": pyarrow.array([], pyarrow.binary()), "caption": texts()})
+    empty = write_parquet(
+        tmp_path / "c.parquet", {"jpg": pyarrow.array([], pyarrow.binary()), "caption": texts()}
+    )
     assert list(read_parquet(empty)) == []
     with pytest.raises(UserError, match=r"^no sample was written from 1 input; skipped: nothing$"):
         quick([empty], tmp_path / "out")
@@ -134,7 +151,11 @@ def test_a_truncated_parquet_file_is_converted_again(tmp_path: Path) -> None:
     whole = (source / "00001.parquet").read_bytes()
     (source / "00001.parquet").write_bytes(whole[:-100])
     counts = quick([source], out)
-    assert (counts.written, counts.skipped, counts.broken) == (10, {samples.BROKEN_INPUT: 1}, ["00001"])
+    assert (counts.written, counts.skipped, counts.broken) == (
+        10,
+        {samples.BROKEN_INPUT: 1},
+        ["00001"],
+    )
     (source / "00001.parquet").write_bytes(whole)
     again = quick([source], out)
     assert (again.written, again.resumed, again.broken) == (20, 10, [])
@@ -154,11 +175,27 @@ def test_a_hole_in_a_parquet_file_ends_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "key", "message"),
     [
-        ({"jpg": [b"x"], "captions": ["a"]}, "caption", r"has no column 'caption'; did you mean 'captions'\?"),
-        ({"jpg": [b"x"], "alt": ["a"]}, None, r"has no caption column \(caption, text, title, txt\); it has jpg, alt"),
-        ({"pixels": [b"x"], "text": ["a"]}, None, r"has no image column \(jpg, .*, image\); it has pixels, text"),
+        (
+            {"jpg": [b"x"], "captions": ["a"]},
+            "caption",
+            r"has no column 'caption'; did you mean 'captions'\?",
+        ),
+        (
+            {"jpg": [b"x"], "alt": ["a"]},
+            None,
+            r"has no caption column \(caption, text, title, txt\); it has jpg, alt",
+        ),
+        (
+            {"pixels": [b"x"], "text": ["a"]},
+            None,
+            r"has no image column \(jpg, .*, image\); it has pixels, text",
+        ),
         ({"jpg": [b"x"], "text": ["a"]}, "zzz", r"has no column 'zzz'; valid: jpg, text"),
-        ({"image": ["1.jpg"], "text": ["a"]}, None, r"the column 'image' .* bytes; it is of type string"),
+        (
+            {"image": ["1.jpg"], "text": ["a"]},
+            None,
+            r"the column 'image' .* bytes; it is of type string",
+        ),
         (
             {"image": [{"path": "1"}], "text": ["a"]},
             None,
@@ -166,7 +203,9 @@ def test_a_hole_in_a_parquet_file_ends_it(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_parquet_without_the_columns(tmp_path: Path, columns: Any, key: str | None, message: str) -> None:
+def test_parquet_without_the_columns(
+    tmp_path: Path, columns: Any, key: str | None, message: str
+) -> None:
     path = write_parquet(tmp_path / "a.parquet", columns)
     with pytest.raises(UserError, match=rf"a\.parquet:? {message}$"):
         quick([path], tmp_path / "out", caption_key=key)
@@ -243,7 +282,11 @@ def test_csv_of_paths(images: Path) -> None:
         ("mark.csv", b"\xef\xbb\xbfimage,caption\nimages/0.jpg,a\n", ["a"]),
         ("no-end.csv", b"image,caption\nimages/0.jpg,a", ["a"]),
         ("windows.csv", b"image,caption\r\n\r\nimages/0.jpg,a\r\n", ["a"]),
-        ("damaged.csv", "image,caption\nimages/0.jpg,Käse ".encode() + b"K\xe4se\n", ["Käse K\ufffdse"]),
+        (
+            "damaged.csv",
+            "image,caption\nimages/0.jpg,Käse ".encode() + b"K\xe4se\n",
+            ["Käse K\ufffdse"],
+        ),
         ("tabs.tsv", b'image\tcaption\nimages/0.jpg\ta, "b"\n', ['a, "b"']),
         ("TABS.TSV", b"image\tcaption\nimages/0.jpg\ta,b\n", ["a,b"]),
         ("clip.csv", b"\ttitle,filepath\n0,images/0.jpg\n", []),
@@ -257,12 +300,16 @@ def test_ways_to_write_a_table(images: Path, name: str, text: bytes, expected: l
     path = images / name
     path.write_bytes(text)
     if name == "clip.csv":
-        with pytest.raises(UserError, match=r"clip\.csv has no caption column .*; it has filepath$"):
+        with pytest.raises(
+            UserError, match=r"clip\.csv has no caption column .*; it has filepath$"
+        ):
             read_table(path)
         return
     assert [sample.caption for sample in read_table(path) if isinstance(sample, Sample)] == expected
     if not expected:
-        with pytest.raises(UserError, match=r"^no sample was written from 0 inputs; skipped: nothing$"):
+        with pytest.raises(
+            UserError, match=r"^no sample was written from 0 inputs; skipped: nothing$"
+        ):
             quick([path], images / "out")
 
 
@@ -273,7 +320,10 @@ def test_a_table_with_keys_and_a_chosen_column(images: Path) -> None:
         ["", "b", "c", "images/1.jpg"],
     ]
     path = write_csv(images / "a.csv", rows)
-    assert read_table(path, "alt") == [Sample("k0", draw(0), "an alt"), Sample("images/1.jpg", draw(1), "b")]
+    assert read_table(path, "alt") == [
+        Sample("k0", draw(0), "an alt"),
+        Sample("images/1.jpg", draw(1), "b"),
+    ]
     with pytest.raises(UserError, match=r"a\.csv has no column 'atl'; did you mean 'alt'\?$"):
         read_table(path, "atl")
 
@@ -293,7 +343,10 @@ def test_a_part_of_a_table_begins_where_it_is(
     whole = [list(read(part, path, None)) for part in parts]
     captions = [sample.caption for some in whole for sample in some if isinstance(sample, Sample)]
     assert captions == [f"K\ufffdse {i},\n" if i % 2 else f"K\xe4se {i},\n\u2603" for i in range(8)]
-    data, at = path.read_bytes(), path.read_bytes().index(b"image,caption") + len(b"image,caption" + end)
+    data, at = (
+        path.read_bytes(),
+        path.read_bytes().index(b"image,caption") + len(b"image,caption" + end),
+    )
     place = int(parts[-1].rpartition("-")[2]) % 2**64  # above are the decoder's flags
     path.write_bytes(data[:at] + b'"' * (place - at) + data[place:])
     assert list(read(parts[-1], path, None)) == whole[-1]
@@ -301,13 +354,20 @@ def test_a_part_of_a_table_begins_where_it_is(
 
 def test_a_long_table_is_several_inputs(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "ROWS", 4)
-    rows = [["key", "image", "caption"], *([f"{i:05}", f"images/{i % 5}.jpg", f"line {i}\nand on"] for i in range(10))]
+    rows = [
+        ["key", "image", "caption"],
+        *([f"{i:05}", f"images/{i % 5}.jpg", f"line {i}\nand on"] for i in range(10)),
+    ]
     path = write_csv(images / "a.csv", [*rows, *[[]] * 8])  # empty lines are no rows
     parts = expand([str(path)])
     assert [part.rpartition("#")[2].rpartition("-")[0] for part in parts] == ["0-4", "4-8", "8-10"]
     counts = quick([path], images / "out", processes=1)
     assert (counts.written, counts.inputs) == (10, 3)
-    assert sorted(folder.name for folder in (images / "out").glob("a-*")) == ["a-00000", "a-00001", "a-00002"]
+    assert sorted(folder.name for folder in (images / "out").glob("a-*")) == [
+        "a-00000",
+        "a-00001",
+        "a-00002",
+    ]
     rows_back = read_back(None, images / "out")
     assert list(rows_back) == [f"{i:05}" for i in range(10)]
     assert rows_back["00007"] == {"key": "00007", "image": draw(2), "caption": "line 7\nand on"}
@@ -316,9 +376,12 @@ def test_a_long_table_is_several_inputs(images: Path, monkeypatch: pytest.Monkey
 
 def test_a_quotation_mark_that_nothing_closes(images: Path) -> None:
     path = images / "a.csv"
-    path.write_text('image,caption\nimages/0.jpg,a\nimages/1.jpg,"b\n' + "x" * (csv_tables.MAX_FIELD + 10))
+    path.write_text(
+        'image,caption\nimages/0.jpg,a\nimages/1.jpg,"b\n' + "x" * (csv_tables.MAX_FIELD + 10)
+    )
     with pytest.raises(
-        UserError, match=r"a\.csv, line \d+: field larger .* \(a quotation mark that nothing closes\?\)$"
+        UserError,
+        match=r"a\.csv, line \d+: field larger .* \(a quotation mark that nothing closes\?\)$",
     ):
         quick([path], images / "out")
 
@@ -341,7 +404,14 @@ def test_cc12m_of_hugging_face(tmp_path: Path) -> None:
         members = []
         for number in range(4):
             key = f"{i:04}{number:05}"
-            meta = {"caption": "of json", "url": "http://x", "key": key, "status": "success", "exif": "{}", "width": 40}
+            meta = {
+                "caption": "of json",
+                "url": "http://x",
+                "key": key,
+                "status": "success",
+                "exif": "{}",
+                "width": 40,
+            }
             members += [(f"{key}.jpg", draw(number)), (f"{key}.json", json.dumps(meta).encode())]
             members += [(f"{key}.txt", f"picture {number}".encode())]
         write_tar(tmp_path / "in" / f"cc12m-train-{i:04}.tar", members)

@@ -12,12 +12,21 @@ from pathlib import Path
 import pytest
 from tarballs import draw, pairs, quick, read_back, write_tar
 
+from alignclip.conversion import samples, tar_pairs
+from alignclip.conversion.cc12m import summary
+from alignclip.conversion.options import ConvertOptions
+from alignclip.conversion.samples import (
+    FIRST_DOT,
+    LIE_APART,
+    MISSING_CAPTION,
+    MISSING_IMAGE,
+    Ignored,
+    Reading,
+    Sample,
+    Skipped,
+)
+from alignclip.conversion.tars import read_tar
 from alignclip.errors import UserError
-from convert import samples, tar_pairs
-from convert.cc12m import summary
-from convert.options import ConvertOptions
-from convert.samples import FIRST_DOT, LIE_APART, MISSING_CAPTION, MISSING_IMAGE, Ignored, Reading, Sample, Skipped
-from convert.tars import read_tar
 
 Members = list[tuple[str, bytes]]
 
@@ -27,7 +36,10 @@ def named(form: str, number: int, ending: str = "jpg", text: str = "txt") -> Mem
     return [
         member
         for i in range(number)
-        for member in ((f"{form.format(i)}.{ending}", draw(i)), (f"{form.format(i)}.{text}", f"picture {i}".encode()))
+        for member in (
+            (f"{form.format(i)}.{ending}", draw(i)),
+            (f"{form.format(i)}.{text}", f"picture {i}".encode()),
+        )
     ]
 
 
@@ -48,7 +60,9 @@ def test_compound_endings_are_named_with_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         quick([path], tmp_path / "out")
     assert not (tmp_path / "out" / "index.json").exists()
-    counts = quick([path], tmp_path / "out", reading=Reading(image_key="input.jpg"), caption_key="outputs.txt")
+    counts = quick(
+        [path], tmp_path / "out", reading=Reading(image_key="input.jpg"), caption_key="outputs.txt"
+    )
     assert (counts.written, counts.bad) == (20, 0)
     assert read_back(None, tmp_path / "out")["sample00000003"] == {
         "key": "sample00000003",
@@ -62,7 +76,11 @@ def test_a_caption_key_names_a_member_or_an_entry(tmp_path: Path, key: str) -> N
     members = named("{:03}", 2, text="cap")
     members += [("002.jpg", draw(2)), ("002.json", json.dumps({key: "an entry"}).encode())]
     found = list(read_tar(write_tar(tmp_path / "a.tar", members), key))
-    assert [sample.caption for sample in found if isinstance(sample, Sample)] == ["picture 0", "picture 1", "an entry"]
+    assert [sample.caption for sample in found if isinstance(sample, Sample)] == [
+        "picture 0",
+        "picture 1",
+        "an entry",
+    ]
 
 
 def test_images_of_an_ending_that_is_not_read(tmp_path: Path) -> None:
@@ -78,7 +96,8 @@ def test_images_of_an_ending_that_is_not_read(tmp_path: Path) -> None:
 def test_labels_instead_of_captions(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", named("{:03}", 3, text="cls"))
     with pytest.raises(
-        UserError, match=r"missing caption 3\. The files end in cls, jpg: --caption-key names the ending"
+        UserError,
+        match=r"missing caption 3\. The files end in cls, jpg: --caption-key names the ending",
     ):
         quick([path], tmp_path / "out")
 
@@ -96,7 +115,8 @@ def test_texts_of_another_encoding(tmp_path: Path) -> None:
 def test_pairs_that_become_one_at_the_first_dot(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", named("22.05-{:03}", 20))
     with pytest.raises(
-        UserError, match=r"skipped: key cut at its first dot 20\. A key ends at the first dot .*--last-dot"
+        UserError,
+        match=r"skipped: key cut at its first dot 20\. A key ends at the first dot .*--last-dot",
     ):
         quick([path], tmp_path / "out")
     assert quick([path], tmp_path / "out", reading=Reading(last_dot=True)).written == 20
@@ -104,13 +124,17 @@ def test_pairs_that_become_one_at_the_first_dot(tmp_path: Path) -> None:
 
 
 def test_pairs_with_a_dot_beside_others_are_counted_in_pairs(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "a.tar", [*named("{:06}", 30), *named("22.05-{:03}", 30), *named("v1.{}", 5)])
+    path = write_tar(
+        tmp_path / "a.tar", [*named("{:06}", 30), *named("22.05-{:03}", 30), *named("v1.{}", 5)]
+    )
     counts = quick([path], tmp_path / "out", max_bad=0.6)
     assert (counts.written, counts.skipped) == (30, {FIRST_DOT: 35})
     report = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert "65 samples read from 1 input, 30 written, 35 skipped." in report
     assert "A key ends at the first dot of the file name" in report
-    assert "--last-dot" in summary(counts, ConvertOptions([str(path)], str(tmp_path / "out"), semantic=False))
+    assert "--last-dot" in summary(
+        counts, ConvertOptions([str(path)], str(tmp_path / "out"), semantic=False)
+    )
     with pytest.raises(UserError, match=r"was begun with no --last-dot, this run has --last-dot: "):
         quick([path], tmp_path / "out", reading=Reading(last_dot=True))
 
@@ -130,7 +154,13 @@ def test_halves_with_a_dot_that_lie_apart(tmp_path: Path, unsorted: bool) -> Non
 
 
 def test_what_a_pair_has_besides_stays_a_part_of_it(tmp_path: Path) -> None:
-    members = [("0.jpg", draw(0)), ("0.txt", b"a"), ("0.seg.png", b"x"), ("0.crop.jpg", b"x"), ("0.crop.txt", b"x")]
+    members = [
+        ("0.jpg", draw(0)),
+        ("0.txt", b"a"),
+        ("0.seg.png", b"x"),
+        ("0.crop.jpg", b"x"),
+        ("0.crop.txt", b"x"),
+    ]
     found = list(read_tar(write_tar(tmp_path / "a.tar", members)))
     assert found == [Ignored("0.crop", tar_pairs.FURTHER_PAIR), Sample("0", draw(0), "a")]
 
@@ -154,7 +184,9 @@ def test_halves_that_lie_apart_are_pairs_that_can_be_joined(tmp_path: Path, orde
     counts = quick([path], tmp_path / "joined", reading=Reading(unsorted=True))
     assert (counts.written, counts.bad) == (60, 0)
     rows = read_back(None, tmp_path / "joined")
-    assert {key: row["caption"] for key, row in rows.items()} == {f"{i:06}": f"picture {i}" for i in range(60)}
+    assert {key: row["caption"] for key, row in rows.items()} == {
+        f"{i:06}": f"picture {i}" for i in range(60)
+    }
     assert all(row["image"] == draw(int(key)) for key, row in rows.items())
 
 
@@ -169,7 +201,10 @@ def test_some_halves_that_lie_apart(tmp_path: Path) -> None:
 def test_three_parts_that_lie_apart(tmp_path: Path) -> None:
     """As ``tar`` packs a folder by its table of files: a json beside the image, the txt elsewhere."""
     whole = pairs(0, 5)
-    members = [*(m for m in whole if not m[0].endswith("txt")), *(m for m in whole if m[0].endswith("txt"))]
+    members = [
+        *(m for m in whole if not m[0].endswith("txt")),
+        *(m for m in whole if m[0].endswith("txt")),
+    ]
     path = write_tar(tmp_path / "a.tar", members)
     assert [sample.caption for sample in read_tar(path) if isinstance(sample, Sample)] == [
         f"not picture {i}" for i in range(5)
@@ -182,7 +217,13 @@ def test_three_parts_that_lie_apart(tmp_path: Path) -> None:
 
 
 def test_halves_without_another_half_say_which_is_missing(tmp_path: Path) -> None:
-    members = [("0.jpg", draw(0)), ("1.txt", b"a"), ("2.jpg", draw(2)), ("2.jpg", draw(2)), *pairs(5, 1)]
+    members = [
+        ("0.jpg", draw(0)),
+        ("1.txt", b"a"),
+        ("2.jpg", draw(2)),
+        ("2.jpg", draw(2)),
+        *pairs(5, 1),
+    ]
     found = list(read_tar(write_tar(tmp_path / "a.tar", members)))
     reasons = [(item.key, item.reason) for item in found if isinstance(item, Skipped)]
     assert sorted(reasons) == [
@@ -205,11 +246,16 @@ def test_a_compressed_tar_is_not_read_back_and_forth(tmp_path: Path) -> None:
     path = path.rename(tmp_path / "a.tar.gz")
     path.write_bytes(gzip.compress(path.read_bytes()))
     assert list(read_tar(path)) == [Skipped(str(i), LIE_APART) for i in range(4)]
-    with pytest.raises(UserError, match=r"a\.tar\.gz is compressed, and --unsorted reads plain tars only"):
+    with pytest.raises(
+        UserError, match=r"a\.tar\.gz is compressed, and --unsorted reads plain tars only"
+    ):
         quick([path], tmp_path / "out", reading=Reading(unsorted=True))
     write_tar(tmp_path / "b.tar", named("{}", 4))
     (tmp_path / "b.tar.gz").write_bytes(gzip.compress((tmp_path / "b.tar").read_bytes()))
-    assert quick([tmp_path / "b.tar.gz"], tmp_path / "out2", reading=Reading(unsorted=True)).written == 4
+    assert (
+        quick([tmp_path / "b.tar.gz"], tmp_path / "out2", reading=Reading(unsorted=True)).written
+        == 4
+    )
 
 
 # what is no part of a pair
@@ -278,7 +324,9 @@ def test_counts_of_earlier_versions_have_no_such_files(tmp_path: Path) -> None:
 
 def test_a_tar_without_one_pair_says_what_it_holds(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [("a.flac", b"x"), ("b.flac", b"x"), ("README", b"x")])
-    message = r"skipped: nothing; no part of a pair: file of another ending 2, file without an ending 1$"
+    message = (
+        r"skipped: nothing; no part of a pair: file of another ending 2, file without an ending 1$"
+    )
     with pytest.raises(UserError, match=message):
         quick([path], tmp_path / "out")
 
@@ -287,12 +335,20 @@ def test_a_tar_without_one_pair_says_what_it_holds(tmp_path: Path) -> None:
 def test_read_is_written_and_skipped_in_pairs(tmp_path: Path, seed: int) -> None:
     """In any order, with any of the ways in which pairs are lost: as many as went in."""
     rng = random.Random(seed)
-    good, apart, dotted = named("a/{:04}", 20), named("b/{:04}", 10), named(f"c/{rng.randint(0, 9)}.{{:04}}", 10)
+    good, apart, dotted = (
+        named("a/{:04}", 20),
+        named("b/{:04}", 10),
+        named(f"c/{rng.randint(0, 9)}.{{:04}}", 10),
+    )
     lone = [(f"d/{i}.{rng.choice(['jpg', 'txt'])}", b"x") for i in range(5)]
     rest = halves(apart) + lone
     rng.shuffle(rest)
     apart_now = sum(
-        abs([n for n, _ in rest].index(f"b/{i:04}.jpg") - [n for n, _ in rest].index(f"b/{i:04}.txt")) > 1
+        abs(
+            [n for n, _ in rest].index(f"b/{i:04}.jpg")
+            - [n for n, _ in rest].index(f"b/{i:04}.txt")
+        )
+        > 1
         for i in range(10)
     )
     found = list(read_tar(write_tar(tmp_path / "a.tar", [*good, *dotted, *rest])))

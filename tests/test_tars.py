@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 from tarballs import draw, pairs, quick, read_back, write_tar
 
+from alignclip.conversion import samples
+from alignclip.conversion.images import UNDECODABLE_IMAGE, UNKNOWN_FORMAT, ImageOptions, prepare
+from alignclip.conversion.samples import Ignored, Sample, Skipped
+from alignclip.conversion.tars import read_tar
 from alignclip.errors import UserError
-from convert import samples
-from convert.images import UNDECODABLE_IMAGE, UNKNOWN_FORMAT, ImageOptions, prepare
-from convert.samples import Ignored, Sample, Skipped
-from convert.tars import read_tar
 
 
 def test_members_group_as_in_webdataset(tmp_path: Path) -> None:
@@ -45,7 +45,9 @@ def test_members_group_as_in_webdataset(tmp_path: Path) -> None:
         Sample("005", draw(5), "half a pair ?"),
     ]
     assert all(
-        prepare(sample.image, ImageOptions())[0] == sample.image for sample in found if isinstance(sample, Sample)
+        prepare(sample.image, ImageOptions())[0] == sample.image
+        for sample in found
+        if isinstance(sample, Sample)
     )
 
 
@@ -63,7 +65,11 @@ BAD_SAMPLES = {
 }
 
 
-OF_IMAGES = (UNDECODABLE_IMAGE, UNKNOWN_FORMAT, samples.IMAGE_TOO_LARGE)  # what a check of the content finds
+OF_IMAGES = (
+    UNDECODABLE_IMAGE,
+    UNKNOWN_FORMAT,
+    samples.IMAGE_TOO_LARGE,
+)  # what a check of the content finds
 
 
 def bomb() -> bytes:
@@ -124,7 +130,9 @@ def test_what_is_no_tar_at_all(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     path.write_text("404 not found")
     assert list(read_tar(path)) == [Skipped("", samples.BROKEN_INPUT)]
-    with pytest.raises(UserError, match=r"no sample was written from 1 input; skipped: truncated file 1$"):
+    with pytest.raises(
+        UserError, match=r"no sample was written from 1 input; skipped: truncated file 1$"
+    ):
         quick([path], tmp_path / "out")
     assert not (tmp_path / "out" / "index.json").exists()
 
@@ -150,7 +158,14 @@ def test_captions_from_another_entry(tmp_path: Path) -> None:
 def test_only_a_huge_member_that_is_needed_matters(
     tmp_path: Path, members: dict[str, int], key: str | None, expected: str
 ) -> None:
-    small = {"jpg": draw(0), "png": draw(0, "PNG"), "txt": b"picture", "json": b'{"title": "title"}'}
-    written = [(f"0.{ending}", bytes(size) if size else small[ending]) for ending, size in members.items()]
+    small = {
+        "jpg": draw(0),
+        "png": draw(0, "PNG"),
+        "txt": b"picture",
+        "json": b'{"title": "title"}',
+    }
+    written = [
+        (f"0.{ending}", bytes(size) if size else small[ending]) for ending, size in members.items()
+    ]
     (found,) = read_tar(write_tar(tmp_path / "a.tar", written), key)
     assert (found.reason if isinstance(found, Skipped) else found.caption) == expected

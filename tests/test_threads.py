@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from alignclip import threads
+from alignclip.runtime import threads
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -25,8 +25,12 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-@pytest.mark.parametrize(("ranks", "expected"), [(None, CORES), ("1", CORES), ("64", 1), ("x", CORES)])
-def test_a_rank_takes_its_share(ranks: str | None, expected: int, fresh: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "expected"), [(None, CORES), ("1", CORES), ("64", 1), ("x", CORES)]
+)
+def test_a_rank_takes_its_share(
+    ranks: str | None, expected: int, fresh: pytest.MonkeyPatch
+) -> None:
     if ranks:
         fresh.setenv("LOCAL_WORLD_SIZE", ranks)
     threads.set_thread_defaults()
@@ -65,9 +69,11 @@ def test_a_container_may_use_fewer_cores_than_it_sees(
 
 
 def test_commands_set_them_before_torch_is_imported() -> None:
-    code = "import sys; from alignclip.command import read_arguments\n"
+    code = "import sys; from alignclip.training.command import read_arguments\n"
     code += "read_arguments(['a.yaml'], 'x', '', '')\n"
     code += "import os; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
     bare = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
-    done = subprocess.run([sys.executable, "-c", code], env=bare, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=bare, capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == ["PASSIVE", "False"]

@@ -13,8 +13,8 @@ from hashlib import sha256
 import open_clip.tokenizer
 import pytest
 
-import alignclip.tokenizer
-from alignclip.tokenizer import REMEMBERED, SimpleTokenizer, merge
+import alignclip.data.tokenizer
+from alignclip.data.tokenizer import REMEMBERED, SimpleTokenizer, merge
 
 # Of open_clip's source as it is without our change: where this fails, open_clip has changed its function.
 SOURCE = "355e28cc25b12b9546e267508c9ff84c86d68482fb2bf586c8766a1bc9f43a84"
@@ -36,14 +36,18 @@ def tokenizer() -> SimpleTokenizer:
 
 def test_open_clip_has_the_function_that_is_replaced() -> None:
     source = inspect.getsource(open_clip.tokenizer)
-    bpe = source[source.index("    def bpe(self, token):") : source.index("    def encode(self, text):")]
+    bpe = source[
+        source.index("    def bpe(self, token):") : source.index("    def encode(self, text):")
+    ]
     assert sha256(bpe.encode()).hexdigest() == SOURCE
-    assert SimpleTokenizer.bpe is alignclip.tokenizer.bpe
+    assert SimpleTokenizer.bpe is alignclip.data.tokenizer.bpe
     assert open_clip.SimpleTokenizer is SimpleTokenizer
 
 
-def test_a_pair_has_a_higher_rank_than_what_its_tokens_were_made_by(tokenizer: SimpleTokenizer) -> None:
-    """What :func:`alignclip.tokenizer.merge` relies on."""
+def test_a_pair_has_a_higher_rank_than_what_its_tokens_were_made_by(
+    tokenizer: SimpleTokenizer,
+) -> None:
+    """What :func:`alignclip.data.tokenizer.merge` relies on."""
     made: dict[str, int] = {}
     for pair, rank in tokenizer.bpe_ranks.items():
         assert all(made.get(token, -1) < rank for token in pair)
@@ -69,7 +73,11 @@ def words(rng: random.Random, count: int) -> list[str]:
         elif kind == 4:
             word = "".join(rng.choices(vocabulary, k=rng.randint(1, 6)))
         else:
-            characters = [chr(rng.choice([rng.randrange(0x20, 0x2FF), rng.randrange(0x4E00, 0x9FFF), 0x1F600]))]
+            characters = [
+                chr(
+                    rng.choice([rng.randrange(0x20, 0x2FF), rng.randrange(0x4E00, 0x9FFF), 0x1F600])
+                )
+            ]
             word = "".join(tokenizer.byte_encoder[b] for b in "".join(characters * length).encode())
         found.append(word)
     return found
@@ -149,5 +157,9 @@ def test_the_work_for_a_word_grows_as_its_length(tokenizer: SimpleTokenizer, let
 @pytest.mark.slow
 def test_importing_what_reads_captions_is_enough() -> None:
     text = "import {module}; from open_clip import SimpleTokenizer as T; exit('alignclip' not in T.bpe.__module__)"
-    for module in ("alignclip.data", "alignclip.evaluation.encoding", "alignclip.loading"):
+    for module in (
+        "alignclip.data.dataset",
+        "alignclip.evaluation.encoding",
+        "alignclip.weights.loading",
+    ):
         subprocess.run([sys.executable, "-c", text.format(module=module)], check=True)

@@ -14,11 +14,11 @@ from runs import write_config, write_set
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.event_file_writer import AtomicCounter
 
-from alignclip import trackers, training
-from alignclip.checkpoints import SaveFolder
-from alignclip.config_file import load
+from alignclip.config.reading import load
 from alignclip.errors import UserError
-from alignclip.history import HISTORY, PAGE, read_lines
+from alignclip.training import pretraining, trackers
+from alignclip.training.history import HISTORY, PAGE, read_lines
+from alignclip.training.save_folder import SaveFolder
 
 FIXED = (
     "run_name=r", "data.num_workers=0", "scheduler.t_warmup=1ba", "data.num_canonical_nodes=1", "save_interval=4ba",
@@ -37,10 +37,19 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def train(*overrides: str) -> None:
         for length in (7, 9):
             # of files of one second TensorBoard reads number 10 before number 9; each start is a process of its own
-            monkeypatch.setattr("tensorboard.summary.writer.event_file_writer._global_uid", AtomicCounter(0))
-            more = (f"max_duration={length}ba", f"evaluators.e.local={tmp_path / 'set'}", *overrides)
-            config = load(write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "runs")), [*FIXED, *more])
-            trainer = training.build_trainer(config, get_device("cpu"), SaveFolder(config))
+            monkeypatch.setattr(
+                "tensorboard.summary.writer.event_file_writer._global_uid", AtomicCounter(0)
+            )
+            more = (
+                f"max_duration={length}ba",
+                f"evaluators.e.local={tmp_path / 'set'}",
+                *overrides,
+            )
+            config = load(
+                write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "runs")),
+                [*FIXED, *more],
+            )
+            trainer = pretraining.build_trainer(config, get_device("cpu"), SaveFolder(config))
             assert trainer.state.timestamp.batch == (0 if length == 7 else 4)
             trainer.fit()
             trainer.close()
@@ -53,10 +62,15 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_tensorboard_has_each_step_once(train: Any, tmp_path: Path) -> None:
-    train(f"loggers.TensorboardLogger.log_dir={tmp_path / 'board'}", "loggers.TensorboardLogger.flush_interval=3")
+    train(
+        f"loggers.TensorboardLogger.log_dir={tmp_path / 'board'}",
+        "loggers.TensorboardLogger.flush_interval=3",
+    )
     found = EventAccumulator(str(tmp_path / "board" / "r"))
     found.Reload()
-    steps = {tag: sorted(scalar.step for scalar in found.Scalars(tag)) for tag in found.Tags()["scalars"]}
+    steps = {
+        tag: sorted(scalar.step for scalar in found.Scalars(tag)) for tag in found.Tags()["scalars"]
+    }
     assert steps["loss/train/total"] == list(range(9))
     assert steps["lr"] == list(range(9))
     assert steps["logit_scale"] == list(range(1, 10))
@@ -65,7 +79,10 @@ def test_tensorboard_has_each_step_once(train: Any, tmp_path: Path) -> None:
 
 def test_a_file_has_each_step_once(train: Any, tmp_path: Path) -> None:
     train(f"loggers.FileLogger.filename={tmp_path / 'log.txt'}")
-    lines = [trackers.LINE.match(line) for line in (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines()]
+    lines = [
+        trackers.LINE.match(line)
+        for line in (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines()
+    ]
     steps = Counter((found[2], int(found[1])) for found in lines if found)
     for name, expected in (
         ("loss/train/total", range(9)),
@@ -73,7 +90,9 @@ def test_a_file_has_each_step_once(train: Any, tmp_path: Path) -> None:
         ("logit_scale", range(1, 10)),
         ("metrics/e/image_retrieval_recall@1", (4, 8, 9)),
     ):
-        assert {step: n for (one, step), n in steps.items() if one == name} == dict.fromkeys(expected, 1), name
+        assert {step: n for (one, step), n in steps.items() if one == name} == dict.fromkeys(
+            expected, 1
+        ), name
 
 
 def rows_of(folder: Path) -> tuple[Counter[tuple[str, int]], set[str]]:
@@ -93,17 +112,24 @@ def rows_of(folder: Path) -> tuple[Counter[tuple[str, int]], set[str]]:
             record.ParseFromString(data)
             if record.run.run_id:
                 ids.add(record.run.run_id)
-            row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            row = {
+                item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                for item in record.history.item
+            }
             found.update((key, row["_step"]) for key in row if key != "_step")
     return found, ids
 
 
-def test_weights_and_biases_has_one_run_and_each_step_once(train: Any, tmp_path: Path, fresh_wandb: None) -> None:
+def test_weights_and_biases_has_one_run_and_each_step_once(
+    train: Any, tmp_path: Path, fresh_wandb: None
+) -> None:
     train("loggers.WandBLogger.project=x")
     found, ids = rows_of(tmp_path / "wandb")
     assert ids == {(tmp_path / "runs" / trackers.WANDB_ID).read_text(encoding="utf-8").strip()}
     for name in ("loss/train/total", "lr"):
-        assert {step: n for (one, step), n in found.items() if one == name} == dict.fromkeys(range(9), 1), name
+        assert {step: n for (one, step), n in found.items() if one == name} == dict.fromkeys(
+            range(9), 1
+        ), name
 
 
 def test_nobody_is_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +138,9 @@ def test_nobody_is_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("HOME", str(tmp_path))
     config = load(write_config(tmp_path, str(tmp_path / "set")), ["loggers.WandBLogger.project=x"])
-    with pytest.raises(UserError, match=r"nobody is logged in to Weights & Biases; run `wandb login`"):
+    with pytest.raises(
+        UserError, match=r"nobody is logged in to Weights & Biases; run `wandb login`"
+    ):
         trackers.check_login(config)
     monkeypatch.setenv("WANDB_MODE", "offline")
     trackers.check_login(config)
@@ -145,5 +173,11 @@ def test_the_history_of_all_starts(train: Any, tmp_path: Path) -> None:
     page = (tmp_path / "runs" / PAGE).read_text(encoding="utf-8")
     assert "learning curves to batch 9" in page
     assert "after batch 4" in page
-    for name in ("total", "contrastive", "e/image_retrieval_recall@5", "Learning rate", "Logit scale"):
+    for name in (
+        "total",
+        "contrastive",
+        "e/image_retrieval_recall@5",
+        "Learning rate",
+        "Logit scale",
+    ):
         assert name in page

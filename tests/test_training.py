@@ -20,12 +20,12 @@ from composer.utils import get_device
 from runs import write_config, write_set
 from s3 import S3Server
 
-from alignclip import plugins, preflight, training
-from alignclip.checkpoints import SaveFolder
-from alignclip.config import DataConfig, EvaluatorConfig, RunConfig, StreamConfig
-from alignclip.config_file import load
+from alignclip.config.reading import load
+from alignclip.config.schema import DataConfig, EvaluatorConfig, RunConfig, StreamConfig
+from alignclip.data.streams import evaluated_on_training_data
 from alignclip.errors import UserError
-from alignclip.streams import evaluated_on_training_data
+from alignclip.training import plugins, preflight, pretraining
+from alignclip.training.save_folder import SaveFolder
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,9 @@ class Watch(Callback):
 
     def after_backward(self, state: State, logger: Logger) -> None:
         if not self.gradients:
-            self.gradients = {n: p.grad.clone() for n, p in state.model.named_parameters() if p.grad is not None}
+            self.gradients = {
+                n: p.grad.clone() for n, p in state.model.named_parameters() if p.grad is not None
+            }
 
     def batch_end(self, state: State, logger: Logger) -> None:
         grads = [p.grad for p in state.model.parameters() if p.grad is not None]
@@ -60,10 +62,12 @@ def fit(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     def fit(*overrides: str) -> tuple[Trainer, Watch, InMemoryLogger]:
         fixed = ("max_duration=8ba", "data.num_workers=0", "loggers.InMemoryLogger={}")
         config, watch = configuration(dataset, tmp_path, *fixed, *overrides), Watch()
-        build_callbacks = training.build_callbacks
+        build_callbacks = pretraining.build_callbacks
         with monkeypatch.context() as patch:
-            patch.setattr(training, "build_callbacks", lambda c, f: [*build_callbacks(c, f), watch])
-            trainer = training.build_trainer(config, get_device("cpu"), None)
+            patch.setattr(
+                pretraining, "build_callbacks", lambda c, f: [*build_callbacks(c, f), watch]
+            )
+            trainer = pretraining.build_trainer(config, get_device("cpu"), None)
         trainers.append(trainer)
         trainer.fit()
         (memory,) = [d for d in trainer.logger.destinations if isinstance(d, InMemoryLogger)]
@@ -84,7 +88,12 @@ def logged(memory: InMemoryLogger, name: str) -> list[float]:
 
 def test_what_is_logged(fit) -> None:
     _, _, memory = fit()
-    assert {"loss/train/total", "loss/train/contrastive", "loss/train/separation", "logit_scale"} <= memory.data.keys()
+    assert {
+        "loss/train/total",
+        "loss/train/contrastive",
+        "loss/train/separation",
+        "logit_scale",
+    } <= memory.data.keys()
     assert {"lr", "time/data_wait_fraction"} <= memory.data.keys()
     # the published schedule at the rates that the steps really use: (t + 1)/5 up to step 4, then the cosine from step 5
     rates = logged(memory, "lr")
@@ -94,7 +103,9 @@ def test_what_is_logged(fit) -> None:
     total, contrastive, separation = (
         logged(memory, f"loss/train/{name}") for name in ("total", "contrastive", "separation")
     )
-    assert total == pytest.approx([c + 0.5 * s for c, s in zip(contrastive, separation, strict=True)], rel=1e-6)
+    assert total == pytest.approx(
+        [c + 0.5 * s for c, s in zip(contrastive, separation, strict=True)], rel=1e-6
+    )
     assert logged(memory, "logit_scale")[0] == pytest.approx(1 / 0.07, rel=1e-6)
     assert all(0 <= share <= 1 for share in logged(memory, "time/data_wait_fraction"))
 
@@ -135,7 +146,8 @@ def test_gradients_are_clipped(fit) -> None:
     _, free, _ = fit()
     assert max(free.gradient_norms) > 0.05
     _, clipped, _ = fit(
-        "algorithms.GradientClipping.clipping_type=norm", "algorithms.GradientClipping.clipping_threshold=0.05"
+        "algorithms.GradientClipping.clipping_type=norm",
+        "algorithms.GradientClipping.clipping_threshold=0.05",
     )
     assert clipped.gradient_norms == pytest.approx([0.05] * 8, rel=1e-3)
 
@@ -169,7 +181,9 @@ def test_bf16_on_a_cpu(fit) -> None:
     ],
     ids=["between epochs", "both", "inside an epoch", "EMA", "patch dropout"],
 )
-def test_goes_on_from_a_checkpoint(dataset: Path, tmp_path: Path, interval: str, more: list[str]) -> None:
+def test_goes_on_from_a_checkpoint(
+    dataset: Path, tmp_path: Path, interval: str, more: list[str]
+) -> None:
     """Two epochs of four batches; the second trainer starts from the first one's first checkpoint."""
     fixed = ("max_duration=2ep", "data.num_workers=0", "run_name=r", "scheduler.t_warmup=1ba")
     config = load(
@@ -179,7 +193,7 @@ def test_goes_on_from_a_checkpoint(dataset: Path, tmp_path: Path, interval: str,
     losses, averages = [], []
     for _ in range(2):
         folder = SaveFolder(config)
-        trainer = training.build_trainer(config, get_device("cpu"), folder)
+        trainer = pretraining.build_trainer(config, get_device("cpu"), folder)
         trainer.fit()
         (memory,) = [d for d in trainer.logger.destinations if isinstance(d, InMemoryLogger)]
         losses.append(logged(memory, "loss/train/total"))
@@ -200,7 +214,10 @@ def test_goes_on_from_a_checkpoint(dataset: Path, tmp_path: Path, interval: str,
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["max_duration=2ep", "scheduler.t_warmup=8ba"], "shorter than max_duration=2ep (8 batches, 4 an epoch)"),
+        (
+            ["max_duration=2ep", "scheduler.t_warmup=8ba"],
+            "shorter than max_duration=2ep (8 batches, 4 an epoch)",
+        ),
         (["optimizer.opt=adamv"], "did you mean 'adam'?"),
         (
             ["global_train_batch_size=65"],
@@ -209,10 +226,12 @@ def test_goes_on_from_a_checkpoint(dataset: Path, tmp_path: Path, interval: str,
         (["data.epoch_size=some"], "data: "),
     ],
 )
-def test_what_only_building_shows_is_one_line(dataset: Path, tmp_path: Path, overrides: list[str], says: str) -> None:
+def test_what_only_building_shows_is_one_line(
+    dataset: Path, tmp_path: Path, overrides: list[str], says: str
+) -> None:
     config = configuration(dataset, tmp_path, "max_duration=8ba", "data.num_workers=0", *overrides)
     with pytest.raises(UserError) as error:
-        training.build_trainer(config, get_device("cpu"), None)
+        pretraining.build_trainer(config, get_device("cpu"), None)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -223,13 +242,23 @@ def test_what_only_building_shows_is_one_line(dataset: Path, tmp_path: Path, ove
         ({"local": "a/set"}, {"local": "./a/set/"}, True),
         ({"local": "a", "split": "set"}, {"local": "a/set"}, True),
         ({"remote": "s3://b/set", "local": "c"}, {"remote": "s3://b/set/", "local": "d"}, True),
-        ({"remote": "s3://b/set", "local": "c"}, {"local": "c"}, True),  # the cache of the training set
-        ({"remote": "s3://b/set", "local": "c"}, {"remote": "s3://b/test", "local": "c/test"}, False),
+        (
+            {"remote": "s3://b/set", "local": "c"},
+            {"local": "c"},
+            True,
+        ),  # the cache of the training set
+        (
+            {"remote": "s3://b/set", "local": "c"},
+            {"remote": "s3://b/test", "local": "c/test"},
+            False,
+        ),
         ({"local": "a", "split": "train"}, {"local": "a", "split": "val"}, False),
         ({"local": "a"}, {"local": "b"}, False),
     ],
 )
-def test_an_evaluator_on_training_data_is_known(stream: dict[str, str], evaluator: dict[str, str], found: bool) -> None:
+def test_an_evaluator_on_training_data_is_known(
+    stream: dict[str, str], evaluator: dict[str, str], found: bool
+) -> None:
     streams = {"other": StreamConfig(local="elsewhere"), "e": StreamConfig(**stream)}
     evaluators = {"c": EvaluatorConfig(task="gap", **evaluator)}
     config = RunConfig(data=DataConfig(streams=streams), evaluators=evaluators)
@@ -238,10 +267,10 @@ def test_an_evaluator_on_training_data_is_known(stream: dict[str, str], evaluato
 
 def test_an_evaluator_on_training_data_is_told_at_the_start(dataset: Path, tmp_path: Path) -> None:
     config = configuration(dataset, tmp_path, "data.num_workers=0", "run_name=told")
-    trainer = training.build_trainer(config, get_device("cpu"), None)
-    quiet = training.describe(config, trainer, None)
+    trainer = pretraining.build_trainer(config, get_device("cpu"), None)
+    quiet = pretraining.describe(config, trainer, None)
     config.evaluators = {"c": EvaluatorConfig(task="gap", local=str(dataset))}
-    told = training.describe(config, trainer, None)
+    told = pretraining.describe(config, trainer, None)
     trainer.close()
     (stream,) = config.data.streams
     line = f"  the figures of evaluator 'c' are on training data: its set is data.streams.{stream}"
@@ -256,12 +285,16 @@ def test_an_evaluator_on_training_data_is_told_at_the_start(dataset: Path, tmp_p
         ("compile_config.backend=inducter", "did you mean 'inductor'"),
     ],
 )
-def test_what_does_not_fit_the_machine(dataset: Path, tmp_path: Path, override: str, says: str) -> None:
+def test_what_does_not_fit_the_machine(
+    dataset: Path, tmp_path: Path, override: str, says: str
+) -> None:
     with pytest.raises(UserError, match=says):
         preflight.check_parallelism(configuration(dataset, tmp_path, override), get_device("cpu"))
 
 
-def test_a_checkpoint_to_load_is_looked_at_first(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_to_load_is_looked_at_first(
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "notes.txt").write_text("no checkpoint")
     bucket = s3.bucket()
     for place, says in (
@@ -279,11 +312,15 @@ def test_a_checkpoint_to_load_is_looked_at_first(s3: S3Server, tmp_path: Path, m
         preflight.check_load_path(f"{bucket}/there.pt")
 
 
-def test_the_profiler_leaves_its_traces(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_profiler_leaves_its_traces(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     overrides = ["profiler.wait=1", "profiler.active=1", "max_duration=4ba", "data.num_workers=0"]
-    config = configuration(dataset, tmp_path, *overrides, "scheduler.t_warmup=1ba", "run_name=traced")
-    trainer = training.build_trainer(config, get_device("cpu"), None)
+    config = configuration(
+        dataset, tmp_path, *overrides, "scheduler.t_warmup=1ba", "run_name=traced"
+    )
+    trainer = pretraining.build_trainer(config, get_device("cpu"), None)
     trainer.fit()
     trainer.close()
     assert list((tmp_path / "traced" / "torch_traces").glob("rank0.*.pt.trace.json"))
@@ -293,13 +330,17 @@ def test_the_profiler_leaves_its_traces(dataset: Path, tmp_path: Path, monkeypat
 def test_a_compiled_model_trains_the_same(fit: Any, chunk_size: int) -> None:
     """By the backend that runs the traced graphs as they are; text is at its full length there."""
     _, _, plain = fit()
-    _, _, compiled = fit("compile_config.backend=aot_eager", f"model.encode_chunk_size={chunk_size}")
+    _, _, compiled = fit(
+        "compile_config.backend=aot_eager", f"model.encode_chunk_size={chunk_size}"
+    )
     found = logged(compiled, "loss/train/total")
     assert len(found) == 8
     assert found == pytest.approx(logged(plain, "loss/train/total"), abs=1e-5)
 
 
-@pytest.mark.parametrize(("name", "says"), [("cuda", "did you mean 'gpu'"), ("gpu", "there is none on this machine")])
+@pytest.mark.parametrize(
+    ("name", "says"), [("cuda", "did you mean 'gpu'"), ("gpu", "there is none on this machine")]
+)
 def test_a_device_that_is_not_there(name: str, says: str) -> None:
     if name == "gpu" and torch.cuda.is_available():
         pytest.skip("this machine has one")
@@ -323,7 +364,7 @@ def test_a_worker_that_hangs_does_not_outlive_a_run_that_fails(tmp_path: Path) -
     script = tmp_path / "hangs.py"
     script.write_text(
         "import time, torch\n"
-        "from alignclip.callbacks import StopOnSignal\n"
+        "from alignclip.training.callbacks import StopOnSignal\n"
         "class Hangs(torch.utils.data.Dataset):\n"
         "    def __len__(self): return 8\n"
         "    def __getitem__(self, i): return i if i < 4 else time.sleep(3600)\n"

@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
-from alignclip.transforms import center_crop, decode_image, normalize, random_resized_crop
+from alignclip.data.transforms import center_crop, decode_image, normalize, random_resized_crop
 
 KINDS = [
     ("RGB", "JPEG"),
@@ -30,7 +30,9 @@ def picture(size: tuple[int, int], mode: str, form: str) -> bytes:
         size, Image.Resampling.BICUBIC
     )
     buffer = io.BytesIO()
-    converted = smooth.convert(mode) if mode in ("RGBA", "LA") else smooth.convert("RGB").convert(mode)
+    converted = (
+        smooth.convert(mode) if mode in ("RGBA", "LA") else smooth.convert("RGB").convert(mode)
+    )
     converted.save(buffer, form)
     return buffer.getvalue()
 

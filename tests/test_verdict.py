@@ -37,7 +37,9 @@ def figures(count: int, values: tuple[float, ...]) -> tuple[dict[str, float], di
 
 
 @pytest.mark.parametrize(("count", "values"), COLLAPSED)
-def test_a_closed_gap_without_retrieval_is_a_collapse(count: int, values: tuple[float, ...]) -> None:
+def test_a_closed_gap_without_retrieval_is_a_collapse(
+    count: int, values: tuple[float, ...]
+) -> None:
     verdict = judge(*figures(count, values))
     assert verdict is not None
     assert verdict.collapsed
@@ -61,7 +63,10 @@ def space(
     """Pairs around one direction: how much of it there is, what a pair doesn't share, what modalities don't."""
     generator = torch.Generator().manual_seed(0)
     shared = torch.randn(count, width, generator=generator) / width**0.5
-    images, texts = (shared + noise * torch.randn(count, width, generator=generator) / width**0.5 for _ in range(2))
+    images, texts = (
+        shared + noise * torch.randn(count, width, generator=generator) / width**0.5
+        for _ in range(2)
+    )
     images[:, 0] += mean
     texts[:, 0] += mean
     images[:, 1] += gap
@@ -73,7 +78,14 @@ def space(
     ("mean", "noise", "gap", "collapsed", "success", "words"),
     [
         (0.0, 0.3, 0.0, False, True, "the gap is closed (0.0"),
-        (30.0, 50.0, 0.0, True, False, "COLLAPSED: the gap is closed"),  # one cone, and no pairs in it
+        (
+            30.0,
+            50.0,
+            0.0,
+            True,
+            False,
+            "COLLAPSED: the gap is closed",
+        ),  # one cone, and no pairs in it
         (0.0, 0.3, 2.0, False, False, "the gap is open (1."),  # CLIP's two cones: retrieval works
         (0.0, 50.0, 2.0, False, False, "the gap is open (1."),  # untrained: nothing works
     ],
@@ -116,7 +128,11 @@ def test_few_pairs_that_find_each_other_are_no_collapse(count: int) -> None:
 
 def test_against_the_beginning_of_the_run() -> None:
     now, chance = figures(600, WORKING[1][1])
-    first = now | {"centroid_distance": 1.05, "margin": 0.0} | {name: chance[name] for name in NAMES[-2:]}
+    first = (
+        now
+        | {"centroid_distance": 1.05, "margin": 0.0}
+        | {name: chance[name] for name in NAMES[-2:]}
+    )
     verdict = judge(now, chance, first, "batch 10")
     assert verdict is not None
     assert verdict.text.startswith(
@@ -161,7 +177,11 @@ def test_recall_is_said_to_be_a_mean_where_it_is_one() -> None:
 
 def test_the_examples_of_the_document_are_what_is_printed() -> None:
     text = (Path(__file__).parents[1] / "docs/evaluation.md").read_text(encoding="utf-8")
-    examples = [line.removeprefix("    gap: ").removesuffix("…") for line in text.splitlines() if "    gap: " in line]
+    examples = [
+        line.removeprefix("    gap: ").removesuffix("…")
+        for line in text.splitlines()
+        if "    gap: " in line
+    ]
     small = figures(286, (0.9, 0.01, 0.27, 1.5, 5.0, 0.0152, 0.0182))
     (now, chance), (first, _) = figures(600, WORKING[1][1]), figures(*COLLAPSED[3])
     given = [judge(*figures(*COLLAPSED[1])), judge(now, chance, first, "batch 20"),
@@ -193,7 +213,12 @@ def test_other_tasks() -> None:
         ({"spearman": 0.01}, {}, False, "similarities say nothing of people's (0.01)"),
         ({"auroc": 0.51, "top_class_share": 0.1}, {}, False, "confidence does not tell outliers"),
         ({"auroc": 0.9, "top_class_share": 0.1}, {}, True, "confidence tells outliers"),
-        ({"image_retrieval_recall@5": 0.02}, {"image_retrieval_recall@5": 0.01}, False, "retrieval is near chance"),
+        (
+            {"image_retrieval_recall@5": 0.02},
+            {"image_retrieval_recall@5": 0.01},
+            False,
+            "retrieval is near chance",
+        ),
     ):
         verdict = judge(metrics, chance)
         assert verdict is not None

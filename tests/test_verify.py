@@ -17,8 +17,8 @@ from PIL import Image
 from streaming import MDSWriter
 from streaming.base.hashing import get_hash
 
-from alignclip import contact_sheet
-from convert.verify import main
+from alignclip.verification import contact_sheet
+from alignclip.verification.command import main
 
 REPOSITORY = Path(__file__).parents[1]
 COLUMNS = {"key": "str", "image": "bytes", "caption": "str", "semantic": "ndarray:float16:8"}
@@ -49,7 +49,9 @@ def row_of(number: int) -> Row:
 
 def write_shards(folder: Path, columns: dict[str, str], rows: list[Row], **options: Any) -> None:
     """Shards of two samples each, and their index."""
-    with MDSWriter(out=str(folder), columns=columns, hashes=["xxh64"], size_limit=None, **options) as writer:
+    with MDSWriter(
+        out=str(folder), columns=columns, hashes=["xxh64"], size_limit=None, **options
+    ) as writer:
         for i, row in enumerate(rows):
             if i and i % 2 == 0:
                 writer.flush_shard()
@@ -66,7 +68,12 @@ def write_root(out: Path) -> None:
                 if file:
                     file["basename"] = f"{index.parent.name}/{file['basename']}"
             shards.append(shard)
-    dataset = {"inputs": PARTS, "samples": sum(shard["samples"] for shard in shards), "dimension": 8, "encoder": "e"}
+    dataset = {
+        "inputs": PARTS,
+        "samples": sum(shard["samples"] for shard in shards),
+        "dimension": 8,
+        "encoder": "e",
+    }
     (out / "dataset.json").write_text(json.dumps(dataset))
     (out / "convert.json").write_text("{}")
     (out / "index.json").write_text(json.dumps({"version": 2, "shards": shards}))
@@ -81,7 +88,12 @@ def write_set(out: Path, change: Change | None = None, **options: Any) -> Path:
                 change(number, rows[-1])
         folder = out / f"{part:05}"
         write_shards(folder, COLUMNS, rows, **options)
-        counts = {"source": f"{part:05}.tar", "written": SAMPLES, "skipped": {"empty caption": part}, "bytes": 0}
+        counts = {
+            "source": f"{part:05}.tar",
+            "written": SAMPLES,
+            "skipped": {"empty caption": part},
+            "bytes": 0,
+        }
         (folder / "counts.json").write_text(json.dumps(counts))
     write_root(out)
     return out
@@ -134,12 +146,27 @@ def test_a_sound_set(tmp_path: Path, verify: Verify, options: dict[str, str]) ->
     assert (status, problems(text)) == (0, [])
     index = json.loads((out / "index.json").read_text())
     size = sum((shard["zip_data"] or shard["raw_data"])["bytes"] for shard in index["shards"])
-    rows = [f"set {out}", "shards 9", "samples 18", f"size {size / 2**20:,.1f} MiB", "images decoded 18"]
-    rows += ["embeddings 18 of 8 dimensions", "read from source 21", "written 18", "skipped 3", "empty caption 3"]
+    rows = [
+        f"set {out}",
+        "shards 9",
+        "samples 18",
+        f"size {size / 2**20:,.1f} MiB",
+        "images decoded 18",
+    ]
+    rows += [
+        "embeddings 18 of 8 dimensions",
+        "read from source 21",
+        "written 18",
+        "skipped 3",
+        "empty caption 3",
+    ]
     for row in rows:
         assert row in text.splitlines()
     norms = [np.linalg.norm(row_of(i)["semantic"].astype(np.float64)) for i in range(18)]
-    assert f"norm {min(norms):.4f} / {np.mean(norms):.4f} / {max(norms):.4f} (min / mean / max)" in text
+    assert (
+        f"norm {min(norms):.4f} / {np.mean(norms):.4f} / {max(norms):.4f} (min / mean / max)"
+        in text
+    )
     assert "note" not in text
 
     assert verify(out, "--fast")[0] == 0
@@ -165,10 +192,20 @@ def test_a_classification_set(tmp_path: Path, verify: Verify) -> None:
     def write(name: str, labels: list[int], image_format: str = "GIF") -> Path:
         out = tmp_path / name
         columns = {"key": "str", "image": "bytes", "label": "int"}
-        rows = [{"key": f"{i}", "image": draw(i, image_format), "label": label} for i, label in enumerate(labels)]
+        rows = [
+            {"key": f"{i}", "image": draw(i, image_format), "label": label}
+            for i, label in enumerate(labels)
+        ]
         write_shards(out, columns, rows)
-        (out / "classes.json").write_text(json.dumps({"classnames": ["cat", "dog"], "templates": ["{c}"]}))
-        dataset = {"dataset": "folder", "split": "test", "samples": len(labels), "skipped": {"unreadable image": 2}}
+        (out / "classes.json").write_text(
+            json.dumps({"classnames": ["cat", "dog"], "templates": ["{c}"]})
+        )
+        dataset = {
+            "dataset": "folder",
+            "split": "test",
+            "samples": len(labels),
+            "skipped": {"unreadable image": 2},
+        }
         (out / "dataset.json").write_text(json.dumps(dataset))
         return out
 
@@ -189,7 +226,9 @@ def test_a_classification_set(tmp_path: Path, verify: Verify) -> None:
 
 
 def test_a_retrieval_set(tmp_path: Path, verify: Verify) -> None:
-    rows = [{"key": f"{i}", "image": draw(i), "caption": [f"picture {i}", "another"]} for i in range(4)]
+    rows = [
+        {"key": f"{i}", "image": draw(i), "caption": [f"picture {i}", "another"]} for i in range(4)
+    ]
     columns = {"key": "str", "image": "bytes", "caption": "json"}
     write_shards(tmp_path / "sound", columns, rows)
     assert verify(tmp_path / "sound")[0] == 0
@@ -291,7 +330,10 @@ def test_damaged_files(
     size = (out / name).stat().st_size
     damage(out / name)
     status, text = verify(out)
-    assert (status, problems(text)) == (1, [f"{name}: {message.format(cut=f'{size - 5:,}', size=f'{size:,}')}"])
+    assert (status, problems(text)) == (
+        1,
+        [f"{name}: {message.format(cut=f'{size - 5:,}', size=f'{size:,}')}"],
+    )
     assert f"to mend it: delete {out}/00001, then run the convert command again" in text
     assert verify(out, "--fast")[0] == int(fast)
 
@@ -300,7 +342,9 @@ def rehash(out: Path) -> None:
     """Make the index agree with the damaged file."""
 
     def change(index: Any) -> None:
-        (file,) = (shard["raw_data"] for shard in index["shards"] if shard["raw_data"]["basename"] == SHARD)
+        (file,) = (
+            shard["raw_data"] for shard in index["shards"] if shard["raw_data"]["basename"] == SHARD
+        )
         data = (out / SHARD).read_bytes()
         file["bytes"], file["hashes"] = len(data), {"xxh64": get_hash("xxh64", data)}
 
@@ -315,7 +359,9 @@ def test_a_sample_that_cannot_be_read(tmp_path: Path, verify: Verify) -> None:
     status, text = verify(out)
     assert (status, len(problems(text))) == (1, 2)  # and they have no key twice
     for i, line in enumerate(problems(text)):
-        assert line.startswith(f"{SHARD}: sample {i} can't be read: 'utf-8' codec can't decode byte 0xff")
+        assert line.startswith(
+            f"{SHARD}: sample {i} can't be read: 'utf-8' codec can't decode byte 0xff"
+        )
 
     (out / SHARD).write_bytes((7).to_bytes(4, "little") + data[4:])
     rehash(out)
@@ -370,7 +416,9 @@ def no_caption(row: Row) -> None:
         (no_caption, "caption is empty or no text"),
     ],
 )
-def test_damaged_samples(tmp_path: Path, verify: Verify, damage: Callable[[Row], None], problem: str) -> None:
+def test_damaged_samples(
+    tmp_path: Path, verify: Verify, damage: Callable[[Row], None], problem: str
+) -> None:
     out = write_set(tmp_path / "out", lambda number, row: damage(row) if number == 9 else None)
     status, text = verify(out, "--decode", 1)
     assert (status, problems(text)) == (1, [f"{SHARD}: sample 1 (key 000010003): {problem}"])
@@ -415,7 +463,10 @@ def test_embeddings_whose_norm_is_far_from_the_others(tmp_path: Path, verify: Ve
 
 def test_truncated_inputs_are_named(tmp_path: Path, verify: Verify) -> None:
     out = write_set(tmp_path / "out")
-    edit(out / "00001" / "counts.json", lambda counts: counts["skipped"].update({"truncated file": 1}))
+    edit(
+        out / "00001" / "counts.json",
+        lambda counts: counts["skipped"].update({"truncated file": 1}),
+    )
     for arguments in ((), ("--fast",)):
         status, text = verify(out, *arguments)
         (line,) = problems(text)
@@ -450,7 +501,11 @@ def test_many_problems_are_cut_short(tmp_path: Path, verify: Verify) -> None:
         path.unlink()
     status, text = verify(tmp_path / "gone")
     lines = problems(text)
-    assert (status, len(lines), lines[19:]) == (1, 21, ["shard.00019.mds: missing", "… and 2 more: missing"])
+    assert (status, len(lines), lines[19:]) == (
+        1,
+        21,
+        ["shard.00019.mds: missing", "… and 2 more: missing"],
+    )
     assert "\n22 problems:\n" in text
 
 
@@ -478,7 +533,11 @@ def test_parts_that_are_missing(tmp_path: Path, verify: Verify) -> None:
     (out / "00001" / "counts.json").write_text("{")
 
     def forget(index: Any) -> None:
-        index["shards"] = [shard for shard in index["shards"] if not shard["raw_data"]["basename"].startswith("00002")]
+        index["shards"] = [
+            shard
+            for shard in index["shards"]
+            if not shard["raw_data"]["basename"].startswith("00002")
+        ]
 
     edit(out / "index.json", forget)
     edit(out / "dataset.json", lambda dataset: dataset.update(samples=12))
@@ -487,7 +546,9 @@ def test_parts_that_are_missing(tmp_path: Path, verify: Verify) -> None:
     missing, unreadable, forgotten = problems(text)
     assert missing == "00000/counts.json: is missing: the conversion of this part was not finished"
     assert unreadable.startswith("00001/counts.json: can't be read: Expecting property name")
-    assert forgotten == f"00002/counts.json: says 6 written, and {out}/index.json names none of them"
+    assert (
+        forgotten == f"00002/counts.json: says 6 written, and {out}/index.json names none of them"
+    )
 
 
 def test_entries_of_the_index(tmp_path: Path, verify: Verify) -> None:
@@ -505,10 +566,17 @@ def test_entries_of_the_index(tmp_path: Path, verify: Verify) -> None:
     edit(out / "index.json", spoil)
     status, text = verify(out, "--fast")
     assert status == 1
-    lines = [line for line in problems(text) if "written, the index" not in line and "dataset.json" not in line]
+    lines = [
+        line
+        for line in problems(text)
+        if "written, the index" not in line and "dataset.json" not in line
+    ]
     assert lines[0] == "index.json: shard 0 lacks samples"
     assert lines[1] == "index.json: shard 1 names a file outside the set: ../secret.mds"
-    assert lines[2] == "index.json: shard 2 stores the column caption as pkl, which executes code when it is read"
+    assert (
+        lines[2]
+        == "index.json: shard 2 stores the column caption as pkl, which executes code when it is read"
+    )
     assert lines[3] == "index.json: shard 3 has the format csv, not mds"
     assert lines[4] == f"{SHARD}: its columns are others: key str"
     assert lines[5] == "00001/shard.00002.mds: the index names it 2 times"
@@ -547,7 +615,10 @@ def test_inputs_are_no_set_yet(tmp_path: Path, verify: Verify) -> None:
     for name in ("00001.tar", "00000.tar", "00000.parquet"):
         (tmp_path / name).write_bytes(b"")
     end = "it holds inputs (00000.tar, …), which convert/cc12m.py makes a set of"
-    assert verify(tmp_path) == (2, f"error: no MDS set at {tmp_path} (no index.json there); {end}\n")
+    assert verify(tmp_path) == (
+        2,
+        f"error: no MDS set at {tmp_path} (no index.json there); {end}\n",
+    )
 
 
 def test_a_set_of_a_misspelt_name(tmp_path: Path, verify: Verify) -> None:
@@ -565,7 +636,10 @@ def test_a_set_of_a_misspelt_name(tmp_path: Path, verify: Verify) -> None:
         (["x", "--decode", "2"], "--decode is a fraction between 0 and 1, not 2.0"),
         (["x", "--sample", "0"], "--sample must be at least 1, not 0"),
         (["x", "--sample", "4", "--to", "a.jpg"], "--to a.jpg must be a local .png file"),
-        (["x", "--sample", "4", "--to", "/none/a.png"], "--to /none/a.png: there is no folder /none"),
+        (
+            ["x", "--sample", "4", "--to", "/none/a.png"],
+            "--to /none/a.png: there is no folder /none",
+        ),
     ],
 )
 def test_options_are_checked_up_front(verify: Verify, arguments: list[str], message: str) -> None:
@@ -577,15 +651,25 @@ def test_the_command(tmp_path: Path) -> None:
     """As a person calls it, shards being checked by two processes."""
     out = write_set(tmp_path / "out")
     for part in range(PARTS, 6):
-        write_shards(out / f"{part:05}", COLUMNS, [row_of(part * SAMPLES + i) for i in range(SAMPLES)])
-        (out / f"{part:05}" / "counts.json").write_text(json.dumps({"written": SAMPLES, "skipped": {}}))
+        write_shards(
+            out / f"{part:05}", COLUMNS, [row_of(part * SAMPLES + i) for i in range(SAMPLES)]
+        )
+        (out / f"{part:05}" / "counts.json").write_text(
+            json.dumps({"written": SAMPLES, "skipped": {}})
+        )
     write_root(out)
     flip(out / SHARD)
     command = [sys.executable, "convert/verify.py", str(out), "--processes", "2"]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200, check=False)
+    result = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200, check=False
+    )
     assert result.returncode == 1, result.stderr
     assert problems(result.stdout) == [f"  {SHARD}: hash xxh64 differs"]
-    assert all("verifying" in line for line in result.stderr.replace("\r", "\n").split("\n") if line.strip())
+    assert all(
+        "verifying" in line
+        for line in result.stderr.replace("\r", "\n").split("\n")
+        if line.strip()
+    )
 
 
 # a bucket
@@ -596,7 +680,9 @@ def test_a_bucket(s3: Any, tmp_path: Path, verify: Verify) -> None:
     bucket = s3.bucket()
     names = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     for name in names:
-        s3.client.put_object(Bucket=bucket.removeprefix("s3://"), Key=f"a/b/{name}", Body=(out / name).read_bytes())
+        s3.client.put_object(
+            Bucket=bucket.removeprefix("s3://"), Key=f"a/b/{name}", Body=(out / name).read_bytes()
+        )
     status, text = verify(f"{bucket}/a/b/", "--decode", 1)
     assert (status, problems(text)) == (0, [])
     assert f"set {bucket}/a/b\nshards 9\nsamples 18\n" in text
@@ -604,7 +690,9 @@ def test_a_bucket(s3: Any, tmp_path: Path, verify: Verify) -> None:
     first, second, third = (f"0000{part}/shard.00001.mds" for part in range(PARTS))
     for name, damage in ((first, flip), (second, cut)):
         damage(out / name)
-        s3.client.put_object(Bucket=bucket.removeprefix("s3://"), Key=f"a/b/{name}", Body=(out / name).read_bytes())
+        s3.client.put_object(
+            Bucket=bucket.removeprefix("s3://"), Key=f"a/b/{name}", Body=(out / name).read_bytes()
+        )
     s3.client.delete_object(Bucket=bucket.removeprefix("s3://"), Key=f"a/b/{third}")
     status, text = verify(f"{bucket}/a/b")
     size = (out / second).stat().st_size
@@ -620,7 +708,9 @@ def test_a_bucket(s3: Any, tmp_path: Path, verify: Verify) -> None:
     assert (status, problems(text)) == (1, [f"{third}: missing"])
     status, text = verify(f"{bucket}/nothing")
     assert (status, text.count("\n")) == (2, 1)
-    assert text.startswith(f"error: no MDS set at {bucket}/nothing (cannot read {bucket}/nothing/index.json: not found")
+    assert text.startswith(
+        f"error: no MDS set at {bucket}/nothing (cannot read {bucket}/nothing/index.json: not found"
+    )
 
 
 # the contact sheet
@@ -637,11 +727,22 @@ def test_contact_sheet(tmp_path: Path, verify: Verify) -> None:
         centres = []
         for i in range(8):
             column, row = i % 3, i // 3
-            x = contact_sheet.GAP + column * (contact_sheet.CELL[0] + contact_sheet.GAP) + contact_sheet.BOX // 2
-            y = contact_sheet.TITLE + row * (contact_sheet.CELL[1] + contact_sheet.GAP) + contact_sheet.BOX // 2
+            x = (
+                contact_sheet.GAP
+                + column * (contact_sheet.CELL[0] + contact_sheet.GAP)
+                + contact_sheet.BOX // 2
+            )
+            y = (
+                contact_sheet.TITLE
+                + row * (contact_sheet.CELL[1] + contact_sheet.GAP)
+                + contact_sheet.BOX // 2
+            )
             centres.append(sheet.getpixel((x, y)))
     # eight shards' samples, two at most of each, evenly: every second one
-    expected = [Image.open(io.BytesIO(row_of(i)["image"])).convert("RGB").getpixel((30, 20)) for i in range(0, 16, 2)]
+    expected = [
+        Image.open(io.BytesIO(row_of(i)["image"])).convert("RGB").getpixel((30, 20))
+        for i in range(0, 16, 2)
+    ]
     for centre, colour in zip(centres, expected, strict=True):
         np.testing.assert_allclose(centre, colour, atol=2)
 
@@ -649,6 +750,9 @@ def test_contact_sheet(tmp_path: Path, verify: Verify) -> None:
 def test_contact_sheet_of_few_and_small_shards(tmp_path: Path, verify: Verify) -> None:
     out, path = write_set(tmp_path / "out"), tmp_path / "sheet.png"
     for wanted, drawn in ((1, 1), (17, 17), (100, 18)):
-        assert f"contact sheet {path} ({drawn} sample" in verify(out, "--fast", "--sample", wanted, "--to", path)[1]
+        assert (
+            f"contact sheet {path} ({drawn} sample"
+            in verify(out, "--fast", "--sample", wanted, "--to", path)[1]
+        )
         with Image.open(path) as sheet:
             assert sheet.size == contact_sheet.size(drawn)

@@ -27,9 +27,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import alignclip
-from alignclip import hugging_face, open_clip_models
-from alignclip.encoders import build_encoders
 from alignclip.errors import UserError
+from alignclip.model.encoders import build_encoders
+from alignclip.weights import hugging_face, open_clip_models
 
 Weights = dict[str, Tensor]
 
@@ -38,7 +38,10 @@ Weights = dict[str, Tensor]
 def folder(tmp_path: Path) -> Path:
     """A folder with the settings of a small model."""
     config = small_config()
-    sections = {"vision_cfg": dataclasses.asdict(config.vision_cfg), "text_cfg": dataclasses.asdict(config.text_cfg)}
+    sections = {
+        "vision_cfg": dataclasses.asdict(config.vision_cfg),
+        "text_cfg": dataclasses.asdict(config.text_cfg),
+    }
     export = {"model_cfg": {"embed_dim": config.embed_dim, **sections}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(export), encoding="utf-8")
     return tmp_path
@@ -47,7 +50,9 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def weights() -> Weights:
     torch.manual_seed(0)
-    return {name: value.detach() for name, value in build_encoders(small_config()).state_dict().items()}
+    return {
+        name: value.detach() for name, value in build_encoders(small_config()).state_dict().items()
+    }
 
 
 def prefixed(weights: Weights, prefix: str) -> Weights:
@@ -116,7 +121,9 @@ def test_read(folder: Path, weights: Weights, what: str, old: bool) -> None:
     check_same(folder / "x.pt", weights)
 
 
-def test_lightnings_own_types_are_passed_over(folder: Path, weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lightnings_own_types_are_passed_over(
+    folder: Path, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = Attributes.__module__
     with monkeypatch.context() as there:
         for module in ("lightning_fabric", "lightning_fabric.utilities", name):
@@ -136,9 +143,14 @@ def test_custom_text_towers(folder: Path) -> None:
     vision, text = dataclasses.asdict(config.vision_cfg), dataclasses.asdict(config.text_cfg)
     vision.pop("timm_model_name")
     model = CustomTextCLIP(config.embed_dim, CLIPVisionCfg(**vision), CLIPTextCfg(**text)).eval()
-    torch.save({"state_dict": prefixed(model.state_dict(), "module."), "epoch": 3}, folder / "epoch_30.pt")
+    torch.save(
+        {"state_dict": prefixed(model.state_dict(), "module."), "epoch": 3}, folder / "epoch_30.pt"
+    )
     ours = alignclip.load(folder / "epoch_30.pt")[0]
-    images, tokens = torch.randn(2, 3, 32, 32), torch.tensor([[62, 1, 63, *[0] * 9], [62, 5, 7, 63, *[0] * 8]])
+    images, tokens = (
+        torch.randn(2, 3, 32, 32),
+        torch.tensor([[62, 1, 63, *[0] * 9], [62, 5, 7, 63, *[0] * 8]]),
+    )
     with torch.no_grad():
         torch.testing.assert_close(ours.encode_image(images), model.encode_image(images))
         torch.testing.assert_close(ours.encode_text(tokens), model.encode_text(tokens))
@@ -149,14 +161,19 @@ def test_torch_script(folder: Path, weights: Weights) -> None:
     model.load_state_dict(weights)
     stock = open_clip.CLIP(16, *({k: v for k, v in vars(part).items() if k != "timm_model_name"}
                                  for part in (small_config().vision_cfg, small_config().text_cfg)))  # fmt: skip
-    stock.load_state_dict({name: value.reshape(stock.state_dict()[name].shape) for name, value in weights.items()})
+    stock.load_state_dict(
+        {name: value.reshape(stock.state_dict()[name].shape) for name, value in weights.items()}
+    )
     example = torch.zeros(1, 3, 32, 32), torch.zeros(1, 12, dtype=torch.long)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.trace(stock.eval(), example, check_trace=False).save(folder / "x.pt")
     check_same(folder / "x.pt", weights)
     (folder / "open_clip_config.json").unlink()
-    with pytest.raises(UserError, match=r"a TorchScript archive without settings: no open_clip_config\.json.*config="):
+    with pytest.raises(
+        UserError,
+        match=r"a TorchScript archive without settings: no open_clip_config\.json.*config=",
+    ):
         alignclip.load(folder / "x.pt")
 
 
@@ -164,18 +181,27 @@ def hugging_face_folder(folder: Path, weights: Weights) -> Path:
     """A ``CLIPModel`` in two files and an index."""
     folder.mkdir()
     settings = hugging_face.their_config(small_config())
-    (folder / "config.json").write_text(json.dumps({"model_type": "clip"} | settings), encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "clip"} | settings), encoding="utf-8"
+    )
     theirs = hugging_face.their_weights(weights)
     names = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(theirs)}
     for file in set(names.values()):
-        save_file({name: value for name, value in theirs.items() if names[name] == file}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}), encoding="utf-8")
+        save_file(
+            {name: value for name, value in theirs.items() if names[name] == file}, folder / file
+        )
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": names}), encoding="utf-8"
+    )
     return folder
 
 
 def test_several_files_and_an_index(folder: Path, weights: Weights) -> None:
     names = sorted(weights)
-    parts = {"model-00001-of-00002.safetensors": names[:20], "model-00002-of-00002.safetensors": names[20:]}
+    parts = {
+        "model-00001-of-00002.safetensors": names[:20],
+        "model-00002-of-00002.safetensors": names[20:],
+    }
     for file, held in parts.items():
         save_file({name: weights[name].clone() for name in held}, folder / file)
     index = folder / "model.safetensors.index.json"
@@ -184,11 +210,15 @@ def test_several_files_and_an_index(folder: Path, weights: Weights) -> None:
     check_same(index, weights)
     check_same(hugging_face_folder(folder / "theirs", weights), weights)
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(UserError, match=r"lists model-00002-of-00002\.safetensors, which isn't there"):
+    with pytest.raises(
+        UserError, match=r"lists model-00002-of-00002\.safetensors, which isn't there"
+    ):
         alignclip.load(index)
     for name in ("../x.safetensors", "/etc/passwd", "x.txt", 3):
         index.write_text(json.dumps({"weight_map": {"a": name}}), encoding="utf-8")
-        with pytest.raises(UserError, match=r"which is no file of weights beside it|is no index") as error:
+        with pytest.raises(
+            UserError, match=r"which is no file of weights beside it|is no index"
+        ) as error:
             alignclip.load(index)
         assert "\n" not in str(error.value)
 
@@ -250,18 +280,22 @@ def test_models_that_shapes_tell() -> None:
     assert open_clip_models.like({"a": torch.ones(1)}) == []
     assert open_clip_models.named("ViT-B-32").text_cfg.heads == 8
     assert open_clip_models.named("ViT-B-32-quickgelu").quick_gelu
-    with pytest.raises(UserError, match=r"config=ViT-B32 is none of open_clip's models; did you mean 'ViT-B-32'"):
+    with pytest.raises(
+        UserError, match=r"config=ViT-B32 is none of open_clip's models; did you mean 'ViT-B-32'"
+    ):
         open_clip_models.named("ViT-B32")
     with pytest.raises(UserError, match="our encoders can't be that model"):
         open_clip_models.named("coca_ViT-B-32")
 
 
-def test_a_training_checkpoint_alone(tmp_path: Path, weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_checkpoint_alone(
+    tmp_path: Path, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is read where its shapes are one open_clip model's alone; else the line names them."""
     config = small_config()
     for names in (["ViT-X"], ["ViT-X", "ViT-X-quickgelu"], []):
-        monkeypatch.setattr("alignclip.weights.like", lambda *_, names=names: names)
-        monkeypatch.setattr("alignclip.weights.named", lambda name: config)
+        monkeypatch.setattr("alignclip.weights.reading.like", lambda *_, names=names: names)
+        monkeypatch.setattr("alignclip.weights.reading.named", lambda name: config)
         torch.save({"state_dict": weights, "epoch": 30}, tmp_path / "epoch_30.pt")
         if len(names) == 1:
             check_same(tmp_path / "epoch_30.pt", weights)

@@ -14,11 +14,11 @@ from refusing import RefusingS3
 from runs import write_config
 from s3 import S3Server
 
-from alignclip import checkpoint_file, checkpoints, weight_files
-from alignclip.checkpoints import SaveFolder
-from alignclip.config_file import load
+from alignclip.config.reading import load
 from alignclip.errors import UserError
-from alignclip.resume import choose
+from alignclip.training.resume import choose
+from alignclip.training.save_folder import SaveFolder
+from alignclip.weights import checkpoint_file, weight_files
 
 Damage = Callable[[bytes], bytes | None]
 DAMAGES: dict[str, Damage] = {
@@ -35,7 +35,10 @@ DAMAGES: dict[str, Damage] = {
 def content(batch: int) -> dict[str, object]:
     generator = torch.Generator().manual_seed(batch)
     return {
-        "state": {"model": {"encoders.a": torch.randn(40, 30, generator=generator)}, "batch": batch},
+        "state": {
+            "model": {"encoders.a": torch.randn(40, 30, generator=generator)},
+            "batch": batch,
+        },
         "rng": [1, 2.5],
     }
 
@@ -62,7 +65,9 @@ class Place:
         return f"ep0-ba{batch}-rank0.pt"
 
     def folder(self) -> SaveFolder:
-        config = load(write_config(self.tmp_path, str(self.tmp_path / "set"), self.uri), ["run_name=first"])
+        config = load(
+            write_config(self.tmp_path, str(self.tmp_path / "set"), self.uri), ["run_name=first"]
+        )
         folder = SaveFolder(config)
         folder.open()
         return folder
@@ -88,7 +93,9 @@ class Place:
     def get(self, name: str) -> bytes:
         if not self.remote:
             return Path(self.uri, name).read_bytes()
-        return self.s3.client.get_object(Bucket=self.bucket, Key=f"{self.prefix}/{name}")["Body"].read()
+        return self.s3.client.get_object(Bucket=self.bucket, Key=f"{self.prefix}/{name}")[
+            "Body"
+        ].read()
 
     def damage(self, batch: int, how: Damage) -> None:
         self.put(self.name(batch), how(self.get(self.name(batch))))
@@ -130,7 +137,9 @@ def test_every_byte_counts(tmp_path: Path) -> None:
     # by hand: head -c -64 FILE | sha256sum
     assert hashlib.sha256(data[:-64]).hexdigest() == data[-64:].decode()
     mapped = torch.load(path, weights_only=True, mmap=True)
-    assert torch.equal(mapped["state"]["model"]["encoders.a"], content(1)["state"]["model"]["encoders.a"])
+    assert torch.equal(
+        mapped["state"]["model"]["encoders.a"], content(1)["state"]["model"]["encoders.a"]
+    )
 
 
 def test_what_is_damaged_is_not_loaded(tmp_path: Path) -> None:
@@ -156,7 +165,9 @@ def test_every_byte_of_an_earlier_versions_tensors_counts(tmp_path: Path) -> Non
     for position in unseen:
         damaged.write_bytes(flipped(data, position))
         found = read(damaged)
-        assert torch.equal(found["state"]["model"]["encoders.a"], content(1)["state"]["model"]["encoders.a"])
+        assert torch.equal(
+            found["state"]["model"]["encoders.a"], content(1)["state"]["model"]["encoders.a"]
+        )
     assert len(unseen) < len(data) / 20
     for length in range(0, len(data), 11):
         damaged.write_bytes(data[:length])
@@ -164,7 +175,7 @@ def test_every_byte_of_an_earlier_versions_tensors_counts(tmp_path: Path) -> Non
 
 
 def read(path: Path) -> dict:
-    from alignclip.safe_read import read_pickled
+    from alignclip.weights.safe_read import read_pickled
 
     return read_pickled(path)
 
@@ -187,7 +198,9 @@ def test_the_newest_whole_checkpoint_is_used(
     assert capsys.readouterr().out == ""
 
 
-def test_two_damaged_ones_are_passed_over(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_damaged_ones_are_passed_over(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     place.damage(6, DAMAGES["truncated"])
     place.damage(4, DAMAGES["empty"])
     assert choose(place.folder(), tmp_path / "download.pt") == place.name(2)
@@ -211,10 +224,14 @@ def test_a_latest_that_was_turned_back_is_followed(place: Place, tmp_path: Path)
     assert choose(place.folder(), tmp_path / "download.pt") == place.name(2)
 
 
-def test_no_whole_checkpoint_is_one_line(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_whole_checkpoint_is_one_line(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for batch in (2, 4, 6):
         place.damage(batch, DAMAGES["truncated"])
-    with pytest.raises(UserError, match=r"no checkpoint in .* is whole: ep0-ba6-rank0.pt \(.*start anew"):
+    with pytest.raises(
+        UserError, match=r"no checkpoint in .* is whole: ep0-ba6-rank0.pt \(.*start anew"
+    ):
         choose(place.folder(), tmp_path / "download.pt")
     place.point(None)  # as a run of an earlier version leaves it that was killed in its first save
     assert choose(place.folder(), tmp_path / "download.pt") is None
@@ -223,25 +240,37 @@ def test_no_whole_checkpoint_is_one_line(place: Place, tmp_path: Path, capsys: p
         place.put(place.name(batch), None)
     place.point(place.name(6))
     assert choose(place.folder(), tmp_path / "download.pt") is None
-    assert "points at ep0-ba6-rank0.pt, which is gone; the run starts anew" in capsys.readouterr().out
+    assert (
+        "points at ep0-ba6-rank0.pt, which is gone; the run starts anew" in capsys.readouterr().out
+    )
 
 
-def test_a_run_with_a_damaged_latest_never_starts_anew(refusing: RefusingS3, tmp_path: Path) -> None:
+def test_a_run_with_a_damaged_latest_never_starts_anew(
+    refusing: RefusingS3, tmp_path: Path
+) -> None:
     """A key that may not list the bucket sees no older checkpoint; starting anew would save over them."""
     checkpoint_file.save(content(4), tmp_path / "made.pt")
     refusing.objects |= {
         ("b", "r/latest-rank0.pt.symlink"): b"r/ep0-ba4-rank0.pt",
-        ("b", "r/ep0-ba4-rank0.pt"): DAMAGES["flipped in a tensor"]((tmp_path / "made.pt").read_bytes()),
+        ("b", "r/ep0-ba4-rank0.pt"): DAMAGES["flipped in a tensor"](
+            (tmp_path / "made.pt").read_bytes()
+        ),
     }
     refusing.without_right("list")
-    folder = SaveFolder(load(write_config(tmp_path, str(tmp_path / "set"), "s3://b/r"), ["run_name=first"]))
-    with pytest.raises(UserError, match=r"no checkpoint in s3://b/r is whole: ep0-ba4-rank0.pt \(its checksum"):
+    folder = SaveFolder(
+        load(write_config(tmp_path, str(tmp_path / "set"), "s3://b/r"), ["run_name=first"])
+    )
+    with pytest.raises(
+        UserError, match=r"no checkpoint in s3://b/r is whole: ep0-ba4-rank0.pt \(its checksum"
+    ):
         choose(folder, tmp_path / "download.pt")
 
 
 def test_what_cannot_be_read_may_be_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The only checkpoint on a drive that is away for the moment is nothing to start anew over."""
-    folder = SaveFolder(load(write_config(tmp_path, "set", str(tmp_path / "runs")), ["run_name=first"]))
+    folder = SaveFolder(
+        load(write_config(tmp_path, "set", str(tmp_path / "runs")), ["run_name=first"])
+    )
     checkpoint_file.save(content(4), tmp_path / "runs" / "ep0-ba4-rank0.pt")
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_file, "_digest", lambda *_: (tmp_path / "gone").read_text())
@@ -249,10 +278,15 @@ def test_what_cannot_be_read_may_be_whole(tmp_path: Path, monkeypatch: pytest.Mo
             choose(folder, tmp_path / "download.pt")
 
 
-def test_nothing_is_deleted_before_what_stays_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_deleted_before_what_stays_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = Place(tmp_path, cast("S3Server", None), remote=False)
     written: dict[str, list[str]] = {}
-    monkeypatch.setattr(checkpoints, "to_disk", lambda path: written.update({path.name: place.names()}))
+    monkeypatch.setattr(
+        "alignclip.training.save_folder.to_disk",
+        lambda path: written.update({path.name: place.names()}),
+    )
     names = place.names()
     assert place.folder().rotate(2) == [place.name(2)]
     assert written == {place.name(6): names, place.name(4): names, "runs": names}
@@ -269,7 +303,9 @@ def test_a_checkpoint_of_an_earlier_version_is_used(place: Place, tmp_path: Path
 
 def test_other_names_of_checkpoints_are_found(tmp_path: Path) -> None:
     yaml = write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "runs"))
-    folder = SaveFolder(load(yaml, ["run_name=a.b", "save_filename='{run_name}-step{batch}-of-{epoch}.pt'"]))
+    folder = SaveFolder(
+        load(yaml, ["run_name=a.b", "save_filename='{run_name}-step{batch}-of-{epoch}.pt'"])
+    )
     for batch in (9, 10):
         checkpoint_file.save(content(batch), tmp_path / "runs" / f"a.b-step{batch}-of-0.pt")
     (tmp_path / "runs" / "aXb-step99-of-0.pt").write_bytes(b"another's")
@@ -278,7 +314,9 @@ def test_other_names_of_checkpoints_are_found(tmp_path: Path) -> None:
 
 def test_latest_in_a_folder_of_its_own_is_a_link_from_the_first_save_on(tmp_path: Path) -> None:
     yaml = write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "runs"))
-    folder = SaveFolder(load(yaml, ["run_name=first", "save_latest_filename='links/latest-rank{rank}.pt'"]))
+    folder = SaveFolder(
+        load(yaml, ["run_name=first", "save_latest_filename='links/latest-rank{rank}.pt'"])
+    )
     checkpoint_file.save(content(4), tmp_path / "runs" / "ep0-ba4-rank0.pt")
     folder.point_latest("ep0-ba4-rank0.pt")
     assert (tmp_path / "runs" / "links" / "latest-rank0.pt").is_symlink()

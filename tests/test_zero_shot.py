@@ -8,20 +8,34 @@ import torch.nn.functional as F
 from models import EVERYTHING, small_config
 from open_clip.tokenizer import SimpleTokenizer
 
-from alignclip.encoders import build_encoders
 from alignclip.errors import UserError
 from alignclip.evaluation.chance import accuracy_chance
 from alignclip.evaluation.encoding import Encoder
 from alignclip.evaluation.zero_shot import accuracy, build_classifier
+from alignclip.model.encoders import build_encoders
 
-CLASSES = ["dog", "great white shark", "tench", "a very long name of a class with many words", "crane", "crane", "é"]
-TEMPLATES = ["a photo of a {}.", "{}", "one of the many, many blurry photos of a small {} in the rain."]
+CLASSES = [
+    "dog",
+    "great white shark",
+    "tench",
+    "a very long name of a class with many words",
+    "crane",
+    "crane",
+    "é",
+]
+TEMPLATES = [
+    "a photo of a {}.",
+    "{}",
+    "one of the many, many blurry photos of a small {} in the rain.",
+]
 
 
 def small_model(shared=EVERYTHING):
     torch.manual_seed(0)
     text = {"context_length": 32, "vocab_size": 49408}
-    return build_encoders(small_config(shared=shared, text=text)).eval(), SimpleTokenizer(context_length=32)
+    return build_encoders(small_config(shared=shared, text=text)).eval(), SimpleTokenizer(
+        context_length=32
+    )
 
 
 def texts_of(model, batch_size=256, progress=False):
@@ -35,7 +49,9 @@ def texts_of(model, batch_size=256, progress=False):
 @pytest.mark.parametrize("shared", [{}, EVERYTHING], ids=["none", "all"])
 def test_equals_open_clips_builder(shared, batch_size):
     model, tokenizer = small_model(shared)
-    expected = open_clip.build_zero_shot_classifier(model, tokenizer, CLASSES, TEMPLATES, num_classes_per_batch=2)
+    expected = open_clip.build_zero_shot_classifier(
+        model, tokenizer, CLASSES, TEMPLATES, num_classes_per_batch=2
+    )
     found = build_classifier(texts_of(model, batch_size), CLASSES, TEMPLATES)
     torch.testing.assert_close(found, expected.T, rtol=0, atol=1e-5)
     assert (found[4] == found[5]).all()
@@ -53,7 +69,9 @@ def test_templates_of_clip_benchmark_and_callables_of_open_clip_are_the_same():
 def test_a_class_is_the_mean_of_its_normalised_prompts():
     model, tokenizer = small_model()
     with torch.no_grad():
-        prompts = F.normalize(model.encode_text(tokenizer([t.format("tench") for t in TEMPLATES])), dim=-1)
+        prompts = F.normalize(
+            model.encode_text(tokenizer([t.format("tench") for t in TEMPLATES])), dim=-1
+        )
         model.text_projection.mul_(10)  # the lengths of features don't matter
     found = build_classifier(texts_of(model), ["dog", "tench"], TEMPLATES)
     torch.testing.assert_close(found[1], F.normalize(prompts.mean(0), dim=0), rtol=0, atol=1e-6)
@@ -84,7 +102,9 @@ def test_a_bad_template_is_one_line(template, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("classes", "templates"), [([], ["{c}"]), (["dog"], []), ("dog", ["{c}"]), (["dog"], "{c}")])
+@pytest.mark.parametrize(
+    ("classes", "templates"), [([], ["{c}"]), (["dog"], []), ("dog", ["{c}"]), (["dog"], "{c}")]
+)
 def test_no_classes_or_a_single_string_are_errors(classes, templates):
     with pytest.raises(ValueError, match="lists with at least one"):
         build_classifier(texts_of(small_model()[0]), classes, templates)
@@ -102,7 +122,9 @@ def brute_force(images, classes, targets):
     return {
         "top_class_share": max(first.count(c) for c in first) / len(first),
         "acc1": right.mean(),
-        "acc5": np.mean([target in order[:5] for order, target in zip(orders, targets, strict=True)]),
+        "acc5": np.mean(
+            [target in order[:5] for order, target in zip(orders, targets, strict=True)]
+        ),
         "mean_per_class_recall": np.mean([right[targets == c].mean() for c in np.unique(targets)]),
     }
 
@@ -112,11 +134,15 @@ def test_equals_brute_force_under_ties(block):
     rng = np.random.default_rng(0)
     # rows of ±0.5 are of norm 1, with exact similarities, of which there are only five
     images, classes = rng.choice([-0.5, 0.5], size=(90, 4)), rng.choice([-0.5, 0.5], size=(30, 4))
-    targets = rng.choice(20, size=90, p=np.arange(1, 21) / 210)  # unequal, and some classes never occur
+    targets = rng.choice(
+        20, size=90, p=np.arange(1, 21) / 210
+    )  # unequal, and some classes never occur
     expected = brute_force(images, classes, targets)
     assert 0 < expected["acc1"] < expected["acc5"] < 1
     assert expected["mean_per_class_recall"] != pytest.approx(expected["acc1"], abs=1e-3)
-    assert accuracy(*map(torch.from_numpy, (images, classes, targets)), block=block) == pytest.approx(expected)
+    assert accuracy(
+        *map(torch.from_numpy, (images, classes, targets)), block=block
+    ) == pytest.approx(expected)
 
 
 def unequal_classes():
@@ -153,7 +179,9 @@ def test_equals_clip_benchmark():
 def test_lengths_and_the_type_of_targets_do_not_matter():
     images, classes, targets = unequal_classes()
     lengths = torch.arange(1, 13)[:, None] / 4
-    assert accuracy(images * 7, classes * lengths, targets.int()) == accuracy(images, classes, targets)
+    assert accuracy(images * 7, classes * lengths, targets.int()) == accuracy(
+        images, classes, targets
+    )
 
 
 def test_a_subset_of_the_classes_is_a_smaller_classifier():

@@ -42,14 +42,26 @@ def recall_bars(results: Results, path: str | Path, chance: Chance | None = None
     distinct: dict[str, list[str]] = {}
     for evaluator, bars in evaluators.items():
         distinct.setdefault(str(bars), []).append(evaluator)
-    panels = new_figure(names, 9.5, 3.2 * len(distinct)).subplots(len(distinct), squeeze=False)[:, 0]
+    panels = new_figure(names, 9.5, 3.2 * len(distinct)).subplots(len(distinct), squeeze=False)[
+        :, 0
+    ]
     for panel, (evaluator, *others) in zip(panels, distinct.values(), strict=True):
         bars = evaluators[evaluator]
-        of_chance = [100 * (chance or {}).get(evaluator, {}).get(name, math.nan) for name in RECALLS]
+        of_chance = [
+            100 * (chance or {}).get(evaluator, {}).get(name, math.nan) for name in RECALLS
+        ]
         _bars(panel, names, bars, list(RECALLS.values()), of_chance)
         panel.set_ylabel("recall, %")
         panel.set_title(wrapped(", ".join([evaluator, *others]), 90), fontsize=11)
-    finish(panels[0].figure, path, names, chance=bool(chance), marker="s", linestyle="none", markersize=8)
+    finish(
+        panels[0].figure,
+        path,
+        names,
+        chance=bool(chance),
+        marker="s",
+        linestyle="none",
+        markersize=8,
+    )
 
 
 def accuracy_bars(results: Results, path: str | Path, chance: Chance | None = None) -> None:
@@ -62,14 +74,22 @@ def accuracy_bars(results: Results, path: str | Path, chance: Chance | None = No
     names = [name for name in results if any(name in bars for bars in found.values())]
     values = {name: [bars.get(name, [math.nan])[0] for bars in found.values()] for name in names}
     panel = new_figure(names, max(6.0, 1.5 + 1.1 * len(found)), 3.6).subplots()
-    of_chance = [100 * (chance or {}).get(evaluator, {}).get(CLASSES, math.nan) for evaluator in found]
+    of_chance = [
+        100 * (chance or {}).get(evaluator, {}).get(CLASSES, math.nan) for evaluator in found
+    ]
     _bars(panel, names, values, [wrapped(evaluator, 14) for evaluator in found], of_chance)
     panel.set_ylabel("mean per class recall, %")
-    finish(panel.figure, path, names, chance=bool(chance), marker="s", linestyle="none", markersize=8)
+    finish(
+        panel.figure, path, names, chance=bool(chance), marker="s", linestyle="none", markersize=8
+    )
 
 
 def _bars(
-    panel: Any, names: Sequence[str], bars: dict[str, list[float]], ticks: list[str], chance: list[float]
+    panel: Any,
+    names: Sequence[str],
+    bars: dict[str, list[float]],
+    ticks: list[str],
+    chance: list[float],
 ) -> None:
     """Groups of bars in percent, a colour a name, and a line across each group at its chance."""
     width = 0.84 / len(names)
@@ -82,7 +102,13 @@ def _bars(
             panel.bar_label(drawn, texts, fontsize=8, padding=1)
     for group, value in enumerate(chance):
         if math.isfinite(value):
-            panel.plot([group - 0.46, group + 0.46], [value, value], color=GREY, linestyle=DASHED, linewidth=1.2)
+            panel.plot(
+                [group - 0.46, group + 0.46],
+                [value, value],
+                color=GREY,
+                linestyle=DASHED,
+                linewidth=1.2,
+            )
     panel.set_xticks(np.arange(len(ticks)), ticks)
     panel.set_ylim(0, max(1.0, 1.1 * np.nanmax([*bars.values(), chance])))
 
@@ -94,7 +120,9 @@ def _percents(results: Results, metrics: tuple[str, ...]) -> dict[str, dict[str,
         for evaluator, found in of_checkpoint.items():
             wrong = [name for name in metrics if not 0 <= found.get(name, 0) <= 1]
             if wrong:
-                raise ValueError(f"{checkpoint}, {evaluator}: {wrong[0]} must be in [0, 1], not {found[wrong[0]]}")
+                raise ValueError(
+                    f"{checkpoint}, {evaluator}: {wrong[0]} must be in [0, 1], not {found[wrong[0]]}"
+                )
             if any(name in found for name in metrics):
                 bars = [100 * found.get(name, math.nan) for name in metrics]
                 evaluators.setdefault(evaluator, {})[checkpoint] = bars

@@ -10,14 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alignclip import console, early, launcher
-from alignclip.command import read_arguments
-from alignclip.config import EvaluateConfig
-from alignclip.config_file import load_evaluation
+from alignclip.config.reading import load_evaluation
+from alignclip.config.schema import EvaluateConfig
+from alignclip.data import early
 from alignclip.errors import UserError, one_line_errors
 from alignclip.evaluation.history import Record, first_before, history_beside, run_folder
 from alignclip.evaluation.report import RESULTS, Report, places, table
+from alignclip.runtime import console, launcher
 from alignclip.storage.whole import check_folder_writable
+from alignclip.training.command import read_arguments
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +42,9 @@ def main(arguments: Sequence[str]) -> int:
         the exit status: 0 done, 1 some evaluators could not be run, 2 bad input.
     """
     console.prepare()
-    description = "Evaluate checkpoints: zero-shot, retrieval, linear probe, text similarity, modality gap."
+    description = (
+        "Evaluate checkpoints: zero-shot, retrieval, linear probe, text similarity, modality gap."
+    )
     config, overrides = read_arguments(arguments, "composer evaluate.py", description, EXAMPLES)
     with one_line_errors():
         launcher.settle()
@@ -52,7 +55,9 @@ def main(arguments: Sequence[str]) -> int:
             failed = run(settings, known)
     if not failed or os.environ.get("LOCAL_RANK", "0") != "0":
         return 0
-    time.sleep(5)  # the launcher ends all others when one fails: they are done, and get the time to say so
+    time.sleep(
+        5
+    )  # the launcher ends all others when one fails: they are done, and get the time to say so
     return 1
 
 
@@ -75,14 +80,14 @@ def run(config: EvaluateConfig, known: Mapping[str, str] | None = None) -> dict[
     import torch
     from composer.utils import dist
 
-    from alignclip import shared_memory
-    from alignclip.distributed import join_ranks
+    from alignclip.data import shared_memory
     from alignclip.evaluation.encoding import Encoder
-    from alignclip.evaluation.ranks import agree, gather_objects
-    from alignclip.loading import open_encoders
-    from alignclip.preflight import choose_device
-    from alignclip.state_dicts import weights_digest
-    from alignclip.trainer_arguments import autocast_dtype
+    from alignclip.ranks import agree, gather_objects
+    from alignclip.runtime.distributed import join_ranks
+    from alignclip.training.preflight import choose_device
+    from alignclip.training.trainer_arguments import autocast_dtype
+    from alignclip.weights.loading import open_encoders
+    from alignclip.weights.state_dicts import weights_digest
 
     device = choose_device(config.device)
     join_ranks(device, config.dist_timeout)
@@ -98,7 +103,9 @@ def run(config: EvaluateConfig, known: Mapping[str, str] | None = None) -> dict[
     digests = {name: weights_digest(model) if first else "" for name, model in models.items()}
     report = Report(config, digests, _past(config, batches), batches)
     report.failed |= dict(gather_objects(list((known or {}).items())))
-    evaluators = _open_evaluators(config, {Encoder(m, torch.device("cpu")).image_size for m in models.values()}, report)
+    evaluators = _open_evaluators(
+        config, {Encoder(m, torch.device("cpu")).image_size for m in models.values()}, report
+    )
     pairs: dict[str, Pairs] = {}
     for name, model in models.items():
         device.module_to_device(model)
@@ -124,7 +131,9 @@ def run(config: EvaluateConfig, known: Mapping[str, str] | None = None) -> dict[
     return report.failed
 
 
-def _open_evaluators(config: EvaluateConfig, sizes: Iterable[int], report: Report) -> dict[int, list[Evaluator]]:
+def _open_evaluators(
+    config: EvaluateConfig, sizes: Iterable[int], report: Report
+) -> dict[int, list[Evaluator]]:
     """The evaluators that can be run, by image size: what is wrong with one is told before another one runs."""
     from alignclip.evaluation.sets import OpenSets
     from alignclip.evaluation.tasks import Evaluator
@@ -139,9 +148,14 @@ def _open_evaluators(config: EvaluateConfig, sizes: Iterable[int], report: Repor
     return evaluators
 
 
-def _past(config: EvaluateConfig, batches: Mapping[str, int | None]) -> dict[str, dict[str, Record]]:
+def _past(
+    config: EvaluateConfig, batches: Mapping[str, int | None]
+) -> dict[str, dict[str, Record]]:
     """Of each checkpoint the first evaluations of its run before it, which its figures are compared with."""
-    return {name: first_before(history_beside(place), batches[name]) for name, place in places(config).items()}
+    return {
+        name: first_before(history_beside(place), batches[name])
+        for name, place in places(config).items()
+    }
 
 
 def _nothing(report: Report) -> UserError | None:
@@ -157,7 +171,7 @@ def _told(failed: dict[str, str], name: str, checkpoint: str | None = None) -> I
 
     ``checkpoint``: which of several it could not be run on.
     """
-    from alignclip.evaluation.ranks import agree, rank
+    from alignclip.ranks import agree, rank
 
     failure = None
     try:
@@ -170,7 +184,11 @@ def _told(failed: dict[str, str], name: str, checkpoint: str | None = None) -> I
         what = f"{checkpoint} · {name}" if checkpoint else name
         failed[what] = early.without_name(name, str(error))
         if rank() == 0:
-            print(f"error: {what}: {failed[what]}; without it: evaluators.{name}=null", file=sys.stderr, flush=True)
+            print(
+                f"error: {what}: {failed[what]}; without it: evaluators.{name}=null",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _unwritable(out: str) -> UserError | None:
@@ -195,7 +213,9 @@ def finish(report: Report, pairs: dict[str, Pairs]) -> None:
         drawings["cosines"] = lambda path: plots.cosine_histograms(pairs, path)
         drawings["embeddings"] = lambda path: plots.embedding_maps(pairs, path)
         drawings["spectra"] = lambda path: plots.spectra(pairs, path)
-    measured = {name for found in report.results.values() for metrics in found.values() for name in metrics}
+    measured = {
+        name for found in report.results.values() for metrics in found.values() for name in metrics
+    }
     if "image_retrieval_recall@1" in measured:
         drawings["recall"] = lambda path: bars.recall_bars(report.results, path, report.chance)
     if bars.CLASSES in measured:
@@ -208,7 +228,10 @@ def finish(report: Report, pairs: dict[str, Pairs]) -> None:
         try:
             draw(report.out / f"{name}.png")
             written.append(f"{name}.png")
-        except (ValueError, UserError) as error:  # the numbers are what counts, and they are written
+        except (
+            ValueError,
+            UserError,
+        ) as error:  # the numbers are what counts, and they are written
             print(f"{name}.png could not be drawn: {error}")
     print(f"written to {report.out}: {', '.join(written)}")
 
@@ -244,6 +267,8 @@ def gap_curves(report: Report) -> dict[str, list[Point]]:
 def _called(folder: str, names: Mapping[str, Sequence[str]], folders: Sequence[str]) -> str:
     """A run by its folder, with the name of its checkpoint before it, where there is but one."""
     short = [one.rpartition("/")[2] for one in folders]
-    run = folder.rpartition("/")[2] if len(set(short)) == len(short) else folder  # runs of one name in several places
+    run = (
+        folder.rpartition("/")[2] if len(set(short)) == len(short) else folder
+    )  # runs of one name in several places
     (first, *others) = names[folder]
     return run if others or first == run else f"{first} ({run})"

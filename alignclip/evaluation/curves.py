@@ -47,19 +47,27 @@ def curves_of(history: Sequence[Record], run: str = "") -> dict[str, list[Point]
     sets: dict[str, list[Metrics]] = {}
     found: dict[str, dict[int, Point]] = {}
     for record in history:
-        if "centroid_distance" in record["metrics"] or not set(RECALLS).isdisjoint(record["metrics"]):
+        if "centroid_distance" in record["metrics"] or not set(RECALLS).isdisjoint(
+            record["metrics"]
+        ):
             known = sets.setdefault(record["evaluator"], [])
             if record["chance"] not in known:
                 known.append(record["chance"])
             number = known.index(record["chance"])
-            evaluator = f"{record['evaluator']}{f' on another set ({number + 1})' if number else ''}"
+            evaluator = (
+                f"{record['evaluator']}{f' on another set ({number + 1})' if number else ''}"
+            )
             name = " · ".join(part for part in (run, evaluator) if part)
             point = Point(record["batch"], numbers(record["metrics"]), record["chance"])
             found.setdefault(name, {})[record["batch"]] = point
-    return _without_doubles({name: [points[batch] for batch in sorted(points)] for name, points in found.items()})
+    return _without_doubles(
+        {name: [points[batch] for batch in sorted(points)] for name, points in found.items()}
+    )
 
 
-def levels_of(results: Mapping[str, Metrics], chance: Mapping[str, Metrics], checkpoint: str) -> dict[str, list[Point]]:
+def levels_of(
+    results: Mapping[str, Metrics], chance: Mapping[str, Metrics], checkpoint: str
+) -> dict[str, list[Point]]:
     """The results of a checkpoint of which nothing says at which batch it was saved, a level an evaluator."""
     records = _records(0, results, chance)
     return {
@@ -70,16 +78,22 @@ def levels_of(results: Mapping[str, Metrics], chance: Mapping[str, Metrics], che
 
 def _without_doubles(found: dict[str, list[Point]]) -> dict[str, list[Point]]:
     """The curves without those of recalls that another curve, which has the gap as well, goes through."""
-    gaps = [_recalls(points) for points in found.values() if "centroid_distance" in points[0].metrics]
+    gaps = [
+        _recalls(points) for points in found.values() if "centroid_distance" in points[0].metrics
+    ]
     return {
         name: points
         for name, points in found.items()
-        if "centroid_distance" in points[0].metrics or not any(_lies_on(_recalls(points), gap) for gap in gaps)
+        if "centroid_distance" in points[0].metrics
+        or not any(_lies_on(_recalls(points), gap) for gap in gaps)
     }
 
 
 def records_of(
-    place: str, results: Mapping[str, Metrics], chance: Mapping[str, Metrics], batch: int | None = None
+    place: str,
+    results: Mapping[str, Metrics],
+    chance: Mapping[str, Metrics],
+    batch: int | None = None,
 ) -> Iterator[Record]:
     """The results of a checkpoint as records of its run.
 
@@ -95,7 +109,9 @@ def records_of(
         yield from _records(batch, results, chance)
 
 
-def _records(batch: int, results: Mapping[str, Metrics], chance: Mapping[str, Metrics]) -> Iterator[Record]:
+def _records(
+    batch: int, results: Mapping[str, Metrics], chance: Mapping[str, Metrics]
+) -> Iterator[Record]:
     for evaluator, metrics in results.items():
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         known = dict(chance.get(evaluator, {}))
@@ -126,7 +142,13 @@ def draw_curves(curves: Curves, path: str | Path) -> None:
         _line(gap, measured, [point.metrics["centroid_distance"] for point in measured], index)
         paired = [point for point in measured if "margin" in point.metrics]
         _line(margin, paired, [point.metrics["margin"] for point in paired], index)
-        _line(margin, measured, [point.metrics["alignment_score"] for point in measured], index, dashed=True)
+        _line(
+            margin,
+            measured,
+            [point.metrics["alignment_score"] for point in measured],
+            index,
+            dashed=True,
+        )
         found = [point for point in points if not math.isnan(_recall(point.metrics))]
         _line(recall, found, [100 * _recall(point.metrics) for point in found], index)
         known = [point for point in found if not math.isnan(_recall(point.chance))]
@@ -143,7 +165,9 @@ def draw_curves(curves: Curves, path: str | Path) -> None:
     finish(gap.figure, path, [_label(name, points) for name, points in curves.items()])
 
 
-def _line(panel: Any, points: Sequence[Point], values: Sequence[float], index: int, dashed: bool = False) -> None:
+def _line(
+    panel: Any, points: Sequence[Point], values: Sequence[float], index: int, dashed: bool = False
+) -> None:
     look = style(index)
     if dashed:
         _plain(panel, points, values, index, DASHED)
@@ -155,12 +179,18 @@ def _line(panel: Any, points: Sequence[Point], values: Sequence[float], index: i
     panel.plot(steps, values, color=look["color"], linewidth=1.5)
     for hollow in (False, True):
         some = [i for i, point in enumerate(points) if _collapsed(point) == hollow]
-        face = {"markerfacecolor": "white", "markeredgecolor": look["color"], "markeredgewidth": 1.2} if hollow else {}
+        face = (
+            {"markerfacecolor": "white", "markeredgecolor": look["color"], "markeredgewidth": 1.2}
+            if hollow
+            else {}
+        )
         marks = {**look, "markersize": 5 if len(points) > 20 else 7, "linestyle": "none", **face}
         panel.plot([steps[i] for i in some], [values[i] for i in some], **marks)
 
 
-def _plain(panel: Any, points: Sequence[Point], values: Sequence[float], index: int, line: Any) -> None:
+def _plain(
+    panel: Any, points: Sequence[Point], values: Sequence[float], index: int, line: Any
+) -> None:
     """A line without markers; of one point a dash, and across the panel where its batch is not known."""
     look = {"color": style(index)["color"], "linewidth": 1.4, "linestyle": line}
     if any(point.batch is None for point in points):
@@ -194,7 +224,12 @@ def _axes(panel: Any) -> None:
 
 
 def _collapsed(point: Point) -> bool:
-    known = {"centroid_distance", "margin", "effective_rank_image", "effective_rank_text"} <= point.metrics.keys()
+    known = {
+        "centroid_distance",
+        "margin",
+        "effective_rank_image",
+        "effective_rank_text",
+    } <= point.metrics.keys()
     verdict = judge(point.metrics, point.chance) if known else None
     return verdict is not None and verdict.collapsed
 

@@ -19,12 +19,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from alignclip.encoders import CLIP
+from alignclip.data.shared_memory_room import affordable_workers, batch_bytes
+from alignclip.data.tokenizer import SimpleTokenizer
+from alignclip.data.transforms import normalize
 from alignclip.errors import UserError, one_line
-from alignclip.evaluation.ranks import agree, gather, gather_objects, rank, world
-from alignclip.shared_memory_room import affordable_workers, batch_bytes
-from alignclip.tokenizer import SimpleTokenizer
-from alignclip.transforms import normalize
+from alignclip.model.encoders import CLIP
+from alignclip.ranks import agree, gather, gather_objects, rank, world
 
 
 class Interrupted(Exception):
@@ -70,7 +70,9 @@ class Encoder:
         scale = self.model.logit_scale.detach()
         return (scale.full_tensor() if isinstance(scale, DTensor) else scale).exp()
 
-    def images(self, samples: Dataset[Any], num_workers: int = 0, name: str = "images") -> tuple[Tensor, list[Any]]:
+    def images(
+        self, samples: Dataset[Any], num_workers: int = 0, name: str = "images"
+    ) -> tuple[Tensor, list[Any]]:
         """Encode the images of a map-style dataset.
 
         Args:
@@ -86,7 +88,9 @@ class Encoder:
             UserError: on every rank, where one of them can't read or encode a sample.
         """
         count = len(samples)  # type: ignore[arg-type]
-        num_workers = min(num_workers, os.cpu_count() or 1)  # more only wait for one another, and PyTorch warns of them
+        num_workers = min(
+            num_workers, os.cpu_count() or 1
+        )  # more only wait for one another, and PyTorch warns of them
         share = -(-count // world())
         mine = [min(i, count - 1) for i in range(rank() * share, (rank() + 1) * share)]
         batch = batch_bytes(min(self.batch_size, share), self.image_size)
@@ -117,7 +121,9 @@ class Encoder:
 
         def encode(images: Tensor) -> Tensor:
             images = images.to(self.device)
-            return self.model.encode_image(normalize(images) if images.dtype == torch.uint8 else images)
+            return self.model.encode_image(
+                normalize(images) if images.dtype == torch.uint8 else images
+            )
 
         features = self._encode(encode, batches(), len(loader), name)
         if failures := gather_objects(failures[:1]):
@@ -153,9 +159,13 @@ class Encoder:
         features[order.to(self.device)] = gathered.transpose(0, 1).flatten(0, 1)[: len(texts)]
         return features
 
-    def _encode(self, encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor], total: int, name: str) -> Tensor:
+    def _encode(
+        self, encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor], total: int, name: str
+    ) -> Tensor:
         """Normalised features of this rank's batches, one below the other; every rank has as many batches."""
-        bar = tqdm(batches, total=total, desc=name, unit="batch", disable=not self.progress or rank() != 0)
+        bar = tqdm(
+            batches, total=total, desc=name, unit="batch", disable=not self.progress or rank() != 0
+        )
         autocast: AbstractContextManager[Any] = (
             torch.autocast(self.device.type, dtype=self.dtype) if self.dtype else nullcontext()
         )

@@ -105,7 +105,9 @@ def _angle(a: Tensor, b: Tensor) -> float:
 def _uniformity(x: Tensor, y: Tensor, block: int, progress: bool) -> float:
     """Log mean exp(−2‖x_i − y_j‖²) over i ≠ j, for unit vectors: there ‖x − y‖² = 2 − 2 x·y."""
     total = torch.zeros((), dtype=torch.float64, device=x.device)
-    for start in tqdm(range(0, len(x), block), desc="uniformity", unit="block", leave=False, disable=not progress):
+    for start in tqdm(
+        range(0, len(x), block), desc="uniformity", unit="block", leave=False, disable=not progress
+    ):
         kernel = (4 * (x[start : start + block] @ y.T - 1)).exp()
         kernel.diagonal(start).zero_()
         total += kernel.sum(dtype=torch.float64)

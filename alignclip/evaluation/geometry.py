@@ -36,11 +36,15 @@ def linear_separability(image_features: Tensor, text_features: Tensor, seed: int
     preprocessing, linear_model = library("sklearn.preprocessing"), library("sklearn.linear_model")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     both = torch.stack([images, texts], dim=1).cpu()
-    train, test = (both[rows].flatten(0, 1).numpy() for rows in order.tensor_split([len(order) // 2]))
+    train, test = (
+        both[rows].flatten(0, 1).numpy() for rows in order.tensor_split([len(order) // 2])
+    )
     # 0 and 1 in turn: an image, its text, the next image, …
     is_text = torch.arange(len(both) * 2) % 2
     scaler = preprocessing.StandardScaler().fit(train)
-    probe = linear_model.LogisticRegression(max_iter=1000).fit(scaler.transform(train), is_text[: len(train)].numpy())
+    probe = linear_model.LogisticRegression(max_iter=1000).fit(
+        scaler.transform(train), is_text[: len(train)].numpy()
+    )
     return float(probe.score(scaler.transform(test), is_text[: len(test)].numpy()))
 
 
@@ -58,7 +62,9 @@ def spectrum(features: Tensor) -> Tensor:
         ValueError: not [N, d], fewer than two rows, features not finite.
     """
     if features.ndim != 2 or len(features) < 2:
-        raise ValueError(f"features must be [N, d] with two rows at least, not {list(features.shape)}")
+        raise ValueError(
+            f"features must be [N, d] with two rows at least, not {list(features.shape)}"
+        )
     unit = _unit(features)
     centred = unit - unit.mean(0)
     covariance = centred.T @ centred / len(unit)
@@ -113,7 +119,9 @@ def close_gap(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Te
     images, texts = _unit(image_features), _unit(text_features)
     gap = images.mean(0) - texts.mean(0)
     dtype = torch.promote_types(image_features.dtype, torch.float32)
-    return F.normalize(images - gap / 2, dim=-1).to(dtype), F.normalize(texts + gap / 2, dim=-1).to(dtype)
+    return F.normalize(images - gap / 2, dim=-1).to(dtype), F.normalize(texts + gap / 2, dim=-1).to(
+        dtype
+    )
 
 
 @torch.no_grad()

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, TypedDict
 
 from alignclip.errors import UserError
 from alignclip.evaluation.verdict import judge
-from alignclip.fetching import NAMES, WEIGHT_FILES
 from alignclip.storage import describe_storage_error, open_store
+from alignclip.storage.fetching import NAMES, WEIGHT_FILES
 
 if TYPE_CHECKING:
-    from alignclip.checkpoints import SaveFolder
+    from alignclip.training.save_folder import SaveFolder
 
 log = logging.getLogger(__name__)
 
@@ -51,15 +51,21 @@ class History:
         self.records: list[Record] = []
         self._writer = ThreadPoolExecutor(1)
 
-    def add(self, batch: int, evaluator: str, metrics: dict[str, float], chance: dict[str, float]) -> Record:
+    def add(
+        self, batch: int, evaluator: str, metrics: dict[str, float], chance: dict[str, float]
+    ) -> Record:
         """Record what an evaluator found, with its verdict against the run's first evaluation before this batch."""
         first = first_before(self.records, batch).get(evaluator)
         before = {} if first is None else numbers(first["metrics"])
-        verdict = judge(metrics, chance, before or None, "" if first is None else f"batch {first['batch']}")
+        verdict = judge(
+            metrics, chance, before or None, "" if first is None else f"batch {first['batch']}"
+        )
         record = Record(
             batch=batch,
             evaluator=evaluator,
-            metrics={name: value if math.isfinite(value) else None for name, value in metrics.items()},
+            metrics={
+                name: value if math.isfinite(value) else None for name, value in metrics.items()
+            },
             chance=chance,
             verdict=None if verdict is None else verdict.text,
         )
@@ -86,7 +92,9 @@ class History:
             (folder / FILE).write_text(text, encoding="utf-8")
             self.folder.keep_file(folder / FILE, FILE)
         except Exception as error:  # of the file system, or any cloud's
-            log.warning(f"could not write {self.folder.uri}/{FILE}: {describe_storage_error(error)}")
+            log.warning(
+                f"could not write {self.folder.uri}/{FILE}: {describe_storage_error(error)}"
+            )
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -120,7 +128,10 @@ def _records(lines: Iterable[str]) -> Iterable[Record]:
             record = Record(
                 batch=int(value["batch"]),
                 evaluator=str(value["evaluator"]),
-                metrics={str(name): None if v is None else float(v) for name, v in value["metrics"].items()},
+                metrics={
+                    str(name): None if v is None else float(v)
+                    for name, v in value["metrics"].items()
+                },
                 chance={str(name): float(v) for name, v in value.get("chance", {}).items()},
                 verdict=value.get("verdict"),
             )
@@ -139,12 +150,17 @@ def history_beside(place: str) -> list[Record]:
     try:
         store = open_store(folder if "://" in folder else str(Path(folder).expanduser()))
         return parse(store.read_text_optional(FILE) or "")
-    except (UserError, OSError):  # the record may not be read, or is no text: the figures don't need it
+    except (
+        UserError,
+        OSError,
+    ):  # the record may not be read, or is no text: the figures don't need it
         return []
 
 
 def run_folder(place: str) -> str:
     """The folder of the run that a checkpoint is of: the place itself where that is the folder."""
     folder, _, name = place.rstrip("/").rpartition("/")
-    is_file = Path(name).suffix in WEIGHT_FILES or (NAMES.fullmatch(name) and not Path(place).expanduser().is_dir())
+    is_file = Path(name).suffix in WEIGHT_FILES or (
+        NAMES.fullmatch(name) and not Path(place).expanduser().is_dir()
+    )
     return (folder or ".") if is_file else place.rstrip("/")

@@ -28,8 +28,12 @@ def library(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        name = {"scipy": "SciPy"}.get(module.partition(".")[0], "scikit-learn")  # which brings threadpoolctl
-        raise UserError(f"this needs {name}: pip install 'alignclip[evaluate]' ({one_line(error)})") from None
+        name = {"scipy": "SciPy"}.get(
+            module.partition(".")[0], "scikit-learn"
+        )  # which brings threadpoolctl
+        raise UserError(
+            f"this needs {name}: pip install 'alignclip[evaluate]' ({one_line(error)})"
+        ) from None
 
 
 def linear_probe(
@@ -75,9 +79,14 @@ def linear_probe(
     """
     _check(train_features, train_targets, test_features, test_targets)
     if not 0 < validation_fraction < 1 or not strengths or min(strengths) <= 0:
-        raise ValueError(f"a fraction in (0, 1) and strengths above 0, not {validation_fraction} and {strengths}")
+        raise ValueError(
+            f"a fraction in (0, 1) and strengths above 0, not {validation_fraction} and {strengths}"
+        )
     linear_model, selection = library("sklearn.linear_model"), library("sklearn.model_selection")
-    x, x_test = (F.normalize(features.detach().double().cpu(), dim=-1) for features in (train_features, test_features))
+    x, x_test = (
+        F.normalize(features.detach().double().cpu(), dim=-1)
+        for features in (train_features, test_features)
+    )
     mean = x.mean(dim=0)
     variance = (x - mean).square().mean().item() or 1.0  # all alike: there is nothing to scale
     x, x_test = ((features - mean) / variance**0.5 for features in (x, x_test))
@@ -94,7 +103,12 @@ def linear_probe(
     best, best_accuracy = 0.0, -1.0
     # of a small set's products, threads cost more than they bring, the more so where others use the cores
     threads = library("threadpoolctl").threadpool_limits(1 if x.numel() < SMALL else None)
-    with threads, tqdm(total=len(strengths) + 1, desc="linear probe", unit="fit", disable=not progress) as bar:
+    with (
+        threads,
+        tqdm(
+            total=len(strengths) + 1, desc="linear probe", unit="fit", disable=not progress
+        ) as bar,
+    ):
         for strength in sorted(strengths):
             with warnings.catch_warnings():
                 # the weakest regularisations need not converge; only the final fit's warning matters
@@ -105,7 +119,9 @@ def linear_probe(
                 best, best_accuracy = strength, accuracy
             bar.set_postfix(C=f"{strength:g}", held_out_acc1=f"{accuracy:.4f}")
             bar.update()
-        probe = linear_model.LogisticRegression(C=best * variance, max_iter=max_iter).fit(x.numpy(), y.numpy())
+        probe = linear_model.LogisticRegression(C=best * variance, max_iter=max_iter).fit(
+            x.numpy(), y.numpy()
+        )
         bar.update()
     scores = torch.as_tensor(probe.decision_function(x_test.numpy()))
     if len(classes) == 2:  # a single column, the second class's
@@ -113,14 +129,18 @@ def linear_probe(
     return {**accuracy_of_ranks(target_ranks(scores, y_test), y_test, scores.argmax(1)), "C": best}
 
 
-def _check(train_features: Tensor, train_targets: Tensor, test_features: Tensor, test_targets: Tensor) -> None:
+def _check(
+    train_features: Tensor, train_targets: Tensor, test_features: Tensor, test_targets: Tensor
+) -> None:
     for features, targets in ((train_features, train_targets), (test_features, test_targets)):
         if features.ndim != 2 or features.shape[1] != train_features.shape[1]:
             raise ValueError(
                 f"features must be [N, d] and [M, d], not {list(train_features.shape)} and {list(test_features.shape)}"
             )
         if targets.shape != features.shape[:1] or targets.is_floating_point() or not len(targets):
-            raise ValueError(f"targets must be {len(features)} integers, not {targets.dtype} {list(targets.shape)}")
+            raise ValueError(
+                f"targets must be {len(features)} integers, not {targets.dtype} {list(targets.shape)}"
+            )
         if not features.isfinite().all():
             raise ValueError("features hold NaN or infinity")
     classes, counts = train_targets.cpu().unique(return_counts=True)
@@ -133,4 +153,6 @@ def _check(train_features: Tensor, train_targets: Tensor, test_features: Tensor,
         )
     unknown = sorted(set(test_targets.tolist()) - set(classes.tolist()))
     if unknown:
-        raise ValueError(f"{len(unknown)} classes of the test set are not in the training set: {unknown[:5]}")
+        raise ValueError(
+            f"{len(unknown)} classes of the test set are not in the training set: {unknown[:5]}"
+        )

@@ -82,7 +82,10 @@ def cosine_histograms(pairs: dict[str, Features], path: str | Path) -> None:
     """
     panel = new_figure(pairs, 8.5, 4.6).subplots()
     # rounding may leave [-1, 1], where the bins end
-    cosines = {name: [x.clamp(-1, 1).numpy() for x in pair_cosines(*_unit(name, pairs[name]))] for name in pairs}
+    cosines = {
+        name: [x.clamp(-1, 1).numpy() for x in pair_cosines(*_unit(name, pairs[name]))]
+        for name in pairs
+    }
     edges = _edges([values for both in cosines.values() for values in both])
     curves = [[_density(values, edges) for values in both] for both in cosines.values()]
     top = _top([[curve.max() for curve in both] for both in curves])
@@ -95,11 +98,17 @@ def cosine_histograms(pairs: dict[str, Features], path: str | Path) -> None:
         for values, curve, line in zip(both, curves[index], ("-", DASHED), strict=True):
             look = style(index)
             panel.stairs(curve, edges, color=look["color"], linestyle=line, linewidth=1.5)
-            height = curve[np.clip(np.searchsorted(edges, values.mean(), side="right") - 1, 0, BINS - 1)]
+            height = curve[
+                np.clip(np.searchsorted(edges, values.mean(), side="right") - 1, 0, BINS - 1)
+            ]
             panel.plot(values.mean(), min(height, top), **look, linestyle="none", clip_on=False)
     panel.margins(x=0.01)
     panel.set(ylim=(0, top), xlabel="cosine of image and text", ylabel="density")
-    panel.set_title("cosines of pairs (solid) and of wrong pairs (dashed); markers: their means", fontsize=11, pad=10)
+    panel.set_title(
+        "cosines of pairs (solid) and of wrong pairs (dashed); markers: their means",
+        fontsize=11,
+        pad=10,
+    )
     finish(panel.figure, path, labels)
 
 
@@ -114,17 +123,29 @@ def spectra(pairs: dict[str, Features], path: str | Path) -> None:
     labels = []
     for index, (name, features) in enumerate(pairs.items()):
         both = [spectrum(x).numpy() for x in _unit(name, features)]
-        still = [modality for modality, values in zip(("images", "texts"), both, strict=True) if not values.any()]
+        still = [
+            modality
+            for modality, values in zip(("images", "texts"), both, strict=True)
+            if not values.any()
+        ]
         ranks = " and ".join(f"{_effective(values):.1f}" for values in both)
-        labels.append(f"{name} ({' and '.join(still)} don't vary)" if still else f"{name}: effective ranks {ranks}")
+        labels.append(
+            f"{name} ({' and '.join(still)} don't vary)"
+            if still
+            else f"{name}: effective ranks {ranks}"
+        )
         for values, line in zip(both, ("-", DASHED), strict=True):
             drawn = values[values > FLOOR]
             # markers of different checkpoints at different places
             every = (0.015 * (index + 1), 0.14)
             axes = np.arange(1, len(drawn) + 1)
             panel.plot(axes, drawn, **style(index), linestyle=line, linewidth=1.5, markevery=every)
-    panel.set(yscale="log", xlabel="principal axis, from the largest", ylabel="share of the variance")
-    panel.set_title("spectra of images (solid) and of texts (dashed): early falls are few axes", fontsize=11)
+    panel.set(
+        yscale="log", xlabel="principal axis, from the largest", ylabel="share of the variance"
+    )
+    panel.set_title(
+        "spectra of images (solid) and of texts (dashed): early falls are few axes", fontsize=11
+    )
     finish(panel.figure, path, labels)
 
 
@@ -152,9 +173,14 @@ def _maps(pairs: Sequence[tuple[str, Features]], path: str | Path) -> None:
         # in random order: neither modality covers the other
         order = np.random.default_rng(0).permutation(2 * len(points))
         colours = np.array(COLOURS)[order % 2]
-        panel.scatter(*points.reshape(-1, 2)[order].T, s=9, c=colours, alpha=0.7, linewidths=0, zorder=2)
+        panel.scatter(
+            *points.reshape(-1, 2)[order].T, s=9, c=colours, alpha=0.7, linewidths=0, zorder=2
+        )
         distance, alignment, margin = _gap(images, texts)
-        panel.set_title(f"{title}\ngap {distance:.2f}, alignment {alignment:.2f}, margin {margin:.2f}", fontsize=10)
+        panel.set_title(
+            f"{title}\ngap {distance:.2f}, alignment {alignment:.2f}, margin {margin:.2f}",
+            fontsize=10,
+        )
         panel.set_aspect("equal")
     panels[0, 0].set(xlim=(-extent, extent), ylim=(-extent, extent))
     for panel in panels.flat[len(pairs) :]:
@@ -166,7 +192,15 @@ def _maps(pairs: Sequence[tuple[str, Features]], path: str | Path) -> None:
         panel.set_xlabel("first principal component")
         panel.tick_params(labelbottom=True)
     lines = [({"color": "0.6", "linewidth": 0.8}, f"pairs, {LINES} at most")]
-    finish(panels[0, 0].figure, path, ["image", "text"], "right", more=lines, marker="o", linestyle="none")
+    finish(
+        panels[0, 0].figure,
+        path,
+        ["image", "text"],
+        "right",
+        more=lines,
+        marker="o",
+        linestyle="none",
+    )
 
 
 def _unit(name: str, features: Features) -> Features:
@@ -230,7 +264,9 @@ def new_figure(names: Collection[str], width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError(f"plots need matplotlib: pip install 'alignclip[evaluate]' ({one_line(error)})") from None
+        raise UserError(
+            f"plots need matplotlib: pip install 'alignclip[evaluate]' ({one_line(error)})"
+        ) from None
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -242,7 +278,13 @@ def wrapped(name: str, width: int) -> str:
 def style(index: int) -> dict[str, Any]:
     """Colour and marker of a checkpoint, the same in all plots."""
     colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-    return {"color": colour, "marker": marker, "markersize": 7, "markeredgecolor": "white", "markeredgewidth": 0.6}
+    return {
+        "color": colour,
+        "marker": marker,
+        "markersize": 7,
+        "markeredgecolor": "white",
+        "markeredgewidth": 0.6,
+    }
 
 
 def finish(
@@ -276,7 +318,9 @@ def finish(
     figure.set_figheight(figure.get_figheight() + 0.2 + 0.2 * lines)
     handles = [Line2D([], [], **{**style(index), **look}) for index in range(len(names))]
     handles += [Line2D([], [], **drawn) for drawn, _ in more]
-    figure.legend(handles, labels, loc=f"outside lower {side}", ncols=columns, frameon=False, fontsize=9)
+    figure.legend(
+        handles, labels, loc=f"outside lower {side}", ncols=columns, frameon=False, fontsize=9
+    )
     for panel in figure.axes:
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=9)

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alignclip.config import EvaluateConfig, EvaluatorConfig
-from alignclip.environment import versions
+from alignclip.config.metrics import ARROWS, WATCH, better
+from alignclip.config.schema import EvaluateConfig, EvaluatorConfig
 from alignclip.evaluation.history import Record, numbers
 from alignclip.evaluation.verdict import Verdict, judge
-from alignclip.metrics import ARROWS, WATCH, better
+from alignclip.runtime.environment import versions
 from alignclip.storage.whole import write_text_whole
 
 RESULTS = "results.json"
@@ -53,10 +53,19 @@ class Report:
         self.chance: dict[str, Metrics] = {}
         self.notes: dict[str, str] = {}
         self.failed: dict[str, str] = {}
-        self._evaluators = {name: _settings(evaluator) for name, evaluator in config.evaluators.items()}
+        self._evaluators = {
+            name: _settings(evaluator) for name, evaluator in config.evaluators.items()
+        }
         self._opened = False
 
-    def add(self, checkpoint: str, evaluator: str, metrics: Metrics, chance: Metrics, note: str | None = None) -> None:
+    def add(
+        self,
+        checkpoint: str,
+        evaluator: str,
+        metrics: Metrics,
+        chance: Metrics,
+        note: str | None = None,
+    ) -> None:
         """Take the figures of an evaluator, and write all there are: none is lost with the rest.
 
         ``note``: in what the evaluator's set is not the one that published figures are of.
@@ -73,8 +82,12 @@ class Report:
         for checkpoint, evaluators in self.results.items():
             for name, metrics in evaluators.items():
                 chance, first = self.chance.get(name, {}), self.before.get(checkpoint, {}).get(name)
-                if first is not None and first["chance"] == chance:  # of another set, it would be another one
-                    verdict = judge(metrics, chance, numbers(first["metrics"]), f"batch {first['batch']}")
+                if (
+                    first is not None and first["chance"] == chance
+                ):  # of another set, it would be another one
+                    verdict = judge(
+                        metrics, chance, numbers(first["metrics"]), f"batch {first['batch']}"
+                    )
                 else:
                     verdict = judge(metrics, chance)
                 if verdict is not None:
@@ -84,7 +97,12 @@ class Report:
     def write(self, complete: bool) -> None:
         """Write ``results.json``; a number that is none is null there. ``complete``: nothing will be added."""
         self.out.mkdir(parents=True, exist_ok=True)
-        measured = {name for found in self.results.values() for metrics in found.values() for name in metrics}
+        measured = {
+            name
+            for found in self.results.values()
+            for metrics in found.values()
+            for name in metrics
+        }
         content = {
             "complete": complete,
             "checkpoints": places(self.config),
@@ -98,7 +116,9 @@ class Report:
             "chance": self.chance,
             "better": {name: better(name) for name in sorted(measured)},
             "verdicts": {
-                checkpoint: {evaluator: dataclasses.asdict(verdict) for evaluator, verdict in found.items()}
+                checkpoint: {
+                    evaluator: dataclasses.asdict(verdict) for evaluator, verdict in found.items()
+                }
                 for checkpoint, found in self.verdicts().items()
             },
             "notes": self.notes,
@@ -117,26 +137,39 @@ class Report:
             return
         if why := self._other(earlier):
             folder = _move_away(self.out)
-            print(f"{self.out} held the results of another comparison ({why}): they are in {folder} now", flush=True)
+            print(
+                f"{self.out} held the results of another comparison ({why}): they are in {folder} now",
+                flush=True,
+            )
             return
         kept = [name for name in earlier["evaluators"] if name not in self._evaluators]
         again = [name for name in earlier["evaluators"] if name in self._evaluators]
         self._evaluators = earlier["evaluators"] | self._evaluators
-        self.chance = {name: earlier["chance"][name] for name in [*kept, *again] if name in earlier["chance"]}
+        self.chance = {
+            name: earlier["chance"][name] for name in [*kept, *again] if name in earlier["chance"]
+        }
         notes = earlier.get("notes") or {}
         self.notes = {name: notes[name] for name in kept if name in notes}
         for checkpoint, found in earlier["results"].items():
             for name, metrics in found.items():
-                self.results[checkpoint][name] = {k: math.nan if v is None else float(v) for k, v in metrics.items()}
+                self.results[checkpoint][name] = {
+                    k: math.nan if v is None else float(v) for k, v in metrics.items()
+                }
         words = [
-            f"{' and '.join(names)} {what}" for names, what in ((kept, "kept"), (again, "measured again")) if names
+            f"{' and '.join(names)} {what}"
+            for names, what in ((kept, "kept"), (again, "measured again"))
+            if names
         ]
         print(f"{self.out} holds results of the same weights: {', '.join(words)}", flush=True)
 
     def _other(self, earlier: dict[str, Any]) -> str:
         """In what the results of a folder are another comparison's; empty where they are this one's."""
         weights, known = earlier.get("weights"), earlier.get("evaluators")
-        if not isinstance(weights, dict) or not isinstance(known, dict) or not isinstance(earlier.get("chance"), dict):
+        if (
+            not isinstance(weights, dict)
+            or not isinstance(known, dict)
+            or not isinstance(earlier.get("chance"), dict)
+        ):
             return "of an earlier version"
         if weights.keys() != self.weights.keys():
             return f"of {', '.join(weights)}"
@@ -144,7 +177,11 @@ class Report:
             return "of other weights"
         if earlier.get("precision") != self.config.precision:
             return f"in {earlier.get('precision')}"
-        moved = [name for name in self._evaluators if name in known and known[name] != self._evaluators[name]]
+        moved = [
+            name
+            for name in self._evaluators
+            if name in known and known[name] != self._evaluators[name]
+        ]
         return f"{moved[0]} was another set" if moved else ""
 
 
@@ -157,7 +194,9 @@ def table(report: Report) -> str:
     """Metrics in rows, checkpoints in columns; which way is better, which to watch, and what chance would score."""
     results, names = report.results, list(report.results)
     rows = [["", *names, "chance"]]
-    evaluators = {name: found for one in results.values() for name, found in one.items()}  # one may lack another's
+    evaluators = {
+        name: found for one in results.values() for name, found in one.items()
+    }  # one may lack another's
     for evaluator in evaluators:
         rows.append([evaluator, *[""] * len(names), ""])
         for metric in evaluators[evaluator]:
@@ -168,16 +207,28 @@ def table(report: Report) -> str:
             rows.append([label, *values, "" if chance is None else _number(chance)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)),
+            ]
+        )
         for row in rows
     ]
-    lines += ["", "↑ higher is better, ↓ lower is better, * the numbers to watch; chance: features that say nothing"]
+    lines += [
+        "",
+        "↑ higher is better, ↓ lower is better, * the numbers to watch; chance: features that say nothing",
+    ]
     for checkpoint, found in report.verdicts().items():
         for evaluator, verdict in found.items():
             what = f"{checkpoint} · {evaluator}" if len(names) > 1 else evaluator
-            lines += textwrap.wrap(f"{what}: {verdict.text}", 118, subsequent_indent="  ", break_on_hyphens=False)
+            lines += textwrap.wrap(
+                f"{what}: {verdict.text}", 118, subsequent_indent="  ", break_on_hyphens=False
+            )
     for evaluator, note in report.notes.items():
-        lines += textwrap.wrap(f"{evaluator}: {note}", 118, subsequent_indent="  ", break_on_hyphens=False)
+        lines += textwrap.wrap(
+            f"{evaluator}: {note}", 118, subsequent_indent="  ", break_on_hyphens=False
+        )
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -46,16 +46,28 @@ def recall(
     texts = F.normalize(text_features.float(), dim=-1)
     owner = image_of_text.to(images.device).long()
     with torch.autocast(images.device.type, enabled=False):
-        bar = tqdm(total=len(texts) + len(images), desc="recall", unit="query", leave=False, disable=not progress)
+        bar = tqdm(
+            total=len(texts) + len(images),
+            desc="recall",
+            unit="query",
+            leave=False,
+            disable=not progress,
+        )
         with bar:
             image_ranks = _best_ranks(texts, images, owner[:, None], max(ks), block, bar)
-            text_ranks = _best_ranks(images, texts, _texts_of_images(owner, len(images)), max(ks), block, bar)
+            text_ranks = _best_ranks(
+                images, texts, _texts_of_images(owner, len(images)), max(ks), block, bar
+            )
     result = {f"image_retrieval_recall@{k}": (image_ranks < k).double().mean().item() for k in ks}
-    result.update({f"text_retrieval_recall@{k}": (text_ranks < k).double().mean().item() for k in ks})
+    result.update(
+        {f"text_retrieval_recall@{k}": (text_ranks < k).double().mean().item() for k in ks}
+    )
     return result
 
 
-def _best_ranks(queries: Tensor, items: Tensor, positives: Tensor, most: int, block: int, bar: tqdm) -> Tensor:
+def _best_ranks(
+    queries: Tensor, items: Tensor, positives: Tensor, most: int, block: int, bar: tqdm
+) -> Tensor:
     """[queries] ranks, from 0, of the best-ranked of each query's positives; exact below ``most``.
 
     ``positives``: [queries, any] rows of ``items`` in ascending order, filled up with -1.
@@ -82,17 +94,26 @@ def _texts_of_images(image_of_text: Tensor, images: int) -> Tensor:
     order = image_of_text.argsort(stable=True)
     counts = image_of_text.bincount(minlength=images)
     # a text's place among those of its image: its position in the sorted list less where its image begins
-    place = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[image_of_text[order]]
+    place = (
+        torch.arange(len(order), device=order.device)
+        - (counts.cumsum(0) - counts)[image_of_text[order]]
+    )
     texts = order.new_full((images, int(counts.max())), -1)
     texts[image_of_text[order], place] = order
     return texts
 
 
-def _check(images: Tensor, texts: Tensor, image_of_text: Tensor, ks: Sequence[int], block: int) -> None:
+def _check(
+    images: Tensor, texts: Tensor, image_of_text: Tensor, ks: Sequence[int], block: int
+) -> None:
     if images.ndim != 2 or texts.ndim != 2 or images.shape[1] != texts.shape[1]:
-        raise ValueError(f"features must be [N, d] and [M, d], not {list(images.shape)} and {list(texts.shape)}")
+        raise ValueError(
+            f"features must be [N, d] and [M, d], not {list(images.shape)} and {list(texts.shape)}"
+        )
     if image_of_text.shape != texts.shape[:1] or image_of_text.is_floating_point():
-        raise ValueError(f"image_of_text must hold {len(texts)} integers, one a text, not {list(image_of_text.shape)}")
+        raise ValueError(
+            f"image_of_text must hold {len(texts)} integers, one a text, not {list(image_of_text.shape)}"
+        )
     if not len(texts) or image_of_text.min() < 0 or image_of_text.max() >= len(images):
         raise ValueError(f"image_of_text must name rows of the {len(images)} images")
     without = len(images) - len(image_of_text.unique())

@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from alignclip.config import SetConfig
-from alignclip.data import ReleasingDataset
+from alignclip.config.schema import SetConfig
+from alignclip.data.dataset import ReleasingDataset
+from alignclip.data.streams import cached_stream, check_task_columns, local_folder, read_index
+from alignclip.data.transforms import center_crop
 from alignclip.errors import UserError, one_line
-from alignclip.evaluation.ranks import agree
+from alignclip.ranks import agree
 from alignclip.storage import StorageError, describe_storage_error, open_file
-from alignclip.streams import cached_stream, check_task_columns, local_folder, read_index
-from alignclip.transforms import center_crop
 
 CLASSES = "classes.json"  # class names and templates, beside the index
 HASH = "xxh64"  # our converters'
@@ -50,7 +50,9 @@ class OpenSets:
             checked = HASH if HASH in hashes else next(iter(hashes), None)
             dataset = ReleasingDataset(
                 streams=[
-                    cached_stream("evaluation", stream, remote=remote, split=split, validate_hash=checked),
+                    cached_stream(
+                        "evaluation", stream, remote=remote, split=split, validate_hash=checked
+                    ),
                 ],
                 batch_size=1,
                 shuffle=False,
@@ -109,7 +111,9 @@ class EvaluationSet(Dataset[tuple[Tensor, Any]]):
             image = center_crop(sample["image"], self.image_size)
         except Exception as error:  # PIL raises nearly anything on broken files
             # a set with a hole would be another set
-            raise RuntimeError(f"{self.name}: the image of sample {index} '{sample.get('key')}': {error}") from None
+            raise RuntimeError(
+                f"{self.name}: the image of sample {index} '{sample.get('key')}': {error}"
+            ) from None
         other = sample[self.column]
         return image, int(other) if self.column == "label" else other
 
@@ -120,7 +124,9 @@ def read_classes(stream: SetConfig) -> tuple[list[str], list[str]]:
     Raises:
         UserError: no such file beside the index, or not one of ``convert/classification.py``.
     """
-    where = "/".join(part.rstrip("/") for part in (stream.remote or stream.local, stream.split, CLASSES) if part)
+    where = "/".join(
+        part.rstrip("/") for part in (stream.remote or stream.local, stream.split, CLASSES) if part
+    )
     try:
         store, file = open_file(where)
         values = json.loads(store.read_text(file))
@@ -139,6 +145,10 @@ def read_classes(stream: SetConfig) -> tuple[list[str], list[str]]:
 
 def _texts(values: Any) -> list[str]:
     """ValueError where this is no list of texts."""
-    if not isinstance(values, list) or not values or not all(isinstance(v, str) and v.strip() for v in values):
+    if (
+        not isinstance(values, list)
+        or not values
+        or not all(isinstance(v, str) and v.strip() for v in values)
+    ):
         raise ValueError("no list of texts")
     return values

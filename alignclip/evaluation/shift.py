@@ -11,7 +11,9 @@ from alignclip.evaluation.linear_probe import library
 
 
 @torch.no_grad()
-def max_softmax(image_features: Tensor, classifier: Tensor, logit_scale: Tensor | float, block: int = 1024) -> Tensor:
+def max_softmax(
+    image_features: Tensor, classifier: Tensor, logit_scale: Tensor | float, block: int = 1024
+) -> Tensor:
     """The maximum softmax probability of each image: the confidence that one of the classes is in it.
 
     Source: Hendrycks & Gimpel 2017, https://arxiv.org/abs/1610.02136.
@@ -28,17 +30,28 @@ def max_softmax(image_features: Tensor, classifier: Tensor, logit_scale: Tensor 
     Raises:
         ValueError: shapes that don't fit, features not finite, a block below 1.
     """
-    if image_features.ndim != 2 or classifier.ndim != 2 or image_features.shape[1] != classifier.shape[1]:
+    if (
+        image_features.ndim != 2
+        or classifier.ndim != 2
+        or image_features.shape[1] != classifier.shape[1]
+    ):
         raise ValueError(
             f"features must be [N, d] and the classifier [C, d], "
             f"not {list(image_features.shape)} and {list(classifier.shape)}"
         )
-    if not (len(classifier) and image_features.isfinite().all() and classifier.isfinite().all()) or block < 1:
-        raise ValueError(f"finite features, some classes and a block of 1 at least, not {len(classifier)} and {block}")
+    if (
+        not (len(classifier) and image_features.isfinite().all() and classifier.isfinite().all())
+        or block < 1
+    ):
+        raise ValueError(
+            f"finite features, some classes and a block of 1 at least, not {len(classifier)} and {block}"
+        )
     images = F.normalize(image_features.double(), dim=-1)
     classes = F.normalize(classifier.double(), dim=-1) * logit_scale
     with torch.autocast(images.device.type, enabled=False):
-        return torch.cat([(rows @ classes.T).softmax(dim=1).amax(dim=1) for rows in images.split(block)])
+        return torch.cat(
+            [(rows @ classes.T).softmax(dim=1).amax(dim=1) for rows in images.split(block)]
+        )
 
 
 def out_of_distribution(in_scores: Tensor, out_scores: Tensor) -> dict[str, float]:
@@ -64,8 +77,12 @@ def out_of_distribution(in_scores: Tensor, out_scores: Tensor) -> dict[str, floa
         ValueError: scores that are not [N] and [M], empty or not finite.
     """
     if in_scores.ndim != 1 or out_scores.ndim != 1 or not len(in_scores) or not len(out_scores):
-        raise ValueError(f"scores must be [N] and [M], not {list(in_scores.shape)} and {list(out_scores.shape)}")
-    scores = -torch.cat([in_scores.detach().double().cpu(), out_scores.detach().double().cpu()]).numpy()
+        raise ValueError(
+            f"scores must be [N] and [M], not {list(in_scores.shape)} and {list(out_scores.shape)}"
+        )
+    scores = -torch.cat(
+        [in_scores.detach().double().cpu(), out_scores.detach().double().cpu()]
+    ).numpy()
     if not np.isfinite(scores).all():
         raise ValueError("scores hold NaN or infinity")
     metrics = library("sklearn.metrics")

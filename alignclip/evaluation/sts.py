@@ -12,14 +12,16 @@ from torch import Tensor
 
 from alignclip.errors import UserError, one_line
 from alignclip.evaluation.linear_probe import library
-from alignclip.fetching import read_text
+from alignclip.storage.fetching import read_text
 
 COLUMNS = ("genre", "filename", "year", "index", "score", "sentence1", "sentence2")
 PAIRS = {"test": 1_379, "dev": 1_500, "train": 5_749}  # of the benchmark's splits, as published
 Rows = tuple[list[str], list[str], list[float]]
 
 
-def spearman(features_a: Tensor, features_b: Tensor, scores: Tensor | Sequence[float]) -> dict[str, float]:
+def spearman(
+    features_a: Tensor, features_b: Tensor, scores: Tensor | Sequence[float]
+) -> dict[str, float]:
     """Spearman's rank correlation of cosine similarities with people's scores, SciPy's ``spearmanr``.
 
     Args:
@@ -36,7 +38,11 @@ def spearman(features_a: Tensor, features_b: Tensor, scores: Tensor | Sequence[f
         ValueError: shapes that don't fit, fewer than two pairs, values that are not finite.
     """
     gold = torch.as_tensor(scores, dtype=torch.float64).cpu()
-    if features_a.ndim != 2 or features_a.shape != features_b.shape or gold.shape != features_a.shape[:1]:
+    if (
+        features_a.ndim != 2
+        or features_a.shape != features_b.shape
+        or gold.shape != features_a.shape[:1]
+    ):
         raise ValueError(
             f"two features of [N, d] and scores of [N], not {list(features_a.shape)}, {list(features_b.shape)} "
             f"and {list(gold.shape)}"
@@ -46,7 +52,9 @@ def spearman(features_a: Tensor, features_b: Tensor, scores: Tensor | Sequence[f
     if not (features_a.isfinite().all() and features_b.isfinite().all() and gold.isfinite().all()):
         raise ValueError("features or scores hold NaN or infinity")
     cosines = F.cosine_similarity(features_a.detach().double(), features_b.detach().double()).cpu()
-    return {"spearman": float(library("scipy.stats").spearmanr(cosines.numpy(), gold.numpy()).statistic)}
+    return {
+        "spearman": float(library("scipy.stats").spearmanr(cosines.numpy(), gold.numpy()).statistic)
+    }
 
 
 def read_sts(path: str | Path) -> Rows:
@@ -64,7 +72,9 @@ def read_sts(path: str | Path) -> Rows:
     first, second, scores = [], [], []
     try:
         # not split at what Unicode counts as line breaks, and what csv takes for quotes: sentences have both
-        text = read_text(str(path)) if "://" in str(path) else Path(path).read_bytes().decode("utf-8")
+        text = (
+            read_text(str(path)) if "://" in str(path) else Path(path).read_bytes().decode("utf-8")
+        )
         lines = text.split("\n")
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from None
@@ -81,7 +91,9 @@ def read_sts(path: str | Path) -> Rows:
             )
         score, sentences = _number(fields[4]), fields[5:7]
         if not 0 <= score <= 5:
-            raise UserError(f"{path}, line {number}: the score (column 5) is '{fields[4]}', not a number from 0 to 5")
+            raise UserError(
+                f"{path}, line {number}: the score (column 5) is '{fields[4]}', not a number from 0 to 5"
+            )
         if not all(sentence.strip() for sentence in sentences):
             raise UserError(f"{path}, line {number}: an empty sentence (columns 6 and 7)")
         first.append(sentences[0])
@@ -103,7 +115,10 @@ def split_note(pairs: int) -> str | None:
     """
     if pairs == PAIRS["test"]:
         return None
-    split = next((f"as many as the STS benchmark's {name} split" for name, n in PAIRS.items() if n == pairs), None)
+    split = next(
+        (f"as many as the STS benchmark's {name} split" for name, n in PAIRS.items() if n == pairs),
+        None,
+    )
     what = split or "a number that no split of the STS benchmark has"
     return f"{pairs:,} sentence pairs, {what}; published figures are of its test split, {PAIRS['test']:,} pairs"
 
@@ -131,11 +146,15 @@ def similarity(encode: Callable[[list[str]], Tensor], pairs: str | Path | Rows) 
     """
     first, second, scores = read_sts(pairs) if isinstance(pairs, (str, Path)) else pairs
     if len(first) != len(second) or not first:
-        raise ValueError(f"{len(first)} first and {len(second)} second sentences; two pairs at least")
+        raise ValueError(
+            f"{len(first)} first and {len(second)} second sentences; two pairs at least"
+        )
     sentences = unique(first, second)
     row_of = {sentence: row for row, sentence in enumerate(sentences)}
     features = encode(sentences)
-    return spearman(features[[row_of[s] for s in first]], features[[row_of[s] for s in second]], scores)
+    return spearman(
+        features[[row_of[s] for s in first]], features[[row_of[s] for s in second]], scores
+    )
 
 
 def unique(first: Sequence[str], second: Sequence[str]) -> list[str]:

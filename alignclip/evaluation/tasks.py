@@ -12,15 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from alignclip.config import EvaluatorConfig, SetConfig
-from alignclip.encoders import CLIP
+from alignclip.config.schema import EvaluatorConfig, SetConfig
 from alignclip.errors import UserError, one_line
 from alignclip.evaluation.chance import accuracy_chance, detection_chance, recall_chance
 from alignclip.evaluation.encoding import Encoder, Interrupted
 from alignclip.evaluation.gap import modality_gap
 from alignclip.evaluation.geometry import close_gap
 from alignclip.evaluation.linear_probe import linear_probe
-from alignclip.evaluation.ranks import agree
 from alignclip.evaluation.retrieval import recall
 from alignclip.evaluation.sets import EvaluationSet, OpenSets, read_classes
 from alignclip.evaluation.shift import max_softmax, out_of_distribution
@@ -28,6 +26,8 @@ from alignclip.evaluation.sts import read_sts, similarity, split_note, unique
 from alignclip.evaluation.verdict import Verdict, judge
 from alignclip.evaluation.zero_shot import accuracy, build_classifier
 from alignclip.losses import full_precision
+from alignclip.model.encoders import CLIP
+from alignclip.ranks import agree
 
 Metrics = dict[str, float]
 
@@ -37,7 +37,7 @@ class Result:
     """What a task found.
 
     Attributes:
-        metrics: by clip_benchmark's names where it has them; :data:`alignclip.metrics.TASKS` says what they are.
+        metrics: by clip_benchmark's names where it has them; :data:`alignclip.config.metrics.TASKS` says what they are.
         chance: what features that say nothing would score, of the metrics that have such a number.
         pairs: the features of image–text pairs, [N, d] each, where the task has such: what plots are made of.
         note: in what the set is not the one that published figures are of, where that is known.
@@ -64,7 +64,9 @@ class Evaluator:
         UserError: a set is not there, or not what the task needs.
     """
 
-    def __init__(self, name: str, config: EvaluatorConfig, image_size: int, opened: OpenSets) -> None:
+    def __init__(
+        self, name: str, config: EvaluatorConfig, image_size: int, opened: OpenSets
+    ) -> None:
         self.name, self.config = name, config
         self.note: str | None = None
         self._sets: dict[str, EvaluationSet] = {}
@@ -74,11 +76,18 @@ class Evaluator:
             self.note = split_note(len(self._sentences[0]))
             return
         column = "caption" if config.task in ("retrieval", "gap") else "label"
-        parts: dict[str, SetConfig | None] = {"": config, "train": config.train, "outliers": config.outliers}
+        parts: dict[str, SetConfig | None] = {
+            "": config,
+            "train": config.train,
+            "outliers": config.outliers,
+        }
         for part, stream in parts.items():
             if stream is not None:
                 self._sets[part] = EvaluationSet(stream, image_size, column, opened)
-        for part, stream in parts.items():  # when all ranks have opened all sets: that, they do together
+        for (
+            part,
+            stream,
+        ) in parts.items():  # when all ranks have opened all sets: that, they do together
             if stream is not None and column == "label":
                 self._classes[part] = read_classes(stream)
         if config.task == "linear_probe":
@@ -130,13 +139,17 @@ class Evaluator:
 
     def _classifier(self, encoder: Encoder, part: str = "") -> Tensor:
         names, templates = self._classes[part]
-        return build_classifier(lambda texts: encoder.texts(texts, f"{self.name}: prompts"), names, templates)
+        return build_classifier(
+            lambda texts: encoder.texts(texts, f"{self.name}: prompts"), names, templates
+        )
 
     def _zero_shot(self, encoder: Encoder) -> Result:
         classifier = self._classifier(encoder)
         features, labels = self._images(encoder)
         targets = torch.tensor(labels)
-        return Result(_computed(lambda: accuracy(features, classifier, targets)), accuracy_chance(targets))
+        return Result(
+            _computed(lambda: accuracy(features, classifier, targets)), accuracy_chance(targets)
+        )
 
     def _out_of_distribution(self, encoder: Encoder) -> Result:
         """Known classes against unknown ones, and what a classifier of the outliers' own labels gets right.
@@ -160,13 +173,18 @@ class Evaluator:
             scores = [max_softmax(features, classifier, scale) for features in (inside, outside)]
             return out_of_distribution(*scores) | accuracy(outside, own, targets)
 
-        return Result(_computed(compute), detection_chance(len(inside), len(outside)) | accuracy_chance(targets))
+        return Result(
+            _computed(compute),
+            detection_chance(len(inside), len(outside)) | accuracy_chance(targets),
+        )
 
     def _linear_probe(self, encoder: Encoder) -> Result:
         train, train_labels = self._images(encoder, "train")
         test, labels = self._images(encoder)
         fitted, targets = torch.tensor(train_labels), torch.tensor(labels)
-        metrics = _computed(lambda: linear_probe(train, fitted, test, targets, progress=encoder.progress))
+        metrics = _computed(
+            lambda: linear_probe(train, fitted, test, targets, progress=encoder.progress)
+        )
         return Result(metrics, accuracy_chance(targets))
 
     def _retrieval(self, encoder: Encoder) -> Result:
@@ -191,18 +209,26 @@ class Evaluator:
             }
 
         chance = recall_chance(owner)
-        return Result(_computed(compute), {"linear_separability": 0.5, **chance, **_closed(chance)}, (images, first))
+        return Result(
+            _computed(compute),
+            {"linear_separability": 0.5, **chance, **_closed(chance)},
+            (images, first),
+        )
 
     def _pairs(self, encoder: Encoder) -> tuple[Tensor, Tensor, Tensor]:
         """Image features, caption features, and the row of the image that each caption belongs to."""
         images, captions = self._images(encoder)
         several = [_captions(c) for c in captions]
         if not all(several):
-            raise UserError(f"evaluators.{self.name}: the image of sample {several.index([])} has no caption")
+            raise UserError(
+                f"evaluators.{self.name}: the image of sample {several.index([])} has no caption"
+            )
         owner = torch.tensor([row for row, one in enumerate(several) for _ in one])
         key = (*self._sets[""].key, "captions")
         if key not in encoder.known:
-            encoder.known[key] = encoder.texts([c for one in several for c in one], f"{self.name}: captions")
+            encoder.known[key] = encoder.texts(
+                [c for one in several for c in one], f"{self.name}: captions"
+            )
         return images, encoder.known[key], owner
 
     def _sts(self, encoder: Encoder) -> Result:
@@ -236,7 +262,9 @@ def evaluate_model(
     """
     encoder = Encoder(model, next(model.parameters()).device, dtype, progress=progress)
     opened = OpenSets()
-    tasks = [Evaluator(name, config, encoder.image_size, opened) for name, config in evaluators.items()]
+    tasks = [
+        Evaluator(name, config, encoder.image_size, opened) for name, config in evaluators.items()
+    ]
     results = {}
     for task in tasks:
         encoder.batch_size = task.config.batch_size
@@ -259,8 +287,14 @@ def _check_same(train: list[str], test: list[str], name: str) -> None:
     """The labels of both sets mean the same."""
     if train == test:
         return
-    at = next((i for i, pair in enumerate(zip(train, test, strict=False)) if pair[0] != pair[1]), None)
-    how = f"{len(train)} and {len(test)}" if at is None else f"label {at} is '{train[at]}' and '{test[at]}'"
+    at = next(
+        (i for i, pair in enumerate(zip(train, test, strict=False)) if pair[0] != pair[1]), None
+    )
+    how = (
+        f"{len(train)} and {len(test)}"
+        if at is None
+        else f"label {at} is '{train[at]}' and '{test[at]}'"
+    )
     raise UserError(f"evaluators.{name}: train and test set have different classes ({how})")
 
 

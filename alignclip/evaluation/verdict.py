@@ -22,7 +22,10 @@ SHARE = 0.25  # … or from so much of what chance misses: 5 times chance is out
 # was within 3 times chance, and in others that had just left it
 NO_MARGIN, FEW_AXES = 0.05, 3.0
 ONE_CLASS = 0.9  # of the images that get one class
-TOLD_APART, RELATED = 0.6, 0.1  # an auroc, of which chance is 0.5; a rank correlation, of which chance is 0
+TOLD_APART, RELATED = (
+    0.6,
+    0.1,
+)  # an auroc, of which chance is 0.5; a rank correlation, of which chance is 0
 RECALLS = ("image_retrieval_recall@5", "text_retrieval_recall@5")
 
 Metrics = Mapping[str, float]
@@ -43,7 +46,9 @@ class Verdict:
     text: str
 
 
-def judge(metrics: Metrics, chance: Metrics, before: Metrics | None = None, when: str = "before") -> Verdict | None:
+def judge(
+    metrics: Metrics, chance: Metrics, before: Metrics | None = None, when: str = "before"
+) -> Verdict | None:
     """Say what the figures of one evaluator mean.
 
     Args:
@@ -63,7 +68,11 @@ def judge(metrics: Metrics, chance: Metrics, before: Metrics | None = None, when
     if "auroc" in metrics:
         apart = metrics["auroc"] > TOLD_APART
         how = "tells" if apart else "does not tell"
-        return Verdict(apart, False, f"confidence {how} outliers from known classes (auroc {metrics['auroc']:.2f})")
+        return Verdict(
+            apart,
+            False,
+            f"confidence {how} outliers from known classes (auroc {metrics['auroc']:.2f})",
+        )
     if "top_class_share" in metrics:
         return _judge_classes(metrics, chance)
     if "spearman" in metrics:
@@ -71,7 +80,11 @@ def judge(metrics: Metrics, chance: Metrics, before: Metrics | None = None, when
         if math.isnan(spearman):
             return Verdict(False, True, "COLLAPSED: all sentence pairs are equally similar")
         good = spearman > RELATED
-        return Verdict(good, False, f"similarities {'follow' if good else 'say nothing of'} people's ({spearman:.2f})")
+        return Verdict(
+            good,
+            False,
+            f"similarities {'follow' if good else 'say nothing of'} people's ({spearman:.2f})",
+        )
     return None
 
 
@@ -87,7 +100,9 @@ def _judge_gap(metrics: Metrics, chance: Metrics, before: Metrics | None, when: 
     if not any(name in metrics for name in RECALLS):
         collapsed = closed and bool(signs)
         words = "; ".join([gap, "retrieval was not measured", *signs])
-        return Verdict(closed and not signs, collapsed, f"COLLAPSED: {words}" if collapsed else words)
+        return Verdict(
+            closed and not signs, collapsed, f"COLLAPSED: {words}" if collapsed else words
+        )
     works, retrieval = _retrieval(metrics, chance, before, when)
     if works:
         warning = f"; near a collapse: {'; '.join(signs)}" if signs else ""
@@ -105,7 +120,10 @@ def _gap(now: float, before: Metrics | None, when: str) -> tuple[bool, str]:
         return closed, f"the gap is {'closed' if closed else 'open'} ({now:.2f})"
     ratio = now / first
     if ratio < NARROWER and first - now >= VISIBLE:
-        return closed, f"the gap {'closed' if closed else 'narrowed'} (from {first:.2f} at {when} to {now:.2f})"
+        return (
+            closed,
+            f"the gap {'closed' if closed else 'narrowed'} (from {first:.2f} at {when} to {now:.2f})",
+        )
     if closed:  # whichever way it went: no word of a movement
         return closed, f"the gap is small ({now:.2f}; {first:.2f} at {when})"
     if ratio > WIDER:
@@ -113,7 +131,9 @@ def _gap(now: float, before: Metrics | None, when: str) -> tuple[bool, str]:
     return closed, f"the gap has not changed ({now:.2f}; {first:.2f} at {when})"
 
 
-def _retrieval(metrics: Metrics, chance: Metrics, before: Metrics | None, when: str) -> tuple[bool, str]:
+def _retrieval(
+    metrics: Metrics, chance: Metrics, before: Metrics | None, when: str
+) -> tuple[bool, str]:
     """Whether retrieval works, and did not fall, and a sentence about the mean of both directions."""
     known = [name for name in RECALLS if name in metrics]
     now = sum(metrics[name] for name in known) / len(known)
@@ -138,17 +158,27 @@ def _judge_classes(metrics: Metrics, chance: Metrics) -> Verdict:
     share, true = metrics["top_class_share"], chance.get("top_class_share", 0.0)
     recall, random = metrics["mean_per_class_recall"], chance.get("mean_per_class_recall", 0.0)
     if share >= ONE_CLASS and share > true + 0.05:
-        return Verdict(False, True, f"COLLAPSED: {share:.0%} of the images get one class, which {true:.0%} have")
+        return Verdict(
+            False,
+            True,
+            f"COLLAPSED: {share:.0%} of the images get one class, which {true:.0%} have",
+        )
     works = recall >= min(1.5 * random, random + SHARE * (1 - random))
     if not works:
         return Verdict(
-            False, False, f"classes are near chance (mean per class recall {recall:.3f}, chance {random:.3f})"
+            False,
+            False,
+            f"classes are near chance (mean per class recall {recall:.3f}, chance {random:.3f})",
         )
     if metrics["acc1"] <= chance.get("acc1", 0.0):
         more = f"; the most frequent class alone would have acc1 {chance['acc1']:.3f}"
     else:
         more = ""
-    return Verdict(True, False, f"classes are told apart (mean per class recall {recall / random:.1f} × chance){more}")
+    return Verdict(
+        True,
+        False,
+        f"classes are told apart (mean per class recall {recall / random:.1f} × chance){more}",
+    )
 
 
 def _pairs(chance: Metrics) -> float:

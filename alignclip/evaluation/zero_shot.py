@@ -12,7 +12,9 @@ from alignclip.errors import UserError
 
 
 def build_classifier(
-    encode: Callable[[list[str]], Tensor], classnames: Sequence[str], templates: Sequence[str | Callable[[str], str]]
+    encode: Callable[[list[str]], Tensor],
+    classnames: Sequence[str],
+    templates: Sequence[str | Callable[[str], str]],
 ) -> Tensor:
     """One vector a class: the mean of its prompts' normalised features, normalised again.
 
@@ -46,14 +48,18 @@ def _fill(template: str | Callable[[str], str], name: str) -> str:
         prompt = template.format(name, c=name)
         constant = prompt == template.format(name + "x", c=name + "x")
     except (KeyError, IndexError, ValueError) as error:
-        raise UserError(f"template '{template}': {error!r}; the class name's place is {{c}}") from None
+        raise UserError(
+            f"template '{template}': {error!r}; the class name's place is {{c}}"
+        ) from None
     if constant:
         raise UserError(f"template '{template}' has no place for the class name: write {{c}}")
     return prompt
 
 
 @torch.no_grad()
-def accuracy(image_features: Tensor, classifier: Tensor, targets: Tensor, block: int = 1024) -> dict[str, float]:
+def accuracy(
+    image_features: Tensor, classifier: Tensor, targets: Tensor, block: int = 1024
+) -> dict[str, float]:
     """Zero-shot accuracy by cosine similarity, as clip_benchmark defines it.
 
     Source: https://github.com/LAION-AI/CLIP_benchmark, ``metrics/zeroshot_classification.py``. Ties follow one rule:
@@ -76,7 +82,11 @@ def accuracy(image_features: Tensor, classifier: Tensor, targets: Tensor, block:
     Raises:
         ValueError: shapes that don't fit, no images, a target out of range, features not finite, a block below 1.
     """
-    if image_features.ndim != 2 or classifier.ndim != 2 or image_features.shape[1] != classifier.shape[1]:
+    if (
+        image_features.ndim != 2
+        or classifier.ndim != 2
+        or image_features.shape[1] != classifier.shape[1]
+    ):
         raise ValueError(
             f"features must be [N, d] and the classifier [C, d], "
             f"not {list(image_features.shape)} and {list(classifier.shape)}"
@@ -105,9 +115,13 @@ def check_targets(targets: Tensor, samples: int, classes: int) -> None:
         ValueError: says what they are instead.
     """
     if targets.shape != (samples,) or targets.is_floating_point() or not samples:
-        raise ValueError(f"targets must be {samples or 'some'} integers, not {targets.dtype} {list(targets.shape)}")
+        raise ValueError(
+            f"targets must be {samples or 'some'} integers, not {targets.dtype} {list(targets.shape)}"
+        )
     if targets.min() < 0 or targets.max() >= classes:
-        raise ValueError(f"targets lie in [{targets.min()}, {targets.max()}], but there are {classes} classes")
+        raise ValueError(
+            f"targets lie in [{targets.min()}, {targets.max()}], but there are {classes} classes"
+        )
 
 
 def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:

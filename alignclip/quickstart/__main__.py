@@ -16,19 +16,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from alignclip import console
-from alignclip.config import RunConfig, SetConfig
-from alignclip.config_file import load
-from alignclip.encoders import CLIP, build_encoders
+from alignclip.config.reading import load
+from alignclip.config.schema import RunConfig, SetConfig
 from alignclip.errors import UserError, one_line_errors
 from alignclip.evaluation.encoding import Encoder
 from alignclip.evaluation.gap import modality_gap
 from alignclip.evaluation.plots import embedding_map
 from alignclip.evaluation.retrieval import recall
 from alignclip.evaluation.sets import EvaluationSet, OpenSets
-from alignclip.loading import load_encoders
+from alignclip.model.encoders import CLIP, build_encoders
 from alignclip.paths import path_option
 from alignclip.quickstart import scenes
+from alignclip.runtime import console
+from alignclip.weights.loading import load_encoders
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "yamls" / "quickstart.yaml"
@@ -48,8 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the quickstart in ``--folder``; further ``key.sub=value`` go to the training."""
     console.prepare()
     parser = argparse.ArgumentParser(prog="python -m alignclip.quickstart", description=__doc__)
-    parser.add_argument("--folder", type=path_option, default=Path("quickstart-run"), help="where everything goes")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="training settings to replace")
+    parser.add_argument(
+        "--folder", type=path_option, default=Path("quickstart-run"), help="where everything goes"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="training settings to replace"
+    )
     options = parser.parse_args(arguments)
     folder: Path = options.folder
     with one_line_errors():

@@ -41,14 +41,21 @@ COLOURS = {
     "purple": (125, 40, 165),
     "pink": (250, 125, 190),
 }
-BACKGROUNDS = {"white": (250, 250, 250), "grey": (150, 150, 150), "black": (10, 10, 10), "brown": (95, 60, 35)}
+BACKGROUNDS = {
+    "white": (250, 250, 250),
+    "grey": (150, 150, 150),
+    "black": (10, 10, 10),
+    "brown": (95, 60, 35),
+}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "ring", "crescent")
 RADIUS = {"small": 6.5, "large": 12.5}  # pixels
 RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 # Two diagonals of the colour × shape table.
 HELD_OUT = frozenset(
-    (colour, SHAPES[(row + step) % len(SHAPES)]) for row, colour in enumerate(COLOURS) for step in (0, 3)
+    (colour, SHAPES[(row + step) % len(SHAPES)])
+    for row, colour in enumerate(COLOURS)
+    for step in (0, 3)
 )
 
 WORDS = {
@@ -178,7 +185,9 @@ def describe(scene: Scene, rng: random.Random) -> str:
 
 def _name(thing: Thing, count: int, rng: random.Random) -> str:
     """``a big red disc``, ``three tiny blue boxes``."""
-    size, colour, noun = (rng.choice(WORDS[word]) for word in (thing.size, thing.colour, thing.shape))
+    size, colour, noun = (
+        rng.choice(WORDS[word]) for word in (thing.size, thing.colour, thing.shape)
+    )
     if count == 1:
         return f"a {size} {colour} {noun}"
     return f"{rng.choice(NUMBERS[count])} {size} {colour} {PLURALS.get(noun, noun + 's')}"
@@ -196,7 +205,9 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
         right, down = radius * math.cos(tilt), radius * math.sin(tilt)
         for outline in _outlines(thing.shape):
             turned = [(u * right - v * down, u * down + v * right) for u, v in outline]
-            pen.polygon([(x * SUPERSAMPLING + a, y * SUPERSAMPLING + b) for a, b in turned], fill=colour)
+            pen.polygon(
+                [(x * SUPERSAMPLING + a, y * SUPERSAMPLING + b) for a, b in turned], fill=colour
+            )
     return image.reduce(SUPERSAMPLING)
 
 
@@ -221,7 +232,9 @@ def _places(scene: Scene, rng: random.Random) -> list[tuple[float, float]]:
     return [(x + rng.uniform(-1, 1), y + rng.uniform(-1, 1)) for x, y in centres]
 
 
-def _arc(radius: float, start: float = 0.0, stop: float = 360.0, dx: float = 0.0) -> list[tuple[float, float]]:
+def _arc(
+    radius: float, start: float = 0.0, stop: float = 360.0, dx: float = 0.0
+) -> list[tuple[float, float]]:
     """Points of a circle about (dx, 0) between two angles in degrees."""
     angles = [math.radians(start + (stop - start) * step / 40) for step in range(41)]
     return [(dx + radius * math.cos(a), radius * math.sin(a)) for a in angles]
@@ -238,7 +251,13 @@ def _outlines(shape: str) -> list[list[tuple[float, float]]]:
     if shape == "star":
         radii = (1.05, 0.43)
         return [
-            [(radii[i % 2] * math.sin(math.pi * i / 5), -radii[i % 2] * math.cos(math.pi * i / 5)) for i in range(10)]
+            [
+                (
+                    radii[i % 2] * math.sin(math.pi * i / 5),
+                    -radii[i % 2] * math.cos(math.pi * i / 5),
+                )
+                for i in range(10)
+            ]
         ]
     if shape == "cross":
         return [
@@ -247,7 +266,9 @@ def _outlines(shape: str) -> list[list[tuple[float, float]]]:
         ]
     if shape == "diamond":
         return [[(0.0, -1.05), (0.75, 0.0), (0.0, 1.05), (-0.75, 0.0)]]
-    if shape == "ring":  # two halves, there along the outer edge, back along the inner one; they overlap a little
+    if (
+        shape == "ring"
+    ):  # two halves, there along the outer edge, back along the inner one; they overlap a little
         return [_arc(1.0, at, at + 190.0) + _arc(0.55, at + 190.0, at) for at in (-5.0, 175.0)]
     if shape == "crescent":
         return [_arc(1.0, 50.0, 310.0) + _arc(0.8, 285.0, 75.0, dx=0.43)]
@@ -285,13 +306,23 @@ def write(folder: str | Path, split: str, count: int, seed: int = 0) -> list[Pat
 
 def _files(key: str, scene: Scene, caption: str, rng: random.Random) -> dict[str, bytes]:
     jpeg = io.BytesIO()
-    draw(scene, rng).save(jpeg, "JPEG", quality=95, subsampling=0)  # full colour resolution: things are small
-    record = {"key": key, "status": "success", "caption": caption, "width": PIXELS, "height": PIXELS}
+    draw(scene, rng).save(
+        jpeg, "JPEG", quality=95, subsampling=0
+    )  # full colour resolution: things are small
+    record = {
+        "key": key,
+        "status": "success",
+        "caption": caption,
+        "width": PIXELS,
+        "height": PIXELS,
+    }
     record["scene"] = asdict(scene)
     return {"jpg": jpeg.getvalue(), "txt": caption.encode(), "json": json.dumps(record).encode()}
 
 
-def contact_sheet(path: str | Path, split: str = "test", seed: int = 0, columns: int = 8, rows: int = 6) -> None:
+def contact_sheet(
+    path: str | Path, split: str = "test", seed: int = 0, columns: int = 8, rows: int = 6
+) -> None:
     """One PNG of a split's first scenes in a grid, without captions, to look at."""
     sheet = Image.new("RGB", (columns * (PIXELS + 4), rows * (PIXELS + 4)), (255, 0, 255))
     for index, (scene, _, rng) in zip(range(columns * rows), scenes(split, seed), strict=False):

@@ -52,7 +52,9 @@ def cloud_at(url: str) -> Cloud:
         UserError: nobody knows the scheme.
     """
     scheme = urlparse(url).scheme
-    if scheme == "s3" or (scheme == "gs" and "GCS_KEY" in os.environ and "GCS_SECRET" in os.environ):
+    if scheme == "s3" or (
+        scheme == "gs" and "GCS_KEY" in os.environ and "GCS_SECRET" in os.environ
+    ):
         return S3(url)
     return Streamed(url)
 
@@ -76,8 +78,14 @@ class S3:
         """See :class:`Cloud`."""
         from botocore.exceptions import ClientError
 
-        payers = os.environ.get("MOSAICML_STREAMING_AWS_REQUESTER_PAYS", "").split(",")  # as Streaming reads it
-        more = {"RequestPayer": "requester"} if self.bucket in [payer.strip() for payer in payers] else {}
+        payers = os.environ.get("MOSAICML_STREAMING_AWS_REQUESTER_PAYS", "").split(
+            ","
+        )  # as Streaming reads it
+        more = (
+            {"RequestPayer": "requester"}
+            if self.bucket in [payer.strip() for payer in payers]
+            else {}
+        )
         try:
             self._client.download_file(self.bucket, self.prefix + name, str(path), ExtraArgs=more)
         except ClientError as error:
@@ -90,7 +98,9 @@ class S3:
 
     def names(self) -> Iterator[str]:
         """See :class:`Cloud`."""
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix)
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self.bucket, Prefix=self.prefix
+        )
         for page in pages:
             for entry in page.get("Contents", ()):
                 yield entry["Key"].removeprefix(self.prefix)
@@ -100,7 +110,11 @@ class S3:
         from botocore.exceptions import ClientError
 
         try:
-            return int(self._client.head_object(Bucket=self.bucket, Key=self.prefix + name)["ContentLength"])
+            return int(
+                self._client.head_object(Bucket=self.bucket, Key=self.prefix + name)[
+                    "ContentLength"
+                ]
+            )
         except ClientError as error:
             raise self._in_its_words(error, name) from error
 
@@ -126,9 +140,14 @@ class S3:
         keys: dict[str, str] = {}
         where: dict[str, str | None] = {"endpoint_url": os.environ.get("S3_ENDPOINT_URL")}
         if self.scheme == "gs":
-            keys = {"aws_access_key_id": os.environ["GCS_KEY"], "aws_secret_access_key": os.environ["GCS_SECRET"]}
+            keys = {
+                "aws_access_key_id": os.environ["GCS_KEY"],
+                "aws_secret_access_key": os.environ["GCS_SECRET"],
+            }
             where = {"region_name": "auto", "endpoint_url": "https://storage.googleapis.com"}
-        return boto3.Session().client("s3", config=Config(read_timeout=READ_TIMEOUT), **where, **keys)
+        return boto3.Session().client(
+            "s3", config=Config(read_timeout=READ_TIMEOUT), **where, **keys
+        )
 
     def _in_its_words(self, error: Any, name: str) -> Exception:
         """The store's own word for a refusal: a HEAD request, with which downloads begin, is answered without one."""
@@ -223,7 +242,11 @@ class Streamed:
             scheme = urlparse(self.url).scheme
             if scheme not in UPLOADERS:
                 schemes = ", ".join(f"{name}://" for name in UPLOADERS if name and ":" not in name)
-                raise UserError(f"cannot write to '{self.url}': Streaming knows {schemes} and local folders")
+                raise UserError(
+                    f"cannot write to '{self.url}': Streaming knows {schemes} and local folders"
+                )
             self._folder = tempfile.mkdtemp(prefix="alignclip-upload-")
-            self._uploader = CloudUploader.get((self._folder, self.url), keep_local=True, retry=1)  # we wait longer
+            self._uploader = CloudUploader.get(
+                (self._folder, self.url), keep_local=True, retry=1
+            )  # we wait longer
         return self._uploader

@@ -27,7 +27,9 @@ def expect_plain_s3() -> None:
 
 def is_foreign() -> bool:
     """Whether S3 is told to be another server than Amazon's, or is Google's S3 interface."""
-    hosts = [urlparse(os.environ[name]).hostname or "" for name in ENDPOINTS if os.environ.get(name)]
+    hosts = [
+        urlparse(os.environ[name]).hostname or "" for name in ENDPOINTS if os.environ.get(name)
+    ]
     return any(not host.endswith((".amazonaws.com", ".amazonaws.com.cn")) for host in hosts) or (
         "GCS_KEY" in os.environ and "GCS_SECRET" in os.environ
     )
@@ -35,7 +37,9 @@ def is_foreign() -> bool:
 
 def _in_profile(setting: str) -> bool:
     """Whether ``~/.aws/config`` has it."""
-    with suppress(Exception):  # no botocore, or a profile that isn't there: told where a client is made
+    with suppress(
+        Exception
+    ):  # no botocore, or a profile that isn't there: told where a client is made
         from botocore.session import get_session
 
         return setting in get_session().get_scoped_config()

@@ -18,7 +18,9 @@ from alignclip.storage.trouble import Right, is_absent, is_denied
 from alignclip.storage.whole import check_folder_writable, write_whole
 from alignclip.storage.words import StorageError, describe_storage_error
 
-PROBE = ".alignclip-probe-" + hashlib.blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
+PROBE = (
+    ".alignclip-probe-" + hashlib.blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
+)
 
 
 def open_store(place: str) -> Store:

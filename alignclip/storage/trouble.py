@@ -131,7 +131,13 @@ PASSING_ERRORS = {
     errno.ENETDOWN,
     errno.ENETRESET,
 }
-LOCAL_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
+LOCAL_ERRORS = (
+    FileNotFoundError,
+    FileExistsError,
+    PermissionError,
+    NotADirectoryError,
+    IsADirectoryError,
+)
 AWS_TEXT = re.compile(r"An error occurred \((\w+)\) when calling the (\w+) operation")
 
 
@@ -167,7 +173,9 @@ def is_passing(error: BaseException) -> bool:
         if code in PASSING_CODES:
             return True
         if status is not None:
-            return status in PASSING_STATUSES  # not 501, a store without the feature, nor 507, a full one
+            return (
+                status in PASSING_STATUSES
+            )  # not 501, a store without the feature, nor 507, a full one
     if any(code_of(one) for one in errors):
         return False
     return any(_is_no_answer(one) for one in errors)
@@ -202,7 +210,9 @@ def is_denied(error: BaseException) -> bool:
 def is_full(error: BaseException) -> bool:
     """Whether there is no room: a quota of a bucket, a disk, or a file system's quota."""
     return any(
-        code_of(one) in FULL_CODES or status_of(one) == 507 or (isinstance(one, OSError) and one.errno in FULL_ERRORS)
+        code_of(one) in FULL_CODES
+        or status_of(one) == 507
+        or (isinstance(one, OSError) and one.errno in FULL_ERRORS)
         for one in chain(error)
     )
 
@@ -246,7 +256,9 @@ def right_of(error: BaseException) -> Right | None:
     for one in chain(error):
         found = AWS_TEXT.search(str(one))
         operation = str(getattr(one, "operation_name", None) or (found[2] if found else ""))
-        if access := re.search(r"storage\.(?:objects|buckets|multipartUploads)\.(\w+)", str(one)):  # Google
+        if access := re.search(
+            r"storage\.(?:objects|buckets|multipartUploads)\.(\w+)", str(one)
+        ):  # Google
             operation = access[1]
         name = operation.lower()
         if name.startswith(("list", "headbucket", "head_bucket")):

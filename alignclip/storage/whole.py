@@ -16,11 +16,26 @@ from alignclip.storage.trouble import FULL_ERRORS, chain
 from alignclip.storage.words import StorageError
 
 PARTIAL = ".{name}.partial"  # a file in the making, beside its place; a killed process leaves it to the next one
-UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF}  # by fsync, where it can't be had
+UNSUPPORTED = {
+    errno.EINVAL,
+    errno.ENOTSUP,
+    errno.ENOSYS,
+    errno.EBADF,
+}  # by fsync, where it can't be had
 # by rename over a file, on network drives and in buckets that are mounted
-NO_RENAME = {errno.EEXIST, errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EXDEV}
+NO_RENAME = {
+    errno.EEXIST,
+    errno.EPERM,
+    errno.EACCES,
+    errno.ENOTSUP,
+    errno.ENOSYS,
+    errno.EINVAL,
+    errno.EXDEV,
+}
 # PyTorch, safetensors and PIL have words of their own for a full disk
-FULL_WORDS = re.compile(r"file write failed|unexpected pos|No space left|os error (28|122|27)|Disk quota exceeded")
+FULL_WORDS = re.compile(
+    r"file write failed|unexpected pos|No space left|os error (28|122|27)|Disk quota exceeded"
+)
 
 
 @contextmanager
@@ -101,7 +116,9 @@ def check_folder_writable(folder: Path) -> None:
     Raises:
         StorageError: the folder can't be made or written to.
     """
-    there = next(one for one in (folder, *folder.absolute().parents) if one.exists() or one.is_symlink())
+    there = next(
+        one for one in (folder, *folder.absolute().parents) if one.exists() or one.is_symlink()
+    )
     try:
         if not there.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, f"{there} is a file, not a folder")
@@ -143,7 +160,11 @@ def _rename(partial: Path, path: Path) -> None:
 
 def _is_about(error: Exception, paths: tuple[Path, ...]) -> bool:
     """Whether the file system of what is written is to blame, and not what was to be written."""
-    if isinstance(error, OSError) and error.filename is not None and Path(os.fsdecode(error.filename)) in paths:
+    if (
+        isinstance(error, OSError)
+        and error.filename is not None
+        and Path(os.fsdecode(error.filename)) in paths
+    ):
         return True
     return any(
         (isinstance(one, OSError) and one.errno in FULL_ERRORS)

@@ -23,7 +23,9 @@ class StorageError(UserError):
     """A place that can't be read, written, listed or deleted from, and why, in one line."""
 
     def __init__(self, right: Right, place: str, why: str) -> None:
-        super().__init__(right, place, why)  # an exception is sent to another process as its arguments
+        super().__init__(
+            right, place, why
+        )  # an exception is sent to another process as its arguments
         self.right, self.place, self.why = right, place, why
 
     def __str__(self) -> str:
@@ -55,7 +57,9 @@ def describe_storage_error(error: BaseException, right: Right | None = None) -> 
         return "no such bucket"
     if trouble.is_full(error):
         return _full(error)
-    busy = codes & trouble.PASSING_CODES or {str(one) for one in statuses if one in trouble.PASSING_STATUSES}
+    busy = codes & trouble.PASSING_CODES or {
+        str(one) for one in statuses if one in trouble.PASSING_STATUSES
+    }
     if busy:
         return f"the store is busy or in trouble ({min(busy)}); try again later"
     if _is_about_checksums(codes, statuses, text):
@@ -113,8 +117,13 @@ def _is_about_checksums(codes: set[str], statuses: set[int | None], text: str) -
     said = text.lower()
     return (
         501 in statuses
-        or bool(codes & {"501", "NotImplemented", "XAmzContentSHA256Mismatch", "MissingContentLength"})
-        or any(word in said for word in ("x-amz-sdk-checksum", "x-amz-checksum", "aws-chunked", "x-amz-trailer"))
+        or bool(
+            codes & {"501", "NotImplemented", "XAmzContentSHA256Mismatch", "MissingContentLength"}
+        )
+        or any(
+            word in said
+            for word in ("x-amz-sdk-checksum", "x-amz-checksum", "aws-chunked", "x-amz-trailer")
+        )
     )
 
 

@@ -1,0 +1,355 @@
+"""Every setting of a run, typed, with its default.
+
+Keys are the argument names of Composer's Trainer, of Streaming's StreamingDataset and of open_clip's model
+configuration wherever these have one. :mod:`alignclip.config.reading` reads YAML files and command lines into them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+# OmegaConf reads annotations at run time, and on Python 3.10 it knows Optional[X] better than X | None.
+# ruff: noqa: UP045
+
+CLASSES = (
+    "algorithms",
+    "callbacks",
+    "loggers",
+)  # sections of Composer's classes with their arguments
+# Metadata of a setting: it is a path or URL (alignclip.paths); it is a name that a person chooses
+PLACE, NAME = "place", "name"
+
+
+def _place(default: Optional[str] = None) -> Any:
+    return field(default=default, metadata={PLACE: True})
+
+
+def _name(default: Optional[str] = None) -> Any:
+    return field(default=default, metadata={NAME: True})
+
+
+@dataclass
+class VisionConfig:
+    """Image tower, in open_clip's ``vision_cfg`` names. ``timm_model_name`` replaces the ViT by a timm tower."""
+
+    image_size: int = 224
+    patch_size: int = 16
+    width: int = 768
+    layers: int = 12
+    head_width: int = 64
+    mlp_ratio: float = 4.0
+    patch_dropout: float = 0.0
+    timm_model_name: Optional[str] = None
+    timm_pool: str = "avg"
+    timm_proj: str = "linear"
+
+
+@dataclass
+class TextConfig:
+    """Text tower, in open_clip's ``text_cfg`` names."""
+
+    context_length: int = 77
+    vocab_size: int = 49408
+    width: int = 512
+    heads: int = 8
+    layers: int = 12
+    mlp_ratio: float = 4.0
+
+
+@dataclass
+class SharedConfig:
+    """Which modules are one and the same for both modalities. Nothing shared is CLIP, everything is SharedCLIP."""
+
+    blocks: int = 0  # the last n transformer blocks; -1: all of them
+    ln_final: bool = False  # the LayerNorm behind the blocks
+    projection: bool = False  # the projection into the embedding
+
+
+@dataclass
+class ModelConfig:
+    """The encoders. ``encode_chunk_size`` > 0 encodes a rank's batch in recomputed chunks, with the same gradients."""
+
+    embed_dim: int = 512
+    vision_cfg: VisionConfig = field(default_factory=VisionConfig)
+    text_cfg: TextConfig = field(default_factory=TextConfig)
+    shared: SharedConfig = field(default_factory=SharedConfig)
+    quick_gelu: bool = (
+        False  # x · sigmoid(1.702 x) in place of GELU, as OpenAI's models were trained
+    )
+    init_logit_scale: float = math.log(1 / 0.07)
+    encode_chunk_size: int = 0
+
+
+@dataclass
+class LossConfig:
+    """alpha · L_clip + beta · L_sep; see :class:`alignclip.losses.AlignCLIPLoss`."""
+
+    alpha: float = 1.0
+    beta: float = 0.0
+    separate_image: bool = True
+    separate_text: bool = True
+    rescale: bool = True
+
+    @property
+    def needs_semantic(self) -> bool:
+        """Whether the loss reads the caption embeddings (the ``semantic`` column)."""
+        return self.beta != 0 and self.rescale and (self.separate_image or self.separate_text)
+
+
+@dataclass
+class SetConfig:
+    """Where an MDS set lies (``remote``) and is cached (``local``), in :class:`streaming.Stream`'s argument names."""
+
+    remote: Optional[str] = _place()
+    local: Optional[str] = _place()
+    split: Optional[str] = _name()
+
+
+@dataclass
+class StreamConfig(SetConfig):
+    """One set to train on, in :class:`streaming.Stream`'s argument names."""
+
+    proportion: Optional[float] = None
+    repeat: Optional[float] = None
+    choose: Optional[int] = None
+
+
+@dataclass
+class DataConfig:
+    """What is read and how: StreamingDataset's arguments, the training crop, and DataLoader's arguments."""
+
+    streams: dict[str, StreamConfig] = field(default_factory=dict)
+    # StreamingDataset
+    shuffle: bool = True
+    shuffle_algo: str = "py1e"
+    shuffle_seed: int = 17
+    shuffle_block_size: Optional[int] = None
+    # fixed, because the order of samples depends on it: a run goes on the same on any number of nodes that
+    # divides it (or is a multiple of it). Small sets want 1: each canonical node's share is filled up with repeats.
+    num_canonical_nodes: int = 64
+    predownload: Optional[int] = None
+    cache_limit: Optional[str] = None
+    download_retry: int = (
+        8  # attempts; they sleep 2^i s between, so 8 last through two minutes of outage
+    )
+    download_timeout: float = 60.0
+    validate_hash: Optional[str] = "xxh64"
+    keep_zip: bool = False
+    epoch_size: Optional[str] = None
+    sampling_method: str = "balanced"
+    sampling_granularity: int = 1
+    partition_algo: str = "relaxed"
+    batching_method: str = "random"
+    # the training crop: RandomResizedCrop(scale, ratio), bicubic
+    scale: list[float] = field(default_factory=lambda: [0.9, 1.0])
+    ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
+    # DataLoader
+    num_workers: int = 8
+    prefetch_factor: int = 2
+    persistent_workers: bool = True
+    pin_memory: bool = True
+
+
+@dataclass
+class OptimizerConfig:
+    """``opt`` is any optimizer name of timm; the rest are its arguments. 1-D parameters are not decayed.
+
+    ``layer_decay``, as timm calls it: each layer down from a tower's top has its ``lr`` multiplied by it once more.
+    """
+
+    opt: str = "adamw"
+    lr: float = 1e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    eps: float = 1e-6
+    weight_decay: float = 0.1
+    layer_decay: Optional[float] = None  # null: one lr for all layers
+
+
+@dataclass
+class SchedulerConfig:
+    """lr · (t + 1) / t_warmup while warming up, then a cosine to lr · alpha_f at the end of the run."""
+
+    t_warmup: str = "10000ba"
+    alpha_f: float = 0.0
+
+
+@dataclass
+class FSDP2Settings:
+    """The settable fields of :class:`composer.utils.parallelism.FSDP2Config`."""
+
+    reshard_after_forward: bool = True
+    activation_checkpointing: bool = False
+    activation_cpu_offload: bool = False
+    # FULL: parameters stay fp32 and autocast works as under DDP; DEFAULT casts all of them, logit_scale too
+    mixed_precision: str = "FULL"
+    verbose: bool = False
+
+
+@dataclass
+class ParallelismSettings:
+    """How the model is spread: nothing here is DDP."""
+
+    fsdp2: Optional[FSDP2Settings] = None
+
+
+@dataclass
+class CompileSettings:
+    """The arguments of :func:`torch.compile`; an empty section compiles with its defaults."""
+
+    fullgraph: bool = False
+    dynamic: Optional[bool] = None
+    backend: str = "inductor"
+    mode: Optional[str] = None
+    options: Optional[dict[str, Any]] = None
+    disable: bool = False
+
+
+@dataclass
+class ProfilerSettings:
+    """Composer's profiler: traces of ``active`` batches after ``wait`` and ``warmup`` ones, ``repeat`` times an epoch.
+
+    Names of :func:`composer.profiler.cyclic_schedule` and :class:`composer.Profiler`.
+    """
+
+    skip_first: int = 0
+    wait: int = 0
+    warmup: int = 1
+    active: int = 4
+    repeat: int = 1
+    torch_prof_folder: str = _place("{run_name}/torch_traces")
+    torch_prof_record_shapes: bool = False
+    torch_prof_profile_memory: bool = True
+    torch_prof_with_stack: bool = False
+    torch_prof_with_flops: bool = True
+    sys_prof_cpu: bool = True
+    sys_prof_memory: bool = False
+    sys_prof_disk: bool = False
+    sys_prof_net: bool = False
+
+
+@dataclass
+class TrainerConfig:
+    """The arguments of :class:`composer.Trainer` that a YAML can hold, under their own names."""
+
+    max_duration: str = "30ep"
+    run_name: str = _name("")
+    seed: int = 17
+    precision: str = "amp_bf16"
+    precision_config: Optional[dict[str, Any]] = None
+    device: Optional[str] = None
+    parallelism_config: ParallelismSettings = field(default_factory=ParallelismSettings)
+    ddp_sync_strategy: Optional[str] = None
+    dist_timeout: float = 600.0
+    deterministic_mode: bool = False
+    compile_config: Optional[CompileSettings] = None
+    train_subset_num_batches: int = -1
+    spin_dataloaders: bool = True
+    progress_bar: Optional[bool] = (
+        None  # null: where the output is a terminal; into a file go lines instead
+    )
+    log_to_console: bool = False
+    console_log_interval: str = "10ba"
+    log_traces: bool = False
+    auto_log_hparams: bool = False
+    profiler: Optional[ProfilerSettings] = None
+    python_log_level: Optional[str] = None
+    # checkpoints
+    save_folder: Optional[str] = _place()
+    save_interval: str = "1ep"
+    save_filename: str = "ep{epoch}-ba{batch}-rank{rank}.pt"
+    save_latest_filename: Optional[str] = "latest-rank{rank}.pt"
+    save_overwrite: bool = (
+        True  # with false a resumed run could not save again what its killed self had saved
+    )
+    save_weights_only: bool = False
+    save_ignore_keys: Optional[list[str]] = None
+    save_num_checkpoints_to_keep: int = (
+        -1
+    )  # here also in object storage, not only on the local disk
+    save_metrics: bool = False
+    autoresume: bool = True
+    load_path: Optional[str] = _place()
+    load_weights_only: bool = False
+    load_strict_model_weights: bool = True
+    load_progress_bar: bool = True
+    load_ignore_keys: Optional[list[str]] = None
+    load_exclude_algorithms: Optional[list[str]] = None
+
+
+@dataclass
+class EvaluatorConfig(SetConfig):
+    """One evaluation: a task on a set; ``remote`` or ``local`` is the file itself where the task is ``sts``."""
+
+    task: str = ""  # one of alignclip.config.metrics.TASKS
+    train: Optional[SetConfig] = None  # linear_probe: what the classifier is fitted to
+    outliers: Optional[SetConfig] = (
+        None  # out_of_distribution: what is told apart from the set, e.g. ImageNet-O
+    )
+    interval: str = "1ep"  # of a training run
+    batch_size: int = 256  # samples a rank encodes at a time
+    num_workers: int = 4
+
+
+@dataclass
+class KeepBestConfig:
+    """The checkpoint to keep beside the latest ones: the best by one metric of one evaluator."""
+
+    metric: str = ""  # name of the evaluator/name of the metric, e.g. coco/image_retrieval_recall@5
+    mode: Optional[str] = (
+        None  # max or min; null: as the metric is better (alignclip.config.metrics)
+    )
+
+
+@dataclass
+class StartConfig:
+    """What a new run starts from and what of it stays as it is, in the names of open_clip's flags.
+
+    See :mod:`alignclip.weights.pretrained` for what ``pretrained`` may be and
+    :mod:`alignclip.training.locking` for the locks.
+    """
+
+    pretrained: Optional[str] = _place()
+    pretrained_shared_from: str = (
+        "text"  # or vision: whose numbers a shared module gets where the towers differ
+    )
+    lock_image: bool = False
+    # from the top: projection, last block and norm, then a block each, patches; in timm's towers their own groups
+    # without the projection, which is always trained
+    lock_image_unlocked_groups: int = 0
+    lock_image_freeze_bn_stats: bool = False
+    lock_text: bool = False
+    lock_text_unlocked_layers: int = 0  # counted the same way
+
+
+@dataclass
+class RunConfig(StartConfig, TrainerConfig):
+    """A pretraining run: what is trained, on what, how; and, at the top level, the Trainer's own arguments."""
+
+    global_train_batch_size: int = 512
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    evaluators: dict[str, EvaluatorConfig] = field(default_factory=dict)
+    keep_best: Optional[KeepBestConfig] = None
+    # Composer class name -> its arguments; checked against the class's signature (alignclip.training.plugins)
+    algorithms: dict[str, Optional[dict[str, Any]]] = field(default_factory=dict)
+    callbacks: dict[str, Optional[dict[str, Any]]] = field(default_factory=dict)
+    loggers: dict[str, Optional[dict[str, Any]]] = field(default_factory=dict)
+
+
+@dataclass
+class EvaluateConfig:
+    """``evaluate.py``: what is evaluated, on what."""
+
+    checkpoint: Optional[str] = _place()  # anything that alignclip.load takes
+    # several, by the names that they get in tables and plots
+    checkpoints: dict[str, str] = field(default_factory=dict, metadata={PLACE: True})
+    evaluators: dict[str, EvaluatorConfig] = field(default_factory=dict)
+    out: str = _place("evaluation")  # folder of results.json and the plots
+    precision: str = "amp_bf16"
+    device: Optional[str] = None
+    dist_timeout: float = 3600.0

@@ -1,0 +1,1 @@
+"""Raw data sets to MDS shards, local or in object storage."""

@@ -1,0 +1,232 @@
+"""Convert CC12M, or any image–caption pairs, to MDS shards with caption embeddings.
+
+Inputs are img2dataset's or webdataset's tars, img2dataset's parquet files, CSV or TSV files of paths and captions, or
+another MDS set. Each becomes a sub-folder of MDS shards that appears complete or not at all, so that a run that was
+stopped goes on where it was when it is started again. Columns: ``key`` (str), ``image`` (the file's bytes), ``caption``
+(str) and ``semantic`` (the sentence encoder's embedding of the caption, float16).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+
+from alignclip.conversion.captions import DEFAULT_ENCODER
+from alignclip.conversion.dataset import convert
+from alignclip.conversion.images import CHECKS, ImageOptions
+from alignclip.conversion.next_step import next_step
+from alignclip.conversion.options import ConvertOptions, Counts
+from alignclip.conversion.report import REPORT, inputs_in_words, ways_out
+from alignclip.conversion.samples import Reading
+from alignclip.conversion.storage import VAL, Store
+from alignclip.errors import one_line_errors
+from alignclip.paths import option
+from alignclip.runtime import console
+
+EXAMPLES = """examples:
+  # 1243 tars of img2dataset into a bucket (S3_ENDPOINT_URL and the AWS variables as for Streaming)
+  python convert/cc12m.py --inputs 'cc12m/{00000..01242}.tar' --out s3://bucket/cc12m --processes 8
+
+  # tars in a bucket, a folder of tars, a sentence encoder from a local folder; 1 % of the samples held out
+  python convert/cc12m.py --inputs s3://raw/cc12m cc3m/ --out gs://bucket/pairs --encoder models/all-MiniLM-L6-v2 \\
+    --held-out 0.01
+
+  # without caption embeddings, for training CLIP and SharedCLIP; images of 256 pixels, which decode faster
+  python convert/cc12m.py --inputs mine.csv --out /data/mine --no-semantic --resize 256
+
+  # caption embeddings added to a set that has none, images copied
+  python convert/cc12m.py --inputs /data/mine/index.json --out /data/mine-semantic --check none
+
+  # on a Dask cluster whose workers have alignclip installed and see the inputs
+  python convert/cc12m.py --inputs s3://raw/cc12m --out s3://bucket/cc12m --scheduler tcp://head:8786
+
+The same command again goes on where the last one stopped, and redoes inputs that were truncated and fetched again.
+"""
+
+
+def parse(arguments: Sequence[str] | None = None) -> ConvertOptions:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="convert/cc12m.py",
+        description="Convert image-caption pairs to MDS shards with caption embeddings.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    of = parser.add_argument_group("input")
+    of.add_argument(
+        "--inputs",
+        "--tars",
+        type=option,
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="tars (img2dataset, webdataset), parquet, CSV, TSV, an MDS set's index.json, folders of them; paths or "
+        "URLs; {0..9}, {a,b}, * and ? expand",
+    )
+    of.add_argument(
+        "--caption-key",
+        metavar="KEY",
+        help="of the json members, or the table's column (default: txt, or caption)",
+    )
+    of.add_argument(
+        "--encoding",
+        metavar="NAME",
+        help="of tables' text, as cp1252 (default: UTF-8, or by its mark)",
+    )
+    of.add_argument(
+        "--image-key",
+        metavar="KEY",
+        help="the images' ending in tars, as input.jpg, or the table's column of images",
+    )
+    of.add_argument(
+        "--last-dot",
+        action="store_true",
+        help="names in tars are cut at the last dot (default: the first)",
+    )
+    of.add_argument(
+        "--unsorted", action="store_true", help="join image and caption that lie apart in a tar"
+    )
+    to = parser.add_argument_group("output")
+    to.add_argument(
+        "--out",
+        type=option,
+        required=True,
+        metavar="FOLDER",
+        help="local folder, or s3://, gs://, oci://, azure:// …",
+    )
+    to.add_argument(
+        "--held-out",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help=f"of the samples, by a hash of the key: split {VAL}",
+    )
+    to.add_argument(
+        "--size-limit", default="32mb", metavar="SIZE", help="of a shard (default: %(default)s)"
+    )
+    to.add_argument(
+        "--compression",
+        metavar="ALGO",
+        help="Streaming's, as zstd:7; JPEGs hardly shrink (default: none)",
+    )
+    to.add_argument(
+        "--hashes",
+        nargs="*",
+        default=["xxh64"],
+        metavar="ALGO",
+        help="of the shards (default: xxh64, which is checked)",
+    )
+    captions = parser.add_argument_group("caption embeddings")
+    captions.add_argument(
+        "--encoder",
+        type=option,
+        default=DEFAULT_ENCODER,
+        metavar="NAME",
+        help="hub name or local folder (default: %(default)s); all-MiniLM-L6-v2 needs no hub",
+    )
+    captions.add_argument("--no-semantic", dest="semantic", action="store_false", help="write none")
+    images = parser.add_argument_group("images")
+    images.add_argument(
+        "--check",
+        default="decode",
+        metavar="HOW",
+        help=f"{', '.join(CHECKS)}: leave out bad ones (default: %(default)s)",
+    )
+    images.add_argument(
+        "--min-side",
+        type=int,
+        default=16,
+        metavar="PIXELS",
+        help="smaller are bad (default: %(default)s)",
+    )
+    images.add_argument(
+        "--resize",
+        type=int,
+        metavar="PIXELS",
+        help="shorter side of larger ones (default: untouched)",
+    )
+    images.add_argument(
+        "--quality",
+        type=int,
+        default=90,
+        metavar="N",
+        help="of resized JPEGs (default: %(default)s)",
+    )
+    images.add_argument(
+        "--max-bad",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="bad samples at which to fail (default: %(default)s)",
+    )
+    how = parser.add_argument_group("workers")
+    how.add_argument(
+        "--processes", type=int, default=os.cpu_count(), metavar="N", help="default: %(default)s"
+    )
+    how.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="a Dask cluster's, instead of processes: tcp://host:8786",
+    )
+    how.add_argument(
+        "--no-next", dest="next_step", action="store_false", help=argparse.SUPPRESS
+    )  # the quickstart's own
+    values = vars(parser.parse_args(arguments))
+    values["images"] = ImageOptions(
+        *(values.pop(name) for name in ("check", "min_side", "resize", "quality"))
+    )
+    values["reading"] = Reading(**{field.name: values.pop(field.name) for field in fields(Reading)})
+    return ConvertOptions(**values)
+
+
+def summary(counts: Counts, options: ConvertOptions) -> str:
+    """The counts as a small table, what is to be mended, and the command that comes next."""
+    out = Store(options.out).out
+    new = counts.written - counts.resumed
+    rows = [("written", f"{counts.written:,} samples"), ("skipped", f"{counts.bad:,}")]
+    rows += [(f"  {reason}", f"{number:,}") for reason, number in sorted(counts.skipped.items())]
+    if counts.resumed and new:
+        rows[1:1] = [("  there before", f"{counts.resumed:,}"), ("  added", f"{new:,}")]
+    if options.held_out:
+        rows.insert(1, ("  held out", f"{counts.held_out:,}, the split {VAL}"))
+    if counts.noted:
+        rows += [("mended or unusual", f"{sum(counts.noted.values()):,}")]
+        rows += [(f"  {note}", f"{number:,}") for note, number in sorted(counts.noted.items())]
+    if counts.ignored:
+        rows += [("no part of a pair", f"{sum(counts.ignored.values()):,} files")]
+        rows += [(f"  {what}", f"{number:,}") for what, number in sorted(counts.ignored.items())]
+    if counts.bad or counts.noted or counts.ignored:
+        rows += [("examples", f"{out}/{REPORT}")]
+    rows += [("size", f"{counts.bytes / 2**20:,.1f} MiB"), ("where", out)]
+    rate = f", {new / counts.seconds:,.0f} samples/s" if new else ""
+    this_run = f"{new:,} samples in {counts.seconds:,.0f} s{rate}"
+    if not counts.converted:
+        this_run = f"{'the input was' if counts.inputs == 1 else f'all {counts.inputs:,} inputs were'} complete already"
+    rows += [("this run", this_run)]
+    width = max(36, *(len(name) + 2 for name, _ in rows))
+    text = "\n".join(f"{name:<{width}}{value}" for name, value in rows)
+    text += "".join(f"\n\n{way} (into another --out)" for way in ways_out(counts.skipped))
+    if broken := counts.broken:
+        names = ", ".join([*broken[:10], *(["…"] if len(broken) > 10 else [])])
+        are, them = ("is", "it") if len(broken) == 1 else ("are", "them")
+        text += (
+            f"\n\n{inputs_in_words(len(broken))} {are} truncated ({names}): "
+            f"fetch {them} again and repeat this command"
+        )
+    return f"{text}\n\nnext: {next_step(out, counts, options)}" if options.next_step else text
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Convert and print a summary; exit status 2 with one line for what the user can mend."""
+    console.prepare()
+    options = parse(arguments)
+    try:
+        with one_line_errors():
+            counts = convert(options)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
+    print(summary(counts, options))

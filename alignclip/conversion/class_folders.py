@@ -1,0 +1,188 @@
+"""Readers of classification sets that are a folder per class: ImageNet and its relatives, your own."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+from pathlib import Path
+
+from tqdm import tqdm
+
+from alignclip.conversion.classification_sets import Content
+from alignclip.conversion.evaluation_sets import README, Sample, benchmark_lists
+from alignclip.conversion.layouts import Part, file_named, find
+from alignclip.errors import UserError
+
+SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation"}
+# folders of ImageNet's splits: torchvision's, Kaggle's (below ILSVRC/Data/CLS-LOC), the archive's
+IMAGENET_FOLDERS = {
+    "val": ("val", "validation", "ILSVRC2012_img_val"),
+    "train": ("train", "ILSVRC2012_img_train"),
+}
+SOLUTION = "LOC_val_solution.csv"  # Kaggle's labels of the flat folder of validation images
+MATCHED = "matched-frequency"  # the variant of ImageNetV2 that papers report
+
+
+def synsets(name: str) -> list[str]:
+    """List the WordNet ids of ``imagenet`` (1,000), ``imagenet_a`` or ``imagenet_r`` (200), sorted.
+
+    The lists are timm's.
+    """
+    spec = importlib.util.find_spec("timm")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    path = Path(spec.submodule_search_locations[0]) / "data" / "_info" / f"{name}_synsets.txt"
+    return sorted(path.read_text(encoding="utf-8").split())
+
+
+def class_folders(root: Path) -> list[str]:
+    """List the names of the folders in ``root``, sorted, without hidden ones."""
+    return sorted(e.name for e in root.iterdir() if e.is_dir() and not e.name.startswith("."))
+
+
+def images_in(root: Path, labels: dict[str, int], all_filled: bool = True) -> list[Sample]:
+    """List the images of these class folders, sorted by label and path.
+
+    Raises:
+        UserError: a folder has no images, where ``all_filled`` asks for some.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+    samples: list[Sample] = []
+    folders = sorted(labels.items(), key=lambda item: item[1])
+    for folder, label in tqdm(folders, "listing", unit=" classes", delay=2):
+        found = make_dataset(root, {folder: label}, extensions=IMG_EXTENSIONS, allow_empty=True)
+        if all_filled and not found:
+            raise UserError(f"the class folder {root / folder} has no images; {README}")
+        samples += [
+            Sample(Path(file).relative_to(root).as_posix(), Path(file), label) for file, _ in found
+        ]
+    return samples
+
+
+def read_imagenet(
+    root: Path, split: str, folders: tuple[str, ...], synset_list: str | None
+) -> Content:
+    """Folders named by WordNet ids; labels are positions among the set's own ids, sorted.
+
+    clip_benchmark counts labels the same way.
+
+    Args:
+        root: the folder of ``--root``.
+        split: its name.
+        folders: names that the folder of the classes has, as unpacked; empty for ImageNet itself.
+        synset_list: name of timm's list; None for any 200 of the 1,000, as in ImageNet-O.
+    """
+    names = folders or IMAGENET_FOLDERS[split]
+    where = _image_folder(root, names) or root
+    thousand = synsets("imagenet")
+    words = dict(zip(thousand, benchmark_lists("en_classnames.json")["imagenet1k"], strict=True))
+    found = class_folders(where)
+    if not folders and not found and (flat := sorted(where.glob("*.JPEG"))):
+        return _read_flat_imagenet(root, where, flat, thousand, list(words.values()))
+    expected = synsets(synset_list) if synset_list else thousand
+    number = len(expected) if synset_list else 200
+    if strange := sorted(set(found) - set(expected)):
+        raise UserError(
+            f"{where} has {len(found):,} class folders, and '{strange[0]}' is none of the set's; {README}"
+        )
+    if len(found) != number:
+        first = (
+            f"; the first one missing is {min(set(expected) - set(found))}" if synset_list else ""
+        )
+        raise UserError(
+            f"{where} has {len(found):,} class folders instead of {number:,}{first}; {README}"
+        )
+    samples = images_in(where, {wnid: i for i, wnid in enumerate(found)})
+    return Content(samples, [words[wnid] for wnid in found])
+
+
+def _image_folder(root: Path, names: tuple[str, ...]) -> Path | None:
+    """Return the folder nearest to ``root`` that has one of these names and holds images.
+
+    Kaggle's ``ILSVRC`` has two folders ``CLS-LOC/val``, one of them with annotations alone; its
+    other sets nest a folder in one of its own name.
+    """
+
+    def holds_images(path: Path) -> bool:
+        patterns = ("n[0-9]*/*.[jJ][pP]*[gG]", "ILSVRC2012_val_*.JPEG")
+        return any(next(path.glob(pattern), None) is not None for pattern in patterns)
+
+    def fits(path: Path) -> bool:
+        return path.name in names and path.is_dir() and holds_images(path)
+
+    if holds_images(root):
+        return root
+    named = next((root / name for name in names if (root / name).is_dir()), None)
+    return find(root, Part(" or ".join(names), fits)) or named
+
+
+def _read_flat_imagenet(
+    root: Path, where: Path, files: list[Path], wnids: list[str], names: list[str]
+) -> Content:
+    """Validation images without class folders, as the archive and Kaggle have them.
+
+    Raises:
+        UserError: the labels aren't there; says how to get class folders.
+    """
+    solution = find(root, file_named(SOLUTION)) or find(where.parent, file_named(SOLUTION))
+    if solution is None:
+        raise UserError(
+            f"{where} has {len(files):,} images and no class folders: nothing says which class an "
+            f"image is of; {README}, and what makes the folders. With Kaggle's archive, put its "
+            f"{SOLUTION} into --root"
+        )
+    labels = {wnid: label for label, wnid in enumerate(wnids)}
+    with solution.open(encoding="utf-8-sig", newline="") as lines:
+        try:
+            of_image = {
+                row["ImageId"]: labels[row["PredictionString"].split()[0]]
+                for row in csv.DictReader(lines)
+            }
+        except (KeyError, IndexError, AttributeError, ValueError) as error:
+            raise UserError(
+                f"{solution} is not laid out as Kaggle's {SOLUTION} is: {error}"
+            ) from None
+    if missing := [file.name for file in files if file.stem not in of_image]:
+        raise UserError(
+            f"{solution} has no label of {len(missing):,} images, the first is {missing[0]}"
+        )
+    return Content([Sample(file.name, file, of_image[file.stem]) for file in files], names)
+
+
+def read_imagenet_v2(root: Path, split: str) -> Content:
+    """Folders named 0 to 999, by ImageNet's class index: sorted as strings, 10 would be the third."""
+    # the tar's, clip_benchmark's
+    known = (f"imagenetv2-{MATCHED}-format-val", f"ImageNetV2-{MATCHED}")
+    where = next((root / name for name in known if (root / name).is_dir()), root)
+    where = find(where, Part("folder 0", lambda path: (path / "0").is_dir())) or where
+    labels = {str(i): i for i in range(1000)}
+    found = set(class_folders(where))
+    missing = [name for name in labels if name not in found]
+    if missing or len(found) != len(labels):
+        other = f"missing is {missing[0]}" if missing else f"too many is {min(found - set(labels))}"
+        raise UserError(
+            f"{where} has {len(found):,} class folders instead of 1,000; the first one {other}; {README}"
+        )
+    name = where.name.lower()
+    variant = "imagenetv2" in name and MATCHED not in name
+    notes = (f"{where.name} is not the {MATCHED} variant, which papers report",) if variant else ()
+    return Content(
+        images_in(where, labels), benchmark_lists("en_classnames.json")["imagenet1k"], notes
+    )
+
+
+def read_folder(root: Path, split: str) -> Content:
+    """Any folder with a folder per class, whose names sorted are the classes.
+
+    A class may be empty.
+    """
+    found = class_folders(root)
+    if not found:
+        raise UserError(f"--root {root} has no sub-folders; a folder per class is expected")
+    if {name.lower() for name in found} <= SPLIT_NAMES:
+        raise UserError(
+            f"the sub-folders of --root {root} are splits, not classes: give {root / found[0]}, say"
+        )
+    samples = images_in(root, {name: i for i, name in enumerate(found)}, all_filled=False)
+    return Content(samples, found)

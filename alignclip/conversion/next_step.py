@@ -1,0 +1,174 @@
+"""The command that comes after a conversion: a recipe that fits the set and this machine."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+import statistics
+import sys
+from pathlib import Path
+
+from alignclip.conversion.options import ConvertOptions, Counts
+from alignclip.conversion.storage import VAL
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = 100_000  # samples: below, the recipe's warm-up and canonical nodes would be most of the run
+FEW = 1_000  # samples: fewer may be a test set as well as a first try
+RECIPE_SIDE = 224  # pixels of the published recipes' images
+SMALL_SIDE = 160  # pixels: the recipes would mostly enlarge smaller pictures
+CPU_SIDE = 64  # pixels of the CPU recipe's images
+TEST = re.compile(
+    r"(?<![a-z])(test|testing|val|valid|validation|dev|eval|evaluation)\d*(?![a-z])", re.IGNORECASE
+)
+
+
+def next_step(out: str, counts: Counts, options: ConvertOptions) -> str:
+    """The command that trains on the set, as it can be pasted where this one was started.
+
+    Of a test set it is how a model is evaluated on it.
+
+    Args:
+        out: the set's place.
+        counts: of the whole set.
+        options: of this conversion.
+    """
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", out.rpartition("/")[2]).strip("-") or "mine"
+    settings = [
+        "evaluators=null",
+        f"evaluators.{name}.task=retrieval",
+        *_place(f"evaluators.{name}", name, out),
+    ]
+    words = [] if has_gpu() else ["device=cpu", "precision=fp32"]
+    recipe = str(_from_here(ROOT / "yamls" / "evaluate.yaml"))
+    evaluate = _command("evaluate.py", [recipe, "checkpoint=RUN", *words, *settings])
+    run = f"RUN stands for a run's folder; a run takes the settings evaluators.{name}.…, too"
+    if whose := _named_for_tests(out, options):
+        return f"{evaluate}\n{whose} that it is a test set. {run}."
+    train = _command("pretrain.py", (_on_gpu if has_gpu() else _on_cpu)(name, out, counts, options))
+    if _trained_on(counts) >= FEW:
+        return train
+    small = f"{_trained_on(counts):,} samples show that all works, and teach little"
+    return f"{train}\n{small}. If they are a test set: {evaluate}\n{run}."
+
+
+def has_gpu() -> bool:
+    """Whether this machine has a GPU that PyTorch can use."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _command(script: str, words: list[str]) -> str:
+    composer = Path(sys.executable).with_name("composer")
+    start = str(_from_here(composer)) if composer.exists() else "composer"
+    return shlex.join([start, str(_from_here(ROOT / script)), *words])
+
+
+def _named_for_tests(out: str, options: ConvertOptions) -> str:
+    """Whose name says that a set is one to evaluate on: its own, or those of all inputs; "" where none does."""
+    if TEST.search(name := out.rpartition("/")[2]):
+        return f"The output's name, {name}, says"
+    inputs = [Path(place.split("?")[0]).name for place in options.inputs]
+    if not inputs or not all(map(TEST.search, inputs)):
+        return ""
+    if not inputs[1:]:
+        return f"The input's name, {inputs[0]}, says"
+    return f"The inputs' names ({', '.join(inputs[:3])}{', …' if inputs[3:] else ''}) say"
+
+
+def _trained_on(counts: Counts) -> int:
+    """The samples outside of the held-out split."""
+    return counts.written - counts.held_out
+
+
+def _held_out(name: str, out: str, counts: Counts) -> list[str]:
+    """The evaluation on the held-out split, where there is one."""
+    if not counts.held_out:
+        return []
+    section = f"evaluators.{name}-{VAL}"
+    return [f"{section}.task=retrieval", *_place(section, name, out), f"{section}.split={VAL}"]
+
+
+def _on_gpu(name: str, out: str, counts: Counts, options: ConvertOptions) -> list[str]:
+    """The published recipe, with a smaller model for small pictures."""
+    recipe = ROOT / "yamls" / f"{'alignclip' if options.semantic else 'sharedclip'}.yaml"
+    words = [str(_from_here(recipe)), f"run_name={name}"]
+    words += [] if name == "cc12m" else ["data.streams.cc12m=null"]
+    words += [*_place(f"data.streams.{name}", name, out), *_held_out(name, out, counts)]
+    words += _images(counts, SMALL_SIDE)
+    if _trained_on(counts) < SMALL:
+        if _side(counts) < SMALL_SIDE:
+            words += [
+                "model.embed_dim=256",
+                "model.vision_cfg.width=256",
+                "model.vision_cfg.layers=6",
+            ]
+            words += [
+                "model.text_cfg.width=256",
+                "model.text_cfg.layers=6",
+                "model.text_cfg.heads=4",
+            ]
+        words += [
+            "data.num_canonical_nodes=1",
+            *_fitting(_trained_on(counts), batch=512, epochs=30, share=0.1),
+        ]
+    return words
+
+
+def _on_cpu(name: str, out: str, counts: Counts, options: ConvertOptions) -> list[str]:
+    """The recipe of laptop size."""
+    words = [
+        str(_from_here(ROOT / "yamls" / "quickstart.yaml")),
+        f"run_name={name}",
+        "save_folder=runs/{run_name}",
+    ]
+    words += [] if name == "scenes" else ["data.streams.scenes=null"]
+    words += [*_place(f"data.streams.{name}", name, out), *_held_out(name, out, counts)]
+    words += [] if options.semantic else ["loss.beta=0"]
+    words += _images(counts, CPU_SIDE)
+    return words + _fitting(_trained_on(counts), batch=64, epochs=5, share=0.2)
+
+
+def _place(section: str, name: str, out: str) -> list[str]:
+    if "://" in out:
+        return [f"{section}.remote={out}", f"{section}.local=/tmp/{name}"]
+    return [f"{section}.local={out}"]
+
+
+def _side(counts: Counts) -> int:
+    """The shorter side of the pictures in pixels, as most of them have it."""
+    return int(statistics.median(counts.sides)) if counts.sides else RECIPE_SIDE
+
+
+def _images(counts: Counts, least: int) -> list[str]:
+    """The size of what the model sees, where the pictures are smaller than ``least`` pixels."""
+    side = _side(counts)
+    if side >= least:
+        return []
+    side = max(32, side // 16 * 16)
+    return [
+        f"model.vision_cfg.image_size={side}",
+        f"model.vision_cfg.patch_size={16 if side >= 128 else 8}",
+    ]
+
+
+def _fitting(samples: int, batch: int, epochs: int, share: float) -> list[str]:
+    """A batch that leaves ten of them in an epoch, and a warm-up of that share of the run, 100 batches at most.
+
+    Args:
+        samples: that are trained on.
+        batch: the recipe's.
+        epochs: of the recipe's run.
+        share: of the run that is its warm-up.
+    """
+    fitting = batch if samples >= 10 * batch else max(2, 2 ** int(math.log2(max(samples, 20) / 10)))
+    warmup = min(100, max(1, int(epochs * (samples // fitting) * share)))
+    return ([] if fitting == batch else [f"global_train_batch_size={fitting}"]) + [
+        f"scheduler.t_warmup={warmup}ba"
+    ]
+
+
+def _from_here(path: Path) -> Path:
+    """Relative to the working directory where it lies below that."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

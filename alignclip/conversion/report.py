@@ -1,0 +1,156 @@
+"""The report that a person reads: the pairs left out or mended, other files, examples of each, and ways out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from alignclip.conversion.csv_tables import listing
+from alignclip.conversion.options import ConvertOptions, Counts
+from alignclip.conversion.samples import (
+    BROKEN_INPUT,
+    DUPLICATE_KEY,
+    FIRST_DOT,
+    IMAGE_EXTENSIONS,
+    LIE_APART,
+    MISSING_CAPTION,
+    MISSING_IMAGE,
+)
+from alignclip.errors import nearest
+
+REPORT = "report.md"  # beside the index
+EXAMPLES = 20  # of each reason
+WAYS_OUT = {
+    LIE_APART: "Image and caption lie apart: sort the tar (tar --sort=name packs a folder so), or give --unsorted",
+    FIRST_DOT: "A key ends at the first dot of the file name, as in webdataset, which makes these pairs one: give "
+    "--last-dot, or rename the files",
+    DUPLICATE_KEY: "Of equal keys in one input the first is kept: give each pair a key of its own (several captions of "
+    "an image: convert/retrieval.py)",
+}
+
+
+def ways_out(skipped: Mapping[str, int]) -> list[str]:
+    """What a person can do about pairs that were left out for such reasons, a sentence each."""
+    return [way for reason, way in WAYS_OUT.items() if reason in skipped]
+
+
+def first_example(done: Mapping[str, Counts]) -> str:
+    """What is told of the first pair that was left out and of which more is known than the reason; "" where none is."""
+    told = {*WAYS_OUT, MISSING_CAPTION, BROKEN_INPUT}  # of these the message says enough
+    for name in sorted(done):
+        counts = done[name]
+        for reason in sorted(counts.skipped, key=lambda one: -counts.skipped[one]):
+            if reason in told or (reason == MISSING_IMAGE and counts.endings):
+                continue
+            for key, detail in counts.examples.get(reason, ()):
+                if detail:
+                    return _plain(detail if reason == MISSING_IMAGE else f"{key}: {detail}")
+    return ""
+
+
+def why_nothing(total: Counts, number: int, options: ConvertOptions, first: str = "") -> str:
+    """The message of a run that has not written one sample: what was skipped, and what the captions may be called.
+
+    Args:
+        total: what was counted.
+        number: of inputs.
+        options: of the run.
+        first: what is told of the first pair, as :func:`first_example` has it.
+    """
+    skipped = ", ".join(f"{reason} {count:,}" for reason, count in sorted(total.skipped.items()))
+    message = (
+        f"no sample was written from {inputs_in_words(number)}; skipped: {skipped or 'nothing'}"
+    )
+    if total.ignored:
+        others = ", ".join(f"{what} {count:,}" for what, count in sorted(total.ignored.items()))
+        message += f"; no part of a pair: {others}"
+    message += f". The first: {first}" if first else ""
+    if first and MISSING_IMAGE in total.skipped and not total.endings:
+        message += " (a table's relative paths begin at its own folder)"
+    message = ". ".join([message, *ways_out(total.skipped)])
+    endings = listing(sorted(total.endings))
+    if MISSING_CAPTION not in total.skipped:
+        if MISSING_IMAGE in total.skipped and total.endings:
+            message += (
+                f". The files end in {endings}: "
+                "name those of images and captions with --image-key, --caption-key"
+            )
+        return message
+    key, texts = options.caption_key, sorted(total.texts)
+    if not total.endings and not texts:  # of a table
+        return message
+    if not texts and {name.lower() for name in total.endings} - {*IMAGE_EXTENSIONS, "json"}:
+        return f"{message}. The files end in {endings}: --caption-key names the ending of captions"
+    if not texts:
+        return f"{message}. There are no texts in json members" + (
+            "" if key else ", and there are no txt members"
+        )
+    they_have = f"they have: {', '.join(texts)}"
+    if key is None:
+        return f"{message}. There are no txt members, and no 'caption' in json members; {they_have} (--caption-key)"
+    hint = nearest(key, texts)
+    they_have += f"; {hint}" if hint.startswith("did you") else ""
+    return f"{message}. --caption-key '{key}' is no text in the json members; {they_have}"
+
+
+def inputs_in_words(number: int) -> str:
+    """How many inputs."""
+    return "1 input" if number == 1 else f"{number:,} inputs"
+
+
+def write_report(done: Mapping[str, Counts], sources: Mapping[str, str]) -> str:
+    """Markdown: a table of the reasons, and examples of each.
+
+    Args:
+        done: sub-folder name -> what was counted there.
+        sources: sub-folder name -> the input that it was made from.
+    """
+    total = Counts()
+    for counts in done.values():
+        total.add(counts)
+    read = total.written + total.bad
+    lines = ["# Conversion report", ""]
+    lines += [
+        f"{read:,} samples read from {inputs_in_words(len(done))}, {total.written:,} written, {total.bad:,} skipped."
+    ]
+    for title, numbers, of in (
+        ("Skipped", total.skipped, "samples"),
+        ("Written, but mended or unusual", total.noted, "samples"),
+        ("No part of a pair", total.ignored, "files"),
+    ):
+        if not numbers:
+            continue
+        ordered = sorted(numbers, key=lambda reason: (-numbers[reason], reason))
+        lines += ["", f"## {title}", "", f"| what | {of} | share |", "|---|---:|---:|"]
+        whole = read if of == "samples" else sum(numbers.values())
+        lines += [
+            f"| {reason} | {numbers[reason]:,} | {numbers[reason] / whole:.2%} |"
+            for reason in ordered
+        ]
+        lines += [line for way in ways_out(numbers) for line in ("", f"{way}.")]
+        for reason in ordered:
+            lines += ["", f"### {reason}", "", *_examples(reason, done, sources)]
+            if numbers[reason] > EXAMPLES:
+                lines += [f"- … {numbers[reason]:,} in all"]
+    return "\n".join(lines) + "\n"
+
+
+def _examples(reason: str, done: Mapping[str, Counts], sources: Mapping[str, str]) -> Iterator[str]:
+    """A few of each input, so that they are not all of the first."""
+    left = EXAMPLES
+    having = [name for name in sorted(done) if reason in done[name].examples]
+    each = max(1, EXAMPLES // max(len(having), 1))
+    for name in having:
+        for key, detail in done[name].examples[reason][:each]:
+            if not left:
+                return
+            left -= 1
+            yield f"- `{_plain(key) or '?'}` in `{_plain(sources[name])}`" + (
+                f": `{_plain(detail)}`" if detail else ""
+            )
+
+
+def _plain(text: str) -> str:
+    """What may stand between backticks in a line of Markdown."""
+    return "".join(
+        character if character.isprintable() and character != "`" else "·" for character in text
+    )

@@ -1,0 +1,211 @@
+"""Convert an image–caption set to MDS shards for retrieval: each image once, with all its captions.
+
+Columns: ``key`` (str: the image's name in the annotations), ``image`` (bytes: the file as it is), ``caption`` (json: a
+list of strings, untouched). Sources are read as their publishers lay them out: see ``convert/README.md``. Nothing is
+downloaded. Sets of ``convert/cc12m.py``, with one caption an image, need no conversion to be used for retrieval.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignclip.conversion.evaluation_sets import (
+    Sample,
+    check_output,
+    find_complete,
+    fingerprint,
+    local_path,
+    missing_files,
+    run,
+    spread,
+    write_set,
+)
+from alignclip.conversion.image_finder import ImageFinder
+from alignclip.conversion.published import difference
+from alignclip.conversion.retrieval_sets import SOURCES, Annotations, Wanted, read
+from alignclip.conversion.storage import Store
+from alignclip.errors import UserError, nearest
+from alignclip.paths import option
+from alignclip.runtime import console
+
+NO_CAPTION = "no caption"
+MISSING = "missing image"
+
+EXAMPLES = """examples:
+  # COCO, Karpathy's test split: 5,000 images below coco/val2014
+  python convert/retrieval.py coco --images coco --annotations dataset_coco.json --out s3://bucket/eval/coco
+
+  # COCO 2017 validation
+  python convert/retrieval.py coco2017 --images coco/val2017 --annotations annotations/captions_val2017.json \\
+    --out /data/eval/coco2017
+
+  # Flickr30k, Karpathy's test split; or the original annotations and a list of test images
+  python convert/retrieval.py flickr30k --images flickr30k-images --annotations dataset_flickr30k.json --out out
+  python convert/retrieval.py flickr30k --images flickr30k-images --annotations results_20130124.token \\
+    --split-file test.txt --out out
+
+  # your own: a CSV or TSV with the columns image and caption, a row per caption
+  python convert/retrieval.py pairs --images photos --annotations captions.csv --out /data/eval/photos
+
+convert/README.md says where to download each set.
+"""
+
+
+@dataclass
+class Options:
+    """What is converted, and where to.
+
+    ``split``: None for the set's default. ``split_file``: names the images of the split, one a line, where the
+    annotations don't. ``encoding``: of the annotations, where they don't show it. ``limit``: that many images,
+    spread over the set.
+    """
+
+    dataset: str
+    images: str | None
+    annotations: str | None
+    out: str
+    split: str | None = None
+    split_file: str | None = None
+    encoding: str | None = None
+    limit: int | None = None
+    skip_missing: bool = False
+    progress: bool = True
+
+
+def convert(options: Options) -> str:
+    """Convert a retrieval set and return a summary; a complete one that is there already stays as it is.
+
+    Raises:
+        UserError: no such set or split, annotations of another layout, images missing, or the output holds another set
+            or cannot be written.
+    """
+    check_output(options.out, options.limit)
+    name = options.dataset
+    if name not in SOURCES:
+        raise UserError(f"unknown dataset '{name}'; {nearest(name, SOURCES)}")
+    split = options.split or SOURCES[name][0]
+    source = str(Path(options.annotations or "").expanduser().resolve())
+    identity = {
+        "dataset": name,
+        "split": split,
+        "limit": options.limit,
+        "split_file": fingerprint("--split-file", options.split_file),
+        "skip_missing": options.skip_missing,  # with holes, that is
+        **({"annotations": source} if name == "pairs" else {}),
+    }
+    store = Store(options.out)
+    if there := find_complete(store, identity):
+        return f"{store.out} holds {name} ({split}) already, {there['samples']:,} samples: nothing to do"
+    file, folder = (
+        local_path("--annotations", options.annotations),
+        local_path("--images", options.images, folder=True),
+    )
+    if options.split_file and name not in ("flickr30k", "flickr8k"):
+        raise UserError(
+            f"--split-file is for flickr30k's annotations without splits, not for {name}"
+        )
+    annotations = read(Wanted(name, file, split, options.split_file, options.encoding))
+    captions = annotations.captions
+    full = {
+        image: kept
+        for image, texts in captions.items()
+        if (kept := [text for text in texts if text.strip()])
+    }
+    find = ImageFinder(folder, published=name != "pairs").find
+    samples = spread(
+        [Sample(image, find(image), texts) for image, texts in full.items()], options.limit
+    )
+    missing = set(missing_files(samples))
+    if missing and (not options.skip_missing or len(missing) == len(samples)):
+        first = next(sample.image for sample in samples if sample.image in missing)
+        advice = (
+            "is --images right?"
+            if len(missing) == len(samples)
+            else "--skip-missing leaves them out"
+        )
+        raise UserError(
+            f"{len(missing):,} of {len(samples):,} images are missing, the first is {first}; {advice}"
+        )
+    samples = [sample for sample in samples if sample.image not in missing]
+    dataset = {
+        **identity,
+        "source": str(folder),
+        "annotations": source,
+        "notes": _notes(name, split, annotations),
+        "skipped": {MISSING: len(missing), NO_CAPTION: len(captions) - len(full)},
+    }
+    return write_set(store, samples, ("caption", "json"), dataset, {}, [], options.progress)
+
+
+def _notes(name: str, split: str, annotations: Annotations) -> list[str]:
+    """Say what of the file was left out, and whether the split has its published size."""
+    notes = []
+    if left_out := annotations.left_out:
+        others = ", ".join(f"{other} {number:,}" for other, number in left_out.items())
+        both = (
+            "; --split train+restval takes both"
+            if split == "train" and "restval" in left_out
+            else ""
+        )
+        notes.append(f"{split} has {len(annotations.captions):,} images; left out: {others}{both}")
+    if differs := difference(name, split, len(annotations.captions)):
+        notes.append(differs)
+    return notes
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="convert/retrieval.py",
+        description="Convert an image–caption set to MDS shards for retrieval.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("dataset", metavar="DATASET", help=", ".join(SOURCES))
+    add("--images", type=option, metavar="FOLDER", help="where the images lie")
+    add("--annotations", type=option, metavar="FILE", help="the captions")
+    add(
+        "--out",
+        type=option,
+        required=True,
+        metavar="FOLDER",
+        help="local folder, or s3://, gs://, oci://, azure:// …",
+    )
+    add(
+        "--split",
+        help="of Karpathy's files: train, restval, val, test, or train+restval (default: test); else just a name",
+    )
+    add(
+        "--split-file",
+        type=option,
+        metavar="FILE",
+        help="flickr30k without Karpathy's file: the split's images, one a line",
+    )
+    add(
+        "--encoding",
+        metavar="NAME",
+        help="of the annotations, e.g. cp1252 (default: UTF-8, or by the file's mark)",
+    )
+    add(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="only N images, spread evenly over the set (default: all)",
+    )
+    add(
+        "--skip-missing",
+        action="store_true",
+        help="leave out images that are not there (default: an error)",
+    )
+    return Options(**vars(parser.parse_args(arguments)))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Convert and print a summary."""
+    console.prepare()
+    options = parse(arguments)
+    run(lambda: convert(options))

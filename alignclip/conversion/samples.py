@@ -1,0 +1,169 @@
+"""What every input format yields: image–caption pairs, and those that are left out, with the reason."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+MAX_IMAGE_BYTES = 64 * 2**20  # of one file; larger ones are not even read
+MAX_TEXT_BYTES = 2**20  # of a txt or json member
+MAX_NAMES = 20  # of json entries or columns, in an error message
+MAX_CAPTION = (
+    10_000  # characters; a model reads some 300, and what is longer is a page, not a caption
+)
+
+MISSING_IMAGE = "missing image"
+EMPTY_IMAGE = "empty image"
+MISSING_CAPTION = "missing caption"
+EMPTY_CAPTION = "empty caption"
+LONG_CAPTION = "caption too long"
+DUPLICATE_KEY = "duplicate key"
+IMAGE_TOO_LARGE = "image too large"
+BROKEN_INPUT = "truncated file"
+FIRST_DOT = "key cut at its first dot"
+NO_EMBEDDING = "caption without an embedding"
+LIE_APART = "image and caption lie apart"
+
+HTML_ENTITIES = "caption: HTML entities"
+BAD_CAPTIONS = "caption: one of several left out"
+INVALID_UTF8 = "caption: invalid UTF-8"
+CUT_CAPTION = "caption: longer than the sentence encoder reads"
+TOO_MANY_FIELDS = "row: more fields than the header; is the caption quoted?"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How inputs are read, beside the captions' entry or column.
+
+    Attributes:
+        image_key: the images' ending in tars (``input.jpg``), or their column; None: the usual ones.
+        encoding: of texts; None: UTF-8, or what a table's beginning says.
+        last_dot: a tar's key goes to the last dot of the file name; False: to the first, as webdataset has it.
+        unsorted: put the halves of pairs together that lie apart in their tar.
+    """
+
+    image_key: str | None = None
+    encoding: str | None = None
+    last_dot: bool = False
+    unsorted: bool = False
+
+
+PLAIN = Reading()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One pair: the key that it has in its source, the image file's bytes as they are, the caption, or several.
+
+    ``notes``: what was mended or is unusual, counted like the reasons for leaving samples out.
+    """
+
+    key: str
+    image: bytes
+    caption: str | list[str]
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A pair left out, or with :data:`BROKEN_INPUT` the unreadable rest of a source, and why.
+
+    Attributes:
+        key: the pair's.
+        reason: one of the constants above.
+        detail: more about the reason, for the report.
+        texts: with :data:`MISSING_CAPTION` the entries that could have been captions.
+        endings: those of the pair's files, where one of its halves is missing.
+    """
+
+    key: str
+    reason: str
+    detail: str = field(default="", compare=False)
+    texts: tuple[str, ...] = field(default=(), compare=False)
+    endings: tuple[str, ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """A file of a source that is no part of a pair: its name, and what it is."""
+
+    name: str
+    what: str
+
+
+Item = Sample | Skipped | Ignored  # what a source is made of
+
+
+def caption_of(entries: Any, caption_key: str) -> str | None:
+    """The caption in a parsed ``json`` member or a row of a table; None where there is no such text."""
+    caption = entries.get(caption_key) if isinstance(entries, Mapping) else None
+    if not isinstance(caption, str):
+        return None
+    return caption.encode("utf-8", errors="replace").decode(
+        "utf-8"
+    )  # JSON's \ud800 has no UTF-8 form
+
+
+def parse_json(data: bytes | None) -> Any:
+    """A ``json`` member, or None where it is missing or broken."""
+    try:
+        return json.loads((data or b"").decode("utf-8-sig", errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def texts_of(entries: Any) -> tuple[str, ...]:
+    """The names of the entries that hold text, for a message: not too many, not too long."""
+    if not isinstance(entries, Mapping):
+        return ()
+    return listable(key for key, value in entries.items() if isinstance(value, str))
+
+
+def listable(names: Iterable[str]) -> tuple[str, ...]:
+    """Those of these names that can stand in a message of one line: a broken file's can be anything."""
+    return tuple(
+        islice((name for name in names if name.isprintable() and len(name) <= 60), MAX_NAMES)
+    )
+
+
+def pair(
+    key: str, image: bytes | None, caption: str | None, entries: Any = None
+) -> Sample | Skipped:
+    """A sample from its parts, or why it is none. HTML entities in the caption become what they stand for."""
+    if image is None:
+        return Skipped(key, MISSING_IMAGE)
+    if not image:
+        return Skipped(key, EMPTY_IMAGE)
+    if len(image) > MAX_IMAGE_BYTES:
+        return Skipped(key, IMAGE_TOO_LARGE, f"{len(image):,} bytes")
+    if caption is None:
+        return Skipped(key, MISSING_CAPTION, texts=texts_of(entries))
+    if len(caption) > MAX_CAPTION:
+        return Skipped(key, LONG_CAPTION, f"{len(caption):,} characters")
+    caption = caption.removeprefix("\ufeff")  # a byte order mark
+    notes = [INVALID_UTF8] if "\ufffd" in caption else []
+    if "&" in caption and (plain := html.unescape(html.unescape(caption))) != caption:
+        caption = plain  # twice, as open_clip's tokeniser does, so that the sentence encoder sees the same text
+        notes += [HTML_ENTITIES]
+    if not caption.strip():
+        return Skipped(key, EMPTY_CAPTION)
+    return Sample(key, image, caption, tuple(notes))
+
+
+def pairs(key: str, image: bytes | None, captions: Any) -> Sample | Skipped:
+    """A sample of an image with several captions, of which those that :func:`pair` would leave out are left out."""
+    if not isinstance(captions, list) or not captions:
+        return pair(key, image, None)
+    each = [pair(key, image, caption if isinstance(caption, str) else None) for caption in captions]
+    good = [one for one in each if isinstance(one, Sample)]
+    if not good:
+        return each[0]
+    notes = dict.fromkeys(note for one in good for note in one.notes)
+    if len(good) < len(each):
+        notes[BAD_CAPTIONS] = None
+    return Sample(key, good[0].image, [str(one.caption) for one in good], tuple(notes))

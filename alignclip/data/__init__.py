@@ -1,0 +1,1 @@
+"""MDS sets as training and evaluation read them; the only place that touches Streaming's insides."""

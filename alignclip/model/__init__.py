@@ -1,0 +1,1 @@
+"""Encoders, optimizer and the ComposerModel."""

@@ -1,0 +1,88 @@
+"""The ComposerModel: encoders inside the wrapped forward, the loss over the whole batch outside it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from composer.models import ComposerModel
+from open_clip.transformer import ResidualAttentionBlock
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from alignclip.data.transforms import normalize
+from alignclip.losses import AlignCLIPLoss
+from alignclip.model.encoders import CLIP
+
+Features = tuple[Tensor, Tensor, Tensor]
+
+
+class AlignCLIPModel(ComposerModel):
+    """CLIP, SharedCLIP or AlignCLIP, for Composer's Trainer.
+
+    Args:
+        encoders: the two towers, shared or not.
+        criterion: the loss over the global batch.
+        encode_chunk_size: > 0 encodes a rank's batch in recomputed chunks of that many samples.
+        cpu_bf16: run the encoders in bf16 autocast on a CPU, where Composer itself refuses ``amp_bf16``.
+    """
+
+    def __init__(
+        self,
+        encoders: CLIP,
+        criterion: AlignCLIPLoss,
+        encode_chunk_size: int = 0,
+        cpu_bf16: bool = False,
+    ) -> None:
+        super().__init__()
+        self.encoders = encoders
+        self.criterion = criterion
+        self.encode_chunk_size = encode_chunk_size
+        self.cpu_bf16 = cpu_bf16
+        self.register_load_state_dict_pre_hook(tie_names)
+        # One FSDP unit a block; Composer looks for these functions on the ComposerModel's children.
+        self.encoders.fsdp_wrap_fn = is_block
+        self.encoders.activation_checkpointing_fn = is_block
+
+    def forward(self, batch: dict[str, Tensor]) -> Features:
+        """Encode a batch of this rank.
+
+        Args:
+            batch: ``image`` uint8 ``[n, 3, size, size]``, ``text`` int64 ``[n, context_length]``.
+
+        Returns:
+            image features ``[n, d]``, text features ``[n, d]``, both L2-normalised, and exp(logit_scale) ``[1]``.
+        """
+        autocast: AbstractContextManager[None] = (
+            torch.autocast("cpu", dtype=torch.bfloat16) if self.cpu_bf16 else nullcontext()
+        )
+        with autocast:
+            return self.encoders(
+                normalize(batch["image"]), batch["text"], chunk_size=self.encode_chunk_size
+            )
+
+    def loss(  # type: ignore[override]  # Composer takes a dict as well as a tensor
+        self, outputs: Features, batch: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The loss terms of this rank's rows of the global batch: ``total``, ``contrastive``, ``separation``."""
+        return self.criterion(*outputs, batch.get("semantic"))
+
+
+def tie_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Give every name of a shared parameter the same value before a state dict is loaded.
+
+    torch's ``set_model_state_dict`` shards a full state dict for FSDP2 under one name of a shared module alone.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(prefix + name)
+    for group in names.values():
+        sharded = next((n for n in group if isinstance(state_dict.get(n), DTensor)), None)
+        if sharded is not None:
+            state_dict.update(dict.fromkeys(group, state_dict[sharded]))
+
+
+def is_block(module: nn.Module) -> bool:
+    """Whether a module is a transformer block: the unit of sharding and of activation checkpointing."""
+    return isinstance(module, ResidualAttentionBlock)

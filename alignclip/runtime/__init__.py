@@ -1,0 +1,1 @@
+"""The process itself: terminal, threads, launcher, process group, versions."""

@@ -1,0 +1,192 @@
+"""The variables by which launchers tell each process of a run which one it is, looked at before anything is imported.
+
+Composer's launcher sets all of :data:`NUMBERS` and :data:`MEETING`. torchrun, srun and mpirun set others, from which
+these are derived. Variables that an earlier job or launcher has left in a shell would make a single process wait for
+others that never come: a person is told which ones.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+import zlib
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+from alignclip.errors import UserError
+
+NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK")
+MEETING = ("MASTER_ADDR", "MASTER_PORT")  # where rank 0 waits for the others
+SIBLINGS_START = 10.0  # seconds within which a launcher has started all processes of a machine
+# Launchers' own names: total, rank, local total, local rank
+_MPI = (
+    (
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+    ),
+    ("PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
+)
+
+
+def settle(
+    environ: MutableMapping[str, str] = os.environ, patience: float = SIBLINGS_START
+) -> None:
+    """Make the variables whole, or refuse them.
+
+    Args:
+        environ: of this process; what can be derived is set.
+        patience: seconds to wait for the other processes of this machine to be started.
+
+    Raises:
+        UserError: variables that contradict one another, too few of them, or no other process of this machine.
+    """
+    for name in (*NUMBERS, *MEETING):
+        if environ.get(name) == "":
+            del environ[name]
+    _from_mpi(environ)
+    _from_slurm(environ)
+    if "GROUP_RANK" in environ and "TORCHELASTIC_RUN_ID" in environ:  # torchrun's name of it
+        environ.setdefault("NODE_RANK", environ["GROUP_RANK"])
+    numbers = {name: _number(environ, name) for name in NUMBERS if name in environ}
+    world = numbers.get("WORLD_SIZE", 1)
+    rank, local_rank = numbers.get("RANK", 0), numbers.get("LOCAL_RANK", 0)
+    local_world = numbers.get("LOCAL_WORLD_SIZE", local_rank + 1 if world > 1 else 1)
+    if not (
+        rank < max(world, 1) and local_rank < max(local_world, 1) and 1 <= local_world <= world
+    ):
+        raise UserError(f"{_shown(environ)} contradict one another; {_way_out(environ, world)}")
+    if world == 1:
+        return
+    if {"LOCAL_WORLD_SIZE", "RANK"} <= numbers.keys() and "NODE_RANK" not in numbers:
+        environ["NODE_RANK"] = str(rank // local_world)
+    if missing := [name for name in (*NUMBERS, *MEETING) if name not in environ]:
+        raise UserError(
+            f"{_shown(environ)}: that is one of {world} processes, but {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not set; {_way_out(environ, world)}"
+        )
+    _number(environ, "MASTER_PORT")
+    if local_world > 1 and siblings(environ, patience) == 1:
+        raise UserError(
+            f"{_shown(environ)}: that is one of {local_world} processes of this machine, and no other one runs; "
+            f"{_way_out(environ, world)}"
+        )
+
+
+def siblings(environ: Mapping[str, str], patience: float = 0.0) -> int | None:
+    """How many of the processes of this machine that wait at the same place run, this one among them.
+
+    None where the system doesn't show it.
+    """
+    deadline = time.monotonic() + patience
+    expected = int(environ["LOCAL_WORLD_SIZE"])
+    while True:
+        found = _local_ranks(environ)
+        if found is None or len(found) >= expected or time.monotonic() >= deadline:
+            return None if found is None else len(found)
+        time.sleep(0.2)
+
+
+def _local_ranks(environ: Mapping[str, str]) -> set[str] | None:
+    import psutil
+
+    mine = {name: environ[name] for name in (*MEETING, "WORLD_SIZE")}
+    found = {environ["LOCAL_RANK"]}
+    try:
+        for process in psutil.process_iter():
+            try:
+                theirs = process.environ()
+            except psutil.Error:
+                continue  # another user's, or ended
+            if (
+                all(theirs.get(name) == value for name, value in mine.items())
+                and "LOCAL_RANK" in theirs
+            ):
+                found.add(theirs["LOCAL_RANK"])
+    except (OSError, SystemError):
+        return None
+    return found
+
+
+def _from_mpi(environ: MutableMapping[str, str]) -> None:
+    """mpirun: OpenMPI, MPICH and Intel MPI."""
+    for total, rank, local_total, local_rank in _MPI:
+        names = {
+            "WORLD_SIZE": total,
+            "RANK": rank,
+            "LOCAL_WORLD_SIZE": local_total,
+            "LOCAL_RANK": local_rank,
+        }
+        if (
+            "RANK" not in environ
+            and environ.get(total, "1") != "1"
+            and all(n in environ for n in names.values())
+        ):
+            _derive(environ, {ours: environ[theirs] for ours, theirs in names.items()})
+            if environ[total] == environ[local_total]:
+                job = (
+                    environ.get("PMIX_NAMESPACE")
+                    or environ.get("OMPI_MCA_ess_base_jobid")
+                    or str(os.getppid())
+                )
+                _derive(
+                    environ,
+                    {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _port(job)},
+                )
+
+
+def _from_slurm(environ: MutableMapping[str, str]) -> None:
+    """srun: a step with several tasks, of which this is one."""
+    step = [
+        environ.get(f"SLURM_{name}") for name in ("STEP_NUM_TASKS", "PROCID", "LOCALID", "NODEID")
+    ]
+    if "RANK" in environ or None in step or step[0] == "1":
+        return
+    tasks, rank, local_rank, node = (str(value) for value in step)
+    derived = {"WORLD_SIZE": tasks, "RANK": rank, "LOCAL_RANK": local_rank, "NODE_RANK": node}
+    per_node = _slurm_counts(environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    if int(node) < len(per_node):
+        derived["LOCAL_WORLD_SIZE"] = str(per_node[int(node)])
+    if first := re.match(
+        r"([\w.-]+?)(?:\[(\d+)[^\]]*\])?(?:,|$)", environ.get("SLURM_STEP_NODELIST", "")
+    ):
+        derived["MASTER_ADDR"] = first[1] + (first[2] or "")
+    job = f"{environ.get('SLURM_JOB_ID')}.{environ.get('SLURM_STEP_ID')}"
+    _derive(environ, derived | {"MASTER_PORT": _port(job)})
+
+
+def _slurm_counts(text: str) -> list[int]:
+    """``2(x3),1`` → [2, 2, 2, 1]."""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(count) for count, times in found for _ in range(int(times or 1))]
+
+
+def _derive(environ: MutableMapping[str, str], derived: Mapping[str, str]) -> None:
+    for name, value in derived.items():
+        environ.setdefault(name, value)
+
+
+def _port(job: str) -> str:
+    """A port that all processes of a job find alike."""
+    return str(20000 + zlib.crc32(job.encode()) % 10000)
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    text = environ[name]
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise UserError(f"the environment variable {name}={text} is no whole number; unset {name}")
+    return int(text)
+
+
+def _shown(environ: Mapping[str, str]) -> str:
+    return " ".join(f"{name}={environ[name]}" for name in (*NUMBERS, *MEETING) if name in environ)
+
+
+def _way_out(environ: Mapping[str, str], world: Any) -> str:
+    names = " ".join(name for name in (*NUMBERS, *MEETING) if name in environ)
+    several = f"; for several: composer -n {max(int(world), 2)} …" if int(world) < 1000 else ""
+    return (
+        f"if an earlier job or launcher has left them: unset {names}, for a single process{several}"
+    )

@@ -1,0 +1,67 @@
+"""The command ``composer pretrain.py config.yaml key.sub=value …``: arguments in, exit status out."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from alignclip.config.reading import load
+from alignclip.data import early
+from alignclip.errors import one_line_errors
+from alignclip.runtime import console, launcher
+from alignclip.runtime.threads import set_thread_defaults
+
+EXAMPLES = """examples:
+  composer pretrain.py yamls/alignclip.yaml data.streams.cc12m.remote=s3://my-bucket/cc12m run_name=first
+  composer -n 2 pretrain.py yamls/quickstart.yaml run_name=small save_folder=runs/{run_name} \\
+    data.streams.scenes=null data.streams.mine.local=/data/mine
+  composer pretrain.py yamls/alignclip.yaml save_folder=s3://my-bucket/runs/{run_name} save_interval=1000ba
+  composer pretrain.py yamls/alignclip.yaml data.streams.cc12m=null data.streams.mine.local=/data/mine
+  composer pretrain.py s3://my-bucket/runs/first/config.yaml run_name=again      # what another run has left
+the same command goes on with a run that was stopped or killed"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train as the arguments say.
+
+    Returns:
+        the exit status: 0 finished, 2 bad input, 3 numbers that are not finite, 4 a checkpoint that
+        could not be saved, 143 stopped by a signal with everything saved.
+    """
+    console.prepare()
+    config, overrides = read_arguments(
+        arguments, "composer pretrain.py", "Pretrain CLIP, SharedCLIP or AlignCLIP.", EXAMPLES
+    )
+    with one_line_errors():
+        launcher.settle()
+        settings = load(config, overrides)
+        # Composer's import takes many seconds, and a wrong place should be told at once
+        early.check_run(settings)
+        console.loading("PyTorch and Composer")
+        from alignclip.training.pretraining import run
+
+        with early.leaving_nothing(early.save_folder(settings)):
+            return run(settings)
+
+
+def read_arguments(
+    arguments: Sequence[str], prog: str, description: str, examples: str
+) -> tuple[str, list[str]]:
+    """The YAML file and the overrides of a command ``prog config.yaml key.sub=value …``; those with dashes, too."""
+    set_thread_defaults()  # before torch is imported
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="YAML file, or its URL; README.md says what it holds")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key.sub=value",
+        help="settings that replace the file's",
+    )
+    options, dashed = parser.parse_known_args(arguments)
+    return options.config, [*options.overrides, *dashed]

@@ -1,0 +1,180 @@
+"""Evaluation during training: each evaluator at its own interval, on every rank, to every logger."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from composer.algorithms import EMA
+from composer.core import Callback, Event, State
+from composer.loggers import Logger
+from composer.utils import create_interval_scheduler, dist
+from torch.distributed.fsdp import register_fsdp_forward_method
+
+from alignclip.config.metrics import ARROWS, WATCH, better
+from alignclip.config.schema import EvaluatorConfig
+from alignclip.errors import UserError
+from alignclip.evaluation.encoding import Encoder, Interrupted
+from alignclip.evaluation.history import History
+from alignclip.evaluation.sets import OpenSets
+from alignclip.evaluation.tasks import Evaluator, Metrics
+from alignclip.model.encoders import CLIP
+from alignclip.ranks import agree
+from alignclip.training.best import BestCheckpoint
+from alignclip.training.callbacks import StopOnSignal
+from alignclip.training.display import say
+from alignclip.training.save_folder import SaveFolder
+
+log = logging.getLogger(__name__)
+
+EVENTS = (Event.BATCH_END, Event.EPOCH_END)
+
+
+class EvaluationCallback(Callback):
+    """Runs evaluators at their intervals and at the end of training; logs ``metrics/NAME/METRIC``.
+
+    It draws nothing from the global random generators and leaves the model in training mode: the losses of a run are
+    those that it would have without. An evaluation that fails is reported, and the training goes on.
+
+    Args:
+        evaluators: by name.
+        encoders: the model's, as they were before DDP or FSDP wrapped them.
+        image_size: pixels a side.
+        dtype: of autocast while encoding; None runs in the model's own.
+        progress: show bars.
+        best: what keeps the best checkpoint, if anything should.
+        folder: the run's, for the record of its evaluations.
+
+    Raises:
+        UserError: a set is missing, or lacks what its task needs.
+    """
+
+    def __init__(
+        self,
+        evaluators: dict[str, EvaluatorConfig],
+        encoders: CLIP,
+        image_size: int,
+        dtype: torch.dtype | None,
+        progress: bool,
+        best: BestCheckpoint | None = None,
+        folder: SaveFolder | None = None,
+    ) -> None:
+        self._encoders, self._dtype, self._progress = encoders, dtype, progress
+        self._best = best
+        self.history = History(folder)
+        opened = OpenSets()
+        self._evaluators: list[tuple[Evaluator, Callable[[State, Event], bool]]] = []
+        for name, config in evaluators.items():
+            failure = None
+            try:
+                evaluator = Evaluator(name, config, image_size, opened)
+            except (
+                UserError
+            ) as error:  # a file that is missing on one machine is everybody's trouble
+                failure = error
+            agree(failure)
+            if evaluator.note and dist.get_global_rank() == 0:
+                say(f"evaluators.{name}: {evaluator.note}")
+            is_due = create_interval_scheduler(
+                config.interval, checkpoint_events=False, final_events=set(EVENTS)
+            )
+            self._evaluators.append((evaluator, is_due))
+        self._last: dict[str, int] = {}  # batch of each one's last evaluation
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Under FSDP the parameters are to be gathered for encoding alone, as they are for ``forward``."""
+        for method in ("encode_image", "encode_text"):
+            register_fsdp_forward_method(self._encoders, method)
+
+    def run_event(self, event: Event, state: State, logger: Logger) -> None:
+        """Evaluate what is due."""
+        super().run_event(event, state, logger)
+        if event not in EVENTS:
+            return
+        batch = state.timestamp.batch.value
+        due = [
+            e
+            for e, is_due in self._evaluators
+            if is_due(state, event) and self._last.get(e.name) != batch
+        ]
+        if not due:
+            return
+        stop = next((c for c in state.callbacks if isinstance(c, StopOnSignal)), None)
+        device = next(self._encoders.parameters()).device
+        encoder = Encoder(self._encoders, device, self._dtype, progress=self._progress)
+        if stop is not None:  # the launcher gives 30 s, and they are for the checkpoint
+            encoder.interrupted = lambda: stop.requested(state)
+        found: Metrics = {}
+        with _as_saved(state, logger):
+            try:
+                for evaluator in due:
+                    if encoder.interrupted is not None and encoder.interrupted():
+                        raise Interrupted
+                    # the last batch of a run is also the end of its last epoch
+                    self._last[evaluator.name] = batch
+                    found |= self._evaluate(evaluator, encoder, state, logger)
+                if dist.get_global_rank() == 0:
+                    self.history.write()
+                if self._best is not None:
+                    self._best.offer(found, state)
+            except Interrupted:
+                pass  # the Trainer saves where it stands, and ends
+
+    def _evaluate(
+        self, evaluator: Evaluator, encoder: Encoder, state: State, logger: Logger
+    ) -> Metrics:
+        encoder.batch_size = evaluator.config.batch_size
+        batch = state.timestamp.batch.value
+        try:
+            result = evaluator(encoder)
+        except UserError as error:  # on every rank alike
+            log.warning(f"evaluator '{evaluator.name}' at batch {batch}: {error}")
+            return {}
+        named = {f"{evaluator.name}/{key}": value for key, value in result.metrics.items()}
+        logger.log_metrics({f"metrics/{key}": value for key, value in named.items()})
+        record = self.history.add(batch, evaluator.name, result.metrics, result.chance)
+        if dist.get_global_rank() == 0:
+            say(f"batch {batch}, {evaluator.name}: {_watched(result.metrics)}")
+            if record["verdict"]:
+                say(f"  {evaluator.name}: {record['verdict']}")
+        return named
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value so far, which a resumed run has to beat, and the evaluations that it goes on from."""
+        best = self._best.state_dict() if self._best else None
+        return {"best": best, "history": [dict(record) for record in self.history.records]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See :meth:`state_dict`."""
+        if self._best is not None and state.get("best") is not None:
+            self._best.load_state_dict(state["best"])
+        self.history.records = list(state.get("history", []))  # earlier versions kept none
+
+    def post_close(self) -> None:
+        """The best checkpoint and the record are where they belong before the process ends."""
+        self.history.finish()
+        if self._best is not None:
+            self._best.finish()
+
+
+def _watched(metrics: Metrics) -> str:
+    """The figures that tell whether a model works, with which way is better; all are in loggers and the record."""
+    return ", ".join(
+        f"{key} {ARROWS[better(key)]} {value:.4f}" for key, value in metrics.items() if key in WATCH
+    )
+
+
+@contextmanager
+def _as_saved(state: State, logger: Logger) -> Iterator[None]:
+    """With the weights that a checkpoint gets: under Composer's EMA, the averages."""
+    averages = [a for a in state.algorithms if isinstance(a, EMA) and a.ema_started]
+    for algorithm in averages:
+        algorithm.apply(Event.EVAL_START, state, logger)
+    try:
+        yield
+    finally:
+        for algorithm in averages:
+            algorithm.apply(Event.EVAL_END, state, logger)

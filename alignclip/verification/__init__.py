@@ -1,0 +1,1 @@
+"""Checks of an MDS set: files, hashes, samples, counts."""

@@ -1,0 +1,182 @@
+"""A contact sheet: one picture of many samples, to be looked at. Drawn with PIL alone."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from alignclip.errors import UserError, check_place
+
+# pixels
+BOX = 208  # a picture's longest side
+GAP = 20
+TITLE = 44  # above the cells
+LINE = 17
+KEY_SIZE, TEXT_SIZE, TITLE_SIZE = 11, 13, 17
+# lines and columns
+TEXT_LINES = 4
+COLUMNS = 8  # at most
+
+# PIL's own font has not even umlauts and dashes; the first of these that is installed
+FONTS = ("NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "DejaVuSans.ttf")
+
+PAPER, MAT, INK, GREY = "#ffffff", "#f1f1ef", "#1b1b1b", "#757575"
+CELL = (BOX, BOX + 6 + LINE * (TEXT_LINES + 1))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One sample: its key, the image file and what stands below."""
+
+    key: str
+    image: bytes
+    text: str
+
+
+def check_path(to: str) -> Path:
+    """Where a sheet may be saved, told before the work that it shows is done.
+
+    Raises:
+        UserError: names the option ``--to``: not a local .png file, or in no folder.
+    """
+    check_place("--to", to)
+    path = Path(to).expanduser()
+    if "://" in to or path.suffix.lower() != ".png":
+        raise UserError(f"--to {to} must be a local .png file")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--to {to}: there is no folder {path.absolute().parent}")
+    if path.is_dir():
+        raise UserError(f"--to {to} is a folder; name a .png file")
+    return path
+
+
+def save(sheet: Image.Image, path: Path) -> None:
+    """Write the PNG, complete or not at all.
+
+    Raises:
+        UserError: the file can't be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        sheet.save(partial, "PNG")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write --to {path}: {error.strerror or error}") from None
+
+
+def columns(number: int) -> int:
+    """How many of ``number`` cells stand side by side."""
+    return min(COLUMNS, math.ceil(math.sqrt(number)))
+
+
+def size(number: int) -> tuple[int, int]:
+    """Width and height in pixels of a sheet of ``number`` cells."""
+    across = columns(number)
+    down = math.ceil(number / across)
+    return GAP + across * (CELL[0] + GAP), TITLE + down * (CELL[1] + GAP)
+
+
+def draw(cells: Sequence[Cell], title: str, formats: tuple[str, ...]) -> Image.Image:
+    """Draw the sheet, row by row; an image that is none of PIL's ``formats`` or is broken leaves its place grey."""
+    sheet = Image.new("RGB", size(len(cells)), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    large, plain, small = (load_font(pixels) for pixels in (TITLE_SIZE, TEXT_SIZE, KEY_SIZE))
+    across = columns(len(cells))
+    pen.text(
+        (GAP, TITLE // 2), wrap(title, large, sheet.width - 2 * GAP, 1)[0], INK, large, anchor="lm"
+    )
+    for i, cell in enumerate(cells):
+        left = GAP + i % across * (CELL[0] + GAP)
+        top = TITLE + i // across * (CELL[1] + GAP)
+        pen.rectangle((left, top, left + BOX - 1, top + BOX - 1), MAT)
+        picture = thumbnail(cell.image, formats)
+        if picture is None:
+            pen.text(
+                (left + BOX // 2, top + BOX // 2), "can't be decoded", GREY, plain, anchor="mm"
+            )
+        else:
+            sheet.paste(
+                picture, (left + (BOX - picture.width) // 2, top + (BOX - picture.height) // 2)
+            )
+        below = top + BOX + 6
+        for key in wrap(cell.key, small, BOX, 1):
+            pen.text((left, below), key, GREY, small)
+        for number, line in enumerate(wrap(cell.text, plain, BOX, TEXT_LINES), 1):
+            pen.text((left, below + number * LINE), line, INK, plain)
+    return sheet
+
+
+def load_font(pixels: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """A font of this size with many letters: the system's, the one that comes with matplotlib, or PIL's own."""
+    plots = importlib.util.find_spec("matplotlib")
+    folders = plots.submodule_search_locations if plots else None
+    shipped = [str(Path(folder, "mpl-data", "fonts", "ttf", FONTS[-1])) for folder in folders or ()]
+    for name in (*FONTS, *shipped):
+        with suppress(OSError, ImportError):  # not there, or PIL without FreeType
+            return ImageFont.truetype(name, pixels)
+    return ImageFont.load_default(pixels)
+
+
+def thumbnail(image: bytes, formats: tuple[str, ...]) -> Image.Image | None:
+    """The image within the box, small ones enlarged; None where it can't be decoded."""
+    try:
+        with Image.open(io.BytesIO(image), formats=formats) as picture:
+            picture.draft("RGB", (BOX * 2, BOX * 2))
+            scale = BOX / max(picture.size)
+            shape = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+            # pixels of a tiny image stay squares
+            how = Image.Resampling.NEAREST if scale > 2 else Image.Resampling.LANCZOS
+            # through alpha, so that what is transparent takes the mat's colour
+            small = picture.convert("RGBA").resize(shape, how)
+    except Exception:  # PIL's decoders raise nearly anything on broken files
+        return None
+    return Image.alpha_composite(Image.new("RGBA", shape, MAT), small).convert("RGB")
+
+
+def wrap(
+    text: str,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    width: int,
+    limit: int,
+    longest: int = 500,
+) -> list[str]:
+    """``text`` in at most ``limit`` lines of ``width`` pixels, broken at spaces where there are any.
+
+    What is left over, or beyond the ``longest`` characters, becomes an ellipsis.
+    """
+    if isinstance(
+        font, ImageFont.ImageFont
+    ):  # PIL without FreeType: the bitmap font knows Latin-1 only
+        text = text.encode("latin-1", "replace").decode("latin-1")
+    words = "".join(letter if letter.isprintable() else " " for letter in text[:longest]).split()
+    rest = " ".join(words) + ("…" if len(text) > longest else "")
+    lines: list[str] = []
+
+    def fitting(line: str, room: float) -> int:
+        return (
+            bisect_right(
+                range(len(line) + 1), room, key=lambda length: font.getlength(line[:length])
+            )
+            - 1
+        )
+
+    while rest and len(lines) < limit:
+        end = fitting(rest, width)
+        if end < len(rest):
+            space = rest.rfind(" ", 1, end + 1)
+            end = space if space > 0 else max(1, end)
+        lines.append(rest[:end])
+        rest = rest[end:].strip()
+    if rest:
+        last = f"{lines[-1]} {rest}"
+        lines[-1] = last[: fitting(last, width - font.getlength("…"))].rstrip() + "…"
+    return lines

@@ -1,0 +1,1 @@
+"""Files of weights: find, read, start from, export, describe."""

@@ -1,0 +1,152 @@
+"""Convert a trained model: Composer's checkpoints, the AlignCLIP authors' format, open_clip, Hugging Face, ONNX.
+
+The source is anything that ``alignclip.load`` reads. Every export is read again by the library that it is for, and
+encodes the same inputs: one that differs is an error, and nothing is left of it. A README.md, the model card, says what
+was trained on what, and under which licence.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignclip.data import early
+from alignclip.errors import UserError, check_place, one_line_errors
+from alignclip.near import did_you_mean
+from alignclip.paths import option
+from alignclip.runtime import console
+from alignclip.weights.figures import read_figures
+
+# PyTorch is imported where a model is read: that takes seconds, and a wrong place should be told before.
+
+FORMAT_NAMES = (
+    "open_clip",
+    "huggingface",
+    "release",
+    "composer",
+)  # of alignclip.weights.exports.FORMATS
+EXAMPLES = """examples:
+  # the latest checkpoint of a run → open_clip, with its metrics in the model card
+  python convert/checkpoint.py s3://bucket/runs/first --to open_clip --out exports/first \\
+    --metrics evaluation/results.json --license apache-2.0
+
+  # one checkpoint → transformers' CLIPModel, and both encoders as ONNX
+  python convert/checkpoint.py runs/first/ep30-ba5000-rank0.pt --to huggingface --onnx --out exports/first-hf
+
+  # the authors' weights → a checkpoint to train on from
+  python convert/checkpoint.py AlignCLIP.pt --to composer --out exports/published
+
+  # an open_clip model from the Hub → ONNX and open_clip files in a bucket
+  python convert/checkpoint.py hf-hub:org/name --to open_clip --onnx --out s3://bucket/exports/name
+"""
+
+
+@dataclass
+class Options:
+    """What is converted, into what, where.
+
+    Attributes:
+        source: anything that :func:`alignclip.load` takes.
+        to: one of the formats in :data:`FORMAT_NAMES`.
+        out: a folder, local or in object storage, that doesn't exist yet.
+        onnx: also write both encoders as ONNX.
+        metrics: ``results.json`` of ``evaluate.py``, for the model card; of these weights.
+        license: of the export; null takes the source's.
+        model_config: a YAML file with a ``model`` section, where nothing beside the source says what model it is.
+    """
+
+    source: str
+    to: str
+    out: str
+    onnx: bool = False
+    metrics: str | None = None
+    license: str | None = None
+    model_config: str | None = None
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="convert/checkpoint.py",
+        description="Convert a trained model to another format, and check the result.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "source",
+        type=option,
+        help="a run's folder or checkpoint, an authors' release, an open_clip or Hugging Face export: a path, a URL or "
+        "hf-hub:ORG/NAME",
+    )
+    parser.add_argument("--to", required=True, choices=FORMAT_NAMES, help="format to write")
+    parser.add_argument(
+        "--out",
+        type=option,
+        required=True,
+        metavar="FOLDER",
+        help="a new folder, or s3://, gs://, oci:// …",
+    )
+    parser.add_argument(
+        "--onnx", action="store_true", help="write both encoders as ONNX graphs as well"
+    )
+    parser.add_argument(
+        "--metrics",
+        type=option,
+        metavar="FILE",
+        help="results.json of evaluate.py on this model, for its card",
+    )
+    parser.add_argument(
+        "--license",
+        metavar="ID",
+        help="as the Hub writes it, e.g. apache-2.0 (default: the source's)",
+    )
+    parser.add_argument(
+        "--model-config",
+        type=option,
+        metavar="YAML",
+        help="a file with the model section, for sources without one",
+    )
+    return Options(**vars(parser.parse_args(arguments)))
+
+
+def check(options: Options) -> None:
+    """Look at what is read and written, as far as that is quickly known.
+
+    Raises:
+        UserError: no such source or file, or ``out`` is there already.
+    """
+    check_place("--out", options.out)
+    if "://" not in options.out:
+        if Path(options.out).expanduser().exists():
+            raise UserError(f"--out {options.out} is there already; choose another or remove it")
+        early.check_writable("--out", options.out)
+    for flag, file in (("--metrics", options.metrics), ("--model-config", options.model_config)):
+        if file and not Path(file).is_file():
+            raise UserError(f"{flag} {file}: no such file{did_you_mean(file)}")
+    if options.metrics:
+        read_figures(options.metrics)
+    early.check_weights("source", options.source)
+
+
+def convert(options: Options) -> float:
+    """Read, write, read again, compare: see :func:`alignclip.weights.export.convert`."""
+    from alignclip.weights import export
+
+    return export.convert(options)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Convert, and say how far the export is from the original and how it is loaded."""
+    console.prepare()
+    options = parse(arguments)
+    with one_line_errors():
+        check(options)
+        console.loading("PyTorch")
+        worst = convert(options)
+    print(f"{options.out}: read again, the features differ by at most {worst:.1e}")
+    from alignclip.weights.exports import FORMATS
+
+    usage = FORMATS[options.to].usage_at(options.out.rstrip("/"))
+    print("\n".join(["next:", *(f"  {line}" for line in usage.splitlines() if line)]))

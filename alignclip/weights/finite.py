@@ -1,0 +1,51 @@
+"""Weights whose numbers are not finite: told before they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from alignclip.errors import UserError
+from alignclip.storage.fetching import few
+
+
+def not_finite(tensors: Mapping[str, Any]) -> list[str]:
+    """The names of the tensors with a NaN or an infinity in them."""
+    return [
+        name
+        for name, tensor in tensors.items()
+        if isinstance(tensor, Tensor)
+        and tensor.is_floating_point()
+        and not local_part(tensor).isfinite().all()
+    ]
+
+
+def check_weights(weights: Mapping[str, Any], what: str, way_out: str = "") -> None:
+    """Refuse weights that nothing can be trained from, nor computed with.
+
+    Args:
+        weights: by name.
+        what: the subject of the sentence, e.g. ``pretrained: epoch_30.pt``.
+        way_out: a sentence that is added.
+
+    Raises:
+        UserError: names the tensors with numbers that are not finite.
+    """
+    if bad := not_finite(weights):
+        names = few(short_name(name) for name in bad)
+        hint = f". {way_out}" if way_out else ""
+        raise UserError(f"{what} holds numbers that are not finite (NaN or infinite), in {len(bad)} of "
+                        f"{len(weights)} tensors: {names}{hint}")  # fmt: skip
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that FSDP2 has spread."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def short_name(name: str) -> str:
+    """A parameter's name without those of what wraps the encoders."""
+    return name.removeprefix("module.").removeprefix("encoders.")

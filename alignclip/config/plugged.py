@@ -1,0 +1,65 @@
+"""Loss terms and evaluation tasks: a file of code each, found by the name that it has in a YAML.
+
+How to add a loss term or a task
+--------------------------------
+
+1. Write the module. It has a dataclass ``Settings``: the keys that a YAML may hold, with their defaults and, by
+   :func:`alignclip.config.setting.setting`, their ranges and choices. Fields may be dataclasses, e.g. an
+   ``Optional[SetConfig]``. The module imports PyTorch, Composer and NumPy inside of functions only: reading a YAML
+   imports the module, and a typo shall be told within a second.
+2. Add a line to :data:`LOSS_TERMS` or :data:`TASKS`.
+
+The reader (:mod:`alignclip.config.reading`) then takes the keys as strictly as all others: an unknown key is told with
+the nearest one, values are converted to the annotations' types, ranges are checked, ``~`` in places is home.
+
+- A loss term is a mapping below ``loss`` by the term's name: ``loss: {alpha: 1, cyclip: {weight: 0.5}}``. The instance
+  of the term's ``Settings`` is ``config.loss.terms["cyclip"]``. A term that no file names, or that is null, is off and
+  not in ``terms``.
+- The keys of a task stand beside the keys that every evaluator has: ``evaluators: {probe: {task: linear_probe, remote:
+  …, train: {remote: …}}}``. The instance of the task's ``Settings`` is ``config.evaluators["probe"].settings``; it is
+  None where the task has no module here.
+
+A task's module also has
+
+- ``METRICS: dict[str, Metric]``: what it measures (:class:`alignclip.config.metrics.Metric`);
+- ``COLUMN: str | None``: the column that its sets have besides ``image``: ``caption`` or ``label``; None where
+  ``remote`` or ``local`` is no set but the file itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from types import ModuleType
+
+from alignclip.errors import UserError, nearest
+
+# the name in a YAML → the module
+LOSS_TERMS: dict[str, str] = {}
+TASKS: dict[str, str] = {}
+
+
+def plugged(table: Mapping[str, str], name: str, where: str) -> ModuleType:
+    """Import the module of a loss term or task.
+
+    Args:
+        table: :data:`LOSS_TERMS` or :data:`TASKS`.
+        name: the name in the YAML.
+        where: the key that holds the name, for messages.
+
+    Raises:
+        UserError: there is no such name; says which one is the nearest.
+    """
+    if name not in table:
+        raise UserError(f"{where}={name}: {nearest(name, table)}")
+    return importlib.import_module(table[name])
+
+
+def settings_of(table: Mapping[str, str], name: str, where: str) -> type:
+    """Return the ``Settings`` of a loss term or task.
+
+    Raises:
+        UserError: there is no such name.
+    """
+    found: type = plugged(table, name, where).Settings
+    return found

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 from PIL import Image
 
 from alignclip.data import early
+from alignclip.data.image_files import SEARCH_FORMATS
 from alignclip.errors import UserError, one_line, one_line_errors
 from alignclip.near import did_you_mean
 from alignclip.paths import option, path_option
@@ -40,16 +41,6 @@ EXAMPLES = """examples:
   python -m alignclip.search photos/ "a red bicycle" --model runs/first/latest-rank0.pt --top 30 --to found.png
   python -m alignclip.search photos/ "a red bicycle" --model hf-hub:ORG/NAME --device cpu | cut -f3"""
 
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "AVIF",
-    "BMP",
-    "GIF",
-    "PPM",
-    "TIFF",
-)  # some of PIL's others start programs
 DRAWN = 1000  # images at most on a contact sheet
 TOLD = 3  # unreadable images by name
 SHEET = "search.png"
@@ -266,7 +257,9 @@ def find(folder: Path) -> list[Path]:
         what = "is a file, not a folder" if folder.exists() else "no such folder"
         near = did_you_mean(folder, Path.is_dir) or "; the first argument is a folder of images"
         raise UserError(f"{folder}: {what}{near}")
-    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+    suffixes = {
+        suffix for suffix, name in Image.registered_extensions().items() if name in SEARCH_FORMATS
+    }
     found = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -283,7 +276,7 @@ def find(folder: Path) -> list[Path]:
 def _readable() -> tuple[str, ...]:
     """Of the formats, those that this PIL has."""
     Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
+    return tuple(name for name in SEARCH_FORMATS if name in Image.OPEN)
 
 
 def _tell_unreadable(errors: dict[Path, str], total: int) -> None:

@@ -10,9 +10,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from alignclip.conversion.samples import IMAGE_TOO_LARGE
+from alignclip.data.image_files import TRAINING_FORMATS, decode_fully
 
-# What may lie behind the extensions. Nothing else is tried: some of PIL's other formats start programs.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 CHECKS = ("decode", "header", "none")
 MAX_PIXELS = 50_000_000  # 200 MB in memory; a page of a scanned newspaper has 40 million
 MAX_WEBP_PIXELS = 20_000_000  # 300 MB in memory, of which its decoder has most
@@ -83,7 +82,7 @@ def prepare(data: bytes, options: ImageOptions) -> tuple[bytes, tuple[str, ...]]
     if options.check == "none" and not options.resize:
         return data, ()
     try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as picture:
+        with Image.open(io.BytesIO(data), formats=TRAINING_FORMATS) as picture:
             width, height = picture.size
             if min(width, height) < options.min_side:
                 raise Unusable(IMAGE_TOO_SMALL, f"{width} × {height} pixels")
@@ -97,9 +96,7 @@ def prepare(data: bytes, options: ImageOptions) -> tuple[bytes, tuple[str, ...]]
             ):
                 return shrink(picture, options.resize, options.quality), notes
             if options.check == "decode":
-                # a JPEG's coefficients are all read at any scale, and at an eighth that is all the work there is
-                picture.draft(None, (1, 1))
-                picture.load()
+                decode_fully(picture)
             return data, notes
     except Unusable:
         raise
@@ -114,7 +111,7 @@ def prepare(data: bytes, options: ImageOptions) -> tuple[bytes, tuple[str, ...]]
 def shorter_side(data: bytes) -> int | None:
     """The shorter side of an image file in pixels; None where it can't be read."""
     try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as picture:
+        with Image.open(io.BytesIO(data), formats=TRAINING_FORMATS) as picture:
             return min(picture.size)
     except Exception:  # PIL's decoders raise nearly anything on broken files
         return None

@@ -17,10 +17,9 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from alignclip.data.image_files import EVALUATION_FORMATS, TRAINING_FORMATS
+
 JPEG_MAGIC = b"\xff\xd8\xff"
-# Of these alone: some of PIL's other formats start programs.
-TRAINING_FORMATS = ("JPEG", "PNG", "WEBP")
-EVALUATION_FORMATS = (*TRAINING_FORMATS, "BMP", "GIF", "PPM", "TIFF")
 
 
 def decode_image(data: bytes) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from alignclip.conversion.storage import Store
+from alignclip.data.image_files import EVALUATION_FORMATS, TRAINING_FORMATS
 from alignclip.errors import UserError, check_place, one_line_errors
 from alignclip.paths import option
 from alignclip.runtime import console
@@ -124,10 +125,8 @@ def _check(options: VerifyOptions) -> None:
 
 def _formats(found: Overview) -> tuple[str, ...]:
     """What PIL may read: evaluation also takes formats that training doesn't."""
-    from alignclip.conversion.evaluation_sets import FORMATS
-    from alignclip.conversion.images import IMAGE_FORMATS
-
-    return FORMATS if "label" in found.columns or "split" in found.dataset else IMAGE_FORMATS
+    is_evaluation_set = "label" in found.columns or "split" in found.dataset
+    return EVALUATION_FORMATS if is_evaluation_set else TRAINING_FORMATS
 
 
 def _read(store: Store, found: Overview, options: VerifyOptions) -> Read:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import multiprocessing
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from alignclip.conversion.fetch import TEMPORARY
 from alignclip.data.decompression import decompress_to
+from alignclip.data.image_files import is_whole
 from alignclip.data.mds_index import IndexedFile, ShardEntry, stored_file
 from alignclip.errors import UserError, one_line
 from alignclip.storage import Store, describe_storage_error, is_full, open_store, patiently
@@ -263,16 +263,9 @@ def _norms(sample: dict[str, Any]) -> np.ndarray:
 def _can_be_decoded(image: bytes, formats: tuple[str, ...]) -> bool:
     from PIL import Image
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large, and whole
-            with Image.open(io.BytesIO(image), formats=formats) as picture:
-                # a JPEG's coefficients are all read at any scale, and at an eighth that is all the work there is
-                picture.draft(None, (1, 1))
-                picture.load()
-    except Exception:  # PIL's decoders raise nearly anything on broken files
-        return False
-    return True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large, and whole
+        return is_whole(image, formats)
 
 
 def _executor(processes: int) -> Executor:

@@ -112,6 +112,11 @@ def platform() -> dict[str, str]:
     return {"torch": torch.__version__, "cpu": f"{cpu} {capability}"}
 
 
+def is_the_platform() -> bool:
+    """Whether the last bits can be compared with those of the golden run."""
+    return bool(json.loads(STEPS.read_text(encoding="utf-8"))["platform"] == platform())
+
+
 def write() -> None:
     """Write the golden run anew."""
     with TemporaryDirectory() as folder:

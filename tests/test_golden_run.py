@@ -21,13 +21,6 @@ def stored() -> list[golden.Step]:
     return [golden.Step(**step) for step in steps]
 
 
-def is_the_platform() -> bool:
-    """Whether the last bits can be compared."""
-    return bool(
-        json.loads(golden.STEPS.read_text(encoding="utf-8"))["platform"] == golden.platform()
-    )
-
-
 def test_the_samples_come_in_the_same_order(
     run: golden.Recorder, stored: list[golden.Step]
 ) -> None:
@@ -48,7 +41,7 @@ def test_the_crops_are_the_same(run: golden.Recorder, stored: list[golden.Step])
     difference = np.abs(run.first_crops.astype(int) - expected.astype(int))
     assert difference.mean() <= 0.5  # of 255
     assert difference.max() <= 8
-    if is_the_platform():
+    if golden.is_the_platform():
         assert [step.crops for step in run.steps] == [step.crops for step in stored]
 
 
@@ -67,7 +60,7 @@ def test_losses_gradients_and_rates_are_the_same(
         values["gradient"] = ours.gradient, theirs.gradient
         for name, (mine, golden_value) in values.items():
             assert float.fromhex(mine) == pytest.approx(float.fromhex(golden_value), rel=1e-3), name
-            if is_the_platform():
+            if golden.is_the_platform():
                 assert mine == golden_value, name
         assert ours.logit_scale == pytest.approx(theirs.logit_scale, rel=1e-5)
 

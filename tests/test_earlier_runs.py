@@ -20,14 +20,26 @@ from alignclip.training import pretraining
 from alignclip.training.save_folder import SaveFolder
 from alignclip.weights.export_command import Options, convert
 
-OVERRIDES = (
-    "max_duration=8ba save_interval=4ba save_num_checkpoints_to_keep=-1 save_folder=run run_name=old "
-    "data.streams.scenes.local=set progress_bar=false model.embed_dim=8 model.vision_cfg.width=8 "
-    "model.vision_cfg.layers=1 model.vision_cfg.head_width=4 model.text_cfg.width=8 "
-    "model.text_cfg.layers=1 model.text_cfg.heads=2 optimizer.lr=0.01 algorithms.EMA.half_life=4ba "
-    "algorithms.GradientClipping.clipping_type=norm "
-    "algorithms.GradientClipping.clipping_threshold=1.0"
-).split()  # as its command had them
+OVERRIDES = [
+    "max_duration=8ba",
+    "save_interval=4ba",
+    "save_num_checkpoints_to_keep=-1",
+    "save_folder=run",
+    "run_name=old",
+    "data.streams.scenes.local=set",
+    "progress_bar=false",
+    "model.embed_dim=8",
+    "model.vision_cfg.width=8",
+    "model.vision_cfg.layers=1",
+    "model.vision_cfg.head_width=4",
+    "model.text_cfg.width=8",
+    "model.text_cfg.layers=1",
+    "model.text_cfg.heads=2",
+    "optimizer.lr=0.01",
+    "algorithms.EMA.half_life=4ba",
+    "algorithms.GradientClipping.clipping_type=norm",
+    "algorithms.GradientClipping.clipping_threshold=1.0",
+]  # as its command had them
 
 
 @pytest.fixture

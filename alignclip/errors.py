@@ -63,6 +63,12 @@ def one_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def few(names: Iterable[str]) -> str:
+    """Name the first three of many, and say how many more there are."""
+    first = list(names)
+    return ", ".join(first[:3]) + (f" and {len(first) - 3} more" if len(first) > 3 else "")
+
+
 def check_place(what: str, place: str) -> None:
     """Refuse ``s3:/bucket``, which is no URL, and as a path would be a folder named ``s3:`` in the working directory.
 

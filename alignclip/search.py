@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 from PIL import Image
 
-from alignclip.data import early
 from alignclip.data.image_files import SEARCH_FORMATS
 from alignclip.errors import UserError, one_line, one_line_errors
 from alignclip.near import did_you_mean
 from alignclip.paths import option, path_option
 from alignclip.runtime import console
 from alignclip.runtime.threads import set_thread_defaults
-from alignclip.storage.fetching import LATEST
 from alignclip.verification import contact_sheet
+from alignclip.weights import early
+from alignclip.weights.locate import LATEST
 
 if TYPE_CHECKING:
     from torch import Tensor

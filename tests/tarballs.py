@@ -17,7 +17,7 @@ from PIL import Image
 
 from alignclip.conversion.dataset import convert
 from alignclip.conversion.options import ConvertOptions, Counts
-from alignclip.conversion.storage import Store
+from alignclip.storage.staging import OutputFolder
 
 
 def draw(seed: int, image_format: str = "JPEG", size: tuple[int, int] = (40, 30)) -> bytes:
@@ -91,7 +91,7 @@ def cut(path: Path, samples: int) -> None:
         path.write_bytes(data[: tar.getmembers()[3 * samples].offset_data + 5])
 
 
-def stage(store: Store, *names: str) -> None:
+def stage(store: OutputFolder, *names: str) -> None:
     """Fill the sub-folder 00000 with these files; a folder for a name that ends in a slash."""
     with store.staged("00000") as folder:
         for name in names:

@@ -18,8 +18,8 @@ from tarballs import assert_three_tars, quick, read_back, serve, three_tars
 
 from alignclip.conversion.cc12m import main
 from alignclip.conversion.options import ConvertOptions
-from alignclip.conversion.storage import Store
 from alignclip.errors import UserError
+from alignclip.storage.staging import OutputFolder
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -210,7 +210,7 @@ def test_command_with_embeddings(s3: Any, tmp_path: Path) -> None:
         assert vector.dtype == np.float16
         # half a unit in the last place at 0.25, and what another padding changes
         np.testing.assert_allclose(vector, direct, rtol=0, atol=1.3e-4)
-    (dataset,) = Store(out).read_json(["dataset.json"])
+    (dataset,) = OutputFolder(out).read_json(["dataset.json"])
     assert (dataset["encoder"], dataset["dimension"], dataset["samples"]) == (encoder, 384, 15)
 
 

@@ -32,8 +32,8 @@ from alignclip.conversion.dataset import convert
 from alignclip.conversion.images import ImageOptions
 from alignclip.conversion.options import ConvertOptions
 from alignclip.conversion.shards import mds_writer, position
-from alignclip.conversion.storage import Store
 from alignclip.errors import UserError
+from alignclip.storage.staging import OutputFolder
 
 
 def test_local_shards_are_read_back_equal(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_options_are_checked_up_front(
 
 
 def test_staged_shows_nothing_after_an_error(tmp_path: Path) -> None:
-    store = Store(str(tmp_path / "out"))
+    store = OutputFolder(str(tmp_path / "out"))
 
     def fail() -> None:
         with store.staged("part") as folder:
@@ -235,7 +235,7 @@ def test_another_tar_of_the_same_name_replaces_the_shards_of_the_first(tmp_path:
 
 
 def test_a_part_that_is_being_replaced_is_incomplete(tmp_path: Path) -> None:
-    store = Store(str(tmp_path / "out"))
+    store = OutputFolder(str(tmp_path / "out"))
     stage(store, "shard.00000.mds", "index.json", "counts.json")
     (
         tmp_path / "out" / "00000" / "shard.00001.mds"
@@ -404,7 +404,7 @@ def test_shards_are_those_of_streamings_own_writer(tmp_path: Path) -> None:
 def test_a_second_conversion_into_a_folder_is_refused(tmp_path: Path) -> None:
     source, out = three_tars(tmp_path / "in"), tmp_path / "out"
     with (
-        Store(str(out)).locked(),
+        OutputFolder(str(out)).locked(),
         pytest.raises(UserError, match=f"another conversion into {out} is running"),
     ):
         quick([source], out)
@@ -415,9 +415,9 @@ def test_a_second_conversion_into_a_folder_is_refused(tmp_path: Path) -> None:
 def test_a_lock_that_was_removed_is_none(tmp_path: Path) -> None:
     """Whoever opens it before its owner removes it would else hold a file that nobody else can see."""
     out = tmp_path / "out"
-    with Store(str(out)).locked():
+    with OutputFolder(str(out)).locked():
         (out / ".lock").unlink()
-        with Store(str(out)).locked():
+        with OutputFolder(str(out)).locked():
             assert (out / ".lock").exists()
 
 
@@ -435,7 +435,7 @@ def test_a_part_with_broken_counts_is_converted_again(tmp_path: Path, broken: st
 
 
 def test_what_another_process_removes_is_missed(tmp_path: Path) -> None:
-    store = Store(str(tmp_path / "out"))
+    store = OutputFolder(str(tmp_path / "out"))
     index = {"shards": [{"raw_data": {"basename": "shard.00000.mds"}, "zip_data": None}]}
     with (
         pytest.raises(UserError, match=r"shard\.00000\.mds was removed by another process"),

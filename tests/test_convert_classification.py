@@ -21,8 +21,8 @@ from PIL import Image
 
 from alignclip.conversion import classification, evaluation_sets
 from alignclip.conversion.classification import Options, convert, main, parse
-from alignclip.conversion.storage import Store
 from alignclip.errors import UserError
+from alignclip.storage.staging import OutputFolder
 
 REPOSITORY = Path(__file__).parents[1]
 random = np.random.default_rng(0)
@@ -518,7 +518,7 @@ def test_s3_and_back(s3: Any, tmp_path: Path) -> None:
     out = f"{s3.bucket()}/eval/fashion"
     images, labels = make_idx(tmp_path / "data", "t10k", 40, packed=True)
     quick("fashion_mnist", tmp_path / "data", out)
-    assert sorted(Store(out).listing()) == [
+    assert sorted(OutputFolder(out).listing()) == [
         "classes.json",
         "dataset.json",
         "index.json",
@@ -531,7 +531,7 @@ def test_s3_and_back(s3: Any, tmp_path: Path) -> None:
         row = dataset[i]
         assert row["label"] == labels[int(row["key"])]
         np.testing.assert_array_equal(pixels(row["image"])[..., 0], images[int(row["key"])])
-    classes, described = Store(out).read_json(["classes.json", "dataset.json"])
+    classes, described = OutputFolder(out).read_json(["classes.json", "dataset.json"])
     assert classes["classnames"][3] == "Dress"
     assert described["samples"] == 40
     assert "nothing to do" in quick("fashion_mnist", tmp_path / "data", out)

@@ -27,9 +27,9 @@ from s3 import _free_port
 from tarballs import pairs, quick, stage, three_tars, upload, write_tar
 
 from alignclip.conversion.cc12m import main
-from alignclip.conversion.storage import Store
 from alignclip.errors import UserError
 from alignclip.storage import patience, patiently
+from alignclip.storage.staging import OutputFolder
 from alignclip.verification.command import VerifyOptions, verify
 
 
@@ -446,7 +446,7 @@ def test_a_complete_part_is_not_mixed_with_a_new_one(
     """Were the old counts.json to stay because storage is busy, a kill would leave a mixture that seems complete."""
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     out = f"{s3.bucket()}/out"
-    stage(Store(out), "shard.00000.mds", "index.json", "counts.json")
+    stage(OutputFolder(out), "shard.00000.mds", "index.json", "counts.json")
     monkeypatch.setattr(RefusesToDelete, "port", s3.port)
     monkeypatch.setattr(RefusesToDelete, "left", 3)
     with Proxy(("127.0.0.1", 0), RefusesToDelete) as proxy:
@@ -454,7 +454,11 @@ def test_a_complete_part_is_not_mixed_with_a_new_one(
         monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_address[1]}")
         with pytest.raises(UserError, match="cannot write to"):
             stage(
-                Store(out), "shard.00000.mds", "shard.00001.mds/", "index.json", "counts.json"
+                OutputFolder(out),
+                "shard.00000.mds",
+                "shard.00001.mds/",
+                "index.json",
+                "counts.json",
             )  # no upload of a folder
         proxy.shutdown()
     assert RefusesToDelete.left == 0

@@ -15,8 +15,8 @@ from PIL import Image
 
 from alignclip.conversion import retrieval
 from alignclip.conversion.retrieval import Options, convert, main, parse
-from alignclip.conversion.storage import Store
 from alignclip.errors import UserError
+from alignclip.storage.staging import OutputFolder
 
 
 def picture(number: int) -> bytes:
@@ -365,7 +365,7 @@ def test_s3_and_back(s3: Any, tmp_path: Path) -> None:
     out = f"{s3.bucket()}/eval/flickr"
     annotations = make_karpathy(tmp_path, "flickr30k")
     quick("flickr30k", tmp_path, annotations, out)
-    assert sorted(Store(out).listing()) == ["dataset.json", "index.json", "shard.00000.mds"]
+    assert sorted(OutputFolder(out).listing()) == ["dataset.json", "index.json", "shard.00000.mds"]
     dataset = StreamingDataset(
         remote=out, local=str(tmp_path / "cache"), batch_size=1, validate_hash="xxh64"
     )

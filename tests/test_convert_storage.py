@@ -25,18 +25,17 @@ from tarballs import (
     write_tar,
 )
 
-from alignclip.conversion import fetch
 from alignclip.conversion.inputs import expand
-from alignclip.conversion.storage import Store
 from alignclip.errors import UserError
-from alignclip.storage import patience
+from alignclip.storage import copies, patience
+from alignclip.storage.staging import OutputFolder
 
 
 def test_a_part_that_is_being_uploaded_again_is_incomplete(
     s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(patience, "PATIENCE", 0.1)
-    store = Store(f"{s3.bucket()}/out")
+    store = OutputFolder(f"{s3.bucket()}/out")
     stage(store, "shard.00000.mds", "shard.00001.mds", "index.json", "counts.json")
     with pytest.raises(UserError, match=r"cannot write to s3://.*/out/00000: "):
         stage(store, "shard.00000.mds", "index.json/", "counts.json")  # a folder can't be uploaded
@@ -107,7 +106,7 @@ def test_no_objects_stay_of_a_part_that_became_smaller(s3: Any, tmp_path: Path) 
     for samples in (3, 1):
         path = write_tar(tmp_path / "a.tar", pairs(0, samples))
         assert quick([path], out, size_limit="500b").written == samples
-    (index,) = Store(out).read_json(["a/index.json"])
+    (index,) = OutputFolder(out).read_json(["a/index.json"])
     named = {f"out/a/{shard['raw_data']['basename']}" for shard in index["shards"]}
     assert {key for key in s3.keys(out) if key.endswith(".mds")} == named
 
@@ -116,7 +115,7 @@ def test_an_outage_leaves_no_index(
     s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(patience, "PATIENCE", 0.1)
-    store = Store(f"{s3.bucket()}/out")
+    store = OutputFolder(f"{s3.bucket()}/out")
 
     def write_and_lose_the_server() -> None:
         with store.staged("00000") as folder:
@@ -188,7 +187,7 @@ class Troubled(http.server.BaseHTTPRequestHandler):
 
 
 def test_http_that_fails_for_the_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "HTTP_TIMEOUT", 0.5)
+    monkeypatch.setattr(copies, "HTTP_TIMEOUT", 0.5)
     monkeypatch.setattr(Troubled, "body", write_tar(tmp_path / "a.tar", pairs(0, 5)).read_bytes())
     with serve(Troubled) as url:
         monkeypatch.setattr(Troubled, "left", (503, "cut", "stall"))
@@ -214,7 +213,7 @@ def test_copies_that_are_left_are_those_of_dead_processes_here(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     dead = subprocess.Popen(["true"])
     dead.wait()
-    ours, theirs = f"alignclip-{fetch.HOST}", "alignclip-0badcafe"
+    ours, theirs = f"alignclip-{copies.HOST}", "alignclip-0badcafe"
     names = [
         f"{ours}-{dead.pid}-old",
         f"{ours}-{dead.pid}-new",
@@ -225,7 +224,7 @@ def test_copies_that_are_left_are_those_of_dead_processes_here(
         (tmp_path / name).mkdir()
         if name.endswith("old"):
             os.utime(tmp_path / name, (time.time() - 4000,) * 2)
-    fetch.remove_stale_copies()
+    copies.remove_stale_copies()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
 
 
@@ -239,7 +238,7 @@ def test_a_prefix_of_other_objects_is_no_output_and_a_set_there_is_read_by_its_i
         match=rf"^{bucket}/raw holds other files \(00000\.tar, .*\); give --out a new or empty",
     ):
         quick([source], f"{bucket}/raw")
-    assert sorted(Store(f"{bucket}/raw").listing()) == [f"{i:05}.tar" for i in range(3)]
+    assert sorted(OutputFolder(f"{bucket}/raw").listing()) == [f"{i:05}.tar" for i in range(3)]
     quick([source / "00000.tar"], f"{bucket}/set")
     message = (
         rf"^{bucket}/set holds MDS, which is read by its index: name {bucket}/set/index\.json$"

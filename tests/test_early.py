@@ -15,9 +15,10 @@ from streaming import MDSWriter
 import alignclip
 from alignclip.config.reading import load
 from alignclip.config.schema import EvaluateConfig, EvaluatorConfig, RunConfig
-from alignclip.data import early
 from alignclip.errors import UserError
-from alignclip.storage.fetching import why_no_weights
+from alignclip.storage import leaving_nothing
+from alignclip.weights import early
+from alignclip.weights.locate import why_no_weights
 
 EVALUATE = "evaluators: {a: {task: gap, local: nowhere}, b: {task: sts, local: none.csv}}\nout: results/first\n"
 
@@ -377,7 +378,7 @@ def test_a_link_in_a_bucket_stands_for_its_checkpoint(
 
 
 def refused(place: Path, *files: str) -> None:
-    with early.leaving_nothing(str(place)):
+    with leaving_nothing(str(place)):
         place.mkdir(parents=True, exist_ok=True)
         for name in files:
             (place / name).touch()
@@ -397,7 +398,7 @@ def test_a_refused_command_leaves_no_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError):
         refused(empty)
     assert empty.exists()  # it was there before
-    with early.leaving_nothing(str(tmp_path / "kept")):
+    with leaving_nothing(str(tmp_path / "kept")):
         (tmp_path / "kept").mkdir()
     assert (tmp_path / "kept").exists()
 

@@ -12,17 +12,17 @@ from tarballs import pairs, quick, write_tar
 
 from alignclip.config.schema import RunConfig, SetConfig
 from alignclip.conversion.inputs import expand
-from alignclip.conversion.storage import Store, list_remote
 from alignclip.data.streams import read_index
 from alignclip.errors import UserError
 from alignclip.evaluation.sets import read_classes
-from alignclip.storage import StorageError
-from alignclip.storage.fetching import card_beside, fetch, read_text
+from alignclip.storage import StorageError, read_text
+from alignclip.storage.staging import OutputFolder, list_remote
 from alignclip.training import uploads
 from alignclip.training.preflight import check_load_path
 from alignclip.training.save_folder import SaveFolder
 from alignclip.weights.export_command import Options
 from alignclip.weights.export_command import convert as export
+from alignclip.weights.locate import card_beside, fetch
 
 RUN = {
     "config.yaml": b"model: {}",
@@ -114,7 +114,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "input": lambda path: quick(["s3://b/set/a.tar"], path / "out"),
     "listing": lambda path: list_remote("s3://b/set"),
     "folder of inputs": lambda path: expand(["s3://b/set"]),
-    "conversion": lambda path: Store("s3://b/set").listing(),
+    "conversion": lambda path: OutputFolder("s3://b/set").listing(),
     "load_path": lambda path: check_load_path("s3://b/set/latest-rank0.pt"),
 }
 

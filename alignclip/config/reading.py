@@ -29,7 +29,7 @@ from alignclip.config.schema import (
 )
 from alignclip.errors import UserError, check_place, nearest, one_line
 from alignclip.paths import expand
-from alignclip.storage.fetching import read_text
+from alignclip.storage import read_text
 
 T = TypeVar("T")
 Tree = dict[str, Any]

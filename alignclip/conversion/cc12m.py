@@ -21,10 +21,10 @@ from alignclip.conversion.next_step import next_step
 from alignclip.conversion.options import ConvertOptions, Counts
 from alignclip.conversion.report import REPORT, inputs_in_words, ways_out
 from alignclip.conversion.samples import Reading
-from alignclip.conversion.storage import VAL, Store
 from alignclip.errors import one_line_errors
 from alignclip.paths import option
 from alignclip.runtime import console
+from alignclip.storage.staging import VAL, OutputFolder
 
 EXAMPLES = """examples:
   # 1243 tars of img2dataset into a bucket (S3_ENDPOINT_URL and the AWS variables as for Streaming)
@@ -184,7 +184,7 @@ def parse(arguments: Sequence[str] | None = None) -> ConvertOptions:
 
 def summary(counts: Counts, options: ConvertOptions) -> str:
     """The counts as a small table, what is to be mended, and the command that comes next."""
-    out = Store(options.out).out
+    out = OutputFolder(options.out).out
     new = counts.written - counts.resumed
     rows = [("written", f"{counts.written:,} samples"), ("skipped", f"{counts.bad:,}")]
     rows += [(f"  {reason}", f"{number:,}") for reason, number in sorted(counts.skipped.items())]

@@ -29,10 +29,10 @@ from alignclip.conversion.evaluation_sets import (
     write_set,
 )
 from alignclip.conversion.published import difference
-from alignclip.conversion.storage import Store
 from alignclip.errors import UserError, nearest
 from alignclip.paths import option
 from alignclip.runtime import console
+from alignclip.storage.staging import OutputFolder
 
 CLASSES = "classes.json"
 
@@ -127,7 +127,7 @@ def convert(options: Options) -> str:
         "templates": fingerprint("--templates", options.templates),
         **({"source": root} if name == "folder" else {}),
     }
-    store = Store(options.out)
+    store = OutputFolder(options.out)
     if there := find_complete(store, identity):
         return f"{store.out} holds {name} ({split}) already, {there['samples']:,} samples: nothing to do"
     templates = choose_templates(name, options.templates)

@@ -16,7 +16,6 @@ from typing import Any
 
 from alignclip.conversion import inputs, mds
 from alignclip.conversion.captions import find_encoder, load_encoder
-from alignclip.conversion.fetch import remove_stale_copies
 from alignclip.conversion.images import CHECKS
 from alignclip.conversion.mds import COLUMNS as PAIRS
 from alignclip.conversion.options import ConvertOptions, Counts
@@ -38,9 +37,11 @@ from alignclip.conversion.report import (
 )
 from alignclip.conversion.samples import BROKEN_INPUT
 from alignclip.conversion.shards import counts_of, is_current, mds_writer
-from alignclip.conversion.storage import INDEX, VAL, Store, shown
 from alignclip.conversion.workers import convert_all
 from alignclip.errors import UserError, check_place, nearest
+from alignclip.storage import leaving_nothing
+from alignclip.storage.copies import remove_stale_copies
+from alignclip.storage.staging import INDEX, VAL, OutputFolder, shown
 
 ENOUGH = 1000  # samples: before, a share of bad ones says little
 DATASET = "dataset.json"  # at the root, written last but for the index: what the set is
@@ -71,13 +72,13 @@ def convert(options: ConvertOptions, executor: Executor | None = None) -> Counts
     names = _unique_names(
         inputs.expand(options.inputs, options.caption_key, options.reading), options
     )
-    store = Store(options.out)
+    store = OutputFolder(options.out)
     # whether it can be reached, and is free; what is there counts once nobody else can change it
     check_free(store, store.listing(), names)
     store.check_writable()
     _check(options)
     columns = _columns(options, names.values())
-    with store.made(), store.locked():
+    with leaving_nothing(store.out), store.locked():
         is_new = not shown(store.listing())
         try:
             return _convert(options, store, names, columns, executor)
@@ -96,7 +97,7 @@ def convert(options: ConvertOptions, executor: Executor | None = None) -> Counts
 
 def _convert(
     options: ConvertOptions,
-    store: Store,
+    store: OutputFolder,
     names: dict[str, str],
     columns: dict[str, str],
     executor: Executor | None,
@@ -150,7 +151,7 @@ def _convert(
 
 
 def _say_what_is_there(
-    store: Store, done: dict[str, Counts], todo: dict[str, str], planned: set[str]
+    store: OutputFolder, done: dict[str, Counts], todo: dict[str, str], planned: set[str]
 ) -> None:
     """Say what a set holds before more is added to it, and what that is."""
     there = _total(done)
@@ -176,7 +177,7 @@ def _is_named(name: str, listing: set[str], complete: dict[str, dict[str, Any]])
     )
 
 
-def _sources(store: Store, listing: set[str], options: ConvertOptions) -> list[str]:
+def _sources(store: OutputFolder, listing: set[str], options: ConvertOptions) -> list[str]:
     """What the user named as inputs, of this run and those before it that were finished."""
     before = store.read_json([DATASET], broken=True)[0] if DATASET in listing else None
     there = before.get("source") if isinstance(before, dict) else None
@@ -188,7 +189,7 @@ def _broken(done: dict[str, Counts]) -> list[str]:
     return sorted(name for name, counts in done.items() if BROKEN_INPUT in counts.skipped)
 
 
-def _write_report(store: Store, done: dict[str, Counts], sources: dict[str, str]) -> None:
+def _write_report(store: OutputFolder, done: dict[str, Counts], sources: dict[str, str]) -> None:
     """Write the report, also where nothing was left out: a reader looks for it."""
     with store.staged() as folder:
         (folder / REPORT).write_text(write_report(done, sources), encoding="utf-8")
@@ -337,7 +338,7 @@ def _check_bad(done: dict[str, Counts], options: ConvertOptions, enough: int) ->
 
 
 def _publish(
-    store: Store, done: dict[str, Counts], columns: dict[str, str], options: ConvertOptions
+    store: OutputFolder, done: dict[str, Counts], columns: dict[str, str], options: ConvertOptions
 ) -> None:
     """Write ``dataset.json`` and the index of these sub-folders, and of those of the held-out split."""
     total = _total(done)
@@ -364,13 +365,13 @@ def _publish(
         (folder / INDEX).write_text(_index(store, "", sorted(done)))
 
 
-def _write_index(store: Store, split: str, names: Sequence[str]) -> None:
+def _write_index(store: OutputFolder, split: str, names: Sequence[str]) -> None:
     index = _index(store, split, names)
     with store.staged(split, replace=False) as folder:
         (folder / INDEX).write_text(index)
 
 
-def _index(store: Store, split: str, names: Sequence[str]) -> str:
+def _index(store: OutputFolder, split: str, names: Sequence[str]) -> str:
     """The index over these sub-folders of a split.
 
     Streaming's merge_index opens a connection for each of them and takes every .json in them for an index.

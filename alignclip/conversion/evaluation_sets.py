@@ -20,10 +20,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from alignclip.conversion.storage import INDEX, Store
 from alignclip.data.image_files import EVALUATION_FORMATS, is_whole
 from alignclip.errors import UserError, check_place, nearest, one_line_errors
 from alignclip.near import did_you_mean
+from alignclip.storage.staging import INDEX, OutputFolder
 
 DATASET = "dataset.json"
 README = "convert/README.md says what to download"
@@ -204,7 +204,7 @@ def missing_files(samples: Sequence[Sample]) -> list[Path]:
     ]
 
 
-def find_complete(store: Store, identity: dict[str, Any]) -> dict[str, Any] | None:
+def find_complete(store: OutputFolder, identity: dict[str, Any]) -> dict[str, Any] | None:
     """The ``dataset.json`` of a complete set in ``store``, None where there is none.
 
     Args:
@@ -236,7 +236,7 @@ def find_complete(store: Store, identity: dict[str, Any]) -> dict[str, Any] | No
 
 
 def write_set(
-    store: Store,
+    store: OutputFolder,
     samples: Sequence[Sample],
     target: tuple[str, str],
     dataset: dict[str, Any],

@@ -15,12 +15,12 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from alignclip.conversion import mds, tables, tars
-from alignclip.conversion.fetch import check_web, fetched
 from alignclip.conversion.samples import IMAGE_EXTENSIONS, PLAIN, Item, Reading
-from alignclip.conversion.storage import INDEX, list_remote
 from alignclip.errors import UserError
 from alignclip.near import did_you_mean
 from alignclip.storage import is_passing
+from alignclip.storage.copies import check_web, fetched
+from alignclip.storage.staging import INDEX, list_remote
 
 # What a folder stands for is decided by the first of these that it holds; img2dataset puts a parquet file beside a tar
 GROUPS = ((".tar", ".tar.gz", ".tgz"), (".parquet",), (".csv", ".tsv"))

@@ -11,11 +11,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from alignclip.conversion.fetch import TEMPORARY, fetched
 from alignclip.conversion.samples import BROKEN_INPUT, Sample, Skipped, pair, pairs
 from alignclip.data.decompression import decompress_to
 from alignclip.data.mds_index import ShardEntry, columns_of, read_shards, stored_file
 from alignclip.errors import UserError, one_line
+from alignclip.storage.copies import TEMPORARY, fetched
 
 COLUMNS = {"key": "str", "image": "bytes", "caption": "str"}  # and how they are stored
 LIST = "json"  # how captions are stored of which an image has several

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from alignclip.conversion.options import ConvertOptions, Counts
-from alignclip.conversion.storage import VAL
+from alignclip.storage.staging import VAL
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = 100_000  # samples: below, the recipe's warm-up and canonical nodes would be most of the run

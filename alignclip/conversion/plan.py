@@ -8,8 +8,8 @@ from typing import Any
 
 from alignclip.conversion.csv_tables import listing as listed
 from alignclip.conversion.options import ConvertOptions
-from alignclip.conversion.storage import COUNTS, INDEX, VAL, Store, shown
 from alignclip.errors import UserError
+from alignclip.storage.staging import COUNTS, INDEX, VAL, OutputFolder, shown
 
 PLAN = "convert.json"  # at the root, written first: what a later run must agree with
 KEPT = {
@@ -23,7 +23,7 @@ KEPT = {
 }  # in a sub-folder's counts.json
 
 
-def check_free(store: Store, listing: set[str], names: Iterable[str]) -> None:
+def check_free(store: OutputFolder, listing: set[str], names: Iterable[str]) -> None:
     """Refuse an output that holds somebody else's files: a set would lie among them, and could replace some.
 
     Args:
@@ -53,7 +53,7 @@ def check_free(store: Store, listing: set[str], names: Iterable[str]) -> None:
 
 
 def begin(
-    store: Store,
+    store: OutputFolder,
     listing: set[str],
     options: ConvertOptions,
     names: dict[str, str],
@@ -111,20 +111,22 @@ def begin(
     return complete
 
 
-def holds_samples(store: Store) -> bool:
+def holds_samples(store: OutputFolder) -> bool:
     """Whether a sub-folder is complete and has samples."""
     listing = store.listing()
     return PLAN in listing and any(map(written_in, _read(store, listing)[1].values()))
 
 
-def planned_inputs(store: Store, listing: set[str]) -> set[str]:
+def planned_inputs(store: OutputFolder, listing: set[str]) -> set[str]:
     """The inputs that a set was begun with, of all runs so far."""
     before = store.read_json([PLAN], broken=True)[0] if PLAN in listing else None
     inputs = before.get("inputs") if isinstance(before, dict) else None
     return set(inputs.values()) if isinstance(inputs, dict) else set()
 
 
-def _read(store: Store, listing: set[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def _read(
+    store: OutputFolder, listing: set[str]
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """The plan, and the counts of the complete sub-folders; one without counts that can be read is as good as none."""
     parts = sorted(
         file.split("/")[0]
@@ -148,7 +150,7 @@ def _read(store: Store, listing: set[str]) -> tuple[dict[str, Any], dict[str, di
 
 
 def _check_inputs(
-    store: Store,
+    store: OutputFolder,
     complete: Mapping[str, dict[str, Any]],
     planned: Mapping[str, str],
     names: Mapping[str, str],
@@ -182,7 +184,10 @@ def _check_inputs(
 
 
 def _write(
-    store: Store, options: ConvertOptions, names: Mapping[str, str], columns: Mapping[str, str]
+    store: OutputFolder,
+    options: ConvertOptions,
+    names: Mapping[str, str],
+    columns: Mapping[str, str],
 ) -> None:
     plan = {**options.fixed(), "columns": dict(columns), "inputs": dict(names)}
     with store.staged() as folder:

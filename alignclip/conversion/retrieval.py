@@ -26,10 +26,10 @@ from alignclip.conversion.evaluation_sets import (
 from alignclip.conversion.image_finder import ImageFinder
 from alignclip.conversion.published import difference
 from alignclip.conversion.retrieval_sets import SOURCES, Annotations, Wanted, read
-from alignclip.conversion.storage import Store
 from alignclip.errors import UserError, nearest
 from alignclip.paths import option
 from alignclip.runtime import console
+from alignclip.storage.staging import OutputFolder
 
 NO_CAPTION = "no caption"
 MISSING = "missing image"
@@ -96,7 +96,7 @@ def convert(options: Options) -> str:
         "skip_missing": options.skip_missing,  # with holes, that is
         **({"annotations": source} if name == "pairs" else {}),
     }
-    store = Store(options.out)
+    store = OutputFolder(options.out)
     if there := find_complete(store, identity):
         return f"{store.out} holds {name} ({split}) already, {there['samples']:,} samples: nothing to do"
     file, folder = (

@@ -30,8 +30,8 @@ from alignclip.conversion.samples import (
     Sample,
     Skipped,
 )
-from alignclip.conversion.storage import COUNTS, VAL, Store
 from alignclip.errors import UserError
+from alignclip.storage.staging import COUNTS, VAL, OutputFolder
 
 if TYPE_CHECKING:
     from streaming import MDSWriter
@@ -137,7 +137,7 @@ def _convert(
     source: str, name: str, columns: dict[str, str], options: ConvertOptions, report: Report
 ) -> Counts:
     counts = Counts()
-    store = Store(options.out)
+    store = OutputFolder(options.out)
     encoder = load_encoder(options.encoder) if options.semantic else None
     with ExitStack() as stack:
         folders = {"": stack.enter_context(store.staged(name))}

@@ -20,13 +20,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from alignclip.conversion.fetch import TEMPORARY, remove_stale_copies
 from alignclip.conversion.options import ConvertOptions, Counts
 from alignclip.conversion.shards import convert_shard
-from alignclip.conversion.storage import Store
 from alignclip.errors import UserError, one_line
 from alignclip.runtime.threads import set_thread_defaults
 from alignclip.storage import patience
+from alignclip.storage.copies import TEMPORARY, remove_stale_copies
+from alignclip.storage.staging import OutputFolder
 
 CONNECT_TIMEOUT = 30  # seconds
 
@@ -193,7 +193,7 @@ def _converting(
     elsewhere = given is not None or options.scheduler
     with (
         at_work as executor,
-        Store(options.out).witness() if elsewhere else nullcontext() as witness,
+        OutputFolder(options.out).witness() if elsewhere else nullcontext() as witness,
     ):
         with _no_interrupts():
             running = {

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from alignclip.config.schema import DataConfig, RunConfig, SetConfig
 from alignclip.data.mds_index import INDEX, ShardEntry, columns_of, read_shards
-from alignclip.errors import UserError, nearest
+from alignclip.errors import UserError, few, nearest
 from alignclip.near import nearest_path
 from alignclip.storage import StorageError, open_file
-from alignclip.storage.fetching import few
 
 if TYPE_CHECKING:
     from alignclip.data.shard_cache import CachedStream

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 from alignclip.config.reading import load_evaluation
 from alignclip.config.schema import EvaluateConfig
-from alignclip.data import early
 from alignclip.errors import UserError, one_line_errors
 from alignclip.evaluation.history import Record, first_before, history_beside, run_folder
 from alignclip.evaluation.report import RESULTS, Report, places, table
 from alignclip.runtime import console, launcher
-from alignclip.storage.whole import check_folder_writable
+from alignclip.storage import check_folder_writable, leaving_nothing
 from alignclip.training.command import read_arguments
+from alignclip.weights import early
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
         settings = load_evaluation(config, overrides)
         known = early.check_evaluation(settings)
         console.loading("PyTorch and Composer")
-        with early.leaving_nothing(settings.out):
+        with leaving_nothing(settings.out):
             failed = run(settings, known)
     if not failed or os.environ.get("LOCAL_RANK", "0") != "0":
         return 0

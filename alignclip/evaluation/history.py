@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
-import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, TypedDict
 from alignclip.errors import UserError
 from alignclip.evaluation.verdict import judge
 from alignclip.storage import describe_storage_error, open_store
-from alignclip.storage.fetching import NAMES, WEIGHT_FILES
+from alignclip.weights.locate import NAMES, WEIGHT_FILES
 
 if TYPE_CHECKING:
     from alignclip.training.save_folder import SaveFolder
@@ -87,16 +85,12 @@ class History:
 
     def _write(self, text: str) -> None:
         assert self.folder is not None
-        folder = Path(tempfile.mkdtemp(prefix="alignclip-"))
         try:
-            (folder / FILE).write_text(text, encoding="utf-8")
-            self.folder.keep_file(folder / FILE, FILE)
+            self.folder.files.write_text(FILE, text)
         except Exception as error:  # of the file system, or any cloud's
             log.warning(
                 f"could not write {self.folder.uri}/{FILE}: {describe_storage_error(error)}"
             )
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def first_before(records: Iterable[Record], batch: int | None) -> dict[str, Record]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from alignclip.errors import UserError, one_line
 from alignclip.evaluation.geometry import pair_cosines, spectrum, unit_pairs, wrong_pairs_cosine
+from alignclip.storage import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -324,10 +325,5 @@ def finish(
     for panel in figure.axes:
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=9)
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with write_whole(Path(path), durable=False) as partial:
         figure.savefig(partial, dpi=DPI, format="png", backend="agg")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

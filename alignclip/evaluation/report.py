@@ -15,7 +15,7 @@ from alignclip.config.schema import EvaluateConfig, EvaluatorConfig
 from alignclip.evaluation.history import Record, numbers
 from alignclip.evaluation.verdict import Verdict, judge
 from alignclip.runtime.environment import versions
-from alignclip.storage.whole import write_text_whole
+from alignclip.storage import write_text_whole
 
 RESULTS = "results.json"
 PLOTS = ("cosines", "embeddings", "spectra", "recall", "classes", "gap")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from alignclip.errors import UserError, one_line
 from alignclip.evaluation.linear_probe import library
-from alignclip.storage.fetching import read_text
+from alignclip.storage import read_text
 
 COLUMNS = ("genre", "filename", "year", "index", "score", "sentence1", "sentence2")
 PAIRS = {"test": 1_379, "dev": 1_500, "train": 5_749}  # of the benchmark's splits, as published

@@ -1,15 +1,34 @@
-"""Folders and object stores alike: read, write, list, delete; what passes, and how to wait; whole files only.
+"""Folders and object stores alike: read, write, list and delete, in whole files, with errors in one line.
 
-Imports of the clouds' libraries take seconds, so nothing here imports them before it needs them.
+A place is a path or a URL.
+
+- One small text file: :func:`read_text`.
+- A folder or a URL with its files: ``store = open_store(place)``, then ``read_bytes``, ``read_text``,
+  ``read_optional`` (None where there is no such file), ``write_text``, ``put``, ``download``,
+  ``names``, ``size``, ``delete`` and ``check_writable`` (:class:`Store`). :func:`open_file` gives
+  the store and the name of a single file.
+- Each of these raises :class:`StorageError`, a :class:`alignclip.errors.UserError` of one line.
+  Its ``why`` is the line without the place. :func:`is_absent`, :func:`is_denied` and
+  :func:`is_full` tell what the error means. :func:`describe_storage_error` puts any library's error
+  into words.
+- To wait while a store is away: ``patiently(lambda: store.put(path, name), store.place)``.
+- A local file that appears whole or not at all: :func:`write_whole`, :func:`write_text_whole`.
+  Nothing else in the package writes beside a file's place and renames.
+- A folder or URL that is filled by complete sub-folders:
+  :class:`alignclip.storage.staging.OutputFolder`.
+- A remote file as a local one for a while: :func:`alignclip.storage.copies.fetched`.
+
+The libraries of object stores take seconds to import. So they are imported where they are used.
 """
 
 from alignclip.storage.endpoint import expect_plain_s3
 from alignclip.storage.patience import PATIENCE, TRAINING_PATIENCE, patiently
-from alignclip.storage.store import Bucket, Folder, Store, open_file, open_store
+from alignclip.storage.store import Bucket, Folder, Store, open_file, open_store, read_text
 from alignclip.storage.trouble import is_absent, is_denied, is_full, is_passing
 from alignclip.storage.whole import (
     check_folder_writable,
     free_bytes,
+    leaving_nothing,
     to_disk,
     why_not_written,
     write_text_whole,
@@ -32,9 +51,11 @@ __all__ = [
     "is_denied",
     "is_full",
     "is_passing",
+    "leaving_nothing",
     "open_file",
     "open_store",
     "patiently",
+    "read_text",
     "to_disk",
     "why_not_written",
     "write_text_whole",

@@ -41,6 +41,16 @@ def open_file(place: str) -> tuple[Store, str]:
     return Folder(str(path.parent)), path.name
 
 
+def read_text(place: str) -> str:
+    """Read a small text file at a path or URL.
+
+    Raises:
+        UserError: the file isn't there, can't be read, or is no text.
+    """
+    store, name = open_file(place)
+    return store.read_text(name)
+
+
 class Store(ABC):
     """Files by their names below a place.
 

@@ -131,6 +131,24 @@ def check_folder_writable(folder: Path) -> None:
         raise StorageError("write", str(folder), why_not_written(error, there / "probe")) from None
 
 
+@contextmanager
+def leaving_nothing(place: str | None) -> Iterator[None]:
+    """Remove the folder ``place`` and its parents that the block has made and left empty, where the block raises.
+
+    Args:
+        place: a folder that need not exist. A URL and None are left alone.
+    """
+    path = Path(place) if place and "://" not in place else None
+    new = [one for one in (path, *path.parents) if not one.exists()] if path else []
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # the first folder that holds something, or was never made
+            for one in new:
+                one.rmdir()
+        raise
+
+
 def to_disk(path: Path) -> None:
     """Have the system write a file or a folder out, where it can."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -12,8 +12,7 @@ from composer.utils import dist
 from torch import Tensor
 
 from alignclip.data.dataset import ImageTextDataset
-from alignclip.errors import NotFiniteError
-from alignclip.storage.fetching import few
+from alignclip.errors import NotFiniteError, few
 from alignclip.training.callbacks import Rotation
 from alignclip.weights.finite import local_part, not_finite, short_name
 

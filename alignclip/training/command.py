@@ -6,10 +6,11 @@ import argparse
 from collections.abc import Sequence
 
 from alignclip.config.reading import load
-from alignclip.data import early
 from alignclip.errors import one_line_errors
 from alignclip.runtime import console, launcher
 from alignclip.runtime.threads import set_thread_defaults
+from alignclip.storage import leaving_nothing
+from alignclip.weights import early
 
 EXAMPLES = """examples:
   composer pretrain.py yamls/alignclip.yaml data.streams.cc12m.remote=s3://my-bucket/cc12m run_name=first
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
         console.loading("PyTorch and Composer")
         from alignclip.training.pretraining import run
 
-        with early.leaving_nothing(early.save_folder(settings)):
+        with leaving_nothing(early.save_folder(settings)):
             return run(settings)
 
 

@@ -11,9 +11,8 @@ from timm.layers import freeze_batch_norm_2d
 from torch import nn
 
 from alignclip.config.schema import StartConfig
-from alignclip.errors import UserError, one_line
+from alignclip.errors import UserError, few, one_line
 from alignclip.model.encoders import CLIP
-from alignclip.storage.fetching import few
 from alignclip.weights.pretrained import Report
 
 

@@ -11,13 +11,13 @@ from torch._dynamo import list_backends
 
 from alignclip.config.checks import CHOICES
 from alignclip.config.schema import RunConfig
-from alignclip.data import early
 from alignclip.data.streams import check_streams
 from alignclip.errors import UserError, nearest, one_line
 from alignclip.storage import StorageError, Store, is_absent, is_denied, open_file
-from alignclip.storage.fetching import BY_NAME, LATEST, WEIGHT_FILES
 from alignclip.training.save_folder import SaveFolder
 from alignclip.training.trackers import check_login
+from alignclip.weights import early
+from alignclip.weights.locate import BY_NAME, LATEST, WEIGHT_FILES
 
 DEVICES = CHOICES["device"]
 

@@ -39,7 +39,6 @@ from alignclip.model.optimization import (
 from alignclip.ranks import agree
 from alignclip.runtime.distributed import join_ranks
 from alignclip.runtime.environment import Start
-from alignclip.storage.fetching import card_beside
 from alignclip.training import composer_patches, plugins, uploads
 from alignclip.training.batch_check import FiniteCheck
 from alignclip.training.best import BestCheckpoint
@@ -66,6 +65,7 @@ from alignclip.training.trainer_arguments import (
 )
 from alignclip.weights.finite import check_weights
 from alignclip.weights.licenses import card_of_run, license_of
+from alignclip.weights.locate import card_beside
 from alignclip.weights.pretrained import load_pretrained
 from alignclip.weights.state_dicts import RUN
 

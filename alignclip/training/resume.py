@@ -16,13 +16,13 @@ from typing import Any
 from composer.utils import dist
 
 from alignclip.config.schema import RunConfig
-from alignclip.errors import UserError
+from alignclip.errors import UserError, few
 from alignclip.ranks import agree, from_rank_zero
-from alignclip.storage.fetching import fetch, few
 from alignclip.training import composer_patches
 from alignclip.training.save_folder import SaveFolder
 from alignclip.weights import checkpoint_file
 from alignclip.weights.checkpoint_file import GONE, UNREADABLE
+from alignclip.weights.locate import fetch
 
 
 @dataclass

@@ -29,8 +29,8 @@ from alignclip.storage import (
     to_disk,
     write_text_whole,
 )
-from alignclip.storage.fetching import CARD
 from alignclip.weights import checkpoint_file
+from alignclip.weights.locate import CARD
 
 CONFIG_FILE = "config.yaml"
 STARTS_FILE = "starts.json"

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from alignclip.conversion.storage import Store
 from alignclip.data.image_files import EVALUATION_FORMATS, TRAINING_FORMATS
 from alignclip.errors import UserError, check_place, one_line_errors
 from alignclip.paths import option
 from alignclip.runtime import console
+from alignclip.storage.staging import OutputFolder
 from alignclip.verification import contact_sheet
 from alignclip.verification.findings import Overview
 from alignclip.verification.index import look
@@ -66,7 +66,7 @@ def verify(options: VerifyOptions) -> tuple[str, bool]:
         UserError: wrong options, no such set, or it can't be reached.
     """
     _check(options)
-    store = Store(options.set.rstrip("/") + (f"/{options.split}" if options.split else ""))
+    store = OutputFolder(options.set.rstrip("/") + (f"/{options.split}" if options.split else ""))
     found = look(store)
     read: Read | None = None
     if not options.fast:
@@ -87,7 +87,7 @@ def verify(options: VerifyOptions) -> tuple[str, bool]:
     return text + _mending(store, found), False
 
 
-def _mending(store: Store, found: Overview) -> str:
+def _mending(store: OutputFolder, found: Overview) -> str:
     """What to do about the problems, where converting again helps."""
     parts = sorted(found.problems.parts - {""})
     # the held-out part of an input is made together with the rest, by whose folder the converter goes
@@ -129,7 +129,7 @@ def _formats(found: Overview) -> tuple[str, ...]:
     return EVALUATION_FORMATS if is_evaluation_set else TRAINING_FORMATS
 
 
-def _read(store: Store, found: Overview, options: VerifyOptions) -> Read:
+def _read(store: OutputFolder, found: Overview, options: VerifyOptions) -> Read:
     """Open all shards; their problems are added to those found before."""
     from alignclip.verification.shards import Read, Rules, read_shards
     from alignclip.verification.whole import add_duplicates, add_outliers
@@ -153,7 +153,7 @@ def _read(store: Store, found: Overview, options: VerifyOptions) -> Read:
     return total
 
 
-def _draw(store: Store, found: Overview, options: VerifyOptions) -> str:
+def _draw(store: OutputFolder, found: Overview, options: VerifyOptions) -> str:
     """Draw samples at even distances, of a few shards at even distances; return where."""
     from alignclip.conversion.evaluation_sets import spread
     from alignclip.verification.shards import samples_at

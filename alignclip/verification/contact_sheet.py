@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from alignclip.errors import UserError, check_place
+from alignclip.storage import StorageError, describe_storage_error, write_whole
 
 # pixels
 BOX = 208  # a picture's longest side
@@ -64,13 +65,11 @@ def save(sheet: Image.Image, path: Path) -> None:
     Raises:
         UserError: the file can't be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        sheet.save(partial, "PNG")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"cannot write --to {path}: {error.strerror or error}") from None
+        with write_whole(path, durable=False) as partial:
+            sheet.save(partial, "PNG")
+    except (OSError, StorageError) as error:
+        raise UserError(f"cannot write --to {path}: {describe_storage_error(error)}") from None
 
 
 def columns(number: int) -> int:

@@ -8,17 +8,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from alignclip.conversion.samples import BROKEN_INPUT
-from alignclip.conversion.storage import COUNTS, VAL, Store
 from alignclip.data.mds_index import INDEX, ShardEntry, listed_shards, stored_file, why_unusable
 from alignclip.errors import UserError, one_line
 from alignclip.near import did_you_mean
+from alignclip.storage.staging import COUNTS, VAL, OutputFolder
 from alignclip.verification.findings import Overview, Problems, folder_of
 
 CONVERTER, DATASET, CLASSES = "convert.json", "dataset.json", "classes.json"
 OURS = {INDEX, COUNTS, CONVERTER, DATASET, CLASSES, "report.md"}  # beside shards
 
 
-def look(store: Store) -> Overview:
+def look(store: OutputFolder) -> Overview:
     """Read the index and hold it against a listing, the sizes of local files, and the converter's counts.
 
     Raises:
@@ -58,7 +58,7 @@ def look(store: Store) -> Overview:
     return found
 
 
-def list_files(store: Store) -> set[str]:
+def list_files(store: OutputFolder) -> set[str]:
     """The names of all files of the set, relative to it.
 
     Raises:
@@ -78,7 +78,7 @@ def _files(entry: ShardEntry) -> list[str]:
     return [file["basename"] for file in (entry["raw_data"], entry["zip_data"]) if file]
 
 
-def _read_listed(store: Store) -> list[Any]:
+def _read_listed(store: OutputFolder) -> list[Any]:
     """Read the ``shards`` of the index, which may be anything."""
     try:
         index = store.read_json([INDEX])[0]
@@ -93,7 +93,7 @@ def _read_listed(store: Store) -> list[Any]:
         raise UserError(f"{store.out}/{INDEX} {error}") from None
 
 
-def _instead(store: Store) -> str:
+def _instead(store: OutputFolder) -> str:
     """The end of the sentence that there is no set: what there is."""
     from alignclip.conversion.inputs import (
         of_one_format,
@@ -125,7 +125,7 @@ def _count(entry: ShardEntry, found: Overview) -> None:
 
 
 def _is_there(
-    entry: ShardEntry, store: Store, listing: set[str] | None, problems: Problems
+    entry: ShardEntry, store: OutputFolder, listing: set[str] | None, problems: Problems
 ) -> bool:
     """Look for the file, without fetching it; a local one has to have its size."""
     name, size = stored_file(entry)["basename"], stored_file(entry)["bytes"]
@@ -170,7 +170,7 @@ def _compare(usable: Sequence[ShardEntry], found: Overview) -> None:
 
 
 def _read_objects(
-    store: Store, names: Sequence[str], problems: Problems
+    store: OutputFolder, names: Sequence[str], problems: Problems
 ) -> dict[str, dict[str, Any]]:
     """The contents of JSON files with an object in them, side by side; those that can't be read are problems."""
     contents: dict[str, Any] = {}
@@ -193,7 +193,7 @@ def _read_objects(
     return contents
 
 
-def _check_counts(store: Store, listing: set[str] | None, found: Overview) -> None:
+def _check_counts(store: OutputFolder, listing: set[str] | None, found: Overview) -> None:
     """Hold ``dataset.json`` and every sub-folder's ``counts.json`` against the index."""
     problems = found.problems
     if listing is None:
@@ -247,7 +247,7 @@ def _check_counts(store: Store, listing: set[str] | None, found: Overview) -> No
     )
 
 
-def _add_up(store: Store, contents: dict[str, dict[str, Any]], found: Overview) -> None:
+def _add_up(store: OutputFolder, contents: dict[str, dict[str, Any]], found: Overview) -> None:
     """Sum the counts of the sub-folders up, each held against the index; name the truncated inputs."""
     problems = found.problems
     found.written = 0
@@ -281,7 +281,7 @@ def _add_up(store: Store, contents: dict[str, dict[str, Any]], found: Overview) 
             problems.add("counts differ", name, f"says {written} written, the index has {indexed}")
 
 
-def _check_held_out(store: Store, listing: set[str] | None, found: Overview) -> None:
+def _check_held_out(store: OutputFolder, listing: set[str] | None, found: Overview) -> None:
     """The split that was held out has to be there, with as many samples."""
     held_out = found.dataset.get("held_out") or found.held_out
     if not isinstance(held_out, int) or not held_out or found.is_held_out:
@@ -310,7 +310,7 @@ def _other_sets(listing: set[str]) -> list[str]:
     return sorted(found - {""})
 
 
-def _find_orphans(store: Store, listing: set[str], found: Overview, named: set[str]) -> None:
+def _find_orphans(store: OutputFolder, listing: set[str], found: Overview, named: set[str]) -> None:
     """Note the files that no index names; a sub-folder's own may name an empty shard that the root's leaves out."""
     orphans = {name for name in listing - named if PurePosixPath(name).name not in OURS}
     indexes = sorted(

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from tqdm import tqdm
 
-from alignclip.conversion.fetch import TEMPORARY
 from alignclip.data.decompression import decompress_to
 from alignclip.data.image_files import is_whole
 from alignclip.data.mds_index import IndexedFile, ShardEntry, stored_file
 from alignclip.errors import UserError, one_line
 from alignclip.storage import Store, describe_storage_error, is_full, open_store, patiently
+from alignclip.storage.copies import TEMPORARY
 from alignclip.verification.findings import Problems
 
 if TYPE_CHECKING:

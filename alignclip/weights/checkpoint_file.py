@@ -19,8 +19,7 @@ from typing import Any, BinaryIO
 import torch
 
 from alignclip.errors import NOT_SAVED, UserError, one_line
-from alignclip.storage.whole import why_not_written, write_whole
-from alignclip.storage.words import StorageError
+from alignclip.storage import StorageError, why_not_written, write_whole
 
 TAG = b"alignclip sha256 "
 DIGITS = 64

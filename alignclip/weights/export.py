@@ -26,14 +26,14 @@ from alignclip.config.checks import VOCABULARY
 from alignclip.config.reading import model_section
 from alignclip.config.schema import ModelConfig
 from alignclip.data.tokenizer import SimpleTokenizer
-from alignclip.errors import UserError, check_place, one_line
+from alignclip.errors import UserError, check_place, few, one_line
 from alignclip.storage import StorageError, Store, check_folder_writable, open_store, patiently
-from alignclip.storage.fetching import CARD, few
 from alignclip.weights import exports
 from alignclip.weights.exports import FORMATS, Encode
 from alignclip.weights.figures import read_figures
 from alignclip.weights.hugging_face import special_tokens
 from alignclip.weights.loading import Loaded, Preprocess, open_model
+from alignclip.weights.locate import CARD
 from alignclip.weights.model_card import choose_license, write_card
 from alignclip.weights.onnx_export import read_onnx, write_onnx
 from alignclip.weights.state_dicts import weights_digest
@@ -215,7 +215,7 @@ def _bucket(url: str) -> Store:
     Raises:
         UserError: it can't be reached or written, or there is something.
     """
-    from alignclip.conversion.storage import list_remote
+    from alignclip.storage.staging import list_remote
 
     bucket = open_store(url)
     try:

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignclip.data import early
 from alignclip.errors import UserError, check_place, one_line_errors
 from alignclip.near import did_you_mean
 from alignclip.paths import option
 from alignclip.runtime import console
+from alignclip.weights import early
 from alignclip.weights.figures import read_figures
 
 # PyTorch is imported where a model is read: that takes seconds, and a wrong place should be told before.

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from alignclip.config.checks import VOCABULARY
 from alignclip.data.tokenizer import SimpleTokenizer
 from alignclip.errors import UserError
-from alignclip.storage.fetching import EXPORT_CONFIG, EXPORT_WEIGHTS, HF_CONFIG, RUN_CONFIG, UNUSED
 from alignclip.weights import hugging_face, release_format
 from alignclip.weights.loading import Loaded, Preprocess, load
+from alignclip.weights.locate import EXPORT_CONFIG, EXPORT_WEIGHTS, HF_CONFIG, RUN_CONFIG, UNUSED
 
 CHECKPOINT, RELEASE = "model.pt", "release.pt"
 SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")  # in transformers

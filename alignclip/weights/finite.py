@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from alignclip.errors import UserError
-from alignclip.storage.fetching import few
+from alignclip.errors import UserError, few
 
 
 def not_finite(tensors: Mapping[str, Any]) -> list[str]:

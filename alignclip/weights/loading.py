@@ -14,10 +14,10 @@ from torch import Tensor
 
 from alignclip.config.schema import ModelConfig
 from alignclip.data.tokenizer import SimpleTokenizer
-from alignclip.errors import UserError, one_line
+from alignclip.errors import UserError, few, one_line
 from alignclip.model.encoders import CLIP, build_encoders
-from alignclip.storage.fetching import CARD, RUN_CONFIG, fetch, few, find_beside
 from alignclip.weights.finite import check_weights
+from alignclip.weights.locate import CARD, RUN_CONFIG, fetch, find_beside
 from alignclip.weights.open_clip_models import named
 from alignclip.weights.reading import Found, find, preprocess_config
 

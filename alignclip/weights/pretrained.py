@@ -31,9 +31,9 @@ from torch import Tensor
 from alignclip.config.schema import ModelConfig
 from alignclip.errors import UserError, nearest, one_line
 from alignclip.model.encoders import CLIP
-from alignclip.storage.fetching import EXPORT_CONFIG, card_beside, fetch
 from alignclip.weights.finite import check_weights
 from alignclip.weights.licenses import forbids_derivatives, license_of
+from alignclip.weights.locate import EXPORT_CONFIG, card_beside, fetch
 from alignclip.weights.open_clip_models import export_settings
 from alignclip.weights.reading import (
     hub_model,

@@ -16,17 +16,16 @@ from torch import Tensor
 
 from alignclip.config.reading import model_section
 from alignclip.config.schema import ModelConfig, SharedConfig
-from alignclip.errors import UserError, one_line
-from alignclip.storage.fetching import (
+from alignclip.errors import UserError, few, one_line
+from alignclip.weights import hugging_face, release_format
+from alignclip.weights.locate import (
     EXPORT_CONFIG,
     HF_CONFIG,
     HF_PREPROCESSOR,
     RUN_CONFIG,
     UNUSED,
-    few,
     find_beside,
 )
-from alignclip.weights import hugging_face, release_format
 from alignclip.weights.open_clip_models import (
     QUICK,
     choices,

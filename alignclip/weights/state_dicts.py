@@ -15,8 +15,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from alignclip.errors import UserError
-from alignclip.storage.fetching import few
+from alignclip.errors import UserError, few
 from alignclip.weights import hugging_face, release_format
 from alignclip.weights.open_clip_models import NO_WEIGHTS
 from alignclip.weights.safe_pickle import Unread

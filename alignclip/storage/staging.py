@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from alignclip import storage
-from alignclip.conversion.fetch import TEMPORARY
 from alignclip.errors import UserError
 from alignclip.storage import StorageError, is_passing, open_store, patiently, to_disk
+from alignclip.storage.copies import TEMPORARY
 
 INDEX = "index.json"
 COUNTS = "counts.json"  # in each sub-folder, beside its index
@@ -64,7 +64,7 @@ def shown(listing: Iterable[str]) -> set[str]:
     return {name for name in listing if not any(part.startswith(".") for part in name.split("/"))}
 
 
-class Store:
+class OutputFolder:
     """The folder ``out``: a local path, or a URL that Streaming can write to."""
 
     def __init__(self, out: str) -> None:
@@ -105,22 +105,6 @@ class Store:
                 yield
             finally:
                 lock.unlink(missing_ok=True)
-
-    @contextmanager
-    def made(self) -> Iterator[None]:
-        """Remove the local folder ``out`` at the end where it is empty and was not there before."""
-        folder = Path(self.out)
-        new = (
-            []
-            if self.is_remote
-            else [path for path in (folder, *folder.parents) if not path.exists()]
-        )
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # the first that holds something
-                for path in new:
-                    path.rmdir()
 
     def clear(self, names: Iterable[str], *files: str) -> None:
         """Remove these sub-folders of a local ``out``, those of its held-out split, and these files."""

@@ -10,8 +10,7 @@ import os
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from alignclip.config.schema import EvaluateConfig, EvaluatorConfig, RunConfig, SetConfig
@@ -32,8 +31,9 @@ from alignclip.storage import (
     is_absent,
     open_file,
     open_store,
+    read_text,
 )
-from alignclip.storage.fetching import (
+from alignclip.weights.locate import (
     LATEST,
     WEIGHT_FILES,
     find_on_disk,
@@ -153,8 +153,8 @@ def check_set(where: str, stream: SetConfig, hint: str = "") -> None:
 def _columns(stream: SetConfig) -> list[dict[str, str]]:
     """The columns that a set's index names, shard by shard; none where it can't be read: that is told later."""
     try:
-        store, name = open_file(_beside(stream, INDEX))
-        found = [columns_of(entry) for entry in listed_shards(json.loads(store.read_text(name)))]
+        text = read_text(_beside(stream, INDEX))
+        found = [columns_of(entry) for entry in listed_shards(json.loads(text))]
     except (UserError, ValueError, KeyError, TypeError, RecursionError):
         return []
     texts = (text for one in found for pair in one.items() for text in pair)
@@ -227,22 +227,6 @@ def save_folder(config: RunConfig) -> str | None:
         return config.save_folder.format(run_name=config.run_name) if config.save_folder else None
     except (KeyError, IndexError, ValueError):
         return None  # told by alignclip.training.save_folder
-
-
-@contextmanager
-def leaving_nothing(place: str | None) -> Iterator[None]:
-    """Remove the folder ``place`` and those above it, where a refused command has made them and they are empty."""
-    path = Path(place) if place and "://" not in place else None
-    missing = [one for one in (path, *path.parents) if not one.exists()] if path else []
-    try:
-        yield
-    except UserError:
-        for one in missing:
-            try:
-                one.rmdir()
-            except OSError:  # it holds something, or was never made
-                break
-        raise
 
 
 def _check_file(

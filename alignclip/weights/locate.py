@@ -7,10 +7,9 @@ afterwards, and so does its model card.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
-from alignclip.errors import UserError, check_place, nearest, one_line
+from alignclip.errors import UserError, check_place, few, nearest, one_line
 from alignclip.near import did_you_mean
 from alignclip.storage import StorageError, is_absent, is_denied, open_file, open_store
 
@@ -117,16 +116,6 @@ def _is_far(place: str) -> bool:
     return "://" in place or place.startswith("hf-hub:")
 
 
-def read_text(url: str) -> str:
-    """A small text file of an object store.
-
-    Raises:
-        UserError: it is not there, can't be read, or is no text.
-    """
-    store, name = open_file(url)
-    return store.read_text(name)
-
-
 def find_beside(file: Path, name: str) -> Path | None:
     """A file beside one of weights, or beside what a link to it points at."""
     return next(
@@ -151,12 +140,6 @@ def card_beside(place: str) -> str | None:
             return None
         raise
     return None if card is None else card.decode("utf-8", errors="replace")
-
-
-def few(names: Iterable[str]) -> str:
-    """The first three of many names, and how many more there are."""
-    first = list(names)
-    return ", ".join(first[:3]) + (f" and {len(first) - 3} more" if len(first) > 3 else "")
 
 
 def is_unreachable(error: StorageError) -> bool:

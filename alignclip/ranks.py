@@ -1,73 +1,150 @@
-"""What the ranks tell one another: features, and whether all of them can go on."""
+"""The ranks of a run: who they are, and every way in which they wait for one another.
+
+All functions but the first three are collective: call them on every rank, in the same order.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from alignclip.errors import UserError
+from alignclip.errors import UserError, one_line
 
 T = TypeVar("T")
 
 
-def world() -> int:
-    """How many ranks there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    """Return the number of ranks of a group, or of the run; 1 before the ranks have met."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
-def rank() -> int:
-    """Which one this is."""
-    return dist.get_rank() if dist.is_initialized() else 0
+def rank(group: dist.ProcessGroup | None = None) -> int:
+    """Return this process's number in a group, or in the run; 0 before the ranks have met."""
+    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
+
+
+def local_rank() -> int:
+    """Return this process's number on its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if world_size() > 1 else 0
 
 
 def gather(share: Tensor) -> Tensor:
-    """[n, d] on each rank → [ranks, n, d] on all."""
-    if world() == 1:
+    """Gather ``[n, d]`` of each rank to ``[ranks, n, d]`` on all ranks; no gradient."""
+    if world_size() == 1:
         return share[None]
-    shares = [torch.empty_like(share) for _ in range(world())]
+    shares = [torch.empty_like(share) for _ in range(world_size())]
     dist.all_gather(shares, share.contiguous())
     return torch.stack(shares)
 
 
-def gather_objects(share: list[Any]) -> list[Any]:
-    """The ranks' lists, one behind the other."""
-    if world() == 1:
+def gather_objects(share: list[T]) -> list[T]:
+    """Join the lists of all ranks, in the order of the ranks."""
+    if world_size() == 1:
         return share
-    shares: list[list[Any]] = [[]] * world()
+    shares: list[list[T]] = [[]] * world_size()
     dist.all_gather_object(shares, share)
     return [item for one in shares for item in one]
 
 
-def agree(error: UserError | None) -> None:
-    """Go on together, or not at all: what one rank can't do, the others must not wait for.
+def true_on_any_rank(flags: Tensor) -> list[bool]:
+    """Say which of the ``[n]`` flags are true on at least one rank.
+
+    Args:
+        flags: on the device that the ranks communicate through.
+    """
+    flags = flags.to(torch.int32)
+    if world_size() > 1:
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return [bool(flag) for flag in flags.tolist()]
+
+
+def raise_on_all_ranks(error: Exception | None) -> None:
+    """Raise an error of one rank on all ranks: the others must not wait for a rank that has ended.
+
+    Args:
+        error: of this rank, or None.
 
     Raises:
-        UserError: the error of the first rank that has one, on all of them.
+        Exception: ``error`` itself, where this rank has one.
+        UserError: the error of the first rank that has one, on the ranks that have none. Where that
+            is another exception than UserError, its name and first line.
     """
-    errors = [one for one in gather_objects([error]) if one is not None]
+    shared = error
+    if error is not None and not isinstance(error, UserError):
+        shared = UserError(f"rank {rank()}: {type(error).__name__}: {one_line(error)}")
+    errors = [one for one in gather_objects([shared]) if one is not None]
+    if error is not None:
+        raise error
     if errors:
         raise errors[0]
 
 
-def from_rank_zero(action: Callable[[], T]) -> T:
+@contextmanager
+def errors_on_all_ranks() -> Iterator[None]:
+    """Run a block on every rank; an exception in one rank's block is raised on all ranks.
+
+    Raises:
+        UserError: see :func:`raise_on_all_ranks`.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    raise_on_all_ranks(failure)
+
+
+def run_on_rank_zero(action: Callable[[], T]) -> T:
     """Run ``action`` on rank 0, and return its result on every rank.
 
     Raises:
-        UserError: the error of rank 0, on every rank.
+        UserError: see :func:`raise_on_all_ranks`.
     """
-    found: list[Any] = [None]
-    failure: UserError | None = None
-    if rank() == 0:
-        try:
-            found = [action()]
-        except UserError as error:
-            failure = error
-    agree(failure)
-    if world() > 1:
-        dist.broadcast_object_list(found)
-    result: T = found[0]
+    results: list[Any] = [None]
+    with errors_on_all_ranks():
+        if rank() == 0:
+            results = [action()]
+    if world_size() > 1:
+        dist.broadcast_object_list(results)
+    result: T = results[0]
     return result
+
+
+def run_once_per_machine(action: Callable[[], T]) -> T:
+    """Run ``action`` on each machine's first rank, and return the result to all ranks of it.
+
+    Raises:
+        UserError: see :func:`raise_on_all_ranks`.
+    """
+    result: list[Any] = [None]
+    with errors_on_all_ranks():
+        if local_rank() == 0:
+            result = [action()]
+    found: T = gather_objects(result)[rank() - local_rank()]
+    return found
+
+
+def local_rank_zero_first(action: Callable[[], T]) -> T:
+    """Run ``action`` on each machine's first rank, then on the others, which find its downloads.
+
+    Raises:
+        UserError: see :func:`raise_on_all_ranks`.
+    """
+    results: list[T] = []
+    for is_first in (True, False):
+        with errors_on_all_ranks():
+            if (local_rank() == 0) == is_first:
+                results.append(action())
+    return results[0]
+
+
+def wait_for_all_ranks() -> None:
+    """Return once every rank has come here."""
+    if world_size() > 1:
+        dist.barrier()

@@ -179,7 +179,7 @@ def test_training_looks_before_its_first_batch(
         global_train_batch_size=32,
     )
     monkeypatch.setattr(room, "free_bytes", lambda: 2**24)
-    monkeypatch.setattr(pretraining, "in_turn", lambda action: action())
+    monkeypatch.setattr(pretraining, "local_rank_zero_first", lambda action: action())
     monkeypatch.setattr(pretraining.dist, "barrier", lambda: None)
     with pytest.raises(UserError, match=r"/dev/shm has 17 MB free on this machine"):
         pretraining.build_data(config, DeviceCPU())

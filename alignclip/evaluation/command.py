@@ -82,7 +82,7 @@ def run(config: EvaluateConfig, known: Mapping[str, str] | None = None) -> dict[
 
     from alignclip.data import shared_memory
     from alignclip.evaluation.encoding import Encoder
-    from alignclip.ranks import agree, gather_objects
+    from alignclip.ranks import gather_objects, raise_on_all_ranks
     from alignclip.runtime.distributed import join_ranks
     from alignclip.training.preflight import choose_device
     from alignclip.training.trainer_arguments import autocast_dtype
@@ -95,7 +95,7 @@ def run(config: EvaluateConfig, known: Mapping[str, str] | None = None) -> dict[
         shared_memory.remove_stale()
     dist.barrier()
     first = dist.get_global_rank() == 0
-    agree(_unwritable(config.out) if first else None)
+    raise_on_all_ranks(_unwritable(config.out) if first else None)
     # all of them first: one that is not there should not be found out after hours with the others
     loaded = {name: open_encoders(place) for name, place in places(config).items()}
     models = {name: found.model for name, found in loaded.items()}
@@ -121,7 +121,7 @@ def run(config: EvaluateConfig, known: Mapping[str, str] | None = None) -> dict[
                 pairs[f"{name} · {evaluator.name}"] = (result.pairs[0].cpu(), result.pairs[1].cpu())
             report.add(name, evaluator.name, result.metrics, result.chance, result.note)
         model.cpu()
-    agree(_nothing(report) if first else None)
+    raise_on_all_ranks(_nothing(report) if first else None)
     if first:
         print(f"\n{table(report)}\n")
         finish(report, pairs)
@@ -171,7 +171,7 @@ def _told(failed: dict[str, str], name: str, checkpoint: str | None = None) -> I
 
     ``checkpoint``: which of several it could not be run on.
     """
-    from alignclip.ranks import agree, rank
+    from alignclip.ranks import raise_on_all_ranks, rank
 
     failure = None
     try:
@@ -179,7 +179,7 @@ def _told(failed: dict[str, str], name: str, checkpoint: str | None = None) -> I
     except UserError as error:
         failure = error
     try:
-        agree(failure)
+        raise_on_all_ranks(failure)
     except UserError as error:
         what = f"{checkpoint} · {name}" if checkpoint else name
         failed[what] = early.without_name(name, str(error))

@@ -24,7 +24,7 @@ from alignclip.data.tokenizer import SimpleTokenizer
 from alignclip.data.transforms import normalize
 from alignclip.errors import UserError, one_line
 from alignclip.model.encoders import CLIP
-from alignclip.ranks import agree, gather, gather_objects, rank, world
+from alignclip.ranks import gather, gather_objects, raise_on_all_ranks, rank, world_size
 
 
 class Interrupted(Exception):
@@ -91,7 +91,7 @@ class Encoder:
         num_workers = min(
             num_workers, os.cpu_count() or 1
         )  # more only wait for one another, and PyTorch warns of them
-        share = -(-count // world())
+        share = -(-count // world_size())
         mine = [min(i, count - 1) for i in range(rank() * share, (rank() + 1) * share)]
         batch = batch_bytes(min(self.batch_size, share), self.image_size)
         num_workers = affordable_workers(num_workers, batch, -(-share // self.batch_size))
@@ -147,8 +147,8 @@ class Encoder:
         # longest first, so that a batch that is too large fails at once
         order = tokens.argmax(-1).argsort(descending=True, stable=True)
         # dealt out like cards, so that every rank has as much to compute
-        share = -(-len(texts) // world())
-        mine = order[[min(i * world() + rank(), len(texts) - 1) for i in range(share)]]
+        share = -(-len(texts) // world_size())
+        mine = order[[min(i * world_size() + rank(), len(texts) - 1) for i in range(share)]]
         batches = tokens[mine].split(self.batch_size)
 
         def encode(tokens: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ class Encoder:
                         parts.clear()
         finally:
             self.model.train(was_training)
-        agree(failure)
+        raise_on_all_ranks(failure)
         return torch.cat(parts)
 
 

@@ -14,7 +14,7 @@ from alignclip.data.dataset import ReleasingDataset
 from alignclip.data.streams import cached_stream, check_task_columns, local_folder, read_index
 from alignclip.data.transforms import center_crop
 from alignclip.errors import UserError, one_line
-from alignclip.ranks import agree
+from alignclip.ranks import raise_on_all_ranks
 from alignclip.storage import StorageError, describe_storage_error, open_file
 
 CLASSES = "classes.json"  # class names and templates, beside the index
@@ -44,7 +44,7 @@ class OpenSets:
             hashes = [name for shard in shards[:1] for name in shard["hashes"]]
         except UserError as error:
             failure = error
-        agree(failure)  # the ranks open a set together
+        raise_on_all_ranks(failure)  # the ranks open a set together
         try:
             # whichever hash it was written with is checked
             checked = HASH if HASH in hashes else next(iter(hashes), None)
@@ -59,7 +59,7 @@ class OpenSets:
             )
         except Exception as error:  # of the file system, or any cloud's
             failure = UserError(f"the set {remote or local}: {describe_storage_error(error)}")
-        agree(failure)
+        raise_on_all_ranks(failure)
         for one in dataset.streams:  # forked workers must not share the connection
             if one._downloader is not None:
                 one._downloader.clean_up()
@@ -100,7 +100,7 @@ class EvaluationSet(Dataset[tuple[Tensor, Any]]):
         """
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             self._dataset.release()
-        agree(None)  # nobody reads before that
+        raise_on_all_ranks(None)  # nobody reads before that
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         try:

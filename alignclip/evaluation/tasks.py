@@ -25,9 +25,9 @@ from alignclip.evaluation.shift import max_softmax, out_of_distribution
 from alignclip.evaluation.sts import read_sts, similarity, split_note, unique
 from alignclip.evaluation.verdict import Verdict, judge
 from alignclip.evaluation.zero_shot import accuracy, build_classifier
-from alignclip.losses import full_precision
+from alignclip.losses.precision import full_precision
 from alignclip.model.encoders import CLIP
-from alignclip.ranks import agree
+from alignclip.ranks import raise_on_all_ranks
 
 Metrics = dict[str, float]
 
@@ -110,7 +110,7 @@ class Evaluator:
             raise
         except Exception as error:  # of any of the libraries: hours of training or of other evaluations are at stake
             failure = UserError(f"{type(error).__name__}: {one_line(error)}")
-        agree(failure)
+        raise_on_all_ranks(failure)
         assert result is not None
         return result
 

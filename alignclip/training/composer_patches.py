@@ -17,7 +17,7 @@ from composer.core.engine import Engine
 from composer.utils import checkpoint, dist
 
 from alignclip.errors import UserError
-from alignclip.ranks import agree
+from alignclip.ranks import raise_on_all_ranks
 from alignclip.weights.checkpoint_file import save
 from alignclip.weights.safe_read import read_pickled
 
@@ -59,7 +59,7 @@ def save_checkpoint(*args: Any, **options: Any) -> str | None:
     except AssertionError:  # Composer looks for the file
         if not _failures:
             raise
-    agree(_failures[0] if _failures else None)
+    raise_on_all_ranks(_failures[0] if _failures else None)
     return path
 
 
@@ -104,7 +104,7 @@ def load_checkpoint_file(
             _contents[path] = read_checkpoint(Path(path), places.get(path, path))
         except UserError as error:
             failure = error
-    agree(failure)
+    raise_on_all_ranks(failure)
     return _composers_load(composer_states_filepath, map_location, load_monolith_rank0_only)
 
 

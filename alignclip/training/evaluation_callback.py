@@ -22,7 +22,7 @@ from alignclip.evaluation.history import History
 from alignclip.evaluation.sets import OpenSets
 from alignclip.evaluation.tasks import Evaluator, Metrics
 from alignclip.model.encoders import CLIP
-from alignclip.ranks import agree
+from alignclip.ranks import raise_on_all_ranks
 from alignclip.training.best import BestCheckpoint
 from alignclip.training.callbacks import StopOnSignal
 from alignclip.training.display import say
@@ -75,7 +75,7 @@ class EvaluationCallback(Callback):
                 UserError
             ) as error:  # a file that is missing on one machine is everybody's trouble
                 failure = error
-            agree(failure)
+            raise_on_all_ranks(failure)
             if evaluator.note and dist.get_global_rank() == 0:
                 say(f"evaluators.{name}: {evaluator.note}")
             is_due = create_interval_scheduler(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import signal
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from composer import Trainer
@@ -36,7 +35,7 @@ from alignclip.model.optimization import (
     restore_settings,
     settings_of,
 )
-from alignclip.ranks import agree
+from alignclip.ranks import errors_on_all_ranks, local_rank_zero_first, run_on_rank_zero
 from alignclip.runtime.distributed import join_ranks
 from alignclip.runtime.environment import Start
 from alignclip.training import composer_patches, plugins, uploads
@@ -69,7 +68,6 @@ from alignclip.weights.locate import card_beside
 from alignclip.weights.pretrained import load_pretrained
 from alignclip.weights.state_dicts import RUN
 
-T = TypeVar("T")
 STOPPED = 128 + signal.SIGTERM  # exit status of a run that a signal ended early
 
 
@@ -88,7 +86,7 @@ def run(config: RunConfig) -> int:
     join_ranks(device, config.dist_timeout)
     check_parallelism(config, device)
     folder = SaveFolder(config) if config.save_folder else None
-    on_rank_zero(lambda: check_inputs(config, folder))
+    run_on_rank_zero(lambda: check_inputs(config, folder))
     # From here on SIGTERM and Ctrl-C mean: save, then stop.
     stop = StopOnSignal() if folder is not None else None
     trainer = build_trainer(config, device, folder, [stop] if stop else [])
@@ -102,7 +100,7 @@ def run(config: RunConfig) -> int:
         print_once(f"run '{config.run_name}' is finished: {batch} of {total} batches are trained")
         return 0
     if folder is not None:
-        on_rank_zero(lambda: write_record(folder, trainer))
+        run_on_rank_zero(lambda: write_record(folder, trainer))
     print_once(describe(config, trainer, folder))
     try:
         with shared_memory_room.bus_errors_explained():
@@ -156,25 +154,6 @@ def write_record(folder: SaveFolder, trainer: Trainer) -> None:
     )
     folder.add_start(Start(trainer.state.timestamp.batch.value, dist.get_world_size(), device))
     folder.write_config()
-
-
-def on_rank_zero(action: Callable[[], None]) -> None:
-    """Run ``action`` on rank 0; an error there is everybody's error."""
-    errors: list[str | None] = [None]
-    if dist.get_global_rank() == 0:
-        try:
-            action()
-        except Exception as error:
-            errors = [
-                str(error)
-                if isinstance(error, UserError)
-                else f"rank 0: {type(error).__name__}: {error}"
-            ]
-            dist.broadcast_object_list(errors)  # or the others would wait for ever
-            raise
-    dist.broadcast_object_list(errors)
-    if errors[0] is not None:
-        raise UserError(errors[0])
 
 
 def build_trainer(
@@ -261,13 +240,9 @@ def check_loaded(trainer: Trainer, origin: Origin) -> None:
     moments = {
         f"{name} ({i})": value for i, values in enumerate(steps) for name, value in values.items()
     }
-    failure: UserError | None = None
-    try:
+    with errors_on_all_ranks():
         check_weights(dict(state.model.named_parameters()), what, way_out)
         check_weights(moments, f"the optimizer's state in {what}", way_out)
-    except UserError as error:
-        failure = error
-    agree(failure)
 
 
 def say_jump(trainer: Trainer, before: float, now: float) -> None:
@@ -298,7 +273,7 @@ def build_data(config: RunConfig, device: Device) -> StreamingDataLoader:
         TypeError,
     ) as error:  # of StreamingDataset, about its own arguments
         raise UserError(f"data: {one_line(error)}") from error
-    in_turn(lambda: check_shared_memory(config, dataset))
+    local_rank_zero_first(lambda: check_shared_memory(config, dataset))
     return build_dataloader(
         dataset, config.data, pin_memory=config.data.pin_memory and device.name == "gpu"
     )
@@ -324,7 +299,7 @@ def check_shared_memory(config: RunConfig, dataset: ImageTextDataset) -> None:
 
 def build_model(config: RunConfig, device: Device) -> AlignCLIPModel:
     """Encoders and loss of a configuration, as a ComposerModel."""
-    loss = AlignCLIPLoss(**dataclasses.asdict(config.loss))
+    loss = AlignCLIPLoss(**vars(config.loss))
     cpu_bf16 = device.name == "cpu" and config.precision == Precision.AMP_BF16.value
     return AlignCLIPModel(
         build_encoders(config.model), loss, config.model.encode_chunk_size, cpu_bf16
@@ -339,12 +314,14 @@ def prepare(config: RunConfig, encoders: CLIP, folder: SaveFolder | None, origin
     report = None
     if config.pretrained and not origin.goes_on:
         place, shared_from = config.pretrained, config.pretrained_shared_from
-        report = in_turn(lambda: load_pretrained(encoders, place, shared_from, config.model))
+        report = local_rank_zero_first(
+            lambda: load_pretrained(encoders, place, shared_from, config.model)
+        )
         print_once(report.text)
-        on_rank_zero(lambda: carry_license(config, folder, place, report.license))
+        run_on_rank_zero(lambda: carry_license(config, folder, place, report.license))
     if config.load_path and not origin.goes_on:
         place = config.load_path
-        on_rank_zero(
+        run_on_rank_zero(
             lambda: carry_license(config, folder, place, license_of(card_beside(place), RUN))
         )
     lock_towers(encoders, config, report)
@@ -356,33 +333,6 @@ def carry_license(
     """Leave the licence of what a run starts from beside its checkpoints, where exports find it."""
     if folder is not None and license:
         folder.write_card(card_of_run(config.run_name, license, place))
-
-
-def in_turn(action: Callable[[], T]) -> T:
-    """Run ``action`` on every rank, first on each machine's first one, whose download the others find.
-
-    Raises:
-        UserError: of this rank or another one: none goes on alone, and waits for the others for ever.
-    """
-    results: list[T] = []
-    for first in (True, False):
-        error: Exception | None = None
-        if (dist.get_local_rank() == 0) == first:
-            try:
-                results.append(action())
-            except Exception as raised:
-                error = raised
-        said = (
-            str(error)
-            if isinstance(error, UserError)
-            else error and f"{type(error).__name__}: {one_line(error)}"
-        )
-        everybodys = dist.all_gather_object(said)
-        if error is not None:
-            raise error
-        if other := next((said for said in everybodys if said), None):
-            raise UserError(str(other))
-    return results[0]
 
 
 def build_scheduler(

@@ -17,7 +17,7 @@ from composer.utils import dist
 
 from alignclip.config.schema import RunConfig
 from alignclip.errors import UserError, few
-from alignclip.ranks import agree, from_rank_zero
+from alignclip.ranks import raise_on_all_ranks, run_on_rank_zero
 from alignclip.training import composer_patches
 from alignclip.training.save_folder import SaveFolder
 from alignclip.weights import checkpoint_file
@@ -122,7 +122,7 @@ def choose(folder: SaveFolder, download: Path) -> str | None:
 def _own(folder: SaveFolder, downloads: Path) -> Origin | None:
     """The run's own checkpoint, if there is one; rank 0 chooses it, and the other machines get the same."""
     download = downloads / "checkpoint.pt"
-    name = from_rank_zero(lambda: choose(folder, download))
+    name = run_on_rank_zero(lambda: choose(folder, download))
     if name is None:
         return None
 
@@ -164,7 +164,7 @@ def _on_each_machine(get: Callable[[], Path]) -> Path:
             path = get()
         except UserError as error:
             failure = error
-    agree(failure)
+    raise_on_all_ranks(failure)
     found = dist.all_gather_object(path)[dist.get_global_rank() - dist.get_local_rank()]
     assert found is not None
     return found

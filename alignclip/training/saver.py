@@ -14,7 +14,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from alignclip.errors import UserError, one_line
-from alignclip.ranks import agree
+from alignclip.ranks import raise_on_all_ranks
 from alignclip.storage import why_not_written
 from alignclip.training.save_folder import SaveFolder
 from alignclip.weights.checkpoint_file import GOES_ON, NotSavedError
@@ -83,7 +83,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         except OSError as error:  # of the small files beside the checkpoint
             self._failure = self._not_saved(error)
         try:
-            agree(self._failure)
+            raise_on_all_ranks(self._failure)
         except UserError:
             self.symlink_upload_tasks = pointers  # `latest` follows what was saved before
             raise

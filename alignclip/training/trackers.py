@@ -21,7 +21,7 @@ from composer.utils import dist
 
 from alignclip.config.schema import RunConfig
 from alignclip.errors import UserError, one_line
-from alignclip.ranks import agree, from_rank_zero
+from alignclip.ranks import raise_on_all_ranks, run_on_rank_zero
 from alignclip.storage import write_whole
 from alignclip.training.save_folder import SaveFolder
 
@@ -63,7 +63,7 @@ def with_wandb_id(config: RunConfig, folder: SaveFolder | None) -> RunConfig:
     if folder is None or "WandBLogger" not in config.loggers:
         return config
     own = folder
-    found = from_rank_zero(lambda: _wandb_id(config, own))
+    found = run_on_rank_zero(lambda: _wandb_id(config, own))
     arguments = dict(config.loggers["WandBLogger"] or {})
     given = dict(arguments.get("init_kwargs") or {})
     if "id" not in given and "WANDB_RUN_ID" not in os.environ:
@@ -111,7 +111,7 @@ class WandBLogger(loggers.WandBLogger):
         except (wandb.errors.Error, wandb.errors.UsageError) as error:
             way_out = "WANDB_MODE=offline keeps the logs here"
             failure = UserError(f"loggers.WandBLogger: {one_line(error)}; {way_out}")
-        agree(failure)
+        raise_on_all_ranks(failure)
         if self._enabled and wandb.run is not None and (place := getattr(wandb.run, "dir", None)):
             self._mark = Path(place).parents[1] / f"{wandb.run.id}.logged.json"
             try:

@@ -35,7 +35,7 @@ from types import ModuleType
 from alignclip.errors import UserError, nearest
 
 # the name in a YAML → the module
-LOSS_TERMS: dict[str, str] = {}
+LOSS_TERMS: dict[str, str] = {"cyclip": "alignclip.losses.cyclip"}
 TASKS: dict[str, str] = {}
 
 

@@ -15,6 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from alignclip.config.setting import setting
+
 if TYPE_CHECKING:  # torch is imported with the first loss, and not with the settings
     from torch import Tensor
 
@@ -25,8 +27,8 @@ if TYPE_CHECKING:  # torch is imported with the first loss, and not with the set
 class Settings:
     """in_modal · L_in_modal + cross_modal · L_cross_modal, added to the loss."""
 
-    in_modal: float = 0.25  # weight of (image–image similarity − text–text similarity)²
-    cross_modal: float = 0.25  # weight of (similarity of image i, text j − of image j, text i)²
+    in_modal: float = setting(0.25, at_least=0)  # of L_in_modal
+    cross_modal: float = setting(0.25, at_least=0)  # of L_cross_modal
 
 
 def compute(features: GlobalFeatures, settings: Settings) -> Tensor:

@@ -163,7 +163,7 @@ def test_published_recipe() -> None:
         16,
     )
     assert (model.text_cfg.width, model.text_cfg.heads, model.text_cfg.layers) == (768, 12, 12)
-    assert alignclip.data.dataset.scale == [0.9, 1.0]
+    assert alignclip.data.scale == [0.9, 1.0]
     for name in ("clip", "sharedclip"):
         other = load(next(p for p in YAMLS if p.stem == name))
         assert other.optimizer.eps == 1e-6

@@ -18,7 +18,7 @@ from streaming.base.compression import compress
 
 from alignclip.config.schema import DataConfig, SetConfig, StreamConfig
 from alignclip.data.dataset import ImageTextDataset, build_dataloader
-from alignclip.data.decompression import decompress_to
+from alignclip.data.mds_reader import decompress_to
 from alignclip.data.shard_cache import NOTE
 from alignclip.data.streams import check_streams
 from alignclip.errors import UserError

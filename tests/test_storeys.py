@@ -33,7 +33,6 @@ STREAMING = ("alignclip/data/", "alignclip/conversion/mds_writer.py", "alignclip
 NOT_YET: set[tuple[str, str]] = {
     ("alignclip.conversion.dataset", "streaming"),
     ("alignclip.conversion.evaluation_sets", "streaming"),
-    ("alignclip.conversion.mds", "streaming"),
     ("alignclip.conversion.plan", "streaming"),
     ("alignclip.conversion.shards", "streaming"),
     ("alignclip.evaluation.command", "composer"),
@@ -43,7 +42,6 @@ NOT_YET: set[tuple[str, str]] = {
     ("alignclip.training.pretraining", "streaming"),
     ("alignclip.verification.command", "conversion"),
     ("alignclip.verification.index", "conversion"),
-    ("alignclip.verification.shards", "streaming"),
 }
 
 

@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from alignclip.conversion.samples import BROKEN_INPUT, Sample, Skipped, pair, pairs
-from alignclip.data.decompression import decompress_to
 from alignclip.data.mds_index import ShardEntry, columns_of, read_shards, stored_file
+from alignclip.data.mds_reader import open_shard
 from alignclip.errors import UserError, one_line
 from alignclip.storage.copies import TEMPORARY, fetched
 
@@ -98,37 +97,12 @@ def opened_mds(index: str, name: str) -> Iterator[tuple[Path, Iterator[Sample | 
 def _read(path: Path, shard: Shard, folder: Path) -> Iterator[Sample | Skipped]:
     several = shard.columns["caption"] == LIST
     try:
-        for row in _rows(path, shard, folder):
+        for row in open_shard(shard.entry, path, folder):
             yield (pairs if several else pair)(row["key"], row["image"], row["caption"])
-    except (
-        Exception
-    ) as error:  # Streaming and the decompressors check little, and raise nearly anything
+    except Exception as error:  # Streaming raises nearly anything on broken samples
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's trouble, not the shard's
         yield Skipped("", BROKEN_INPUT, f"{type(error).__name__}: {one_line(error)}")
-
-
-def _rows(path: Path, shard: Shard, folder: Path) -> Iterator[dict[str, Any]]:
-    from streaming.base.format import reader_from_json
-    from streaming.base.hashing import get_hash
-
-    for algorithm, expected in stored_file(shard.entry)["hashes"].items():
-        if get_hash(algorithm, path.read_bytes()) != expected:
-            raise ValueError(f"its {algorithm} differs from the index's")
-    if shard.entry["compression"]:
-        data = decompress_to(shard.size, shard.entry["compression"], path.read_bytes())
-        path = folder / "shard.mds"
-        path.write_bytes(data)
-    if (size := path.stat().st_size) != shard.size:
-        raise ValueError(f"{size:,} bytes instead of {shard.size:,}")
-    plain = {
-        "raw_data": shard.entry["raw_data"] | {"basename": path.name},
-        "zip_data": None,
-        "compression": None,
-    }
-    reader = reader_from_json(str(path.parent), "", {**shard.entry, **plain})
-    for i in range(shard.entry["samples"]):
-        yield reader[i]
 
 
 def _shards(path: Path, index: str) -> list[Shard]:

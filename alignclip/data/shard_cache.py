@@ -25,8 +25,8 @@ from streaming.base.format.mds import MDSReader
 from streaming.base.hashing import get_hash
 from streaming.base.world import World
 
-from alignclip.data.decompression import decompress_to
 from alignclip.data.mds_index import INDEX, read_shards
+from alignclip.data.mds_reader import decompress_to
 
 NOTE = ".alignclip-cache"  # a line of JSON for each file: name, time of change in ns, bytes
 _reading = threading.Lock()  # of notes: Streaming's threads ask at the same time

@@ -16,21 +16,21 @@ from functools import lru_cache
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
-from alignclip.data.decompression import decompress_to
 from alignclip.data.image_files import is_whole
-from alignclip.data.mds_index import IndexedFile, ShardEntry, stored_file
+from alignclip.data.mds_index import ShardEntry, stored_file
+from alignclip.data.mds_reader import DamagedShard, open_shard
 from alignclip.errors import UserError, one_line
 from alignclip.storage import Store, describe_storage_error, is_full, open_store, patiently
 from alignclip.storage.copies import TEMPORARY
 from alignclip.verification.findings import Problems
 
 if TYPE_CHECKING:
-    from streaming.base.format.mds import MDSReader
+    from alignclip.data.mds_reader import MDSReader
 
 UNREADABLE = 0  # instead of the hash of a key
 SHARDS_A_PROCESS = 8  # at least: starting one takes as long as checking a few shards
@@ -84,7 +84,7 @@ def check_shard(entry: ShardEntry, rules: Rules) -> Read:
     """Fetch the shard of an index entry, compare its hashes and read every sample."""
     read = Read()
     with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
-        reader = open_shard(entry, rules.place, Path(folder), read.problems)
+        reader = open_fetched(entry, rules.place, Path(folder), read.problems)
         if reader is not None:
             file, keys = stored_file(entry)["basename"], np.empty(reader.samples, np.uint64)
             norms: list[np.ndarray] = []  # of each sample's embeddings
@@ -113,49 +113,27 @@ def check_shard(entry: ShardEntry, rules: Rules) -> Read:
     return read
 
 
-def open_shard(entry: ShardEntry, place: str, folder: Path, problems: Problems) -> MDSReader | None:
+def open_fetched(
+    entry: ShardEntry, place: str, folder: Path, problems: Problems
+) -> MDSReader | None:
     """A reader of a shard that is what the index says, fetched and decompressed into ``folder`` where need be.
 
     Raises:
         UserError: there is no space for the copy.
     """
-    from streaming.base.format import reader_from_json
-
-    stored = stored_file(entry)
-    file, path = stored["basename"], Path(place, stored["basename"])
+    file = stored_file(entry)["basename"]
+    path = Path(place, file)
     try:
         if "://" in place:
             path = folder / "stored"
             patiently(lambda: _bucket(place).download(file, path), place)
-        data = path.read_bytes()
+        return open_shard(entry, path, folder)
+    except DamagedShard as error:
+        problems.add(error.kind, file, str(error))
     except Exception as error:  # every provider has its own
         _check_space(error)
         problems.add("can't be fetched", file, f"can't be fetched: {describe_storage_error(error)}")
-        return None
-    if not _is_as_indexed(data, stored, file, problems):
-        return None
-    if entry["zip_data"]:
-        try:
-            data = decompress_to(entry["raw_data"]["bytes"], str(entry["compression"]), data)
-        except ValueError as error:
-            problems.add("can't be decompressed", file, one_line(error))
-            return None
-        if not _is_as_indexed(data, entry["raw_data"], file, problems):
-            return None
-        path = folder / "raw"
-        try:
-            path.write_bytes(data)
-        except OSError as error:
-            _check_space(error)
-            raise
-    held = int.from_bytes(data[:4], "little")
-    if held != entry["samples"]:
-        problems.add(
-            "samples differ", file, f"holds {held:,} samples, the index says {entry['samples']:,}"
-        )
-        return None
-    raw = {**entry["raw_data"], "basename": path.name}
-    return cast("MDSReader", reader_from_json(str(path.parent), None, {**entry, "raw_data": raw}))
+    return None
 
 
 def _check_space(error: BaseException) -> None:
@@ -168,26 +146,6 @@ def _check_space(error: BaseException) -> None:
 @lru_cache(1)  # a new connection for every shard would take a quarter of a second
 def _bucket(place: str) -> Store:
     return open_store(place)
-
-
-def _is_as_indexed(data: bytes, info: IndexedFile, file: str, problems: Problems) -> bool:
-    """Compare a file's size and, where that is right, its hashes; ``info`` is of the file or its decompressed form."""
-    from streaming.base.hashing import get_hash, is_hash
-
-    what = "" if info["basename"] == file else "decompressed: "
-    if len(data) != info["bytes"]:
-        problems.add(
-            "size differs", file, f"{what}{len(data):,} bytes, the index says {info['bytes']:,}"
-        )
-        return False
-    different = [
-        name
-        for name, value in info["hashes"].items()
-        if is_hash(name) and get_hash(name, data) != value
-    ]
-    for name in different:
-        problems.add("hash differs", file, f"{what}hash {name} differs")
-    return not different
 
 
 def _hash(text: str, seed: int) -> int:
@@ -319,7 +277,7 @@ def samples_at(
     """The samples at these (shard, sample) positions, sorted; each shard is fetched once, broken ones are left out."""
     for shard, group in groupby(sorted(positions), key=itemgetter(0)):
         with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
-            reader = open_shard(entries[shard], place, Path(folder), Problems())
+            reader = open_fetched(entries[shard], place, Path(folder), Problems())
             if reader is not None:
                 for position in group:
                     with suppress(Exception):  # see check_shard, which says so

@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alignclip.conversion.evaluation_sets import benchmark_lists, choose_templates
+from alignclip.conversion.class_names import benchmark_lists, choose_templates
 from alignclip.errors import UserError, one_line_errors
 
 # alignclip's encoders are imported where they are used: open_clip takes seconds that retrieval does without

@@ -18,7 +18,7 @@ import psutil
 from PIL import Image
 from tarballs import quick, read_back, write_tar
 
-from alignclip.storage.clouds import PROBE
+from alignclip.storage.store import PROBE
 
 COMMAND = Path(__file__).parent.parent / "convert" / "cc12m.py"
 SIZE_LIMIT = "80kb"  # of a shard: a few pictures

@@ -9,6 +9,7 @@ import tarfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ import numpy as np
 from PIL import Image
 
 from alignclip.conversion.dataset import convert
-from alignclip.conversion.options import ConvertOptions, Counts
+from alignclip.conversion.inputs import expand, opened
+from alignclip.conversion.options import ConvertOptions
+from alignclip.conversion.records import Counts
+from alignclip.conversion.samples import PLAIN, Item, Reading
 from alignclip.storage.staging import OutputFolder
 
 
@@ -56,8 +60,20 @@ def three_tars(folder: Path) -> Path:
     return folder
 
 
-def quick(tar_patterns: list[Any], out: str | Path, **changes: Any) -> Counts:
+def items_of(path: Path, caption_key: str | None = None, **reading: Any) -> list[Item]:
+    """Everything that the reader of an input file yields."""
+    how, found = Reading(caption_key, **reading), []
+    for shard in expand([str(path)], how):
+        with opened(shard, how) as source:
+            found += source.items
+    return found
+
+
+def quick(
+    tar_patterns: list[Any], out: str | Path, caption_key: str | None = None, **changes: Any
+) -> Counts:
     options: dict[str, Any] = {"semantic": False, "progress": False, **changes}
+    options["reading"] = replace(options.get("reading", PLAIN), caption_key=caption_key)
     return convert(ConvertOptions([str(pattern) for pattern in tar_patterns], str(out), **options))
 
 

@@ -8,7 +8,7 @@ import pytest
 from composer import Trainer
 from runs import TINY
 
-from alignclip.config.plugged import TASKS
+from alignclip.config.metrics import TASKS
 from alignclip.config.reading import REFUSED, load, load_evaluation, to_yaml
 from alignclip.config.schema import RunConfig, TrainerConfig
 from alignclip.errors import UserError
@@ -168,7 +168,7 @@ def test_published_recipe() -> None:
         other = load(next(p for p in YAMLS if p.stem == name))
         assert other.optimizer.eps == 1e-6
         assert other.loss.beta == 0
-        assert other.data == alignclip.data
+        assert other.data == alignclip.data.dataset
 
 
 def test_overrides_win_and_the_resolved_file_reads_back(yaml: Path, tmp_path: Path) -> None:

@@ -30,8 +30,9 @@ from alignclip.conversion import dataset, samples
 from alignclip.conversion.cc12m import summary
 from alignclip.conversion.dataset import convert
 from alignclip.conversion.images import ImageOptions
+from alignclip.conversion.mds_writer import JoinedShardWriter
 from alignclip.conversion.options import ConvertOptions
-from alignclip.conversion.shards import mds_writer, position
+from alignclip.conversion.shards import position
 from alignclip.errors import UserError
 from alignclip.storage.staging import OutputFolder
 
@@ -524,9 +525,6 @@ def test_shards_are_streamings_own(tmp_path: Path, compression: str | None) -> N
         limit = rng.choice(["300b", "1kb", "4kb", "64kb"])
         ours, theirs = tmp_path / f"ours-{i}", tmp_path / f"theirs-{i}"
         ours.mkdir()
-        options = ConvertOptions(
-            ["x"], "y", semantic=False, size_limit=limit, compression=compression
-        )
         own = MDSWriter(
             columns=columns,
             out=str(theirs),
@@ -534,7 +532,7 @@ def test_shards_are_streamings_own(tmp_path: Path, compression: str | None) -> N
             size_limit=limit,
             compression=compression,
         )
-        with own, mds_writer(columns, ours, options) as writer:
+        with own, JoinedShardWriter(columns, ours, ["xxh64"], limit, compression) as writer:
             for key in range(rng.randint(0, 40)):
                 image = rng.randbytes(rng.choice([0, 1, 10, 200, 3000, rng.randint(0, 9000)]))
                 sample = {"key": str(key), "image": image, "caption": "x" * rng.randint(0, 50)}
@@ -589,14 +587,14 @@ def test_a_driver_that_was_started_before_another_one_finished(
 ) -> None:
     """What is there counts once nobody else can change it."""
     source, out = three_tars(tmp_path / "in"), tmp_path / "out"
-    check = dataset._check
+    check = dataset._check_choices
 
     def meanwhile(options: ConvertOptions) -> None:
-        monkeypatch.setattr(dataset, "_check", check)
+        monkeypatch.setattr(dataset, "_check_choices", check)
         quick([source / "{00000..00001}.tar"], out)
         check(options)
 
-    monkeypatch.setattr(dataset, "_check", meanwhile)
+    monkeypatch.setattr(dataset, "_check_choices", meanwhile)
     counts = quick([source / "{00001..00002}.tar"], out)
     assert (counts.written, counts.resumed, counts.converted) == (15, 10, 1)
     assert_three_tars(read_back(None, out))

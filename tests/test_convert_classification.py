@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alignclip.conversion import classification, evaluation_sets
+from alignclip.conversion import class_names, classification, evaluation_sets
 from alignclip.conversion.classification import Options, convert, main, parse
 from alignclip.errors import UserError
 from alignclip.storage.staging import OutputFolder
@@ -170,7 +170,7 @@ def make_idx(root: Path, prefix: str, number: int, packed: bool) -> tuple[np.nda
 
 def synsets(name: str) -> list[str]:
     """ImageNet's 1,000 WordNet ids, or the 200 of a set, from clip_benchmark's source."""
-    source = (evaluation_sets.benchmark_folder() / "builder.py").read_text()  # type: ignore[operator]
+    source = (class_names.benchmark_folder() / "builder.py").read_text()  # type: ignore[operator]
     variable = {"1k": "all_imagenet_wordnet_ids"}.get(name, f"imagenet_{name}_wnids")
     text = source.split(f"{variable} = ", 1)[1].split("\n", 1)[0]
     return sorted(text.strip("[]{}").replace("'", "").split(", "))
@@ -432,7 +432,7 @@ def test_folder(tmp_path: Path) -> None:
 def test_names_and_templates_of_ones_own_need_no_clip_benchmark(
     classnames: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation_sets, "benchmark_folder", lambda: None)
+    monkeypatch.setattr(class_names, "benchmark_folder", lambda: None)
     root = make_birds(tmp_path / "birds")
     names = write(tmp_path / "names.json", json.dumps(classnames).encode())
     templates = write(tmp_path / "templates.json", b'["a drawing of the bird {c}"]')

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
 import socket
 import socketserver
 import ssl
+import tarfile
 import threading
 import time
 from collections.abc import Callable
@@ -31,6 +33,8 @@ from alignclip.errors import UserError
 from alignclip.storage import patience, patiently
 from alignclip.storage.staging import OutputFolder
 from alignclip.verification.command import VerifyOptions, verify
+
+FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def kill(command: Command, victim: str, rng: random.Random) -> None:
@@ -549,3 +553,36 @@ def test_sigterm(tmp_path: Path, long_tars: Path) -> None:
         command.assert_workers_end(1)
     assert not list(command.temporary.glob("alignclip-*"))
     assert not list((tmp_path / "out").glob(".*"))
+
+
+def unpacked(archive: Path, folder: Path) -> None:
+    """Unpack a fixture whose JSON files name places below ``@FOLDER@``."""
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    for path in folder.rglob("*.json"):
+        path.write_text(path.read_text().replace("@FOLDER@", str(folder)))
+
+
+def test_a_conversion_that_an_earlier_version_began_goes_on(tmp_path: Path) -> None:
+    """Commit 5e8d6ab was stopped in the fourth of five inputs, of which one is truncated."""
+    unpacked(FIXTURES / "half_a_conversion_5e8d6ab.tar.gz", tmp_path)
+    source, out, expected = tmp_path / "in", tmp_path / "out", tmp_path / "expected"
+    truncated = json.loads((out / "00001" / "counts.json").read_text())["source_modified"]
+    os.utime(source / "00001.tar", ns=(truncated, truncated))
+    before = {path: path.read_bytes() for path in out.glob("0*/*")}
+    inputs = [source / "more.csv", source / "{00000..00003}.tar"]
+    arguments = {"held_out": 0.4, "size_limit": "4kb"}
+    counts = quick(inputs, out, **arguments)
+    assert (counts.converted, counts.resumed, counts.written) == (2, 8, 14)
+    assert {path: path.read_bytes() for path in before} == before
+    quick(inputs, expected, **arguments)
+    assert relative(out) == relative(expected)
+    for name in relative(expected):
+        found, wanted = (folder / name for folder in (out, expected))
+        if found.name == "counts.json" and "val" not in found.parts:  # counts more today
+            new, old = (json.loads(path.read_text()) for path in (wanted, found))
+            new["source_modified"] = old["source_modified"]
+            assert new | old == new
+        else:
+            assert found.read_bytes() == wanted.read_bytes(), name
+    assert verify(VerifyOptions(str(out), progress=False))[1]

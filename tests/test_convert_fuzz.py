@@ -33,10 +33,10 @@ from mutations import (
 from tarballs import draw, pairs, quick, write_tar
 
 from alignclip.conversion import samples
+from alignclip.conversion.formats.tars import read_tar
 from alignclip.conversion.images import ImageOptions
 from alignclip.conversion.inputs import expand, name_of, opened
 from alignclip.conversion.samples import Ignored, Skipped
-from alignclip.conversion.tars import read_tar
 from alignclip.data.transforms import decode_image
 from alignclip.errors import UserError
 
@@ -127,9 +127,9 @@ def yielded(file: Path) -> dict[str, int]:
     """Sub-folder -> how many pairs the reader of that input yields."""
     numbers = {}
     for shard in expand([str(file)]):
-        with opened(shard, None) as (_, items):
+        with opened(shard) as source:
             numbers[name_of(shard)] = sum(
-                1 for item in islice(items, 100) if not isinstance(item, Ignored)
+                1 for item in islice(source.items, 100) if not isinstance(item, Ignored)
             )
         assert numbers[name_of(shard)] < 100
     return numbers

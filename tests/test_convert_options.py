@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tarballs import draw, pairs, quick, read_back, three_tars, write_tar
+from tarballs import draw, items_of, pairs, quick, read_back, three_tars, write_tar
 
 from alignclip.conversion import samples
 from alignclip.conversion.images import ImageOptions
 from alignclip.conversion.shards import position
-from alignclip.conversion.tars import read_tar
 from alignclip.errors import UserError
 
 HELD_OUT = 0.3
@@ -242,7 +241,7 @@ def test_a_huge_member_is_not_read(tmp_path: Path, extension: str) -> None:
         file.seek(huge.size, io.SEEK_CUR)  # a hole in the file
         file.write(rest)
     tracemalloc.start()
-    found = list(read_tar(path))
+    found = items_of(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     reason = (
@@ -329,6 +328,6 @@ def test_keys_are_stored_as_they_are(tmp_path: Path) -> None:
     keys = ["../up", "a/b", "ключ", "emoji 🪲", "new\nline", "q`u\"o'te", "y" * 200]
     members = with_captions(dict.fromkeys(keys, b"a caption"))
     members += [("n\udcffx.jpg", draw(2)), ("n\udcffx.txt", b"a caption")]
-    assert len(list(islice(read_tar(write_tar(tmp_path / "a.tar", members)), 20))) == 8
+    assert len(list(islice(items_of(write_tar(tmp_path / "a.tar", members)), 20))) == 8
     quick([tmp_path / "a.tar"], tmp_path / "out")
     assert list(read_back(None, tmp_path / "out")) == [*keys, "n\ufffdx"]

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 from pyarrow import csv as arrow
-from tarballs import draw, quick, read_back
+from tarballs import draw, items_of, quick, read_back
 from test_tables import write_parquet
 
-from alignclip.conversion import csv_tables
-from alignclip.conversion.csv_tables import look, rows_of
-from alignclip.conversion.inputs import expand, read
+from alignclip.conversion import text_tables
 from alignclip.conversion.samples import TOO_MANY_FIELDS, Reading, Sample
+from alignclip.conversion.text_tables import look, rows_of
+from alignclip.conversion.wording import listing
 from alignclip.errors import UserError, nearest
 
 README = Path(__file__).parents[1] / "README.md"
@@ -35,10 +35,7 @@ def images(tmp_path: Path) -> Path:
 
 
 def samples_of(path: Path, how: Reading | None = None) -> list[Sample]:
-    how = how or Reading()
-    items = [
-        item for part in expand([str(path)], None, how) for item in read(part, path, None, how)
-    ]
+    items = items_of(path, **vars(how or Reading()))
     return [item for item in items if isinstance(item, Sample)]
 
 
@@ -140,7 +137,7 @@ def test_a_first_row_that_is_data(images: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv"])
-@pytest.mark.parametrize("delimiter", csv_tables.SEPARATORS)
+@pytest.mark.parametrize("delimiter", text_tables.SEPARATORS)
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_the_separator_is_what_the_header_has(
     images: Path, suffix: str, delimiter: str, end: str
@@ -222,7 +219,7 @@ TEXT = "image,caption\n0.jpg,Käse aus Zürich\n1.jpg,ein Haus\n"
 def test_encodings_that_a_file_shows(
     images: Path, encoding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("alignclip.conversion.tables.ROWS", 1)
+    monkeypatch.setattr("alignclip.conversion.formats.columns.ROWS", 1)
     path = images / "a.csv"
     path.write_bytes(TEXT.encode(encoding))
     assert [sample.caption for sample in samples_of(path)] == ["Käse aus Zürich", "ein Haus"]
@@ -328,9 +325,9 @@ def test_annotations_are_read_strictly(tmp_path: Path, text: bytes, message: str
 
 def test_lists_in_messages_are_never_empty(images: Path) -> None:
     assert nearest("x", []) == "valid: none"
-    assert csv_tables.listing([]) == "none"
-    assert csv_tables.listing(["\t", "\x1b[2J"]) == r"'\t', '\x1b[2J'"
-    assert csv_tables.listing([f"c{i}" for i in range(30)]).endswith("c19, …")
+    assert listing([]) == "none"
+    assert listing(["\t", "\x1b[2J"]) == r"'\t', '\x1b[2J'"
+    assert listing([f"c{i}" for i in range(30)]).endswith("c19, …")
     path = images / "a.csv"
     path.write_bytes(b"\x1b[2J\n0\n")
     with pytest.raises(UserError, match=r"it has '\\x1b\[2J'$"):

@@ -14,7 +14,8 @@ from streaming import MDSWriter
 from tarballs import assert_three_tars, draw, pairs, quick, read_back, three_tars, write_tar
 
 from alignclip.config.schema import DataConfig, StreamConfig
-from alignclip.conversion import dataset, mds, samples, shards
+from alignclip.conversion import dataset, samples, shards
+from alignclip.conversion.formats import mds
 from alignclip.data.streams import check_streams
 from alignclip.errors import UserError
 from alignclip.verification.command import VerifyOptions, verify
@@ -160,8 +161,8 @@ def test_a_shard_stays_one_when_embeddings_are_added(tmp_path: Path, lengths: No
 
 def test_an_index_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick([write_tar(tmp_path / "a.tar", pairs(0, 60))], tmp_path / "first", size_limit="8kb")
-    parse, times = mds._shards, []
-    monkeypatch.setattr(mds, "_shards", lambda *arguments: times.append(1) or parse(*arguments))
+    parse, times = mds._read_index, []
+    monkeypatch.setattr(mds, "_read_index", lambda *arguments: times.append(1) or parse(*arguments))
     index = tmp_path / "first" / "index.json"
     assert quick([index], tmp_path / "second").inputs > 8
     assert len(times) == 1

@@ -12,7 +12,8 @@ from alignclip.config.reading import load, load_evaluation
 from alignclip.config.schema import RunConfig
 from alignclip.conversion import next_step
 from alignclip.conversion.cc12m import parse, summary
-from alignclip.conversion.options import ConvertOptions, Counts
+from alignclip.conversion.options import ConvertOptions
+from alignclip.conversion.records import Counts
 
 REPOSITORY = Path(__file__).parents[1]
 

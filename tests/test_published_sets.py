@@ -25,7 +25,7 @@ from test_convert_classification import (
     write,
 )
 
-from alignclip.conversion import classification, classification_sets, published, retrieval
+from alignclip.conversion import classification, published, retrieval
 from alignclip.conversion.image_finder import ImageFinder
 from alignclip.conversion.retrieval_sets import SOURCES as RETRIEVAL
 from alignclip.errors import UserError
@@ -239,14 +239,13 @@ def test_a_number_of_images_that_is_not_the_published_one_is_said(
 
 def test_every_published_set_has_its_number_of_images() -> None:
     own = {"folder", "pairs"}
-    assert published.IMAGES.keys() == (classification.SOURCES.keys() | RETRIEVAL.keys()) - own
     for name, source in classification.SOURCES.items():
-        assert set(source.splits) == set(published.IMAGES.get(name, {}))
-    assert classification_sets.Source is type(classification.SOURCES["cars"])
-    for name, (split, _) in RETRIEVAL.items():
-        assert name in own or published.published(name, split)
-    assert published.difference("cars", "test", 8_041) is None
-    assert published.difference("cars", "mine", 1) is None
+        assert bool(source.sizes) == (name not in own)
+    for name, source in RETRIEVAL.items():
+        assert (source.split in source.sizes) == (name not in own)
+    sizes = classification.SOURCES["cars"].sizes
+    assert published.difference("cars", "test", sizes, 8_041) is None
+    assert published.difference("cars", "mine", sizes, 1) is None
 
 
 # captions

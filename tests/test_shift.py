@@ -115,14 +115,15 @@ def test_bad_scores_are_errors(inside, outside, message):
 
 
 @pytest.mark.parametrize(
-    ("images", "classes", "message"),
+    ("images", "classes", "block", "message"),
     [
-        (torch.ones(3, 2), torch.ones(3, 4), "features must be"),
-        (torch.ones(3), torch.ones(3), "features must be"),
-        (torch.ones(3, 2), torch.ones(0, 2), "some classes"),
-        (torch.ones(3, 2) * torch.inf, torch.ones(3, 2), "NaN or infinity"),
+        (torch.ones(3, 2), torch.ones(3, 4), 1, "features must be"),
+        (torch.ones(3), torch.ones(3), 1, "features must be"),
+        (torch.ones(3, 2), torch.ones(0, 2), 1, "some classes"),
+        (torch.ones(3, 2) * torch.inf, torch.ones(3, 2), 1, "finite"),
+        (torch.ones(3, 2), torch.ones(3, 2), 0, "block"),
     ],
 )
-def test_bad_features_are_errors(images, classes, message):
+def test_bad_features_are_errors(images, classes, block, message):
     with pytest.raises(ValueError, match=message):
-        max_softmax(images, classes, 100)
+        max_softmax(images, classes, 100, block)

@@ -13,12 +13,12 @@ import pyarrow
 import pytest
 from conversions import peak_memory
 from pyarrow import parquet
-from tarballs import assert_three_tars, draw, quick, read_back, three_tars, write_tar
+from tarballs import assert_three_tars, draw, items_of, quick, read_back, three_tars, write_tar
 
-from alignclip.conversion import csv_tables, samples, tables
-from alignclip.conversion.inputs import expand, read
+from alignclip.conversion import samples, text_tables
+from alignclip.conversion.formats import columns as table_columns
+from alignclip.conversion.inputs import expand, opened
 from alignclip.conversion.samples import Sample, Skipped
-from alignclip.conversion.tables import read_parquet
 from alignclip.errors import UserError
 
 
@@ -72,8 +72,8 @@ def test_rows_are_as_few_at_a_time_as_they_are_large(tmp_path: Path) -> None:
     columns = {"caption": ["a"] * 48, "jpg": [rng.bytes(size) for _ in range(48)]}
     path = write_parquet(tmp_path / "a.parquet", columns, row_group_size=3)
     number, peak = peak_memory(
-        "from alignclip.conversion.tables import read_parquet",
-        f"len([len(s.image) for s in read_parquet(Path({str(path)!r}))])",
+        "from alignclip.conversion.inputs import opened",
+        f"len([len(s.image) for s in opened({str(path)!r}).__enter__().items])",
     )
     assert number == 48
     assert peak < 100e6
@@ -86,7 +86,7 @@ def test_images_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "jpg": [draw(0)[:1900], draw(0, size=(200, 200))],
         "caption": ["a", "b"],
     }
-    small, large = read_parquet(write_parquet(tmp_path / "a.parquet", columns))
+    small, large = items_of(write_parquet(tmp_path / "a.parquet", columns))
     assert isinstance(small, Sample)
     assert large == Skipped("1", samples.IMAGE_TOO_LARGE)
 
@@ -101,7 +101,7 @@ def test_parquet_of_hugging_face(tmp_path: Path, with_path: bool) -> None:
     path = write_parquet(
         tmp_path / "train-00000-of-00001.parquet", {"text": captions, "image": images}
     )
-    assert list(read_parquet(path)) == [
+    assert items_of(path) == [
         Sample(f"train-00000-of-00001-{i:08}", draw(i), f"picture {i % 7}") for i in range(70)
     ]
 
@@ -112,7 +112,7 @@ def test_parquet_with_gaps(tmp_path: Path) -> None:
         "jpg": [draw(0), draw(1), None, b"", draw(4), draw(5), draw(6)],
         "caption": texts(b"a", b"K\xe4se", b"c", b"d", None, b" ", b"\xef\xbb\xbfg"),
     }
-    found = list(read_parquet(write_parquet(tmp_path / "a.parquet", columns)))
+    found = items_of(write_parquet(tmp_path / "a.parquet", columns))
     assert found == [
         Sample("0", draw(0), "a"),
         Sample("a-00000001", draw(1), "K\ufffdse"),
@@ -126,19 +126,19 @@ def test_parquet_with_gaps(tmp_path: Path) -> None:
     assert found[1].notes == (samples.INVALID_UTF8,)
     indexed = {"key": ["0"], "jpg": [draw(0)], "caption": texts(b"K\xe4se").dictionary_encode()}
     path = write_parquet(tmp_path / "indexed.parquet", indexed)
-    assert list(read_parquet(path)) == [Sample("0", draw(0), "K\ufffdse")]
+    assert items_of(path) == [Sample("0", draw(0), "K\ufffdse")]
     struct = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
     nulls = {
         "image": pyarrow.array([None, {"bytes": None, "path": "x.jpg"}], struct),
         "caption": ["a", "b"],
     }
-    for item in read_parquet(write_parquet(tmp_path / "b.parquet", nulls)):
+    for item in items_of(write_parquet(tmp_path / "b.parquet", nulls)):
         assert isinstance(item, Skipped)
         assert item.reason == samples.MISSING_IMAGE
     empty = write_parquet(
         tmp_path / "c.parquet", {"jpg": pyarrow.array([], pyarrow.binary()), "caption": texts()}
     )
-    assert list(read_parquet(empty)) == []
+    assert items_of(empty) == []
     with pytest.raises(UserError, match=r"^no sample was written from 1 input; skipped: nothing$"):
         quick([empty], tmp_path / "out")
 
@@ -166,7 +166,7 @@ def test_a_hole_in_a_parquet_file_ends_it(tmp_path: Path) -> None:
     images = parquet.ParquetFile(path).metadata.row_group(1).column(3)
     data, at = path.read_bytes(), images.data_page_offset
     path.write_bytes(data[:at] + bytes(200) + data[at + 200 :])
-    *found, last = read_parquet(path)
+    *found, last = items_of(path)
     assert found == [Sample(f"{i:09}", draw(i), f"picture {i}") for i in range(32)]
     assert isinstance(last, Skipped)
     assert last.reason == samples.BROKEN_INPUT
@@ -214,7 +214,7 @@ def test_parquet_without_the_columns(
 
 def test_another_caption_column(tmp_path: Path) -> None:
     columns = {"jpg": [draw(0)], "caption": ["a caption"], "alt_text": ["another"]}
-    assert list(read_parquet(write_parquet(tmp_path / "a.parquet", columns), "alt_text")) == [
+    assert items_of(write_parquet(tmp_path / "a.parquet", columns), "alt_text") == [
         Sample("a-00000000", draw(0), "another")
     ]
 
@@ -229,8 +229,13 @@ def write_csv(path: Path, rows: list[list[Any]], **options: Any) -> Path:
     return path
 
 
+def read_part(part: str) -> list[Any]:
+    with opened(part) as source:
+        return list(source.items)
+
+
 def read_table(path: Path, caption_key: str | None = None) -> list[Sample | Skipped]:
-    return [item for part in expand([str(path)]) for item in read(part, path, caption_key)]
+    return items_of(path, caption_key)
 
 
 @pytest.fixture
@@ -334,13 +339,13 @@ def test_a_part_of_a_table_begins_where_it_is(
     images: Path, monkeypatch: pytest.MonkeyPatch, start: bytes, end: bytes
 ) -> None:
     """What comes before is not read again, which for the last part of a long table would be nearly all."""
-    monkeypatch.setattr(tables, "ROWS", 3)
+    monkeypatch.setattr(table_columns, "ROWS", 3)
     texts = [f'images/{i % 5}.jpg,"K\xe4se {i},\n\u2603"' for i in range(8)]
     lines = [text.encode("latin-1" if i % 2 else "utf-8", "ignore") for i, text in enumerate(texts)]
     path = images / "a.csv"
     path.write_bytes(start + end.join([b"image,caption", b"", *lines[:4], b"", *lines[4:]]) + end)
     parts = expand([str(path)])
-    whole = [list(read(part, path, None)) for part in parts]
+    whole = [read_part(part) for part in parts]
     captions = [sample.caption for some in whole for sample in some if isinstance(sample, Sample)]
     assert captions == [f"K\ufffdse {i},\n" if i % 2 else f"K\xe4se {i},\n\u2603" for i in range(8)]
     data, at = (
@@ -349,11 +354,11 @@ def test_a_part_of_a_table_begins_where_it_is(
     )
     place = int(parts[-1].rpartition("-")[2]) % 2**64  # above are the decoder's flags
     path.write_bytes(data[:at] + b'"' * (place - at) + data[place:])
-    assert list(read(parts[-1], path, None)) == whole[-1]
+    assert read_part(parts[-1]) == whole[-1]
 
 
 def test_a_long_table_is_several_inputs(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "ROWS", 4)
+    monkeypatch.setattr(table_columns, "ROWS", 4)
     rows = [
         ["key", "image", "caption"],
         *([f"{i:05}", f"images/{i % 5}.jpg", f"line {i}\nand on"] for i in range(10)),
@@ -377,7 +382,7 @@ def test_a_long_table_is_several_inputs(images: Path, monkeypatch: pytest.Monkey
 def test_a_quotation_mark_that_nothing_closes(images: Path) -> None:
     path = images / "a.csv"
     path.write_text(
-        'image,caption\nimages/0.jpg,a\nimages/1.jpg,"b\n' + "x" * (csv_tables.MAX_FIELD + 10)
+        'image,caption\nimages/0.jpg,a\nimages/1.jpg,"b\n' + "x" * (text_tables.MAX_FIELD + 10)
     )
     with pytest.raises(
         UserError,

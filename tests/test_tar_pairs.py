@@ -10,10 +10,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from tarballs import draw, pairs, quick, read_back, write_tar
+from tarballs import draw, items_of, pairs, quick, read_back, write_tar
 
-from alignclip.conversion import samples, tar_pairs
+from alignclip.conversion import samples
 from alignclip.conversion.cc12m import summary
+from alignclip.conversion.formats import pairing
 from alignclip.conversion.options import ConvertOptions
 from alignclip.conversion.samples import (
     FIRST_DOT,
@@ -25,7 +26,6 @@ from alignclip.conversion.samples import (
     Sample,
     Skipped,
 )
-from alignclip.conversion.tars import read_tar
 from alignclip.errors import UserError
 
 Members = list[tuple[str, bytes]]
@@ -75,7 +75,7 @@ def test_compound_endings_are_named_with_the_way_out(tmp_path: Path) -> None:
 def test_a_caption_key_names_a_member_or_an_entry(tmp_path: Path, key: str) -> None:
     members = named("{:03}", 2, text="cap")
     members += [("002.jpg", draw(2)), ("002.json", json.dumps({key: "an entry"}).encode())]
-    found = list(read_tar(write_tar(tmp_path / "a.tar", members), key))
+    found = items_of(write_tar(tmp_path / "a.tar", members), key)
     assert [sample.caption for sample in found if isinstance(sample, Sample)] == [
         "picture 0",
         "picture 1",
@@ -104,7 +104,7 @@ def test_labels_instead_of_captions(tmp_path: Path) -> None:
 
 def test_texts_of_another_encoding(tmp_path: Path) -> None:
     members = [("0.jpg", draw(0)), ("0.txt", "Käse".encode("cp1252"))]
-    (found,) = read_tar(write_tar(tmp_path / "a.tar", members), how=Reading(encoding="cp1252"))
+    (found,) = items_of(write_tar(tmp_path / "a.tar", members), encoding="cp1252")
     assert isinstance(found, Sample)
     assert found.caption == "Käse"
 
@@ -142,9 +142,8 @@ def test_pairs_with_a_dot_beside_others_are_counted_in_pairs(tmp_path: Path) -> 
 @pytest.mark.parametrize("unsorted", [False, True])
 def test_halves_with_a_dot_that_lie_apart(tmp_path: Path, unsorted: bool) -> None:
     path = write_tar(tmp_path / "a.tar", halves(named("22.05-{:03}", 10)))
-    assert list(read_tar(path)) == [Skipped(f"22.05-{i:03}", FIRST_DOT) for i in range(10)]
-    how = Reading(last_dot=True, unsorted=unsorted)
-    found = list(read_tar(path, how=how))
+    assert items_of(path) == [Skipped(f"22.05-{i:03}", FIRST_DOT) for i in range(10)]
+    found = items_of(path, last_dot=True, unsorted=unsorted)
     keys = [f"22.05-{i:03}" for i in range(10)]
     assert found == (
         [Sample(key, draw(i), f"picture {i}") for i, key in enumerate(keys)]
@@ -161,8 +160,8 @@ def test_what_a_pair_has_besides_stays_a_part_of_it(tmp_path: Path) -> None:
         ("0.crop.jpg", b"x"),
         ("0.crop.txt", b"x"),
     ]
-    found = list(read_tar(write_tar(tmp_path / "a.tar", members)))
-    assert found == [Ignored("0.crop", tar_pairs.FURTHER_PAIR), Sample("0", draw(0), "a")]
+    found = items_of(write_tar(tmp_path / "a.tar", members))
+    assert found == [Ignored("0.crop", pairing.FURTHER_PAIR), Sample("0", draw(0), "a")]
 
 
 # halves that lie apart
@@ -178,7 +177,7 @@ def test_halves_that_lie_apart_are_pairs_that_can_be_joined(tmp_path: Path, orde
         message = r"skipped: image and caption lie apart 60\. Image and caption lie apart: sort .*, or give --unsorted$"
         with pytest.raises(UserError, match=message):
             quick([path], tmp_path / "out")
-    found = list(read_tar(path))
+    found = items_of(path)
     assert len(found) == 60
     assert {item.reason for item in found if isinstance(item, Skipped)} == {LIE_APART}
     counts = quick([path], tmp_path / "joined", reading=Reading(unsorted=True))
@@ -206,13 +205,13 @@ def test_three_parts_that_lie_apart(tmp_path: Path) -> None:
         *(m for m in whole if m[0].endswith("txt")),
     ]
     path = write_tar(tmp_path / "a.tar", members)
-    assert [sample.caption for sample in read_tar(path) if isinstance(sample, Sample)] == [
+    assert [sample.caption for sample in items_of(path) if isinstance(sample, Sample)] == [
         f"not picture {i}" for i in range(5)
     ]
     members = [(name, b"{}" if name.endswith("json") else data) for name, data in members]
     write_tar(path, members)
-    assert {item.reason for item in read_tar(path) if isinstance(item, Skipped)} == {LIE_APART}
-    joined = list(read_tar(path, how=Reading(unsorted=True)))
+    assert {item.reason for item in items_of(path) if isinstance(item, Skipped)} == {LIE_APART}
+    joined = items_of(path, unsorted=True)
     assert joined == [Sample(f"{i:05}", draw(i), f"picture {i}") for i in range(5)]
 
 
@@ -224,7 +223,7 @@ def test_halves_without_another_half_say_which_is_missing(tmp_path: Path) -> Non
         ("2.jpg", draw(2)),
         *pairs(5, 1),
     ]
-    found = list(read_tar(write_tar(tmp_path / "a.tar", members)))
+    found = items_of(write_tar(tmp_path / "a.tar", members))
     reasons = [(item.key, item.reason) for item in found if isinstance(item, Skipped)]
     assert sorted(reasons) == [
         ("0", MISSING_CAPTION),
@@ -235,8 +234,8 @@ def test_halves_without_another_half_say_which_is_missing(tmp_path: Path) -> Non
 
 
 def test_not_more_than_so_many_halves_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tar_pairs, "MOST_HALVES", 2)
-    found = list(read_tar(write_tar(tmp_path / "a.tar", halves(named("{}", 4)))))
+    monkeypatch.setattr(pairing, "MOST_HALVES", 2)
+    found = items_of(write_tar(tmp_path / "a.tar", halves(named("{}", 4))))
     reasons = [item.reason for item in found if isinstance(item, Skipped)]
     assert sorted(reasons) == sorted([LIE_APART, LIE_APART, *[MISSING_CAPTION, MISSING_IMAGE] * 2])
 
@@ -245,7 +244,7 @@ def test_a_compressed_tar_is_not_read_back_and_forth(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", halves(named("{}", 4)))
     path = path.rename(tmp_path / "a.tar.gz")
     path.write_bytes(gzip.compress(path.read_bytes()))
-    assert list(read_tar(path)) == [Skipped(str(i), LIE_APART) for i in range(4)]
+    assert items_of(path) == [Skipped(str(i), LIE_APART) for i in range(4)]
     with pytest.raises(
         UserError, match=r"a\.tar\.gz is compressed, and --unsorted reads plain tars only"
     ):
@@ -301,8 +300,8 @@ def test_every_member_is_counted(tmp_path: Path) -> None:
         "macOS's ._ file": 2,
         "hidden file": 1,
         "file without an ending": 1,
-        tar_pairs.OTHER_FILE: 3,
-        tar_pairs.NO_PAIR: 1,
+        pairing.OTHER_FILE: 3,
+        pairing.NO_PAIR: 1,
     }
     report = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert "4 samples read from 1 input, 4 written, 0 skipped." in report
@@ -351,7 +350,7 @@ def test_read_is_written_and_skipped_in_pairs(tmp_path: Path, seed: int) -> None
         > 1
         for i in range(10)
     )
-    found = list(read_tar(write_tar(tmp_path / "a.tar", [*good, *dotted, *rest])))
+    found = items_of(write_tar(tmp_path / "a.tar", [*good, *dotted, *rest]))
     reasons = [item.reason if isinstance(item, Skipped) else "" for item in found]
     assert len(found) == 45
     assert reasons.count("") == 20 + 10 - apart_now

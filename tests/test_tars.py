@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from tarballs import draw, pairs, quick, read_back, write_tar
+from tarballs import draw, items_of, pairs, quick, read_back, write_tar
 
 from alignclip.conversion import samples
 from alignclip.conversion.images import UNDECODABLE_IMAGE, UNKNOWN_FORMAT, ImageOptions, prepare
 from alignclip.conversion.samples import Ignored, Sample, Skipped
-from alignclip.conversion.tars import read_tar
 from alignclip.errors import UserError
 
 
@@ -35,7 +34,7 @@ def test_members_group_as_in_webdataset(tmp_path: Path) -> None:
         ("005.jpeg", draw(5)),
         ("005.json", b'{"caption": "half a pair \\ud83d"}'),
     ]
-    found = list(read_tar(write_tar(tmp_path / "a.tar", members)))
+    found = items_of(write_tar(tmp_path / "a.tar", members))
     found.remove(Ignored(".hidden", "hidden file"))
     assert found == [
         Sample("a/b/001", draw(1), "in a folder"),
@@ -120,7 +119,7 @@ def break_gzip(data: bytes) -> bytes:
 def test_a_broken_tar_gives_what_is_whole(tmp_path: Path, damage: Any) -> None:
     path = write_tar(tmp_path / "a.tar", pairs(0, 5))
     path.write_bytes(damage(path.read_bytes()))
-    *found, end = read_tar(path)
+    *found, end = items_of(path)
     assert isinstance(end, Skipped)
     assert end.reason == samples.BROKEN_INPUT
     assert found == [Sample(f"{i:05}", draw(i), f"picture {i}") for i in range(4)]
@@ -129,7 +128,7 @@ def test_a_broken_tar_gives_what_is_whole(tmp_path: Path, damage: Any) -> None:
 def test_what_is_no_tar_at_all(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     path.write_text("404 not found")
-    assert list(read_tar(path)) == [Skipped("", samples.BROKEN_INPUT)]
+    assert items_of(path) == [Skipped("", samples.BROKEN_INPUT)]
     with pytest.raises(
         UserError, match=r"no sample was written from 1 input; skipped: truncated file 1$"
     ):
@@ -139,8 +138,8 @@ def test_what_is_no_tar_at_all(tmp_path: Path) -> None:
 
 def test_captions_from_another_entry(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", pairs(0, 1))
-    assert list(read_tar(path, "title")) == [Sample("00000", draw(0), "title 0")]
-    assert list(read_tar(path, "nothing")) == [Skipped("00000", samples.MISSING_CAPTION)]
+    assert items_of(path, "title") == [Sample("00000", draw(0), "title 0")]
+    assert items_of(path, "nothing") == [Skipped("00000", samples.MISSING_CAPTION)]
 
 
 @pytest.mark.parametrize(
@@ -167,5 +166,5 @@ def test_only_a_huge_member_that_is_needed_matters(
     written = [
         (f"0.{ending}", bytes(size) if size else small[ending]) for ending, size in members.items()
     ]
-    (found,) = read_tar(write_tar(tmp_path / "a.tar", written), key)
+    (found,) = items_of(write_tar(tmp_path / "a.tar", written), key)
     assert (found.reason if isinstance(found, Skipped) else found.caption) == expected

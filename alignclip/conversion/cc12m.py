@@ -18,9 +18,11 @@ from alignclip.conversion.captions import DEFAULT_ENCODER
 from alignclip.conversion.dataset import convert
 from alignclip.conversion.images import CHECKS, ImageOptions
 from alignclip.conversion.next_step import next_step
-from alignclip.conversion.options import ConvertOptions, Counts
-from alignclip.conversion.report import REPORT, inputs_in_words, ways_out
+from alignclip.conversion.options import ConvertOptions
+from alignclip.conversion.records import Counts
+from alignclip.conversion.report import REPORT, ways_out
 from alignclip.conversion.samples import Reading
+from alignclip.conversion.wording import inputs_in_words
 from alignclip.errors import one_line_errors
 from alignclip.paths import option
 from alignclip.runtime import console

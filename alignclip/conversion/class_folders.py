@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from alignclip.conversion.classification_sets import Content
-from alignclip.conversion.evaluation_sets import README, Sample, benchmark_lists
+from alignclip.conversion.class_names import benchmark_lists
+from alignclip.conversion.evaluation_sets import README, EvaluationSample
 from alignclip.conversion.layouts import Part, file_named, find
 from alignclip.errors import UserError
 
@@ -21,6 +22,21 @@ IMAGENET_FOLDERS = {
 }
 SOLUTION = "LOC_val_solution.csv"  # Kaggle's labels of the flat folder of validation images
 MATCHED = "matched-frequency"  # the variant of ImageNetV2 that papers report
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a classification set holds.
+
+    Attributes:
+        samples: the images of a split with their labels.
+        classnames: in the order of the labels.
+        notes: sentences for the summary, about what is not as published.
+    """
+
+    samples: list[EvaluationSample]
+    classnames: list[str]
+    notes: tuple[str, ...] = ()
 
 
 def synsets(name: str) -> list[str]:
@@ -40,7 +56,9 @@ def class_folders(root: Path) -> list[str]:
     return sorted(e.name for e in root.iterdir() if e.is_dir() and not e.name.startswith("."))
 
 
-def images_in(root: Path, labels: dict[str, int], all_filled: bool = True) -> list[Sample]:
+def images_in(
+    root: Path, labels: dict[str, int], all_filled: bool = True
+) -> list[EvaluationSample]:
     """List the images of these class folders, sorted by label and path.
 
     Raises:
@@ -48,14 +66,15 @@ def images_in(root: Path, labels: dict[str, int], all_filled: bool = True) -> li
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-    samples: list[Sample] = []
+    samples: list[EvaluationSample] = []
     folders = sorted(labels.items(), key=lambda item: item[1])
     for folder, label in tqdm(folders, "listing", unit=" classes", delay=2):
         found = make_dataset(root, {folder: label}, extensions=IMG_EXTENSIONS, allow_empty=True)
         if all_filled and not found:
             raise UserError(f"the class folder {root / folder} has no images; {README}")
         samples += [
-            Sample(Path(file).relative_to(root).as_posix(), Path(file), label) for file, _ in found
+            EvaluationSample(Path(file).relative_to(root).as_posix(), Path(file), label)
+            for file, _ in found
         ]
     return samples
 
@@ -147,7 +166,9 @@ def _read_flat_imagenet(
         raise UserError(
             f"{solution} has no label of {len(missing):,} images, the first is {missing[0]}"
         )
-    return Content([Sample(file.name, file, of_image[file.stem]) for file in files], names)
+    return Content(
+        [EvaluationSample(file.name, file, of_image[file.stem]) for file in files], names
+    )
 
 
 def read_imagenet_v2(root: Path, split: str) -> Content:

@@ -10,29 +10,25 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-from alignclip.conversion import class_folders, classification_sets
-from alignclip.conversion.classification_sets import Source
+from alignclip.conversion.class_names import choose_classnames, choose_templates
+from alignclip.conversion.classification_sets import SOURCES
 from alignclip.conversion.evaluation_sets import (
     README,
+    EvaluationSet,
     check_output,
-    choose_classnames,
-    choose_templates,
-    find_complete,
+    convert_set,
     fingerprint,
     local_path,
     missing_files,
     run,
     spread,
-    write_set,
 )
 from alignclip.conversion.published import difference
 from alignclip.errors import UserError, nearest
 from alignclip.paths import option
 from alignclip.runtime import console
-from alignclip.storage.staging import OutputFolder
 
 CLASSES = "classes.json"
 
@@ -71,36 +67,6 @@ class Options:
     progress: bool = True
 
 
-TRAIN_TEST = ("train", "test")
-TEST = ("test",)
-
-
-def _cifar(folder: str, kind: str) -> Source:
-    return Source(TRAIN_TEST, partial(classification_sets.read_cifar, folder=folder, kind=kind))
-
-
-def _imagenet(splits: tuple[str, ...], synset_list: str | None, *folders: str) -> Source:
-    read = partial(class_folders.read_imagenet, folders=folders, synset_list=synset_list)
-    return Source(splits, read)
-
-
-SOURCES = {
-    "cifar10": _cifar("cifar-10-batches-py", "CIFAR10"),
-    "cifar100": _cifar("cifar-100-python", "CIFAR100"),
-    "flowers": Source(("train", "val", "test"), classification_sets.read_flowers),
-    "food101": Source(TRAIN_TEST, classification_sets.read_food),
-    "cars": Source(TRAIN_TEST, classification_sets.read_cars),
-    "fashion_mnist": Source(TRAIN_TEST, classification_sets.read_fashion_mnist),
-    "imagenet1k": _imagenet(("train", "val"), "imagenet"),
-    "imagenetv2": Source(TEST, class_folders.read_imagenet_v2),
-    "imagenet-a": _imagenet(TEST, "imagenet_a", "imagenet-a"),
-    "imagenet-r": _imagenet(TEST, "imagenet_r", "imagenet-r"),
-    "imagenet-o": _imagenet(TEST, None, "imagenet-o"),
-    "imagenet-sketch": _imagenet(TEST, "imagenet", "sketch", "imagenet_sketch"),
-    "folder": Source((), class_folders.read_folder),
-}
-
-
 def convert(options: Options) -> str:
     """Convert a classification set and return a summary; a complete one that is there already stays as it is.
 
@@ -113,11 +79,12 @@ def convert(options: Options) -> str:
     name = name if name in SOURCES else name.replace("-", "_")
     if name not in SOURCES:
         raise UserError(f"unknown dataset '{options.dataset}'; {nearest(options.dataset, SOURCES)}")
-    splits = SOURCES[name].splits
+    source = SOURCES[name]
     # ImageNet's own test set has no public labels: clip_benchmark and all papers say test and take val
     split = "val" if name == "imagenet1k" and options.split == "test" else options.split
-    if splits and split not in splits:
-        raise UserError(f"{name} has no split '{options.split}'; {nearest(options.split, splits)}")
+    if source.sizes and split not in source.sizes:
+        hint = nearest(options.split, source.sizes)
+        raise UserError(f"{name} has no split '{options.split}'; {hint}")
     root = str(Path(options.root or "").expanduser().resolve())
     identity = {
         "dataset": name,
@@ -127,29 +94,34 @@ def convert(options: Options) -> str:
         "templates": fingerprint("--templates", options.templates),
         **({"source": root} if name == "folder" else {}),
     }
-    store = OutputFolder(options.out)
-    if there := find_complete(store, identity):
-        return f"{store.out} holds {name} ({split}) already, {there['samples']:,} samples: nothing to do"
-    templates = choose_templates(name, options.templates)
-    content = SOURCES[name].read(local_path("--root", options.root, folder=True), split)
-    names, samples = content.classnames, spread(content.samples, options.limit)
-    differs = difference(name, split, len(content.samples))
-    notes = [*content.notes, *([differs] if differs else [])]
-    if missing := missing_files(samples):
-        raise UserError(
-            f"{len(missing):,} of {len(samples):,} images are missing, the first is {missing[0]}; {README}"
+
+    def read() -> EvaluationSet:
+        templates = choose_templates(name, options.templates)
+        content = source.read(local_path("--root", options.root, folder=True), split)
+        samples = spread(content.samples, options.limit)
+        if missing := missing_files(samples):
+            raise UserError(
+                f"{len(missing):,} of {len(samples):,} images are missing, the first is {missing[0]}; "
+                f"{README}"
+            )
+        differs = difference(name, split, source.sizes, len(content.samples))
+        classes = {
+            "dataset": name,
+            # of the labels: whoever writes other names into the file shall keep to the number
+            "classes": len(content.classnames),
+            "classnames": choose_classnames(content.classnames, options.classnames),
+            "templates": templates,
+        }
+        return EvaluationSet(
+            samples,
+            ("label", "int"),
+            about={"source": root},
+            notes=[*content.notes, *([differs] if differs else [])],
+            files={CLASSES: classes},
+            packages=("torchvision", "clip-benchmark"),
         )
-    classes = {
-        "dataset": name,
-        "classes": len(names),  # of the labels: whoever writes other names in here shall keep to it
-        "classnames": choose_classnames(names, options.classnames),
-        "templates": templates,
-    }
-    dataset = {**identity, "source": root, "notes": notes}
-    packages = ("torchvision", "clip-benchmark")
-    return write_set(
-        store, samples, ("label", "int"), dataset, {CLASSES: classes}, packages, options.progress
-    )
+
+    return convert_set(options.out, identity, read, options.progress)
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:

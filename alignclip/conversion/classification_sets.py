@@ -1,4 +1,8 @@
-"""Readers of classification sets that torchvision reads: CIFAR, Flowers-102, Food-101, Cars, Fashion-MNIST."""
+"""The published classification sets: a table of their splits, sizes and readers.
+
+How to add a set: write a reader, or use :func:`read_torchvision` for a set that torchvision reads; add a
+line to :data:`SOURCES`, and a row to the table in ``convert/README.md``.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,21 @@ import gzip
 import importlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from alignclip.conversion.evaluation_sets import INSTALL, README, Sample, benchmark_lists
+from alignclip.conversion import class_folders
+from alignclip.conversion.class_folders import Content
+from alignclip.conversion.class_names import benchmark_lists
+from alignclip.conversion.evaluation_sets import INSTALL, README, EvaluationSample
 from alignclip.conversion.layouts import (
-    Layout,
+    Part,
     file_named,
     find,
     folder_named,
@@ -30,31 +38,16 @@ from alignclip.errors import UserError, one_line
 
 
 @dataclass(frozen=True)
-class Content:
-    """What a set holds.
+class ClassificationSource:
+    """How a classification set is read.
 
     Attributes:
-        samples: the images of a split with their labels.
-        classnames: in the order of the labels.
-        notes: sentences for the summary, about what is not as published.
-    """
-
-    samples: list[Sample]
-    classnames: list[str]
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Source:
-    """How a set is read.
-
-    Attributes:
-        splits: their names; empty where any name will do.
         read: from the folder of ``--root`` and a split to the content.
+        sizes: split -> images, as the publishers count them; empty where any split's name will do.
     """
 
-    splits: tuple[str, ...]
     read: Callable[[Path, str], Content]
+    sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @contextmanager
@@ -79,44 +72,61 @@ def reading(root: Path, checked: str = "") -> Iterator[None]:
         raise UserError(f"cannot read {root}: {why}; {README}") from error
 
 
-def _samples(layout: Layout, files: Sequence[str | Path], labels: Sequence[Any]) -> list[Sample]:
-    located = zip(map(layout.locate, files), labels, strict=True)
-    return [Sample(place, file, int(label)) for (place, file), label in located]
+def read_torchvision(
+    root: Path,
+    split: str,
+    kind: str,
+    parts: Mapping[str, Part],
+    checked: str = "",
+    names: Callable[[Any], list[str]] = lambda source: source.classes,
+) -> Content:
+    """Read a set of files by torchvision's class, through private attributes.
+
+    torchvision's ``loader=``, which would give the paths, came with 0.22 only.
+
+    Args:
+        root: the folder of ``--root``.
+        split: its name.
+        kind: the class in ``torchvision.datasets``.
+        parts: place below torchvision's root -> the part of the set that belongs there.
+        checked: see :func:`reading`.
+        names: from torchvision's set to the class names.
+    """
+    with laid_out(root, parts, README) as layout, reading(root, checked):
+        from torchvision import datasets
+
+        source = getattr(datasets, kind)(layout.root, split=split, download=False)
+        if hasattr(source, "_samples"):
+            labelled = source._samples
+        else:
+            labelled = zip(source._image_files, source._labels, strict=True)
+        samples = [EvaluationSample(*layout.locate(file), int(label)) for file, label in labelled]
+        return Content(samples, names(source))
 
 
 def read_cifar(root: Path, split: str, folder: str, kind: str) -> Content:
     """https://www.cs.toronto.edu/~kriz/cifar.html, the archives for Python."""
     members = ("meta", "train", "test") if kind == "CIFAR100" else ("batches.meta", "test_batch")
-    with laid_out(root, {folder: folder_with(folder, *members)}, README) as layout:
-        checked = f"{folder}'s files"
-        with reading(layout.links[folder], checked):
-            from torchvision import datasets
+    with (
+        laid_out(root, {folder: folder_with(folder, *members)}, README) as layout,
+        reading(layout.links[folder], f"{folder}'s files"),
+    ):
+        from torchvision import datasets
 
-            train = split == "train"
-            source = getattr(datasets, kind)(layout.root, train=train, download=False)
-            pairs = enumerate(zip(source.data, source.targets, strict=True))
-            samples = [Sample(f"{i:05}", pixels, int(label)) for i, (pixels, label) in pairs]
-            return Content(samples, source.classes)
-
-
-# The next three are read through private attributes of torchvision's classes: `loader=`, which
-# would give the paths, came with 0.22 only.
+        source = getattr(datasets, kind)(layout.root, train=split == "train", download=False)
+        return Content(_numbered(source.data, source.targets), source.classes)
 
 
 def read_flowers(root: Path, split: str) -> Content:
     """https://www.robots.ox.ac.uk/~vgg/data/flowers/102/."""
     names = benchmark_lists("en_classnames.json")["flowers"]
+    lists = ("imagelabels.mat", "setid.mat")
     parts = {
         "flowers-102/jpg": folder_with("jpg", "image_00001.jpg"),
-        "flowers-102/imagelabels.mat": file_named("imagelabels.mat"),
-        "flowers-102/setid.mat": file_named("setid.mat"),
+        **{f"flowers-102/{name}": file_named(name) for name in lists},
     }
-    checked = "imagelabels.mat and setid.mat"
-    with laid_out(root, parts, README) as layout, reading(root, checked):
-        from torchvision.datasets import Flowers102
-
-        source = Flowers102(layout.root, split=split, download=False)
-        return Content(_samples(layout, source._image_files, source._labels), names)
+    checked = " and ".join(lists)
+    return read_torchvision(root, split, "Flowers102", parts, checked, lambda _: names)
 
 
 def read_food(root: Path, split: str) -> Content:
@@ -125,12 +135,11 @@ def read_food(root: Path, split: str) -> Content:
         "food-101/images": folder_with("images", "apple_pie"),
         "food-101/meta": folder_named("meta", f"{split}.json"),
     }
-    with laid_out(root, parts, README) as layout, reading(root):
-        from torchvision.datasets import Food101
 
-        source = Food101(layout.root, split=split, download=False)
-        names = [name.replace("_", " ") for name in source.classes]  # as clip_benchmark does
-        return Content(_samples(layout, source._image_files, source._labels), names)
+    def names(source: Any) -> list[str]:  # as clip_benchmark does
+        return [name.replace("_", " ") for name in source.classes]
+
+    return read_torchvision(root, split, "Food101", parts, names=names)
 
 
 def read_cars(root: Path, split: str) -> Content:
@@ -142,29 +151,21 @@ def read_cars(root: Path, split: str) -> Content:
         importlib.import_module("scipy.io")  # torchvision's own error doesn't say who needs it
     if find(root, folder_named("car_ims", "*.jpg")) is not None:
         return _read_cars_as_one(root, split)
-    if split == "train":
-        place, part = "devkit/cars_train_annos.mat", file_named("cars_train_annos.mat")
-    else:
-        place, part = (
-            "cars_test_annos_withlabels.mat",
-            file_named("cars_test_annos_withlabels*.mat"),
-        )
-        if find(root, part) is None and (other := find(root, file_named("cars_test_annos.mat"))):
+    place, pattern = "devkit/cars_train_annos.mat", "cars_train_annos.mat"
+    if split == "test":
+        place, pattern = "cars_test_annos_withlabels.mat", "cars_test_annos_withlabels*.mat"
+        unlabelled = find(root, file_named("cars_test_annos.mat"))
+        if unlabelled and find(root, file_named(pattern)) is None:
             raise UserError(
-                f"{other} has no labels (it is the devkit's, of the challenge): put "
-                f"cars_test_annos_withlabels.mat below --root {root} as well; {README}"
+                f"{unlabelled} has no labels (it is the devkit's, of the challenge): put {place} below "
+                f"--root {root} as well; {README}"
             )
     parts = {
         f"stanford_cars/cars_{split}": folder_named(f"cars_{split}", "*.jpg"),
-        f"stanford_cars/{place}": part,
+        f"stanford_cars/{place}": file_named(pattern),
         "stanford_cars/devkit/cars_meta.mat": file_named("cars_meta.mat"),
     }
-    with laid_out(root, parts, README) as layout, reading(root):
-        from torchvision.datasets import StanfordCars
-
-        source = StanfordCars(layout.root, split=split, download=False)
-        files, labels = zip(*source._samples, strict=True)
-        return Content(_samples(layout, files, labels), source.classes)
+    return read_torchvision(root, split, "StanfordCars", parts)
 
 
 def _read_cars_as_one(root: Path, split: str) -> Content:
@@ -177,9 +178,13 @@ def _read_cars_as_one(root: Path, split: str) -> Content:
         from scipy.io import loadmat
 
         content = loadmat(layout.root / "cars_annos.mat", squeeze_me=True)
-        rows = [row for row in content["annotations"] if bool(row["test"]) == (split == "test")]
-        files = [layout.root / str(row["relative_im_path"]) for row in rows]
-        samples = _samples(layout, files, [int(row["class"]) - 1 for row in rows])
+        samples = [
+            EvaluationSample(
+                *layout.locate(layout.root / str(row["relative_im_path"])), int(row["class"]) - 1
+            )
+            for row in content["annotations"]
+            if bool(row["test"]) == (split == "test")
+        ]
         return Content(samples, [str(name) for name in content["class_names"]])
 
 
@@ -189,8 +194,7 @@ def read_fashion_mnist(root: Path, split: str) -> Content:
     files = []
     for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
         names = (f"{prefix}-{kind}", f"{prefix}-{kind.replace('-idx', '.idx')}")  # a mirror's dot
-        part = file_named(*(name + end for name in names for end in ("", ".gz")))
-        found = find(root, part)
+        found = find(root, file_named(*(name + end for name in names for end in ("", ".gz"))))
         if found is None:
             raise UserError(f"there is no {names[0]}[.gz] in --root {root}; {README}")
         files.append(found)
@@ -207,11 +211,7 @@ def read_fashion_mnist(root: Path, split: str) -> Content:
         labels = read_label_file(str(files[1])).numpy()
         classes = list(FashionMNIST.classes)
         _check_fashion_mnist(root, images, labels, len(classes))
-        samples = [
-            Sample(f"{i:05}", image, int(label))
-            for i, (image, label) in enumerate(zip(images, labels, strict=True))
-        ]
-        return Content(samples, classes)
+        return Content(_numbered(images, labels), classes)
 
 
 def _check_fashion_mnist(root: Path, images: np.ndarray, labels: np.ndarray, classes: int) -> None:
@@ -230,3 +230,40 @@ def _check_fashion_mnist(root: Path, images: np.ndarray, labels: np.ndarray, cla
             f"of each class; here are {counts.min():,} to {counts.max():,}, as in MNIST, whose files "
             "have the same names"
         )
+
+
+def _numbered(images: Any, labels: Any) -> list[EvaluationSample]:
+    """Return samples of a set without files: the index is the key."""
+    pairs = enumerate(zip(images, labels, strict=True))
+    return [EvaluationSample(f"{i:05}", image, int(label)) for i, (image, label) in pairs]
+
+
+def _cifar(folder: str, kind: str) -> ClassificationSource:
+    sizes = {"train": (50_000,), "test": (10_000,)}
+    return ClassificationSource(partial(read_cifar, folder=folder, kind=kind), sizes)
+
+
+def _imagenet(synset_list: str | None, *folders: str, **sizes: int) -> ClassificationSource:
+    read = partial(class_folders.read_imagenet, folders=folders, synset_list=synset_list)
+    return ClassificationSource(read, {split: (size,) for split, size in sizes.items()})
+
+
+SOURCES = {
+    "cifar10": _cifar("cifar-10-batches-py", "CIFAR10"),
+    "cifar100": _cifar("cifar-100-python", "CIFAR100"),
+    "flowers": ClassificationSource(
+        read_flowers, {"train": (1_020,), "val": (1_020,), "test": (6_149,)}
+    ),
+    "food101": ClassificationSource(read_food, {"train": (75_750,), "test": (25_250,)}),
+    "cars": ClassificationSource(read_cars, {"train": (8_144,), "test": (8_041,)}),
+    "fashion_mnist": ClassificationSource(
+        read_fashion_mnist, {"train": (60_000,), "test": (10_000,)}
+    ),
+    "imagenet1k": _imagenet("imagenet", train=1_281_167, val=50_000),
+    "imagenetv2": ClassificationSource(class_folders.read_imagenet_v2, {"test": (10_000,)}),
+    "imagenet-a": _imagenet("imagenet_a", "imagenet-a", test=7_500),
+    "imagenet-r": _imagenet("imagenet_r", "imagenet-r", test=30_000),
+    "imagenet-o": _imagenet(None, "imagenet-o", test=2_000),
+    "imagenet-sketch": _imagenet("imagenet", "sketch", "imagenet_sketch", test=50_889),
+    "folder": ClassificationSource(class_folders.read_folder),
+}

@@ -1,4 +1,25 @@
-"""A whole conversion: what is there already, what is left to do, and the index over all of it."""
+"""A whole conversion: what is there already, what is left to do, and the index over all of it.
+
+The protocol
+------------
+A set is complete or absent, and so is each of its sub-folders. The same command goes on where a run was
+stopped, by Ctrl-C, a kill or a power cut.
+
+1. ``convert.json``, the plan, is written first: the options that the whole set shares, and the input of
+   each sub-folder. A later run has to agree with the plan (:mod:`alignclip.conversion.plan`).
+2. An input shard becomes a sub-folder of the shard's name (:mod:`alignclip.conversion.shards`). The
+   files are written elsewhere and appear together; ``index.json`` follows the shards that it names, and
+   ``counts.json`` goes last. A sub-folder that holds both is complete. Held-out samples are in
+   ``val/NAME``, which is there before ``NAME`` (:mod:`alignclip.storage.staging`).
+3. A sub-folder is converted again where its source has changed since. Before shards are replaced that
+   the set's index names, the index is written without them: after a kill the set is smaller, and whole.
+4. ``report.md`` follows the last sub-folder, then ``dataset.json``, and at last the ``index.json`` over
+   all sub-folders. A set without ``index.json`` isn't finished.
+5. Whatever a killed process leaves in the making has names of its own. The next run removes it.
+6. One run at a time: a local output is locked. Another run into a bucket can't be seen.
+
+Runs of earlier versions are taken up: their records may lack entries that came later.
+"""
 
 from __future__ import annotations
 
@@ -7,36 +28,28 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import suppress
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from alignclip.conversion import inputs, mds
+from alignclip.conversion import inputs
 from alignclip.conversion.captions import find_encoder, load_encoder
+from alignclip.conversion.formats.declaration import CAPTION_LISTS, PAIR_COLUMNS
 from alignclip.conversion.images import CHECKS
-from alignclip.conversion.mds import COLUMNS as PAIRS
-from alignclip.conversion.options import ConvertOptions, Counts
-from alignclip.conversion.plan import (
-    PLAN,
-    begin,
-    check_free,
-    holds_samples,
-    planned_inputs,
-    written_in,
-)
+from alignclip.conversion.options import ConvertOptions
+from alignclip.conversion.plan import PLAN, begin, check_free, holds_samples, planned_inputs
+from alignclip.conversion.records import Counts, DatasetCard, InputRecord, to_json, total_of
 from alignclip.conversion.report import (
     REPORT,
     first_example,
-    inputs_in_words,
     ways_out,
     why_nothing,
     write_report,
 )
-from alignclip.conversion.samples import BROKEN_INPUT
-from alignclip.conversion.shards import counts_of, is_current, mds_writer
+from alignclip.conversion.shards import is_current
+from alignclip.conversion.wording import are_them, counted, first_few, inputs_in_words
 from alignclip.conversion.workers import convert_all
 from alignclip.errors import UserError, check_place, nearest
 from alignclip.storage import leaving_nothing
@@ -52,84 +65,92 @@ class NothingWritten(UserError):
 
 
 def convert(options: ConvertOptions, executor: Executor | None = None) -> Counts:
-    """Convert the inputs to MDS; return the counts of the whole set in ``options.out``, earlier runs' parts included.
+    """Convert the inputs to MDS; return the counts of the whole set, earlier runs' parts included.
 
     A run that is refused before it has written a sample leaves a new local folder as it was.
 
     Args:
         options: what to convert, and how.
-        executor: what converts the input shards, a task each, any of ``concurrent.futures``; None: ``processes`` of
-            this machine, or ``scheduler``'s cluster. It is not shut down.
+        executor: what converts the input shards, a task each, any of ``concurrent.futures``; None:
+            ``processes`` of this machine, or ``scheduler``'s cluster. It is not shut down.
 
     Raises:
-        UserError: an input, the encoder or the output is not there; ``out`` was begun with other options or from other
-            files of the same names; no sample was written, or more than ``max_bad`` of them are bad.
+        UserError: an input, the encoder or the output is not there; ``out`` was begun with other options
+            or from other files of the same names; no sample was written, or more than ``max_bad`` of them
+            are bad.
     """
     for what, places in (("--out", [options.out]), ("--inputs", options.inputs)):
         for place in places:
             check_place(what, place)
     _check_numbers(options)
-    names = _unique_names(
-        inputs.expand(options.inputs, options.caption_key, options.reading), options
-    )
+    names = _unique_names(inputs.expand(options.inputs, options.reading), options)
     store = OutputFolder(options.out)
     # whether it can be reached, and is free; what is there counts once nobody else can change it
     check_free(store, store.listing(), names)
     store.check_writable()
-    _check(options)
-    columns = _columns(options, names.values())
-    with leaving_nothing(store.out), store.locked():
-        is_new = not shown(store.listing())
-        try:
-            return _convert(options, store, names, columns, executor)
-        except OSError as error:
-            raise UserError(f"{store.out}: {error}") from error
-        except UserError as error:
-            elsewhere = (
-                executor is not None or options.scheduler
-            )  # where somebody may still be writing
-            if is_new and not (store.is_remote or elsewhere or holds_samples(store)):
-                store.clear(names, PLAN, REPORT)
-            elif isinstance(error, NothingWritten) and REPORT in store.listing():
-                raise UserError(f"{error}; {store.out}/{REPORT} says more") from None
-            raise
+    _check_choices(options)
+    columns = _output_columns(options, names.values())
+    elsewhere = executor is not None or bool(options.scheduler)  # somebody may still be writing
+    with leaving_nothing(store.out), store.locked(), _left_as_it_was(store, names, elsewhere):
+        return _convert(_Run(options, store, names, columns), executor)
 
 
-def _convert(
-    options: ConvertOptions,
-    store: OutputFolder,
-    names: dict[str, str],
-    columns: dict[str, str],
-    executor: Executor | None,
-) -> Counts:
+@contextmanager
+def _left_as_it_was(store: OutputFolder, names: Iterable[str], elsewhere: bool) -> Iterator[None]:
+    """Remove what a refused run has written into a new local folder; else point to the report."""
+    is_new = not shown(store.listing())
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{store.out}: {error}") from error
+    except UserError as error:
+        if is_new and not (store.is_remote or elsewhere or holds_samples(store)):
+            store.clear(names, PLAN, REPORT)
+        elif isinstance(error, NothingWritten) and REPORT in store.listing():
+            raise UserError(f"{error}; {store.out}/{REPORT} says more") from None
+        raise
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run is about: its options, output, sub-folders by name with their inputs, columns."""
+
+    options: ConvertOptions
+    store: OutputFolder
+    names: dict[str, str]
+    columns: dict[str, str]
+
+
+def _convert(run: _Run, executor: Executor | None) -> Counts:
     """Convert what is left to do, and write the index over all there is."""
-    listing = store.listing()
-    planned = planned_inputs(store, listing)
-    complete = begin(store, listing, options, names, columns)
+    store, names = run.store, run.names
+    there = store.listing()
+    planned = planned_inputs(store, there)
+    complete = begin(store, there, run.options, names, run.columns)
     remove_stale_copies()
     store.remove_partial()
-    again = {
-        name
-        for name, source in names.items()
-        if name in complete and not is_current(source, complete[name])
+    done = {
+        name: record.counts()
+        for name, record in complete.items()
+        if name not in names or is_current(record, names[name])
     }
-    done = {name: counts_of(kept) for name, kept in complete.items() if name not in again}
     todo = {name: source for name, source in names.items() if name not in done}
-    options = replace(options, inputs=_sources(store, listing, options))
-    if options.progress:
+    run = replace(
+        run, options=replace(run.options, inputs=_all_patterns(store, there, run.options))
+    )
+    if run.options.progress:
         _say_what_is_there(store, done, todo, planned)
-    if INDEX in listing and any(_is_named(name, listing, complete) for name in todo):
-        # Their shards will be replaced, under the same names. Were this run killed, the set is smaller but consistent.
-        _publish(store, done, columns, options)
-    sources = {name: kept["source"] for name, kept in complete.items()} | names
+    if INDEX in there and any(_may_be_named(name, there, complete) for name in todo):
+        _publish(run, done)
+    sources = {name: record.source for name, record in complete.items()} | names
     start = time.monotonic()
     try:
         convert_all(
             todo,
             done,
-            columns,
-            options,
-            lambda counts: _check_bad(counts, options, ENOUGH),
+            run.columns,
+            run.options,
+            lambda done: _check_bad(done, run.options, ENOUGH),
             executor,
         )
     except KeyboardInterrupt:
@@ -143,10 +164,11 @@ def _convert(
     seconds = time.monotonic() - start
     if done:
         _write_report(store, done, sources)
-    _check_bad(done, options, 0)
-    _publish(store, done, columns, options)
+    _check_bad(done, run.options, 0)
+    _publish(run, done)
+    total = total_of(done.values())
     return replace(
-        _total(done), inputs=len(names), converted=len(todo), broken=_broken(done), seconds=seconds
+        total, inputs=len(names), converted=len(todo), broken=_broken(done), seconds=seconds
     )
 
 
@@ -154,39 +176,33 @@ def _say_what_is_there(
     store: OutputFolder, done: dict[str, Counts], todo: dict[str, str], planned: set[str]
 ) -> None:
     """Say what a set holds before more is added to it, and what that is."""
-    there = _total(done)
-    if not there.written or not todo:
+    there = total_of(done.values()).written
+    if not there or not todo:
         return
     new = [source for source in todo.values() if source not in planned]
-    holds = f"{store.out} holds {there.written:,} samples from {inputs_in_words(len(done))}"
-    more = (
-        [f"{inputs_in_words(len(new))} added ({new[0]}{', …' if new[1:] else ''})"] if new else []
-    )
-    more += (
-        [f"{inputs_in_words(len(todo) - len(new))} of its own left to convert"]
-        if len(todo) > len(new)
-        else []
-    )
+    more = [f"{inputs_in_words(len(new))} added ({first_few(new, 1)})"] if new else []
+    if own := len(todo) - len(new):
+        more.append(f"{inputs_in_words(own)} of its own left to convert")
+    holds = f"{store.out} holds {there:,} samples from {inputs_in_words(len(done))}"
     print(f"{holds}; {', '.join(more)}", file=sys.stderr)
 
 
-def _is_named(name: str, listing: set[str], complete: dict[str, dict[str, Any]]) -> bool:
-    """Whether the root's index may name shards of this sub-folder."""
-    return f"{name}/{INDEX}" in listing and not (
-        name in complete and not written_in(complete[name])
-    )
+def _may_be_named(name: str, there: set[str], complete: dict[str, InputRecord]) -> bool:
+    """Say whether the root's index may name shards of a sub-folder."""
+    is_empty = name in complete and not complete[name].samples
+    return f"{name}/{INDEX}" in there and not is_empty
 
 
-def _sources(store: OutputFolder, listing: set[str], options: ConvertOptions) -> list[str]:
-    """What the user named as inputs, of this run and those before it that were finished."""
-    before = store.read_json([DATASET], broken=True)[0] if DATASET in listing else None
-    there = before.get("source") if isinstance(before, dict) else None
-    return list(dict.fromkeys([*(there if isinstance(there, list) else []), *options.inputs]))
+def _all_patterns(store: OutputFolder, there: set[str], options: ConvertOptions) -> list[str]:
+    """Return what was named as inputs, of this run and of finished runs before."""
+    before = store.read_json([DATASET], broken=True)[0] if DATASET in there else None
+    earlier = before.get("source") if isinstance(before, dict) else None
+    return list(dict.fromkeys([*(earlier if isinstance(earlier, list) else []), *options.inputs]))
 
 
 def _broken(done: dict[str, Counts]) -> list[str]:
-    """The sub-folders of truncated inputs."""
-    return sorted(name for name, counts in done.items() if BROKEN_INPUT in counts.skipped)
+    """Return the sub-folders of truncated inputs."""
+    return sorted(name for name, counts in done.items() if counts.is_broken)
 
 
 def _write_report(store: OutputFolder, done: dict[str, Counts], sources: dict[str, str]) -> None:
@@ -196,7 +212,7 @@ def _write_report(store: OutputFolder, done: dict[str, Counts], sources: dict[st
 
 
 def _unique_names(shards: Sequence[str], options: ConvertOptions) -> dict[str, str]:
-    """Sub-folder name -> input shard, of which there may be one each."""
+    """Return the sub-folder of each input shard; two shards may not share one."""
     names: dict[str, str] = {}
     for shard in shards:
         name = inputs.name_of(shard)
@@ -204,8 +220,8 @@ def _unique_names(shards: Sequence[str], options: ConvertOptions) -> dict[str, s
             raise UserError(f"{shard} is a hidden file; rename it to convert it")
         if name in names:
             raise UserError(
-                f"{names[name]} and {shard} would both become '{name}'; give each folder of inputs an --out of its own "
-                "(training takes several streams)"
+                f"{names[name]} and {shard} would both become '{name}'; give each folder of inputs an "
+                "--out of its own (training takes several streams)"
             )
         if name == VAL and options.held_out:
             raise UserError(
@@ -226,166 +242,128 @@ def _check_numbers(options: ConvertOptions) -> None:
         ("--resize", 1 if images.resize is None else images.resize, 1, None),
     ):
         if not value >= low or (high is not None and not value <= high):  # NaN is neither
-            raise UserError(
-                f"{flag} must be at least {low}{'' if high is None else f' and at most {high}'}, not {value}"
-            )
+            most = "" if high is None else f" and at most {high}"
+            raise UserError(f"{flag} must be at least {low}{most}, not {value}")
     if images.check not in CHECKS:
         raise UserError(f"--check {images.check} does not exist; {nearest(images.check, CHECKS)}")
 
 
-def _check(options: ConvertOptions) -> None:
+def _check_choices(options: ConvertOptions) -> None:
     """Try the options that would otherwise fail in the first worker."""
     if options.semantic:
         find_encoder(options.encoder)  # a wrong name is told before the seconds that imports take
-    _check_compression(options.compression)
-    _check_hashes(options.hashes)
+    from alignclip.conversion import mds_writer
+
+    mds_writer.check_compression(options.compression)
+    mds_writer.check_hashes(options.hashes)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            mds_writer(PAIRS, Path(folder) / "empty", options).finish()
+            mds_writer.JoinedShardWriter(
+                PAIR_COLUMNS, Path(folder) / "empty", size_limit=options.size_limit
+            ).finish()
         except ValueError as error:
             raise UserError(f"--size-limit {options.size_limit}: {error}") from None
 
 
-def _columns(options: ConvertOptions, shards: Iterable[str]) -> dict[str, str]:
-    """The MDS columns; those of an MDS set that are left out are named.
+def _output_columns(options: ConvertOptions, shards: Iterable[str]) -> dict[str, str]:
+    """Return the MDS columns, and name the columns of MDS sets that are left out.
 
     Raises:
         UserError: some inputs have one caption an image and others lists of them.
     """
-    columns, captions = dict(PAIRS), dict[str, str]()
-    for index in sorted(inputs.mds_sets(shards)):
-        there = next(iter(mds.shards_of(index).values())).columns if index else PAIRS
-        captions.setdefault(there["caption"], index)
+    columns, captions = dict(PAIR_COLUMNS), dict[str, str]()
+    for place, there in inputs.columns_of(shards, options.reading).items():
+        captions.setdefault(there["caption"], place)
         columns["caption"] = there["caption"]
-        if options.progress and (rest := [name for name in there if name not in PAIRS]):
+        if options.progress and (rest := [name for name in there if name not in PAIR_COLUMNS]):
             made = " (made anew)" if options.semantic and "semantic" in rest else ""
-            print(f"not taken from {index}: {', '.join(rest)}{made}", file=sys.stderr)
+            print(f"not taken from {place}: {', '.join(rest)}{made}", file=sys.stderr)
     if len(captions) > 1:
         raise UserError(
-            f"{captions[mds.LIST]} has lists of captions, other inputs have one an image; give it an --out of its own"
+            f"{captions[CAPTION_LISTS]} has lists of captions, other inputs have one an image; give it "
+            "an --out of its own"
         )
     if options.semantic:
         encoder = load_encoder(options.encoder)
         if options.progress and encoder.length != encoder.stated:
             states = f"states {encoder.stated:,} tokens and takes" if encoder.stated else "takes"
-            print(
-                f"{options.encoder} {states} {encoder.length:,}; longer captions are cut",
-                file=sys.stderr,
-            )
-        shape = "" if mds.LIST in captions else f":{encoder.dimension}"
+            cut = f"{states} {encoder.length:,}; longer captions are cut"
+            print(f"{options.encoder} {cut}", file=sys.stderr)
+        shape = "" if CAPTION_LISTS in captions else f":{encoder.dimension}"
         columns["semantic"] = f"ndarray:float16{shape}"
     return columns
 
 
-def _check_hashes(names: Sequence[str]) -> None:
-    from streaming.base.hashing import get_hashes
-
-    for name in names:
-        if name not in get_hashes():
-            raise UserError(
-                f"--hashes {name} is not one of Streaming's; {nearest(name, get_hashes())}"
-            )
-
-
-def _check_compression(name: str | None) -> None:
-    from streaming.base.compression import get_compressions
-
-    if name is None or name in get_compressions():
-        return
-    levels: dict[str, list[int]] = {}
-    for algorithm, _, level in (valid.partition(":") for valid in sorted(get_compressions())):
-        levels.setdefault(algorithm, []).extend([int(level)] if level else [])
-    valid = (
-        f"{key}[:{min(found)}-{max(found)}]" if found else key for key, found in levels.items()
-    )
-    raise UserError(f"--compression {name} is not one of Streaming's; valid: {', '.join(valid)}")
-
-
-def _total(done: dict[str, Counts]) -> Counts:
-    total = Counts()
-    for part in done.values():
-        total.add(part)
-    return total
-
-
 def _check_bad(done: dict[str, Counts], options: ConvertOptions, enough: int) -> None:
-    """Fail where more than ``max_bad`` of the samples, of which there are more than ``enough``, were left out.
+    """Fail where more than ``max_bad`` of the samples were left out; of few samples nothing is said.
 
-    At the end, when nothing is ``enough``, also where more than that of the inputs were truncated: of each, only one
-    sample counts as bad, whatever has been lost with it.
+    At the end, when nothing is ``enough``, also where more than that of the inputs were truncated: of
+    each, only one sample counts as bad, whatever has been lost with it.
     """
-    total = _total(done)
+    total = total_of(done.values())
     read = total.written + total.bad
     if read < enough:
         return
     broken = _broken(done)
     if total.written and not enough and len(broken) > options.max_bad * len(done):
-        are, them = ("is", "it") if len(broken) == 1 else ("are", "them")
+        are, them = are_them(len(broken))
         raise UserError(
-            f"{len(broken):,} of {inputs_in_words(len(done))} {are} truncated, more than --max-bad {options.max_bad:g} "
-            f"({', '.join(broken[:3])}{', …' if broken[3:] else ''}): fetch {them} again and repeat this command, or "
+            f"{len(broken):,} of {inputs_in_words(len(done))} {are} truncated, more than --max-bad "
+            f"{options.max_bad:g} ({first_few(broken)}): fetch {them} again and repeat this command, or "
             f"take {them} as {'it is' if len(broken) == 1 else 'they are'} with --max-bad 1"
         )
     if not total.written:
         raise NothingWritten(why_nothing(total, len(done), options, first_example(done)))
     if total.bad > options.max_bad * read:
-        why = ", ".join(f"{reason} {number:,}" for reason, number in sorted(total.skipped.items()))
         raise UserError(
-            f"{total.bad:,} of {read:,} samples are bad, more than --max-bad {options.max_bad:g} ({why}); "
+            f"{total.bad:,} of {read:,} samples are bad, more than --max-bad {options.max_bad:g} "
+            f"({counted(total.skipped)}); "
             + "".join(f"{way}; " for way in ways_out(total.skipped))
             + f"{REPORT} in {options.out} has examples"
         )
 
 
-def _publish(
-    store: OutputFolder, done: dict[str, Counts], columns: dict[str, str], options: ConvertOptions
-) -> None:
+def _publish(run: _Run, done: dict[str, Counts]) -> None:
     """Write ``dataset.json`` and the index of these sub-folders, and of those of the held-out split."""
-    total = _total(done)
+    options, store = run.options, run.store
+    total = total_of(done.values())
     packages = ["alignclip", "mosaicml-streaming", "pillow"]
     packages += ["sentence-transformers", "transformers", "torch"] if options.semantic else []
-    dataset = {
-        "encoder": options.encoder if options.semantic else None,
-        "dimension": load_encoder(options.encoder).dimension if options.semantic else None,
-        "source": list(options.inputs),
-        "inputs": len(done),
-        "samples": total.written - total.held_out,
-        "held_out": total.held_out,
-        "skipped": total.skipped,
-        "noted": total.noted,
-        "ignored": total.ignored,
-        "bytes": total.bytes,
-        "options": options.fixed(),
-        "versions": {package: importlib.metadata.version(package) for package in packages},
-    }
+    card = DatasetCard(
+        encoder=options.encoder if options.semantic else None,
+        dimension=load_encoder(options.encoder).dimension if options.semantic else None,
+        source=list(options.inputs),
+        inputs=len(done),
+        samples=total.written - total.held_out,
+        held_out=total.held_out,
+        skipped=dict(total.skipped),
+        noted=dict(total.noted),
+        ignored=dict(total.ignored),
+        bytes=total.bytes,
+        options=options.fixed(),
+        versions={package: importlib.metadata.version(package) for package in packages},
+    )
     if options.held_out:
-        _write_index(store, VAL, sorted(name for name in done if done[name].held_out))
+        index = _index(store, VAL, sorted(name for name in done if done[name].held_out))
+        with store.staged(VAL, replace=False) as folder:
+            (folder / INDEX).write_text(index)
     with store.staged() as folder:
-        (folder / DATASET).write_text(json.dumps(dataset, indent=2))
+        (folder / DATASET).write_text(to_json(card))
         (folder / INDEX).write_text(_index(store, "", sorted(done)))
 
 
-def _write_index(store: OutputFolder, split: str, names: Sequence[str]) -> None:
-    index = _index(store, split, names)
-    with store.staged(split, replace=False) as folder:
-        (folder / INDEX).write_text(index)
-
-
 def _index(store: OutputFolder, split: str, names: Sequence[str]) -> str:
-    """The index over these sub-folders of a split.
+    """Return the index over these sub-folders of a split.
 
-    Streaming's merge_index opens a connection for each of them and takes every .json in them for an index.
+    Streaming's merge_index opens a connection for each of them and takes every .json for an index.
     """
     shards = []
     paths = [f"{split}/{name}/{INDEX}".lstrip("/") for name in names]
     for name, index in zip(names, store.read_json(paths), strict=True):
         for shard in index["shards"]:
-            if not shard[
-                "samples"
-            ]:  # MDSWriter begins with an empty one where the first sample exceeds the size limit
+            if not shard["samples"]:  # MDSWriter's first, where the first sample exceeds the limit
                 continue
-            for file in (shard["raw_data"], shard["zip_data"]):
-                if file:
-                    file["basename"] = f"{name}/{file['basename']}"
+            for file in filter(None, (shard["raw_data"], shard["zip_data"])):
+                file["basename"] = f"{name}/{file['basename']}"
             shards.append(shard)
     return json.dumps({"version": 2, "shards": shards})

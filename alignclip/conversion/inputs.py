@@ -1,46 +1,52 @@
-"""Input shards: what the patterns on the command line stand for, and how each is read.
+"""Patterns on the command line, and the input shards that they stand for.
 
-An input shard is named by a string: a path or URL, with ``#`` and a part where one file is several: rows of a CSV file,
-a shard of an MDS set. A new format is one function that yields samples, and a line in :func:`read`.
+An input shard is named by a string: a path or URL, with ``#`` and a part where one file is several shards:
+rows of a CSV file, a shard of an MDS set. Plans and counts keep these names.
 """
 
 from __future__ import annotations
 
 import glob
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlparse
 
-from alignclip.conversion import mds, tables, tars
-from alignclip.conversion.samples import IMAGE_EXTENSIONS, PLAIN, Item, Reading
+from alignclip.conversion.formats import ENDINGS, FORMATS, format_of
+from alignclip.conversion.formats.declaration import InputFormat, Listing, OpenInput
+from alignclip.conversion.samples import IMAGE_EXTENSIONS, PLAIN, Reading
+from alignclip.conversion.wording import first_few
 from alignclip.errors import UserError
 from alignclip.near import did_you_mean
 from alignclip.storage import is_passing
-from alignclip.storage.copies import check_web, fetched
-from alignclip.storage.staging import INDEX, list_remote
+from alignclip.storage.copies import check_web
+from alignclip.storage.staging import list_remote
 
-# What a folder stands for is decided by the first of these that it holds; img2dataset puts a parquet file beside a tar
-GROUPS = ((".tar", ".tar.gz", ".tgz"), (".parquet",), (".csv", ".tsv"))
-FORMATS = tuple(suffix for group in GROUPS for suffix in group)
 WEB = ("http", "https")
-SEVERAL = (".csv", ".tsv", f"/{INDEX}")  # files of which each is several input shards
 
 
-def expand(
-    patterns: Sequence[str], caption_key: str | None = None, how: Reading = PLAIN
-) -> list[str]:
-    """The input shards that ``patterns`` name, each once, in the order of the patterns.
+class InputShard(NamedTuple):
+    """An input shard: the format of its file, the file's path or URL, and the part of the file."""
 
-    A pattern is a path or URL; a folder, which stands for its tars, or else its parquet or CSV files; with
-    ``{00000..00123}`` or ``{a,b}`` each of these; with ``*``, ``?`` or ``[]`` those that exist; an MDS set's
-    ``index.json``. Folders and wildcards also work in the object stores that Streaming can list (S3, GCS, OCI).
-    ``caption_key`` and ``how`` are those of :func:`read`: tables are looked at.
+    format: InputFormat
+    place: str
+    part: str
+
+
+def expand(patterns: Sequence[str], reading: Reading = PLAIN) -> list[str]:
+    """Return the names of the input shards that ``patterns`` stand for, each once, in this order.
+
+    A pattern is a path or URL; a folder, which stands for its files of the first format that it holds; with
+    ``{00000..00123}`` or ``{a,b}`` each of these; with ``*``, ``?`` or ``[]`` the files that exist. Folders
+    and wildcards also work in the object stores that Streaming can list (S3, GCS, OCI).
 
     Raises:
-        UserError: a pattern matches nothing, a file that is named does not exist, or a table can't be read.
+        UserError: a pattern matches nothing, a file that is named does not exist, or a file that is several
+            shards can't be read as ``reading`` says.
     """
     from braceexpand import braceexpand
 
@@ -63,203 +69,140 @@ def expand(
     if not found:
         raise UserError("no inputs")
     check_web(name for name in found if urlparse(name).scheme in WEB)
-    return [part for file in dict.fromkeys(found) for part in _parts(file, caption_key, how)]
+    return [
+        f"{place}#{part}" if part else place
+        for place in dict.fromkeys(found)
+        for part in format_of(place).parts(place, reading)
+    ]
+
+
+def split(shard: str) -> InputShard:
+    """Take the name of an input shard apart."""
+    place, mark, part = shard.rpartition("#")
+    if mark and (found := format_of(place)).has_parts:
+        return InputShard(found, place, part)
+    return InputShard(format_of(shard), shard, "")
+
+
+def name_of(shard: str) -> str:
+    """Return the name of the sub-folder that an input shard becomes."""
+    found, place, part = split(shard)
+    return found.shard_name(place, part)
+
+
+def columns_of(shards: Iterable[str], reading: Reading) -> dict[str, dict[str, str]]:
+    """Return the columns of each input file that these shards are parts of; see :class:`InputFormat`."""
+    places = {place: found for found, place, _ in map(split, shards)}
+    return {place: found.columns(place, reading) for place, found in sorted(places.items())}
+
+
+@contextmanager
+def opened(shard: str, reading: Reading = PLAIN) -> Iterator[OpenInput]:
+    """Fetch an input shard where it is remote, and read it.
+
+    Raises:
+        UserError: the shard can't be fetched, or has no such columns.
+    """
+    found, place, part = split(shard)
+    with found.opened(place, part, reading) as input_shard:
+        yield input_shard
 
 
 def _expand_local(name: str, missing: list[str]) -> list[str]:
-    """What one path stands for; a single file that isn't there is put on the list ``missing``."""
+    """Return what one path stands for; a file that isn't there is put on the list ``missing``."""
     path = Path(name).expanduser().absolute()
     if path.is_dir():
-        there = [file.name for file in path.iterdir()]
-        files = of_one_format(there)
-        if not files:
-            _refuse_mds(path, there)
-            loose = any(file.lower().endswith(IMAGE_EXTENSIONS) for file in there)
-            way = (
-                f"; for images with texts beside them: tar --sort=name -cf pairs.tar -C {path} ."
-                if loose
-                else ""
-            )
-            raise UserError(
-                f"no {', '.join('*' + suffix for suffix in FORMATS)} in the folder {path}{way}"
-            )
-        _say_what_is_left_out(path, there, files)
-        return [str(path / file) for file in files]
+        entries = [entry for entry in os.scandir(path) if not entry.name.startswith(".")]
+        folders = [entry.name for entry in entries if entry.is_dir()]
+        files = [entry.name for entry in entries if entry.name not in {*folders}]
+
+        def names_in(folder: str) -> Iterator[str]:
+            return (entry.name for entry in (path / folder).iterdir())
+
+        return _in_folder(Listing(str(path), files, folders, names_in))
     if path.exists() or not glob.has_magic(name):
         if not path.exists():
             missing.append(str(path))
         return [str(path)]
-    found = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
-    files = sorted(str(file) for file in found if not file.name.startswith("."))
-    if not files:
+    matches = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+    found = sorted(str(match) for match in matches if not match.name.startswith("."))
+    if not found:
         raise UserError(f"no file matches '{name}'")
-    return files
+    return [place for match in found for place in _expand_local(match, missing)]
 
 
-def _refuse_mds(folder: Path, names: Iterable[str]) -> None:
-    """Say by which names a folder that is an MDS set, or holds some, is read.
+def _in_folder(listing: Listing) -> list[str]:
+    """Return what a folder stands for.
 
     Raises:
-        UserError: it is one, or holds some.
+        UserError: the folder holds no inputs.
     """
-    sets = [folder] if (folder / INDEX).is_file() else [folder / name for name in sorted(names)]
-    there = [str(place / INDEX) for place in sets if (place / INDEX).is_file()]
-    if there:
-        more = ", …" if there[3:] else ""
-        raise UserError(
-            f"{folder} holds MDS, which is read by its index: name {', '.join(there[:3])}{more}"
-        )
+    for one in FORMATS:
+        if found := one.in_folder(listing):
+            _say_what_is_left_out(listing, found)
+            return found
+    place, formats = listing.place, ", ".join(f"*{ending}" for ending in ENDINGS)
+    if "://" in place:
+        raise UserError(f"nothing matches '{place}/*.tar'")
+    loose = any(name.lower().endswith(IMAGE_EXTENSIONS) for name in listing.files)
+    way = f"; for images with texts beside them: tar --sort=name -cf pairs.tar -C {place} ."
+    raise UserError(f"no {formats} in the folder {place}{way if loose else ''}")
 
 
-def _say_what_is_left_out(folder: Path, names: Sequence[str], taken: Sequence[str]) -> None:
-    """Name the inputs of other formats in a folder, but for a table that describes a tar or another file beside it."""
-    stems = {name.split(".")[0] for name in taken}
-    inputs = [name for name in names if name.lower().endswith(FORMATS) and not name.startswith(".")]
-    left = sorted(name for name in inputs if name not in taken and name.split(".")[0] not in stems)
+def _say_what_is_left_out(listing: Listing, taken: Sequence[str]) -> None:
+    """Name a folder's inputs of other formats, but for tables that describe a file beside them."""
+    names = [place.rstrip("/").rpartition("/")[2] for place in taken]
+    stems = {name.split(".")[0] for name in names}
+    inputs = [name for name in listing.files if name.lower().endswith(ENDINGS)]
+    left = sorted(name for name in inputs if name not in names and name.split(".")[0] not in stems)
     if left:
-        print(
-            f"not taken from {folder}: {', '.join(left[:3])}{', …' if left[3:] else ''}; name them",
-            file=sys.stderr,
-        )
-
-
-def of_one_format(names: Iterable[str]) -> list[str]:
-    """Those of a folder's files that it stands for: its tars, else its parquet files, else its CSV and TSV files."""
-    seen = [
-        name for name in names if not name.startswith(".")
-    ]  # macOS puts ._00000.tar beside 00000.tar
-    for group in GROUPS:
-        if files := sorted(name for name in seen if name.lower().endswith(group)):
-            return files
-    return []
+        print(f"not taken from {listing.place}: {first_few(left)}; name them", file=sys.stderr)
 
 
 def _expand_remote(url: str, unseen: list[str]) -> list[str]:
-    """What one URL stands for; a single file, which has not been looked for, is put on the list ``unseen``."""
+    """Return what one URL stands for; a single file, not looked for yet, is put on the list ``unseen``."""
     is_http = urlparse(url).scheme in WEB
     is_pattern = not is_http and glob.has_magic(url)
-    if is_http or (
-        not is_pattern and (url.lower().endswith((*FORMATS, ".gz")) or url.endswith(f"/{INDEX}"))
-    ):
+    is_file = url.lower().endswith(".gz") or (
+        not url.endswith("/") and any(one.fits(url) for one in FORMATS)
+    )
+    if is_http or (is_file and not is_pattern):
         if not is_http:
             unseen.append(url)
         return [url]
-    folder, pattern = url.rsplit("/", 1) if is_pattern else (url.rstrip("/"), None)
+    folder, pattern = url.rsplit("/", 1) if is_pattern else (url.rstrip("/"), "")
     if glob.has_magic(folder):
         raise UserError(
             f"a wildcard in '{url}' may stand in the last part only; use braces for the folders"
         )
-    there = [name for name in list_remote(folder) if "/" not in name and not name.startswith(".")]
-    names = (
-        sorted(name for name in there if fnmatch(name, pattern))
-        if pattern
-        else of_one_format(there)
-    )
-    if not names and not pattern and INDEX in there:
-        raise UserError(f"{folder} holds MDS, which is read by its index: name {folder}/{INDEX}")
-    if not names:
-        raise UserError(f"nothing matches '{folder}/{pattern or '*.tar'}'")
-    return [f"{folder}/{name}" for name in names]
+    shown = [name for name in list_remote(folder) if not name.startswith(".")]
+    files = sorted(name for name in shown if "/" not in name)
+    if not pattern:
+        below: dict[str, list[str]] = {}
+        for name in shown:
+            if "/" in name:
+                below.setdefault(name.split("/")[0], []).append(name.split("/", 1)[1])
+        return _in_folder(Listing(folder, files, [*below], below.__getitem__))
+    found = [f"{folder}/{name}" for name in files if fnmatch(name, pattern)]
+    if not found:
+        raise UserError(f"nothing matches '{folder}/{pattern}'")
+    return found
 
 
 def _missing_remote(urls: Sequence[str]) -> list[str]:
-    """Which of these URLs a listing of their folders lacks; folders that can't be listed are taken on trust."""
+    """Return the URLs that a listing of their folders lacks; a folder that can't be listed is trusted."""
+    by_folder: dict[str, list[str]] = {}
+    for url in urls:
+        by_folder.setdefault(url.rpartition("/")[0], []).append(url)
     missing: list[str] = []
-    for folder in dict.fromkeys(url.rsplit("/", 1)[0] for url in urls):
+    for folder, files in by_folder.items():
         try:
             names = list_remote(folder)
         except (
             UserError
-        ) as error:  # Azure, or a public bucket that may be read but not listed: fetching will tell
+        ) as error:  # Azure, or a public bucket that may not be listed: fetching tells
             if error.__cause__ is not None and is_passing(error.__cause__):
                 raise  # nobody is there: told at once, not after the minutes of an outage
             continue
-        missing += [
-            url
-            for url in urls
-            if url.rsplit("/", 1)[0] == folder and url.rsplit("/", 1)[1] not in names
-        ]
+        missing += [url for url in files if url.rpartition("/")[2] not in names]
     return missing
-
-
-def _parts(file: str, caption_key: str | None, how: Reading) -> list[str]:
-    """The input shards of a file."""
-    if not _path(file).lower().endswith(SEVERAL):
-        return [file]
-    if file.endswith(f"/{INDEX}"):
-        mds.forget()
-        return [f"{file}#{shard}" for shard in mds.shards_of(file)]
-    with fetched(file) as path:
-        if "://" in file:
-            raise UserError(
-                f"{file}: a CSV file names local images, so it has to be a local file itself"
-            )
-        parts = tables.parts_of_csv(path, caption_key, how)
-        return [f"{file}#{first}-{last}-{place}" for first, last, place in parts]
-
-
-def _split(shard: str) -> tuple[str, str]:
-    """The file, and the part of it where it is one of those that are several shards."""
-    file, _, part = shard.rpartition("#")
-    return (file, part) if _path(file).lower().endswith(SEVERAL) else (shard, "")
-
-
-def _path(file: str) -> str:
-    """Of a URL without its query."""
-    return urlparse(file).path if "://" in file else file
-
-
-def file_of(shard: str) -> str:
-    """The file that an input shard is or is a part of."""
-    file, part = _split(shard)
-    return mds.file_of(file, part) if file.endswith(f"/{INDEX}") else file
-
-
-def mds_sets(shards: Iterable[str]) -> set[str]:
-    """The ``index.json`` of those of these input shards that are shards of an MDS set, and "" for others."""
-    files = (_split(shard)[0] for shard in shards)
-    return {file if file.endswith(f"/{INDEX}") else "" for file in files}
-
-
-def mds_shard(shard: str) -> mds.Shard | None:
-    """What is known of an input shard of an MDS set before it is read; None of others."""
-    file, part = _split(shard)
-    return mds.shard_of(file, part) if file.endswith(f"/{INDEX}") else None
-
-
-def name_of(shard: str) -> str:
-    """The output's sub-folder: the file name up to its first dot, and the part."""
-    file, part = _split(shard)
-    if file.endswith(f"/{INDEX}"):
-        return part.replace("/", "-").replace(".mds", "").replace(".", "-")
-    stem = _path(file).rsplit("/", 1)[1].split(".")[0]
-    return f"{stem}-{int(part.partition('-')[0]) // tables.ROWS:05}" if part else stem
-
-
-@contextmanager
-def opened(
-    shard: str, caption_key: str | None, how: Reading = PLAIN
-) -> Iterator[tuple[Path, Iterator[Item]]]:
-    """The local file of an input shard, fetched where it is remote, and its samples.
-
-    Raises:
-        UserError: it cannot be fetched, or has no such columns.
-    """
-    file, part = _split(shard)
-    if file.endswith(f"/{INDEX}"):
-        with mds.opened_mds(file, part) as both:
-            yield both
-        return
-    with fetched(file) as path:
-        yield path, read(shard, path, caption_key, how)
-
-
-def read(shard: str, path: Path, caption_key: str | None, how: Reading = PLAIN) -> Iterator[Item]:
-    """The samples of an input shard that is no MDS set's, in order, at most a few in memory at a time."""
-    file, part = _split(shard)
-    if _path(file).lower().endswith(".parquet"):
-        return tables.read_parquet(path, caption_key, how)
-    if part:
-        first, last, place = map(int, part.split("-"))
-        return tables.read_csv(path, first, last, place, caption_key, how)
-    return tars.read_tar(path, caption_key, how)

@@ -9,7 +9,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from alignclip.conversion.options import ConvertOptions, Counts
+from alignclip.conversion.options import ConvertOptions
+from alignclip.conversion.records import Counts
 from alignclip.storage.staging import VAL
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,169 +1,150 @@
-"""What an output was begun with: the options that a whole set shares, and its inputs; and what is complete."""
+"""The plan of a set: the options that a whole set shares, and its inputs; and what is complete.
+
+See :mod:`alignclip.conversion.dataset` for the protocol.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from alignclip.conversion.csv_tables import listing as listed
 from alignclip.conversion.options import ConvertOptions
+from alignclip.conversion.records import InputRecord, Plan
+from alignclip.conversion.wording import first_few, listing
 from alignclip.errors import UserError
 from alignclip.storage.staging import COUNTS, INDEX, VAL, OutputFolder, shown
 
 PLAN = "convert.json"  # at the root, written first: what a later run must agree with
-KEPT = {
-    "source",
-    "written",
-    "held_out",
-    "skipped",
-    "noted",
-    "bytes",
-    "examples",
-}  # in a sub-folder's counts.json
 
 
-def check_free(store: OutputFolder, listing: set[str], names: Iterable[str]) -> None:
-    """Refuse an output that holds somebody else's files: a set would lie among them, and could replace some.
+def check_free(store: OutputFolder, there: set[str], names: Iterable[str]) -> None:
+    """Refuse an output that holds other files: a set would lie among them, and could replace some.
 
     Args:
         store: the output.
-        listing: what it holds.
-        names: of the sub-folders that are to be written.
+        there: the files in the output.
+        names: sub-folders that are to be written.
 
     Raises:
         UserError: no conversion has begun there, and there are files that are not hidden.
     """
-    sets = tuple(
-        name.removesuffix(PLAN) for name in listing if name.endswith(f"/{PLAN}")
-    )  # of ours, as a split
-    there = sorted(name for name in shown(listing) if not name.startswith(sets))
-    if PLAN in listing or not there:
+    sets = tuple(name.removesuffix(PLAN) for name in there if name.endswith(f"/{PLAN}"))
+    others = sorted(name for name in shown(there) if not name.startswith(sets))
+    if PLAN in there or not others:  # a set of ours below is a split
         return
-    foreign = [name for name in ("", *names) if f"{name}/{INDEX}".lstrip("/") in listing]
-    if foreign:
-        place = f"{store.out}/{foreign[0]}".rstrip("/")
-        raise UserError(
-            f"{place} already holds a data set that is not this converter's; choose another --out"
-        )
-    more = ", …" if there[3:] else ""
+    for name in ("", *names):
+        if f"{name}/{INDEX}".lstrip("/") in there:
+            place = f"{store.out}/{name}".rstrip("/")
+            raise UserError(
+                f"{place} already holds a data set that is not this converter's; choose another --out"
+            )
+    more = ", …" if others[3:] else ""
     raise UserError(
-        f"{store.out} holds other files ({listed(there[:3])}{more}); give --out a new or empty folder"
+        f"{store.out} holds other files ({listing(others[:3])}{more}); give --out a new or empty folder"
     )
 
 
 def begin(
     store: OutputFolder,
-    listing: set[str],
+    there: set[str],
     options: ConvertOptions,
     names: dict[str, str],
     columns: dict[str, str],
-) -> dict[str, dict[str, Any]]:
-    """Write the options and inputs into ``out``, or compare them with those there; return what is complete.
+) -> dict[str, InputRecord]:
+    """Write the plan into ``out``, or compare it with the plan there; return what is complete.
 
-    While nothing has been written, for instance because of a wrong caption key, other options take their place. More
-    inputs are added to those there; but none may be left out as long as it is not converted: the set would be published
-    without it.
+    While nothing has been written, for instance because of a wrong caption key, other options take the
+    place of those there. More inputs are added to those there; but none may be left out as long as it is
+    not converted: the set would be published without it.
 
     Args:
         store: the output.
-        listing: what it holds.
+        there: the files in the output.
         options: of this run.
         names: sub-folder name -> input of this run.
-        columns: of the MDS shards that it writes.
+        columns: of the MDS shards that this run writes.
 
     Returns:
-        sub-folder name -> contents of its ``counts.json``, of those that are complete.
+        sub-folder name -> record, of the complete sub-folders.
 
     Raises:
         UserError: other options, other inputs, or a set that is not this converter's.
     """
-    check_free(store, listing, names)
-    if PLAN not in listing:
-        _write(store, options, names, columns)
+    check_free(store, there, names)
+    plan = Plan(options.fixed(), columns, names)
+    if PLAN not in there:
+        _write(store, plan)
         return {}
-    before, complete = _read(store, listing)
-    written = any(written_in(kept) for kept in complete.values())
-    different = [
-        key
-        for key, value in options.fixed().items()
-        if _plain(key, before.get(key)) != _plain(key, value)
-    ]
-    if different and written:
-        key = min(different, key=lambda name: (name == "quality", different.index(name)))
-        raise UserError(
-            f"{store.out} was begun with {_flag(key, before.get(key))}, this run has "
-            f"{_flag(key, options.fixed()[key])}: finish it with the same options, choose another --out or delete "
-            f"{store.out} to start again"
-        )
+    before, complete = _read(store, there)
+    written = any(record.samples for record in complete.values())
+    different = _different_settings(before, plan)
+    if different and not written:
+        _write(store, plan)
+        return {}
     if different:
-        _write(store, options, names, columns)
-        return {}
-    there = before.get("columns", columns)
-    if written and there != columns:
+        was, is_now = (_flag(different, one.settings.get(different)) for one in (before, plan))
         raise UserError(
-            f"{store.out} was begun with the columns {there}, this run would write {columns}; choose another --out"
+            f"{store.out} was begun with {was}, this run has {is_now}: finish it with the same options, "
+            f"choose another --out or delete {store.out} to start again"
         )
-    planned: dict[str, str] = before.get("inputs") or {}
-    _check_inputs(store, complete, planned, names)
-    if names.items() - planned.items():
-        _write(store, options, planned | names, columns)
+    if written and before.columns not in (None, columns):
+        raise UserError(
+            f"{store.out} was begun with the columns {before.columns}, this run would write {columns}; "
+            "choose another --out"
+        )
+    _check_inputs(store, complete, before.inputs, names)
+    if names.items() - before.inputs.items():
+        _write(store, Plan(plan.settings, columns, before.inputs | names))
     return complete
 
 
 def holds_samples(store: OutputFolder) -> bool:
-    """Whether a sub-folder is complete and has samples."""
-    listing = store.listing()
-    return PLAN in listing and any(map(written_in, _read(store, listing)[1].values()))
+    """Say whether a sub-folder is complete and has samples."""
+    there = store.listing()
+    return PLAN in there and any(record.samples for record in _read(store, there)[1].values())
 
 
-def planned_inputs(store: OutputFolder, listing: set[str]) -> set[str]:
-    """The inputs that a set was begun with, of all runs so far."""
-    before = store.read_json([PLAN], broken=True)[0] if PLAN in listing else None
-    inputs = before.get("inputs") if isinstance(before, dict) else None
-    return set(inputs.values()) if isinstance(inputs, dict) else set()
+def planned_inputs(store: OutputFolder, there: set[str]) -> set[str]:
+    """Return the inputs that a set was begun with, of all runs so far."""
+    plan = Plan.parse(store.read_json([PLAN], broken=True)[0]) if PLAN in there else None
+    return set(plan.inputs.values()) if plan else set()
 
 
-def _read(
-    store: OutputFolder, listing: set[str]
-) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The plan, and the counts of the complete sub-folders; one without counts that can be read is as good as none."""
-    parts = sorted(
-        file.split("/")[0]
-        for file in listing
-        if file.endswith(f"/{INDEX}") and file.count("/") == 1
+def _read(store: OutputFolder, there: set[str]) -> tuple[Plan, dict[str, InputRecord]]:
+    """Read the plan, and the records of complete sub-folders: a damaged record is as good as none."""
+    names = sorted(
+        folder
+        for folder, _, file in (name.rpartition("/") for name in there)
+        if file == INDEX and folder and "/" not in folder and f"{folder}/{COUNTS}" in there
     )
-    parts = [name for name in parts if f"{name}/{COUNTS}" in listing]
-    before, *kept = store.read_json([PLAN, *(f"{name}/{COUNTS}" for name in parts)], broken=True)
-    if not isinstance(before, dict):
+    files = [PLAN, *(f"{name}/{COUNTS}" for name in names)]
+    plan, *contents = store.read_json(files, broken=True)
+    if (before := Plan.parse(plan)) is None:
         raise UserError(f"{store.out}/{PLAN} is broken; delete {store.out} to start again")
     complete = {}
-    for name, counts in zip(parts, kept, strict=True):
-        if not isinstance(counts, dict) or KEPT - counts.keys():
-            continue
-        held_out = (
-            {f"{VAL}/{name}/{file}" for file in (INDEX, COUNTS)} if counts["held_out"] else set()
-        )
-        if held_out <= listing:
-            complete[name] = counts
+    for name, record in zip(names, map(InputRecord.parse, contents), strict=True):
+        held_out = {f"{VAL}/{name}/{file}" for file in (INDEX, COUNTS)}
+        if record and (not record.held_out or held_out <= there):
+            complete[name] = record
     return before, complete
 
 
 def _check_inputs(
     store: OutputFolder,
-    complete: Mapping[str, dict[str, Any]],
+    complete: Mapping[str, InputRecord],
     planned: Mapping[str, str],
     names: Mapping[str, str],
 ) -> None:
-    """No input may take another one's place, and none that is not converted yet may be missing from this run.
+    """Refuse an input that takes another one's place, and a run without inputs that are left to convert.
 
     Raises:
         UserError: names the first.
     """
     for name, source in names.items():
-        if name in complete and written_in(complete[name]) and complete[name]["source"] != source:
+        record = complete.get(name)
+        if record and record.samples and record.source != source:
             raise UserError(
-                f"{store.out}/{name} was made from {complete[name]['source']}, not from {source}; choose another --out"
+                f"{store.out}/{name} was made from {record.source}, not from {source}; choose another --out"
             )
     left = [
         source
@@ -171,43 +152,40 @@ def _check_inputs(
         if name not in complete and names.get(name) != source
     ]
     if left:
-        are, them = (
-            ("1 of its inputs is", "it")
-            if len(left) == 1
-            else (f"{len(left):,} of its inputs are", "them")
-        )
+        are = "1 of its inputs is" if len(left) == 1 else f"{len(left):,} of its inputs are"
         raise UserError(
-            f"{store.out} was begun with other --inputs, and {are} not converted yet ({left[0]}"
-            f"{', …' if left[1:] else ''}): name {them} as well, choose another --out or delete {store.out} to start "
-            "again"
+            f"{store.out} was begun with other --inputs, and {are} not converted yet "
+            f"({first_few(left, 1)}): name {'it' if len(left) == 1 else 'them'} as well, choose another "
+            f"--out or delete {store.out} to start again"
         )
 
 
-def _write(
-    store: OutputFolder,
-    options: ConvertOptions,
-    names: Mapping[str, str],
-    columns: Mapping[str, str],
-) -> None:
-    plan = {**options.fixed(), "columns": dict(columns), "inputs": dict(names)}
+def _write(store: OutputFolder, plan: Plan) -> None:
     with store.staged() as folder:
-        (folder / PLAN).write_text(json.dumps(plan, indent=2))
+        (folder / PLAN).write_text(plan.text())
 
 
-def written_in(kept: Mapping[str, Any]) -> int:
-    """The samples of a complete sub-folder, held-out ones included."""
-    return int(kept["written"] + kept["held_out"])
+def _different_settings(before: Plan, plan: Plan) -> str | None:
+    """Return the first setting that differs; the quality of images comes after their size."""
+    different = [
+        key
+        for key, value in plan.settings.items()
+        if _comparable(key, before.settings.get(key)) != _comparable(key, value)
+    ]
+    return min(different, key=lambda key: key == "quality", default=None)
 
 
-def _plain(key: str, value: Any) -> Any:
-    """What equal options have in common: 32mb are 33554432 bytes."""
-    from streaming.base.util import bytes_to_int
+def _comparable(key: str, value: Any) -> Any:
+    """Return what equal values have in common: 32mb are 33554432 bytes."""
+    if key == "size_limit" and isinstance(value, str):
+        from alignclip.conversion.mds_writer import bytes_of
 
-    return bytes_to_int(value) if key == "size_limit" and isinstance(value, str) else value
+        return bytes_of(value)
+    return value
 
 
 def _flag(key: str, value: Any) -> str:
-    """A fixed option as it is given on the command line."""
+    """Return an option as it is given on the command line."""
     if key == "encoder" and value is None:
         return "--no-semantic"
     if isinstance(value, list):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from alignclip.conversion.csv_tables import listing
-from alignclip.conversion.options import ConvertOptions, Counts
+from alignclip.conversion.options import ConvertOptions
+from alignclip.conversion.records import Counts, total_of
 from alignclip.conversion.samples import (
     BROKEN_INPUT,
     DUPLICATE_KEY,
@@ -15,10 +15,11 @@ from alignclip.conversion.samples import (
     MISSING_CAPTION,
     MISSING_IMAGE,
 )
+from alignclip.conversion.wording import counted, inputs_in_words, listing
 from alignclip.errors import nearest
 
 REPORT = "report.md"  # beside the index
-EXAMPLES = 20  # of each reason
+SHOWN_EXAMPLES = 20  # of each reason
 WAYS_OUT = {
     LIE_APART: "Image and caption lie apart: sort the tar (tar --sort=name packs a folder so), or give --unsorted",
     FIRST_DOT: "A key ends at the first dot of the file name, as in webdataset, which makes these pairs one: give "
@@ -56,13 +57,10 @@ def why_nothing(total: Counts, number: int, options: ConvertOptions, first: str 
         options: of the run.
         first: what is told of the first pair, as :func:`first_example` has it.
     """
-    skipped = ", ".join(f"{reason} {count:,}" for reason, count in sorted(total.skipped.items()))
-    message = (
-        f"no sample was written from {inputs_in_words(number)}; skipped: {skipped or 'nothing'}"
-    )
+    skipped = counted(total.skipped) or "nothing"
+    message = f"no sample was written from {inputs_in_words(number)}; skipped: {skipped}"
     if total.ignored:
-        others = ", ".join(f"{what} {count:,}" for what, count in sorted(total.ignored.items()))
-        message += f"; no part of a pair: {others}"
+        message += f"; no part of a pair: {counted(total.ignored)}"
     message += f". The first: {first}" if first else ""
     if first and MISSING_IMAGE in total.skipped and not total.endings:
         message += " (a table's relative paths begin at its own folder)"
@@ -75,7 +73,7 @@ def why_nothing(total: Counts, number: int, options: ConvertOptions, first: str 
                 "name those of images and captions with --image-key, --caption-key"
             )
         return message
-    key, texts = options.caption_key, sorted(total.texts)
+    key, texts = options.reading.caption_key, sorted(total.texts)
     if not total.endings and not texts:  # of a table
         return message
     if not texts and {name.lower() for name in total.endings} - {*IMAGE_EXTENSIONS, "json"}:
@@ -92,11 +90,6 @@ def why_nothing(total: Counts, number: int, options: ConvertOptions, first: str 
     return f"{message}. --caption-key '{key}' is no text in the json members; {they_have}"
 
 
-def inputs_in_words(number: int) -> str:
-    """How many inputs."""
-    return "1 input" if number == 1 else f"{number:,} inputs"
-
-
 def write_report(done: Mapping[str, Counts], sources: Mapping[str, str]) -> str:
     """Markdown: a table of the reasons, and examples of each.
 
@@ -104,9 +97,7 @@ def write_report(done: Mapping[str, Counts], sources: Mapping[str, str]) -> str:
         done: sub-folder name -> what was counted there.
         sources: sub-folder name -> the input that it was made from.
     """
-    total = Counts()
-    for counts in done.values():
-        total.add(counts)
+    total = total_of(done.values())
     read = total.written + total.bad
     lines = ["# Conversion report", ""]
     lines += [
@@ -129,16 +120,16 @@ def write_report(done: Mapping[str, Counts], sources: Mapping[str, str]) -> str:
         lines += [line for way in ways_out(numbers) for line in ("", f"{way}.")]
         for reason in ordered:
             lines += ["", f"### {reason}", "", *_examples(reason, done, sources)]
-            if numbers[reason] > EXAMPLES:
+            if numbers[reason] > SHOWN_EXAMPLES:
                 lines += [f"- … {numbers[reason]:,} in all"]
     return "\n".join(lines) + "\n"
 
 
 def _examples(reason: str, done: Mapping[str, Counts], sources: Mapping[str, str]) -> Iterator[str]:
     """A few of each input, so that they are not all of the first."""
-    left = EXAMPLES
+    left = SHOWN_EXAMPLES
     having = [name for name in sorted(done) if reason in done[name].examples]
-    each = max(1, EXAMPLES // max(len(having), 1))
+    each = max(1, SHOWN_EXAMPLES // max(len(having), 1))
     for name in having:
         for key, detail in done[name].examples[reason][:each]:
             if not left:

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alignclip.conversion.evaluation_sets import (
-    Sample,
+    EvaluationSample,
+    EvaluationSet,
     check_output,
-    find_complete,
+    convert_set,
     fingerprint,
     local_path,
     missing_files,
     run,
     spread,
-    write_set,
 )
 from alignclip.conversion.image_finder import ImageFinder
 from alignclip.conversion.published import difference
@@ -29,7 +29,6 @@ from alignclip.conversion.retrieval_sets import SOURCES, Annotations, Wanted, re
 from alignclip.errors import UserError, nearest
 from alignclip.paths import option
 from alignclip.runtime import console
-from alignclip.storage.staging import OutputFolder
 
 NO_CAPTION = "no caption"
 MISSING = "missing image"
@@ -86,7 +85,7 @@ def convert(options: Options) -> str:
     name = options.dataset
     if name not in SOURCES:
         raise UserError(f"unknown dataset '{name}'; {nearest(name, SOURCES)}")
-    split = options.split or SOURCES[name][0]
+    split = options.split or SOURCES[name].split
     source = str(Path(options.annotations or "").expanduser().resolve())
     identity = {
         "dataset": name,
@@ -96,48 +95,51 @@ def convert(options: Options) -> str:
         "skip_missing": options.skip_missing,  # with holes, that is
         **({"annotations": source} if name == "pairs" else {}),
     }
-    store = OutputFolder(options.out)
-    if there := find_complete(store, identity):
-        return f"{store.out} holds {name} ({split}) already, {there['samples']:,} samples: nothing to do"
-    file, folder = (
-        local_path("--annotations", options.annotations),
-        local_path("--images", options.images, folder=True),
-    )
-    if options.split_file and name not in ("flickr30k", "flickr8k"):
-        raise UserError(
-            f"--split-file is for flickr30k's annotations without splits, not for {name}"
+
+    def read_set() -> EvaluationSet:
+        file = local_path("--annotations", options.annotations)
+        folder = local_path("--images", options.images, folder=True)
+        if options.split_file and name not in ("flickr30k", "flickr8k"):
+            raise UserError(
+                f"--split-file is for flickr30k's annotations without splits, not for {name}"
+            )
+        annotations = read(Wanted(name, file, split, options.split_file, options.encoding))
+        captions = {
+            image: kept
+            for image, texts in annotations.captions.items()
+            if (kept := [text for text in texts if text.strip()])
+        }
+        find = ImageFinder(folder, published=name != "pairs").find
+        every = [EvaluationSample(image, find(image), texts) for image, texts in captions.items()]
+        samples, missing = _there(spread(every, options.limit), options.skip_missing)
+        return EvaluationSet(
+            samples,
+            ("caption", "json"),
+            about={"source": str(folder), "annotations": source},
+            notes=_notes(name, split, annotations),
+            skipped={MISSING: missing, NO_CAPTION: len(annotations.captions) - len(captions)},
         )
-    annotations = read(Wanted(name, file, split, options.split_file, options.encoding))
-    captions = annotations.captions
-    full = {
-        image: kept
-        for image, texts in captions.items()
-        if (kept := [text for text in texts if text.strip()])
-    }
-    find = ImageFinder(folder, published=name != "pairs").find
-    samples = spread(
-        [Sample(image, find(image), texts) for image, texts in full.items()], options.limit
-    )
+
+    return convert_set(options.out, identity, read_set, options.progress)
+
+
+def _there(
+    samples: list[EvaluationSample], skip_missing: bool
+) -> tuple[list[EvaluationSample], int]:
+    """Return the samples whose images are there, and the number of the others.
+
+    Raises:
+        UserError: images are missing and shall not be left out, or all are missing.
+    """
     missing = set(missing_files(samples))
-    if missing and (not options.skip_missing or len(missing) == len(samples)):
+    if missing and (not skip_missing or len(missing) == len(samples)):
         first = next(sample.image for sample in samples if sample.image in missing)
-        advice = (
-            "is --images right?"
-            if len(missing) == len(samples)
-            else "--skip-missing leaves them out"
-        )
+        all_are = len(missing) == len(samples)
+        advice = "is --images right?" if all_are else "--skip-missing leaves them out"
         raise UserError(
             f"{len(missing):,} of {len(samples):,} images are missing, the first is {first}; {advice}"
         )
-    samples = [sample for sample in samples if sample.image not in missing]
-    dataset = {
-        **identity,
-        "source": str(folder),
-        "annotations": source,
-        "notes": _notes(name, split, annotations),
-        "skipped": {MISSING: len(missing), NO_CAPTION: len(captions) - len(full)},
-    }
-    return write_set(store, samples, ("caption", "json"), dataset, {}, [], options.progress)
+    return [sample for sample in samples if sample.image not in missing], len(missing)
 
 
 def _notes(name: str, split: str, annotations: Annotations) -> list[str]:
@@ -151,7 +153,7 @@ def _notes(name: str, split: str, annotations: Annotations) -> list[str]:
             else ""
         )
         notes.append(f"{split} has {len(annotations.captions):,} images; left out: {others}{both}")
-    if differs := difference(name, split, len(annotations.captions)):
+    if differs := difference(name, split, SOURCES[name].sizes, len(annotations.captions)):
         notes.append(differs)
     return notes
 

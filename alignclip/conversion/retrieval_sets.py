@@ -1,21 +1,23 @@
-"""Readers of the annotations of image–caption sets: COCO, Flickr8k, Flickr30k, a table of one's own."""
+"""Image–caption sets: a table of their splits, sizes and readers of annotations."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alignclip.conversion import csv_tables, flickr_lines
-from alignclip.conversion.csv_tables import Table
+from alignclip.conversion import flickr_lines, text_tables
 from alignclip.conversion.evaluation_sets import local_path, read_json
 from alignclip.conversion.published import larger
+from alignclip.conversion.text_tables import Table
+from alignclip.conversion.wording import listing
 from alignclip.errors import UserError, nearest, one_line
 
 Captions = dict[str, list[str]]  # image name -> its captions, in the order of the annotations
+FLICKR_TABLE = {"raw", "split", "filename"}  # columns of Hugging Face's table of Flickr30k
 
 
 @dataclass(frozen=True)
@@ -49,34 +51,44 @@ class Wanted:
     split_file: str | None = None
     encoding: str | None = None
 
+    def __str__(self) -> str:
+        return f"--annotations {self.file}"
+
     def look(self, *columns: str) -> Table:
         """Find the encoding, the separator and the header of a text file, which may have these columns.
 
         Raises:
             UserError: no text, or text in an encoding that nobody has named.
         """
-        table = csv_tables.look(self.file, columns, self.encoding)
-        csv_tables.check_encoding(table, self.encoding)
+        table = text_tables.look(self.file, columns, self.encoding)
+        text_tables.check_encoding(table, self.encoding)
         return table
 
-    @property
-    def splits(self) -> set[str]:
-        """The splits by their own names."""
-        return set(self.split.split("+"))
-
-    def check_splits(self, there: Counter[str]) -> dict[str, int]:
-        """Return the numbers of images of the splits that are not wanted.
+    def take(self, every: list[tuple[str, str, list[str]]]) -> Annotations:
+        """Take the images of the wanted splits from (split, image, captions) of all images.
 
         Raises:
             UserError: a wanted split is not in the file.
         """
-        if unknown := sorted(self.splits - there.keys()):
-            hint = nearest(unknown[0], there)
-            raise UserError(f"--annotations {self.file} has no split '{unknown[0]}'; {hint}")
-        return {name: number for name, number in there.items() if name not in self.splits}
+        splits = set(self.split.split("+"))
+        there = Counter(split for split, _, _ in every)
+        if unknown := sorted(splits - there.keys()):
+            raise UserError(f"{self} has no split '{unknown[0]}'; {nearest(unknown[0], there)}")
+        captions = {image: texts for split, image, texts in every if split in splits}
+        return Annotations(captions, {name: n for name, n in there.items() if name not in splits})
 
+    def check_whole_file(self, captions: Captions, advice: str) -> Captions:
+        """Refuse a file without splits that has more images than the split: it is the whole set.
 
-Reader = Callable[[Wanted], Annotations]
+        Raises:
+            UserError: with the two numbers.
+        """
+        sizes = SOURCES[self.dataset].sizes
+        if wrong := larger(self.dataset, self.split, sizes, len(captions)):
+            raise UserError(
+                f"{self} holds all splits ({len(captions):,} images); name {advice} ({wrong})"
+            )
+        return captions
 
 
 def read(wanted: Wanted) -> Annotations:
@@ -87,43 +99,38 @@ def read(wanted: Wanted) -> Annotations:
             the split can have.
     """
     try:
-        annotations = SOURCES[wanted.dataset][1](wanted)
+        annotations = SOURCES[wanted.dataset].read(wanted)
     except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
         what = f"no entry {error}" if isinstance(error, KeyError) else one_line(error)
-        raise UserError(
-            f"--annotations {wanted.file} is not laid out as {wanted.dataset} is: {what}"
-        ) from error
+        raise UserError(f"{wanted} is not laid out as {wanted.dataset} is: {what}") from error
     if not annotations.captions:
-        raise UserError(f"--annotations {wanted.file} has no captions")
+        raise UserError(f"{wanted} has no captions")
     return annotations
 
 
 def read_coco(wanted: Wanted) -> Annotations:
-    """Karpathy's layout (images with a split and sentences), or the COCO API's."""
+    """Read Karpathy's layout (images with a split and sentences), or the COCO API's.
+
+    https://cs.stanford.edu/people/karpathy/deepimagesent: ``dataset_coco.json`` and others.
+    """
     content = read_json("--annotations", wanted.file)
     if "annotations" in content:
-        captions = _read_coco_api(content)
-        _check_whole_file(wanted, captions, "the file otherwise, with a --split of your own")
-        return Annotations(captions)
-    return _read_karpathy(content, wanted)
-
-
-def _read_karpathy(content: dict[str, Any], wanted: Wanted) -> Annotations:
-    """https://cs.stanford.edu/people/karpathy/deepimagesent: ``dataset_coco.json`` and others."""
-    images = content["images"]
-    left_out = wanted.check_splits(Counter(image["split"] for image in images))
-    captions = {
-        "/".join(filter(None, (image.get("filepath"), image["filename"]))): [
-            text["raw"] for text in image["sentences"]
+        advice = "the file otherwise, with a --split of your own"
+        return Annotations(wanted.check_whole_file(_read_coco_api(content), advice))
+    return wanted.take(
+        [
+            (
+                image["split"],
+                "/".join(filter(None, (image.get("filepath"), image["filename"]))),
+                [text["raw"] for text in image["sentences"]],
+            )
+            for image in content["images"]
         ]
-        for image in images
-        if image["split"] in wanted.splits
-    }
-    return Annotations(captions, left_out)
+    )
 
 
 def _read_coco_api(content: dict[str, Any]) -> Captions:
-    """``captions_val2017.json``, or clip_benchmark's ``coco_test_karpathy.json``, by image id."""
+    """Read ``captions_val2017.json``, or clip_benchmark's ``coco_test_karpathy.json``, by image id."""
     names = {image["id"]: image["file_name"] for image in content["images"]}
     captions: Captions = {names[number]: [] for number in sorted(names)}
     for annotation in content["annotations"]:
@@ -132,96 +139,92 @@ def _read_coco_api(content: dict[str, Any]) -> Captions:
 
 
 def read_flickr(wanted: Wanted) -> Annotations:
-    """Karpathy's JSON, Hugging Face's table of it, or lines of an image and a caption.
+    """Read Karpathy's JSON, Hugging Face's table of it, or lines of an image and a caption.
 
-    Such lines are ``.token``, Kaggle's ``.csv`` and ``.txt``, and clip_benchmark's ``.txt``.
+    Such lines are ``.token``, Kaggle's ``.csv`` and ``.txt``, and clip_benchmark's ``.txt``. The table is
+    https://huggingface.co/datasets/nlphuji/flickr30k, whose captions are JSON lists.
     """
     if wanted.file.suffix == ".json":
         annotations = read_coco(wanted)
     else:
-        table = wanted.look("raw", "split", "filename")
-        if not {"raw", "split", "filename"} <= set(table.columns):
+        table = wanted.look(*FLICKR_TABLE)
+        if not set(table.columns) >= FLICKR_TABLE:
             with table.open() as file:
-                text = file.read()
-            captions = flickr_lines.read(text, f"--annotations {wanted.file}")
-            return Annotations(*_take_listed(captions, wanted))
-        annotations = _read_flickr_table(table, wanted)
-    if wanted.split_file:
-        raise UserError(
-            f"--annotations {wanted.file} has splits of its own: give --split instead of --split-file"
+                return _take_listed(flickr_lines.read(file.read(), str(wanted)), wanted)
+        values = text_tables.rows_of(table, str(wanted))
+        rows = (dict(zip(table.columns, row, strict=True)) for row in values)
+        annotations = wanted.take(
+            [(row["split"], row["filename"], [*map(str, json.loads(row["raw"]))]) for row in rows]
         )
+    if wanted.split_file:
+        raise UserError(f"{wanted} has splits of its own: give --split instead of --split-file")
     return annotations
 
 
-def _read_flickr_table(table: Table, wanted: Wanted) -> Annotations:
-    """https://huggingface.co/datasets/nlphuji/flickr30k: a table whose captions are JSON lists."""
-    captions: Captions = {}
-    there: Counter[str] = Counter()
-    for values in csv_tables.rows_of(table, f"--annotations {wanted.file}"):
-        row = dict(zip(table.columns, values, strict=True))
-        there[row["split"]] += 1
-        if row["split"] in wanted.splits:
-            captions[row["filename"]] = list(map(str, json.loads(row["raw"])))
-    return Annotations(captions, wanted.check_splits(there))
-
-
-def _take_listed(captions: Captions, wanted: Wanted) -> tuple[Captions, dict[str, int]]:
+def _take_listed(captions: Captions, wanted: Wanted) -> Annotations:
     """Take the images that the split file names; without one all, where they can be a split."""
     if wanted.split_file is None:
         advice = f"the images of '{wanted.split}' with --split-file"
-        if wanted.file.suffix != ".txt":
-            raise UserError(
-                f"--annotations {wanted.file} holds all splits ({len(captions):,} images); name {advice}"
-            )
-        _check_whole_file(wanted, captions, advice)
-        return captions, {}
+        if wanted.file.suffix == ".txt":
+            return Annotations(wanted.check_whole_file(captions, advice))
+        raise UserError(f"{wanted} holds all splits ({len(captions):,} images); name {advice}")
     listed = local_path("--split-file", wanted.split_file).read_text(encoding="utf-8-sig").split()
     images = [f"{name.removesuffix('.jpg')}.jpg" for name in listed]
     if unknown := [image for image in images if image not in captions]:
         raise UserError(
-            f"{len(unknown):,} of {len(images):,} images of --split-file are not in {wanted.file}: {unknown[0]}"
+            f"{len(unknown):,} of {len(images):,} images of --split-file are not in {wanted.file}: "
+            f"{unknown[0]}"
         )
     kept = {image: captions[image] for image in images}
     others = len(captions) - len(kept)
-    return kept, {"not in the split file": others} if others else {}
-
-
-def _check_whole_file(wanted: Wanted, captions: Captions, advice: str) -> None:
-    """Refuse a file without splits that has more images than the split: it is the whole set.
-
-    Raises:
-        UserError: with the two numbers.
-    """
-    if wrong := larger(wanted.dataset, wanted.split, len(captions)):
-        raise UserError(
-            f"--annotations {wanted.file} holds all splits ({len(captions):,} images); name {advice} ({wrong})"
-        )
+    return Annotations(kept, {"not in the split file": others} if others else {})
 
 
 def read_pairs(wanted: Wanted) -> Annotations:
-    """A table with the columns image and caption; an image's captions may be several rows."""
+    """Read a table with the columns image and caption; an image's captions may be several rows."""
     table = wanted.look("image", "caption")
-    places = []
     for column in ("image", "caption"):
         if column not in table.columns:
-            has = csv_tables.listing(table.columns)
-            raise UserError(f"--annotations {wanted.file} has no column '{column}'; it has {has}")
-        places.append(table.columns.index(column))
+            has = listing(table.columns)
+            raise UserError(f"{wanted} has no column '{column}'; it has {has}")
+    image_at, caption_at = map(table.columns.index, ("image", "caption"))
     captions: Captions = {}
-    for row in csv_tables.rows_of(table, f"--annotations {wanted.file}"):
-        image, caption = (row[place] for place in places)
+    for row in text_tables.rows_of(table, str(wanted)):
+        image, caption = row[image_at], row[caption_at]
         if not image:
-            raise UserError(
-                f"--annotations {wanted.file}: a row has no image (its caption: '{caption[:60]}')"
-            )
+            raise UserError(f"{wanted}: a row has no image (its caption: '{caption[:60]}')")
         captions.setdefault(image, []).append(caption)
     return Annotations(captions)
 
 
-SOURCES: dict[str, tuple[str, Reader]] = {  # name -> the split by default, the reader
-    "coco": ("test", read_coco),
-    "coco2017": ("val", read_coco),
-    "flickr8k": ("test", read_flickr),
-    "flickr30k": ("test", read_flickr),
-    "pairs": ("test", read_pairs),
+@dataclass(frozen=True)
+class RetrievalSource:
+    """How an image–caption set is read.
+
+    Attributes:
+        split: the split by default.
+        read: from what is wanted to the annotations.
+        sizes: split -> images, as the publishers count them; several where several lists are in use.
+    """
+
+    split: str
+    read: Callable[[Wanted], Annotations]
+    sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+# COCO, Flickr8k and Flickr30k: Karpathy's splits (https://cs.stanford.edu/people/karpathy/deepimagesent);
+# Flickr30k also by Flickr30k Entities' lists, Flickr8k also by the publisher's.
+_COCO = {"train": 82_783, "restval": 30_504, "train+restval": 113_287, "val": 5_000, "test": 5_000}
+SOURCES = {
+    "coco": RetrievalSource("test", read_coco, {name: (size,) for name, size in _COCO.items()}),
+    "coco2017": RetrievalSource("val", read_coco, {"train": (118_287,), "val": (5_000,)}),
+    "flickr8k": RetrievalSource(
+        "test", read_flickr, {"train": (6_000,), "val": (1_000,), "test": (1_000,)}
+    ),
+    "flickr30k": RetrievalSource(
+        "test",
+        read_flickr,
+        {"train": (29_000, 29_783), "val": (1_014, 1_000), "test": (1_000,)},
+    ),
+    "pairs": RetrievalSource("test", read_pairs),
 }

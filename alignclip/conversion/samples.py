@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
+
+from alignclip.conversion.wording import listable
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_IMAGE_BYTES = 64 * 2**20  # of one file; larger ones are not even read
 MAX_TEXT_BYTES = 2**20  # of a txt or json member
-MAX_NAMES = 20  # of json entries or columns, in an error message
-MAX_CAPTION = (
-    10_000  # characters; a model reads some 300, and what is longer is a page, not a caption
-)
+MAX_CAPTION = 10_000  # characters; a model reads some 300, and a longer text is a page
 
 MISSING_IMAGE = "missing image"
 EMPTY_IMAGE = "empty image"
@@ -28,6 +26,7 @@ BROKEN_INPUT = "truncated file"
 FIRST_DOT = "key cut at its first dot"
 NO_EMBEDDING = "caption without an embedding"
 LIE_APART = "image and caption lie apart"
+NO_OBJECT = "line without a JSON object"
 
 HTML_ENTITIES = "caption: HTML entities"
 BAD_CAPTIONS = "caption: one of several left out"
@@ -38,15 +37,17 @@ TOO_MANY_FIELDS = "row: more fields than the header; is the caption quoted?"
 
 @dataclass(frozen=True)
 class Reading:
-    """How inputs are read, beside the captions' entry or column.
+    """How inputs are read.
 
     Attributes:
+        caption_key: the captions' entry of ``json`` members, ending or column; None: the usual ones.
         image_key: the images' ending in tars (``input.jpg``), or their column; None: the usual ones.
         encoding: of texts; None: UTF-8, or what a table's beginning says.
         last_dot: a tar's key goes to the last dot of the file name; False: to the first, as webdataset has it.
         unsorted: put the halves of pairs together that lie apart in their tar.
     """
 
+    caption_key: str | None = None
     image_key: str | None = None
     encoding: str | None = None
     last_dot: bool = False
@@ -122,13 +123,6 @@ def texts_of(entries: Any) -> tuple[str, ...]:
     if not isinstance(entries, Mapping):
         return ()
     return listable(key for key, value in entries.items() if isinstance(value, str))
-
-
-def listable(names: Iterable[str]) -> tuple[str, ...]:
-    """Those of these names that can stand in a message of one line: a broken file's can be anything."""
-    return tuple(
-        islice((name for name in names if name.isprintable() and len(name) <= 60), MAX_NAMES)
-    )
 
 
 def pair(

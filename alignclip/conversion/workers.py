@@ -20,7 +20,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from alignclip.conversion.options import ConvertOptions, Counts
+from alignclip.conversion.options import ConvertOptions
+from alignclip.conversion.records import Counts
 from alignclip.conversion.shards import convert_shard
 from alignclip.errors import UserError, one_line
 from alignclip.runtime.threads import set_thread_defaults

@@ -95,8 +95,8 @@ def _read_listed(store: OutputFolder) -> list[Any]:
 
 def _instead(store: OutputFolder) -> str:
     """The end of the sentence that there is no set: what there is."""
-    from alignclip.conversion.inputs import (
-        of_one_format,
+    from alignclip.conversion.formats import (
+        among,
     )  # and all formats, of which a set that is there has none
 
     if not store.is_remote and not Path(store.out).exists():
@@ -111,7 +111,7 @@ def _instead(store: OutputFolder) -> str:
     below = [name for name in below if not any(name.startswith(f"{other}/") for other in below)]
     if below:
         return f"; there is one in {', '.join(below[:3])}: --split {below[0]}"
-    if files := of_one_format(name for name in listing if "/" not in name):
+    if files := among(name for name in listing if "/" not in name):
         return f"; it holds inputs ({files[0]}{', …' if files[1:] else ''}), which convert/cc12m.py makes a set of"
     return ""
 

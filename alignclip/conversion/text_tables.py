@@ -19,7 +19,6 @@ from typing import Any, TextIO
 from alignclip.errors import UserError
 
 MAX_FIELD = 2**24  # characters of a field; a longer one is a quotation mark that nothing closes
-MAX_NAMES = 20  # columns or endings in a message
 HEAD = 2**16  # bytes or characters of a file's beginning
 CHUNK = 2**20  # bytes
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
@@ -78,16 +77,6 @@ class Table:
     def has_header(self) -> bool:
         """Whether the first row can be names of columns: no field of it is a URL or the path of an image."""
         return not any(_is_data(field) for field in self.columns)
-
-    def unexpected(self) -> str:
-        """Say what the file is where its name says otherwise: ``tabs, utf-16-le``; nothing where it says so."""
-        found = (
-            []
-            if self.delimiter == _usual(self.path)
-            else [f"separated by {SEPARATORS[self.delimiter]}"]
-        )
-        found += [] if self.encoding == UTF8 else [f"encoded as {self.encoding}"]
-        return ", ".join(found)
 
 
 def look(path: Path, known: Collection[str] = (), encoding: str | None = None) -> Table:
@@ -180,13 +169,6 @@ def rows_of(table: Table, what: str) -> Iterator[list[str]]:
             raise UserError(f"{what} line {whole + 1}: {error} ({hint})") from None
 
 
-def listing(names: Sequence[str]) -> str:
-    """Names for a message of one line, of which there may be none, too many, or some that can't be printed."""
-    plain = [name for name in dict.fromkeys(names) if name.isprintable() and 0 < len(name) <= 60]
-    plain = plain or [ascii(name[:40]) for name in dict.fromkeys(names)]
-    return ", ".join(plain[:MAX_NAMES]) + (", …" if len(plain) > MAX_NAMES else "") or "none"
-
-
 def one_column(table: Table) -> str:
     """The clause that a table's fields may be separated by what is not taken; "" where it has several columns."""
     if len(table.columns) != 1:
@@ -203,7 +185,7 @@ def list_of_urls(table: Table, image_column: str | None = None) -> str | None:
         image_column: the column that is taken for images' paths, where there is one.
     """
     row = table.first if table.has_header() else table.columns
-    place = next((i for i, field in enumerate(row) if URL.fullmatch(field.strip())), None)
+    place = next((i for i, field in enumerate(row) if is_url(field)), None)
     if place is None or (table.has_header() and image_column not in (None, table.columns[place])):
         return None
     file, names, first = table.path, list(table.columns), ""
@@ -214,19 +196,30 @@ def list_of_urls(table: Table, image_column: str | None = None) -> str | None:
         written = f"printf '{header}\\n' | cat - {_word(table.path)} > {_word(file)}"
         first = f"it has no header, so write one: {written}; then "
     caption = next((name for name in CAPTIONS if name in names), None)
-    how = download(file, table.delimiter, names[place], caption)
+    kind = "tsv" if table.delimiter == "\t" else "csv"
+    how = download(file, kind, names[place], caption)
     return f"{table.path} is a list of URLs, and what is converted are images: {first}{how}"
 
 
-def download(
-    file: Path, delimiter: str, url: str, caption: str | None, kind: str | None = None
-) -> str:
-    """The command of img2dataset that downloads a list's images, and what comes after it."""
-    kind = kind or ("tsv" if delimiter == "\t" else "csv")
+def download(file: Path, kind: str, url: str, caption: str | None) -> str:
+    """Return the img2dataset command that downloads a list's images, and what comes after it.
+
+    Args:
+        file: the list.
+        kind: img2dataset's ``--input_format``.
+        url: the column of web addresses.
+        caption: the column of captions, where there is one.
+    """
+    folder = file.with_suffix("")
     words = ["img2dataset", "--url_list", str(file), "--input_format", kind, "--url_col", url]
     words += ["--caption_col", caption] if caption else []
-    words += ["--output_format", "webdataset", "--output_folder", str(file.with_suffix(""))]
-    return f"download them with img2dataset: {shlex.join(words)}; then convert the tars in {file.with_suffix('')}"
+    words += ["--output_format", "webdataset", "--output_folder", str(folder)]
+    return f"download them with img2dataset: {shlex.join(words)}; then convert the tars in {folder}"
+
+
+def is_url(value: object) -> bool:
+    """Say whether a field is a web address."""
+    return isinstance(value, str) and URL.fullmatch(value.strip()) is not None
 
 
 def _names_of(row: Sequence[str], url: int) -> list[str]:
@@ -291,7 +284,7 @@ def _score(line: str, delimiter: str, known: Collection[str]) -> tuple[int, int]
 
 
 def _is_data(field: str) -> bool:
-    return bool(URL.fullmatch(field.strip()) or IMAGE_PATH.fullmatch(field.strip()))
+    return is_url(field) or IMAGE_PATH.fullmatch(field.strip()) is not None
 
 
 def _first_bad_line(path: Path) -> tuple[int, bytes] | None:

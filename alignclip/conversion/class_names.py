@@ -1,0 +1,91 @@
+"""Class names and prompt templates: clip_benchmark's, or files that a person gives."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from alignclip.conversion.evaluation_sets import INSTALL, read_json
+from alignclip.errors import UserError, nearest
+
+GENERIC = "imagenet1k"  # whose templates clip_benchmark takes for sets that have none
+
+
+def benchmark_folder() -> Path | None:
+    """Return where clip_benchmark keeps its lists; None if it isn't installed.
+
+    Importing it would import models and loaders.
+    """
+    spec = importlib.util.find_spec("clip_benchmark")
+    places = spec.submodule_search_locations if spec else None
+    return Path(places[0]) / "datasets" if places else None
+
+
+def benchmark_lists(file: str) -> dict[str, list[str]]:
+    """Read one of clip_benchmark's JSON files: dataset -> class names or templates.
+
+    Raises:
+        UserError: clip_benchmark is not installed.
+    """
+    folder = benchmark_folder()
+    if folder is None:
+        raise UserError(
+            f"class names and templates are clip_benchmark's, which is not installed: {INSTALL}"
+        )
+    lists: dict[str, list[str]] = json.loads((folder / file).read_text(encoding="utf-8"))
+    return lists
+
+
+def choose_templates(name: str, path: str | None) -> list[str]:
+    """Return the prompt templates of a file, or clip_benchmark's: ImageNet's for a set without own ones.
+
+    Raises:
+        UserError: the file is no list of templates, or clip_benchmark is needed and not installed.
+    """
+    if path is None:
+        lists = benchmark_lists("en_zeroshot_classification_templates.json")
+        return lists.get(name, lists[GENERIC])
+    templates = read_json("--templates", Path(path))
+    if not _are_texts(templates) or not templates:
+        raise UserError(
+            f'--templates {path} must be a JSON list of strings such as "a photo of a {{c}}."'
+        )
+    for text in templates:
+        if "{c}" not in text and "{}" not in text:
+            raise UserError(
+                f"--templates {path}: '{text}' has no place for the class name: write {{c}}"
+            )
+    return list(templates)
+
+
+def choose_classnames(names: list[str], path: str | None) -> list[str]:
+    """Return the set's own names, or a file's: a list in the same order, or an object from own names.
+
+    Raises:
+        UserError: the file is neither, or has names for fewer or more classes.
+    """
+    if path is None:
+        return names
+    given = read_json("--classnames", Path(path))
+    if isinstance(given, dict):
+        if missing := [name for name in names if name not in given]:
+            hint = nearest(missing[0], given)
+            hint = f"; {hint}" if hint.startswith("did you") else ""
+            lacks = f"lacks {len(missing):,} of {len(names):,} classes"
+            raise UserError(f"--classnames {path} {lacks}, the first is '{missing[0]}'{hint}")
+        given = [given[name] for name in names]
+    if not _are_texts(given) or not all(name.strip() for name in given):
+        raise UserError(
+            f"--classnames {path} must be a JSON list of names, or an object from classes to names"
+        )
+    if len(given) != len(names):
+        raise UserError(
+            f"--classnames {path} has {len(given):,} names, the set has {len(names):,} classes"
+        )
+    return list(given)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)

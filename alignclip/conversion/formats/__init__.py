@@ -1,0 +1,58 @@
+"""The input formats: a file each, and the table by which everybody finds them.
+
+How to add a format
+-------------------
+
+1. Write a module with a subclass of :class:`~alignclip.conversion.formats.declaration.InputFormat`. Its
+   attributes say what files are called and which options count; ``read`` yields a file's pairs. Formats
+   whose files are several input shards, or that read more than one file, override more methods.
+2. Add a line to :data:`FORMATS`.
+
+The command line, patterns and folders, the plan, the verifier's hints and the table in ``convert/README.md``
+(which a test compares) then know the format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from alignclip.conversion.formats.csv import Csv
+from alignclip.conversion.formats.declaration import InputFormat
+from alignclip.conversion.formats.files import Files
+from alignclip.conversion.formats.json_lines import JsonLines
+from alignclip.conversion.formats.mds import Mds
+from alignclip.conversion.formats.parquet import Parquet
+from alignclip.conversion.formats.tars import Tars
+
+# A folder stands for the first of these formats that it holds: img2dataset puts a parquet file beside each
+# tar, and beside each folder of files.
+FORMATS: tuple[InputFormat, ...] = (Tars(), Files(), Parquet(), Csv(), JsonLines(), Mds())
+ENDINGS = tuple(ending for one in FORMATS for ending in one.endings)
+HEAD = 512  # bytes of a file by which a format is recognised
+
+
+def format_of(place: str) -> InputFormat:
+    """Return the format of a path or URL: by its name, else by its first bytes, else tar."""
+    for one in FORMATS:
+        if one.fits(place):
+            return one
+    path = Path(place)
+    if "://" not in place and path.is_file():
+        with path.open("rb") as file:
+            head = file.read(HEAD)
+        for one in FORMATS:
+            if one.begins(head):
+                return one
+    return FORMATS[0]
+
+
+def among(names: Iterable[str]) -> list[str]:
+    """Return the files that a folder of these files stands for: of the first format that has some."""
+    there = [name for name in names if not name.startswith(".")]
+    return next(filter(None, (one.among(there) for one in FORMATS if one.endings)), [])
+
+
+def in_words() -> str:
+    """Return what may be an input, for ``--help``."""
+    return ", ".join(one.words for one in FORMATS)

@@ -1,0 +1,146 @@
+"""What an input format declares about itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+from urllib.parse import urlparse
+
+from alignclip.conversion.samples import Item, Reading
+from alignclip.storage.copies import fetched
+
+PAIR_COLUMNS = {"key": "str", "image": "bytes", "caption": "str"}  # name -> how MDS stores it
+CAPTION_LISTS = "json"  # how MDS stores the captions of images that have several
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A folder's content.
+
+    Attributes:
+        place: path or URL of the folder, without a slash at its end.
+        files: names of the files in the folder, hidden ones left out.
+        folders: names of the sub-folders, hidden ones left out.
+        names_in: lists the files of a sub-folder.
+    """
+
+    place: str
+    files: Sequence[str]
+    folders: Sequence[str]
+    names_in: Callable[[str], Iterable[str]]
+
+    def at(self, name: str) -> str:
+        """Return the path or URL of a file or sub-folder."""
+        return f"{self.place}/{name}"
+
+
+@dataclass(frozen=True)
+class OpenInput:
+    """An input shard that is being read.
+
+    Attributes:
+        size: bytes of the source; 0 where nobody has counted them.
+        modified: when the source was changed, in ns since the epoch.
+        items: what the shard holds, in order, few in memory at a time.
+    """
+
+    size: int
+    modified: int
+    items: Iterator[Item]
+
+
+class InputFormat(ABC):
+    """A kind of input. An input shard is a file, or a part of a file, that becomes one sub-folder.
+
+    Attributes:
+        words: what the format is called in ``--help``.
+        described: the cells ``input`` and ``what is taken`` of the table in ``convert/README.md``.
+        flags: the command's options that change how the format is read.
+        endings: of file names, in lower case. A folder stands for its files with these endings.
+        named_endings: of file names that are taken where a person names the file.
+        has_parts: whether a file is several input shards.
+    """
+
+    words: ClassVar[str]
+    described: ClassVar[tuple[str, str]]
+    flags: ClassVar[tuple[str, ...]] = ("--caption-key",)
+    endings: ClassVar[tuple[str, ...]] = ()
+    named_endings: ClassVar[tuple[str, ...]] = ()
+    has_parts: ClassVar[bool] = False
+
+    def fits(self, place: str) -> bool:
+        """Say whether a path or URL is of the format by its name."""
+        return path_of(place).lower().endswith((*self.endings, *self.named_endings))
+
+    def begins(self, head: bytes) -> bool:
+        """Say whether a file of another name is of the format by its first 512 bytes."""
+        return False
+
+    def in_folder(self, listing: Listing) -> list[str]:
+        """Return the paths or URLs that a folder stands for; none where it holds other things.
+
+        Raises:
+            UserError: the folder has to be named otherwise.
+        """
+        return [listing.at(name) for name in self.among(listing.files)]
+
+    def among(self, names: Iterable[str]) -> list[str]:
+        """Return the names with the format's endings, sorted."""
+        return sorted(name for name in names if name.lower().endswith(self.endings))
+
+    def parts(self, place: str, reading: Reading) -> list[str]:
+        """Return the names of a file's parts; an empty name stands for the whole file.
+
+        Raises:
+            UserError: the file can't be read, or not with these settings.
+        """
+        return [""]
+
+    def columns(self, place: str, reading: Reading) -> dict[str, str]:
+        """Return the columns that the file has for an image–text set, and how MDS would store each."""
+        return PAIR_COLUMNS
+
+    def shard_name(self, place: str, part: str) -> str:
+        """Return the name of the sub-folder: the file's up to the first dot."""
+        return path_of(place).rsplit("/", 1)[1].split(".")[0]
+
+    def file_of(self, place: str, part: str) -> str:
+        """Return the path or URL of the file that holds an input shard."""
+        return place
+
+    def shard_size(self, place: str, part: str) -> tuple[int, int] | None:
+        """Return the bytes and samples of an input that shall stay one output shard; None elsewhere."""
+        return None
+
+    def stamp(self, path: Path) -> tuple[int, int]:
+        """Return the size in bytes and the time of change in ns, which tell a changed local source.
+
+        Raises:
+            FileNotFoundError: the source is not there any more.
+        """
+        stat = path.stat()
+        return stat.st_size, stat.st_mtime_ns
+
+    @contextmanager
+    def opened(self, place: str, part: str, reading: Reading) -> Iterator[OpenInput]:
+        """Fetch an input shard where it is remote, and read it.
+
+        Raises:
+            UserError: the shard can't be fetched or has no such columns.
+        """
+        with fetched(place) as path:
+            # the time before it is read: a file that still grows will be another one
+            yield OpenInput(*self.stamp(path), self.read(path, part, reading))
+
+    @abstractmethod
+    def read(self, path: Path, part: str, reading: Reading) -> Iterator[Item]:
+        """Yield the pairs of a local input shard, and whatever is no pair, with the reason."""
+
+
+def path_of(place: str) -> str:
+    """Return the path, of a URL without its query."""
+    return urlparse(place).path if "://" in place else place

@@ -1,0 +1,221 @@
+"""JSON lines: an object a line with the image's place and the caption, split into pieces of 10,000 lines."""
+
+from __future__ import annotations
+
+import gzip
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from alignclip.conversion import text_tables
+from alignclip.conversion.formats import columns
+from alignclip.conversion.formats.columns import CAPTION_COLUMNS, PATH_COLUMNS, find_column
+from alignclip.conversion.formats.declaration import (
+    CAPTION_LISTS,
+    PAIR_COLUMNS,
+    InputFormat,
+    OpenInput,
+    path_of,
+)
+from alignclip.conversion.formats.remote import read_ahead, read_image
+from alignclip.conversion.samples import (
+    MISSING_IMAGE,
+    NO_OBJECT,
+    Item,
+    Reading,
+    Skipped,
+    caption_of,
+    pair,
+    pairs,
+    parse_json,
+)
+from alignclip.data.mds_index import INDEX
+from alignclip.errors import UserError, one_line
+from alignclip.storage.copies import TEMPORARY, fetched
+
+LONGEST_LINE = 2**24  # bytes; a longer line is no pair's
+LOOKED_AT = 100  # lines at the beginning, of which one has to be an object
+
+
+class JsonLines(InputFormat):
+    """JSON lines, gzipped or not; paths of images are relative to the file, local or in a bucket."""
+
+    words = "JSON lines"
+    described = (
+        "JSON lines: `.jsonl`, `.ndjson`, or `.json` where it is named; gzipped, too",
+        "an object a line: `image` (a path below the file's folder, an absolute one, or a bucket's URL), "
+        "`caption` (a text, or a list of them: the first line says which), `key` where there is one; "
+        "`--image-key` and `--caption-key` name other entries; 10,000 lines at a time. In a bucket, "
+        "images are read from beside the file",
+    )
+    flags = ("--caption-key", "--image-key")
+    endings = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
+    named_endings = (".json", ".json.gz")
+    has_parts = True
+
+    def fits(self, place: str) -> bool:
+        """See the base class; an MDS set's index is none."""
+        return super().fits(place) and not place.endswith(f"/{INDEX}")
+
+    def begins(self, head: bytes) -> bool:
+        """See the base class."""
+        return head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
+
+    def parts(self, place: str, reading: Reading) -> list[str]:
+        """See the base class.
+
+        Raises:
+            UserError: the file is no JSON lines, a list of web addresses, or damaged.
+        """
+        _copy.cache_clear()
+        with _local(place) as path:
+            _look(path, place, reading)
+            places, number, at = list[int](), 0, 0
+            with _damage_told(place), _open(path) as file:
+                for line in _lines(file):
+                    if line.strip():
+                        if number % columns.ROWS == 0:
+                            places.append(at)
+                        number += 1
+                    at += len(line)
+        return columns.pieces(places, number)
+
+    def columns(self, place: str, reading: Reading) -> dict[str, str]:
+        """See the base class."""
+        with _local(place) as path:
+            found = _look(path, place, reading)
+        return PAIR_COLUMNS | ({"caption": CAPTION_LISTS} if found and found.has_lists else {})
+
+    def shard_name(self, place: str, part: str) -> str:
+        """See the base class."""
+        return columns.piece_name(super().shard_name(place, part), part)
+
+    @contextmanager
+    def opened(self, place: str, part: str, reading: Reading) -> Iterator[OpenInput]:
+        """See the base class."""
+        with _local(place) as path:
+            yield OpenInput(*self.stamp(path), _read(path, part, reading, place))
+
+    def read(self, path: Path, part: str, reading: Reading) -> Iterator[Item]:
+        """See the base class."""
+        return _read(path, part, reading, str(path))
+
+
+class _Names(NamedTuple):
+    """The entries of images and captions, and whether captions are lists."""
+
+    image: str
+    caption: str
+    has_lists: bool
+
+
+def _read(path: Path, part: str, reading: Reading, place: str) -> Iterator[Item]:
+    """Yield the pairs of a piece of a file.
+
+    Args:
+        path: the local file, or the copy of a remote one.
+        part: the piece.
+        reading: names of entries.
+        place: path or URL of the file; images' paths are relative to its folder.
+    """
+    first, last, at = columns.piece(part)
+    names = _look(path, place, reading)
+    assert names is not None
+    stem = path_of(place).rsplit("/", 1)[1].split(".")[0]
+
+    def jobs() -> Iterator[Any]:
+        number = first
+        with _open(path) as file:
+            file.seek(at)
+            for line in _lines(file):
+                if number == last:
+                    return
+                if line.strip():
+                    yield partial(
+                        _item, line, f"{stem}-{number:08}", names, place.rpartition("/")[0]
+                    )
+                    number += 1
+
+    return read_ahead(jobs())
+
+
+def _item(line: bytes, key: str, names: _Names, folder: str) -> Item:
+    row = parse_json(line)
+    if not isinstance(row, Mapping):
+        return Skipped(key, NO_OBJECT, line[:100].decode("utf-8", "replace"))
+    name, own = row.get(names.image), row.get("key")
+    key = str(own or (name if isinstance(name, str) else "") or key)
+    if not isinstance(name, str) or not name or text_tables.is_url(name):
+        return Skipped(key, MISSING_IMAGE, f"no path: {name!r}"[:100])
+    image = read_image(name if "://" in name or name.startswith("/") else f"{folder}/{name}", key)
+    if isinstance(image, Skipped):
+        return image
+    if not names.has_lists:
+        return pair(key, image, caption_of(row, names.caption))
+    captions = row.get(names.caption)
+    return pairs(key, image, captions if isinstance(captions, list) else [captions])
+
+
+def _look(path: Path, place: str, reading: Reading) -> _Names | None:
+    """Find the names of the entries from the first line that is an object; None where none is.
+
+    Raises:
+        UserError: the file doesn't begin with an object, is a list of web addresses, or an entry is
+            missing.
+    """
+    with _damage_told(place), _open(path) as file:
+        start = list(islice(filter(bytes.strip, _lines(file)), LOOKED_AT))
+    row = next((row for row in map(parse_json, start) if isinstance(row, Mapping)), None)
+    if not start:
+        return None
+    if row is None:
+        raise UserError(f"{place} is no JSON lines: none of its first lines is an object")
+    known = list(map(str, row))
+    url = next((name for name, value in row.items() if text_tables.is_url(value)), None)
+    if url is not None and not {reading.image_key, *PATH_COLUMNS} & (set(known) - {url}):
+        caption = next((name for name in text_tables.CAPTIONS if name in known), None)
+        way = text_tables.download(Path(place), "jsonl", url, caption)
+        raise UserError(f"{place} is a list of URLs, and what is converted are images: {way}")
+
+    def entry(what: str, usual: tuple[str, ...], wanted: str | None) -> str:
+        return find_column(what, usual, wanted, known, place, (f"; --{what}-key names another", ""))
+
+    caption = entry("caption", CAPTION_COLUMNS, reading.caption_key)
+    image = entry("image", PATH_COLUMNS, reading.image_key)
+    return _Names(image, caption, isinstance(row[caption], list))
+
+
+@contextmanager
+def _damage_told(place: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:  # gzip's
+        raise UserError(f"{place} is damaged: {one_line(error)}; fetch it again") from None
+
+
+@contextmanager
+def _local(place: str) -> Iterator[Path]:
+    """Give the file, or this process's copy of a remote one: a process converts many of its pieces."""
+    yield Path(place) if "://" not in place else _copy(place)[1]
+
+
+@lru_cache(1)
+def _copy(url: str) -> tuple[tempfile.TemporaryDirectory[str], Path]:
+    folder = tempfile.TemporaryDirectory(prefix=TEMPORARY)
+    with fetched(url) as path:
+        return folder, path.rename(Path(folder.name, path.name))
+
+
+def _open(path: Path) -> BinaryIO:
+    with path.open("rb") as file:
+        is_packed = file.read(2) == b"\x1f\x8b"
+    return cast("BinaryIO", gzip.open(path) if is_packed else path.open("rb"))
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    return iter(partial(file.readline, LONGEST_LINE), b"")

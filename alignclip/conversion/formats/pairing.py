@@ -1,0 +1,259 @@
+"""Files whose names share a key are a pair: the members of a tar, the files of a folder.
+
+A pair is an image and a caption side by side. Halves that lie apart wait for each other; several
+pairs that share the key up to the first dot are told.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+from alignclip.conversion.samples import (
+    FIRST_DOT,
+    IMAGE_EXTENSIONS,
+    IMAGE_TOO_LARGE,
+    LIE_APART,
+    LONG_CAPTION,
+    MAX_IMAGE_BYTES,
+    MAX_TEXT_BYTES,
+    MISSING_CAPTION,
+    MISSING_IMAGE,
+    Ignored,
+    Item,
+    Reading,
+    Sample,
+    Skipped,
+    caption_of,
+    pair,
+    parse_json,
+)
+from alignclip.conversion.wording import listable
+from alignclip.errors import UserError
+
+TEXT_EXTENSIONS = ("txt", "json")
+MOST_HALVES = 100_000  # that wait for their other halves, 1 KB each; others count as halves
+OTHER_FILE = "file of another ending"
+NO_PAIR = "text file without a caption"
+FURTHER_PAIR = "further pair of the same key"
+# webdataset's: the key is the path up to the first dot of the file name
+FIRST = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
+LAST = re.compile(r"((?:.*/)?[^./][^/]*)\.([^./]*)", re.DOTALL)
+
+Place = tuple[int, int]  # offset and size in a tar; a size of -1: not in one piece
+
+
+@dataclass
+class Group:
+    """The consecutive files of one key.
+
+    Attributes:
+        key: what the names of the files have in common.
+        members: ending -> bytes of the files that are read.
+        too_large: ending -> size of the files that are too large to be read.
+        others: endings of the files that are not read, as they are written.
+        places: ending -> where the file is in the tar, of ``members``.
+    """
+
+    key: str = ""
+    members: dict[str, bytes] = field(default_factory=dict)
+    too_large: dict[str, int] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
+    places: dict[str, Place] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Half:
+    """An image without a caption or a caption without an image, and where the files lie."""
+
+    item: Skipped
+    places: dict[str, Place] = field(default_factory=dict)
+
+
+class Pairing:
+    """Puts files together to pairs, in the order in which the files come.
+
+    The caption is the ``txt`` file, or else ``caption`` in the ``json`` file; with a caption key it
+    is the file of that ending, or else that entry of the ``json`` file. Invalid UTF-8 becomes U+FFFD.
+
+    Attributes:
+        source: the open tar, to read again what lies apart; None: the tar is compressed.
+    """
+
+    def __init__(self, reading: Reading, place: str) -> None:
+        own = reading.image_key.lower().lstrip(".") if reading.image_key else None
+        self._images = IMAGE_EXTENSIONS if own is None else (own,)
+        self._text = (reading.caption_key or "txt").lower().lstrip(".")
+        self._limits = dict.fromkeys(self._images, MAX_IMAGE_BYTES)
+        self._limits |= dict.fromkeys((*TEXT_EXTENSIONS, self._text), MAX_TEXT_BYTES)
+        self._pattern = LAST if reading.last_dot else FIRST
+        self._reading = reading
+        self._place = place
+        self._group = Group()
+        self._halves: dict[str, _Half] = {}
+        self.source: BinaryIO | None = None
+
+    @property
+    def key(self) -> str:
+        """The key of the files that came last."""
+        return self._group.key
+
+    def split(self, name: str) -> tuple[str, str] | None:
+        """Return key and ending of a file name; None where the name can't be a part of a pair."""
+        match = self._pattern.fullmatch(name)
+        return (match[1], match[2]) if match else None
+
+    def reads(self, ending: str) -> bool:
+        """Say whether files of an ending are read."""
+        return ending.lower() in self._limits
+
+    def add(
+        self, key: str, ending: str, size: int, read: Callable[[], bytes], place: Place = (0, -1)
+    ) -> Iterator[Item]:
+        """Take a file, and yield the pair before the file where the file begins another one."""
+        group, known = self._group, ending.lower()
+        if key != group.key or known in group.members or known in group.too_large:
+            yield from self.finish()
+            self._group = group = Group(key)
+        limit = self._limits.get(known)
+        if limit is None:
+            group.others.append(ending)
+        elif size > limit:
+            group.too_large[known] = size
+        else:
+            group.members[known] = read()
+            group.places[known] = place
+
+    def finish(self) -> Iterator[Item]:
+        """Yield the pair of the files that came last, or what they are instead."""
+        group, self._group = self._group, Group()
+        if not group.key:
+            return
+        item = self._pair(group.key, group.members, group.too_large)
+        if isinstance(item, Sample):
+            for stem in _inner_pairs(group.others)[0]:
+                yield Ignored(f"{group.key}.{stem}", FURTHER_PAIR)
+            yield item
+        elif item.reason in (MISSING_IMAGE, MISSING_CAPTION):
+            yield from self._incomplete(group, item)
+        else:
+            yield item
+
+    def drop(self) -> str:
+        """Forget the files that came last, and return their key."""
+        group, self._group = self._group, Group()
+        return group.key
+
+    def halves(self) -> Iterator[Skipped]:
+        """Yield the halves whose other halves have not come."""
+        while self._halves:
+            yield self._halves.pop(next(iter(self._halves))).item
+
+    def _pair(
+        self, key: str, members: dict[str, bytes], too_large: dict[str, int]
+    ) -> Sample | Skipped:
+        image = next((members[ending] for ending in self._images if ending in members), None)
+        text = self._text if self._text in members or self._text in too_large else "json"
+        large = [] if image is not None else [end for end in self._images if end in too_large]
+        for ending, reason in (*((end, IMAGE_TOO_LARGE) for end in large), (text, LONG_CAPTION)):
+            if ending in too_large:
+                return Skipped(key, reason, f"{ending} member of {too_large[ending]:,} bytes")
+        if text in members and text == self._text:
+            encoding = self._reading.encoding or "utf-8"
+            return pair(key, image, members[text].decode(encoding, errors="replace"))
+        entries = parse_json(members.get("json"))
+        return pair(key, image, self._entry(entries), entries)
+
+    def _entry(self, entries: object) -> str | None:
+        return caption_of(entries, self._reading.caption_key or "caption")
+
+    def _has_caption(self, members: dict[str, bytes]) -> bool:
+        return self._text in members or self._entry(parse_json(members.get("json"))) is not None
+
+    def _incomplete(self, group: Group, item: Skipped) -> Iterator[Item]:
+        """Yield a group that lacks an image or a caption: half a pair, several pairs, or no pair."""
+        whole, images, texts = _inner_pairs(group.others)
+        for stem in whole:
+            yield Skipped(f"{group.key}.{stem}", FIRST_DOT)
+        has_image = item.reason == MISSING_CAPTION
+        has_text = not has_image and self._has_caption(group.members)
+        endings = listable((*group.members, *group.others))
+        detail = f"its files: {', '.join(endings)}"
+        told = Skipped(group.key, item.reason, detail, item.texts, endings)
+        if not whole and (has_image or images) and (has_text or texts):
+            yield told  # under other endings than those that are read
+        elif has_image or has_text:
+            yield from self._match(_Half(told, group.places))
+        elif images or texts:
+            for stems, reason in ((images, MISSING_CAPTION), (texts, MISSING_IMAGE)):
+                for stem in stems:  # one alone may be of another ending instead
+                    alone = len(images) + len(texts) == 1
+                    key = group.key if alone else f"{group.key}.{stem}"
+                    yield from self._match(_Half(Skipped(key, reason, detail, endings=endings)))
+        elif not whole:
+            for ending in group.others:
+                yield Ignored(f"{group.key}.{ending}", OTHER_FILE)
+            for ending in group.members:  # a list or statistics beside the pairs
+                yield Ignored(f"{group.key}.{ending}", NO_PAIR)
+
+    def _match(self, half: _Half) -> Iterator[Item]:
+        """Yield what a half makes with its other half, where that has come; else let the half wait."""
+        key = half.item.key
+        other = self._halves.get(key)
+        if other is None and len(self._halves) < MOST_HALVES:
+            self._halves[key] = half
+        elif other is None or other.item.reason == half.item.reason:
+            yield half.item
+        else:
+            del self._halves[key]
+            yield self._joined(key, other.places | half.places)
+
+    def _joined(self, key: str, places: dict[str, Place]) -> Sample | Skipped:
+        """Read two halves again that lie apart.
+
+        Raises:
+            UserError: the tar is compressed, and would be read from the beginning for each pair.
+        """
+        if not self._reading.unsorted:
+            return Skipped(key, LIE_APART)
+        if self.source is None:
+            raise UserError(
+                f"{self._place} is compressed, and --unsorted reads plain tars only: unpack it "
+                "with gunzip"
+            )
+        if not places or any(size < 0 for _, size in places.values()):
+            return Skipped(key, LIE_APART)
+        file = self.source.fileno()
+        return self._pair(key, {end: os.pread(file, n, at) for end, (at, n) in places.items()}, {})
+
+
+def kind_of_name(name: str) -> str:
+    """Say what a file is whose name can't be a part of a pair."""
+    base = name.rpartition("/")[2]
+    if base.startswith("._"):
+        return "macOS's ._ file"
+    return "hidden file" if base.startswith(".") else "file without an ending"
+
+
+def _inner_pairs(endings: Iterable[str]) -> tuple[list[str], list[str], list[str]]:
+    """Find the pairs that have become one at the first dot of their names.
+
+    Args:
+        endings: of the files that are not read; the keys go on up to the last dot of each.
+
+    Returns:
+        the stems that have an image and a text, only an image, only a text.
+    """
+    kinds: dict[str, set[bool]] = {}
+    for ending in endings:
+        stem, dot, last = ending.rpartition(".")
+        if dot and (last := last.lower()) in (*IMAGE_EXTENSIONS, *TEXT_EXTENSIONS):
+            kinds.setdefault(stem, set()).add(last in IMAGE_EXTENSIONS)
+
+    def having(*wanted: bool) -> list[str]:
+        return [stem for stem, found in kinds.items() if found == {*wanted}]
+
+    return having(True, False), having(True), having(False)

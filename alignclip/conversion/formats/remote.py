@@ -1,0 +1,76 @@
+"""Many small files from folders and buckets: read side by side, handed over in order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+from alignclip.conversion.formats.columns import image_file
+from alignclip.conversion.samples import MISSING_IMAGE, Skipped
+from alignclip.errors import UserError
+from alignclip.storage import StorageError, Store, is_absent, is_denied, open_store, patiently
+from alignclip.storage.copies import fetched
+
+AT_ONCE = 16  # files read at a time, of which none is larger than MAX_IMAGE_BYTES
+
+T = TypeVar("T")
+
+
+def read_ahead(jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """Yield what the jobs return, in their order; so many run at a time as :data:`AT_ONCE`."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        waiting = iter(jobs)
+        running: deque[Future[T]] = deque(pool.submit(job) for job in islice(waiting, AT_ONCE))
+        try:
+            while running:
+                result = running.popleft().result()
+                running.extend(pool.submit(job) for job in islice(waiting, 1))
+                yield result
+        finally:
+            for job in running:
+                job.cancel()
+
+
+def read_object(place: str) -> bytes:
+    """Read a file at a URL, and wait while the storage is away.
+
+    Raises:
+        UserError: the file can't be fetched; its cause is the storage's own exception.
+    """
+    folder, _, name = place.rpartition("/")
+    if place.startswith(("http://", "https://")):
+        with fetched(place) as path:
+            return path.read_bytes()
+    store = store_at(folder)
+    try:
+        return patiently(lambda: store.read_bytes(name), place)
+    except StorageError as error:
+        raise UserError(f"cannot fetch {place}: {error.why}") from error
+
+
+def read_image(place: str, key: str) -> bytes | Skipped:
+    """Return the bytes of an image at a path or URL, or why there are none.
+
+    Raises:
+        UserError: the storage is away.
+    """
+    if "://" not in place:
+        return image_file(Path(place), key)
+    try:
+        return read_object(place)
+    except UserError as error:
+        # a store answers that access is denied instead of 404 to a key that may not list
+        if is_absent(error) or is_denied(error):
+            return Skipped(key, MISSING_IMAGE, str(error))
+        raise
+
+
+@lru_cache(64)
+def store_at(folder: str) -> Store:
+    """Return the store of a folder; opening a client takes longer than reading a file."""
+    return open_store(folder)

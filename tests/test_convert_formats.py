@@ -1,0 +1,284 @@
+"""The table of input formats, and the two formats of loose files: JSON lines, img2dataset's folders."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conversions import COMMAND
+from tarballs import cut, draw, items_of, pairs, quick, read_back, three_tars, write_tar
+
+from alignclip.conversion import samples
+from alignclip.conversion.formats import FORMATS, columns, format_of
+from alignclip.conversion.inputs import expand, name_of
+from alignclip.conversion.samples import Ignored, Sample, Skipped
+from alignclip.errors import UserError
+
+README = COMMAND.with_name("README.md").read_text(encoding="utf-8")
+
+
+def test_the_documented_formats_are_the_table() -> None:
+    rows = [f"| {name} | {taken} |" for name, taken in (one.described for one in FORMATS)]
+    assert "\n".join(["| input | what is taken |", "|---|---|", *rows, ""]) in README
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        (b"PAR1", "parquet"),
+        (b' {"image": "0.jpg"}', "JSON lines"),
+        (bytes(257) + b"ustar", "tars (img2dataset, webdataset)"),
+        (b"anything", "tars (img2dataset, webdataset)"),
+    ],
+)
+def test_a_file_without_an_ending_is_recognised_by_its_beginning(
+    tmp_path: Path, head: bytes, words: str
+) -> None:
+    (tmp_path / "file").write_bytes(head)
+    assert format_of(str(tmp_path / "file")).words == words
+
+
+# JSON lines
+
+
+def write_lines(path: Path, *rows: Any) -> Path:
+    """Write a line for each row; bytes as they are."""
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    data = b"\n".join([*lines, b""])
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder with 0.jpg to 4.jpg in the sub-folder images."""
+    (tmp_path / "images").mkdir()
+    for i in range(5):
+        (tmp_path / "images" / f"{i}.jpg").write_bytes(draw(i))
+    return tmp_path
+
+
+def test_json_lines_and_what_is_wrong_with_some(images: Path) -> None:
+    path = write_lines(
+        images / "a.jsonl",
+        b"no object",
+        {"image": "images/0.jpg", "caption": "relative &amp; mended"},
+        b"",
+        {"image": str(images / "images" / "1.jpg"), "caption": "absolute", "key": "own"},
+        b'{"image": "images/2.jpg", "caption": ',
+        b"[1]",
+        {"image": "images/gone.jpg", "caption": "missing"},
+        {"image": 5, "caption": "a number"},
+        {"image": "http://x/0.jpg", "caption": "a web address"},
+        {"image": "images/2.jpg"},
+        {"image": "images/2.jpg", "caption": ["one", "two"]},
+        b'{"image": "images/2.jpg", "caption": "K\xe4se", "key": 7}',
+    )
+    found = items_of(path)
+    assert found == [
+        Skipped("a-00000000", samples.NO_OBJECT),
+        Sample("images/0.jpg", draw(0), "relative & mended"),
+        Sample("own", draw(1), "absolute"),
+        Skipped("a-00000003", samples.NO_OBJECT),
+        Skipped("a-00000004", samples.NO_OBJECT),
+        Skipped("images/gone.jpg", samples.MISSING_IMAGE),
+        Skipped("a-00000006", samples.MISSING_IMAGE),
+        Skipped("http://x/0.jpg", samples.MISSING_IMAGE),
+        Skipped("images/2.jpg", samples.MISSING_CAPTION),
+        Skipped("images/2.jpg", samples.MISSING_CAPTION),
+        Sample("7", draw(2), "K\ufffdse"),
+    ]
+    counts = quick([path], images / "out", max_bad=0.9)
+    assert (counts.written, counts.bad) == (3, 8)
+    report = (images / "out" / "report.md").read_text(encoding="utf-8")
+    assert f"no file {images}/images/gone.jpg" in report
+    assert "`a-00000000` in" in report
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "a.jsonl.gz", "a.json.gz", "a"])
+def test_json_lines_by_any_name(images: Path, name: str) -> None:
+    rows = [{"file_name": f"images/{i}.jpg", "text": f"picture {i}"} for i in range(5)]
+    quick([write_lines(images / name, *rows)], images / "out")
+    written = read_back(None, images / "out").values()
+    assert [row["caption"] for row in written] == [f"picture {i}" for i in range(5)]
+    assert (images / "out" / "a-00000" / "counts.json").exists()
+    in_folders = [str(images / name)] if name.startswith(("a.jsonl", "a.ndjson")) else []
+    try:
+        assert [place.partition("#")[0] for place in expand([str(images)])] == in_folders
+    except UserError:
+        assert not in_folders
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_long_json_lines_are_several_inputs(
+    images: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(columns, "ROWS", 4)
+    rows = [
+        {"image": f"images/{i % 5}.jpg", "caption": f"line {i}", "key": f"{i}"} for i in range(10)
+    ]
+    path = write_lines(images / name, *rows[:3], b"", *rows[3:])
+    assert [name_of(part) for part in expand([str(path)])] == ["a-00000", "a-00001", "a-00002"]
+    counts = quick([path], images / "out")
+    assert (counts.written, counts.inputs) == (10, 3)
+    got = read_back(None, images / "out")
+    assert [row["caption"] for row in got.values()] == [f"line {i}" for i in range(10)]
+    assert quick([path], images / "out").converted == 0
+
+
+def test_json_lines_with_lists_of_captions(images: Path) -> None:
+    path = write_lines(
+        images / "a.jsonl",
+        {"image": "images/0.jpg", "caption": ["one", "two"]},
+        {"image": "images/1.jpg", "caption": "alone"},
+        {"image": "images/2.jpg", "caption": ["", "not empty"]},
+    )
+    quick([path], images / "out")
+    got = [row["caption"] for row in read_back(None, images / "out").values()]
+    assert got == [["one", "two"], ["alone"], ["not empty"]]
+    one = write_lines(images / "b.jsonl", {"image": "images/0.jpg", "caption": "one"})
+    with pytest.raises(UserError, match=r"a\.jsonl has lists of captions, other inputs have one"):
+        quick([path, one], images / "both")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([b"[", b"1]"], "is no JSON lines: none of its first lines is an object$"),
+        (
+            [{"img": "0.jpg", "caption": "a"}],
+            r"has no image column \(image, .*\); it has img, caption$",
+        ),
+        ([{"image": "0.jpg", "says": "a"}], r"has no caption column \(.*\); it has image, says$"),
+        (
+            [{"url": "http://x/0.jpg", "caption": "a"}],
+            "is a list of URLs, .* img2dataset --url_list .* --input_format jsonl --url_col url "
+            "--caption_col caption ",
+        ),
+    ],
+)
+def test_what_is_no_json_lines_of_pairs(tmp_path: Path, rows: list[Any], message: str) -> None:
+    with pytest.raises(UserError, match=rf"^{tmp_path}/a\.jsonl {message}"):
+        quick([write_lines(tmp_path / "a.jsonl", *rows)], tmp_path / "out")
+
+
+def test_damaged_gzip_is_told(images: Path) -> None:
+    rows = [{"image": f"images/{i % 5}.jpg", "caption": f"{i}" * 50} for i in range(300)]
+    path = write_lines(images / "a.jsonl.gz", *rows)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz is damaged: .*; fetch it again$"):
+        quick([path], images / "out")
+
+
+def test_json_lines_in_a_bucket(s3: Any, images: Path, tmp_path: Path) -> None:
+    """Images lie beside the file, in another bucket, or nowhere."""
+    raw, other = s3.bucket(), s3.bucket()
+    put(s3, f"{other}/deep/3.jpg", draw(3))
+    for i in range(2):
+        put(s3, f"{raw}/set/images/{i}.jpg", draw(i))
+    rows = [
+        *({"image": f"images/{i}.jpg", "caption": f"picture {i}"} for i in range(2)),
+        {"image": f"{other}/deep/3.jpg", "caption": "picture 3"},
+        {"image": "images/gone.jpg", "caption": "gone"},
+    ]
+    put(s3, f"{raw}/set/a.jsonl", write_lines(tmp_path / "a.jsonl", *rows).read_bytes())
+    counts = quick([f"{raw}/set"], tmp_path / "out")
+    assert (counts.written, counts.skipped) == (3, {samples.MISSING_IMAGE: 1})
+    got = read_back(None, tmp_path / "out")
+    assert list(got) == ["images/0.jpg", "images/1.jpg", f"{other}/deep/3.jpg"]
+    assert [row["image"] for row in got.values()] == [draw(0), draw(1), draw(3)]
+
+
+def put(s3: Any, url: str, data: bytes) -> None:
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    s3.client.put_object(Bucket=bucket, Key=key, Body=data)
+
+
+# img2dataset's folders of files
+
+
+def write_files(folder: Path) -> Path:
+    """Two shards as img2dataset writes them, with its lists and statistics beside."""
+    for shard in range(2):
+        name = f"{shard:05}"
+        for member, data in pairs(10 * shard, 3):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            (folder / name / member).write_bytes(data)
+        (folder / f"{name}.parquet").write_bytes(b"PAR1")
+        (folder / f"{name}_stats.json").write_text("{}")
+    return folder
+
+
+def test_folders_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_files(tmp_path / "in")
+    assert expand([str(source)]) == [f"{source}/00000/", f"{source}/00001/"]
+    assert expand([str(source / "{00000..00001}")]) == expand([str(source)])
+    assert capsys.readouterr().err == ""
+    counts = quick([source], tmp_path / "out")
+    assert (counts.written, counts.bad, counts.inputs) == (6, 0, 2)
+    got = read_back(None, tmp_path / "out")
+    assert list(got) == [f"{i:05}" for i in (0, 1, 2, 10, 11, 12)]
+    assert got["00011"] == {"key": "00011", "image": draw(11), "caption": "picture 11"}
+    assert quick([source], tmp_path / "out").converted == 0
+    (source / "00001" / "00013.jpg").write_bytes(draw(13))
+    (source / "00001" / "00013.txt").write_text("picture 13")
+    again = quick([source], tmp_path / "out")
+    assert (again.written, again.converted) == (7, 1)
+
+
+def test_files_are_counted_as_the_members_of_a_tar(tmp_path: Path) -> None:
+    folder, members = (
+        tmp_path / "00000",
+        [
+            *pairs(0, 2),
+            ("00002.jpg", draw(2)),
+            ("00003.txt", b"no image"),
+            ("00004.jpg", b""),
+            ("00004.txt", b"empty"),
+            ("list.txt2", b""),
+            ("README", b""),
+            ("._00000.jpg", b""),
+            ("00005.jpg", draw(5)),
+            ("00005.json", b'{"caption": "of json"}'),
+        ],
+    )
+    folder.mkdir()
+    for name, data in members:
+        (folder / name).write_bytes(data)
+    (folder / "below").mkdir()
+    found = items_of(f"{folder}/")
+    in_a_tar = items_of(write_tar(tmp_path / "a.tar", sorted(members)))
+
+    def by_name(items: list[Any]) -> list[str]:
+        return sorted(map(repr, items))
+
+    assert by_name(found) == by_name([*in_a_tar, Ignored("below", "folder")])
+    assert Sample("00005", draw(5), "of json") in found
+    titles = [one.caption for one in items_of(f"{folder}/", "title") if isinstance(one, Sample)]
+    assert titles == ["title 0", "title 1"]
+
+
+def test_folders_of_files_in_a_bucket(s3: Any, tmp_path: Path) -> None:
+    bucket = s3.bucket()
+    for path in sorted(write_files(tmp_path / "in").rglob("*")):
+        if path.is_file():
+            put(s3, f"{bucket}/raw/{path.relative_to(tmp_path / 'in')}", path.read_bytes())
+    put(s3, f"{bucket}/raw/00001/notes", b"")
+    places = [f"{bucket}/raw/00000/", f"{bucket}/raw/00001/"]
+    assert expand([f"{bucket}/raw"]) == expand([f"{bucket}/raw/{{00000..00001}}"]) == places
+    counts = quick([f"{bucket}/raw"], f"{bucket}/out")
+    assert (counts.written, counts.ignored) == (6, {"file without an ending": 1})
+    assert items_of(places[1]) == [
+        *items_of(f"{tmp_path}/in/00001/"),
+        Ignored("notes", "file without an ending"),
+    ] or items_of(places[1])[0] == Ignored("notes", "file without an ending")
+    assert quick([f"{bucket}/raw"], f"{bucket}/out").converted == 0
+
+
+def test_a_folder_of_tars_comes_first(tmp_path: Path) -> None:
+    source = write_files(three_tars(tmp_path))
+    cut(source / "00002.tar", 2)
+    assert expand([str(source)]) == [f"{source}/{i:05}.tar" for i in range(3)]

@@ -6,15 +6,17 @@ VENV ?= .venv
 # the first interpreter that the stack supports (3.10 to 3.12)
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
+WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install quickstart test test-fast lint constraints clean
+.PHONY: help install quickstart test test-fast test-all lint constraints clean
 
 help:
 	@echo "make quickstart   draw a data set, convert it, train a tiny AlignCLIP, show what it learnt (minutes, CPU)"
-	@echo "make test         everything that needs no GPU"
-	@echo "make test-fast    the same without the slow end-to-end tests"
+	@echo "make test-fast    every unit, in minutes"
+	@echo "make test         what every change has to pass: end-to-end tests, too; no GPU"
+	@echo "make test-all     all fuzz and many random kills besides, from a new seed, which is printed"
 	@echo "make lint         ruff and mypy"
 	@echo "make install      only install, into $(VENV)"
 
@@ -31,11 +33,16 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: install
 	$(BIN)/python -m alignclip.quickstart
 
-test: install
-	$(BIN)/python -m pytest -m 'not gpu' $(ARGS)
-
+# WORKERS processes side by side; a test that they would disturb is marked alone, and runs after them
 test-fast: install
-	$(BIN)/python -m pytest -m 'not gpu and not slow' $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu and not slow and not alone' $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu and not alone' $(ARGS)
+	$(BIN)/python -m pytest -m 'alone and not gpu' $(ARGS)
+
+test-all:
+	$(MAKE) test ARGS='--full $(ARGS)'
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,15 +1,19 @@
-"""What every test may use: a real S3 server; ``gpu`` tests are skipped where there is no CUDA device."""
+"""What every test may use: real S3 servers, the fuzz tests' seeds; where ``gpu`` and ``full`` tests run."""
 
 from __future__ import annotations
 
 import atexit
 import os
+import random
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
+import processes
 import pytest
 from refusing import RefusingS3, refusing_s3
 from s3 import S3Server
-from streaming.base.shared import SharedMemory
 
 # The models are tiny: threads of several processes would only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,7 +23,30 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="all fuzz, and the tests marked full")
+    parser.addoption("--seed", type=int, help="of the fuzz and the kills; new with --full, else 0")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # one of several workers of pytest-xdist
+        return
+    if config.option.seed is None:
+        config.option.seed = random.SystemRandom().randrange(10**6) if config.option.full else 0
+    if getattr(config.option, "numprocesses", None) and not config.option.collectonly:
+        processes.warm_server()  # one for all workers
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    full = "--full " if config.option.full else ""
+    return f"fuzz and kills: {full}--seed {config.option.seed}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.option.full:
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=left_out)
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_tests:
         return
@@ -28,6 +55,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_tests:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@dataclass(frozen=True)
+class Fuzz:
+    """How much is fuzzed, and from which seed.
+
+    Attributes:
+        seed: of the session.
+        is_full: whether everything is; a fifth of it otherwise.
+    """
+
+    seed: int
+    is_full: bool
+
+    def rng(self, number: int) -> random.Random:
+        """A generator of a test's own."""
+        return random.Random(1000 * self.seed + number)
+
+    def count(self, everything: int) -> int:
+        """How many of them to try."""
+        return everything if self.is_full else everything // 5
+
+
+@pytest.fixture(scope="session")
+def fuzz(request: pytest.FixtureRequest) -> Fuzz:
+    option = request.config.option
+    return Fuzz(option.seed, option.full)
 
 
 @pytest.fixture(scope="session")
@@ -74,11 +128,16 @@ def fresh_wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def shared_memory_goes_with_the_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a test's datasets open is closed with them: Streaming keeps it to the end of the process."""
+    if "streaming" not in sys.modules:
+        yield
+        return
+    from streaming.base.shared import SharedMemory
+
     opened: list[SharedMemory] = []
     initialise = SharedMemory.__init__
 
-    def remember(self: SharedMemory, *args: object, **options: object) -> None:
-        initialise(self, *args, **options)  # type: ignore[arg-type]
+    def remember(self: Any, *args: object, **options: object) -> None:
+        initialise(self, *args, **options)
         opened.append(self)
 
     monkeypatch.setattr(SharedMemory, "__init__", remember)

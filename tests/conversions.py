@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 from PIL import Image
+from processes import Forked, python
 from tarballs import quick, read_back, write_tar
 
 from alignclip.storage.store import PROBE
@@ -23,8 +23,6 @@ from alignclip.storage.store import PROBE
 COMMAND = Path(__file__).parent.parent / "convert" / "cc12m.py"
 SIZE_LIMIT = "80kb"  # of a shard: a few pictures
 TIMEOUT = 240.0  # seconds, for a step that takes ten on a quiet machine
-# so that a process ends with a test session that is killed
-WITH_US = [found, "--pdeathsig", "KILL"] if (found := shutil.which("setpriv")) else []
 
 
 def picture(seed: int, size: tuple[int, int] = (1600, 1200)) -> bytes:
@@ -107,13 +105,7 @@ before = status("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")
 print({expression}, status("VmHWM") - before)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=COMMAND.parents[1],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-    )
+    done = python("-c", code, cwd=COMMAND.parents[1])
     assert done.returncode == 0, done.stderr
     number, peak = map(int, done.stdout.split())
     return number, peak
@@ -133,33 +125,23 @@ class Command:
         self.temporary = folder / "tmp"
         self.temporary.mkdir(parents=True, exist_ok=True)
         self._error = folder / "stderr.txt"
-        with self._error.open("wb") as error, (folder / "stdout.txt").open("wb") as output:
-            self.driver = psutil.Popen(
-                [
-                    *WITH_US,
-                    sys.executable,
-                    COMMAND,
-                    *map(str, arguments),
-                    "--no-semantic",
-                    "--size-limit",
-                    SIZE_LIMIT,
-                ],
-                env={**os.environ, "TMPDIR": str(self.temporary), **(env or {})},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=error,
-                start_new_session=True,  # a terminal's Ctrl-C goes to all of a group
-            )
+        self._error.write_bytes(b"")
+        self.driver = Forked(
+            sys.executable,
+            COMMAND,
+            *arguments,
+            *("--no-semantic", "--size-limit", SIZE_LIMIT),
+            output=folder / "stdout.txt",
+            errors=self._error,
+            env={**os.environ, "TMPDIR": str(self.temporary), **(env or {})},
+        )
         self._seen: set[psutil.Process] = set()
 
     def __enter__(self) -> Command:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in {self.driver, *self.workers()} | self._seen:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        self.driver.wait()
+        self.driver.end()
 
     @property
     def errors(self) -> str:
@@ -167,13 +149,12 @@ class Command:
         return self._error.read_text(errors="replace")
 
     def workers(self) -> list[psutil.Process]:
-        """Its pool's processes; another child looks after semaphores."""
+        """Its pool's processes: the children of the copy that forks them."""
         found = []
         with suppress(psutil.NoSuchProcess):
-            for child in self.driver.children():
+            for child in psutil.Process(self.driver.pid).children():
                 with suppress(psutil.NoSuchProcess):
-                    if "--multiprocessing-fork" in child.cmdline():
-                        found.append(child)
+                    found += child.children()
         self._seen.update(found)
         return found
 
@@ -211,7 +192,7 @@ class Command:
         """Wait for its end; return what it has said, of which nothing may be a stack trace."""
         try:
             code = self.driver.wait(seconds)
-        except psutil.TimeoutExpired:
+        except subprocess.TimeoutExpired:
             raise AssertionError(f"still there after {seconds:.0f} s: {self.errors}") from None
         assert code == status, f"exit status {code}: {self.errors}"
         assert "Traceback" not in self.errors, self.errors

@@ -1,23 +1,206 @@
-"""Run a function on several processes of a gloo group, as a launcher would start them."""
+"""Processes of the tests, forked from one that has imported the stack: commands, and functions on ranks."""
 
 from __future__ import annotations
 
+import atexit
 import os
+import pickle
+import shutil
+import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
+from functools import cache
+from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from warm_server import Request
 
-SLOW_IMPORTS = ["torch", "torch.distributed.fsdp", "open_clip", "timm", "composer", "streaming"]
+ADDRESS = (
+    "ALIGNCLIP_TESTS_WARM_SERVER"  # the socket of the session's server, for all pytest workers
+)
+START_TIMEOUT = 120.0  # seconds, of the server
+# so that a process ends with a test session that is killed
+WITH_US = [found, "--pdeathsig", "KILL"] if (found := shutil.which("setpriv")) else []
+WORK = "from processes import _work; _work()"
+
+
+@cache
+def warm_server() -> str:
+    """Start the server that forks this session's processes, unless there is one; return its socket.
+
+    The server ends with the process that started it, and ends whatever it has forked.
+    """
+    if ADDRESS not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="alignclip-tests-")
+        os.environ[ADDRESS] = f"{folder.name}/socket"
+        server = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("warm_server.py"), os.environ[ADDRESS]],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+        atexit.register(folder.cleanup)
+        atexit.register(server.kill)
+    return os.environ[ADDRESS]
+
+
+def _connect() -> Connection:
+    deadline = time.monotonic() + START_TIMEOUT
+    address = warm_server()
+    while True:
+        with suppress(FileNotFoundError, ConnectionRefusedError):
+            return Client(address, "AF_UNIX")
+        if time.monotonic() > deadline:
+            raise TimeoutError("the server of warm processes does not start")
+        time.sleep(0.05)
+
+
+class Started:
+    """A command in a session of its own; the names are those of ``subprocess.Popen``.
+
+    Attributes:
+        args: its words.
+        pid: its number, and its group's.
+        returncode: its exit status, once somebody has asked for it after its end.
+    """
+
+    args: list[str]
+    pid: int
+    returncode: int | None = None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return the exit status.
+
+        Raises:
+            subprocess.TimeoutExpired: it still runs.
+        """
+        raise NotImplementedError
+
+    def poll(self) -> int | None:
+        """Return the exit status, or None while it runs."""
+        with suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the process alone."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End the process alone, at once."""
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        """Ask the process alone to end."""
+        self.send_signal(signal.SIGTERM)
+
+    def signal_group(self, number: int) -> None:
+        """Send a signal to the process and to all that it has started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+    def end(self) -> None:
+        """End the process and all that it has started, at once."""
+        self.signal_group(signal.SIGKILL)
+        self.wait(30)
+
+
+class Forked(Started):
+    """A command that the session's server has forked.
+
+    Args:
+        command: ``python …`` or ``composer …``, as words; the server runs it as they would.
+        output: a file that standard output and standard error are appended to.
+        errors: another one for standard error.
+        cwd, env: of the process; this one's by default.
+    """
+
+    def __init__(
+        self,
+        *command: str | Path,
+        output: Path,
+        errors: Path | None = None,
+        cwd: Path | None = None,
+        env: dict[str, str] | None = None,
+    ) -> None:
+        self.args = [str(word) for word in command]
+        self._connection = _connect()
+        environment = dict(os.environ) if env is None else env
+        files = str(output.absolute()), str((errors or output).absolute())
+        output.touch()
+        self._connection.send(
+            Request(self.args, str(cwd or Path.cwd()), environment, list(sys.path), *files)
+        )
+        self.pid = self._connection.recv()
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            if not self._connection.poll(timeout):
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            self.returncode = self._connection.recv()
+            self._connection.close()
+        return self.returncode
+
+
+class Real(Started):
+    """A command as a shell starts it: for tests that are about the interpreter or the launcher. Arguments as above."""
+
+    def __init__(
+        self,
+        *command: str | Path,
+        output: Path,
+        errors: Path | None = None,
+        cwd: Path | None = None,
+        env: dict[str, str] | None = None,
+    ) -> None:
+        self.args = [str(word) for word in command]
+        with output.open("ab") as out, (errors or output).open("ab") as err:
+            self._process = subprocess.Popen(
+                [*WITH_US, *self.args],
+                cwd=cwd,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+        self.pid = self._process.pid
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.returncode = self._process.wait(timeout)
+        return self.returncode
+
+
+def command(
+    *words: str | Path,
+    cwd: Path | None = None,
+    env: dict[str, str] | None = None,
+    timeout: float = 240.0,
+) -> subprocess.CompletedProcess[str]:
+    """Run ``python …`` or ``composer …`` to its end; return its status and what it wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        output, errors = Path(folder, "output"), Path(folder, "errors")
+        process = Forked(*words, output=output, errors=errors, cwd=cwd, env=env)
+        try:
+            status = process.wait(timeout)
+        finally:
+            process.end()
+        texts = [file.read_text(encoding="utf-8", errors="replace") for file in (output, errors)]
+        return subprocess.CompletedProcess(process.args, status, *texts)
+
+
+def python(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run ``python ARGUMENTS`` as :func:`command` does."""
+    return command(sys.executable, *arguments, **options)
 
 
 def run(n: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
@@ -30,36 +213,43 @@ def run(n: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> l
         RuntimeError: a process raised, with its traceback, died, or didn't end within ``timeout`` seconds. No process
             is left behind.
     """
+    import torch
+
     with tempfile.TemporaryDirectory() as folder:
-        # forked from a server that has imported the slow packages once and has no threads, nor anything of ours
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload([name for name in SLOW_IMPORTS if name in sys.modules])
+        Path(folder, "call").write_bytes(pickle.dumps((timeout, fn, args)))
         environment = dict(os.environ) | _launcher_environment(n)
-        processes = [
-            context.Process(target=_work, args=(rank, n, environment, folder, timeout, fn, args))
-            for rank in range(n)
-        ]
+        processes: list[Forked] = []
         try:
-            for process in processes:
-                process.start()
+            for rank in range(n):
+                rank_environment = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                processes.append(
+                    Forked(
+                        sys.executable,
+                        "-c",
+                        WORK,
+                        folder,
+                        output=Path(folder, f"{rank}.output"),
+                        env=rank_environment,
+                    )
+                )
             _wait(processes, Path(folder), timeout)
             # results travel in files: tensors in a queue would live in the memory of a process that has ended
             return [
                 torch.load(Path(folder, f"{rank}.result"), weights_only=False) for rank in range(n)
             ]
         finally:
-            for process in processes:
-                if process.pid is not None:  # it was started
-                    process.kill()
-                    process.join()
+            for rank, process in enumerate(processes):
+                process.end()
+                sys.stdout.write(Path(folder, f"{rank}.output").read_text(encoding="utf-8"))
 
 
-def _wait(processes: list[Any], folder: Path, timeout: float) -> None:
+def _wait(processes: list[Forked], folder: Path, timeout: float) -> None:
     """Until all have ended well; raise at the first that has not."""
     deadline = time.monotonic() + timeout
     while True:
-        for rank, process in enumerate(processes):
-            if process.exitcode not in (None, 0):
+        codes = [process.poll() for process in processes]
+        for rank, code in enumerate(codes):
+            if code not in (None, 0):
                 # the earliest report is the cause, the others' are of the lost connection
                 reports = sorted(
                     folder.glob("*.error"), key=lambda report: report.stat().st_mtime_ns
@@ -68,13 +258,11 @@ def _wait(processes: list[Any], folder: Path, timeout: float) -> None:
                     raise RuntimeError(
                         f"rank {reports[0].stem} of {len(processes)} failed:\n{reports[0].read_text()}"
                     )
-                raise RuntimeError(
-                    f"rank {rank} of {len(processes)} ended with exit status {process.exitcode}"
-                )
-        if all(process.exitcode == 0 for process in processes):
+                raise RuntimeError(f"rank {rank} of {len(processes)} ended with exit status {code}")
+        if all(code == 0 for code in codes):
             return
         if time.monotonic() > deadline:
-            alive = [rank for rank, process in enumerate(processes) if process.exitcode is None]
+            alive = [rank for rank, code in enumerate(codes) if code is None]
             raise RuntimeError(f"ranks {alive} of {len(processes)} still ran after {timeout:.0f} s")
         time.sleep(0.02)
 
@@ -88,22 +276,20 @@ def _launcher_environment(n: int) -> dict[str, str]:
     return size | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def _work(
-    rank: int,
-    n: int,
-    environment: dict[str, str],
-    folder: str,
-    timeout: float,
-    fn: Callable[..., Any],
-    args: tuple[Any, ...],
-) -> None:
-    os.environ.clear()  # the server's, as old as its first use
-    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+def _work() -> None:
+    """Call the function on this rank, and keep its result."""
+    import torch
+    import torch.distributed as dist
+
+    folder, rank, size = sys.argv[1], int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     try:
+        timeout, fn, args = pickle.loads(Path(folder, "call").read_bytes())
         # a file for the rendezvous: unlike a port, nobody else can take it meanwhile
         store = f"file://{folder}/rendezvous"
-        dist.init_process_group("gloo", store, timedelta(seconds=timeout), world_size=n, rank=rank)
+        dist.init_process_group(
+            "gloo", store, timedelta(seconds=timeout), world_size=size, rank=rank
+        )
         torch.save(fn(*args), Path(folder, f"{rank}.result"))
         dist.barrier()
         sys.stdout.flush()

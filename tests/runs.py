@@ -5,16 +5,16 @@ from __future__ import annotations
 import io
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from processes import Forked, Real, Started
 from streaming import MDSWriter
 
 COMPOSER = Path(sys.executable).with_name("composer")
@@ -87,60 +87,44 @@ def write_config(
 
 
 def launch(
-    *arguments: str | Path, processes: int = 1, cwd: Path, env: dict[str, str] | None = None
-) -> subprocess.Popen[str]:
-    """``composer -n N …`` in a process group of its own; its output goes to ``cwd/output.txt``."""
-    cwd.mkdir(parents=True, exist_ok=True)
-    command = [str(COMPOSER), "-n", str(processes), *map(str, arguments)]
-    with (cwd / "output.txt").open("a") as output:
-        return subprocess.Popen(
-            command,
-            cwd=cwd,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-            text=True,
-        )
-
-
-def run(
     *arguments: str | Path,
     processes: int = 1,
     cwd: Path,
     env: dict[str, str] | None = None,
-    status: int = 0,
-) -> str:
+    really: bool = False,
+) -> Started:
+    """Start ``composer -n N …`` in a session of its own; its output goes to ``cwd/output.txt``.
+
+    ``really`` starts Composer's launcher as a shell would, for tests that are about it; all others fork it and its
+    ranks from a process that has imported the stack.
+    """
+    cwd.mkdir(parents=True, exist_ok=True)
+    start = Real if really else Forked
+    words = (COMPOSER, "-n", str(processes), *arguments)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    return start(*words, output=cwd / "output.txt", cwd=cwd, env=environment)
+
+
+def run(*arguments: str | Path, cwd: Path, status: int = 0, **options: Any) -> str:
     """Launch, wait, and return what was printed; any other exit status than ``status`` is an error."""
-    process = launch(*arguments, processes=processes, cwd=cwd, env=env)
+    process = launch(*arguments, cwd=cwd, **options)
     try:
         code = process.wait(TIMEOUT)
     finally:
-        kill_group(process)
+        process.end()
     text = (cwd / "output.txt").read_text()
     assert code == status, f"exit status {code}\n{text[-6000:]}"
     return text
 
 
-def kill_group(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> None:
-    """Signal a launcher, its ranks and everything they started."""
-    try:
-        os.killpg(process.pid, number)
-    except ProcessLookupError:
-        return
-    if number == signal.SIGKILL:
-        process.wait(30)
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], cwd: Path) -> None:
+def wait_for(condition: Callable[[], bool], process: Started, cwd: Path) -> None:
     """Until the condition holds; a run that ends before is an error."""
     deadline = time.monotonic() + TIMEOUT
     while not condition():
         text = (cwd / "output.txt").read_text()[-6000:]
         assert process.poll() is None, f"ended too early\n{text}"
         assert time.monotonic() < deadline, f"waited too long\n{text}"
-        time.sleep(0.2)
+        time.sleep(0.1)
 
 
 def steps(records: Path) -> list[dict[str, float]]:

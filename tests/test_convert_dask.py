@@ -15,7 +15,8 @@ from typing import Any
 
 import psutil
 import pytest
-from conversions import TIMEOUT, WITH_US, Command, Undisturbed, download, said
+from conversions import TIMEOUT, Command, Undisturbed, download, said
+from processes import WITH_US
 from s3 import _free_port
 from tarballs import three_tars
 

@@ -8,7 +8,7 @@ import pytest
 from composer import Trainer
 from runs import TINY
 
-from alignclip.config.metrics import TASKS
+from alignclip.config.plugged import TASKS
 from alignclip.config.reading import REFUSED, load, load_evaluation, to_yaml
 from alignclip.config.schema import RunConfig, TrainerConfig
 from alignclip.errors import UserError

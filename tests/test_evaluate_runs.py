@@ -14,8 +14,7 @@ from streaming import MDSWriter
 from test_convert_classification import make_idx
 from test_convert_classification import quick as classification
 
-from alignclip.config.metrics import TASKS as METRICS
-from alignclip.config.metrics import WATCH
+from alignclip.config.metrics import metric_named, metrics_of
 from alignclip.evaluation.history import history_beside
 from alignclip.evaluation.report import PLOTS
 
@@ -115,11 +114,11 @@ def test_during_a_sharded_run_and_after_it(s3: S3Server, tmp_path: Path) -> None
     for evaluator, metrics in found[1].items():
         (line,) = re.findall(rf"batch 6, {evaluator}: (.*)", output)
         kept = records[evaluator]["metrics"]
-        assert kept.keys() == metrics.keys() == set(METRICS[TASKS.get(evaluator, evaluator)])
+        assert kept.keys() == metrics.keys() == set(metrics_of(TASKS.get(evaluator, evaluator)))
         for name, value in kept.items():
             assert value == pytest.approx(metrics[name], abs=1e-4), (evaluator, name)
         shown = dict(re.findall(r"([\w@]+) [↑↓] (-?[\d.]+)", line))
-        assert shown == {name: f"{kept[name]:.4f}" for name in metrics if name in WATCH}
+        assert shown == {name: f"{kept[name]:.4f}" for name in metrics if metric_named(name).watch}
 
 
 BAD = {  # evaluator -> what it is told

@@ -17,15 +17,15 @@ from runs import jpeg
 from s3 import S3Server
 from streaming import MDSWriter
 
-from alignclip.config.metrics import TASKS
+from alignclip.config.metrics import metrics_of
 from alignclip.config.schema import EvaluatorConfig, SetConfig
 from alignclip.data.shard_cache import CachedStream
 from alignclip.data.transforms import center_crop, normalize
 from alignclip.errors import UserError
 from alignclip.evaluation.encoding import Encoder, Interrupted
+from alignclip.evaluation.evaluator import Evaluator, evaluate_model
 from alignclip.evaluation.retrieval import recall
 from alignclip.evaluation.sets import EvaluationSet, OpenSets, read_classes
-from alignclip.evaluation.tasks import Evaluator, evaluate_model
 from alignclip.model.encoders import CLIP, build_encoders
 from alignclip.ranks import gather_objects, rank
 
@@ -208,7 +208,7 @@ def test_retrieval_from_a_bucket(
     images, features = one_by_one(evaluate.model, [image for image, _ in samples], texts)
     owner = torch.tensor([i for i, one in enumerate(captions) for _ in one])
     assert found == recall(images, features, owner)
-    assert set(TASKS["retrieval"]) == found.keys()
+    assert metrics_of("retrieval").keys() == found.keys()
 
 
 def test_a_model_in_memory_is_measured(tmp_path: Path, evaluate: Any) -> None:
@@ -244,7 +244,7 @@ def test_zero_shot_and_shift(tmp_path: Path, evaluate: Any) -> None:
     right = (images @ classifier.T).argmax(1) == torch.tensor([label for _, label in samples])
     assert known["acc1"] == pytest.approx(right.double().mean().item())
     assert known["acc5"] == 1
-    assert set(TASKS["zero_shot"]) == known.keys()
+    assert metrics_of("zero_shot").keys() == known.keys()
     outliers = [CLASSES[2], CLASSES[0]]
     write_labelled(str(tmp_path / "out"), 6, seed=5, classes=outliers)
     write_classes(tmp_path / "out", outliers)
@@ -266,7 +266,7 @@ def test_zero_shot_and_shift(tmp_path: Path, evaluate: Any) -> None:
     assert found["acc1"] == pytest.approx(
         (logits.argmax(1) == torch.tensor(labels)).double().mean().item()
     )
-    assert set(TASKS["out_of_distribution"]) == found.keys()
+    assert metrics_of("out_of_distribution").keys() == found.keys()
 
 
 def test_linear_probe_gap_and_sts(tmp_path: Path, evaluate: Any) -> None:
@@ -276,13 +276,13 @@ def test_linear_probe_gap_and_sts(tmp_path: Path, evaluate: Any) -> None:
         write_classes(tmp_path / part)
     config = EvaluatorConfig(task="linear_probe", local=str(tmp_path / "test"))
     config.train = SetConfig(local=str(tmp_path / "train"))
-    assert set(TASKS["linear_probe"]) == evaluate(config).keys()
+    assert metrics_of("linear_probe").keys() == evaluate(config).keys()
     write_classes(tmp_path / "test", CLASSES[::-1])
     with pytest.raises(UserError, match=r"different classes \(label 0 is '.*' and '.*'\)"):
         evaluate(config)
     write_captioned(str(tmp_path / "pairs"), 12, several=True)
     gap = evaluate(EvaluatorConfig(task="gap", local=str(tmp_path / "pairs")))
-    assert set(TASKS["gap"]) == gap.keys()
+    assert metrics_of("gap").keys() == gap.keys()
     lines = [
         f"g\tf\t2012\t{i}\t{i / 2}\t{' '.join(WORDS[:i])} x\t{' '.join(WORDS[i:])} y"
         for i in range(1, 8)
@@ -290,7 +290,7 @@ def test_linear_probe_gap_and_sts(tmp_path: Path, evaluate: Any) -> None:
     (tmp_path / "sts-test.csv").write_text("\n".join(lines))
     found = evaluate(EvaluatorConfig(task="sts", local=str(tmp_path / "sts-test.csv")))
     assert -1 <= found["spearman"] <= 1
-    assert set(TASKS["sts"]) == found.keys()
+    assert metrics_of("sts").keys() == found.keys()
 
 
 def test_sts_from_a_bucket(s3: S3Server, evaluate: Any) -> None:

@@ -17,14 +17,14 @@ from composer.utils import get_device
 from runs import run, write_config, write_set
 from s3 import S3Server
 
-from alignclip.config.metrics import WATCH
+from alignclip.config.metrics import ARROWS, metrics_of
 from alignclip.config.reading import load
 from alignclip.config.schema import EvaluatorConfig, KeepBestConfig
 from alignclip.errors import UserError
 from alignclip.evaluation.encoding import Encoder
+from alignclip.evaluation.evaluator import Evaluator
 from alignclip.evaluation.history import History, history_beside, parse
 from alignclip.evaluation.sets import OpenSets
-from alignclip.evaluation.tasks import Evaluator
 from alignclip.training import pretraining
 from alignclip.training.best import BestCheckpoint
 from alignclip.training.save_folder import SaveFolder
@@ -257,12 +257,12 @@ def test_a_run_that_is_told_to_stop_saves_before_anything_else(
     script.write_text(
         "import os, signal, sys\n"
         "from alignclip.training import command\n"
-        "from alignclip.evaluation import tasks\n"
-        "found = tasks.recall\n"
+        "from alignclip.evaluation import retrieval\n"
+        "found = retrieval.recall\n"
         "def recall(*args, **more):\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return found(*args, **more)\n"
-        "tasks.recall = recall\n"
+        "retrieval.recall = recall\n"
         "sys.exit(command.main(sys.argv[1:]))\n"
     )
     output = run(
@@ -298,10 +298,12 @@ def test_the_record_of_evaluations_is_that_of_the_run_as_it_went_on(
     assert "at batch" not in str(records[0]["verdict"]), "which is compared with none"
     (line,) = re.findall("batch 8, gap: (.*)", said)
     last = records[-2]["metrics"]
-    arrows = dict.fromkeys(WATCH, "↑") | {"centroid_distance": "↓"}
+    watched = {name: one for name, one in metrics_of("gap").items() if one.watch}
     assert len(last) > 20
     assert line.split(", ") == [
-        f"{name} {arrows[name]} {value:.4f}" for name, value in last.items() if name in WATCH
+        f"{name} {ARROWS[watched[name].better]} {value:.4f}"
+        for name, value in last.items()
+        if name in watched
     ]
     assert line.count(",") == 3
     assert open_encoders(tmp_path / "saved").batch == 8

@@ -282,8 +282,6 @@ def test_the_sample_of_non_pairs_is_the_seeds():
     same, other = (pair_cosines(*random_pairs(), count=50, seed=seed)[1] for seed in (0, 1))
     assert torch.equal(same, pair_cosines(*random_pairs(), count=50)[1])
     assert not torch.equal(same, other)
-    with pytest.raises(ValueError, match="count"):
-        pair_cosines(*random_pairs(), count=0)
 
 
 @pytest.mark.parametrize("function", [modality_gap, linear_separability, pair_cosines])
@@ -313,11 +311,6 @@ def test_bad_input_is_an_error(function, images, texts, message):
 def test_bad_input_of_closing_is_an_error(images, texts, message):
     with pytest.raises(ValueError, match=message):
         close_gap(images, texts)
-
-
-def test_a_block_of_zero_is_an_error():
-    with pytest.raises(ValueError, match="block"):
-        modality_gap(*random_pairs(), block=0)
 
 
 def test_the_map_is_a_png_whose_panels_differ(tmp_path):

@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from alignclip.config.metrics import ALL, ARROWS, TASKS, WATCH, better
-from alignclip.evaluation.chance import accuracy_chance, recall_chance
+from alignclip.config.metrics import ARROWS, better, metrics_of
+from alignclip.config.plugged import TASKS, plugged
 from alignclip.evaluation.gap import modality_gap
-from alignclip.evaluation.retrieval import recall
+from alignclip.evaluation.retrieval import recall, recall_chance
+from alignclip.evaluation.zero_shot import accuracy_chance
+
+ALL = {name: metric for task in TASKS for name, metric in metrics_of(task).items()}
 
 
 def test_every_metric_says_which_way_is_better() -> None:
     assert {metric.better for metric in ALL.values()} <= set(ARROWS)
     assert all(metric.meaning for metric in ALL.values())
-    assert ALL.keys() >= WATCH
-    assert all(WATCH & metrics.keys() for metrics in TASKS.values()), (
-        "each task has a number to watch"
+    for task in TASKS:
+        assert any(one.watch for one in metrics_of(task).values()), "a number to watch"
+    names = ("margin", "rmg", "C", "another's")
+    assert [better(name) for name in names] == ["higher", "lower", "neither", "neither"]
+
+
+def test_a_task_is_declared_without_pytorch() -> None:
+    """Reading a YAML imports the tasks, and a typo shall be told within a second."""
+    code = (
+        "import sys; from alignclip.config.metrics import *; from alignclip.config.plugged import *;"
+        "[metrics_of(task) for task in TASKS];"
+        "assert not {'torch', 'numpy', 'sklearn', 'composer', 'streaming'} & {*sys.modules}"
     )
-    assert (better("margin"), better("rmg"), better("C"), better("another's")) == (
-        "higher", "lower", "neither", "neither",
-    )  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("texts_an_image", [[1] * 30, [5] * 12, [1, 7, 2, 2, 40, 1]])
@@ -76,10 +90,20 @@ def test_a_collapse_has_no_margin_whatever_its_alignment() -> None:
     assert mean == pytest.approx(gap["wrong_pairs_cosine"], abs=0.001)
 
 
-def test_the_documents_say_of_every_metric_which_way_is_better() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    for name, metric in ALL.items():
-        if not name.startswith("closed_"):
-            mark = " *" if name in WATCH else ""
-            row = f"| `{name}`{mark} | {ARROWS[metric.better]} {metric.better} | {metric.meaning} |"
-            assert row.replace("|   neither", "| neither") in page
+PAGE = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_document_has_every_task(task: str) -> None:
+    module = plugged(TASKS, task, "task")
+    reads = {"label": "labels", "caption": "captions", None: "a file"}[module.COLUMN]
+    keys = ", ".join(f"`{one.name}`" for one in dataclasses.fields(module.Settings))
+    sentence = str(module.__doc__).partition("\n")[0].partition(": ")[2]
+    assert f"| `{task}` | {reads} | {keys} | {sentence} |" in PAGE
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if not name.startswith("closed_")])
+def test_the_document_has_every_metric(name: str) -> None:
+    metric = ALL[name]
+    way = f"{ARROWS[metric.better]} {metric.better}".strip()
+    assert f"| `{name}`{' *' * metric.watch} | {way} | {metric.meaning} |" in PAGE

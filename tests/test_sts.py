@@ -9,9 +9,9 @@ from open_clip.tokenizer import SimpleTokenizer
 from alignclip.config.schema import EvaluatorConfig
 from alignclip.errors import UserError
 from alignclip.evaluation.encoding import Encoder
+from alignclip.evaluation.evaluator import Evaluator
 from alignclip.evaluation.sets import OpenSets
-from alignclip.evaluation.sts import read_sts, similarity, spearman, split_note
-from alignclip.evaluation.tasks import Evaluator
+from alignclip.evaluation.sts import read_sts, spearman, split_note, unique
 from alignclip.model.encoders import build_encoders
 
 stats = pytest.importorskip("scipy.stats")
@@ -154,41 +154,31 @@ def test_bad_input_is_an_error(change, message):
         spearman(*change(*random_pairs()))
 
 
-def small_model():
-    torch.manual_seed(0)
-    text = {"context_length": 32, "vocab_size": 49408}
-    return build_encoders(small_config(shared=EVERYTHING, text=text)).eval(), SimpleTokenizer(
-        context_length=32
-    )
-
-
-def test_a_file_is_encoded_sentence_by_sentence_and_each_once(tmp_path, monkeypatch):
-    model, tokenizer = small_model()
+def test_a_file_is_encoded_sentence_by_sentence_and_each_once(tmp_path):
     path = write(tmp_path, MINIATURE)
-    first, second, scores = read_sts(path)
+    first, second, scores = rows = read_sts(path)
+    assert sorted(unique(rows)) == sorted({*first, *second})
+    torch.manual_seed(0)
+    model = build_encoders(
+        small_config(shared=EVERYTHING, text={"context_length": 32, "vocab_size": 49408})
+    ).eval()
+    tokenizer = SimpleTokenizer(context_length=32)
     with torch.no_grad():
         features = [
-            [model.encode_text(tokenizer([s]))[0] for s in sentences]
+            [model.encode_text(tokenizer([one]))[0] for one in sentences]
             for sentences in (first, second)
         ]
     cosines = [F.cosine_similarity(a, b, dim=0).item() for a, b in zip(*features, strict=True)]
-    expected = stats.spearmanr(cosines, scores).statistic
     asked = []
 
-    def spy(texts):
-        asked.extend(texts)
-        return Encoder(model, torch.device("cpu"), batch_size=3, progress=False).texts(texts)
+    class Spy(Encoder):
+        def texts(self, texts, name="texts"):
+            asked.extend(texts)
+            return super().texts(texts, name)
 
-    for pairs in (path, str(path), (first, second, scores)):
-        asked.clear()
-        assert similarity(spy, pairs)["spearman"] == pytest.approx(expected)
-        assert len(asked) == 8
-        assert sorted(asked) == sorted({*first, *second})
-
-
-@pytest.mark.parametrize(
-    "pairs", [([], [], []), (["a"], ["b", "c"], [1.0]), (["a", "b"], ["c", "d"], [1.0])]
-)
-def test_lists_that_do_not_fit_are_errors(pairs):
-    with pytest.raises(ValueError, match=r"two pairs|second sentences|two features of"):
-        similarity(Encoder(small_model()[0], torch.device("cpu"), progress=False).texts, pairs)
+    config = EvaluatorConfig(task="sts", local=str(path))
+    encoder = Spy(model, torch.device("cpu"), batch_size=3, progress=False)
+    found = Evaluator("sts", config, 32, OpenSets())(encoder)
+    assert found.metrics["spearman"] == pytest.approx(stats.spearmanr(cosines, scores).statistic)
+    assert asked == unique(rows)
+    assert len(asked) == 8

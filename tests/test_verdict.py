@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from alignclip.evaluation.chance import accuracy_chance, recall_chance
 from alignclip.evaluation.gap import modality_gap
-from alignclip.evaluation.retrieval import recall
+from alignclip.evaluation.retrieval import recall, recall_chance
 from alignclip.evaluation.verdict import judge
-from alignclip.evaluation.zero_shot import accuracy
+from alignclip.evaluation.zero_shot import accuracy, accuracy_chance
 
 NAMES = (
     "alignment_score", "margin", "centroid_distance", "effective_rank_image", "effective_rank_text",

@@ -8,8 +8,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from alignclip.config.metrics import MODES, TASKS, better
+from alignclip.config.metrics import MODES, better, metrics_of
 from alignclip.config.model_checks import check_model
+from alignclip.config.plugged import TASKS
 from alignclip.config.schema import (
     DataConfig,
     EvaluateConfig,
@@ -357,8 +358,8 @@ def _check_keep_best(config: RunConfig) -> None:
             f"keep_best.metric={best.metric} must be an evaluator and its metric: {valid}"
         )
     task, metric = config.evaluators[name].task, best.metric.partition("/")[2]
-    if metric not in TASKS[task]:
-        metrics = [f"{name}/{one}" for one in TASKS[task]]
+    if metric not in metrics_of(task):
+        metrics = [f"{name}/{one}" for one in metrics_of(task)]
         ends = [one for one in metrics if metric and one.endswith(metric)]
         hint = f"did you mean '{ends[0]}'?" if ends else nearest(best.metric, metrics)
         raise UserError(f"keep_best.metric={best.metric} is no metric of {task}; {hint}")

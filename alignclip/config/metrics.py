@@ -1,20 +1,23 @@
-"""What an evaluation measures: the metrics of each task, which way each is better, and which ones to watch.
+"""What the evaluation tasks declare: the sets that they read, their metrics, and which way each is better.
 
-The one table of metrics: the printed table's arrows, ``results.json``, ``keep_best`` and the plots all ask here.
+Each task declares its own (:mod:`alignclip.config.plugged`); this module finds them by their names. Tables,
+``results.json``, ``keep_best`` and plots ask here.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
+from alignclip.config.plugged import TASKS, plugged
+from alignclip.config.schema import EvaluatorConfig, SetConfig
+
 Better = Literal["higher", "lower", "neither"]
 ARROWS: dict[Better, str] = {"higher": "↑", "lower": "↓", "neither": " "}
-MODES: dict[Better, str | None] = {
-    "higher": "max",
-    "lower": "min",
-    "neither": None,
-}  # of ``keep_best``
+# of ``keep_best``
+MODES: dict[Better, str | None] = {"higher": "max", "lower": "min", "neither": None}
 
 
 @dataclass(frozen=True)
@@ -24,97 +27,53 @@ class Metric:
     Attributes:
         better: which way is better; ``neither`` where the figure describes and doesn't judge.
         meaning: what the figure is, in a few words.
+        watch: whether the figure tells that a model works; the others say how.
+        chart: the chart of ``curves.html`` that shows the figure.
     """
 
     better: Better
     meaning: str
+    watch: bool = False
+    chart: Literal["gap", "score"] | None = None
 
 
-def _recalls(prefix: str = "", after: str = "") -> dict[str, Metric]:
-    """Recall at 1, 5 and 10 in both directions."""
-    directions = {"image": "texts whose image", "text": "images one of whose texts"}
-    return {
-        f"{prefix}{found}_retrieval_recall@{k}": Metric(
-            "higher", f"{whose} is among the {k} nearest{after}"
-        )
-        for found, whose in directions.items()
-        for k in (1, 5, 10)
-    }
+@functools.cache
+def metrics_of(task: str) -> dict[str, Metric]:
+    """Return the metrics of a task by their names.
+
+    Raises:
+        UserError: there is no such task.
+    """
+    declared: dict[str, Metric] = plugged(TASKS, task, "task").METRICS
+    return declared
 
 
-_ACCURACY = {
-    "acc1": Metric("higher", "images whose class comes first"),
-    "acc5": Metric("higher", "images whose class is among the first five"),
-    "mean_per_class_recall": Metric("higher", "acc1, each class counting alike"),
-}
-_PREDICTED = {
-    "top_class_share": Metric("neither", "images that get the class predicted most often")
-}
-_GEOMETRY = {
-    "alignment_score": Metric("higher", "mean cosine of pairs"),
-    "wrong_pairs_cosine": Metric(
-        "lower", "mean cosine of wrong pairs: each image with every other image's text"
-    ),
-    "margin": Metric(
-        "higher", "alignment_score less wrong_pairs_cosine; near 0: pairs are no closer than others"
-    ),
-    "alignment_std": Metric("neither", "spread of the pairs' cosines"),
-    **{
-        f"alignment_q{q}": Metric("higher", f"quantile {q} % of the pairs' cosines")
-        for q in ("05", "50", "95")
-    },
-    "centroid_distance": Metric("lower", "the modality gap: distance of the two means"),
-    "centroid_angle": Metric("lower", "angle between the two means, in degrees"),
-    "rmg": Metric(
-        "lower", "relative modality gap: distance of pairs against distances within a modality"
-    ),
-    "linear_separability": Metric(
-        "lower", "how well a plane tells images from texts; 0.5 is not at all"
-    ),
-    "uniformity_image": Metric("lower", "how evenly images fill the sphere"),
-    "uniformity_text": Metric("lower", "how evenly texts fill the sphere"),
-    "uniformity_cross": Metric("lower", "how evenly images lie around other images' texts"),
-    "effective_rank_image": Metric(
-        "higher", "axes that the images' variance is spread over; near 1: collapsed"
-    ),
-    "effective_rank_text": Metric(
-        "higher", "axes that the texts' variance is spread over; near 1: collapsed"
-    ),
-}
-TASKS: dict[str, dict[str, Metric]] = {
-    "zero_shot": _ACCURACY | _PREDICTED,
-    "out_of_distribution": {
-        "auroc": Metric("higher", "how well confidence tells known classes from outliers"),
-        "aupr": Metric("higher", "average precision of finding the outliers"),
-        "fpr95": Metric(
-            "lower", "known images taken for outliers where 95 % of the outliers are found"
-        ),
-        **_ACCURACY,
-        **_PREDICTED,
-    },
-    "linear_probe": {
-        **_ACCURACY,
-        **_PREDICTED,
-        "C": Metric("neither", "the strength chosen on a part of train"),
-    },
-    "retrieval": _recalls(),
-    "gap": {
-        **_GEOMETRY,
-        **_recalls(),
-        **_recalls("closed_", " once the two means are moved together"),
-    },
-    "sts": {"spearman": Metric("higher", "rank correlation with people's scores")},
-}
-ALL: dict[str, Metric] = {
-    name: metric for metrics in TASKS.values() for name, metric in metrics.items()
-}
-# The figures that tell whether a model works; the others say how.
-WATCH = frozenset({
-    "margin", "centroid_distance", "image_retrieval_recall@5", "text_retrieval_recall@5", "mean_per_class_recall",
-    "auroc", "spearman",
-})  # fmt: skip
+@functools.cache
+def metric_named(name: str) -> Metric:
+    """Return the metric of that name; one that no task has is better neither way."""
+    declared = (metrics_of(task) for task in TASKS)
+    return next((metrics[name] for metrics in declared if name in metrics), Metric("neither", ""))
 
 
 def better(name: str) -> Better:
-    """Which way a metric is better; ``neither`` for one that is not known here."""
-    return ALL[name].better if name in ALL else "neither"
+    """Return which way a metric is better."""
+    return metric_named(name).better
+
+
+def arrow(name: str) -> str:
+    """Return a sign for which way a metric is better; a blank where it is neither."""
+    return ARROWS[better(name)]
+
+
+def column_of(task: str) -> str | None:
+    """Return the column that a task's sets have besides ``image``; None where the task reads a file that is no set."""
+    column: str | None = plugged(TASKS, task, "task").COLUMN
+    return column
+
+
+def sets_of(evaluator: EvaluatorConfig) -> dict[str, SetConfig]:
+    """Return the sets that an evaluator reads: ``""`` is its own, others are keys of its task."""
+    settings = getattr(evaluator, "settings", None) or evaluator
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    more = {name: value for name, value in values.items() if isinstance(value, SetConfig)}
+    return {"": evaluator, **more}

@@ -36,7 +36,15 @@ from alignclip.errors import UserError, nearest
 
 # the name in a YAML → the module
 LOSS_TERMS: dict[str, str] = {"cyclip": "alignclip.losses.cyclip"}
-TASKS: dict[str, str] = {}
+TASKS: dict[str, str] = {
+    "zero_shot": "alignclip.evaluation.tasks.zero_shot",
+    "out_of_distribution": "alignclip.evaluation.tasks.out_of_distribution",
+    "linear_probe": "alignclip.evaluation.tasks.linear_probe",
+    "clustering": "alignclip.evaluation.tasks.clustering",
+    "retrieval": "alignclip.evaluation.tasks.retrieval",
+    "gap": "alignclip.evaluation.tasks.gap",
+    "sts": "alignclip.evaluation.tasks.sts",
+}
 
 
 def plugged(table: Mapping[str, str], name: str, where: str) -> ModuleType:

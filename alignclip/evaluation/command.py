@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from alignclip.evaluation.curves import Point
-    from alignclip.evaluation.tasks import Evaluator
+    from alignclip.evaluation.evaluator import Evaluator
 
 EXAMPLES = """examples:
   composer evaluate.py yamls/evaluate.yaml checkpoint=runs/first evaluators.coco.remote=s3://my-bucket/eval/coco
@@ -135,8 +135,8 @@ def _open_evaluators(
     config: EvaluateConfig, sizes: Iterable[int], report: Report
 ) -> dict[int, list[Evaluator]]:
     """The evaluators that can be run, by image size: what is wrong with one is told before another one runs."""
+    from alignclip.evaluation.evaluator import Evaluator
     from alignclip.evaluation.sets import OpenSets
-    from alignclip.evaluation.tasks import Evaluator
 
     opened = OpenSets()
     evaluators: dict[int, list[Evaluator]] = {size: [] for size in sizes}

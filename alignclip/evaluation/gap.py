@@ -57,10 +57,8 @@ def modality_gap(
 
     Raises:
         UserError: scikit-learn is not installed.
-        ValueError: shapes that differ, fewer than two pairs, a block below 1, features that are not finite.
+        ValueError: shapes that differ, fewer than two pairs, features that are not finite.
     """
-    if block < 1:
-        raise ValueError(f"block must be at least 1, not {block}")
     images, texts = unit_pairs(image_features, text_features)
     with torch.autocast(images.device.type, enabled=False):
         image_mean, text_mean = images.mean(0), texts.mean(0)

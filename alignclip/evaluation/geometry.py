@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alignclip.evaluation.linear_probe import library
+from alignclip.evaluation.packages import check_features, library
 
 # Total variance of unit vectors that differ by rounding only: fp32 gives about 1e-14
 NO_VARIANCE = 1e-12
@@ -33,19 +33,17 @@ def linear_separability(image_features: Tensor, text_features: Tensor, seed: int
         ValueError: shapes that differ, fewer than two pairs, features not finite.
     """
     images, texts = unit_pairs(image_features, text_features)
-    preprocessing, linear_model = library("sklearn.preprocessing"), library("sklearn.linear_model")
+    probe = library("sklearn.pipeline").make_pipeline(
+        library("sklearn.preprocessing").StandardScaler(),
+        library("sklearn.linear_model").LogisticRegression(max_iter=1000),
+    )
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     both = torch.stack([images, texts], dim=1).cpu()
-    train, test = (
-        both[rows].flatten(0, 1).numpy() for rows in order.tensor_split([len(order) // 2])
-    )
-    # 0 and 1 in turn: an image, its text, the next image, …
-    is_text = torch.arange(len(both) * 2) % 2
-    scaler = preprocessing.StandardScaler().fit(train)
-    probe = linear_model.LogisticRegression(max_iter=1000).fit(
-        scaler.transform(train), is_text[: len(train)].numpy()
-    )
-    return float(probe.score(scaler.transform(test), is_text[: len(test)].numpy()))
+    # an image, its text, the next image, …
+    train, test = (both[rows].flatten(0, 1) for rows in order.tensor_split([len(order) // 2]))
+    is_text = torch.arange(2 * len(both)) % 2
+    probe.fit(train, is_text[: len(train)])
+    return float(probe.score(test, is_text[: len(test)]))
 
 
 @torch.no_grad()
@@ -62,9 +60,8 @@ def spectrum(features: Tensor) -> Tensor:
         ValueError: not [N, d], fewer than two rows, features not finite.
     """
     if features.ndim != 2 or len(features) < 2:
-        raise ValueError(
-            f"features must be [N, d] with two rows at least, not {list(features.shape)}"
-        )
+        found = list(features.shape)
+        raise ValueError(f"features must be [N, d] with two rows at least, not {found}")
     unit = _unit(features)
     centred = unit - unit.mean(0)
     covariance = centred.T @ centred / len(unit)
@@ -112,16 +109,11 @@ def close_gap(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Te
     Raises:
         ValueError: features that are not [N, d] and [M, d], or not finite.
     """
-    if image_features.ndim != 2 or image_features.shape[1:] != text_features.shape[1:]:
-        raise ValueError(
-            f"features must be [N, d] and [M, d], not {list(image_features.shape)} and {list(text_features.shape)}"
-        )
+    check_features(image_features, text_features)
     images, texts = _unit(image_features), _unit(text_features)
-    gap = images.mean(0) - texts.mean(0)
+    half = (images.mean(0) - texts.mean(0)) / 2
     dtype = torch.promote_types(image_features.dtype, torch.float32)
-    return F.normalize(images - gap / 2, dim=-1).to(dtype), F.normalize(texts + gap / 2, dim=-1).to(
-        dtype
-    )
+    return F.normalize(images - half, dim=-1).to(dtype), F.normalize(texts + half, dim=-1).to(dtype)
 
 
 @torch.no_grad()
@@ -140,18 +132,15 @@ def pair_cosines(
         [N] of the pairs and [count] of non-pairs, in [−1, 1], in fp64.
 
     Raises:
-        ValueError: shapes that differ, fewer than two pairs, features not finite, a count below 1.
+        ValueError: shapes that differ, fewer than two pairs, features not finite.
     """
     images, texts = unit_pairs(image_features, text_features)
-    if count < 1:
-        raise ValueError(f"count must be at least 1, not {count}")
     generator = torch.Generator().manual_seed(seed)
     image = torch.randint(len(images), (count,), generator=generator)
     text = (image + torch.randint(1, len(images), (count,), generator=generator)) % len(images)
-    image, text = image.to(images.device), text.to(images.device)
     # in parts: the rows drawn may be many more than there are
-    parts = zip(image.split(4096), text.split(4096), strict=True)
-    non_pairs = torch.cat([(images[i] * texts[j]).sum(-1) for i, j in parts])
+    rows = torch.stack([image, text]).to(images.device).split(4096, dim=1)
+    non_pairs = torch.cat([(images[i] * texts[j]).sum(-1) for i, j in rows])
     return (images * texts).sum(-1), non_pairs
 
 
@@ -171,9 +160,8 @@ def unit_pairs(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, T
         ValueError: shapes that differ, fewer than two pairs, features not finite.
     """
     if image_features.ndim != 2 or image_features.shape != text_features.shape:
-        raise ValueError(
-            f"features must be two of [N, d], not {list(image_features.shape)} and {list(text_features.shape)}"
-        )
+        found = f"{list(image_features.shape)} and {list(text_features.shape)}"
+        raise ValueError(f"features must be two of [N, d], not {found}")
     if len(image_features) < 2:
         raise ValueError(f"two pairs at least, not {len(image_features)}")
     return _unit(image_features), _unit(text_features)

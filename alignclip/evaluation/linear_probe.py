@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -12,28 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from alignclip.errors import UserError, one_line
+from alignclip.evaluation.packages import check_features, library
 from alignclip.evaluation.zero_shot import accuracy_of_ranks, target_ranks
 
 SMALL = 2**21  # numbers in the features
 STRENGTHS = tuple(10.0**exponent for exponent in range(-6, 7))
-
-
-def library(module: str) -> Any:
-    """Import a module of scikit-learn or SciPy, which come with the extra ``evaluate``.
-
-    Raises:
-        UserError: it is not installed; names the extra.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        name = {"scipy": "SciPy"}.get(
-            module.partition(".")[0], "scikit-learn"
-        )  # which brings threadpoolctl
-        raise UserError(
-            f"this needs {name}: pip install 'alignclip[evaluate]' ({one_line(error)})"
-        ) from None
 
 
 def linear_probe(
@@ -82,7 +64,6 @@ def linear_probe(
         raise ValueError(
             f"a fraction in (0, 1) and strengths above 0, not {validation_fraction} and {strengths}"
         )
-    linear_model, selection = library("sklearn.linear_model"), library("sklearn.model_selection")
     x, x_test = (
         F.normalize(features.detach().double().cpu(), dim=-1)
         for features in (train_features, test_features)
@@ -93,35 +74,18 @@ def linear_probe(
     # targets as positions in the sorted classes, which is how scikit-learn orders its scores
     classes, y = train_targets.cpu().unique(return_inverse=True)
     y_test = torch.searchsorted(classes, test_targets.cpu())
-
     held_out = min(max(round(validation_fraction * len(y)), len(classes)), len(y) - len(classes))
-    x_fit, x_held, y_fit, y_held = selection.train_test_split(
-        x.numpy(), y.numpy(), test_size=held_out, stratify=y.numpy(), random_state=seed
-    )
-    # from strong to weak regularisation, each fit starting at the last one's solution
-    probe = linear_model.LogisticRegression(max_iter=max_iter, warm_start=True)
-    best, best_accuracy = 0.0, -1.0
     # of a small set's products, threads cost more than they bring, the more so where others use the cores
     threads = library("threadpoolctl").threadpool_limits(1 if x.numel() < SMALL else None)
-    with (
-        threads,
-        tqdm(
-            total=len(strengths) + 1, desc="linear probe", unit="fit", disable=not progress
-        ) as bar,
-    ):
-        for strength in sorted(strengths):
-            with warnings.catch_warnings():
-                # the weakest regularisations need not converge; only the final fit's warning matters
-                warnings.simplefilter("ignore", library("sklearn.exceptions").ConvergenceWarning)
-                probe.set_params(C=strength * variance).fit(x_fit, y_fit)
-            accuracy = float((probe.predict(x_held) == y_held).mean())
-            if accuracy > best_accuracy:
-                best, best_accuracy = strength, accuracy
-            bar.set_postfix(C=f"{strength:g}", held_out_acc1=f"{accuracy:.4f}")
-            bar.update()
-        probe = linear_model.LogisticRegression(C=best * variance, max_iter=max_iter).fit(
-            x.numpy(), y.numpy()
+    fits = len(strengths) + 1
+    with threads, tqdm(total=fits, desc="linear probe", unit="fit", disable=not progress) as bar:
+        split = library("sklearn.model_selection").train_test_split(
+            x.numpy(), y.numpy(), test_size=held_out, stratify=y.numpy(), random_state=seed
         )
+        regression = library("sklearn.linear_model").LogisticRegression(max_iter=max_iter)
+        best = _best_strength(regression, split, strengths, variance, bar)
+        probe = regression.set_params(C=best * variance, warm_start=False)
+        probe.fit(x.numpy(), y.numpy())
         bar.update()
     scores = torch.as_tensor(probe.decision_function(x_test.numpy()))
     if len(classes) == 2:  # a single column, the second class's
@@ -129,27 +93,50 @@ def linear_probe(
     return {**accuracy_of_ranks(target_ranks(scores, y_test), y_test, scores.argmax(1)), "C": best}
 
 
+def _best_strength(
+    probe: Any, split: Sequence[Any], strengths: Sequence[float], variance: float, bar: tqdm
+) -> float:
+    """Return the strength that is best on the held-out part; of equal ones the strongest regularisation.
+
+    Args:
+        probe: scikit-learn's regression.
+        split: features to fit and held out, targets to fit and held out.
+        strengths: values of C.
+        variance: of the features before they were scaled.
+        bar: gets a step for each fit.
+    """
+    x_fit, x_held, y_fit, y_held = split
+    probe.set_params(warm_start=True)  # from strong to weak: each fit starts at the last solution
+    best, best_accuracy = 0.0, -1.0
+    for strength in sorted(strengths):
+        with warnings.catch_warnings():
+            # the weakest regularisations need not converge; only the final fit's warning matters
+            warnings.simplefilter("ignore", library("sklearn.exceptions").ConvergenceWarning)
+            probe.set_params(C=strength * variance).fit(x_fit, y_fit)
+        accuracy = float((probe.predict(x_held) == y_held).mean())
+        if accuracy > best_accuracy:
+            best, best_accuracy = strength, accuracy
+        bar.set_postfix(C=f"{strength:g}", held_out_acc1=f"{accuracy:.4f}")
+        bar.update()
+    return best
+
+
 def _check(
     train_features: Tensor, train_targets: Tensor, test_features: Tensor, test_targets: Tensor
 ) -> None:
+    check_features(train_features, test_features)
     for features, targets in ((train_features, train_targets), (test_features, test_targets)):
-        if features.ndim != 2 or features.shape[1] != train_features.shape[1]:
-            raise ValueError(
-                f"features must be [N, d] and [M, d], not {list(train_features.shape)} and {list(test_features.shape)}"
-            )
         if targets.shape != features.shape[:1] or targets.is_floating_point() or not len(targets):
-            raise ValueError(
-                f"targets must be {len(features)} integers, not {targets.dtype} {list(targets.shape)}"
-            )
-        if not features.isfinite().all():
-            raise ValueError("features hold NaN or infinity")
+            found = f"{targets.dtype} {list(targets.shape)}"
+            raise ValueError(f"targets must be {len(features)} integers, not {found}")
     classes, counts = train_targets.cpu().unique(return_counts=True)
     if len(classes) < 2:
         raise ValueError("the training set has a single class")
     if len(single := classes[counts == 1]):
+        some = f"{single[:5].tolist()}{' …' if len(single) > 5 else ''}"
         raise ValueError(
             f"{len(single)} of {len(classes)} classes have a single training sample, which can't be both fitted and "
-            f"held out: {single[:5].tolist()}{' …' if len(single) > 5 else ''}"
+            f"held out: {some}"
         )
     unknown = sorted(set(test_targets.tolist()) - set(classes.tolist()))
     if unknown:

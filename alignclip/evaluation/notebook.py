@@ -54,7 +54,7 @@ def evaluate(
         TypeError: ``model`` is neither a model nor a path.
     """
     from alignclip.evaluation.encoding import Encoder  # Streaming takes seconds
-    from alignclip.evaluation.tasks import Evaluator
+    from alignclip.evaluation.evaluator import Evaluator
 
     configs = evaluators_of(evaluators)
     model = _model(model)

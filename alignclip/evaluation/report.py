@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alignclip.config.metrics import ARROWS, WATCH, better
+from alignclip.config.metrics import arrow, better, metric_named
 from alignclip.config.schema import EvaluateConfig, EvaluatorConfig
 from alignclip.evaluation.history import Record, numbers
 from alignclip.evaluation.verdict import Verdict, judge
@@ -200,10 +200,10 @@ def table(report: Report) -> str:
     for evaluator in evaluators:
         rows.append([evaluator, *[""] * len(names), ""])
         for metric in evaluators[evaluator]:
-            mark = "*" if metric in WATCH else " "
+            mark = "*" if metric_named(metric).watch else " "
             values = [_number(results[name].get(evaluator, {}).get(metric)) for name in names]
             chance = report.chance.get(evaluator, {}).get(metric)
-            label = f"{mark} {ARROWS[better(metric)]} {metric}"
+            label = f"{mark} {arrow(metric)} {metric}"
             rows.append([label, *values, "" if chance is None else _number(chance)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [

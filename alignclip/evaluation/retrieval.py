@@ -9,13 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from alignclip.evaluation.packages import check_features
+
+KS = (1, 5, 10)
+
 
 @torch.no_grad()
 def recall(
     image_features: Tensor,
     text_features: Tensor,
     image_of_text: Tensor,
-    ks: Sequence[int] = (1, 5, 10),
+    ks: Sequence[int] = KS,
     block: int = 256,
     progress: bool = False,
 ) -> dict[str, float]:
@@ -39,30 +43,48 @@ def recall(
 
     Raises:
         ValueError: shapes that don't fit, an image index out of range, an image without a text, features that are not
-            finite (they would compare as the best of all), a k or block below 1.
+            finite (they would compare as the best of all), a k below 1.
     """
-    _check(image_features, text_features, image_of_text, ks, block)
+    _check(image_features, text_features, image_of_text, ks)
     images = F.normalize(image_features.float(), dim=-1)
     texts = F.normalize(text_features.float(), dim=-1)
     owner = image_of_text.to(images.device).long()
-    with torch.autocast(images.device.type, enabled=False):
-        bar = tqdm(
-            total=len(texts) + len(images),
-            desc="recall",
-            unit="query",
-            leave=False,
-            disable=not progress,
-        )
-        with bar:
-            image_ranks = _best_ranks(texts, images, owner[:, None], max(ks), block, bar)
-            text_ranks = _best_ranks(
-                images, texts, _texts_of_images(owner, len(images)), max(ks), block, bar
-            )
-    result = {f"image_retrieval_recall@{k}": (image_ranks < k).double().mean().item() for k in ks}
-    result.update(
-        {f"text_retrieval_recall@{k}": (text_ranks < k).double().mean().item() for k in ks}
-    )
-    return result
+    queries = len(texts) + len(images)
+    bar = tqdm(total=queries, desc="recall", unit="query", leave=False, disable=not progress)
+    with torch.autocast(images.device.type, enabled=False), bar:
+        of_images = _texts_of_images(owner, len(images))
+        ranks = {
+            "image": _best_ranks(texts, images, owner[:, None], max(ks), block, bar),
+            "text": _best_ranks(images, texts, of_images, max(ks), block, bar),
+        }
+    return {
+        f"{found}_retrieval_recall@{k}": (best < k).double().mean().item()
+        for found, best in ranks.items()
+        for k in ks
+    }
+
+
+def recall_chance(image_of_text: Tensor, ks: Sequence[int] = KS) -> dict[str, float]:
+    """Recall@k of a ranking that is drawn at random, for :func:`recall`.
+
+    Args:
+        image_of_text: [M] integers, the row of the image that a text belongs to.
+        ks: the cut-offs.
+
+    Returns:
+        ``image_retrieval_recall@k`` and ``text_retrieval_recall@k`` for each k, in [0, 1].
+    """
+    texts_of_image = image_of_text.cpu().bincount()
+    texts_of_image = texts_of_image[texts_of_image > 0].double()
+    images, texts = len(texts_of_image), len(image_of_text)
+    chance = {f"image_retrieval_recall@{k}": min(k, images) / images for k in ks}
+    for k in ks:
+        # none of k texts drawn without replacement is one of the image's
+        missed = torch.ones_like(texts_of_image)
+        for drawn in range(min(k, texts)):
+            missed *= ((texts - texts_of_image - drawn) / (texts - drawn)).clamp(min=0)
+        chance[f"text_retrieval_recall@{k}"] = (1 - missed).mean().item()
+    return chance
 
 
 def _best_ranks(
@@ -103,23 +125,14 @@ def _texts_of_images(image_of_text: Tensor, images: int) -> Tensor:
     return texts
 
 
-def _check(
-    images: Tensor, texts: Tensor, image_of_text: Tensor, ks: Sequence[int], block: int
-) -> None:
-    if images.ndim != 2 or texts.ndim != 2 or images.shape[1] != texts.shape[1]:
-        raise ValueError(
-            f"features must be [N, d] and [M, d], not {list(images.shape)} and {list(texts.shape)}"
-        )
+def _check(images: Tensor, texts: Tensor, image_of_text: Tensor, ks: Sequence[int]) -> None:
+    check_features(images, texts)
     if image_of_text.shape != texts.shape[:1] or image_of_text.is_floating_point():
-        raise ValueError(
-            f"image_of_text must hold {len(texts)} integers, one a text, not {list(image_of_text.shape)}"
-        )
+        found = list(image_of_text.shape)
+        raise ValueError(f"image_of_text must hold {len(texts)} integers, one a text, not {found}")
     if not len(texts) or image_of_text.min() < 0 or image_of_text.max() >= len(images):
         raise ValueError(f"image_of_text must name rows of the {len(images)} images")
-    without = len(images) - len(image_of_text.unique())
-    if without:
+    if without := len(images) - len(image_of_text.unique()):
         raise ValueError(f"{without} of {len(images)} images have no text")
-    if not (images.isfinite().all() and texts.isfinite().all()):
-        raise ValueError("features hold NaN or infinity")
-    if block < 1 or not ks or min(ks) < 1:
-        raise ValueError(f"ks and block must be at least 1, not {list(ks)} and {block}")
+    if not ks or min(ks) < 1:
+        raise ValueError(f"ks must be at least 1, not {list(ks)}")

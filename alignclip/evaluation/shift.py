@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alignclip.evaluation.linear_probe import library
+from alignclip.evaluation.packages import check_features, library
 
 
 @torch.no_grad()
@@ -28,30 +27,16 @@ def max_softmax(
         [N] probabilities in (0, 1], in fp64: in fp32, all that are above 1 − 6e-8 would be tied.
 
     Raises:
-        ValueError: shapes that don't fit, features not finite, a block below 1.
+        ValueError: shapes that don't fit, features not finite, no classes.
     """
-    if (
-        image_features.ndim != 2
-        or classifier.ndim != 2
-        or image_features.shape[1] != classifier.shape[1]
-    ):
-        raise ValueError(
-            f"features must be [N, d] and the classifier [C, d], "
-            f"not {list(image_features.shape)} and {list(classifier.shape)}"
-        )
-    if (
-        not (len(classifier) and image_features.isfinite().all() and classifier.isfinite().all())
-        or block < 1
-    ):
-        raise ValueError(
-            f"finite features, some classes and a block of 1 at least, not {len(classifier)} and {block}"
-        )
+    check_features(image_features, classifier, "[N, d] and the classifier [C, d]")
+    if not len(classifier):
+        raise ValueError("there must be some classes")
     images = F.normalize(image_features.double(), dim=-1)
     classes = F.normalize(classifier.double(), dim=-1) * logit_scale
     with torch.autocast(images.device.type, enabled=False):
-        return torch.cat(
-            [(rows @ classes.T).softmax(dim=1).amax(dim=1) for rows in images.split(block)]
-        )
+        blocks = [(rows @ classes.T).softmax(1).amax(1) for rows in images.split(block)]
+    return torch.cat(blocks)
 
 
 def out_of_distribution(in_scores: Tensor, out_scores: Tensor) -> dict[str, float]:
@@ -76,17 +61,14 @@ def out_of_distribution(in_scores: Tensor, out_scores: Tensor) -> dict[str, floa
         UserError: scikit-learn is not installed.
         ValueError: scores that are not [N] and [M], empty or not finite.
     """
-    if in_scores.ndim != 1 or out_scores.ndim != 1 or not len(in_scores) or not len(out_scores):
-        raise ValueError(
-            f"scores must be [N] and [M], not {list(in_scores.shape)} and {list(out_scores.shape)}"
-        )
-    scores = -torch.cat(
-        [in_scores.detach().double().cpu(), out_scores.detach().double().cpu()]
-    ).numpy()
-    if not np.isfinite(scores).all():
+    both = (in_scores, out_scores)
+    if any(scores.ndim != 1 or not len(scores) for scores in both):
+        found = " and ".join(str(list(scores.shape)) for scores in both)
+        raise ValueError(f"scores must be [N] and [M], not {found}")
+    scores = -torch.cat([scores.detach().double().cpu() for scores in both])
+    if not scores.isfinite().all():
         raise ValueError("scores hold NaN or infinity")
-    metrics = library("sklearn.metrics")
-    is_out = np.arange(len(scores)) >= len(in_scores)
+    metrics, is_out = library("sklearn.metrics"), torch.arange(len(scores)) >= len(in_scores)
     # with drop_intermediate, the first threshold beyond 95 % could be one of those left out
     false_positives, true_positives, _ = metrics.roc_curve(is_out, scores, drop_intermediate=False)
     return {
@@ -94,3 +76,13 @@ def out_of_distribution(in_scores: Tensor, out_scores: Tensor) -> dict[str, floa
         "aupr": float(metrics.average_precision_score(is_out, scores)),
         "fpr95": float(false_positives[true_positives >= 0.95].min()),
     }
+
+
+def detection_chance(known: int, outliers: int) -> dict[str, float]:
+    """The figures of a confidence that is the same, or drawn at random, for all images.
+
+    Args:
+        known: images of known classes.
+        outliers: images of unknown classes.
+    """
+    return {"auroc": 0.5, "aupr": outliers / (known + outliers), "fpr95": 0.95}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alignclip.errors import UserError, one_line
-from alignclip.evaluation.linear_probe import library
+from alignclip.evaluation.packages import library
 from alignclip.storage import read_text
 
 COLUMNS = ("genre", "filename", "year", "index", "score", "sentence1", "sentence2")
 PAIRS = {"test": 1_379, "dev": 1_500, "train": 5_749}  # of the benchmark's splits, as published
+UNKNOWN = "a number that no split of the STS benchmark has"
 Rows = tuple[list[str], list[str], list[float]]
 
 
@@ -38,23 +39,19 @@ def spearman(
         ValueError: shapes that don't fit, fewer than two pairs, values that are not finite.
     """
     gold = torch.as_tensor(scores, dtype=torch.float64).cpu()
-    if (
-        features_a.ndim != 2
-        or features_a.shape != features_b.shape
-        or gold.shape != features_a.shape[:1]
-    ):
+    shapes = [list(one.shape) for one in (features_a, features_b, gold)]
+    if features_a.ndim != 2 or shapes[0] != shapes[1] or shapes[2] != shapes[0][:1]:
+        first, second, third = shapes
         raise ValueError(
-            f"two features of [N, d] and scores of [N], not {list(features_a.shape)}, {list(features_b.shape)} "
-            f"and {list(gold.shape)}"
+            f"two features of [N, d] and scores of [N], not {first}, {second} and {third}"
         )
     if len(gold) < 2:
         raise ValueError(f"two pairs at least, not {len(gold)}")
     if not (features_a.isfinite().all() and features_b.isfinite().all() and gold.isfinite().all()):
         raise ValueError("features or scores hold NaN or infinity")
     cosines = F.cosine_similarity(features_a.detach().double(), features_b.detach().double()).cpu()
-    return {
-        "spearman": float(library("scipy.stats").spearmanr(cosines.numpy(), gold.numpy()).statistic)
-    }
+    found = library("scipy.stats").spearmanr(cosines.numpy(), gold.numpy())
+    return {"spearman": float(found.statistic)}
 
 
 def read_sts(path: str | Path) -> Rows:
@@ -69,39 +66,47 @@ def read_sts(path: str | Path) -> Rows:
     Raises:
         UserError: the file can't be read, has no pairs, or has a line that is something else: which, and what.
     """
-    first, second, scores = [], [], []
+    # not split at what Unicode counts as line breaks, and what csv takes for quotes: sentences have both
+    lines = _text(str(path)).split("\n")
+    rows = [
+        _row(line.rstrip("\r").split("\t"), f"{path}, line {number}")
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    if not rows:
+        raise UserError(f"{path} holds no sentence pairs")
+    first, second, scores = zip(*rows, strict=True)
+    return list(first), list(second), list(scores)
+
+
+def _text(path: str) -> str:
     try:
-        # not split at what Unicode counts as line breaks, and what csv takes for quotes: sentences have both
-        text = (
-            read_text(str(path)) if "://" in str(path) else Path(path).read_bytes().decode("utf-8")
-        )
-        lines = text.split("\n")
+        return read_text(path) if "://" in path else Path(path).read_bytes().decode("utf-8")
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is no UTF-8 text: {one_line(error)}") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        fields = line.rstrip("\r").split("\t")
-        if len(fields) < len(COLUMNS):
-            raise UserError(
-                f"{path}, line {number}: {len(fields)} tab-separated columns instead of {len(COLUMNS)} "
-                f"({', '.join(COLUMNS)})"
-            )
-        score, sentences = _number(fields[4]), fields[5:7]
-        if not 0 <= score <= 5:
-            raise UserError(
-                f"{path}, line {number}: the score (column 5) is '{fields[4]}', not a number from 0 to 5"
-            )
-        if not all(sentence.strip() for sentence in sentences):
-            raise UserError(f"{path}, line {number}: an empty sentence (columns 6 and 7)")
-        first.append(sentences[0])
-        second.append(sentences[1])
-        scores.append(score)
-    if not scores:
-        raise UserError(f"{path} holds no sentence pairs")
-    return first, second, scores
+
+
+def _row(fields: list[str], where: str) -> tuple[str, str, float]:
+    """Return the two sentences and the score of a line.
+
+    Raises:
+        UserError: says what the line is instead.
+    """
+    if len(fields) < len(COLUMNS):
+        wanted = f"{len(COLUMNS)} ({', '.join(COLUMNS)})"
+        raise UserError(f"{where}: {len(fields)} tab-separated columns instead of {wanted}")
+    score, first, second = fields[4:7]
+    try:
+        number = float(score)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 5:
+        raise UserError(f"{where}: the score (column 5) is '{score}', not a number from 0 to 5")
+    if not first.strip() or not second.strip():
+        raise UserError(f"{where}: an empty sentence (columns 6 and 7)")
+    return first, second, number
 
 
 def split_note(pairs: int) -> str | None:
@@ -115,48 +120,30 @@ def split_note(pairs: int) -> str | None:
     """
     if pairs == PAIRS["test"]:
         return None
-    split = next(
-        (f"as many as the STS benchmark's {name} split" for name, n in PAIRS.items() if n == pairs),
-        None,
-    )
-    what = split or "a number that no split of the STS benchmark has"
+    named = [name for name, number in PAIRS.items() if number == pairs]
+    what = f"as many as the STS benchmark's {named[0]} split" if named else UNKNOWN
     return f"{pairs:,} sentence pairs, {what}; published figures are of its test split, {PAIRS['test']:,} pairs"
 
 
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
+def unique(rows: Rows) -> list[str]:
+    """Return the sentences of all pairs, each once: what is to be encoded."""
+    return list(dict.fromkeys([*rows[0], *rows[1]]))
 
 
-def similarity(encode: Callable[[list[str]], Tensor], pairs: str | Path | Rows) -> dict[str, float]:
-    """Encode each sentence of a set once, and correlate the pairs' similarities with people's scores.
+def similarity(features: Tensor, rows: Rows) -> dict[str, float]:
+    """Correlate the similarities of sentence pairs with people's scores.
 
     Args:
-        encode: n texts -> [n, d] features, :meth:`alignclip.evaluation.encoding.Encoder.texts`.
-        pairs: a file for :func:`read_sts`, or what that returns.
+        features: [M, d], of the sentences of :func:`unique` in their order.
+        rows: of :func:`read_sts`.
 
     Returns:
         ``spearman``, see :func:`spearman`.
 
     Raises:
-        UserError: from :func:`read_sts`, or SciPy is not installed.
-        ValueError: from :func:`spearman`, or lists of different lengths.
+        UserError: SciPy is not installed.
+        ValueError: from :func:`spearman`.
     """
-    first, second, scores = read_sts(pairs) if isinstance(pairs, (str, Path)) else pairs
-    if len(first) != len(second) or not first:
-        raise ValueError(
-            f"{len(first)} first and {len(second)} second sentences; two pairs at least"
-        )
-    sentences = unique(first, second)
-    row_of = {sentence: row for row, sentence in enumerate(sentences)}
-    features = encode(sentences)
-    return spearman(
-        features[[row_of[s] for s in first]], features[[row_of[s] for s in second]], scores
-    )
-
-
-def unique(first: Sequence[str], second: Sequence[str]) -> list[str]:
-    """The sentences that :func:`similarity` asks to encode, in its order: each once."""
-    return list(dict.fromkeys([*first, *second]))
+    row_of = {sentence: row for row, sentence in enumerate(unique(rows))}
+    first, second = (features[[row_of[one] for one in sentences]] for sentences in rows[:2])
+    return spearman(first, second, rows[2])

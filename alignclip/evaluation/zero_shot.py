@@ -9,14 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alignclip.errors import UserError
+from alignclip.evaluation.packages import check_features
+
+Template = str | Callable[[str], str]
 
 
 def build_classifier(
-    encode: Callable[[list[str]], Tensor],
-    classnames: Sequence[str],
-    templates: Sequence[str | Callable[[str], str]],
+    encode: Callable[[list[str]], Tensor], classnames: Sequence[str], templates: Sequence[Template]
 ) -> Tensor:
-    """One vector a class: the mean of its prompts' normalised features, normalised again.
+    """Make one vector a class: the mean of its prompts' normalised features, normalised again.
 
     The same as open_clip's ``build_zero_shot_classifier`` (``open_clip/zero_shot_classifier.py``, after CLIP,
     https://arxiv.org/abs/2103.00020, section 3.1.4), but the prompts of all classes are encoded together.
@@ -41,17 +42,16 @@ def build_classifier(
     return F.normalize(features.view(len(classnames), len(templates), -1).mean(1), dim=-1)
 
 
-def _fill(template: str | Callable[[str], str], name: str) -> str:
+def _fill(template: Template, name: str) -> str:
     if not isinstance(template, str):
         return template(name)
     try:
-        prompt = template.format(name, c=name)
-        constant = prompt == template.format(name + "x", c=name + "x")
+        prompt, other = (template.format(text, c=text) for text in (name, f"{name}x"))
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(
             f"template '{template}': {error!r}; the class name's place is {{c}}"
         ) from None
-    if constant:
+    if prompt == other:
         raise UserError(f"template '{template}' has no place for the class name: write {{c}}")
     return prompt
 
@@ -80,27 +80,17 @@ def accuracy(
         has one answer for all.
 
     Raises:
-        ValueError: shapes that don't fit, no images, a target out of range, features not finite, a block below 1.
+        ValueError: shapes that don't fit, no images, a target out of range, features not finite.
     """
-    if (
-        image_features.ndim != 2
-        or classifier.ndim != 2
-        or image_features.shape[1] != classifier.shape[1]
-    ):
-        raise ValueError(
-            f"features must be [N, d] and the classifier [C, d], "
-            f"not {list(image_features.shape)} and {list(classifier.shape)}"
-        )
-    check_targets(targets, len(image_features), len(classifier))
-    if not (image_features.isfinite().all() and classifier.isfinite().all()):
-        raise ValueError("features or classifier hold NaN or infinity")
-    if block < 1:
-        raise ValueError(f"block must be at least 1, not {block}")
+    check_features(
+        image_features, classifier, "[N, d] and the classifier [C, d]", "features or classifier"
+    )
+    _check_targets(targets, len(image_features), len(classifier))
     images = F.normalize(image_features.float(), dim=-1)
     classes = F.normalize(classifier.float(), dim=-1)
     targets = targets.to(images.device).long()
+    ranks, predicted = [], []
     with torch.autocast(images.device.type, enabled=False):
-        ranks, predicted = [], []
         for rows, labels in zip(images.split(block), targets.split(block), strict=True):
             scores = rows @ classes.T
             ranks.append(target_ranks(scores, labels))
@@ -108,20 +98,13 @@ def accuracy(
     return accuracy_of_ranks(torch.cat(ranks), targets, torch.cat(predicted))
 
 
-def check_targets(targets: Tensor, samples: int, classes: int) -> None:
-    """Refuse targets that are not ``samples`` integers in [0, ``classes``).
-
-    Raises:
-        ValueError: says what they are instead.
-    """
+def _check_targets(targets: Tensor, samples: int, classes: int) -> None:
     if targets.shape != (samples,) or targets.is_floating_point() or not samples:
-        raise ValueError(
-            f"targets must be {samples or 'some'} integers, not {targets.dtype} {list(targets.shape)}"
-        )
+        found = f"{targets.dtype} {list(targets.shape)}"
+        raise ValueError(f"targets must be {samples or 'some'} integers, not {found}")
     if targets.min() < 0 or targets.max() >= classes:
-        raise ValueError(
-            f"targets lie in [{targets.min()}, {targets.max()}], but there are {classes} classes"
-        )
+        found = f"[{targets.min()}, {targets.max()}]"
+        raise ValueError(f"targets lie in {found}, but there are {classes} classes")
 
 
 def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
@@ -143,4 +126,26 @@ def accuracy_of_ranks(ranks: Tensor, targets: Tensor, predicted: Tensor) -> dict
         "acc5": (ranks < 5).double().mean().item(),
         "mean_per_class_recall": recall.mean().item(),
         "top_class_share": predicted.cpu().bincount().max().item() / len(predicted),
+    }
+
+
+def accuracy_chance(targets: Tensor) -> dict[str, float]:
+    """Accuracies of a classifier that says the most frequent classes of every image.
+
+    That is more than guessing among all classes gets, where the classes are not of one size.
+
+    Args:
+        targets: [N] integers ≥ 0.
+
+    Returns:
+        In [0, 1]: ``acc1``, ``acc5``, ``mean_per_class_recall``; ``top_class_share``, the true share of that class.
+    """
+    counts = targets.cpu().bincount()
+    shares = counts[counts > 0].double().sort(descending=True).values / len(targets)
+    top = shares[0].item()
+    return {
+        "acc1": top,
+        "acc5": shares[:5].sum().item(),
+        "mean_per_class_recall": 1 / len(shares),
+        "top_class_share": top,
     }

@@ -16,7 +16,7 @@ from composer.utils import dist, reproducibility
 from alignclip.config.metrics import MODES, better
 from alignclip.config.schema import KeepBestConfig
 from alignclip.errors import UserError, nearest
-from alignclip.evaluation.tasks import Metrics
+from alignclip.evaluation.evaluator import Metrics
 from alignclip.storage import describe_storage_error
 from alignclip.training.display import say
 from alignclip.training.save_folder import SaveFolder

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from alignclip.config.metrics import ARROWS, WATCH, better
+from alignclip.config.metrics import arrow, metric_named
 
 WIDTH, HEIGHT = 560, 280  # of a chart, in pixels
 LEFT, RIGHT, TOP, BOTTOM = 64, 14, 12, 34  # its margins
@@ -98,9 +98,9 @@ def charts(lines: Sequence[dict[str, Any]]) -> list[Chart]:
         _add(scale.curves, "logit_scale", batch, line.get("logit_scale"))
         for name, value in line.get("metrics", {}).items():
             metric = name.rpartition("/")[2]
-            if metric in WATCH or metric in ("alignment_score", "acc1"):
-                is_gap = metric in ("margin", "centroid_distance", "alignment_score")
-                chart, shown = gap if is_gap else score, f"{name} {ARROWS[better(metric)]}".strip()
+            if kind := metric_named(metric).chart:
+                chart = {"gap": gap, "score": score}[kind]
+                shown = f"{name} {arrow(metric)}".strip()
                 _add(chart.curves, shown, batch, value)
                 if value is not None:
                     _add(chart.chance, shown, batch, line.get("chance", {}).get(name))

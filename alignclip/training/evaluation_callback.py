@@ -14,13 +14,13 @@ from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from alignclip.config.metrics import ARROWS, WATCH, better
+from alignclip.config.metrics import arrow, metric_named
 from alignclip.config.schema import EvaluatorConfig
 from alignclip.errors import UserError
 from alignclip.evaluation.encoding import Encoder, Interrupted
+from alignclip.evaluation.evaluator import Evaluator, Metrics
 from alignclip.evaluation.history import History
 from alignclip.evaluation.sets import OpenSets
-from alignclip.evaluation.tasks import Evaluator, Metrics
 from alignclip.model.encoders import CLIP
 from alignclip.ranks import raise_on_all_ranks
 from alignclip.training.best import BestCheckpoint
@@ -163,7 +163,9 @@ class EvaluationCallback(Callback):
 def _watched(metrics: Metrics) -> str:
     """The figures that tell whether a model works, with which way is better; all are in loggers and the record."""
     return ", ".join(
-        f"{key} {ARROWS[better(key)]} {value:.4f}" for key, value in metrics.items() if key in WATCH
+        f"{key} {arrow(key)} {value:.4f}"
+        for key, value in metrics.items()
+        if metric_named(key).watch
     )
 
 

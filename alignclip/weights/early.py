@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from alignclip.config.metrics import column_of, sets_of
 from alignclip.config.schema import EvaluateConfig, EvaluatorConfig, RunConfig, SetConfig
 from alignclip.data.mds_index import INDEX, columns_of, listed_shards
 from alignclip.data.streams import (
@@ -114,19 +115,12 @@ def check_evaluator(name: str, evaluator: EvaluatorConfig, contents: bool = Fals
     Raises:
         UserError: the first that isn't.
     """
-    if evaluator.task == "sts":
+    column = column_of(evaluator.task)
+    if column is None:
         _check_file(f"evaluators.{name}", str(evaluator.remote or evaluator.local))
         return
-    column = "caption" if evaluator.task in ("retrieval", "gap") else "label"
-    parts: dict[str, SetConfig | None] = {
-        "": evaluator,
-        ".train": evaluator.train,
-        ".outliers": evaluator.outliers,
-    }
-    for part, stream in parts.items():
-        if stream is None:
-            continue
-        where = f"evaluators.{name}{part}"
+    for key, stream in sets_of(evaluator).items():
+        where = f"evaluators.{name}.{key}".rstrip(".")
         if contents:
             shards = read_index(where, stream, local_folder("evaluation", stream))
             check_task_columns(where, map(columns_of, shards), column)

@@ -136,6 +136,20 @@ def make_food(root: Path) -> Path:
     return root
 
 
+def make_pets(root: Path) -> Path:
+    """All 37 classes, as the publisher names their images and numbers them; some images more than once."""
+    names = evaluation_sets.benchmark_lists("en_classnames.json")["pets"]
+    rows = [(f"{name.replace(' ', '_')}_{i}", i) for i, name in enumerate(names, 1)]
+    rows = [*rows[5:], *rows[:5], ("Bombay_201", 8)]  # in another order than the classes'
+    folder = root / "oxford-iiit-pet"
+    for i, (name, _) in enumerate(rows):
+        write(folder / "images" / f"{name}.jpg", picture(i))
+    lines = "".join(f"{name} {label} 1 1\n" for name, label in rows)
+    write(folder / "annotations" / "test.txt", lines.encode())
+    write(folder / "annotations" / "trainval.txt", b"Bombay_8 8 1 2\nSphynx_34 34 1 12\n")
+    return root
+
+
 def make_cars(root: Path) -> Path:
     from scipy.io import savemat
 
@@ -216,6 +230,25 @@ def test_flowers(split: str, labels: list[int], tmp_path: Path) -> None:
     assert classes["classnames"][76] == "passion flower"
     for row in rows:
         assert row["image"] == (root / row["key"]).read_bytes()
+
+
+@pytest.mark.parametrize("split", ["test", "trainval"])
+def test_pets(split: str, tmp_path: Path) -> None:
+    root = make_pets(tmp_path / "data")
+    if split == "trainval":  # the two archives unpacked elsewhere
+        folder = root / "oxford-iiit-pet"
+        folder.joinpath("annotations").rename(root / "annotations")
+        folder.rename(root / "oxford")
+    quick("pets", root, tmp_path / "out", split=split)
+    rows, classes, _ = read_back(tmp_path / "out")
+    assert len(classes["classnames"]) == 37
+    assert classes["templates"] == ["a photo of a {c}, a type of pet."]
+    if split == "test":
+        assert_as_clip_benchmark(tmp_path / "out", "pets", root)
+        assert all(row["image"] == (root / row["key"]).read_bytes() for row in rows)
+    else:
+        found = [classes["classnames"][row["label"]] for row in rows]
+        assert found == ["Bombay", "Sphynx"]
 
 
 @pytest.mark.parametrize(("name", "make"), [("food101", make_food), ("cars", make_cars)])

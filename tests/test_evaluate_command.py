@@ -15,11 +15,11 @@ from alignclip.config.schema import EvaluateConfig, EvaluatorConfig
 from alignclip.errors import UserError
 from alignclip.evaluation.command import _told, finish, gap_curves, main
 from alignclip.evaluation.history import (
-    History,
+    EvaluationRecords,
     Record,
     first_before,
     history_beside,
-    parse,
+    records_in,
     run_folder,
 )
 from alignclip.evaluation.report import Report, table
@@ -84,7 +84,7 @@ def test_table_ends_in_a_verdict_that_calls_a_collapse_a_collapse(tmp_path: Path
 
 
 def test_the_verdict_is_against_the_first_evaluation_of_the_run(tmp_path: Path) -> None:
-    history = History(None)
+    history = EvaluationRecords(None)
     first = history.add(10, "gap", GAP | {"centroid_distance": 1.1, "margin": 0.0} | CHANCE, CHANCE)
     config = EvaluateConfig(
         checkpoint="x", evaluators={"gap": EvaluatorConfig(task="gap")}, out=str(tmp_path)
@@ -136,7 +136,7 @@ def test_runs_of_one_name_in_two_places_are_two_curves(tmp_path: Path) -> None:
 def keep_history(run: Path, batches: Sequence[int]) -> list[Record]:
     """A run's record of its evaluations, as training writes it."""
     run.mkdir(parents=True)
-    history = History(None)
+    history = EvaluationRecords(None)
     for batch in batches:
         history.add(batch, "gap", GAP | CHANCE, CHANCE)
     text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in history.records)
@@ -193,7 +193,7 @@ def test_a_checkpoint_is_compared_with_an_earlier_evaluation_alone(
 
 
 def test_training_compares_with_an_earlier_evaluation_alone() -> None:
-    history = History(None)
+    history = EvaluationRecords(None)
     records = [history.add(batch, "gap", GAP | RECALL, CHANCE) for batch in (5, 5, 10)]
     assert ["at batch 5" in str(record["verdict"]) for record in records] == [False, False, True]
 
@@ -218,7 +218,7 @@ def test_what_is_particular_about_a_set_is_said_below_the_table_and_kept(tmp_pat
 def test_evaluations_made_in_training_are_in_the_plot(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "first"
     run.mkdir(parents=True)
-    history = History(None)
+    history = EvaluationRecords(None)
     for batch in (10, 20, 30):
         history.add(batch, "gap", GAP | {"rmg": math.nan}, CHANCE)
     text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in history.records)
@@ -227,7 +227,7 @@ def test_evaluations_made_in_training_are_in_the_plot(tmp_path: Path) -> None:
         assert run_folder(str(place)) == str(run)
         assert history_beside(str(place)) == history.records
     assert history_beside(str(tmp_path)) == []
-    assert parse("3\n[]\nnull\n") == []
+    assert records_in("3\n[]\nnull\n") == []
     one = report(tmp_path / "out", {"model": str(run)})
     one.add("model", "gap", GAP, CHANCE)
     finish(one, {})

@@ -23,7 +23,7 @@ from alignclip.config.schema import EvaluatorConfig, KeepBestConfig
 from alignclip.errors import UserError
 from alignclip.evaluation.encoding import Encoder
 from alignclip.evaluation.evaluator import Evaluator
-from alignclip.evaluation.history import History, history_beside, parse
+from alignclip.evaluation.history import EvaluationRecords, history_beside, records_in
 from alignclip.evaluation.sets import OpenSets
 from alignclip.training import pretraining
 from alignclip.training.best import BestCheckpoint
@@ -284,7 +284,7 @@ def test_the_record_of_evaluations_is_that_of_the_run_as_it_went_on(
     _, memory = train(dataset, tmp_path, *evaluators, "save_interval=1ep")
     file = tmp_path / "saved" / "evaluations.jsonl"
     lines = [(2, "gap"), (4, "gap"), (4, "pairs"), (6, "gap"), (8, "gap"), (8, "pairs")]
-    records = parse(file.read_text(encoding="utf-8"))
+    records = records_in(file.read_text(encoding="utf-8"))
     assert [(one["batch"], one["evaluator"]) for one in records] == lines
     values = logged(memory, "metrics/gap/margin")
     assert [one["metrics"]["margin"] for one in records if one["evaluator"] == "gap"] == list(
@@ -313,7 +313,7 @@ def test_the_record_of_evaluations_is_that_of_the_run_as_it_went_on(
     link.symlink_to(min((tmp_path / "saved").glob("ep*.pt"), key=lambda p: p.stat().st_mtime).name)
     file.write_text("", encoding="utf-8")
     train(dataset, tmp_path, *evaluators, "save_interval=1ep")
-    again = parse(file.read_text(encoding="utf-8"))
+    again = records_in(file.read_text(encoding="utf-8"))
     assert [(one["batch"], one["evaluator"]) for one in again] == lines
     assert again[:3] == records[:3]
 
@@ -325,7 +325,7 @@ def test_a_record_that_cannot_be_written_ends_no_run(
         load(write_config(tmp_path, str(dataset), f"{s3.bucket()}/run"), ["run_name=r"])
     )
     folder.open()
-    history = History(folder)
+    history = EvaluationRecords(folder.files)
     history.add(3, "pairs", {"acc1": 0.5, "rmg": float("nan")}, {"acc1": 0.1})
     history.write()
     history.finish()
@@ -341,7 +341,7 @@ def test_a_record_that_cannot_be_written_ends_no_run(
         load(write_config(tmp_path, str(dataset), str(tmp_path / "file" / "run")), ["run_name=r"])
     )
     (tmp_path / "file").write_text("no folder", encoding="utf-8")
-    History(local).write()
+    EvaluationRecords(local.files).write()
     assert "could not write" in caplog.text
 
 

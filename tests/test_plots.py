@@ -16,7 +16,7 @@ from alignclip.evaluation.bars import accuracy_bars, recall_bars
 from alignclip.evaluation.curves import Point, curves_of, draw_curves, records_of
 from alignclip.evaluation.gap import modality_gap
 from alignclip.evaluation.geometry import effective_rank
-from alignclip.evaluation.history import History
+from alignclip.evaluation.history import EvaluationRecords
 
 pytest.importorskip("matplotlib")
 pytestmark = pytest.mark.filterwarnings(
@@ -450,7 +450,7 @@ def test_evaluations_of_a_collapse_are_hollow(tmp_path, figures):
 
 
 def test_curves_are_of_the_evaluations_in_training():
-    history = History(None)
+    history = EvaluationRecords(None)
     gap = {"centroid_distance": 0.5, "alignment_score": 0.25, "margin": 0.1}
     for batch in (10, 20):
         history.add(batch, "gap", gap | recalls(batch / 100), recalls(0.01))

@@ -16,8 +16,9 @@ from tensorboard.summary.writer.event_file_writer import AtomicCounter
 
 from alignclip.config.reading import load
 from alignclip.errors import UserError
+from alignclip.evaluation.json_lines import lines_in
 from alignclip.training import pretraining, trackers
-from alignclip.training.history import HISTORY, PAGE, read_lines
+from alignclip.training.history import HISTORY, PAGE
 from alignclip.training.save_folder import SaveFolder
 
 FIXED = (
@@ -166,10 +167,10 @@ def test_all_ranks_hear_that_the_id_cannot_be_kept(tmp_path: Path) -> None:
 def test_the_history_of_all_starts(train: Any, tmp_path: Path) -> None:
     train()
     text = (tmp_path / "runs" / HISTORY).read_text(encoding="utf-8")
-    lines = read_lines(text)
+    lines = lines_in(text)
     assert [line["batch"] for line in lines if "losses" in line] == list(range(1, 10))
     assert [line["batch"] for line in lines if line.get("start")] == [0, 4]
-    assert read_lines(text[:-20]) == lines[:-1]  # a kill in the middle of a line
+    assert lines_in(text[:-20]) == lines[:-1]  # a kill in the middle of a line
     page = (tmp_path / "runs" / PAGE).read_text(encoding="utf-8")
     assert "learning curves to batch 9" in page
     assert "after batch 4" in page

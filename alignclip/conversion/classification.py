@@ -145,7 +145,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     add(
         "--split",
         default="test",
-        help="train, val, test, as far as the set has them (default: %(default)s)",
+        help="train, trainval, val, test, as far as the set has them (default: %(default)s)",
     )
     add(
         "--limit",

@@ -142,6 +142,25 @@ def read_food(root: Path, split: str) -> Content:
     return read_torchvision(root, split, "Food101", parts, names=names)
 
 
+def read_pets(root: Path, split: str) -> Content:
+    """https://www.robots.ox.ac.uk/~vgg/data/pets/: a line is an image's name, its class from 1, species, breed."""
+    lists = f"oxford-iiit-pet/annotations/{split}.txt"
+    parts = {
+        "oxford-iiit-pet/images": folder_named("images", "*.jpg"),
+        lists: file_named(f"annotations/{split}.txt"),
+    }
+    with laid_out(root, parts, README) as layout, reading(root):
+        lines = (layout.root / lists).read_text(encoding="utf-8").splitlines()
+        rows = [line.split()[:2] for line in lines]
+        samples = [
+            EvaluationSample(
+                *layout.locate(layout.root / f"oxford-iiit-pet/images/{name}.jpg"), int(label) - 1
+            )
+            for name, label in rows
+        ]
+        return Content(samples, benchmark_lists("en_classnames.json")["pets"])
+
+
 def read_cars(root: Path, split: str) -> Content:
     """Stanford Cars, as the publisher had them: ``cars_train`` and ``cars_test``, or ``car_ims``.
 
@@ -255,6 +274,7 @@ SOURCES = {
         read_flowers, {"train": (1_020,), "val": (1_020,), "test": (6_149,)}
     ),
     "food101": ClassificationSource(read_food, {"train": (75_750,), "test": (25_250,)}),
+    "pets": ClassificationSource(read_pets, {"trainval": (3_680,), "test": (3_669,)}),
     "cars": ClassificationSource(read_cars, {"train": (8_144,), "test": (8_041,)}),
     "fashion_mnist": ClassificationSource(
         read_fashion_mnist, {"train": (60_000,), "test": (10_000,)}

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from alignclip.evaluation.history import Record, numbers
+from alignclip.evaluation.history import Record
+from alignclip.evaluation.json_lines import with_nan
 from alignclip.evaluation.plots import DASHED, DOTTED, finish, new_figure, style
 from alignclip.evaluation.verdict import RECALLS, judge
 
@@ -58,7 +59,7 @@ def curves_of(history: Sequence[Record], run: str = "") -> dict[str, list[Point]
                 f"{record['evaluator']}{f' on another set ({number + 1})' if number else ''}"
             )
             name = " · ".join(part for part in (run, evaluator) if part)
-            point = Point(record["batch"], numbers(record["metrics"]), record["chance"])
+            point = Point(record["batch"], with_nan(record["metrics"]), record["chance"])
             found.setdefault(name, {})[record["batch"]] = point
     return _without_doubles(
         {name: [points[batch] for batch in sorted(points)] for name, points in found.items()}

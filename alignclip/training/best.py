@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from composer.core import State
-from composer.utils import dist, reproducibility
+from composer.utils import reproducibility
 
 from alignclip.config.metrics import MODES, better
 from alignclip.config.schema import KeepBestConfig
 from alignclip.errors import UserError, nearest
 from alignclip.evaluation.evaluator import Metrics
+from alignclip.ranks import rank, run_on_rank_zero
 from alignclip.storage import describe_storage_error
 from alignclip.training.display import say
 from alignclip.training.save_folder import SaveFolder
@@ -30,8 +31,8 @@ BEST = "best-rank0.pt"
 class BestCheckpoint:
     """Keeps the checkpoint with the best value of one metric as ``best-rank0.pt``, complete at any time.
 
-    ``value`` is that of the checkpoint that is kept: one that could not be written has to be beaten by nobody. Into a
-    bucket it is uploaded while the training goes on. What is decided, rank 0 decides.
+    ``value`` belongs to the checkpoint that is kept: a value whose checkpoint could not be written need not be beaten.
+    Into a bucket the checkpoint is uploaded while the training goes on. Rank 0 decides.
     """
 
     def __init__(self, config: KeepBestConfig, folder: SaveFolder) -> None:
@@ -39,11 +40,10 @@ class BestCheckpoint:
         metric = config.metric.partition("/")[2]
         better_mode = MODES[better(metric)]
         self.mode = config.mode or better_mode or "max"
-        if better_mode not in (None, self.mode) and dist.get_global_rank() == 0:
-            print(
-                f"keep_best: {metric} is better {better(metric)}, and keep_best.mode={self.mode} keeps the worst; "
-                f"keep_best.mode={better_mode}?",
-                flush=True,
+        if better_mode not in (None, self.mode):
+            _print_once(
+                f"{metric} is better {better(metric)}, and keep_best.mode={self.mode} keeps the worst; "
+                f"keep_best.mode={better_mode}?"
             )
         self.value: float | None = None
         self._pending: list[tuple[float, Future[bool]]] = []
@@ -60,16 +60,13 @@ class BestCheckpoint:
         if not mine:
             return
         if name not in metrics:
-            raise UserError(
-                f"keep_best.metric={name} is no metric of that evaluator; {nearest(name, mine)}"
-            )
-        is_better = [dist.get_global_rank() == 0 and self._is_better(metrics[name])]
-        dist.broadcast_object_list(is_better)
-        if not is_better[0]:
+            hint = nearest(name, mine)
+            raise UserError(f"keep_best.metric={name} is no metric of that evaluator; {hint}")
+        if not run_on_rank_zero(lambda: self._is_better(metrics[name])):
             return
-        # together, where the model is spread over ranks; the file is rank 0's business, and its trouble, alone
+        # on all ranks, where the model is spread over ranks; writing the file is rank 0's trouble alone
         content = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}
-        if dist.get_global_rank() == 0:
+        if rank() == 0:
             self._keep(content, metrics[name])
 
     def finish(self) -> None:
@@ -78,7 +75,7 @@ class BestCheckpoint:
         self._settle()
 
     def state_dict(self) -> dict[str, Any]:
-        """The value that a resumed run has to beat, and what it is of."""
+        """Return the value that a resumed run has to beat, and the metric."""
         self._settle()
         return {"metric": self.config.metric, "mode": self.mode, "value": self.value}
 
@@ -87,66 +84,63 @@ class BestCheckpoint:
         if (state["metric"], state["mode"]) == (self.config.metric, self.mode):
             value = state["value"]
             self.value = value if value is not None and math.isfinite(value) else None
-        elif dist.get_global_rank() == 0:
-            print(
-                f"keep_best: the best {state['metric']} ({state['mode']}) so far doesn't count for "
-                f"{self.config.metric} ({self.mode})",
-                flush=True,
+        else:
+            _print_once(
+                f"the best {state['metric']} ({state['mode']}) so far doesn't count for "
+                f"{self.config.metric} ({self.mode})"
             )
 
     def _is_better(self, value: float) -> bool:
-        """Better than what is kept, and than what is on its way."""
+        """Compare with what is kept, and with what is on its way."""
         self._settle()
+        known = [self.value, *(pending for pending, _ in self._pending)]
         sign = 1 if self.mode == "max" else -1
-        others = [
-            one
-            for one in (self.value, *(pending for pending, _ in self._pending))
-            if one is not None
-        ]
-        return math.isfinite(value) and all(sign * value > sign * other for other in others)
+        return math.isfinite(value) and all(
+            other is None or sign * value > sign * other for other in known
+        )
 
     def _settle(self) -> None:
-        """What has arrived counts."""
-        for value, future in [one for one in self._pending if one[1].done()]:
-            if future.result():
+        """Take over the values whose checkpoints have arrived."""
+        for value, future in self._pending:
+            if future.done() and future.result():
                 self.value = value
         self._pending = [one for one in self._pending if not one[1].done()]
 
     def _keep(self, content: dict[str, Any], value: float) -> None:
         """Write a checkpoint, and put it where it belongs."""
-        if not self.folder.remote:
-            if self._written(content, Path(self.folder.uri, BEST)):
-                self.value = value
-                self._say(value)
-            return
         try:
-            folder = Path(tempfile.mkdtemp(prefix="alignclip-best-"))
-        except OSError as error:
+            path = self._write(content)
+        except Exception as error:  # a full disk is no reason to end a run
             self._complain(error)
             return
-        if self._written(content, folder / BEST):
-            self._pending.append((value, self._uploader.submit(self._upload, folder, value)))
+        if self.folder.remote:
+            self._pending.append((value, self._uploader.submit(self._upload, path, value)))
         else:
+            self.value = value
+            self._say(value)
+
+    def _write(self, content: dict[str, Any]) -> Path:
+        """Write a checkpoint into the folder of the run, or for a bucket into a folder of its own."""
+        if not self.folder.remote:
+            save(content, path := Path(self.folder.uri, BEST))
+            return path
+        folder = tempfile.mkdtemp(prefix="alignclip-best-")
+        try:
+            save(content, path := Path(folder, BEST))
+        except Exception:
             shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return path
 
-    def _written(self, content: dict[str, Any], path: Path) -> bool:
-        """Whether a checkpoint could be written."""
+    def _upload(self, path: Path, value: float) -> bool:
+        """Upload a checkpoint, and say whether that worked."""
         try:
-            save(content, path)
-        except UserError as error:
-            self._complain(error)
-            return False
-        return True
-
-    def _upload(self, folder: Path, value: float) -> bool:
-        """Whether that worked."""
-        try:
-            self.folder.keep_file(folder / BEST, BEST)
+            self.folder.keep_file(path, BEST)
         except Exception as error:  # of any cloud's library
             self._complain(error)
             return False
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(path.parent, ignore_errors=True)
         self._say(value)
         return True
 
@@ -156,3 +150,8 @@ class BestCheckpoint:
     def _complain(self, error: Exception) -> None:
         why = str(error) if isinstance(error, UserError) else describe_storage_error(error)
         log.warning(f"could not keep the best checkpoint in {self.folder.uri}: {why}")
+
+
+def _print_once(text: str) -> None:
+    if rank() == 0:
+        print(f"keep_best: {text}", flush=True)

@@ -11,7 +11,7 @@ import torch
 from composer.algorithms import EMA
 from composer.core import Callback, Event, State
 from composer.loggers import Logger
-from composer.utils import create_interval_scheduler, dist
+from composer.utils import create_interval_scheduler
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from alignclip.config.metrics import arrow, metric_named
@@ -19,10 +19,10 @@ from alignclip.config.schema import EvaluatorConfig
 from alignclip.errors import UserError
 from alignclip.evaluation.encoding import Encoder, Interrupted
 from alignclip.evaluation.evaluator import Evaluator, Metrics
-from alignclip.evaluation.history import History
+from alignclip.evaluation.history import EvaluationRecords
 from alignclip.evaluation.sets import OpenSets
 from alignclip.model.encoders import CLIP
-from alignclip.ranks import raise_on_all_ranks
+from alignclip.ranks import errors_on_all_ranks, rank
 from alignclip.training.best import BestCheckpoint
 from alignclip.training.callbacks import StopOnSignal
 from alignclip.training.display import say
@@ -64,19 +64,15 @@ class EvaluationCallback(Callback):
     ) -> None:
         self._encoders, self._dtype, self._progress = encoders, dtype, progress
         self._best = best
-        self.history = History(folder)
+        self.history = EvaluationRecords(folder.files if folder is not None else None)
         opened = OpenSets()
         self._evaluators: list[tuple[Evaluator, Callable[[State, Event], bool]]] = []
         for name, config in evaluators.items():
-            failure = None
-            try:
+            with (
+                errors_on_all_ranks()
+            ):  # a file that is missing on one machine is everybody's trouble
                 evaluator = Evaluator(name, config, image_size, opened)
-            except (
-                UserError
-            ) as error:  # a file that is missing on one machine is everybody's trouble
-                failure = error
-            raise_on_all_ranks(failure)
-            if evaluator.note and dist.get_global_rank() == 0:
+            if evaluator.note and rank() == 0:
                 say(f"evaluators.{name}: {evaluator.note}")
             is_due = create_interval_scheduler(
                 config.interval, checkpoint_events=False, final_events=set(EVENTS)
@@ -95,39 +91,42 @@ class EvaluationCallback(Callback):
         if event not in EVENTS:
             return
         batch = state.timestamp.batch.value
+        # the last batch of a run is also the end of its last epoch
         due = [
-            e
-            for e, is_due in self._evaluators
-            if is_due(state, event) and self._last.get(e.name) != batch
+            evaluator
+            for evaluator, is_due in self._evaluators
+            if is_due(state, event) and self._last.get(evaluator.name) != batch
         ]
         if not due:
             return
-        stop = next((c for c in state.callbacks if isinstance(c, StopOnSignal)), None)
-        device = next(self._encoders.parameters()).device
-        encoder = Encoder(self._encoders, device, self._dtype, progress=self._progress)
-        if stop is not None:  # the launcher gives 30 s, and they are for the checkpoint
-            encoder.interrupted = lambda: stop.requested(state)
+        encoder = self._encoder(state)
         found: Metrics = {}
         with _as_saved(state, logger):
             try:
                 for evaluator in due:
                     if encoder.interrupted is not None and encoder.interrupted():
-                        raise Interrupted
-                    # the last batch of a run is also the end of its last epoch
+                        return  # the Trainer saves where it stands, and ends
                     self._last[evaluator.name] = batch
-                    found |= self._evaluate(evaluator, encoder, state, logger)
-                if dist.get_global_rank() == 0:
+                    found |= self._evaluate(evaluator, encoder, batch, logger)
+                if rank() == 0:
                     self.history.write()
                 if self._best is not None:
                     self._best.offer(found, state)
             except Interrupted:
-                pass  # the Trainer saves where it stands, and ends
+                return
+
+    def _encoder(self, state: State) -> Encoder:
+        device = next(self._encoders.parameters()).device
+        encoder = Encoder(self._encoders, device, self._dtype, progress=self._progress)
+        stop = next((one for one in state.callbacks if isinstance(one, StopOnSignal)), None)
+        if stop is not None:  # the launcher gives 30 s, and they are for the checkpoint
+            encoder.interrupted = lambda: stop.requested(state)
+        return encoder
 
     def _evaluate(
-        self, evaluator: Evaluator, encoder: Encoder, state: State, logger: Logger
+        self, evaluator: Evaluator, encoder: Encoder, batch: int, logger: Logger
     ) -> Metrics:
         encoder.batch_size = evaluator.config.batch_size
-        batch = state.timestamp.batch.value
         try:
             result = evaluator(encoder)
         except UserError as error:  # on every rank alike
@@ -136,7 +135,7 @@ class EvaluationCallback(Callback):
         named = {f"{evaluator.name}/{key}": value for key, value in result.metrics.items()}
         logger.log_metrics({f"metrics/{key}": value for key, value in named.items()})
         record = self.history.add(batch, evaluator.name, result.metrics, result.chance)
-        if dist.get_global_rank() == 0:
+        if rank() == 0:
             say(f"batch {batch}, {evaluator.name}: {_watched(result.metrics)}")
             if record["verdict"]:
                 say(f"  {evaluator.name}: {record['verdict']}")

@@ -1,0 +1,78 @@
+"""Records of a run in its save folder, a line of JSON each: what evaluators found, and the learning curves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from alignclip.storage import Store, describe_storage_error
+
+log = logging.getLogger(__name__)
+
+Line = Mapping[str, Any]
+
+
+class JsonLines:
+    """A file of a run's folder that is written anew, whole or not at all; into a bucket beside the training.
+
+    Trouble is reported and ends no run. For rank 0 alone.
+
+    Args:
+        store: the run's folder.
+        name: the file's.
+        complaint: how the report of trouble begins.
+    """
+
+    def __init__(self, store: Store, name: str, complaint: str) -> None:
+        self.store, self.name, self._complaint = store, name, complaint
+        self._writer = ThreadPoolExecutor(1)  # one at a time, so that the last one stays
+
+    def write(self, lines: Iterable[Line]) -> None:
+        """Replace the file."""
+        text = text_of(lines)
+        written = self._writer.submit(self.reported, lambda: self.store.write_text(self.name, text))
+        if not self.store.is_remote:
+            written.result()
+
+    def finish(self) -> None:
+        """Wait until the file is where it belongs; may be called again."""
+        self._writer.shutdown()
+
+    def reported(self, action: Callable[[], None]) -> None:
+        """Run ``action``, and report what goes wrong."""
+        try:
+            action()
+        except Exception as error:  # of the file system, or any cloud's
+            log.warning(f"{self._complaint}: {describe_storage_error(error)}")
+
+
+def text_of(lines: Iterable[Line]) -> str:
+    """Return the lines as text; their numbers must be finite, see :func:`without_nan`."""
+    return "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+
+
+def lines_in(text: str) -> list[dict[str, Any]]:
+    """Return the lines of a text that belong to a batch; a line that a kill has cut off is left out."""
+    lines = []
+    for line in text.splitlines():
+        try:
+            read = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(read, dict) and isinstance(read.get("batch"), int):
+            lines.append(read)
+    return lines
+
+
+def without_nan(values: Mapping[str, float]) -> dict[str, float | None]:
+    """Return numbers as JSON has them: one that is not finite is None."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def with_nan(values: Mapping[str, float | None]) -> dict[str, float]:
+    """Return numbers as they were measured: None is NaN."""
+    return {name: math.nan if value is None else float(value) for name, value in values.items()}

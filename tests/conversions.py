@@ -18,7 +18,7 @@ from PIL import Image
 from processes import Forked, python
 from tarballs import quick, read_back, write_tar
 
-from alignclip.storage.store import PROBE
+from alignclip.storage.clouds import PROBE
 
 COMMAND = Path(__file__).parent.parent / "convert" / "cc12m.py"
 SIZE_LIMIT = "80kb"  # of a shard: a few pictures

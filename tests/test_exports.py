@@ -733,7 +733,7 @@ def test_an_upload_that_breaks_leaves_nothing(
 ) -> None:
     """What says that a model is there comes last, so that nobody loads a half of it; then the same command works."""
     url, order = f"{s3.bucket()}/exports/second", []
-    upload = S3.upload
+    upload = S3._put
 
     def breaks(self: S3, path: Path, name: str) -> None:
         order.append(name)
@@ -743,7 +743,7 @@ def test_an_upload_that_breaks_leaves_nothing(
 
     options = Options(str(exported["composer"] / "model.pt"), "huggingface", url)
     with monkeypatch.context() as patch:
-        patch.setattr(S3, "upload", breaks)
+        patch.setattr(S3, "_put", breaks)
         with pytest.raises(UserError, match=r"cannot write to s3://.*: the network is gone$"):
             convert(options)
     assert order[-1] == "config.json"

@@ -21,13 +21,13 @@ A place is a path or a URL.
 The libraries of object stores take seconds to import. So they are imported where they are used.
 """
 
+from alignclip.storage.clouds import open_file, open_store, read_text
 from alignclip.storage.endpoint import expect_plain_s3
 from alignclip.storage.patience import PATIENCE, TRAINING_PATIENCE, patiently
-from alignclip.storage.store import Bucket, Folder, Store, open_file, open_store, read_text
+from alignclip.storage.store import Store
 from alignclip.storage.trouble import is_absent, is_denied, is_full, is_passing
 from alignclip.storage.whole import (
     check_folder_writable,
-    free_bytes,
     leaving_nothing,
     to_disk,
     why_not_written,
@@ -39,14 +39,11 @@ from alignclip.storage.words import StorageError, describe_storage_error
 __all__ = [
     "PATIENCE",
     "TRAINING_PATIENCE",
-    "Bucket",
-    "Folder",
     "StorageError",
     "Store",
     "check_folder_writable",
     "describe_storage_error",
     "expect_plain_s3",
-    "free_bytes",
     "is_absent",
     "is_denied",
     "is_full",

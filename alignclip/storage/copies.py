@@ -1,4 +1,4 @@
-"""Remote files as local ones for a while: fetched patiently, into folders that are removed even after a kill."""
+"""Fetch remote files as local ones for a while, into folders that go even after a kill."""
 
 from __future__ import annotations
 
@@ -17,30 +17,32 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from alignclip.errors import UserError
-from alignclip.storage import describe_storage_error, open_file, patiently
+from alignclip.storage.clouds import open_file
+from alignclip.storage.patience import patiently
+from alignclip.storage.words import describe_storage_error
 
 HTTP_TIMEOUT = 60.0  # seconds without a byte, from the web
+STALE = 3600.0  # seconds since a folder of a process that is gone was used
 
 
 def machine() -> str:
-    """A short name of this machine or container: process ids mean something there only, and TMPDIR may be shared."""
+    """Name this machine or container: process ids mean something there only, TMPDIR may be shared."""
     namespace = Path("/proc/self/ns/pid")
-    processes = namespace.readlink() if namespace.exists() else ""
-    return hashlib.blake2b(
-        f"{socket.gethostname()} {processes}".encode(), digest_size=4
-    ).hexdigest()
+    name = f"{socket.gethostname()} {namespace.readlink() if namespace.exists() else ''}"
+    return hashlib.blake2b(name.encode(), digest_size=4).hexdigest()
 
 
 HOST = machine()
-TEMPORARY = f"alignclip-{HOST}-{os.getpid()}-"  # folders in TMPDIR, which a process that is killed can't remove
+# Begins the names of folders in TMPDIR, which a process that is killed can't remove
+TEMPORARY = f"alignclip-{HOST}-{os.getpid()}-"
 
 
 @contextmanager
 def fetched(place: str) -> Iterator[Path]:
-    """The file at a path or URL as a local file: itself, or a temporary copy of a remote one.
+    """Give the file at a path or URL as a local file: itself, or a temporary copy of a remote one.
 
     Raises:
-        UserError: it cannot be fetched.
+        UserError: the file cannot be fetched.
     """
     if "://" not in place:
         yield Path(place)
@@ -48,36 +50,36 @@ def fetched(place: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
         path = Path(folder, place.rsplit("/", 1)[1] or "file")
         try:
-            if urlparse(place).scheme in ("http", "https"):
-                patiently(lambda: _fetch_http(place, path), place)
-            else:
-                store, name = open_file(place)
-                patiently(lambda: store.download(name, path), place)
+            patiently(lambda: _fetch(place, path), place)
         except Exception as error:  # every provider has its own
             raise UserError(f"cannot fetch {place}: {describe_storage_error(error)}") from error
         yield path
 
 
-def _fetch_http(url: str, path: Path) -> None:
+def _fetch(url: str, path: Path) -> None:
     """Download a file.
 
     Raises:
-        OSError, HTTPException: it cannot be fetched, or fewer bytes came than were announced.
+        StorageError: an object store refuses.
+        OSError, HTTPException: a web server refuses, or sends fewer bytes than it announced.
     """
+    if urlparse(url).scheme not in ("http", "https"):
+        store, name = open_file(url)
+        store.download(name, path)
+        return
     with urllib.request.urlopen(url, timeout=HTTP_TIMEOUT) as answer, path.open("wb") as file:
         shutil.copyfileobj(answer, file)
-    announced = answer.headers.get("Content-Length")
-    if announced and path.stat().st_size != int(announced):
-        raise ConnectionError(
-            f"the connection broke after {path.stat().st_size} of {announced} bytes"
-        )
+    size, announced = path.stat().st_size, answer.headers.get("Content-Length")
+    if announced and size != int(announced):
+        raise ConnectionError(f"the connection broke after {size} of {announced} bytes")
 
 
 def check_web(urls: Iterable[str]) -> None:
     """Ask each web server for one of these once, without patience: a mistyped name is told at once.
 
     Raises:
-        UserError: there is no such server, none listens, or its certificate is wrong. What it answers doesn't matter.
+        UserError: there is no such server, none listens, or its certificate is wrong. What the
+            server answers doesn't matter.
     """
     first: dict[str, str] = {}
     for url in urls:
@@ -92,15 +94,12 @@ def check_web(urls: Iterable[str]) -> None:
 
 
 def remove_stale_copies() -> None:
-    """Remove temporary folders of this machine's processes that were killed, an hour after they were last used."""
+    """Remove the temporary folders of this machine's killed processes, an hour after their use."""
     for folder in Path(tempfile.gettempdir()).glob(f"alignclip-{HOST}-*-*"):
         pid = folder.name.split("-")[2]
         with suppress(OSError):
-            if (
-                pid.isdecimal()
-                and not _is_alive(int(pid))
-                and time.time() - folder.stat().st_mtime > 3600
-            ):
+            is_old = time.time() - folder.stat().st_mtime > STALE
+            if pid.isdecimal() and is_old and not _is_alive(int(pid)):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -110,5 +109,5 @@ def _is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except OSError:  # another user's
-        return True
+        pass
     return True

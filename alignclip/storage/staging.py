@@ -1,4 +1,15 @@
-"""An output folder, local or in object storage, that is filled one complete sub-folder at a time."""
+"""Fill an output folder, local or in object storage, one complete sub-folder at a time.
+
+The protocol, by which a run that was killed goes on and nobody reads half a set:
+
+- A sub-folder has shards, ``index.json`` that names them, and ``counts.json``. It is complete where it
+  has both files: ``index.json`` is written after the shards, and ``counts.json`` last.
+- A sub-folder that is replaced loses its ``counts.json`` first. So it is incomplete after a kill. The
+  root's index must not name its shards any more by then.
+- A local sub-folder is made in a hidden folder beside its place, on the same file system. A rename is
+  all that is left to do then. What killed runs have left there goes with the next run.
+- One command at a time writes to a local folder: it holds a lock.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +19,20 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from alignclip import storage
 from alignclip.errors import UserError
-from alignclip.storage import StorageError, is_passing, open_store, patiently, to_disk
+from alignclip.storage.clouds import open_store
 from alignclip.storage.copies import TEMPORARY
+from alignclip.storage.patience import patiently
+from alignclip.storage.store import Store
+from alignclip.storage.trouble import is_passing
+from alignclip.storage.whole import to_disk
+from alignclip.storage.words import StorageError
 
 INDEX = "index.json"
 COUNTS = "counts.json"  # in each sub-folder, beside its index
@@ -27,40 +42,22 @@ LOCK = ".lock"  # of a local folder that is being written
 
 
 def list_remote(url: str) -> set[str]:
-    """The names of all objects under a URL, relative to it.
+    """List the names of all objects under a URL, relative to it.
 
     Raises:
-        UserError: it cannot be reached, or Streaming cannot list that kind of storage (S3, GCS and OCI it can).
+        UserError: the URL cannot be reached, or Streaming cannot list that kind of storage.
     """
     try:
-        bucket = open_store(url)
-        if not bucket.can_list:
+        store = open_store(url)
+        if not store.can_list:
             raise UserError(f"Streaming cannot list {url}; name the files")
-        return bucket.names()
+        return store.names()
     except StorageError as error:
         raise UserError(f"cannot reach {url}: {error.why}") from error
 
 
-def _empty(bucket: storage.Store) -> None:
-    """Delete a sub-folder's objects where Streaming's client can: S3 and GCS.
-
-    Elsewhere, or where the credentials don't allow it, they stay and are overwritten or named by no index.
-    """
-    if not (bucket.can_list and bucket.can_delete):
-        return
-    names = bucket.names()
-    try:
-        for name in _ours(names):
-            bucket.delete(name)
-    except StorageError as error:
-        if is_passing(
-            error
-        ):  # counts.json would stay, and after a kill say that a mixture is complete
-            raise
-
-
 def shown(listing: Iterable[str]) -> set[str]:
-    """Those of these files that are not hidden, nor lie in a hidden folder."""
+    """Choose the files that are not hidden, nor lie in a hidden folder."""
     return {name for name in listing if not any(part.startswith(".") for part in name.split("/"))}
 
 
@@ -69,56 +66,39 @@ class OutputFolder:
 
     def __init__(self, out: str) -> None:
         self.is_remote = "://" in out
-        self.out = out.rstrip("/") if self.is_remote else str(Path(out).expanduser().resolve())
+        self.files = open_store(out if self.is_remote else str(Path(out).expanduser().resolve()))
+        self.out = self.files.place
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other conversions out of a local ``out``: each removes what it takes for another's remains.
+        """Keep other conversions out of a local ``out``: each removes what others have begun.
 
         Raises:
-            UserError: there is one at work, or ``out`` can't be written.
+            UserError: another conversion is at work, or ``out`` can't be written.
         """
         if self.is_remote:
             yield
             return
-        import fcntl
-
-        lock = Path(self.out) / LOCK
-        with ExitStack() as stack:
-            while True:
-                try:
-                    Path(self.out).mkdir(parents=True, exist_ok=True)
-                    file = stack.enter_context(lock.open("w"))
-                except OSError as error:
-                    raise UserError(f"cannot write to {self.out}: {error.strerror}") from None
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise UserError(f"another conversion into {self.out} is running") from None
-                except OSError:  # a file system without locks
-                    break
-                with suppress(FileNotFoundError):
-                    if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-                        break
-                # one that was about to end has removed it in between
+        lock = Path(self.out, LOCK)
+        with _lock(lock):
             try:
                 yield
             finally:
                 lock.unlink(missing_ok=True)
 
     def clear(self, names: Iterable[str], *files: str) -> None:
-        """Remove these sub-folders of a local ``out``, those of its held-out split, and these files."""
+        """Remove these sub-folders of a local ``out`` and of its held-out split, and these files."""
         self.remove_partial()
         for name in names:
             for split in ("", VAL):
-                shutil.rmtree(Path(self.out) / split / name, ignore_errors=True)
+                shutil.rmtree(Path(self.out, split, name), ignore_errors=True)
         for file in files:
-            (Path(self.out) / file).unlink(missing_ok=True)
+            Path(self.out, file).unlink(missing_ok=True)
         with suppress(OSError):
-            (Path(self.out) / VAL).rmdir()
+            Path(self.out, VAL).rmdir()
 
     def remove_partial(self) -> None:
-        """Remove what killed runs have left in the making; remotely there is no such thing."""
+        """Remove from a local ``out`` what killed runs have left in the making."""
         if not self.is_remote:
             for path in Path(self.out).glob(f"{PARTIAL}*"):
                 if path.is_file():
@@ -128,7 +108,7 @@ class OutputFolder:
 
     @contextmanager
     def witness(self) -> Iterator[str | None]:
-        """A file in a local ``out`` by which a process elsewhere tells whether it sees the same folder."""
+        """Name a file in a local ``out``, by which a process elsewhere knows the same folder."""
         if self.is_remote:
             yield None
             return
@@ -136,25 +116,23 @@ class OutputFolder:
             yield file.name
 
     def listing(self) -> set[str]:
-        """The names of the files here and two folders below, relative to ``out``; none where nothing is there yet.
+        """List the files in ``out`` and two folders below, relative to ``out``.
+
+        Nothing is found in storage that can't be listed, Azure's. There all is written again.
 
         Raises:
             UserError: ``out`` cannot be reached.
         """
-        if not self.is_remote:
-            root = Path(self.out)
-            files = chain.from_iterable(root.glob(pattern) for pattern in ("*", "*/*", "*/*/*"))
-            return {
-                str(file)
-                for file in (path.relative_to(root) for path in files if path.is_file())
-                if not file.parts[0].startswith(PARTIAL)
-            }
-        try:
-            listable = open_store(self.out).can_list
-        except StorageError as error:
-            raise UserError(f"cannot reach {self.out}: {error.why}") from error
-        # Azure's is missing in Streaming: nothing is found to be done before, and all is written again
-        return list_remote(self.out) if listable else set()
+        if self.is_remote:
+            try:
+                listable = self.files.can_list
+            except StorageError as error:
+                raise UserError(f"cannot reach {self.out}: {error.why}") from error
+            return list_remote(self.out) if listable else set()
+        root = Path(self.out)
+        paths = chain.from_iterable(root.glob(depth) for depth in ("*", "*/*", "*/*/*"))
+        names = {path.relative_to(root).as_posix() for path in paths if path.is_file()}
+        return {name for name in names if not name.startswith(PARTIAL)}
 
     def check_writable(self) -> None:
         """Write a real file and remove it again: better known now than after hours.
@@ -163,64 +141,68 @@ class OutputFolder:
             UserError: ``out`` cannot be written to.
         """
         try:
-            open_store(self.out).check_writable()
+            self.files.check_writable()
         except StorageError as error:
             raise UserError(f"cannot write to {self.out}: {error.why}") from error
 
     @contextmanager
     def staged(self, name: str = "", replace: bool = True) -> Iterator[Path]:
-        """An empty folder whose files appear in ``out/name`` when the block ends, and not at all when it raises.
+        """Give an empty folder whose files appear in ``out/name`` when the block ends.
 
-        ``index.json`` follows what it names and ``counts.json`` goes last: where there are both, a sub-folder is
-        complete. One that is there already is replaced as a whole, its ``counts.json`` going first: after a kill in
-        between it is incomplete. The root's index must not name its shards any more by then.
+        They don't appear at all where the block raises.
+
+        Args:
+            name: the sub-folder; the root itself where there is no name.
+            replace: whether a sub-folder that is there loses its files first.
 
         Raises:
             UserError: ``out`` cannot be reached or written.
         """
+        with self._new_folder(name) as made:
+            folder = Path(made)
+            yield folder
+            publish = self._upload if self.is_remote else self._move
+            publish(folder, open_store(f"{self.out}/{name}"), replace=bool(name) and replace)
+
+    def _new_folder(self, name: str) -> tempfile.TemporaryDirectory[str]:
         if self.is_remote:
-            with tempfile.TemporaryDirectory(prefix=TEMPORARY) as temporary:
-                folder = Path(temporary)
-                bucket = open_store(f"{self.out}/{name}")
-                yield folder
-                try:
-                    if name and replace:
-                        patiently(lambda: _empty(bucket), self.out)
-                    for file in _in_order(folder):
-                        patiently(lambda file=file: bucket.put(folder / file, file), self.out)  # type: ignore[misc]
-                except StorageError as error:
-                    raise UserError(f"cannot write to {self.out}/{name}: {error.why}") from error
-            return
+            return tempfile.TemporaryDirectory(prefix=TEMPORARY)
         try:
             Path(self.out).mkdir(parents=True, exist_ok=True)
-            # on the same file system, so that a rename is all it takes
-            folder = Path(
-                tempfile.mkdtemp(prefix=f"{PARTIAL}{name.replace('/', '-')}-", dir=self.out)
+            prefix = f"{PARTIAL}{name.replace('/', '-')}-"
+            return tempfile.TemporaryDirectory(
+                prefix=prefix, dir=self.out, ignore_cleanup_errors=True
             )
         except OSError as error:
             raise UserError(f"cannot write to {self.out}: {error.strerror}") from None
+
+    def _upload(self, folder: Path, target: Store, replace: bool) -> None:
         try:
-            yield folder
-            for path in folder.iterdir():
-                to_disk(path)  # a rename may survive a power cut that what it names does not
-            _check_whole(folder)
-            target = Path(self.out) / name
-            target.mkdir(parents=True, exist_ok=True)
-            if name and replace:
-                for file in _ours(path.name for path in target.iterdir()):
-                    (target / file).unlink(
-                        missing_ok=True
-                    )  # another task may be about to replace it, too
+            if replace:
+                patiently(lambda: _remove_ours(target), self.out)
             for file in _in_order(folder):
-                if file == COUNTS:
-                    to_disk(target)
-                (folder / file).replace(target / file)
-            to_disk(target)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+                patiently(lambda file=file: target.put(folder / file, file), self.out)  # type: ignore[misc]
+        except StorageError as error:
+            raise UserError(f"cannot write to {target.place}: {error.why}") from error
+
+    def _move(self, folder: Path, target: Store, replace: bool) -> None:
+        for path in folder.iterdir():
+            to_disk(path)  # a rename may survive a power cut that the file does not
+        _check_whole(folder)
+        place = Path(target.place)
+        place.mkdir(parents=True, exist_ok=True)
+        if replace:
+            for file in _ours(path.name for path in place.iterdir()):
+                # another task may be about to replace the file, too
+                (place / file).unlink(missing_ok=True)
+        for file in _in_order(folder):
+            if file == COUNTS:
+                to_disk(place)
+            (folder / file).replace(place / file)
+        to_disk(place)
 
     def read_json(self, names: Sequence[str], broken: bool = False) -> list[Any]:
-        """The contents of these JSON files, in the same order; with ``broken``, None of what is no JSON.
+        """Read these JSON files, in the same order; with ``broken``, None stands for one that is none.
 
         Raises:
             UserError: one of them cannot be fetched.
@@ -228,41 +210,65 @@ class OutputFolder:
             ValueError: one is no JSON.
         """
 
-        def parse(content: bytes) -> Any:
-            return _parse(content) if broken else json.loads(content.decode("utf-8"))
-
-        if not self.is_remote:
-            return [parse((Path(self.out) / name).read_bytes()) for name in names]
-        bucket = open_store(self.out)
-
         def fetch(name: str) -> Any:
             try:
-                return parse(patiently(lambda: bucket.read_bytes(name), self.out))
+                content = patiently(lambda: self.files.read_bytes(name), self.out)
             except StorageError as error:
-                raise UserError(f"cannot read {bucket.at(name)}: {error.why}") from error
+                raise UserError(f"cannot read {self.files.at(name)}: {error.why}") from error
+            return _parse(content, broken)
 
+        if not self.is_remote:
+            return [_parse(Path(self.out, name).read_bytes(), broken) for name in names]
         with ThreadPoolExecutor(16) as pool:
             return list(pool.map(fetch, names))
 
 
-def _parse(content: bytes) -> Any:
+def _lock(lock: Path) -> IO[bytes]:
+    """Create and lock a file, which the caller closes.
+
+    Raises:
+        UserError: another process has it, or the file can't be written.
+    """
+    import fcntl
+
+    while True:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = lock.open("wb")
+        except OSError as error:
+            raise UserError(f"cannot write to {lock.parent}: {error.strerror}") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                return file
+        except BlockingIOError:
+            file.close()
+            raise UserError(f"another conversion into {lock.parent} is running") from None
+        except FileNotFoundError:  # a process that was about to end has removed the file in between
+            pass
+        except OSError:  # a file system without locks
+            return file
+        file.close()
+
+
+def _parse(content: bytes, broken: bool) -> Any:
     try:
         return json.loads(content.decode("utf-8"))
     except ValueError:
+        if not broken:
+            raise
         return None
 
 
 def _check_whole(folder: Path) -> None:
-    """Whatever the folder's own index names is there: nobody has removed it meanwhile.
+    """See that every file which the folder's own index names is there.
 
     Raises:
-        UserError: names what is missing.
+        UserError: names a file that another process has removed.
     """
-    for shard in (
-        (_parse((folder / INDEX).read_bytes()) or {}).get("shards", [])
-        if (folder / INDEX).exists()
-        else []
-    ):
+    path = folder / INDEX
+    index = _parse(path.read_bytes(), broken=True) if path.exists() else None
+    for shard in (index or {}).get("shards", []):
         name = (shard.get("zip_data") or shard["raw_data"])["basename"]
         if "/" not in name and not (folder / name).exists():
             raise UserError(
@@ -270,14 +276,29 @@ def _check_whole(folder: Path) -> None:
             )
 
 
+def _remove_ours(store: Store) -> None:
+    """Delete a sub-folder's objects where Streaming's client can: S3 and GCS.
+
+    Elsewhere, or where the key may not delete, they stay and are overwritten or named by no index.
+    """
+    if not store.can_list:
+        return
+    names = _ours(store.names())
+    try:
+        for name in names:
+            store.delete(name)
+    except StorageError as error:
+        # counts.json would stay, and after a kill say that a mixture is complete
+        if is_passing(error):
+            raise
+
+
 def _ours(files: Iterable[str]) -> list[str]:
-    """Those of a sub-folder's files that a converter has written, ``counts.json`` first."""
+    """Choose the files that a converter writes, ``counts.json`` first."""
     ours = [name for name in files if name in (COUNTS, INDEX) or fnmatch(name, "shard.*.mds*")]
     return sorted(ours, key=lambda name: name != COUNTS)
 
 
 def _in_order(folder: Path) -> list[str]:
-    return sorted(
-        (path.name for path in folder.iterdir()),
-        key=lambda name: (name == COUNTS, name == INDEX, name),
-    )
+    names = (path.name for path in folder.iterdir())
+    return sorted(names, key=lambda name: (name == COUNTS, name == INDEX, name))

@@ -1,7 +1,7 @@
-"""What an error of storage means: passing or for good, absent or refused, and which right is missing.
+"""Classify errors of storage: passing or for good, absent, refused, full; and find the missing right.
 
-Every cloud's library has exceptions of its own, and which libraries are installed differs. So classes
-are told by their names, and answers by their HTTP status and the store's own code.
+Each cloud's library has exceptions of its own, and which libraries are installed differs. So classes
+are known by their names, and answers by their HTTP status and the store's own code.
 """
 
 from __future__ import annotations
@@ -19,107 +19,50 @@ from alignclip.errors import UserError
 
 Right = Literal["list", "read", "write", "delete"]
 
-PASSING_STATUSES = {408, 425, 429, 500, 502, 503, 504, 509}
-# A store's own words outrank its status: some stores answer 400 or 403 to what will pass, …
-PASSING_CODES = {
-    "RequestTimeout",
-    "IncompleteBody",
-    "BadDigest",
-    "SlowDown",
-    "Throttling",
-    "ThrottlingException",
-    "ThrottledException",
-    "RequestThrottled",
-    "RequestThrottledException",
-    "RequestLimitExceeded",
-    "BandwidthLimitExceeded",
-    "TooManyRequests",
-    "TooManyRequestsException",
-    "ServerBusy",
-    "OperationTimedOut",
-    "InternalError",
-    "InternalServerError",
-    "ServiceUnavailable",
-    "OperationAborted",  # 409: another request was changing the same object
-    "ConditionalRequestConflict",
-    "rateLimitExceeded",
-    "userRateLimitExceeded",
-    "backendError",
-}
-# … and some answer 403 or 503 to a quota, which doesn't grow while one waits.
-FULL_CODES = {
-    "QuotaExceeded",
-    "quotaExceeded",
-    "StorageQuotaExceeded",
-    "InsufficientStorage",
-    "InsufficientCapacity",
-    "EntityTooLarge",
-    "InsufficientAccountResources",
-    "XMinioStorageFull",
-    "XMinioAdminBucketQuotaExceeded",
-    "LimitExceeded",
-}
-EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
-SKEWED_CODES = {"RequestTimeTooSkewed", "RequestInTheFuture"}
-WRONG_KEY_CODES = {"InvalidAccessKeyId", "InvalidClientTokenId", "UnrecognizedClientException"}
-WRONG_SECRET_CODES = {"SignatureDoesNotMatch", "InvalidSignature"}
-WRONG_TOKEN_CODES = {"InvalidToken"}
-DENIED_CODES = {
-    "AccessDenied",
-    "AccessDeniedException",
-    "Forbidden",
-    "AllAccessDisabled",
-    "AuthorizationFailure",
-    "AuthorizationPermissionMismatch",
-    "InsufficientAccountPermissions",
-    "NotAuthorized",
-    "NotAuthorizedOrNotFound",
-}
-NO_BUCKET_CODES = {"NoSuchBucket", "ContainerNotFound", "FilesystemNotFound", "BucketNotFound"}
-ABSENT_CODES = {"NoSuchKey", "BlobNotFound", "PathNotFound", "ResourceNotFound", "ObjectNotFound"}
 
-# Exceptions that bring no answer, by their names
-PASSING_CLASSES = {
-    "EndpointConnectionError",
-    "ConnectTimeoutError",
-    "ConnectTimeout",
-    "ReadTimeoutError",
-    "ReadTimeout",
-    "ConnectionClosedError",
-    "ConnectionError",
-    "ProxyConnectionError",
-    "HTTPClientError",
-    "ResponseStreamingError",
-    "IncompleteReadError",
-    "ChunkedEncodingError",
-    "ProtocolError",
-    "FlexibleChecksumError",  # botocore's, of a body that isn't what was sent
-    "DataCorruption",
-    "ServiceUnavailable",
-    "TransportError",
-    "ServiceRequestError",
-    "ServiceRequestTimeoutError",
-    "ServiceResponseError",
-    "ServiceResponseTimeoutError",
-    "RequestException",
-    "RetriesExceededError",  # boto3's, of a body that breaks again and again
-    "RetryError",
-    "SSLError",
-    "ObjectStoreTransientError",  # Composer's
-}
-NO_CREDENTIALS_CLASSES = {
-    "NoCredentialsError",
-    "PartialCredentialsError",
-    "DefaultCredentialsError",
-    "CredentialUnavailableError",
-    "ConfigFileNotFound",
-    "InvalidConfig",
-    "ProfileNotFound",
-    "NoAuthTokenError",
-}
-EXPIRED_CLASSES = {"TokenRetrievalError", "UnauthorizedSSOTokenError", "SSOTokenLoadError"}
-FOR_GOOD_CLASSES = NO_CREDENTIALS_CLASSES | EXPIRED_CLASSES | {"OfflineModeIsEnabled"}
-ABSENT_CLASSES = {"FileNotFoundError", "ResourceNotFoundError", "NotFound", "EntryNotFoundError"}
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+PASSING_STATUSES = {408, 425, 429, 500, 502, 503, 504, 509}
+# The stores' own codes, and names of exceptions. A code outranks the status: some stores answer 400
+# or 403 to what will pass, and 403 or 503 to a quota, which doesn't grow while one waits. A 409 is
+# another request that was changing the same object.
+BUSY = _words("""
+    RequestTimeout IncompleteBody BadDigest SlowDown Throttling ThrottlingException
+    ThrottledException RequestThrottled RequestThrottledException RequestLimitExceeded
+    BandwidthLimitExceeded TooManyRequests TooManyRequestsException ServerBusy OperationTimedOut
+    InternalError InternalServerError ServiceUnavailable OperationAborted
+    ConditionalRequestConflict rateLimitExceeded userRateLimitExceeded backendError""")
+NO_ANSWER = _words("""
+    EndpointConnectionError ConnectTimeoutError ConnectTimeout ReadTimeoutError ReadTimeout
+    ConnectionClosedError ConnectionError ProxyConnectionError HTTPClientError
+    ResponseStreamingError IncompleteReadError ChunkedEncodingError ProtocolError
+    FlexibleChecksumError DataCorruption ServiceUnavailable TransportError ServiceRequestError
+    ServiceRequestTimeoutError ServiceResponseError ServiceResponseTimeoutError RequestException
+    RetriesExceededError RetryError SSLError ObjectStoreTransientError""")
+FULL = _words("""
+    QuotaExceeded quotaExceeded StorageQuotaExceeded InsufficientStorage InsufficientCapacity
+    EntityTooLarge InsufficientAccountResources XMinioStorageFull XMinioAdminBucketQuotaExceeded
+    LimitExceeded""")
+NO_CREDENTIALS = _words("""
+    NoCredentialsError PartialCredentialsError DefaultCredentialsError CredentialUnavailableError
+    ConfigFileNotFound InvalidConfig ProfileNotFound NoAuthTokenError""")
+EXPIRED = _words("""
+    ExpiredToken ExpiredTokenException TokenRefreshRequired RequestExpired TokenRetrievalError
+    UnauthorizedSSOTokenError SSOTokenLoadError""")
+SKEWED_CLOCK = _words("RequestTimeTooSkewed RequestInTheFuture")
+WRONG_KEY = _words("InvalidAccessKeyId InvalidClientTokenId UnrecognizedClientException")
+WRONG_SECRET = _words("SignatureDoesNotMatch InvalidSignature")
+WRONG_TOKEN = _words("InvalidToken")
+DENIED = _words("""
+    AccessDenied AccessDeniedException Forbidden AllAccessDisabled AuthorizationFailure
+    AuthorizationPermissionMismatch InsufficientAccountPermissions NotAuthorized
+    NotAuthorizedOrNotFound""")
+NO_BUCKET = _words("NoSuchBucket ContainerNotFound FilesystemNotFound BucketNotFound")
+ABSENT = _words("""
+    NoSuchKey BlobNotFound PathNotFound ResourceNotFound ObjectNotFound FileNotFoundError
+    NotADirectoryError ResourceNotFoundError NotFound EntryNotFoundError""")
 
 # Of a file system, local or mounted
 FULL_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -138,11 +81,24 @@ LOCAL_ERRORS = (
     NotADirectoryError,
     IsADirectoryError,
 )
+# PyTorch, safetensors and PIL have words of their own for a full disk
+FULL_WORDS = re.compile(
+    r"file write failed|unexpected pos|No space left|os error (28|122|27)|Disk quota exceeded"
+)
 AWS_TEXT = re.compile(r"An error occurred \((\w+)\) when calling the (\w+) operation")
+# Google names the right instead of the request
+GOOGLE_TEXT = re.compile(r"storage\.(?:objects|buckets|multipartUploads)\.(\w+)")
+# How the names of requests begin that need a right, in small letters without underscores
+REQUESTS: dict[Right, tuple[str, ...]] = {
+    "list": ("list", "headbucket"),
+    "read": ("get", "headobject"),
+    "write": ("put", "create", "upload", "complete", "abort", "update"),
+    "delete": ("delete",),
+}
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and what caused it, as Python links them, and as boto3 and urllib keep them."""
+    """Give the error and its causes, as Python links them, and as boto3 and urllib keep them."""
     seen: list[BaseException] = []
     ahead: list[Any] = [error]
     while ahead:
@@ -155,50 +111,50 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether the same request may succeed later, though nobody does anything.
+    """Tell whether the same request may succeed later, though nobody does anything.
 
-    What passes: no connection, a server in trouble, too many requests, a body that broke on its way.
-    What doesn't: anything that a person has to change, such as a name, a key, a right or a quota. An
-    answer of the store outranks the exceptions that were raised around the answer.
+    No connection passes, a server in trouble, too many requests, a body that broke on its way. What a
+    person has to change doesn't pass: a name, a key, a right, a quota. An answer of the store
+    outranks the exceptions that were raised around the answer.
     """
-    if not isinstance(error, Exception):  # Ctrl-C; what it came in the middle of is linked to it
+    if not isinstance(error, Exception):  # Ctrl-C, which Python links to what it interrupted
         return False
     errors = list(chain(error))
     if any(_is_for_good(one) for one in errors):
         return False
     for one in errors:
         code, status = code_of(one), status_of(one)
-        if code in FULL_CODES:
+        if code in FULL:
             return False
-        if code in PASSING_CODES:
+        if code in BUSY:
             return True
         if status is not None:
-            return (
-                status in PASSING_STATUSES
-            )  # not 501, a store without the feature, nor 507, a full one
-    if any(code_of(one) for one in errors):
-        return False
-    return any(_is_no_answer(one) for one in errors)
+            # not 501, a store without the feature, nor 507, a full one
+            return status in PASSING_STATUSES
+    return not any(map(code_of, errors)) and any(map(_is_no_answer, errors))
 
 
 def is_absent(error: BaseException) -> bool:
-    """Whether the store says that there is no such object. A missing bucket is no absent object."""
+    """Tell whether the store says that there is no such object; a missing bucket is none."""
     for one in chain(error):
         code = code_of(one)
-        if code in NO_BUCKET_CODES or code in DENIED_CODES:
+        if code in NO_BUCKET | DENIED:
             return False
-        if code in ABSENT_CODES:
+        if code in ABSENT:
             return True
         if (status := status_of(one)) is not None:
             return status == 404
-    return bool(class_names(error) & ABSENT_CLASSES)
+    return bool(class_names(error) & ABSENT)
 
 
 def is_denied(error: BaseException) -> bool:
-    """Whether the store knows the key, and refuses. It refuses an absent object, too, to a key that can't list."""
+    """Tell whether the store knows the key, and refuses.
+
+    A store refuses an absent object, too, to a key that can't list.
+    """
     for one in chain(error):
         code = code_of(one)
-        if code in DENIED_CODES:
+        if code in DENIED:
             return True
         if code and not code.isdecimal():
             return False
@@ -208,17 +164,23 @@ def is_denied(error: BaseException) -> bool:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether there is no room: a quota of a bucket, a disk, or a file system's quota."""
+    """Tell whether there is no room: in a bucket's quota, on a disk, in a file system's quota."""
     return any(
-        code_of(one) in FULL_CODES
-        or status_of(one) == 507
-        or (isinstance(one, OSError) and one.errno in FULL_ERRORS)
+        getattr(one, "errno", None) in FULL_ERRORS or code_of(one) in FULL or status_of(one) == 507
+        for one in chain(error)
+    )
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Tell whether a library that was writing a local file had no room, in whatever words."""
+    return any(
+        one.errno in FULL_ERRORS if isinstance(one, OSError) else FULL_WORDS.search(str(one))
         for one in chain(error)
     )
 
 
 def code_of(error: BaseException) -> str:
-    """The store's own word for what is wrong, or nothing."""
+    """Give the store's own word for what is wrong, or nothing."""
     response = getattr(error, "response", None)
     if isinstance(response, Mapping):  # botocore
         return str(response.get("Error", {}).get("Code") or "")
@@ -236,7 +198,7 @@ def code_of(error: BaseException) -> str:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status in an exception of botocore, Google, Azure, OCI, requests or urllib."""
+    """Find the HTTP status in an exception of botocore, Google, Azure, OCI, requests or urllib."""
     if isinstance(error, UserError):  # its status is a command's
         return None
     response = getattr(error, "response", None)
@@ -252,47 +214,38 @@ def status_of(error: BaseException) -> int | None:
 
 
 def right_of(error: BaseException) -> Right | None:
-    """The right that a refused request needed, where the error tells which request that was."""
+    """Find the right that a refused request needed, where the error tells which request it was."""
     for one in chain(error):
-        found = AWS_TEXT.search(str(one))
-        operation = str(getattr(one, "operation_name", None) or (found[2] if found else ""))
-        if access := re.search(
-            r"storage\.(?:objects|buckets|multipartUploads)\.(\w+)", str(one)
-        ):  # Google
-            operation = access[1]
-        name = operation.lower()
-        if name.startswith(("list", "headbucket", "head_bucket")):
-            return "list"
-        if name.startswith(("get", "headobject", "head_object")):
-            return "read"
-        if name.startswith(("put", "create", "upload", "complete", "abort", "update")):
-            return "write"
-        if name.startswith("delete"):
-            return "delete"
+        found, google = AWS_TEXT.search(str(one)), GOOGLE_TEXT.search(str(one))
+        name = google[1] if google else getattr(one, "operation_name", None)
+        request = str(name or (found[2] if found else "")).lower().replace("_", "")
+        for right, begins in REQUESTS.items():
+            if request.startswith(begins):
+                return right
     return None
 
 
 def class_names(error: BaseException) -> set[str]:
-    """The names of the classes of an error and of what caused it."""
+    """Give the names of the classes of an error and of its causes."""
     return {kind.__name__ for one in chain(error) for kind in type(one).__mro__}
 
 
 def _is_for_good(error: BaseException) -> bool:
-    """Whether waiting helps nobody: a wrong certificate, no credentials, this machine's own files."""
+    """Tell whether waiting is vain: a wrong certificate, no credentials, this machine's own files."""
     if isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
         return True  # botocore's has the text only
     if isinstance(error, LOCAL_ERRORS) and status_of(error) is None:
         return True
     if isinstance(error, OSError) and error.errno in FULL_ERRORS:
         return True
-    return type(error).__name__ in FOR_GOOD_CLASSES
+    return type(error).__name__ in NO_CREDENTIALS | EXPIRED | {"OfflineModeIsEnabled"}
 
 
 def _is_no_answer(error: BaseException) -> bool:
-    """Whether no answer came, or a broken one."""
+    """Tell whether no answer came, or a broken one."""
     if isinstance(error, OSError) and error.errno in PASSING_ERRORS:
         return True
     if getattr(error, "retryable", False) is True:  # google.auth says it itself
         return True
     kinds = (ConnectionError, TimeoutError, URLError, HTTPException, ssl.SSLError, socket.gaierror)
-    return isinstance(error, kinds) or type(error).__name__ in PASSING_CLASSES
+    return isinstance(error, kinds) or type(error).__name__ in NO_ANSWER

@@ -1,41 +1,24 @@
-"""A file that is there as a whole or not at all: written beside its place, then renamed; and whether there is room."""
+"""Write a local file as a whole or not at all: beside its place, then renamed."""
 
 from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from alignclip.errors import one_line
-from alignclip.storage.trouble import FULL_ERRORS, chain
-from alignclip.storage.words import StorageError
+from alignclip.storage.trouble import is_disk_full
+from alignclip.storage.words import StorageError, why_not_written
 
-PARTIAL = ".{name}.partial"  # a file in the making, beside its place; a killed process leaves it to the next one
-UNSUPPORTED = {
-    errno.EINVAL,
-    errno.ENOTSUP,
-    errno.ENOSYS,
-    errno.EBADF,
-}  # by fsync, where it can't be had
-# by rename over a file, on network drives and in buckets that are mounted
-NO_RENAME = {
-    errno.EEXIST,
-    errno.EPERM,
-    errno.EACCES,
-    errno.ENOTSUP,
-    errno.ENOSYS,
-    errno.EINVAL,
-    errno.EXDEV,
-}
-# PyTorch, safetensors and PIL have words of their own for a full disk
-FULL_WORDS = re.compile(
-    r"file write failed|unexpected pos|No space left|os error (28|122|27)|Disk quota exceeded"
-)
+# A file in the making lies beside its place. A killed process leaves it to the next one.
+UNFINISHED = ".{name}.partial"
+# Errors of fsync where the file system has none
+UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF}
+# Errors of a rename over a file, on network drives and in buckets that are mounted
+NO_RENAME = {*UNSUPPORTED, errno.EEXIST, errno.EPERM, errno.EACCES, errno.EXDEV} - {errno.EBADF}
 
 
 @contextmanager
@@ -47,14 +30,15 @@ def write_whole(path: Path, needed: int | None = None, durable: bool = True) -> 
     Args:
         path: where the file will be; its folder is made.
         needed: bytes, where they are known, for the message about a full disk.
-        durable: have the bytes on the disk before the name is: a rename may survive a power cut that what
-            it names does not.
+        durable: have the bytes on the disk before the name. A rename may survive a power cut that
+            the bytes don't survive.
 
     Raises:
-        StorageError: the disk is full or may not be written to; with the place, free and needed bytes.
+        StorageError: the disk is full or may not be written to; with the place, free and needed
+            bytes.
         Exception: any other of the block.
     """
-    partial = path.with_name(PARTIAL.format(name=path.name))
+    partial = path.with_name(UNFINISHED.format(name=path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.unlink(missing_ok=True)
@@ -65,10 +49,14 @@ def write_whole(path: Path, needed: int | None = None, durable: bool = True) -> 
         if durable:
             to_disk(path.parent)
     except BaseException as error:
-        needed = needed or _size(partial)
+        with suppress(OSError):
+            needed = needed or partial.stat().st_size
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        if isinstance(error, Exception) and _is_about(error, (partial, path, path.parent)):
+        # another error is about the contents, not about the place
+        named = error.filename if isinstance(error, OSError) else None
+        is_place = named is not None and Path(os.fsdecode(named)) in (partial, path, path.parent)
+        if isinstance(error, Exception) and (is_place or is_disk_full(error)):
             raise StorageError("write", str(path), why_not_written(error, path, needed)) from error
         raise
 
@@ -83,60 +71,12 @@ def write_text_whole(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def why_not_written(error: BaseException, path: Path, needed: int | None = None) -> str:
-    """Say in one line why a local file couldn't be written, with the free bytes where the disk is full.
-
-    Args:
-        error: of whatever library was writing.
-        path: what was being written.
-        needed: bytes of the file, or those that were written before it failed.
-    """
-    wants = f", {_bytes(needed)} needed" if needed else ""
-    for one in chain(error):
-        number = one.errno if isinstance(one, OSError) else None
-        text = one_line(one)
-        if number == errno.EDQUOT or "Disk quota" in text:
-            return f"the quota of the file system of {path.parent} is used up{wants}"
-        if number == errno.EFBIG or "File too large" in text:
-            return f"File too large: more than a limit of {path.parent} or of this process (ulimit -f) allows{wants}"
-        if number == errno.ENOSPC or (number is None and FULL_WORDS.search(str(one))):
-            return f"no space left in {path.parent}: {_bytes(free_bytes(path))} free{wants}"
-    return str(getattr(error, "strerror", None) or one_line(error))
-
-
-def free_bytes(path: Path) -> int:
-    """The bytes that are free where a path lies or would lie."""
-    there = next(one for one in (path, *path.absolute().parents) if one.exists())
-    return shutil.disk_usage(there).free
-
-
-def check_folder_writable(folder: Path) -> None:
-    """Write a real file into a folder, or where the folder would be made, and remove it again.
-
-    Raises:
-        StorageError: the folder can't be made or written to.
-    """
-    there = next(
-        one for one in (folder, *folder.absolute().parents) if one.exists() or one.is_symlink()
-    )
-    try:
-        if not there.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, f"{there} is a file, not a folder")
-        with tempfile.TemporaryDirectory(prefix=".alignclip-", dir=there) as probe:
-            before = Path(probe, "a")
-            before.write_bytes(b"\0" * 4096)  # a full disk makes empty files still
-            to_disk(before)
-            before.replace(Path(probe, "b"))
-    except OSError as error:
-        raise StorageError("write", str(folder), why_not_written(error, there / "probe")) from None
-
-
 @contextmanager
 def leaving_nothing(place: str | None) -> Iterator[None]:
-    """Remove the folder ``place`` and its parents that the block has made and left empty, where the block raises.
+    """Remove the empty folders that the block has made, where the block raises.
 
     Args:
-        place: a folder that need not exist. A URL and None are left alone.
+        place: the folder that the block makes, with its parents. A URL and None are left alone.
     """
     path = Path(place) if place and "://" not in place else None
     new = [one for one in (path, *path.parents) if not one.exists()] if path else []
@@ -147,6 +87,28 @@ def leaving_nothing(place: str | None) -> Iterator[None]:
             for one in new:
                 one.rmdir()
         raise
+
+
+def check_folder_writable(folder: Path) -> None:
+    """Write a real file into a folder, or where the folder would be made, and remove it again.
+
+    Raises:
+        StorageError: the folder can't be made or written to.
+    """
+    ways = (folder, *folder.absolute().parents)
+    there = next(one for one in ways if one.exists() or one.is_symlink())
+    try:
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{there} is a file, not a folder")
+        with (
+            tempfile.TemporaryDirectory(prefix=".alignclip-", dir=there) as probe,
+            write_whole(Path(probe, "file")) as file,
+        ):
+            file.write_bytes(b"\0" * 4096)  # a full disk makes empty files still
+    except (OSError, StorageError) as error:
+        cause = error.__cause__ if isinstance(error, StorageError) else error
+        why = why_not_written(cause or error, there / "probe")
+        raise StorageError("write", str(folder), why) from None
 
 
 def to_disk(path: Path) -> None:
@@ -162,7 +124,7 @@ def to_disk(path: Path) -> None:
 
 
 def _rename(partial: Path, path: Path) -> None:
-    """Put a file in its place. Some file systems can't rename over a file, and some can't rename at all."""
+    """Put a file in its place. Some file systems can't rename over a file, others not at all."""
     try:
         partial.replace(path)
     except OSError as error:
@@ -174,36 +136,3 @@ def _rename(partial: Path, path: Path) -> None:
         except OSError:
             shutil.copyfile(partial, path)
             partial.unlink()
-
-
-def _is_about(error: Exception, paths: tuple[Path, ...]) -> bool:
-    """Whether the file system of what is written is to blame, and not what was to be written."""
-    if (
-        isinstance(error, OSError)
-        and error.filename is not None
-        and Path(os.fsdecode(error.filename)) in paths
-    ):
-        return True
-    return any(
-        (isinstance(one, OSError) and one.errno in FULL_ERRORS)
-        or (not isinstance(one, OSError) and FULL_WORDS.search(str(one)))
-        for one in chain(error)
-    )
-
-
-def _size(path: Path) -> int | None:
-    """The bytes that have been written, where any have."""
-    try:
-        return path.stat().st_size or None
-    except OSError:
-        return None
-
-
-def _bytes(count: int | None) -> str:
-    """A number of bytes for people: the number itself below a megabyte."""
-    value = float(count or 0)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:,.0f} {unit}" if unit == "bytes" else f"{value:,.1f} {unit}"
-        value /= 1000
-    return f"{value:,.1f} TB"

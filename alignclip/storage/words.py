@@ -1,8 +1,11 @@
-"""What a person reads when storage refuses: one line that says what is wrong and what to do."""
+"""Say in one line what is wrong where storage refuses, and what a person can do."""
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+from pathlib import Path
 from urllib.error import HTTPError
 
 from alignclip.errors import UserError, one_line
@@ -11,21 +14,51 @@ from alignclip.storage.trouble import Right
 
 CHECKSUMS = "AWS_REQUEST_CHECKSUM_CALCULATION"
 # What the clouds call a right
-NAMES: dict[Right, str] = {
+RIGHT_NAMES: dict[Right, str] = {
     "list": "s3:ListBucket",
     "read": "s3:GetObject",
     "write": "s3:PutObject",
     "delete": "s3:DeleteObject",
 }
+# The first that fits, by the store's code or the name of the exception's class
+SENTENCES = (
+    (
+        trouble.NO_CREDENTIALS | {"GCS_SECRET"},
+        "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or your cloud's "
+        "equivalent)",
+    ),
+    (trouble.EXPIRED, "the key has expired; get a new one (a session token lasts for hours)"),
+    (
+        trouble.SKEWED_CLOCK,
+        "this machine's clock and the store's differ too much; set the clock (NTP)",
+    ),
+    (
+        trouble.WRONG_KEY,
+        "access denied: the store doesn't know this key; check AWS_ACCESS_KEY_ID",
+    ),
+    (
+        trouble.WRONG_SECRET,
+        "access denied: the secret is not the one of this key; check the credentials "
+        f"(AWS_SECRET_ACCESS_KEY; with Google's S3 interface also {CHECKSUMS}=when_required)",
+    ),
+    (
+        trouble.WRONG_TOKEN,
+        "access denied: the session token is not one of this store; check AWS_SESSION_TOKEN",
+    ),
+    (
+        {"401"},
+        "access denied: the store doesn't accept these credentials; check the credentials",
+    ),
+    (trouble.NO_BUCKET, "no such bucket"),
+)
 
 
 class StorageError(UserError):
     """A place that can't be read, written, listed or deleted from, and why, in one line."""
 
     def __init__(self, right: Right, place: str, why: str) -> None:
-        super().__init__(
-            right, place, why
-        )  # an exception is sent to another process as its arguments
+        # an exception is sent to another process as its arguments
+        super().__init__(right, place, why)
         self.right, self.place, self.why = right, place, why
 
     def __str__(self) -> str:
@@ -33,7 +66,7 @@ class StorageError(UserError):
 
 
 def describe_storage_error(error: BaseException, right: Right | None = None) -> str:
-    """Say in one line why storage refused, which right is missing, and what to do where that is clear.
+    """Say in one line why storage refused, which right is missing, and what to do if that is clear.
 
     Args:
         error: of any cloud's library, or of a file system.
@@ -44,31 +77,26 @@ def describe_storage_error(error: BaseException, right: Right | None = None) -> 
     if isinstance(error, HTTPError):  # a web server's, which knows neither keys nor rights
         return "access denied; check the credentials" if error.code == 403 else one_line(error)
     errors = list(trouble.chain(error))
+    statuses = {status for one in errors if (status := trouble.status_of(one)) is not None}
+    codes = {code for one in errors if (code := trouble.code_of(one))}
     names = trouble.class_names(error)
-    codes = {trouble.code_of(one) for one in errors} - {""}
-    statuses = {trouble.status_of(one) for one in errors}
-    text = " ".join(one_line(one) for one in errors)
-    right = trouble.right_of(error) or right
-    if names & trouble.NO_CREDENTIALS_CLASSES or "GCS_SECRET" in text:
-        return "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or your cloud's equivalent)"
-    if said := _about_key(codes, names, statuses):
-        return said
-    if codes & trouble.NO_BUCKET_CODES or "NoSuchBucket" in text:
-        return "no such bucket"
+    text = " ".join(map(one_line, errors))
+    said = codes | names | {str(status) for status in statuses}
+    said |= {word for word in ("GCS_SECRET", "NoSuchBucket") if word in text}
+    for words, sentence in SENTENCES:
+        if words & said:
+            return sentence
     if trouble.is_full(error):
-        return _full(error)
-    busy = codes & trouble.PASSING_CODES or {
-        str(one) for one in statuses if one in trouble.PASSING_STATUSES
-    }
-    if busy:
+        return _full(errors)
+    if busy := codes & trouble.BUSY or {str(one) for one in statuses & trouble.PASSING_STATUSES}:
         return f"the store is busy or in trouble ({min(busy)}); try again later"
-    if _is_about_checksums(codes, statuses, text):
+    if _is_about_checksums(said, text):
         return (
             f"the store doesn't know the checksums that boto3 sends ({one_line(errors[-1])}); "
             f"set {CHECKSUMS}=when_required"
         )
     if trouble.is_denied(error) or "Forbidden" in text:
-        return _denied(right)
+        return _denied(trouble.right_of(error) or right)
     if names & {"EndpointConnectionError", "ConnectTimeoutError"}:
         return f"can't connect: {one_line(error)} (S3_ENDPOINT_URL?)"
     if isinstance(error, OSError) and error.strerror and trouble.status_of(error) is None:
@@ -78,59 +106,72 @@ def describe_storage_error(error: BaseException, right: Right | None = None) -> 
     return one_line(error)
 
 
-def _about_key(codes: set[str], names: set[str], statuses: set[int | None]) -> str | None:
-    """What is wrong with the key itself or the clock that signs requests, if anything is."""
-    if codes & trouble.EXPIRED_CODES or names & trouble.EXPIRED_CLASSES:
-        return "the key has expired; get a new one (a session token lasts for hours)"
-    if codes & trouble.SKEWED_CODES:
-        return "this machine's clock and the store's differ too much; set the clock (NTP)"
-    if codes & trouble.WRONG_KEY_CODES:
-        return "access denied: the store doesn't know this key; check AWS_ACCESS_KEY_ID"
-    if codes & trouble.WRONG_SECRET_CODES:
-        return (
-            "access denied: the secret is not the one of this key; check the credentials "
-            f"(AWS_SECRET_ACCESS_KEY; with Google's S3 interface also {CHECKSUMS}=when_required)"
-        )
-    if codes & trouble.WRONG_TOKEN_CODES:
-        return "access denied: the session token is not one of this store; check AWS_SESSION_TOKEN"
-    if 401 in statuses:
-        return "access denied: the store doesn't accept these credentials; check the credentials"
-    return None
+def why_not_written(error: BaseException, path: Path, needed: int | None = None) -> str:
+    """Say in one line why a local file couldn't be written, with the free bytes of a full disk.
+
+    Args:
+        error: of whatever library was writing.
+        path: what was being written.
+        needed: bytes of the file, or those that were written before it failed.
+    """
+    wants = f", {_bytes(needed)} needed" if needed else ""
+    for one in trouble.chain(error):
+        number = one.errno if isinstance(one, OSError) else None
+        text = one_line(one)
+        if number == errno.EDQUOT or "Disk quota" in text:
+            return f"the quota of the file system of {path.parent} is used up{wants}"
+        if number == errno.EFBIG or "File too large" in text:
+            return (
+                f"File too large: more than a limit of {path.parent} or of this process "
+                f"(ulimit -f) allows{wants}"
+            )
+        if number == errno.ENOSPC or (number is None and trouble.FULL_WORDS.search(str(one))):
+            return f"no space left in {path.parent}: {_bytes(_free_bytes(path))} free{wants}"
+    return str(getattr(error, "strerror", None) or one_line(error))
+
+
+def _free_bytes(path: Path) -> int:
+    """Give the bytes that are free where a path lies or would lie."""
+    there = next(one for one in (path, *path.absolute().parents) if one.exists())
+    return shutil.disk_usage(there).free
 
 
 def _denied(right: Right | None) -> str:
     """Name the right that is missing."""
+    if right is None:
+        return "access denied; check the credentials"
+    name = RIGHT_NAMES[right]
     if right == "read":
         return (
-            f"access denied: the key may not read it ({NAMES['read']}), or it isn't there and the key may not "
-            f"list ({NAMES['list']}); check the credentials and the path"
+            f"access denied: the key may not read it ({name}), or it isn't there and the key may "
+            f"not list ({RIGHT_NAMES['list']}); check the credentials and the path"
         )
-    if right is not None:
-        return f"access denied: the key may not {right} ({NAMES[right]}); check the credentials"
-    return "access denied; check the credentials"
+    return f"access denied: the key may not {right} ({name}); check the credentials"
 
 
-def _is_about_checksums(codes: set[str], statuses: set[int | None], text: str) -> bool:
-    """Whether a store stumbles over the checksums and chunked bodies of newer boto3."""
+def _is_about_checksums(said: set[str], text: str) -> bool:
+    """Tell whether a store stumbles over the checksums and chunked bodies of newer boto3."""
     if os.environ.get(CHECKSUMS, "").lower() == "when_required":
         return False
-    said = text.lower()
-    return (
-        501 in statuses
-        or bool(
-            codes & {"501", "NotImplemented", "XAmzContentSHA256Mismatch", "MissingContentLength"}
-        )
-        or any(
-            word in said
-            for word in ("x-amz-sdk-checksum", "x-amz-checksum", "aws-chunked", "x-amz-trailer")
-        )
-    )
+    headers = ("x-amz-sdk-checksum", "x-amz-checksum", "aws-chunked", "x-amz-trailer")
+    codes = {"501", "NotImplemented", "XAmzContentSHA256Mismatch", "MissingContentLength"}
+    return bool(codes & said) or any(header in text.lower() for header in headers)
 
 
-def _full(error: BaseException) -> str:
-    """A full disk, a file system's quota or a bucket's quota."""
-    for one in trouble.chain(error):
+def _full(errors: list[BaseException]) -> str:
+    """Name a full disk, a file system's quota or a bucket's quota."""
+    for one in errors:
         if isinstance(one, OSError) and one.errno in trouble.FULL_ERRORS:
             return str(one.strerror)
-    code = next((code for one in trouble.chain(error) if (code := trouble.code_of(one))), "507")
+    code = next(filter(None, map(trouble.code_of, errors)), "507")
     return f"the bucket's quota is used up ({code}); make room, or ask for more"
+
+
+def _bytes(count: int | None) -> str:
+    """Write a number of bytes for people: the number itself below a megabyte."""
+    value = float(count or 0)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:,.0f} {unit}" if unit == "bytes" else f"{value:,.1f} {unit}"
+        value /= 1000
+    return f"{value:,.1f} TB"

@@ -250,8 +250,6 @@ def _upload(folder: Path, bucket: Store, last: str) -> None:
 
 def _remove(bucket: Store, names: Sequence[str]) -> list[str]:
     """Delete objects where Streaming's client can, S3 and GCS; the names of those that may have stayed."""
-    if not bucket.can_delete:
-        return list(names)
     left = []
     for name in names:
         try:

@@ -57,6 +57,7 @@ WRITER = "streaming.base.format.base.writer"
 FSDP = "torch.distributed.fsdp._fully_shard._fsdp_collectives"
 LOADER = "torch.utils.data.dataloader._MultiProcessingDataLoaderIter"
 PATCHES, CACHE = "alignclip/training/composer_patches.py", "alignclip/data/shard_cache.py"
+STREAMING = "alignclip/data/streaming_patches.py"
 
 FUNCTIONS = [
     Function(f"{CHECKPOINT}.save_checkpoint", "state filename weights_only ignore_keys", PATCHES),
@@ -97,34 +98,32 @@ FUNCTIONS = [
         "self event state logger",
         "alignclip/training/evaluation_callback.py",
     ),
-    Function(f"{DATASET}.prepare_shard", "self shard_id blocking", "alignclip/data/dataset.py"),
-    Function(f"{DATASET}._evict_coldest_shard", "self", "alignclip/data/dataset.py"),
-    Function(f"{DATASET}._evict_shard", "self shard_id", "alignclip/data/dataset.py"),
-    Function(f"{DATASET}._ready_thread", "self it", "alignclip/data/dataset.py"),
-    Function(f"{DATASET}._resume_incr_epoch", "self", "alignclip/data/dataset.py"),
-    Function(f"{DATASET}.on_exception", "self future", "alignclip/data/dataset.py"),
-    Function(
-        f"{DATASET}.state_dict", "self num_samples from_beginning", "alignclip/data/dataset.py"
-    ),
-    Function("streaming.base.dataset._Iterator.on_exit", "self", "alignclip/data/dataset.py"),
-    Function("streaming.base.dataset._Iterator.should_exit", "self", "alignclip/data/dataset.py"),
+    Function(f"{DATASET}.prepare_shard", "self shard_id blocking", STREAMING),
+    Function(f"{DATASET}._evict_coldest_shard", "self", STREAMING),
+    Function(f"{DATASET}._evict_shard", "self shard_id", STREAMING),
+    Function(f"{DATASET}._ready_thread", "self it", STREAMING),
+    Function(f"{DATASET}._resume_incr_epoch", "self", STREAMING),
+    Function(f"{DATASET}.on_exception", "self future", STREAMING),
+    Function(f"{DATASET}.state_dict", "self num_samples from_beginning", STREAMING),
+    Function("streaming.base.dataset._Iterator.on_exit", "self", STREAMING),
+    Function("streaming.base.dataset._Iterator.should_exit", "self", STREAMING),
     Function(
         f"{PREFIX}.get_shm_prefix",
         "streams_local streams_remote world retry",
-        "alignclip/data/shared_memory.py",
+        STREAMING,
     ),
-    Function(f"{PREFIX}._check_self", "streams_local", "alignclip/data/shared_memory.py"),
+    Function(f"{PREFIX}._check_self", "streams_local", STREAMING),
     Function(
         f"{PREFIX}._check_and_find_retrying",
         "streams_local streams_remote shm_name retry",
-        "alignclip/data/shared_memory.py",
+        STREAMING,
     ),
-    Function(f"{PREFIX}._pack_locals", "dirnames prefix_int", "alignclip/data/shared_memory.py"),
-    Function(f"{PREFIX}._get_path", "prefix_int name", "alignclip/data/shared_memory.py"),
+    Function(f"{PREFIX}._pack_locals", "dirnames prefix_int", STREAMING),
+    Function(f"{PREFIX}._get_path", "prefix_int name", STREAMING),
     Function(
         "streaming.base.shared.SharedMemory.__init__",
         "self name create size auto_cleanup",
-        "alignclip/data/shared_memory.py",
+        STREAMING,
     ),
     Function(f"{STREAM}.prepare_shard", "self shard", CACHE),
     Function(f"{STREAM}.get_shards", "self world allow_unsafe_types", CACHE),
@@ -132,12 +131,8 @@ FUNCTIONS = [
     Function(f"{STREAM}._download_file", "self from_basename to_basename", CACHE),
     Function(f"{READER}.set_up_local", "self listing safe_keep_zip", CACHE),
     Function(f"{READER}.get_max_size", "self", CACHE),
-    Function(f"{READER}._evict_raw", "self", CACHE),
-    Function(f"{READER}._evict_zip", "self", CACHE),
+    Function(f"{READER}.evict", "self", CACHE),
     Function("streaming.base.format.mds.reader.MDSReader.from_json", "dirname split obj", CACHE),
-    Function(
-        "streaming.base.format.reader_from_json", "dirname split obj", "alignclip/conversion/mds.py"
-    ),
     Function("streaming.MDSWriter.encode_joint_shard", "self", "alignclip/conversion/shards.py"),
     Function(
         f"{WRITER}.Writer._process_file",
@@ -183,12 +178,12 @@ ATTRIBUTES = [
         DATASET,
         "_cache_filelock _cache_filelock_path _shard_states _shard_access_times _event _iterator "
         "_unique_rank_world _locals_shm cache_usage predownload spanner shard_offset_per_stream shards_per_stream",
-        "alignclip/data/dataset.py",
+        STREAMING,
     ),
     Attribute(
         "streaming.base.dataset._Iterator",
         "ready_index yield_index total sample_ids",
-        "alignclip/data/dataset.py",
+        STREAMING,
     ),
     Attribute(STREAM, "_downloader safe_keep_zip validate_hash", CACHE),
     Attribute("streaming.base.format.base.reader.JointReader", "raw_data zip_data", CACHE),
@@ -268,8 +263,8 @@ def test_attributes(contract: Attribute) -> None:
     ("module", "name", "used_by"),
     [
         ("composer.utils.remote_uploader", "validate_credentials", "alignclip/training/uploads.py"),
-        ("streaming.base.dataset", "get_shm_prefix", "alignclip/data/shared_memory.py"),
-        ("streaming.base.shared.prefix", "SharedMemory", "alignclip/data/shared_memory.py"),
+        ("streaming.base.dataset", "get_shm_prefix", STREAMING),
+        ("streaming.base.shared.prefix", "SharedMemory", STREAMING),
         ("torch._dynamo", "list_backends", "alignclip/training/preflight.py"),
     ],
 )
@@ -282,7 +277,7 @@ def test_names_that_are_replaced_or_read_where_they_are_imported(
 
 
 def test_states_of_a_shard() -> None:
-    """``alignclip/data/dataset.py`` gives a shard whose download failed back to others."""
+    """``alignclip/data/streaming_patches.py`` gives a shard whose download failed back to others."""
     from streaming.base.dataset import _ShardState
 
     assert {state.name for state in _ShardState} == {"INVALID", "REMOTE", "PREPARING", "LOCAL"}

@@ -77,7 +77,7 @@ def test_the_dead_are_buried_and_the_living_left_alone(tmp_path: Path) -> None:
     alive, alive_prefix = hold(tmp_path / "set")
     try:
         assert dead_prefix != alive_prefix
-        with shared_memory._lock():  # other tests beside this one clean up, too
+        with shared_memory.lock():  # other tests beside this one clean up, too
             kill(dead)
             left, used = segments(dead_prefix), segments(alive_prefix)
             owned = identities(alive_prefix)
@@ -98,14 +98,14 @@ def test_the_dead_are_buried_and_the_living_left_alone(tmp_path: Path) -> None:
 
 KILLED_EARLY = """
 import os, signal, sys
-import streaming.base.dataset
 from alignclip.config.schema import DataConfig, StreamConfig
+from alignclip.data import streaming_patches
 from alignclip.data.dataset import ImageTextDataset
-register = streaming.base.dataset.get_shm_prefix
+register = streaming_patches.take_prefix
 def killed(*arguments, **more):
     print(register(*arguments, **more)[0], flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
-streaming.base.dataset.get_shm_prefix = killed
+streaming_patches.take_prefix = killed
 config = DataConfig(streams={"a": StreamConfig(remote=sys.argv[1], local=sys.argv[2])}, num_canonical_nodes=1)
 ImageTextDataset(config, batch_size=4, image_size=32, context_length=20, semantic=False)
 """
@@ -158,7 +158,7 @@ def test_a_cleaner_that_comes_late_leaves_the_next_owner_alone() -> None:
     removed: list[int] = []
     cleaner = threading.Thread(target=lambda: removed.extend(shared_memory.remove_stale()))
     try:
-        with shared_memory._lock():
+        with shared_memory.lock():
             note.write_text(json.dumps(identity | {"started": 0}))
             cleaner.start()
             time.sleep(0.5)
@@ -260,7 +260,7 @@ def test_ranks_wait_for_the_burial(tmp_path: Path) -> None:
     """A run that was killed left the first prefixes; all ranks of the next have to see the same ones free."""
     write_set(str(tmp_path / "set"), 32)
     dead, prefix = hold(tmp_path / "set")
-    with shared_memory._lock():  # other tests beside this one clean up, too
+    with shared_memory.lock():  # other tests beside this one clean up, too
         kill(dead)
         assert len(segments(prefix)) > 4
     first, second = processes.run(2, build_on_a_rank, str(tmp_path))

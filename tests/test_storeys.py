@@ -35,8 +35,6 @@ NOT_YET: set[tuple[str, str]] = {
     ("alignclip.evaluation.command", "training"),
     ("alignclip.runtime.distributed", "composer"),
     ("alignclip.training.pretraining", "streaming"),
-    ("alignclip.verification.command", "conversion"),
-    ("alignclip.verification.index", "conversion"),
 }
 
 

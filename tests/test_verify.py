@@ -17,8 +17,10 @@ from PIL import Image
 from streaming import MDSWriter
 from streaming.base.hashing import get_hash
 
+from alignclip.conversion.formats import FORMATS
 from alignclip.verification import contact_sheet
 from alignclip.verification.command import main
+from alignclip.verification.index import INPUTS
 
 REPOSITORY = Path(__file__).parents[1]
 COLUMNS = {"key": "str", "image": "bytes", "caption": "str", "semantic": "ndarray:float16:8"}
@@ -609,6 +611,11 @@ def test_what_is_there_instead(tmp_path: Path, verify: Verify) -> None:
     status, text = verify(tmp_path, "--split", "val")
     assert (status, text.count("\n")) == (2, 1)
     assert text.endswith("; its conversion was not finished: run the convert command again\n")
+
+
+def test_the_hint_knows_every_input_format() -> None:
+    """The verifier stands beside the converter, and may not import its formats."""
+    assert INPUTS == tuple(one.endings for one in FORMATS if one.endings)
 
 
 def test_inputs_are_no_set_yet(tmp_path: Path, verify: Verify) -> None:

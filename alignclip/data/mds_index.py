@@ -1,18 +1,21 @@
-"""The ``index.json`` of an MDS set: read and checked in one place, for everybody who reads a set.
+"""Read and check the ``index.json`` of an MDS set, for everybody who reads a set.
 
-A set may come from a stranger. Its index names files, and says how bytes become values. So every name has to be a
-plain name below the set's folder, and no column may be stored in a way that executes code (``pkl``).
+A set may come from a stranger. Its index names files, and says how bytes become values. So every name
+has to be a plain name below the set's folder, and no column may be stored in a way that executes code
+(``pkl``).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 from typing import Any, TypedDict, cast
 
 INDEX = "index.json"
+# beside the index: what a converter says of the set, the classes of a classification set
+DATASET, CLASSES = "dataset.json", "classes.json"
 VERSION = 2  # of the format; Streaming reads no other
 LARGEST_SHARD = 2**32  # bytes: offsets in a shard are 32-bit
 LONGEST_NAME = 255  # bytes of a part of a path, on every common file system
@@ -48,25 +51,42 @@ FIELDS = ShardEntry.__annotations__.keys()
 
 
 def stored_file(entry: ShardEntry) -> IndexedFile:
-    """The file that lies in the set: the compressed one where the shard is compressed."""
+    """Return the file that lies in the set: the compressed one where the shard is compressed."""
     return entry["zip_data"] or entry["raw_data"]
 
 
 def columns_of(entry: ShardEntry) -> dict[str, str]:
-    """The encoding of each column, by the column's name."""
+    """Return the encoding of each column, by the column's name."""
     return dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
 
 
+def dimension_of(columns: Mapping[str, str]) -> int | None:
+    """Return the numbers of a caption embedding as the encoding ``ndarray:float16:384`` has them.
+
+    None where the columns have no ``semantic``, or embeddings of any shape.
+    """
+    shape = columns.get("semantic", "").split(":")[2:]
+    return int(shape[0].split(",")[-1]) if shape else None
+
+
 def read_shards(path: Path) -> list[ShardEntry]:
-    """The shards that an ``index.json`` names; each is safe to read.
+    """Read an index; see :func:`parse_index`.
 
     Raises:
-        ValueError: the file is no index of an MDS set, or one of its shards can't be read, or not safely. The message
-            continues a sentence that names the file: "is …", "names …".
         OSError: the file can't be read.
     """
+    return parse_index(path.read_bytes())
+
+
+def parse_index(content: bytes) -> list[ShardEntry]:
+    """Return the shards that an index names; each is safe to read.
+
+    Raises:
+        ValueError: the content is no index of an MDS set, or one of its shards can't be read, or not
+            safely. The message continues a sentence that names the file: "is …", "names …".
+    """
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError):
         raise ValueError("is not a streaming index") from None
     entries = listed_shards(index)
@@ -77,24 +97,23 @@ def read_shards(path: Path) -> list[ShardEntry]:
 
 
 def listed_shards(index: Any) -> list[Any]:
-    """The entries of a parsed index, not looked at yet.
+    """Return the entries of an index that is parsed JSON; nobody has looked at them yet.
 
     Raises:
-        ValueError: it is no index of this version. The message continues a sentence that names the file.
+        ValueError: it is no index of this version. The message continues a sentence that names the
+            file.
     """
-    if (
-        not isinstance(index, dict)
-        or not isinstance(index.get("shards"), list)
-        or index.get("version") is None
-    ):
+    if not isinstance(index, dict) or not isinstance(index.get("shards"), list):
         raise ValueError("is not a streaming index")
-    if index.get("version") != VERSION:
-        raise ValueError(f"has version {index.get('version')}; Streaming reads {VERSION}")
+    if (version := index.get("version")) is None:
+        raise ValueError("is not a streaming index")
+    if version != VERSION:
+        raise ValueError(f"has version {version}; Streaming reads {VERSION}")
     return cast("list[Any]", index["shards"])
 
 
 def why_unusable(entry: Any) -> str | None:
-    """Why the shard that an index's entry describes can't be read, or not safely; None where it can."""
+    """Say why a shard can't be read, or not safely, as its entry describes it; None where it can."""
     if not isinstance(entry, dict):
         return "is no object"
     if "format" in entry and entry["format"] != "mds":
@@ -109,122 +128,98 @@ def why_unusable(entry: Any) -> str | None:
 
 
 def why_not_plain(name: Any) -> str | None:
-    """Why a name that was read from a file isn't the name of a file below that file's folder; None where it is.
+    """Say why a name from a file isn't the name of a file below that file's folder; None where it is.
 
-    Sub-folders are allowed, separated by ``/``. What leads elsewhere on any system isn't: ``..``, absolute paths,
-    drives and backslashes of Windows; nor is what no file can be called.
+    Sub-folders are allowed, separated by ``/``. Refused is what leads elsewhere on any system (``..``,
+    absolute paths, drives and backslashes of Windows), and what no file can be called.
     """
     if not isinstance(name, str) or not name:
         return f"names no file: {_shown(name)}"
-    outside = PureWindowsPath(name)
-    if (
-        name.startswith("/")
-        or "\\" in name
-        or outside.drive
-        or outside.root
-        or ".." in name.split("/")
-    ):
+    parts, windows = name.split("/"), PureWindowsPath(name)
+    if name[0] == "/" or "\\" in name or windows.drive or windows.root or ".." in parts:
         return f"names a file outside the set: {_shown(name)}"
-    try:
-        lengths = [len(part.encode()) for part in name.split("/")]
-    except UnicodeEncodeError:  # half of a surrogate pair
-        lengths = [0]
-    if (
-        not all(0 < length <= LONGEST_NAME for length in lengths)
-        or not name.isprintable()
-        or "." in name.split("/")
+    # half of a surrogate pair is not printable, and can't be encoded
+    if not name.isprintable() or not all(
+        part != "." and 0 < len(part.encode()) <= LONGEST_NAME for part in parts
     ):
         return f"names no file: {_shown(name)}"
     return None
 
 
 def _why_not_files(entry: Mapping[str, Any]) -> str | None:
-    """What is wrong with a shard's files or its number of samples."""
-    for file in (entry["raw_data"], entry["zip_data"]):
-        if file is None and file is not entry["raw_data"]:
-            continue
+    """Say what is wrong with a shard's files or its number of samples."""
+    raw, compressed, samples = entry["raw_data"], entry["zip_data"], entry["samples"]
+    for file in (raw,) if compressed is None else (raw, compressed):
         if not isinstance(file, dict) or IndexedFile.__annotations__.keys() != file.keys():
             return f"has no file with a basename, bytes and hashes: {_shown(file)}"
         if why := why_not_plain(file["basename"]):
             return why
+        name, size, hashes = _shown(file["basename"]), file["bytes"], file["hashes"]
         if file["basename"].rpartition("/")[2] == INDEX:
-            return f"names the index as a shard: {_shown(file['basename'])}"
-        if (
-            not _is_count(file["bytes"])
-            or file["bytes"] > LARGEST_SHARD
-            or not _are_hashes(file["hashes"])
-        ):
-            return f"has no size or no hashes of {_shown(file['basename'])}"
-    if bool(entry["compression"]) != bool(entry["zip_data"]):
+            return f"names the index as a shard: {name}"
+        is_size = _is_count(size) and size <= LARGEST_SHARD
+        if not is_size or not isinstance(hashes, dict) or not _are_texts([*hashes.values()]):
+            return f"has no size or no hashes of {name}"
+    if bool(entry["compression"]) != bool(compressed):
         return "is compressed and has no zip_data, or the other way round"
-    if entry["zip_data"] and entry["zip_data"]["basename"] == entry["raw_data"]["basename"]:
-        return f"has one name for two files: {_shown(entry['raw_data']['basename'])}"
-    samples, size = entry["samples"], entry["raw_data"]["bytes"]
+    if compressed and compressed["basename"] == raw["basename"]:
+        return f"has one name for two files: {_shown(raw['basename'])}"
     if not _is_count(samples):
         return f"has {_shown(samples)} samples"
-    if samples * LEAST_BYTES > size:
-        return f"has {samples:,} samples in {size:,} bytes"
+    if samples * LEAST_BYTES > raw["bytes"]:
+        return f"has {samples:,} samples in {raw['bytes']:,} bytes"
     return None
 
 
 def _why_not_columns(entry: Mapping[str, Any]) -> str | None:
-    """What is wrong with a shard's columns, or with how their bytes become values."""
+    """Say what is wrong with a shard's columns, or with how their bytes become values."""
     from streaming.base.compression import is_compression
 
     names, encodings, sizes = (entry[f"column_{what}"] for what in ("names", "encodings", "sizes"))
     if not _are_texts(names) or not _are_texts(encodings) or not isinstance(sizes, list):
         return "has no names, encodings and sizes of columns"
-    if not len(names) == len(encodings) == len(sizes) or len(set(names)) < len(names):
+    if not len({*names}) == len(names) == len(encodings) == len(sizes):
         return "has not one name, encoding and size for each column"
     for name, encoding, size in zip(names, encodings, sizes, strict=True):
-        known, is_safe = _encoding(encoding)
-        if not is_safe:
-            return f"stores the column {_shown(name)} as {_shown(encoding)}, which executes code when it is read"
-        if not known:
-            return f"stores the column {_shown(name)} as {_shown(encoding)}, which Streaming can't read"
+        stores = f"stores the column {_shown(name)}"
+        if why := _why_not_encoding(encoding):
+            return f"{stores} as {_shown(encoding)}, which {why}"
         if size is not None and (not _is_count(size) or not size):
-            return f"stores the column {_shown(name)} in {_shown(size)} bytes"
-    if entry["compression"] is not None and not (
-        isinstance(entry["compression"], str) and is_compression(entry["compression"])
-    ):
-        return f"is compressed with {_shown(entry['compression'])}, which Streaming can't read"
-    if not isinstance(entry["hashes"], list) or not isinstance(
-        entry["size_limit"], int | str | None
-    ):
+            return f"{stores} in {_shown(size)} bytes"
+    compression = entry["compression"]
+    is_known = isinstance(compression, str) and is_compression(compression)
+    if compression is not None and not is_known:
+        return f"is compressed with {_shown(compression)}, which Streaming can't read"
+    if not isinstance(entry["hashes"], list):
+        return "has no list of hashes, or no size limit"
+    if not isinstance(entry["size_limit"], int | str | None):
         return "has no list of hashes, or no size limit"
     return None
 
 
 @lru_cache(256)
-def _encoding(encoding: str) -> tuple[bool, bool]:
-    """Whether Streaming knows an encoding, and whether reading it executes nothing."""
+def _why_not_encoding(encoding: str) -> str | None:
+    """Say why Streaming can't read an encoding, or not safely."""
     from streaming.base.format.mds.encodings import get_mds_encoded_size, is_mds_encoding_safe
 
-    is_safe = is_mds_encoding_safe(encoding.partition(":")[0])
+    if not is_mds_encoding_safe(encoding.partition(":")[0]):
+        return "executes code when it is read"
     try:
         get_mds_encoded_size(encoding)
     except Exception:  # a name or a shape that isn't one: Streaming asserts, looks up and converts
-        return False, is_safe
-    return True, is_safe
+        return "Streaming can't read"
+    return None
 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _are_hashes(value: Any) -> bool:
-    return isinstance(value, dict) and _are_texts(list(value.values()))
-
-
 def _are_texts(value: Any) -> bool:
-    return (
-        isinstance(value, Sequence)
-        and not isinstance(value, str)
-        and all(isinstance(v, str) for v in value)
-    )
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
 def _shown(value: Any) -> str:
-    """What a file says, safe to print: short, in one line, without a terminal's control characters."""
+    """Make what a file says safe to print: short, in one line, without control characters."""
     text = value if isinstance(value, str) and value.isprintable() and value else ascii(value)
     return text if len(text) <= 80 else f"{text[:77]}…"

@@ -1,12 +1,10 @@
-"""Shards kept in a local folder: only what this program put there, and can put there again, is ever deleted.
+"""Keep shards in a local folder, and delete only what this program can put there again.
 
-Streaming deletes whatever lies where it reads: with a cache limit the only copy of a set, and at the start what it
-takes for left-overs. Here every file that was downloaded or decompressed is written down in a hidden file beside the
-shards. Other files are never deleted and don't count towards the limit: a set without a remote, a remote that is the
-same folder, a copy that somebody made by hand, a folder named by mistake.
-
-Streaming 0.13: ``Stream.prepare_shard``, ``Stream.get_shards``, ``Stream.get_index_size``, ``Stream._download_file``,
-``Reader.set_up_local``, ``Reader.get_max_size``, ``Reader._evict_raw`` and ``Reader._evict_zip`` are replaced or used.
+Streaming 0.13 deletes whatever lies where it reads: with a cache limit the only copy of a set, and at
+the start whatever looks like a left-over. Here every file that was downloaded or decompressed is
+written down in a hidden note beside the shards. Other files are never deleted and don't count towards
+the limit: a set without a remote, a remote that is the same folder, a copy that somebody made by
+hand, a folder named by mistake.
 """
 
 from __future__ import annotations
@@ -14,9 +12,9 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 from streaming import Stream
@@ -37,7 +35,7 @@ Seal = tuple[int, int]  # time of change in ns and bytes, by which a file is kno
 
 
 class ShardCache:
-    """The files of a folder that were put there by this program, of this or an earlier run.
+    """The files of a folder that this program has put there, in this or an earlier run.
 
     Args:
         folder: where the shards lie.
@@ -45,8 +43,8 @@ class ShardCache:
         is_own: whether the whole folder is this program's own, whatever lies there.
     """
 
-    def __init__(self, folder: str, source: str | None, is_own: bool) -> None:
-        self.folder, self.source, self.is_own = Path(folder), source, is_own
+    def __init__(self, folder: Path, source: str | None, is_own: bool) -> None:
+        self.folder, self.source, self.is_own = folder, source, is_own
         self._seals: dict[str, Seal] = {}
         self._read = 0  # bytes of the note
 
@@ -54,16 +52,15 @@ class ShardCache:
         """Write down a file that was just put there."""
         if (seal := self._seal(name)) is None:
             return
-        line = json.dumps([name, *seal]) + "\n"
         with suppress(OSError):  # then the file stays: that is the safe side
             descriptor = os.open(self.folder / NOTE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-            try:
-                os.write(descriptor, line.encode())  # in one piece: other processes write, too
+            try:  # one write for the whole line: other processes write, too
+                os.write(descriptor, _line(name, seal).encode())
             finally:
                 os.close(descriptor)
 
     def may_delete(self, name: str, made_from: str | None = None) -> bool:
-        """Whether a file is there, was put there by this program, and can be put there again.
+        """Return whether this program has put a file there and can put it there again.
 
         Args:
             name: of the file.
@@ -72,11 +69,9 @@ class ShardCache:
         seal = self._seal(name)
         if seal is None or not (self.is_own or self._known(name) == seal):
             return False
-        if self._can_be_fetched(name):
+        if made_from and ((self.folder / made_from).is_file() or self._can_be_fetched(made_from)):
             return True
-        return made_from is not None and (
-            self._can_be_fetched(made_from) or (self.folder / made_from).is_file()
-        )
+        return self._can_be_fetched(name)
 
     def forget_what_is_gone(self) -> None:
         """Shorten the note to the files that are still there; before anybody reads from the folder."""
@@ -84,7 +79,7 @@ class ShardCache:
         kept = {name: seal for name, seal in self._seals.items() if self._seal(name) == seal}
         if kept == self._seals:
             return
-        lines = "".join(json.dumps([name, *seal]) + "\n" for name, seal in kept.items())
+        lines = "".join(_line(name, seal) for name, seal in kept.items())
         partial = self.folder / f"{NOTE}.{os.getpid()}"
         with suppress(OSError):
             partial.write_text(lines, encoding="utf-8")
@@ -92,15 +87,16 @@ class ShardCache:
             self._seals, self._read = kept, len(lines.encode())
 
     def _seal(self, name: str) -> Seal | None:
-        """What a file is known by; None where there is no file, or a link to one elsewhere."""
+        """Return how a file, or the link to it, looks now; None where there is no file."""
+        path = self.folder / name
         try:
-            stat = os.lstat(self.folder / name)
+            stat = path.lstat()
         except OSError:
             return None
-        return (stat.st_mtime_ns, stat.st_size) if Path(self.folder / name).is_file() else None
+        return (stat.st_mtime_ns, stat.st_size) if path.is_file() else None
 
     def _known(self, name: str) -> Seal | None:
-        """The seal that the note has of a file; other processes may have added to the note."""
+        """Return how the note describes a file; other processes may have added lines to the note."""
         with _reading, suppress(OSError), (self.folder / NOTE).open("rb") as note:
             note.seek(self._read)
             lines = note.read()
@@ -113,7 +109,7 @@ class ShardCache:
         return self._seals.get(name)
 
     def _can_be_fetched(self, name: str) -> bool:
-        """Whether the file's source is somewhere else."""
+        """Return whether the file's source is somewhere else."""
         if self.source is None or urlparse(self.source).scheme:
             return self.source is not None
         source, here = Path(self.source, name), self.folder / name
@@ -123,56 +119,45 @@ class ShardCache:
             return False
 
 
+def _line(name: str, seal: Seal) -> str:
+    return json.dumps([name, *seal]) + "\n"
+
+
 class CachedShard(MDSReader):
-    """A shard of which only the files in ``cache`` are counted and deleted."""
+    """A shard of which only the files that ``cache`` may delete are counted and deleted."""
 
     cache: ShardCache
 
-    def set_up_local(self, listing: set[str], safe_keep_zip: bool) -> int:
-        """Bytes of its files that the cache may delete. Nothing is deleted, as Streaming would."""
-        return sum(info.bytes for info in self._deletable())
-
-    def get_max_size(self) -> int:
-        """Bytes by which preparing the shard makes the cache grow at most."""
+    def deletable(self) -> list[FileInfo]:
+        """Return the shard's files that the cache may delete."""
         raw, compressed = self.raw_data, self.zip_data
-        if self.is_foreign():
-            return 0
-        return raw.bytes + (
-            compressed.bytes if compressed and not self._is_foreign(compressed) else 0
-        )
-
-    def can_be_evicted(self) -> bool:
-        """Whether evicting the shard would delete anything."""
-        return bool(self._deletable())
-
-    def is_foreign(self) -> bool:
-        """Whether somebody else put the uncompressed shard there."""
-        return self._is_foreign(self.raw_data)
-
-    def _is_foreign(self, info: FileInfo) -> bool:
-        return (self.cache.folder / info.basename).is_file() and info not in self._deletable()
-
-    def _deletable(self) -> list[FileInfo]:
-        compressed = self.zip_data
-        found = []
-        if self.cache.may_delete(
-            self.raw_data.basename, compressed.basename if compressed else None
-        ):
-            found.append(self.raw_data)
+        made_from = compressed.basename if compressed else None
+        found = [raw] if self.cache.may_delete(raw.basename, made_from) else []
         if compressed and self.cache.may_delete(compressed.basename):
             found.append(compressed)
         return found
 
-    def _evict_raw(self) -> int:
-        return self._delete(self.raw_data)
+    def is_foreign(self, info: FileInfo) -> bool:
+        """Return whether somebody else put a file of the shard there."""
+        return (self.cache.folder / info.basename).is_file() and info not in self.deletable()
 
-    def _evict_zip(self) -> int:
-        return self._delete(self.zip_data) if self.zip_data else 0
+    def set_up_local(self, listing: set[str], safe_keep_zip: bool) -> int:
+        """Return the bytes of the shard's files that the cache may delete, and delete none."""
+        return sum(info.bytes for info in self.deletable())
 
-    def _delete(self, info: FileInfo) -> int:
-        """Delete a file that the cache may delete; return its bytes according to the index."""
-        if info not in self._deletable():
+    def get_max_size(self) -> int:
+        """Return the bytes by which preparing the shard makes the cache grow at most."""
+        if self.is_foreign(self.raw_data):
             return 0
+        files = [self.raw_data, self.zip_data]
+        return sum(info.bytes for info in files if info and not self.is_foreign(info))
+
+    def evict(self) -> int:
+        """Delete the shard's files that the cache may delete; return their bytes."""
+        return sum(map(self.delete, self.deletable()))
+
+    def delete(self, info: FileInfo) -> int:
+        """Delete a file; return its bytes according to the index."""
         (self.cache.folder / info.basename).unlink(missing_ok=True)
         return info.bytes
 
@@ -184,8 +169,8 @@ class CachedStream(Stream):
         is_own: whether the whole local folder is this program's own, whatever lies there.
     """
 
-    def __init__(self, *, is_own: bool = False, **arguments: object) -> None:
-        super().__init__(**arguments)  # type: ignore[arg-type]
+    def __init__(self, *, is_own: bool = False, **arguments: Any) -> None:
+        super().__init__(**arguments)
         self.is_own = is_own
 
     def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
@@ -197,32 +182,20 @@ class CachedStream(Stream):
         super().get_shards(world, allow_unsafe_types)
         path = Path(self.local, self.split, INDEX)
         source = None if self.remote is None else f"{self.remote}/{self.split}"
-        self.cache = ShardCache(str(path.parent), source, self.is_own)
+        self.cache = ShardCache(path.parent, source, self.is_own)
         if world.is_local_leader:
             self.cache.forget_what_is_gone()
         try:
             entries = read_shards(path)
         except ValueError as error:
             raise ValueError(f"{path} {error}") from None
-        shards: list[Reader] = []
-        for entry in entries:
-            shard = CachedShard.from_json(self.local, self.split, dict(entry))
+        shards = [CachedShard.from_json(self.local, self.split, {**entry}) for entry in entries]
+        for shard in shards:
             shard.cache = self.cache
-            shards.append(shard)
-        return shards
-
-    def foreign_shards(self, shards: Sequence[Reader]) -> str:
-        """Say how many shards of a set that has a remote are no cache; empty where all are."""
-        count = sum(isinstance(shard, CachedShard) and shard.is_foreign() for shard in shards)
-        if not count or self.remote is None:
-            return ""
-        return (
-            f"{self.cache.folder}: {count:,} of {len(shards):,} shards were put there by somebody else; they stay, and "
-            "data.cache_limit doesn't count them"
-        )
+        return [*shards]
 
     def get_index_size(self) -> int:
-        """Bytes of the index that count towards the cache limit: none where the set is no cache."""
+        """Return the bytes of the index that count towards the cache limit: none without a remote."""
         return 0 if self.remote is None else super().get_index_size()
 
     def prepare_shard(self, shard: Reader) -> int:
@@ -238,18 +211,18 @@ class CachedStream(Stream):
         assert isinstance(shard, CachedShard)
         grown = 0
         raw, compressed = shard.raw_data, shard.zip_data
+        stored = compressed or raw
         if not self._is_there(raw):
-            stored = compressed or raw
             if not self._is_there(stored):
                 grown += self._fetch(stored)
             if compressed:
                 grown += self._decompress(raw, compressed, str(shard.compression))
-        if compressed and not self.safe_keep_zip:
-            grown -= shard._evict_zip()
+        if compressed and not self.safe_keep_zip and compressed in shard.deletable():
+            grown -= shard.delete(compressed)
         return grown
 
     def _is_there(self, info: FileInfo) -> bool:
-        """Whether a file is there; one of the cache that was cut off is removed.
+        """Return whether a file is there; remove one of the cache that was cut off.
 
         Raises:
             ValueError: the file has another size than the index says, and can't be fetched again.
@@ -259,19 +232,16 @@ class CachedStream(Stream):
             size = path.stat().st_size
         except FileNotFoundError:
             return False
-        if size != info.bytes and self.cache.may_delete(info.basename):
-            path.unlink(missing_ok=True)
-            return False
-        if size != info.bytes:
-            raise ValueError(
-                f"{path} has {size:,} bytes, and the set's index says {info.bytes:,}; remove the file"
-            )
-        return True
+        if size == info.bytes:
+            return True
+        if not self.cache.may_delete(info.basename):
+            raise ValueError(f"{_wrong_size(path, size, info)}; remove the file")
+        path.unlink(missing_ok=True)
+        return False
 
     def _fetch(self, info: FileInfo) -> int:
         """Download a file; return its bytes."""
-        self._check_place(info)
-        path = self.cache.folder / info.basename
+        path = self._place_for(info)
         self._download_file(info.basename)
         try:
             self._check(info, path)
@@ -283,15 +253,13 @@ class CachedStream(Stream):
 
     def _decompress(self, raw: FileInfo, compressed: FileInfo, algorithm: str) -> int:
         """Decompress a shard beside its compressed file; return the bytes written."""
-        self._check_place(raw)
-        source, target = self.cache.folder / compressed.basename, self.cache.folder / raw.basename
+        source, target = self.cache.folder / compressed.basename, self._place_for(raw)
         self._check(compressed, source)
         try:
             data = decompress_to(raw.bytes, algorithm, source.read_bytes())
         except ValueError as error:
             raise ValueError(f"{source} {error}") from None
         partial = Path(f"{target}.tmp")
-        partial.unlink(missing_ok=True)
         partial.write_bytes(data)
         partial.replace(target)
         self.cache.add(raw.basename)
@@ -304,25 +272,29 @@ class CachedStream(Stream):
             ValueError: size or hash differ, or the index has no such hash.
         """
         if (size := path.stat().st_size) != info.bytes:
-            raise ValueError(f"{path} has {size:,} bytes, and the set's index says {info.bytes:,}")
-        if self.validate_hash:
-            if self.validate_hash not in info.hashes:
-                raise ValueError(
-                    f"the set has no hashes {self.validate_hash} (data.validate_hash) but {sorted(info.hashes)}"
-                )
-            if get_hash(self.validate_hash, path.read_bytes()) != info.hashes[self.validate_hash]:
-                raise ValueError(f"Checksum failure: {path}")
+            raise ValueError(_wrong_size(path, size, info))
+        if not self.validate_hash:
+            return
+        if (expected := info.hashes.get(self.validate_hash)) is None:
+            raise ValueError(
+                f"the set has no hashes {self.validate_hash} (data.validate_hash) "
+                f"but {sorted(info.hashes)}"
+            )
+        if get_hash(self.validate_hash, path.read_bytes()) != expected:
+            raise ValueError(f"Checksum failure: {path}")
 
-    def _check_place(self, info: FileInfo) -> None:
-        """Nothing is written through a link that leads out of the folder.
+    def _place_for(self, info: FileInfo) -> Path:
+        """Return the path of a file to write, through no link that leads out of the folder.
 
         Raises:
-            ValueError: a link does.
+            ValueError: the folder of the file is a link to another folder.
         """
-        folder = self.cache.folder.resolve()
         path = self.cache.folder / info.basename
-        if not path.parent.resolve().is_relative_to(folder):
+        if not path.parent.resolve().is_relative_to(self.cache.folder.resolve()):
             raise ValueError(f"{path.parent} is a link to another folder; nothing is written there")
-        partial = Path(f"{path}.tmp")
-        if partial.is_symlink():
-            partial.unlink()
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+        return path
+
+
+def _wrong_size(path: Path, size: int, info: FileInfo) -> str:
+    return f"{path} has {size:,} bytes, and the set's index says {info.bytes:,}"

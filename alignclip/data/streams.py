@@ -1,4 +1,4 @@
-"""Where MDS sets lie, and whether they hold what is asked of them: told before anything is read from them."""
+"""Say where MDS sets lie, and check that they hold what is asked of them before they are read."""
 
 from __future__ import annotations
 
@@ -10,40 +10,60 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignclip.config.schema import DataConfig, RunConfig, SetConfig
-from alignclip.data.mds_index import INDEX, ShardEntry, columns_of, read_shards
+from alignclip.data.mds_index import (
+    DATASET,
+    INDEX,
+    ShardEntry,
+    columns_of,
+    dimension_of,
+    parse_index,
+)
 from alignclip.errors import UserError, few, nearest
 from alignclip.near import nearest_path
-from alignclip.storage import StorageError, open_file
+from alignclip.storage import StorageError, open_file, read_text
 
 if TYPE_CHECKING:
     from alignclip.data.shard_cache import CachedStream
 
-DATASET = "dataset.json"  # beside the index: what a converter says of the set
 INTEGERS = (
     "int",
     "str_int",
     *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)),
 )
-# How the columns that are read may be stored. Pictures as bytes alone: Streaming's own decoders try every format of
-# PIL's, and some of these start programs.
+# How the columns that are read may be stored. Images as bytes alone: Streaming's own decoders try every
+# format of PIL's, and some of PIL's decoders start programs.
 STORED = {
     "image": ("bytes",),
     "caption": ("str", "json"),
     "semantic": ("ndarray",),
     "label": INTEGERS,
 }
+# the missing column of an evaluator's set -> the column of the other kind of set, and its tasks
+OTHER_KIND = {
+    "label": ("caption", "the set has pairs and no classes: retrieval and gap read pairs"),
+    "caption": (
+        "label",
+        "the set has classes and no captions: zero_shot and linear_probe read classes",
+    ),
+}
 
 
 def local_folder(name: str, stream: SetConfig) -> str:
-    """Where a stream's shards are kept: ``local``, or a folder of its own below the temporary directory."""
+    """Return where a stream's shards are kept: ``local``, or a folder below the temporary one."""
     if stream.local:
         return stream.local
     place = str(stream.remote).replace("://", "-").replace("/", "-")
     return str(Path(tempfile.gettempdir()) / "alignclip-cache" / f"{name}-{place}")
 
 
+def place_of(stream: SetConfig, name: str) -> str:
+    """Return the path or URL of a file of a set."""
+    parts = (stream.remote or stream.local, stream.split, name)
+    return "/".join(part.rstrip("/") for part in parts if part)
+
+
 def cached_stream(name: str, stream: SetConfig, **arguments: Any) -> CachedStream:
-    """A stream that deletes nothing but what was put into its cache.
+    """Build a stream that deletes nothing but what it has put into its cache.
 
     Args:
         name: of the stream.
@@ -52,65 +72,65 @@ def cached_stream(name: str, stream: SetConfig, **arguments: Any) -> CachedStrea
     """
     from alignclip.data.shard_cache import CachedStream  # takes seconds, as PyTorch does
 
-    return CachedStream(
-        **arguments | {"local": local_folder(name, stream)}, is_own=not stream.local
-    )
+    local = local_folder(name, stream)
+    return CachedStream(**arguments | {"local": local}, is_own=not stream.local)
 
 
 def check_streams(config: DataConfig, *, semantic: bool) -> None:
-    """Read each stream's ``index.json`` and make sure that it holds what training will ask for.
+    """Read each stream's ``index.json`` and check that it holds what training will ask for.
 
     Raises:
-        UserError: a set that isn't there or can't be reached, one without the columns needed, or embeddings of
-            different dimensions.
+        UserError: a set that isn't there or can't be reached, one without the columns needed,
+            embeddings of different encoders, an algorithm that Streaming doesn't have, or two streams
+            in one folder.
     """
     _check_algorithms(config)
     _check_folders(config)
-    _check_sets(config, semantic=semantic)
-
-
-def _check_algorithms(config: DataConfig) -> None:
-    """Names that Streaming itself would look up in the first epoch.
-
-    Raises:
-        UserError: one that it doesn't have.
-    """
-    from streaming.base import partition, shuffle  # takes seconds, as PyTorch does
-    from streaming.base.hashing import get_hashes
-
-    for key, algorithms in (("shuffle_algo", shuffle.algos), ("partition_algo", partition.algos)):
-        if (
-            name := getattr(config, key)
-        ) not in algorithms:  # Streaming itself finds out in the first epoch
-            raise UserError(f"data.{key}={name} does not exist; {nearest(name, algorithms)}")
-    if config.validate_hash is not None and config.validate_hash not in get_hashes():
-        raise UserError(
-            f"data.validate_hash={config.validate_hash}: {nearest(config.validate_hash, get_hashes())}"
-        )
-
-
-def _check_sets(config: DataConfig, *, semantic: bool) -> None:
+    needed = {"image", "caption"} | ({"semantic"} if semantic else set())
     encoders: dict[str, tuple[str | None, int | None]] = {}
     for name, stream in config.streams.items():
         where = f"data.streams.{name}"
         hint = f"; set {where}.remote or .local, or take it out with {where}=null"
-        shards = read_index(where, stream, local_folder(name, stream), hint)
-        if not shards:
+        entries = read_index(where, stream, local_folder(name, stream), hint)
+        if not entries:
             raise UserError(f"{where}: the set is empty (no shards in its index.json)")
+        shards = [columns_of(entry) for entry in entries]
         if semantic:
-            check_embeddings(where, [columns_of(shard).keys() for shard in shards])
-        check_columns(
-            where,
-            map(columns_of, shards),
-            {"image", "caption"} | ({"semantic"} if semantic else set()),
-        )
+            check_embeddings(where, shards)
+        check_columns(where, shards, needed)
         if semantic:
-            encoders[where] = _encoder(stream, columns_of(shards[0])["semantic"])
+            encoders[where] = _encoder(stream, shards[0])
     _check_encoders(encoders)
 
 
+def _check_algorithms(config: DataConfig) -> None:
+    """Check the names that Streaming itself looks up in the first epoch."""
+    from streaming.base import partition, shuffle  # takes seconds, as PyTorch does
+    from streaming.base.hashing import get_hashes
+
+    for key, algorithms in (("shuffle_algo", shuffle.algos), ("partition_algo", partition.algos)):
+        if (name := getattr(config, key)) not in algorithms:
+            raise UserError(f"data.{key}={name} does not exist; {nearest(name, algorithms)}")
+    algorithm, known = config.validate_hash, get_hashes()
+    if algorithm is not None and algorithm not in known:
+        raise UserError(f"data.validate_hash={algorithm}: {nearest(algorithm, known)}")
+
+
+def _check_folders(config: DataConfig) -> None:
+    """Check that no two streams have one folder: they would read one index."""
+    folders: dict[Path, str] = {}
+    for name, stream in config.streams.items():
+        folder = Path(local_folder(name, stream), stream.split or "").resolve()
+        if folder in folders:
+            raise UserError(
+                f"data.streams.{folders[folder]} and data.streams.{name} have one local folder: "
+                f"{folder}; give each a local of its own"
+            )
+        folders[folder] = name
+
+
 def check_embeddings(where: str, shards: Iterable[Collection[str]]) -> None:
-    """Make sure that no set of pairs lacks caption embeddings.
+    """Check that no set of pairs lacks caption embeddings.
 
     Args:
         where: the set's place, for messages.
@@ -119,32 +139,16 @@ def check_embeddings(where: str, shards: Iterable[Collection[str]]) -> None:
     Raises:
         UserError: a shard has images and captions alone.
     """
-    if any({"image", "caption"} == STORED.keys() & columns for columns in shards):
+    if any({"image", "caption"} == STORED.keys() & {*columns} for columns in shards):
         raise UserError(
-            f"{where} has no 'semantic' column, and loss.beta > 0 needs it: convert the set with caption "
-            "embeddings (convert/cc12m.py --encoder …), or set loss.rescale=false or loss.beta=0"
+            f"{where} has no 'semantic' column, and loss.beta > 0 needs it: convert the set with "
+            "caption embeddings (convert/cc12m.py --encoder …), or set loss.rescale=false or "
+            "loss.beta=0"
         )
 
 
-def _check_folders(config: DataConfig) -> None:
-    """Two streams in one folder would read one index, and delete each other's shards.
-
-    Raises:
-        UserError: there are two.
-    """
-    folders: dict[Path, str] = {}
-    for name, stream in config.streams.items():
-        folder = Path(local_folder(name, stream), stream.split or "").resolve()
-        if folder in folders:
-            raise UserError(
-                f"data.streams.{folders[folder]} and data.streams.{name} have one local folder: {folder}; give each a "
-                "local of its own"
-            )
-        folders[folder] = name
-
-
 def check_columns(where: str, shards: Iterable[dict[str, str]], needed: set[str]) -> None:
-    """Make sure that every shard has these columns, stored in a way that training and evaluation read.
+    """Check that all shards have the columns that are needed, stored as training and evaluation read them.
 
     Args:
         where: the set's place, for messages.
@@ -158,75 +162,61 @@ def check_columns(where: str, shards: Iterable[dict[str, str]], needed: set[str]
         if missing := sorted(needed - columns.keys()):
             raise UserError(f"{where} lacks the columns {missing}; it has {sorted(columns)}")
         for name in sorted(needed):
-            if columns[name].partition(":")[0] not in STORED[name]:
+            encoding, stored = columns[name], STORED[name]
+            if encoding.partition(":")[0] not in stored:
                 raise UserError(
-                    f"{where} stores the column {name} as {columns[name]}, not as {STORED[name][0]}"
+                    f"{where} stores the column {name} as {encoding}, not as {stored[0]}"
                 )
 
 
+def check_task_columns(where: str, shards: Iterable[dict[str, str]], column: str) -> None:
+    """Check that an evaluator's set has images and ``column``, a label or a caption of each.
+
+    Raises:
+        UserError: one of the shards hasn't; where the set is of the other kind, with the tasks that
+            read it.
+    """
+    shards = list(shards)
+    try:
+        check_columns(where, shards, {"image", column})
+    except UserError as error:
+        there = {name for one in shards for name in one}
+        other, advice = OTHER_KIND[column]
+        hint = f"; {advice}" if column not in there and {"image", other} <= there else ""
+        raise UserError(f"{error}{hint}") from None
+
+
 def evaluated_on_training_data(config: RunConfig) -> dict[str, str]:
-    """The evaluators whose set is one of the run's own streams, and that stream, by their names."""
+    """Return the evaluators whose set is one of the run's own streams: evaluator -> stream."""
     streams = [(name, _places(stream)) for name, stream in config.data.streams.items()]
     found = {}
     for name, evaluator in config.evaluators.items():
         read = _places(evaluator)[:1]  # a remote set, whatever folder caches it
-        stream = next((stream for stream, places in streams if set(read) & set(places)), None)
+        stream = next((stream for stream, places in streams if {*read} & {*places}), None)
         if stream is not None:
             found[name] = stream
     return found
 
 
 def _places(stream: SetConfig) -> list[str]:
-    """The URL of a set, and the folder that it lies in or is cached in, each with its split."""
-    remote = (
-        f"{stream.remote.rstrip('/')}/{stream.split or ''}".rstrip("/") if stream.remote else None
-    )
-    local = str(Path(stream.local, stream.split or "").resolve()) if stream.local else None
-    return [place for place in (remote, local) if place]
+    """Return the URL of a set, and the folder that it lies in or is cached in, each with its split."""
+    split = stream.split or ""
+    remote = [f"{stream.remote.rstrip('/')}/{split}".rstrip("/")] if stream.remote else []
+    return remote + ([str(Path(stream.local, split).resolve())] if stream.local else [])
 
 
-def check_task_columns(where: str, shards: Iterable[dict[str, str]], column: str) -> None:
-    """:func:`check_columns` for an evaluator's set: it has images and ``column``, a label or a caption of each.
-
-    Raises:
-        UserError: one of the shards hasn't; where the set is of the other kind, with the tasks that read it.
-    """
-    shards = list(shards)
+def _encoder(stream: SetConfig, columns: dict[str, str]) -> tuple[str | None, int | None]:
+    """Return the name and the dimension of a set's sentence encoder, None where nobody says."""
     try:
-        check_columns(where, shards, {"image", column})
-    except UserError as error:
-        columns = {name for one in shards for name in one}
-        hint = ""
-        if column == "label" and columns >= {"image", "caption"} and column not in columns:
-            hint = "; the set has pairs and no classes: retrieval and gap read pairs"
-        elif column == "caption" and columns >= {"image", "label"} and column not in columns:
-            hint = "; the set has classes and no captions: zero_shot and linear_probe read classes"
-        raise UserError(f"{error}{hint}") from None
-
-
-def _encoder(stream: SetConfig, encoding: str) -> tuple[str | None, int | None]:
-    """Name and dimension of the sentence encoder of a set, as far as they are known."""
-    place = "/".join(
-        part.rstrip("/") for part in (stream.remote or stream.local, stream.split, DATASET) if part
-    )
-    try:
-        store, file = open_file(place)
-        said = json.loads(store.read_text(file))
+        said = json.loads(read_text(place_of(stream, DATASET)))
         name, dimension = said.get("encoder"), said.get("dimension")
     except Exception:  # a set of another converter's
         name = dimension = None
-    shape = encoding.split(":")[
-        2:
-    ]  # sets with several captions an image have none in their encoding
-    return name, int(shape[0]) if shape else dimension
+    return name, dimension_of(columns) or dimension
 
 
 def _check_encoders(encoders: dict[str, tuple[str | None, int | None]]) -> None:
-    """Embeddings of two encoders, be they of one dimension, say nothing about each other.
-
-    Raises:
-        UserError: two streams are known to differ.
-    """
+    """Check that all embeddings are of one encoder: others can't be compared, whatever their dimension."""
     for (first, (name, dimension)), (second, (other, another)) in combinations(encoders.items(), 2):
         if None not in (dimension, another) and dimension != another:
             raise UserError(
@@ -236,13 +226,14 @@ def _check_encoders(encoders: dict[str, tuple[str | None, int | None]]) -> None:
         # the same model may have been a hub's name there and a folder here
         if name and other and Path(name).name != Path(other).name:
             raise UserError(
-                f"{first} has caption embeddings of '{name}', {second} of '{other}', which can't be compared; use one "
-                f"sentence encoder (if they are one and the same, give them one name in the sets' {DATASET})"
+                f"{first} has caption embeddings of '{name}', {second} of '{other}', which can't be "
+                "compared; use one sentence encoder (if they are one and the same, give them one "
+                f"name in the sets' {DATASET})"
             )
 
 
 def no_set_at(folder: Path, hint: str = "") -> str:
-    """The sentence that a folder of this machine holds no set: where one is near, or else what a person could do."""
+    """Say that a folder of this machine holds no set, and where one is near, or else the ``hint``."""
     below = [str(path.parent) for path in sorted(folder.glob(f"*/{INDEX}"))]
     near = nearest_path(folder, lambda path: (path / INDEX).is_file()) or nearest_path(
         folder, Path.is_dir
@@ -264,39 +255,29 @@ def read_index(where: str, stream: SetConfig, local: str, hint: str = "") -> lis
         hint: what else a person could do where there is none.
 
     Raises:
-        UserError: there is none, it can't be read, a shard of it can't be read safely, or another set is cached in
-            ``local``.
+        UserError: there is none, it can't be read, a shard of it can't be read safely, or another set
+            is cached in ``local``.
     """
-    subfolder, whose = stream.split or "", f"{where}: " if where else ""
-    if not stream.remote:
-        path = Path(str(stream.local), subfolder, INDEX)
-        if not path.is_file():
-            raise UserError(f"{whose}{no_set_at(path.parent, hint)}")
-        try:
-            return read_shards(path)
-        except ValueError as error:
-            raise UserError(f"{whose}{path} {error}") from None
-    remote = "/".join(part.rstrip("/") for part in (stream.remote, subfolder, INDEX) if part)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, INDEX)
-        try:
-            store, name = open_file(remote)
-            store.download(name, path)
-        except StorageError as error:
-            raise UserError(f"{whose}{error}") from None
-        try:
-            shards = read_shards(path)
-        except ValueError as error:
-            raise UserError(f"{whose}{remote} {error}") from None
+    whose, place = f"{where}: " if where else "", place_of(stream, INDEX)
+    if not stream.remote and not Path(place).is_file():
+        raise UserError(f"{whose}{no_set_at(Path(place).parent, hint)}")
+    try:
+        store, name = open_file(place)
+        entries = parse_index(store.read_bytes(name))
+    except StorageError as error:
+        raise UserError(f"{whose}{error}") from None
+    except ValueError as error:
+        raise UserError(f"{whose}{place} {error}") from None
     # Streaming takes the index that is there already, whatever the remote one says
-    cached = Path(local, subfolder, INDEX)
-    if cached.is_file():
+    cached = Path(local, stream.split or "", INDEX)
+    if stream.remote and cached.is_file():
         try:
-            same = read_shards(cached) == shards
+            same = parse_index(cached.read_bytes()) == entries
         except ValueError:  # written half when a machine went down
             same = False
         if not same:
             raise UserError(
-                f"{whose}{cached.parent} holds another set than {remote}; remove it or choose another local"
+                f"{whose}{cached.parent} holds another set than {place}; remove it or choose "
+                "another local"
             )
-    return shards
+    return entries

@@ -10,14 +10,20 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from alignclip.config.schema import SetConfig
-from alignclip.data.dataset import ReleasingDataset
-from alignclip.data.streams import cached_stream, check_task_columns, local_folder, read_index
+from alignclip.data.mds_index import CLASSES
+from alignclip.data.streaming_patches import CachedDataset
+from alignclip.data.streams import (
+    cached_stream,
+    check_task_columns,
+    local_folder,
+    place_of,
+    read_index,
+)
 from alignclip.data.transforms import center_crop
 from alignclip.errors import UserError, one_line
 from alignclip.ranks import raise_on_all_ranks
 from alignclip.storage import StorageError, describe_storage_error, open_file
 
-CLASSES = "classes.json"  # class names and templates, beside the index
 HASH = "xxh64"  # our converters'
 
 
@@ -25,9 +31,9 @@ class OpenSets:
     """The sets of a process, each opened once: Streaming refuses a second reader of the same cache."""
 
     def __init__(self) -> None:
-        self._opened: dict[tuple[str | None, str, str | None], ReleasingDataset] = {}
+        self._opened: dict[tuple[str | None, str, str | None], CachedDataset] = {}
 
-    def open(self, stream: SetConfig) -> ReleasingDataset:
+    def open(self, stream: SetConfig) -> CachedDataset:
         """The samples of a set by index.
 
         Raises:
@@ -48,7 +54,7 @@ class OpenSets:
         try:
             # whichever hash it was written with is checked
             checked = HASH if HASH in hashes else next(iter(hashes), None)
-            dataset = ReleasingDataset(
+            dataset = CachedDataset(
                 streams=[
                     cached_stream(
                         "evaluation", stream, remote=remote, split=split, validate_hash=checked
@@ -60,9 +66,6 @@ class OpenSets:
         except Exception as error:  # of the file system, or any cloud's
             failure = UserError(f"the set {remote or local}: {describe_storage_error(error)}")
         raise_on_all_ranks(failure)
-        for one in dataset.streams:  # forked workers must not share the connection
-            if one._downloader is not None:
-                one._downloader.clean_up()
         self._opened[key] = dataset
         return dataset
 
@@ -124,9 +127,7 @@ def read_classes(stream: SetConfig) -> tuple[list[str], list[str]]:
     Raises:
         UserError: no such file beside the index, or not one of ``convert/classification.py``.
     """
-    where = "/".join(
-        part.rstrip("/") for part in (stream.remote or stream.local, stream.split, CLASSES) if part
-    )
+    where = place_of(stream, CLASSES)
     try:
         store, file = open_file(where)
         values = json.loads(store.read_text(file))

@@ -1,4 +1,4 @@
-"""What checking an MDS set has found: its problems, its numbers, and what is worth knowing."""
+"""Collect what checking an MDS set has found: problems, numbers, notes."""
 
 from __future__ import annotations
 
@@ -11,61 +11,62 @@ from alignclip.data.mds_index import ShardEntry
 SHOWN = 20  # problems of a kind
 
 
+def folder_of(name: str) -> str:
+    """Return the folder part of a name below the set, "" for the set's own folder."""
+    return name.rpartition("/")[0]
+
+
 @dataclass
 class Problems:
-    """Lines to print by kind, at most :data:`SHOWN` of each; ``numbers`` has all.
+    """Problems by kind.
 
-    ``parts``: the sub-folders that converting them again would mend, "" being the set's own folder.
+    Attributes:
+        lines: kind -> lines to print, at most :data:`SHOWN`.
+        numbers: kind -> the number of all problems.
+        parts: the sub-folders that converting them again would mend, "" being the set's own folder.
     """
 
     lines: dict[str, list[str]] = field(default_factory=dict)
     numbers: Counter[str] = field(default_factory=Counter)
     parts: set[str] = field(default_factory=set)
 
-    @property
-    def number(self) -> int:
-        """Of all kinds."""
-        return sum(self.numbers.values())
-
     def add(self, kind: str, file: str, text: str | None = None, mend: bool = True) -> None:
-        """One more, of ``file``; ``text`` is the kind unless it says more."""
+        """Add a problem of ``file``; ``text`` is the kind unless it says more."""
         self.numbers[kind] += 1
-        lines = self.lines.setdefault(kind, [])
-        if len(lines) < SHOWN:
+        if len(lines := self.lines.setdefault(kind, [])) < SHOWN:
             lines.append(f"{file}: {text or kind}")
         if mend:
             self.parts.add(folder_of(file))
 
     def merge(self, other: Problems) -> None:
-        """Add another shard's."""
+        """Add the problems of another shard."""
         self.numbers.update(other.numbers)
         self.parts |= other.parts
         for kind, lines in other.lines.items():
-            mine = self.lines.setdefault(kind, [])
-            mine += lines[: SHOWN - len(mine)]
+            self.lines[kind] = [*self.lines.get(kind, []), *lines][:SHOWN]
 
     def text(self) -> str:
-        """A line each, and one for what is beyond."""
-        lines = []
-        for kind, some in self.lines.items():
-            lines += some
-            if self.numbers[kind] > len(some):
-                lines.append(f"… and {self.numbers[kind] - len(some):,} more: {kind}")
-        return "\n".join(f"  {line}" for line in lines)
+        """Return a line for each problem, and one for the problems of a kind that aren't shown."""
+        text = []
+        for kind, lines in self.lines.items():
+            text += lines
+            if more := self.numbers[kind] - len(lines):
+                text.append(f"… and {more:,} more: {kind}")
+        return "\n".join(f"  {line}" for line in text)
 
 
 @dataclass
-class Overview:
-    """What was found without opening a shard.
+class SetSummary:
+    """What is known of a set without opening a shard.
 
     Attributes:
-        entries: of the shards that hold samples and can be read, as far as the index and a listing tell.
-        shards, samples, bytes: numbers according to the index; ``bytes`` are those of the files as they are stored.
+        entries: of the shards that hold samples and can be read, as far as index and listing tell.
+        shards, samples, bytes: numbers of the index; ``bytes`` of the files as they are stored.
         indexed: samples by sub-folder, "" being the set's own.
         columns: name -> MDS encoding, of most shards.
         dataset: the contents of ``dataset.json``, empty where there is none.
         classes: the class names of ``classes.json``, None where there is none.
-        written, held_out, skipped: what the converter has counted; ``written`` is None where it hasn't.
+        written, held_out, skipped: the converter's counts; ``written`` is None where there are none.
         is_held_out: whether the set is the split that the converter has taken from another one.
         notes: what is worth knowing and no problem.
     """
@@ -84,8 +85,3 @@ class Overview:
     skipped: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
     problems: Problems = field(default_factory=Problems)
-
-
-def folder_of(name: str) -> str:
-    """The folder part of a name below the set, "" for the set's own."""
-    return name.rpartition("/")[0]

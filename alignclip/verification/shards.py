@@ -1,4 +1,4 @@
-"""Reading the shards of an MDS set: hashes first, then every sample through Streaming's own reader."""
+"""Read all shards of an MDS set, and check every sample, alone and against the others."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from alignclip.data.image_files import is_whole
@@ -27,20 +28,28 @@ from alignclip.data.mds_reader import DamagedShard, open_shard
 from alignclip.errors import UserError, one_line
 from alignclip.storage import Store, describe_storage_error, is_full, open_store, patiently
 from alignclip.storage.copies import TEMPORARY
-from alignclip.verification.findings import Problems
+from alignclip.verification.findings import SHOWN, Problems, SetSummary, folder_of
 
 if TYPE_CHECKING:
     from alignclip.data.mds_reader import MDSReader
 
 UNREADABLE = 0  # instead of the hash of a key
 SHARDS_A_PROCESS = 8  # at least: starting one takes as long as checking a few shards
+UNUSUAL = 10.0  # times the median norm, or its inverse: no sentence encoder's norms differ so much
+NO_NORMS = np.empty(0, np.float32)
+TWICE = "key is there twice"
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What holds for every shard of a set: where it lies, what is decoded, how many classes and dimensions there are.
+class SampleRules:
+    """What holds for every sample of a set.
 
-    ``classes`` and ``dimension`` are None where nothing says.
+    Attributes:
+        place: of the set.
+        decode: the fraction of images that are decoded, chosen by key and ``seed``.
+        formats: that PIL may read.
+        classes: number of classes; None where nobody says.
+        dimension: of an embedding; None where nobody says.
     """
 
     place: str
@@ -52,74 +61,116 @@ class Rules:
 
 
 @dataclass
-class Read:
-    """What reading one or all shards has shown.
+class ShardReport:
+    """What reading a shard has shown.
 
-    ``norms``: number of the embeddings, of whose norms ``least``, ``most`` and ``sum`` are. Of one shard also ``keys``:
-    8-byte hashes, and of each embedding ``norm_of`` and the sample that it belongs to, ``norm_at``.
+    Attributes:
+        decoded: number of images that were decoded.
+        dimension: of the embeddings; None where there are none.
+        keys: 8-byte hashes of the samples' keys.
+        norms: of all embeddings.
+        norm_at: the sample that each norm belongs to.
     """
 
     problems: Problems = field(default_factory=Problems)
     samples: int = 0
     decoded: int = 0
     dimension: int | None = None
-    norms: int = 0
-    least: float = float("inf")
-    most: float = 0.0
-    sum: float = 0.0
     keys: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
-    norm_of: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+    norms: np.ndarray = field(default_factory=lambda: NO_NORMS)
     norm_at: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint32))
 
-    def add(self, other: Read) -> None:
-        """Count what another shard has shown, but for what is of each of its samples."""
-        self.problems.merge(other.problems)
-        for name in ("samples", "decoded", "norms", "sum"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.least, self.most = min(self.least, other.least), max(self.most, other.most)
-        self.dimension = self.dimension or other.dimension
+
+def sound_norms(reports: Sequence[ShardReport]) -> np.ndarray:
+    """Return the finite norms above 0; the other embeddings are problems of their samples."""
+    norms = np.concatenate([NO_NORMS, *(report.norms for report in reports)])
+    return norms[np.isfinite(norms) & (norms > 0)]
 
 
-def check_shard(entry: ShardEntry, rules: Rules) -> Read:
-    """Fetch the shard of an index entry, compare its hashes and read every sample."""
-    read = Read()
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
-        reader = open_fetched(entry, rules.place, Path(folder), read.problems)
-        if reader is not None:
-            file, keys = stored_file(entry)["basename"], np.empty(reader.samples, np.uint64)
-            norms: list[np.ndarray] = []  # of each sample's embeddings
-            for i in range(reader.samples):
-                name, keys[i] = f"sample {i}", UNREADABLE
-                norms.append(np.empty(0, np.float32))
-                try:
-                    sample = reader.get_item(i)
-                except Exception as error:  # whatever the bytes make NumPy, JSON and UTF-8 say
-                    read.problems.add(
-                        "can't be read", file, f"{name} can't be read: {one_line(error)}"
-                    )
-                    continue
-                name += f" (key {sample['key']})" if "key" in sample else ""
-                keys[i] = _hash(str(sample.get("key") or f"{file}/{i}"), rules.seed)
-                norms[i] = _norms(sample)
-                chosen = int(keys[i]) < rules.decode * 2**64
-                for problem in _sample_problems(sample, rules, read, chosen):
-                    read.problems.add(problem, file, f"{name}: {problem}")
-            read.samples = reader.samples
-            read.norm_of = np.concatenate([read.norm_of, *norms])
-            read.norm_at = np.repeat(
-                np.arange(len(norms), dtype=np.uint32), [len(rows) for rows in norms]
-            )
-            read.keys = keys if "key" in entry["column_names"] else read.keys
-    return read
+def read_shards(
+    entries: Sequence[ShardEntry], rules: SampleRules, processes: int, progress: bool
+) -> list[ShardReport]:
+    """Check all shards, several side by side under one progress bar.
 
-
-def open_fetched(
-    entry: ShardEntry, place: str, folder: Path, problems: Problems
-) -> MDSReader | None:
-    """A reader of a shard that is what the index says, fetched and decompressed into ``folder`` where need be.
+    Returns:
+        the reports, in the order of the entries.
 
     Raises:
-        UserError: there is no space for the copy.
+        UserError: a worker was killed.
+    """
+    sizes = [stored_file(entry)["bytes"] for entry in entries]
+    bar = tqdm(
+        desc="verifying",
+        total=sum(sizes),
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        mininterval=0.5 if sys.stderr.isatty() else 30.0,  # seconds; a log file wants fewer lines
+        disable=not progress,
+    )
+    found: dict[int, ShardReport] = {}
+    problems = 0
+    with bar, _executor(min(processes, len(entries) // SHARDS_A_PROCESS)) as executor:
+        running = {executor.submit(check_shard, entry, rules): i for i, entry in enumerate(entries)}
+        try:
+            for future in as_completed(running):
+                i = running[future]
+                found[i] = future.result()
+                problems += found[i].problems.numbers.total()
+                bar.set_postfix(problems=problems, refresh=False)
+                bar.update(sizes[i])
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed, perhaps for its memory; run again with fewer "
+                "--processes"
+            ) from None
+        finally:
+            executor.shutdown(cancel_futures=True)
+    return [found[i] for i in range(len(entries))]
+
+
+def _executor(processes: int) -> Executor:
+    if processes <= 1:
+        return ThreadPoolExecutor(1)
+    # spawn: the object stores' clients do not survive a fork
+    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+
+
+def check_shard(entry: ShardEntry, rules: SampleRules) -> ShardReport:
+    """Fetch a shard, compare its file with the index and read every sample."""
+    report, file = ShardReport(), stored_file(entry)["basename"]
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
+        reader = _open_fetched(entry, rules.place, Path(folder), report.problems)
+        if reader is None:
+            return report
+        report.samples = reader.samples
+        keys, norms = np.full(reader.samples, UNREADABLE, np.uint64), [NO_NORMS] * reader.samples
+        for i in range(reader.samples):
+            try:
+                sample = reader.get_item(i)
+            except Exception as error:  # whatever the bytes make NumPy, JSON and UTF-8 say
+                text = f"sample {i} can't be read: {one_line(error)}"
+                report.problems.add("can't be read", file, text)
+                continue
+            name = f"sample {i} (key {sample['key']})" if "key" in sample else f"sample {i}"
+            keys[i] = _hash(str(sample.get("key") or f"{file}/{i}"), rules.seed)
+            norms[i] = _norms(sample)
+            for problem in _problems_of(sample, int(keys[i]), norms[i], rules, report):
+                report.problems.add(problem, file, f"{name}: {problem}")
+    report.norms = np.concatenate([NO_NORMS, *norms])
+    report.norm_at = np.repeat(np.arange(len(norms), dtype=np.uint32), [*map(len, norms)])
+    if "key" in entry["column_names"]:
+        report.keys = keys
+    return report
+
+
+def _open_fetched(
+    entry: ShardEntry, place: str, folder: Path, problems: Problems
+) -> MDSReader | None:
+    """Open a shard, fetched into ``folder`` where the set is remote; add what is wrong to problems.
+
+    Raises:
+        UserError: there is no space for a copy.
     """
     file = stored_file(entry)["basename"]
     path = Path(place, file)
@@ -131,16 +182,11 @@ def open_fetched(
     except DamagedShard as error:
         problems.add(error.kind, file, str(error))
     except Exception as error:  # every provider has its own
-        _check_space(error)
+        if is_full(error):
+            what = "a shard's temporary copy (TMPDIR)"
+            raise UserError(f"no space left on the device for {what}") from None
         problems.add("can't be fetched", file, f"can't be fetched: {describe_storage_error(error)}")
     return None
-
-
-def _check_space(error: BaseException) -> None:
-    if is_full(error):
-        raise UserError(
-            "no space left on the device for a shard's temporary copy (TMPDIR)"
-        ) from None
 
 
 @lru_cache(1)  # a new connection for every shard would take a quarter of a second
@@ -149,25 +195,22 @@ def _bucket(place: str) -> Store:
 
 
 def _hash(text: str, seed: int) -> int:
-    return int.from_bytes(
-        hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest(), "little"
-    )
+    key = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode())
+    return int.from_bytes(key.digest(), "little")
 
 
-def _sample_problems(
-    sample: dict[str, Any], rules: Rules, read: Read, chosen: bool
+def _problems_of(
+    sample: dict[str, Any], key: int, norms: np.ndarray, rules: SampleRules, report: ShardReport
 ) -> Iterator[str]:
-    """What is wrong with a sample; its image is decoded where it is ``chosen``."""
+    """Yield what is wrong with a sample; its image is decoded where its key's hash is low enough."""
     if "key" in sample and not str(sample["key"]).strip():
         yield "key is empty"
     if "caption" in sample:
         captions = sample["caption"] if isinstance(sample["caption"], list) else [sample["caption"]]
-        if not captions or not all(
-            isinstance(caption, str) and caption.strip() for caption in captions
-        ):
+        if not captions or not all(isinstance(one, str) and one.strip() for one in captions):
             yield "caption is empty or no text"
     if "semantic" in sample:
-        yield from _embedding_problems(sample, rules, read)
+        yield from _embedding_problems(sample, norms, rules, report)
     if "label" in sample:
         label = sample["label"]
         if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
@@ -175,110 +218,118 @@ def _sample_problems(
         elif label < 0 or (rules.classes is not None and label >= rules.classes):
             yield "label is none of the classes"
     if "image" in sample:
-        if not sample["image"] or not isinstance(sample["image"], bytes):
+        image = sample["image"]
+        if not image or not isinstance(image, bytes):
             yield "image is empty or no file"
-        elif chosen:
-            read.decoded += 1
-            if not _can_be_decoded(sample["image"], rules.formats):
-                yield "image can't be decoded"
+        elif key < rules.decode * 2**64:
+            report.decoded += 1
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large, and whole
+                if not is_whole(image, rules.formats):
+                    yield "image can't be decoded"
 
 
-def _embedding_problems(sample: dict[str, Any], rules: Rules, read: Read) -> Iterator[str]:
-    """One embedding, or one of each caption."""
-    rows = np.asarray(sample["semantic"])
-    if not np.issubdtype(rows.dtype, np.floating) or rows.ndim not in (1, 2):
+def _embedding_problems(
+    sample: dict[str, Any], norms: np.ndarray, rules: SampleRules, report: ShardReport
+) -> Iterator[str]:
+    """Yield what is wrong with a sample's embedding, or with those of its captions."""
+    rows, caption = np.asarray(sample["semantic"]), sample.get("caption")
+    if not _are_embeddings(rows):
         yield "embedding is no array of floats"
         return
-    if (
-        rows.ndim == 2
-        and isinstance(sample.get("caption"), list)
-        and len(rows) != len(sample["caption"])
-    ):
+    if rows.ndim == 2 and isinstance(caption, list) and len(rows) != len(caption):
         yield "not one embedding for each caption"
-    read.dimension = read.dimension or rules.dimension or rows.shape[-1]
-    if rows.shape[-1] != read.dimension:
-        yield f"embedding hasn't {read.dimension} dimensions"
-    if not np.isfinite(rows).all():
+    report.dimension = report.dimension or rules.dimension or rows.shape[-1]
+    if rows.shape[-1] != report.dimension:
+        yield f"embedding hasn't {report.dimension} dimensions"
+    if not np.isfinite(norms).all():
         yield "embedding isn't finite"
-        return
-    norms = _norms(sample)
-    if not norms.all():
+    elif not norms.all():
         yield "embedding is zero"
-        return
-    read.norms += len(norms)
-    read.sum += float(norms.sum(dtype=np.float64))
-    read.least, read.most = min(read.least, float(norms.min())), max(read.most, float(norms.max()))
+
+
+def _are_embeddings(rows: np.ndarray) -> bool:
+    return np.issubdtype(rows.dtype, np.floating) and rows.ndim in (1, 2)
 
 
 def _norms(sample: dict[str, Any]) -> np.ndarray:
-    """Of a sample's embeddings, which may be none."""
+    """Return the norm of each of a sample's embeddings."""
     rows = np.asarray(sample.get("semantic", ()))
-    if not rows.size or not np.issubdtype(rows.dtype, np.floating) or rows.ndim not in (1, 2):
-        return np.empty(0, np.float32)
-    return np.atleast_1d(np.linalg.norm(rows.astype(np.float64), axis=-1)).astype(np.float32)
-
-
-def _can_be_decoded(image: bytes, formats: tuple[str, ...]) -> bool:
-    from PIL import Image
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large, and whole
-        return is_whole(image, formats)
-
-
-def _executor(processes: int) -> Executor:
-    if processes <= 1:
-        return ThreadPoolExecutor(1)
-    # spawn: the object stores' clients do not survive a fork
-    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
-
-
-def read_shards(
-    entries: Sequence[ShardEntry], rules: Rules, processes: int, progress: bool
-) -> list[Read]:
-    """Check all shards, several side by side under one progress bar; the results are in the same order.
-
-    Raises:
-        UserError: a worker was killed.
-    """
-    bar = tqdm(
-        desc="verifying",
-        total=sum(stored_file(entry)["bytes"] for entry in entries),
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1024,
-        mininterval=0.5 if sys.stderr.isatty() else 30.0,  # seconds; a log file wants fewer lines
-        disable=not progress,
-    )
-    executor = _executor(min(processes, len(entries) // SHARDS_A_PROCESS))
-    found: dict[int, Read] = {}
-    problems = 0
-    try:
-        running = {executor.submit(check_shard, entry, rules): i for i, entry in enumerate(entries)}
-        for future in as_completed(running):
-            i = running[future]
-            found[i] = future.result()
-            problems += found[i].problems.number
-            bar.set_postfix(problems=problems, refresh=False)
-            bar.update(stored_file(entries[i])["bytes"])
-    except BrokenProcessPool:
-        raise UserError(
-            "a worker process was killed, perhaps for its memory; run again with fewer --processes"
-        ) from None
-    finally:
-        executor.shutdown(cancel_futures=True)
-        bar.close()
-    return [found[i] for i in range(len(entries))]
+    if not rows.size or not _are_embeddings(rows):
+        return NO_NORMS
+    return np.linalg.norm(np.atleast_2d(rows).astype(np.float64), axis=-1).astype(np.float32)
 
 
 def samples_at(
     positions: Iterable[tuple[int, int]], entries: Sequence[ShardEntry], place: str
 ) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
-    """The samples at these (shard, sample) positions, sorted; each shard is fetched once, broken ones are left out."""
+    """Yield the samples at (shard, sample) positions, in order, without those that can't be read.
+
+    Each shard is fetched once.
+    """
     for shard, group in groupby(sorted(positions), key=itemgetter(0)):
         with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
-            reader = open_fetched(entries[shard], place, Path(folder), Problems())
+            reader = _open_fetched(entries[shard], place, Path(folder), Problems())
             if reader is not None:
                 for position in group:
-                    with suppress(Exception):  # see check_shard, which says so
+                    with suppress(Exception):  # check_shard says so
                         yield position, reader.get_item(position[1])
+
+
+def add_outliers(
+    reports: Sequence[ShardReport], entries: Sequence[ShardEntry], found: SetSummary
+) -> None:
+    """Name the embeddings whose norm is far from the median."""
+    sound = sound_norms(reports)
+    median = float(np.median(sound)) if len(sound) else 0.0
+    for report, entry in zip(reports, entries, strict=True):
+        norms = report.norms
+        far = (norms > UNUSUAL * median) | (norms < median / UNUSUAL)
+        for i in np.flatnonzero(far & np.isfinite(norms) & (norms > 0)):
+            text = f"embedding has the norm {norms[i]:.3g}, where {median:.3g} is usual"
+            found.problems.add(
+                "embedding's norm is unusual",
+                stored_file(entry)["basename"],
+                f"sample {report.norm_at[i]}: {text}",
+            )
+
+
+def add_duplicates(
+    reports: Sequence[ShardReport], entries: Sequence[ShardEntry], place: str, found: SetSummary
+) -> None:
+    """Count the samples whose key an earlier sample has already.
+
+    The converter looks for them within an input, so that they are a problem there. Between inputs,
+    whose keys may well be numbered alike, they are a note.
+    """
+    hashes = np.concatenate([np.empty(0, np.uint64), *(report.keys for report in reports)])
+    order = np.argsort(hashes, kind="stable")
+    same = (hashes[order[1:]] == hashes[order[:-1]]) & (hashes[order[1:]] != UNREADABLE)
+    pairs = np.stack([order[1:][same], order[:-1][same]], axis=1)  # of a sample, and an earlier one
+    pairs = pairs[np.argsort(pairs[:, 0])]
+    starts = np.cumsum([0, *(len(report.keys) for report in reports)])
+    shards = np.searchsorted(starts, pairs, side="right") - 1
+    samples = pairs - starts[shards]
+    files = [stored_file(entry)["basename"] for entry in entries]
+    _, folders = np.unique([folder_of(file) for file in files], return_inverse=True)
+    within = folders[shards[:, 0]] == folders[shards[:, 1]]
+
+    def lines(chosen: np.ndarray) -> list[tuple[str, str]]:
+        """Say of each pair in which file the sample lies, and which sample it repeats."""
+        positions = [(int(shards[i, 0]), int(samples[i, 0])) for i in chosen]
+        there = dict(samples_at(positions, entries, place))
+        said = []
+        for i, position in zip(chosen, positions, strict=True):
+            earlier = f"sample {samples[i, 1]} in {files[shards[i, 1]]}"
+            key = f" ({there[position]['key']})" if position in there else ""
+            text = f"sample {position[1]} has the key of {earlier}{key}"
+            said.append((files[position[0]], text))
+        return said
+
+    again, elsewhere = np.flatnonzero(within), np.flatnonzero(~within)
+    for file, text in lines(again[:SHOWN]):
+        found.problems.add(TWICE, file, text, mend=False)
+    found.problems.numbers[TWICE] += max(len(again) - SHOWN, 0)
+    for file, text in lines(elsewhere[:1]):
+        number = f"{len(elsewhere):,} (the first: {file}, {text})"
+        found.notes.append(f"keys that come in several inputs: {number}")

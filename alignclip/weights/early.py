@@ -15,12 +15,13 @@ from pathlib import Path
 
 from alignclip.config.metrics import column_of, sets_of
 from alignclip.config.schema import EvaluateConfig, EvaluatorConfig, RunConfig, SetConfig
-from alignclip.data.mds_index import INDEX, columns_of, listed_shards
+from alignclip.data.mds_index import CLASSES, INDEX, columns_of, listed_shards
 from alignclip.data.streams import (
     check_embeddings,
     check_task_columns,
     local_folder,
     no_set_at,
+    place_of,
     read_index,
 )
 from alignclip.errors import UserError
@@ -41,8 +42,6 @@ from alignclip.weights.locate import (
     folder_meant,
     why_no_weights,
 )
-
-CLASSES = "classes.json"  # beside the index of a classification set
 
 
 def check_run(config: RunConfig) -> None:
@@ -129,7 +128,7 @@ def check_evaluator(name: str, evaluator: EvaluatorConfig, contents: bool = Fals
             check_task_columns(where, _columns(stream), column)
         if column == "label":
             hint = "; convert/classification.py writes it"
-            _check_file(where, _beside(stream, CLASSES), hint=hint, near=False)
+            _check_file(where, place_of(stream, CLASSES), hint=hint, near=False)
 
 
 def check_set(where: str, stream: SetConfig, hint: str = "") -> None:
@@ -139,27 +138,20 @@ def check_set(where: str, stream: SetConfig, hint: str = "") -> None:
         UserError: there is none, or it can't be reached.
     """
     if stream.remote:
-        _check_file(where, _beside(stream, INDEX), hint=hint)
-    elif not (path := Path(_beside(stream, INDEX))).is_file():
+        _check_file(where, place_of(stream, INDEX), hint=hint)
+    elif not (path := Path(place_of(stream, INDEX))).is_file():
         raise UserError(f"{where}: {no_set_at(path.parent, hint)}")
 
 
 def _columns(stream: SetConfig) -> list[dict[str, str]]:
     """The columns that a set's index names, shard by shard; none where it can't be read: that is told later."""
     try:
-        text = read_text(_beside(stream, INDEX))
+        text = read_text(place_of(stream, INDEX))
         found = [columns_of(entry) for entry in listed_shards(json.loads(text))]
     except (UserError, ValueError, KeyError, TypeError, RecursionError):
         return []
     texts = (text for one in found for pair in one.items() for text in pair)
     return found if all(isinstance(text, str) for text in texts) else []
-
-
-def _beside(stream: SetConfig, name: str) -> str:
-    """The path or URL of a file of a set."""
-    return "/".join(
-        piece.rstrip("/") for piece in (stream.remote or stream.local, stream.split, name) if piece
-    )
 
 
 def check_load_path(place: str) -> None:

@@ -8,8 +8,8 @@ How to add a format
    whose files are several input shards, or that read more than one file, override more methods.
 2. Add a line to :data:`FORMATS`.
 
-The command line, patterns and folders, the plan, the verifier's hints and the table in ``convert/README.md``
-(which a test compares) then know the format.
+The command line, patterns and folders, the plan and the table in ``convert/README.md`` (which a test
+compares) then know the format. Another test asks for its endings in the verifier's hint.
 """
 
 from __future__ import annotations

@@ -133,13 +133,13 @@ FUNCTIONS = [
     Function(f"{READER}.get_max_size", "self", CACHE),
     Function(f"{READER}.evict", "self", CACHE),
     Function("streaming.base.format.mds.reader.MDSReader.from_json", "dirname split obj", CACHE),
-    Function("streaming.MDSWriter.encode_joint_shard", "self", "alignclip/conversion/shards.py"),
+    Function("streaming.MDSWriter.encode_joint_shard", "self", "alignclip/conversion/mds_writer.py"),
     Function(
         f"{WRITER}.Writer._process_file",
         "self raw_data raw_basename zip_basename",
-        "alignclip/conversion/shards.py",
+        "alignclip/conversion/mds_writer.py",
     ),
-    Function(f"{WRITER}.Writer._hash", "self data basename", "alignclip/conversion/shards.py"),
+    Function(f"{WRITER}.Writer._hash", "self data basename", "alignclip/conversion/mds_writer.py"),
     Function(
         f"{FSDP}._get_gradient_divide_factors",
         "reduce_scatter_group all_reduce_group reduce_dtype device_type",
@@ -190,10 +190,10 @@ ATTRIBUTES = [
     Attribute(
         f"{WRITER}.JointWriter",
         "new_samples extra_bytes_per_shard encode_joint_shard",
-        "alignclip/conversion/shards.py",
+        "alignclip/conversion/mds_writer.py",
     ),
     Attribute(
-        "streaming.MDSWriter", "config_data column_encodings", "alignclip/conversion/shards.py"
+        "streaming.MDSWriter", "config_data column_encodings", "alignclip/conversion/mds_writer.py"
     ),
     Attribute(LOADER, "_workers", "alignclip/evaluation/encoding.py"),
     Attribute(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,7 +52,7 @@ class OpenInput:
     items: Iterator[Item]
 
 
-class InputFormat(ABC):
+class InputFormat:
     """A kind of input. An input shard is a file, or a part of a file, that becomes one sub-folder.
 
     Attributes:
@@ -136,9 +135,12 @@ class InputFormat(ABC):
             # the time before it is read: a file that still grows will be another one
             yield OpenInput(*self.stamp(path), self.read(path, part, reading))
 
-    @abstractmethod
     def read(self, path: Path, part: str, reading: Reading) -> Iterator[Item]:
-        """Yield the pairs of a local input shard, and whatever is no pair, with the reason."""
+        """Yield the pairs of a local input shard, and whatever is no pair, with the reason.
+
+        A format that overrides :meth:`opened` may do without.
+        """
+        raise NotImplementedError
 
 
 def path_of(place: str) -> str:

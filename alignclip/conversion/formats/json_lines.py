@@ -7,10 +7,11 @@ import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import BinaryIO, cast
 
 from alignclip.conversion import text_tables
 from alignclip.conversion.formats import columns
@@ -20,7 +21,6 @@ from alignclip.conversion.formats.declaration import (
     PAIR_COLUMNS,
     InputFormat,
     OpenInput,
-    path_of,
 )
 from alignclip.conversion.formats.remote import read_ahead, read_image
 from alignclip.conversion.samples import (
@@ -73,23 +73,22 @@ class JsonLines(InputFormat):
             UserError: the file is no JSON lines, a list of web addresses, or damaged.
         """
         _copy.cache_clear()
-        with _local(place) as path:
-            _look(path, place, reading)
-            places, number, at = list[int](), 0, 0
-            with _damage_told(place), _open(path) as file:
-                for line in _lines(file):
-                    if line.strip():
-                        if number % columns.ROWS == 0:
-                            places.append(at)
-                        number += 1
-                    at += len(line)
+        path = _local(place)
+        _look(path, place, reading)
+        places, number, at = list[int](), 0, 0
+        with _damage_told(place), _open(path) as file:
+            for line in _lines(file):
+                if line.strip():
+                    if number % columns.ROWS == 0:
+                        places.append(at)
+                    number += 1
+                at += len(line)
         return columns.pieces(places, number)
 
     def columns(self, place: str, reading: Reading) -> dict[str, str]:
         """See the base class."""
-        with _local(place) as path:
-            found = _look(path, place, reading)
-        return PAIR_COLUMNS | ({"caption": CAPTION_LISTS} if found and found.has_lists else {})
+        names = _look(_local(place), place, reading)
+        return PAIR_COLUMNS | ({"caption": CAPTION_LISTS} if names.has_lists else {})
 
     def shard_name(self, place: str, part: str) -> str:
         """See the base class."""
@@ -97,51 +96,33 @@ class JsonLines(InputFormat):
 
     @contextmanager
     def opened(self, place: str, part: str, reading: Reading) -> Iterator[OpenInput]:
-        """See the base class."""
-        with _local(place) as path:
-            yield OpenInput(*self.stamp(path), _read(path, part, reading, place))
+        """See the base class; images' paths are relative to the folder of ``place``."""
+        path = _local(place)
+        names = _look(path, place, reading)
+        stem = super().shard_name(place, part)
+        folder = place.rpartition("/")[0]
+        jobs = (
+            partial(_item, line, f"{stem}-{number:08}", names, folder)
+            for number, line in _piece(path, part)
+        )
+        yield OpenInput(*self.stamp(path), read_ahead(jobs))
 
-    def read(self, path: Path, part: str, reading: Reading) -> Iterator[Item]:
-        """See the base class."""
-        return _read(path, part, reading, str(path))
 
-
-class _Names(NamedTuple):
+@dataclass(frozen=True)
+class _Names:
     """The entries of images and captions, and whether captions are lists."""
 
-    image: str
-    caption: str
-    has_lists: bool
+    image: str = ""
+    caption: str = ""
+    has_lists: bool = False
 
 
-def _read(path: Path, part: str, reading: Reading, place: str) -> Iterator[Item]:
-    """Yield the pairs of a piece of a file.
-
-    Args:
-        path: the local file, or the copy of a remote one.
-        part: the piece.
-        reading: names of entries.
-        place: path or URL of the file; images' paths are relative to its folder.
-    """
+def _piece(path: Path, part: str) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a piece with their numbers."""
     first, last, at = columns.piece(part)
-    names = _look(path, place, reading)
-    assert names is not None
-    stem = path_of(place).rsplit("/", 1)[1].split(".")[0]
-
-    def jobs() -> Iterator[Any]:
-        number = first
-        with _open(path) as file:
-            file.seek(at)
-            for line in _lines(file):
-                if number == last:
-                    return
-                if line.strip():
-                    yield partial(
-                        _item, line, f"{stem}-{number:08}", names, place.rpartition("/")[0]
-                    )
-                    number += 1
-
-    return read_ahead(jobs())
+    with _open(path) as file:
+        file.seek(at)
+        yield from zip(range(first, last), filter(bytes.strip, _lines(file)), strict=False)
 
 
 def _item(line: bytes, key: str, names: _Names, folder: str) -> Item:
@@ -161,8 +142,8 @@ def _item(line: bytes, key: str, names: _Names, folder: str) -> Item:
     return pairs(key, image, captions if isinstance(captions, list) else [captions])
 
 
-def _look(path: Path, place: str, reading: Reading) -> _Names | None:
-    """Find the names of the entries from the first line that is an object; None where none is.
+def _look(path: Path, place: str, reading: Reading) -> _Names:
+    """Find the names of the entries from the first line that is an object.
 
     Raises:
         UserError: the file doesn't begin with an object, is a list of web addresses, or an entry is
@@ -172,7 +153,7 @@ def _look(path: Path, place: str, reading: Reading) -> _Names | None:
         start = list(islice(filter(bytes.strip, _lines(file)), LOOKED_AT))
     row = next((row for row in map(parse_json, start) if isinstance(row, Mapping)), None)
     if not start:
-        return None
+        return _Names()
     if row is None:
         raise UserError(f"{place} is no JSON lines: none of its first lines is an object")
     known = list(map(str, row))
@@ -198,10 +179,9 @@ def _damage_told(place: str) -> Iterator[None]:
         raise UserError(f"{place} is damaged: {one_line(error)}; fetch it again") from None
 
 
-@contextmanager
-def _local(place: str) -> Iterator[Path]:
-    """Give the file, or this process's copy of a remote one: a process converts many of its pieces."""
-    yield Path(place) if "://" not in place else _copy(place)[1]
+def _local(place: str) -> Path:
+    """Return the file, or this process's copy of a remote one: a process converts many of its pieces."""
+    return _copy(place)[1] if "://" in place else Path(place)
 
 
 @lru_cache(1)

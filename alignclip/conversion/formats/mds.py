@@ -92,11 +92,6 @@ class Mds(InputFormat):
                 raise UserError(f"{place} names the shard {path}, which is not there")
             yield OpenInput(*self.stamp(path), _pairs(path, entry_of(place, part)))
 
-    def read(self, path: Path, part: str, reading: Reading) -> Iterator[Item]:
-        """Read a part of the set whose ``index.json`` is at ``path``."""
-        with self.opened(str(path), part, reading) as opened:
-            yield from opened.items
-
 
 def entries_of(index: str) -> dict[str, ShardEntry]:
     """Return the shards that the ``index.json`` at a path or URL names, by their file names.

@@ -1,18 +1,23 @@
 """What conversion costs beside the bare loop that does the same work, and beside the naive way.
 
-For each kind of work, in images a CPU second (what a core does in a second if it does nothing else):
+For each kind of work, in images a CPU second (what a core does in a second if it does nothing
+else):
 
-- ``bare``: ``tarfile`` and PIL, and nothing else: read the tar, do that work on each image, write the same bytes to one
+- ``bare``: ``tarfile`` and PIL, and nothing else: read the tar, do that work on each image, write
+the same bytes to one
   file. No MDS, no hashes, no index, no counting, no captions put together with their images.
-- ``ours``: ``convert/cc12m.py``'s worker, from the tar to hashed MDS shards in a folder of their own.
-- ``naive``: a loop of a screenful: PIL opens each image, ``MDSWriter`` with a ``jpeg`` column encodes it again.
+- ``ours``: ``convert/cc12m.py``'s worker, from the tar to hashed MDS shards in a folder of their
+own.
+- ``naive``: a loop of a screenful: PIL opens each image, ``MDSWriter`` with a ``jpeg`` column
+encodes it again.
 
-Then: how two processes compare with one, and how much memory a worker takes for a tar of large images.
+Then: how two processes compare with one, and how much memory a worker takes for a tar of large
+images.
 
-Every run is a process of its own, warmed up on a small tar, in turn with those it is compared with; what is shown are
-medians, and of the shares the median of the pairs. CPU seconds count, not the clock: other programs may run at the same
-time. Peak memory is the highest resident memory during a run that nothing has warmed up, above what is resident once
-everything is imported.
+Every run is a process of its own, warmed up on a small tar, in turn with those it is compared with;
+what is shown are medians, and of the shares the median of the pairs. CPU seconds count, not the
+clock: other programs may run at the same time. Peak memory is the highest resident memory during a
+run that nothing has warmed up, above what is resident once everything is imported.
 
     python benchmarks/conversion.py                       # some minutes on 2 cores
     python benchmarks/conversion.py --only memory --large-tar 4000
@@ -45,7 +50,8 @@ from alignclip.conversion.shards import convert_shard
 
 COLUMNS = {"key": "str", "image": "bytes", "caption": "str"}
 SIDE, QUALITY = 256, 90  # of re-encoding
-# kind of work -> what ours is told, and the share of the bare loop's speed that we hold ourselves to
+# kind of work -> what ours is told, and the share of the bare loop's speed that we hold ourselves
+# to
 KINDS = {
     "no check": (ImageOptions(check="none"), 0.7),
     "header": (ImageOptions(check="header"), 0.5),

@@ -20,7 +20,7 @@ from alignclip.conversion.dataset import convert
 from alignclip.conversion.inputs import expand, opened
 from alignclip.conversion.options import ConvertOptions
 from alignclip.conversion.records import Counts
-from alignclip.conversion.samples import PLAIN, Item, Reading
+from alignclip.conversion.samples import DEFAULT_READING, Item, Reading
 from alignclip.storage.staging import OutputFolder
 
 
@@ -73,7 +73,7 @@ def quick(
     tar_patterns: list[Any], out: str | Path, caption_key: str | None = None, **changes: Any
 ) -> Counts:
     options: dict[str, Any] = {"semantic": False, "progress": False, **changes}
-    options["reading"] = replace(options.get("reading", PLAIN), caption_key=caption_key)
+    options["reading"] = replace(options.get("reading", DEFAULT_READING), caption_key=caption_key)
     return convert(ConvertOptions([str(pattern) for pattern in tar_patterns], str(out), **options))
 
 

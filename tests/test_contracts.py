@@ -133,7 +133,9 @@ FUNCTIONS = [
     Function(f"{READER}.get_max_size", "self", CACHE),
     Function(f"{READER}.evict", "self", CACHE),
     Function("streaming.base.format.mds.reader.MDSReader.from_json", "dirname split obj", CACHE),
-    Function("streaming.MDSWriter.encode_joint_shard", "self", "alignclip/conversion/mds_writer.py"),
+    Function(
+        "streaming.MDSWriter.encode_joint_shard", "self", "alignclip/conversion/mds_writer.py"
+    ),
     Function(
         f"{WRITER}.Writer._process_file",
         "self raw_data raw_basename zip_basename",

@@ -587,14 +587,14 @@ def test_a_driver_that_was_started_before_another_one_finished(
 ) -> None:
     """What is there counts once nobody else can change it."""
     source, out = three_tars(tmp_path / "in"), tmp_path / "out"
-    check = dataset._check_choices
+    check = dataset._try_options
 
     def meanwhile(options: ConvertOptions) -> None:
-        monkeypatch.setattr(dataset, "_check_choices", check)
+        monkeypatch.setattr(dataset, "_try_options", check)
         quick([source / "{00000..00001}.tar"], out)
         check(options)
 
-    monkeypatch.setattr(dataset, "_check_choices", meanwhile)
+    monkeypatch.setattr(dataset, "_try_options", meanwhile)
     counts = quick([source / "{00001..00002}.tar"], out)
     assert (counts.written, counts.resumed, counts.converted) == (15, 10, 1)
     assert_three_tars(read_back(None, out))

@@ -20,7 +20,14 @@ import pytest
 from PIL import Image
 
 from alignclip.conversion import class_names, classification, evaluation_sets
-from alignclip.conversion.classification import Options, convert, main, parse
+from alignclip.conversion.classification import (
+    ClassificationOptions as Options,
+)
+from alignclip.conversion.classification import (
+    convert,
+    main,
+    parse,
+)
 from alignclip.errors import UserError
 from alignclip.storage.staging import OutputFolder
 
@@ -527,7 +534,7 @@ def test_a_complete_set_stays_and_another_is_refused(
 def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_birds(tmp_path / "birds")
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation_sets, "image_file", lambda sample: 1 / 0)
+        patch.setattr(evaluation_sets, "image_bytes", lambda sample: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             quick("folder", root, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
@@ -673,4 +680,4 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
         parse(["--help"])
     text = capsys.readouterr().out
     assert "examples:" in text
-    assert all(name in text for name in classification.SOURCES)
+    assert all(name in text for name in classification.CLASSIFICATION_SETS)

@@ -116,7 +116,7 @@ def test_json_lines_by_any_name(images: Path, name: str) -> None:
 def test_long_json_lines_are_several_inputs(
     images: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(columns, "ROWS", 4)
+    monkeypatch.setattr(columns, "ROWS_A_PIECE", 4)
     rows = [
         {"image": f"images/{i % 5}.jpg", "caption": f"line {i}", "key": f"{i}"} for i in range(10)
     ]

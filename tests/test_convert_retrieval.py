@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from alignclip.conversion import retrieval
-from alignclip.conversion.retrieval import Options, convert, main, parse
+from alignclip.conversion.retrieval import RetrievalOptions as Options
+from alignclip.conversion.retrieval import convert, main, parse
 from alignclip.errors import UserError
 from alignclip.storage.staging import OutputFolder
 
@@ -477,4 +478,4 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
         parse(["--help"])
     text = capsys.readouterr().out
     assert "examples:" in text
-    assert all(name in text for name in retrieval.SOURCES)
+    assert all(name in text for name in retrieval.RETRIEVAL_SETS)

@@ -15,7 +15,7 @@ from test_tables import write_parquet
 
 from alignclip.conversion import text_tables
 from alignclip.conversion.samples import TOO_MANY_FIELDS, Reading, Sample
-from alignclip.conversion.text_tables import look, rows_of
+from alignclip.conversion.text_tables import look_at_table, rows_of
 from alignclip.conversion.wording import listing
 from alignclip.errors import UserError, nearest
 
@@ -156,7 +156,7 @@ def test_the_separator_is_what_the_header_has(
         "one, two; three | four\tfive",
         'the "other"',
     ]
-    table = look(path, {"image", "caption"})
+    table = look_at_table(path, {"image", "caption"})
     assert list(rows_of(table, "--annotations a")) == [
         ["0.jpg", "one, two; three | four\tfive"],
         ["1.jpg", 'the "other"'],
@@ -219,11 +219,11 @@ TEXT = "image,caption\n0.jpg,Käse aus Zürich\n1.jpg,ein Haus\n"
 def test_encodings_that_a_file_shows(
     images: Path, encoding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("alignclip.conversion.formats.columns.ROWS", 1)
+    monkeypatch.setattr("alignclip.conversion.formats.columns.ROWS_A_PIECE", 1)
     path = images / "a.csv"
     path.write_bytes(TEXT.encode(encoding))
     assert [sample.caption for sample in samples_of(path)] == ["Käse aus Zürich", "ein Haus"]
-    assert next(rows_of(look(path), "--annotations a")) == ["0.jpg", "Käse aus Zürich"]
+    assert next(rows_of(look_at_table(path), "--annotations a")) == ["0.jpg", "Käse aus Zürich"]
 
 
 def test_a_mark_before_a_name_in_quotation_marks(images: Path) -> None:
@@ -320,7 +320,7 @@ def test_annotations_are_read_strictly(tmp_path: Path, text: bytes, message: str
     path = tmp_path / "a.csv"
     path.write_bytes(text)
     with pytest.raises(UserError, match=message):
-        list(rows_of(look(path), "--annotations a"))
+        list(rows_of(look_at_table(path), "--annotations a"))
 
 
 def test_lists_in_messages_are_never_empty(images: Path) -> None:

@@ -24,7 +24,7 @@ from alignclip.conversion.images import (
     UNKNOWN_FORMAT,
     ImageOptions,
     Unusable,
-    prepare,
+    prepare_image,
 )
 from alignclip.conversion.samples import IMAGE_TOO_LARGE
 from alignclip.data.transforms import decode_image
@@ -92,7 +92,7 @@ def opened(data: bytes) -> Image.Image:
 
 def refused(data: bytes, options: ImageOptions | None = None) -> str:
     with pytest.raises(Unusable) as caught:
-        prepare(data, options or ImageOptions())
+        prepare_image(data, options or ImageOptions())
     assert caught.value.detail
     return caught.value.reason
 
@@ -103,7 +103,7 @@ def refused(data: bytes, options: ImageOptions | None = None) -> str:
 def test_training_reads_what_is_accepted(
     kind: str, data: bytes, resize: int | None, check: str
 ) -> None:
-    stored, _ = prepare(data, ImageOptions(check=check, resize=resize))
+    stored, _ = prepare_image(data, ImageOptions(check=check, resize=resize))
     tensor = decode_image(stored)
     short = min(resize or 30, 30)
     sides = {short, round(short * 40 / 30)}
@@ -122,7 +122,8 @@ def test_training_reads_what_is_accepted(
 
 def test_what_is_unusual_is_noted() -> None:
     found = {
-        kind: prepare(data, ImageOptions())[1] for kind, data in zip(KINDS, pictures(), strict=True)
+        kind: prepare_image(data, ImageOptions())[1]
+        for kind, data in zip(KINDS, pictures(), strict=True)
     }
     plain = {"jpeg", "grey-jpeg", "bilevel", "webp"}
     assert {kind for kind, notes in found.items() if not notes} == plain
@@ -135,7 +136,7 @@ def test_what_is_unusual_is_noted() -> None:
     assert found["mpo"] == found["animated-png"] == ("image: animated",)
     assert found["rotated-png"] == found["rotated-jpeg"] == ("image: EXIF-rotated",)
     assert found["animated-rotated-webp"] == ("image: animated", "image: EXIF-rotated")
-    assert all(prepare(data, ImageOptions(check="none"))[1] == () for data in pictures())
+    assert all(prepare_image(data, ImageOptions(check="none"))[1] == () for data in pictures())
 
 
 def test_sixteen_bits_of_grey() -> None:
@@ -144,19 +145,19 @@ def test_sixteen_bits_of_grey() -> None:
     data = png(40, 30, 0, b"".join(b"\0" + row.astype(">u2").tobytes() for row in values))
     assert decode_image(data).float().mean() > 250
     for check in ("decode", "header"):
-        stored, _ = prepare(data, ImageOptions(check=check))
+        stored, _ = prepare_image(data, ImageOptions(check=check))
         assert (opened(stored).format, opened(stored).mode) == ("PNG", "L")
         np.testing.assert_array_equal(np.asarray(opened(stored)), values >> 8)
         np.testing.assert_array_equal(decode_image(stored)[0].numpy(), values >> 8)
-    smaller, _ = prepare(data, ImageOptions(resize=16))
+    smaller, _ = prepare_image(data, ImageOptions(resize=16))
     assert abs(decode_image(smaller).float().mean() - (values >> 8).mean()) < 3
-    assert prepare(data, ImageOptions(check="none"))[0] is data
+    assert prepare_image(data, ImageOptions(check="none"))[0] is data
 
 
 def test_sixteen_bits_of_colour_are_read_as_eight() -> None:
     values = np.random.default_rng(0).integers(0, 2**16, (30, 40, 3)).astype(np.uint16)
     data = png(40, 30, 2, b"".join(b"\0" + row.astype(">u2").tobytes() for row in values))
-    assert prepare(data, ImageOptions()) == (data, ())
+    assert prepare_image(data, ImageOptions()) == (data, ())
     np.testing.assert_array_equal(decode_image(data).permute(1, 2, 0).numpy(), values >> 8)
 
 
@@ -164,11 +165,11 @@ def test_sixteen_bits_of_colour_are_read_as_eight() -> None:
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
 def test_only_what_is_shrunk_is_turned_upright(image_format: str, orientation: int) -> None:
     data = encode(scene(), image_format, exif=rotated(orientation))
-    stored, notes = prepare(data, ImageOptions())
+    stored, notes = prepare_image(data, ImageOptions())
     assert stored is data
     assert notes == (() if orientation == 1 else ("image: EXIF-rotated",))
 
-    small = opened(prepare(data, ImageOptions(resize=60))[0])
+    small = opened(prepare_image(data, ImageOptions(resize=60))[0])
     upright = ImageOps.exif_transpose(opened(data)).resize(small.size)
     assert small.size == ((80, 60) if orientation < 5 else (60, 80))
     assert np.abs(np.asarray(small, np.int32) - np.asarray(upright, np.int32)).mean() < 2
@@ -188,14 +189,14 @@ BROKEN_EXIF = {
 def test_broken_exif_is_no_broken_image(exif: bytes, image_format: str) -> None:
     """Training does not look at it."""
     data = encode(scene(), image_format, exif=exif)
-    assert prepare(data, ImageOptions()) == (data, ())
-    assert opened(prepare(data, ImageOptions(resize=60))[0]).size == (80, 60)
+    assert prepare_image(data, ImageOptions()) == (data, ())
+    assert opened(prepare_image(data, ImageOptions(resize=60))[0]).size == (80, 60)
 
 
 def test_a_long_comment_does_not_keep_an_image_from_being_shrunk() -> None:
     text = PngImagePlugin.PngInfo()
     text.add_text("comment", "x" * 70_000)  # more than a JPEG's may have
-    small, _ = prepare(encode(scene(), "PNG", pnginfo=text), ImageOptions(resize=60))
+    small, _ = prepare_image(encode(scene(), "PNG", pnginfo=text), ImageOptions(resize=60))
     assert len(small) < 3_000
 
 
@@ -212,8 +213,8 @@ def test_half_a_file_has_a_whole_header(image_format: str) -> None:
     data = half(image_format)
     assert refused(data) == UNDECODABLE_IMAGE
     if image_format != "WEBP":  # PIL wants all of it for the header
-        assert prepare(data, ImageOptions(check="header"))[0] is data
-    assert prepare(data, ImageOptions(check="none"))[0] is data
+        assert prepare_image(data, ImageOptions(check="header"))[0] is data
+    assert prepare_image(data, ImageOptions(check="none"))[0] is data
     with pytest.raises(OSError):
         decode_image(data)
     for check in CHECKS:  # of which no smaller one can be made
@@ -242,7 +243,7 @@ def test_what_is_no_image_that_training_reads(data: bytes) -> None:
         assert refused(data, ImageOptions(check=check)) in (UNKNOWN_FORMAT, UNDECODABLE_IMAGE)
     if len(data) > 20:
         assert refused(data) == UNKNOWN_FORMAT
-    assert prepare(data, ImageOptions(check="none")) == (data, ())
+    assert prepare_image(data, ImageOptions(check="none")) == (data, ())
 
 
 def test_too_small() -> None:
@@ -253,8 +254,8 @@ def test_too_small() -> None:
             == refused(data, ImageOptions(check="header", resize=8))
             == IMAGE_TOO_SMALL
         )
-        assert prepare(data, ImageOptions(min_side=1))[0] is data
-    assert prepare(draw(0, size=(16, 16)), ImageOptions())[0] == draw(0, size=(16, 16))
+        assert prepare_image(data, ImageOptions(min_side=1))[0] is data
+    assert prepare_image(draw(0, size=(16, 16)), ImageOptions())[0] == draw(0, size=(16, 16))
 
 
 @pytest.mark.parametrize("check", ["decode", "header"])
@@ -270,7 +271,7 @@ def test_too_large_to_decode(check: str) -> None:
         assert refused(data, ImageOptions(check=check)) == IMAGE_TOO_LARGE
         assert refused(data, ImageOptions(check=check, resize=64)) == IMAGE_TOO_LARGE
     wide = encode(Image.new("L", (MAX_PIXELS // 1_000, 1_000)), "PNG")
-    assert prepare(wide, ImageOptions(check=check))[0] is wide
+    assert prepare_image(wide, ImageOptions(check=check))[0] is wide
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
@@ -289,7 +290,7 @@ def test_the_shorter_side(
     size: tuple[int, int], side: int, expected: tuple[int, int], image_format: str
 ) -> None:
     large = scene(*size)
-    small = opened(prepare(encode(large, image_format), ImageOptions(resize=side))[0])
+    small = opened(prepare_image(encode(large, image_format), ImageOptions(resize=side))[0])
     assert (small.format, small.mode, small.size) == ("JPEG", "RGB", expected)
     exact = large.resize(expected, Image.Resampling.BICUBIC)
     assert np.abs(np.asarray(small, np.int32) - np.asarray(exact, np.int32)).mean() < 2
@@ -298,16 +299,16 @@ def test_the_shorter_side(
 def test_small_jpegs_stay_and_other_formats_become_jpegs() -> None:
     for size in ((40, 30), (64, 64), (64, 500)):
         data = draw(0, size=size)
-        assert prepare(data, ImageOptions(resize=64))[0] is data
+        assert prepare_image(data, ImageOptions(resize=64))[0] is data
         for image_format in ("PNG", "WEBP"):
-            stored, _ = prepare(draw(0, image_format, size), ImageOptions(resize=64))
+            stored, _ = prepare_image(draw(0, image_format, size), ImageOptions(resize=64))
             assert (opened(stored).format, opened(stored).size) == ("JPEG", size)
 
 
 def test_quality_makes_the_size() -> None:
     data = draw(0, "PNG", (200, 200))
     sizes = [
-        len(prepare(data, ImageOptions(resize=100, quality=quality))[0])
+        len(prepare_image(data, ImageOptions(resize=100, quality=quality))[0])
         for quality in (10, 50, 90, 100)
     ]
     assert all(larger > 1.3 * smaller for smaller, larger in pairwise(sizes))
@@ -321,9 +322,10 @@ def test_memory_of_the_largest(tmp_path: Path, kind: str, mode: str, size: tuple
     """What a worker may take in all is 400 MB."""
     path = tmp_path / "large"
     Image.new(mode, size).save(path, kind, exif=rotated(6))
-    imports = "from alignclip.conversion.images import ImageOptions, prepare"
+    imports = "from alignclip.conversion.images import ImageOptions, prepare_image"
     number, peak = peak_memory(
-        imports, f"len(prepare(Path({str(path)!r}).read_bytes(), ImageOptions(resize=256))[0])"
+        imports,
+        f"len(prepare_image(Path({str(path)!r}).read_bytes(), ImageOptions(resize=256))[0])",
     )
     assert number > 100
     assert peak < 330e6

@@ -27,7 +27,7 @@ from test_convert_classification import (
 
 from alignclip.conversion import classification, published, retrieval
 from alignclip.conversion.image_finder import ImageFinder
-from alignclip.conversion.retrieval_sets import SOURCES as RETRIEVAL
+from alignclip.conversion.retrieval_sets import RETRIEVAL_SETS as RETRIEVAL
 from alignclip.errors import UserError
 
 # where the parts of Stanford Cars lie, by who has put them together
@@ -239,13 +239,13 @@ def test_a_number_of_images_that_is_not_the_published_one_is_said(
 
 def test_every_published_set_has_its_number_of_images() -> None:
     own = {"folder", "pairs"}
-    for name, source in classification.SOURCES.items():
+    for name, source in classification.CLASSIFICATION_SETS.items():
         assert bool(source.sizes) == (name not in own)
     for name, source in RETRIEVAL.items():
         assert (source.split in source.sizes) == (name not in own)
-    sizes = classification.SOURCES["cars"].sizes
-    assert published.difference("cars", "test", sizes, 8_041) is None
-    assert published.difference("cars", "mine", sizes, 1) is None
+    sizes = classification.CLASSIFICATION_SETS["cars"].sizes
+    assert published.size_difference("cars", "test", sizes, 8_041) is None
+    assert published.size_difference("cars", "mine", sizes, 1) is None
 
 
 # captions
@@ -270,7 +270,9 @@ def karpathy(folder: Path, splits: dict[str, int], dataset: str = "coco") -> Pat
 def convert_captions(
     dataset: str, images: Path, annotations: Path, out: Path, **changes: object
 ) -> str:
-    given = retrieval.Options(dataset, str(images), str(annotations), str(out), progress=False)
+    given = retrieval.RetrievalOptions(
+        dataset, str(images), str(annotations), str(out), progress=False
+    )
     return retrieval.convert(dataclasses.replace(given, **changes))  # type: ignore[arg-type]
 
 

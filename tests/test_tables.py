@@ -339,7 +339,7 @@ def test_a_part_of_a_table_begins_where_it_is(
     images: Path, monkeypatch: pytest.MonkeyPatch, start: bytes, end: bytes
 ) -> None:
     """What comes before is not read again, which for the last part of a long table would be nearly all."""
-    monkeypatch.setattr(table_columns, "ROWS", 3)
+    monkeypatch.setattr(table_columns, "ROWS_A_PIECE", 3)
     texts = [f'images/{i % 5}.jpg,"K\xe4se {i},\n\u2603"' for i in range(8)]
     lines = [text.encode("latin-1" if i % 2 else "utf-8", "ignore") for i, text in enumerate(texts)]
     path = images / "a.csv"
@@ -358,7 +358,7 @@ def test_a_part_of_a_table_begins_where_it_is(
 
 
 def test_a_long_table_is_several_inputs(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table_columns, "ROWS", 4)
+    monkeypatch.setattr(table_columns, "ROWS_A_PIECE", 4)
     rows = [
         ["key", "image", "caption"],
         *([f"{i:05}", f"images/{i % 5}.jpg", f"line {i}\nand on"] for i in range(10)),

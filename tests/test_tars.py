@@ -14,7 +14,12 @@ from PIL import Image
 from tarballs import draw, items_of, pairs, quick, read_back, write_tar
 
 from alignclip.conversion import samples
-from alignclip.conversion.images import UNDECODABLE_IMAGE, UNKNOWN_FORMAT, ImageOptions, prepare
+from alignclip.conversion.images import (
+    UNDECODABLE_IMAGE,
+    UNKNOWN_FORMAT,
+    ImageOptions,
+    prepare_image,
+)
 from alignclip.conversion.samples import Ignored, Sample, Skipped
 from alignclip.errors import UserError
 
@@ -44,7 +49,7 @@ def test_members_group_as_in_webdataset(tmp_path: Path) -> None:
         Sample("005", draw(5), "half a pair ?"),
     ]
     assert all(
-        prepare(sample.image, ImageOptions())[0] == sample.image
+        prepare_image(sample.image, ImageOptions())[0] == sample.image
         for sample in found
         if isinstance(sample, Sample)
     )

@@ -31,11 +31,11 @@ KNOWN = (
     "all-distilroberta-v1",
 )  # of the organization
 MOST_TOKENS = 2048  # of a caption; no encoder is asked for more
-SPECIAL_TOKENS = 8  # at most, that a tokenizer adds to a text
+MOST_SPECIAL_TOKENS = 8  # at most, that a tokenizer adds to a text
 
 
 class SentenceEncoder:
-    """A SentenceTransformer by its name on the Hugging Face hub or its local folder, on a GPU where there is one.
+    """A SentenceTransformer by its name on the hub or its folder, on a GPU if possible.
 
     Attributes:
         name: as given.
@@ -44,7 +44,8 @@ class SentenceEncoder:
         length: the greatest length that it takes; longer captions are cut there.
 
     Raises:
-        UserError: sentence-transformers is not installed, there is no such model, or it embeds nothing.
+        UserError: sentence-transformers is not installed, there is no such model, or it embeds
+            nothing.
     """
 
     def __init__(self, name: str) -> None:
@@ -61,7 +62,8 @@ class SentenceEncoder:
         device = f"cuda:{os.getpid() % devices}" if devices else None
         try:
             with _quiet():
-                # on the CPU, where an index beyond a table is an exception; on a GPU it ends the process
+                # on the CPU, where an index beyond a table is an exception; on a GPU it ends the
+                # process
                 self._model: Any = SentenceTransformer(place, device="cpu")
                 self.stated: int | None = self._model.max_seq_length
                 self.length = self._greatest_length()
@@ -77,9 +79,10 @@ class SentenceEncoder:
         self.dimension = int(probe.shape[1])
 
     def _greatest_length(self) -> int:
-        """Find the greatest length in tokens by trying; the model may state more than it has positions, or nothing.
+        """Find the greatest length in tokens by trying: the model may state too much, or nothing.
 
-        RoBERTa and MPNet number positions from the padding's id + 1 on, so a table of 514 takes 512 tokens.
+        RoBERTa and MPNet number positions from the padding's id + 1 on, so a table of 514 takes 512
+        tokens.
         """
         best, limit = 0, min(self.stated or MOST_TOKENS, MOST_TOKENS)
         length = limit
@@ -98,14 +101,14 @@ class SentenceEncoder:
             length = (best + limit + 1) // 2
 
     def cut(self, captions: Sequence[str]) -> list[bool]:
-        """Whether each caption is longer than the encoder reads: its embedding is that of its beginning."""
+        """Say of each caption whether it is longer than the encoder reads."""
         from transformers import PreTrainedTokenizerBase
 
         # a token is a byte at least, so only long captions need be counted
         long = [
             i
             for i, text in enumerate(captions)
-            if len(text.encode()) + SPECIAL_TOKENS > self.length
+            if len(text.encode()) + MOST_SPECIAL_TOKENS > self.length
         ]
         found = [False] * len(captions)
         if long and isinstance(tokenizer := self._model.tokenizer, PreTrainedTokenizerBase):
@@ -135,14 +138,15 @@ class SentenceEncoder:
 
 
 def usable(embeddings: np.ndarray) -> np.ndarray:
-    """Whether each of the embeddings [N, dimension] is finite and not zero: [N] bool."""
+    """Say of embeddings [N, dimension] whether each is finite and not zero: [N] bool."""
     return np.isfinite(embeddings).all(axis=1) & (embeddings != 0).any(axis=1)
 
 
 def find_encoder(name: str) -> str:
-    """What SentenceTransformer is to load: a local folder, a model that the hub has, or its folder in the cache.
+    """Return what SentenceTransformer loads: a local folder, a hub's name, a folder in the cache.
 
-    The hub is asked once: SentenceTransformer itself would ask for file after file, each with retries.
+    The hub is asked once: SentenceTransformer itself would ask for file after file, each with
+    retries.
 
     Raises:
         UserError: there is no such model, or none that can be reached.
@@ -177,12 +181,13 @@ def find_encoder(name: str) -> str:
     if folder := _packaged(name.removeprefix(f"{ORGANIZATION}/")):
         return folder
     raise UserError(
-        f"no sentence encoder '{name}': {why}, it's not in the cache and there is no such local folder{_instead(name)}"
+        f"no sentence encoder '{name}': {why}, it's not in the cache and there is no such local "
+        f"folder{_what_instead(name)}"
     )
 
 
-def _instead(name: str) -> str:
-    """The end of the sentence that there is no such encoder: what needs no hub, and the nearest name."""
+def _what_instead(name: str) -> str:
+    """End the sentence that there is no such encoder: what needs no hub, the nearest."""
     short = name.removeprefix(f"{ORGANIZATION}/")
     near = "" if short in KNOWN else nearest(short, KNOWN)
     near = f"; {near}" if near.startswith("did you") else ""
@@ -194,7 +199,7 @@ def _instead(name: str) -> str:
 
 
 def _packaged(name: str) -> str | None:
-    """The folder of an encoder that an installed package carries."""
+    """Return the folder of an encoder that an installed package carries."""
     spec = importlib.util.find_spec(PACKAGED[name]) if name in PACKAGED else None
     places = spec.submodule_search_locations if spec else None
     return str(Path(places[0]) / "model") if places else None
@@ -202,7 +207,7 @@ def _packaged(name: str) -> str | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Only errors of the libraries that load a model, which announce, warn and report retries."""
+    """Silence the libraries that load a model: they announce, warn and report retries."""
     levels = {name: logging.getLogger(name).level for name in LOGGERS}
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -217,5 +222,5 @@ def _quiet() -> Iterator[None]:
 
 @cache
 def load_encoder(name: str) -> SentenceEncoder:
-    """The encoder of that name, loaded once a process."""
+    """Load the encoder of that name, once a process."""
     return SentenceEncoder(name)

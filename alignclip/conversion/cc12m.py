@@ -1,9 +1,10 @@
 """Convert CC12M, or any image–caption pairs, to MDS shards with caption embeddings.
 
-Inputs are img2dataset's or webdataset's tars, img2dataset's parquet files, CSV or TSV files of paths and captions, or
-another MDS set. Each becomes a sub-folder of MDS shards that appears complete or not at all, so that a run that was
-stopped goes on where it was when it is started again. Columns: ``key`` (str), ``image`` (the file's bytes), ``caption``
-(str) and ``semantic`` (the sentence encoder's embedding of the caption, float16).
+Inputs are img2dataset's or webdataset's tars, img2dataset's parquet files, CSV or TSV files of
+paths and captions, or another MDS set. Each becomes a sub-folder of MDS shards that appears
+complete or not at all, so that a run that was stopped goes on where it was when it is started
+again. Columns: ``key`` (str), ``image`` (the file's bytes), ``caption`` (str) and ``semantic`` (the
+sentence encoder's embedding of the caption, float16).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import fields
 
 from alignclip.conversion.captions import DEFAULT_ENCODER
 from alignclip.conversion.dataset import convert
+from alignclip.conversion.formats import in_words
 from alignclip.conversion.images import CHECKS, ImageOptions
 from alignclip.conversion.next_step import next_step
 from alignclip.conversion.options import ConvertOptions
@@ -32,11 +34,13 @@ EXAMPLES = """examples:
   # 1243 tars of img2dataset into a bucket (S3_ENDPOINT_URL and the AWS variables as for Streaming)
   python convert/cc12m.py --inputs 'cc12m/{00000..01242}.tar' --out s3://bucket/cc12m --processes 8
 
-  # tars in a bucket, a folder of tars, a sentence encoder from a local folder; 1 % of the samples held out
+  # tars in a bucket, a folder of tars, a sentence encoder from a local folder; 1 % of the samples
+  # held out
   python convert/cc12m.py --inputs s3://raw/cc12m cc3m/ --out gs://bucket/pairs --encoder models/all-MiniLM-L6-v2 \\
     --held-out 0.01
 
-  # without caption embeddings, for training CLIP and SharedCLIP; images of 256 pixels, which decode faster
+  # without caption embeddings, for training CLIP and SharedCLIP; images of 256 pixels, which decode
+  # faster
   python convert/cc12m.py --inputs mine.csv --out /data/mine --no-semantic --resize 256
 
   # caption embeddings added to a set that has none, images copied
@@ -65,8 +69,7 @@ def parse(arguments: Sequence[str] | None = None) -> ConvertOptions:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="tars (img2dataset, webdataset), parquet, CSV, TSV, an MDS set's index.json, folders of them; paths or "
-        "URLs; {0..9}, {a,b}, * and ? expand",
+        help=f"{in_words()}, folders of them; paths or URLs; {{0..9}}, {{a,b}}, * and ? expand",
     )
     of.add_argument(
         "--caption-key",
@@ -185,7 +188,7 @@ def parse(arguments: Sequence[str] | None = None) -> ConvertOptions:
 
 
 def summary(counts: Counts, options: ConvertOptions) -> str:
-    """The counts as a small table, what is to be mended, and the command that comes next."""
+    """Return the counts as a table, what is to be mended, and the command that comes next."""
     out = OutputFolder(options.out).out
     new = counts.written - counts.resumed
     rows = [("written", f"{counts.written:,} samples"), ("skipped", f"{counts.bad:,}")]
@@ -206,7 +209,9 @@ def summary(counts: Counts, options: ConvertOptions) -> str:
     rate = f", {new / counts.seconds:,.0f} samples/s" if new else ""
     this_run = f"{new:,} samples in {counts.seconds:,.0f} s{rate}"
     if not counts.converted:
-        this_run = f"{'the input was' if counts.inputs == 1 else f'all {counts.inputs:,} inputs were'} complete already"
+        one = counts.inputs == 1
+        inputs = "the input was" if one else f"all {counts.inputs:,} inputs were"
+        this_run = f"{inputs} complete already"
     rows += [("this run", this_run)]
     width = max(36, *(len(name) + 2 for name, _ in rows))
     text = "\n".join(f"{name:<{width}}{value}" for name, value in rows)

@@ -1,4 +1,4 @@
-"""Readers of classification sets that are a folder per class: ImageNet and its relatives, your own."""
+"""Readers of sets that are a folder per class: ImageNet and its relatives, your own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from alignclip.conversion.class_names import benchmark_lists
 from alignclip.conversion.evaluation_sets import README, EvaluationSample
-from alignclip.conversion.layouts import Part, file_named, find
+from alignclip.conversion.layouts import Part, file_named, find_part
 from alignclip.errors import UserError
 
 SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation"}
@@ -25,8 +25,8 @@ MATCHED = "matched-frequency"  # the variant of ImageNetV2 that papers report
 
 
 @dataclass(frozen=True)
-class Content:
-    """What a classification set holds.
+class ClassificationContent:
+    """The content of a classification set.
 
     Attributes:
         samples: the images of a split with their labels.
@@ -81,8 +81,8 @@ def images_in(
 
 def read_imagenet(
     root: Path, split: str, folders: tuple[str, ...], synset_list: str | None
-) -> Content:
-    """Folders named by WordNet ids; labels are positions among the set's own ids, sorted.
+) -> ClassificationContent:
+    """Read folders named by WordNet ids; labels are positions among the set's own ids, sorted.
 
     clip_benchmark counts labels the same way.
 
@@ -103,7 +103,8 @@ def read_imagenet(
     number = len(expected) if synset_list else 200
     if strange := sorted(set(found) - set(expected)):
         raise UserError(
-            f"{where} has {len(found):,} class folders, and '{strange[0]}' is none of the set's; {README}"
+            f"{where} has {len(found):,} class folders, and '{strange[0]}' is none of the set's; "
+            f"{README}"
         )
     if len(found) != number:
         first = (
@@ -113,7 +114,7 @@ def read_imagenet(
             f"{where} has {len(found):,} class folders instead of {number:,}{first}; {README}"
         )
     samples = images_in(where, {wnid: i for i, wnid in enumerate(found)})
-    return Content(samples, [words[wnid] for wnid in found])
+    return ClassificationContent(samples, [words[wnid] for wnid in found])
 
 
 def _image_folder(root: Path, names: tuple[str, ...]) -> Path | None:
@@ -133,18 +134,20 @@ def _image_folder(root: Path, names: tuple[str, ...]) -> Path | None:
     if holds_images(root):
         return root
     named = next((root / name for name in names if (root / name).is_dir()), None)
-    return find(root, Part(" or ".join(names), fits)) or named
+    return find_part(root, Part(" or ".join(names), fits)) or named
 
 
 def _read_flat_imagenet(
     root: Path, where: Path, files: list[Path], wnids: list[str], names: list[str]
-) -> Content:
+) -> ClassificationContent:
     """Validation images without class folders, as the archive and Kaggle have them.
 
     Raises:
         UserError: the labels aren't there; says how to get class folders.
     """
-    solution = find(root, file_named(SOLUTION)) or find(where.parent, file_named(SOLUTION))
+    solution = find_part(root, file_named(SOLUTION)) or find_part(
+        where.parent, file_named(SOLUTION)
+    )
     if solution is None:
         raise UserError(
             f"{where} has {len(files):,} images and no class folders: nothing says which class an "
@@ -166,35 +169,36 @@ def _read_flat_imagenet(
         raise UserError(
             f"{solution} has no label of {len(missing):,} images, the first is {missing[0]}"
         )
-    return Content(
+    return ClassificationContent(
         [EvaluationSample(file.name, file, of_image[file.stem]) for file in files], names
     )
 
 
-def read_imagenet_v2(root: Path, split: str) -> Content:
-    """Folders named 0 to 999, by ImageNet's class index: sorted as strings, 10 would be the third."""
+def read_imagenet_v2(root: Path, split: str) -> ClassificationContent:
+    """Read folders named by ImageNet's class index, 0 to 999: as strings, 10 would be the third."""
     # the tar's, clip_benchmark's
     known = (f"imagenetv2-{MATCHED}-format-val", f"ImageNetV2-{MATCHED}")
     where = next((root / name for name in known if (root / name).is_dir()), root)
-    where = find(where, Part("folder 0", lambda path: (path / "0").is_dir())) or where
+    where = find_part(where, Part("folder 0", lambda path: (path / "0").is_dir())) or where
     labels = {str(i): i for i in range(1000)}
     found = set(class_folders(where))
     missing = [name for name in labels if name not in found]
     if missing or len(found) != len(labels):
         other = f"missing is {missing[0]}" if missing else f"too many is {min(found - set(labels))}"
         raise UserError(
-            f"{where} has {len(found):,} class folders instead of 1,000; the first one {other}; {README}"
+            f"{where} has {len(found):,} class folders instead of 1,000; the first one {other}; "
+            f"{README}"
         )
     name = where.name.lower()
     variant = "imagenetv2" in name and MATCHED not in name
     notes = (f"{where.name} is not the {MATCHED} variant, which papers report",) if variant else ()
-    return Content(
+    return ClassificationContent(
         images_in(where, labels), benchmark_lists("en_classnames.json")["imagenet1k"], notes
     )
 
 
-def read_folder(root: Path, split: str) -> Content:
-    """Any folder with a folder per class, whose names sorted are the classes.
+def read_folder(root: Path, split: str) -> ClassificationContent:
+    """Read any folder with a folder per class; the names, sorted, are the classes.
 
     A class may be empty.
     """
@@ -206,4 +210,4 @@ def read_folder(root: Path, split: str) -> Content:
             f"the sub-folders of --root {root} are splits, not classes: give {root / found[0]}, say"
         )
     samples = images_in(root, {name: i for i, name in enumerate(found)}, all_filled=False)
-    return Content(samples, found)
+    return ClassificationContent(samples, found)

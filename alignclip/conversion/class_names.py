@@ -39,7 +39,7 @@ def benchmark_lists(file: str) -> dict[str, list[str]]:
 
 
 def choose_templates(name: str, path: str | None) -> list[str]:
-    """Return the prompt templates of a file, or clip_benchmark's: ImageNet's for a set without own ones.
+    """Return a file's prompt templates, or clip_benchmark's: ImageNet's for a set without own ones.
 
     Raises:
         UserError: the file is no list of templates, or clip_benchmark is needed and not installed.
@@ -48,7 +48,7 @@ def choose_templates(name: str, path: str | None) -> list[str]:
         lists = benchmark_lists("en_zeroshot_classification_templates.json")
         return lists.get(name, lists[GENERIC])
     templates = read_json("--templates", Path(path))
-    if not _are_texts(templates) or not templates:
+    if not _is_text_list(templates) or not templates:
         raise UserError(
             f'--templates {path} must be a JSON list of strings such as "a photo of a {{c}}."'
         )
@@ -61,7 +61,7 @@ def choose_templates(name: str, path: str | None) -> list[str]:
 
 
 def choose_classnames(names: list[str], path: str | None) -> list[str]:
-    """Return the set's own names, or a file's: a list in the same order, or an object from own names.
+    """Return a set's own names, or a file's: a list in the same order, or an object from own names.
 
     Raises:
         UserError: the file is neither, or has names for fewer or more classes.
@@ -76,7 +76,7 @@ def choose_classnames(names: list[str], path: str | None) -> list[str]:
             lacks = f"lacks {len(missing):,} of {len(names):,} classes"
             raise UserError(f"--classnames {path} {lacks}, the first is '{missing[0]}'{hint}")
         given = [given[name] for name in names]
-    if not _are_texts(given) or not all(name.strip() for name in given):
+    if not _is_text_list(given) or not all(name.strip() for name in given):
         raise UserError(
             f"--classnames {path} must be a JSON list of names, or an object from classes to names"
         )
@@ -87,5 +87,5 @@ def choose_classnames(names: list[str], path: str | None) -> list[str]:
     return list(given)
 
 
-def _are_texts(value: Any) -> bool:
+def _is_text_list(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(one, str) for one in value)

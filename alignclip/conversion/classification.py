@@ -1,8 +1,9 @@
 """Convert an image classification set to MDS shards for zero-shot evaluation and linear probes.
 
-Columns: ``key`` (str: the path in the source, or the index), ``image`` (bytes: the file as it is; PNG where the source
-has pixels), ``label`` (int). ``classes.json`` beside the index has the class names, in the order of the labels, and the
-prompt templates. Sources are read as their publishers lay them out: see ``convert/README.md``. Nothing is downloaded.
+Columns: ``key`` (str: the path in the source, or the index), ``image`` (bytes: the file as it is;
+PNG where the source has pixels), ``label`` (int). ``classes.json`` beside the index has the class
+names, in the order of the labels, and the prompt templates. Sources are read as their publishers
+lay them out: see ``convert/README.md``. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -13,19 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alignclip.conversion.class_names import choose_classnames, choose_templates
-from alignclip.conversion.classification_sets import SOURCES
+from alignclip.conversion.classification_sets import CLASSIFICATION_SETS
 from alignclip.conversion.evaluation_sets import (
     README,
-    EvaluationSet,
+    SetToWrite,
     check_output,
     convert_set,
     fingerprint,
     local_path,
     missing_files,
-    run,
+    run_converter,
     spread,
 )
-from alignclip.conversion.published import difference
+from alignclip.conversion.published import size_difference
 from alignclip.errors import UserError, nearest
 from alignclip.paths import option
 from alignclip.runtime import console
@@ -50,11 +51,12 @@ convert/README.md says where to download each set and which folders are expected
 
 
 @dataclass
-class Options:
-    """What is converted, and where to.
+class ClassificationOptions:
+    """The settings of a conversion.
 
-    ``classnames`` and ``templates`` are JSON files that replace the set's own: a list each, or for ``classnames`` an
-    object from the set's own names (the folders') to others. ``limit``: that many images, spread over the set.
+    ``classnames`` and ``templates`` are JSON files that replace the set's own: a list each, or for
+    ``classnames`` an object from the set's own names (the folders') to others. ``limit``: that many
+    images, spread over the set.
     """
 
     dataset: str
@@ -67,20 +69,24 @@ class Options:
     progress: bool = True
 
 
-def convert(options: Options) -> str:
-    """Convert a classification set and return a summary; a complete one that is there already stays as it is.
+def convert(options: ClassificationOptions) -> str:
+    """Convert a classification set and return a summary; a complete set stays as it is.
 
     Raises:
-        UserError: no such set or split, files missing or not the published ones, class folders too few or too many, the
-            output holds another set or cannot be written, clip_benchmark is needed and not installed.
+        UserError: no such set or split, files missing or not the published ones, class folders too
+            few or too many, the output holds another set or cannot be written, clip_benchmark is
+            needed and not installed.
     """
     check_output(options.out, options.limit)
     name = options.dataset.replace("_", "-")
-    name = name if name in SOURCES else name.replace("-", "_")
-    if name not in SOURCES:
-        raise UserError(f"unknown dataset '{options.dataset}'; {nearest(options.dataset, SOURCES)}")
-    source = SOURCES[name]
-    # ImageNet's own test set has no public labels: clip_benchmark and all papers say test and take val
+    name = name if name in CLASSIFICATION_SETS else name.replace("-", "_")
+    if name not in CLASSIFICATION_SETS:
+        raise UserError(
+            f"unknown dataset '{options.dataset}'; {nearest(options.dataset, CLASSIFICATION_SETS)}"
+        )
+    source = CLASSIFICATION_SETS[name]
+    # ImageNet's own test set has no public labels: clip_benchmark and all papers say test and take
+    # val
     split = "val" if name == "imagenet1k" and options.split == "test" else options.split
     if source.sizes and split not in source.sizes:
         hint = nearest(options.split, source.sizes)
@@ -95,16 +101,17 @@ def convert(options: Options) -> str:
         **({"source": root} if name == "folder" else {}),
     }
 
-    def read() -> EvaluationSet:
+    def read() -> SetToWrite:
         templates = choose_templates(name, options.templates)
         content = source.read(local_path("--root", options.root, folder=True), split)
         samples = spread(content.samples, options.limit)
         if missing := missing_files(samples):
             raise UserError(
-                f"{len(missing):,} of {len(samples):,} images are missing, the first is {missing[0]}; "
+                f"{len(missing):,} of {len(samples):,} images are missing, the first is "
+                f"{missing[0]}; "
                 f"{README}"
             )
-        differs = difference(name, split, source.sizes, len(content.samples))
+        differs = size_difference(name, split, source.sizes, len(content.samples))
         classes = {
             "dataset": name,
             # of the labels: whoever writes other names into the file shall keep to the number
@@ -112,7 +119,7 @@ def convert(options: Options) -> str:
             "classnames": choose_classnames(content.classnames, options.classnames),
             "templates": templates,
         }
-        return EvaluationSet(
+        return SetToWrite(
             samples,
             ("label", "int"),
             about={"source": root},
@@ -124,7 +131,7 @@ def convert(options: Options) -> str:
     return convert_set(options.out, identity, read, options.progress)
 
 
-def parse(arguments: Sequence[str] | None = None) -> Options:
+def parse(arguments: Sequence[str] | None = None) -> ClassificationOptions:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="convert/classification.py",
@@ -133,7 +140,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("dataset", metavar="DATASET", help=", ".join(SOURCES))
+    add("dataset", metavar="DATASET", help=", ".join(CLASSIFICATION_SETS))
     add("--root", type=option, metavar="FOLDER", help="where the set's files lie")
     add(
         "--out",
@@ -165,11 +172,11 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         metavar="FILE",
         help='JSON list of prompts such as "a photo of a {c}." (default: the set\'s)',
     )
-    return Options(**vars(parser.parse_args(arguments)))
+    return ClassificationOptions(**vars(parser.parse_args(arguments)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Convert and print a summary."""
     console.prepare()
     options = parse(arguments)
-    run(lambda: convert(options))
+    run_converter(lambda: convert(options))

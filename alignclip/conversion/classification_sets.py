@@ -1,7 +1,7 @@
 """The published classification sets: a table of their splits, sizes and readers.
 
-How to add a set: write a reader, or use :func:`read_torchvision` for a set that torchvision reads; add a
-line to :data:`SOURCES`, and a row to the table in ``convert/README.md``.
+How to add a set: write a reader, or use :func:`read_torchvision` for a set that torchvision reads;
+add a line to :data:`CLASSIFICATION_SETS`, and a row to the table in ``convert/README.md``.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 
 from alignclip.conversion import class_folders
-from alignclip.conversion.class_folders import Content
+from alignclip.conversion.class_folders import ClassificationContent
 from alignclip.conversion.class_names import benchmark_lists
 from alignclip.conversion.evaluation_sets import INSTALL, README, EvaluationSample
 from alignclip.conversion.layouts import (
     Part,
     file_named,
-    find,
+    find_part,
     folder_named,
     folder_with,
     laid_out,
@@ -39,14 +39,14 @@ from alignclip.errors import UserError, one_line
 
 @dataclass(frozen=True)
 class ClassificationSource:
-    """How a classification set is read.
+    """The reader of a classification set.
 
     Attributes:
         read: from the folder of ``--root`` and a split to the content.
         sizes: split -> images, as the publishers count them; empty where any split's name will do.
     """
 
-    read: Callable[[Path, str], Content]
+    read: Callable[[Path, str], ClassificationContent]
     sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
@@ -79,7 +79,7 @@ def read_torchvision(
     parts: Mapping[str, Part],
     checked: str = "",
     names: Callable[[Any], list[str]] = lambda source: source.classes,
-) -> Content:
+) -> ClassificationContent:
     """Read a set of files by torchvision's class, through private attributes.
 
     torchvision's ``loader=``, which would give the paths, came with 0.22 only.
@@ -101,10 +101,10 @@ def read_torchvision(
         else:
             labelled = zip(source._image_files, source._labels, strict=True)
         samples = [EvaluationSample(*layout.locate(file), int(label)) for file, label in labelled]
-        return Content(samples, names(source))
+        return ClassificationContent(samples, names(source))
 
 
-def read_cifar(root: Path, split: str, folder: str, kind: str) -> Content:
+def read_cifar(root: Path, split: str, folder: str, kind: str) -> ClassificationContent:
     """https://www.cs.toronto.edu/~kriz/cifar.html, the archives for Python."""
     members = ("meta", "train", "test") if kind == "CIFAR100" else ("batches.meta", "test_batch")
     with (
@@ -114,10 +114,10 @@ def read_cifar(root: Path, split: str, folder: str, kind: str) -> Content:
         from torchvision import datasets
 
         source = getattr(datasets, kind)(layout.root, train=split == "train", download=False)
-        return Content(_numbered(source.data, source.targets), source.classes)
+        return ClassificationContent(_numbered(source.data, source.targets), source.classes)
 
 
-def read_flowers(root: Path, split: str) -> Content:
+def read_flowers(root: Path, split: str) -> ClassificationContent:
     """https://www.robots.ox.ac.uk/~vgg/data/flowers/102/."""
     names = benchmark_lists("en_classnames.json")["flowers"]
     lists = ("imagelabels.mat", "setid.mat")
@@ -129,7 +129,7 @@ def read_flowers(root: Path, split: str) -> Content:
     return read_torchvision(root, split, "Flowers102", parts, checked, lambda _: names)
 
 
-def read_food(root: Path, split: str) -> Content:
+def read_food(root: Path, split: str) -> ClassificationContent:
     """https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/."""
     parts = {
         "food-101/images": folder_with("images", "apple_pie"),
@@ -142,8 +142,11 @@ def read_food(root: Path, split: str) -> Content:
     return read_torchvision(root, split, "Food101", parts, names=names)
 
 
-def read_pets(root: Path, split: str) -> Content:
-    """https://www.robots.ox.ac.uk/~vgg/data/pets/: a line is an image's name, its class from 1, species, breed."""
+def read_pets(root: Path, split: str) -> ClassificationContent:
+    """https://www.robots.ox.ac.uk/~vgg/data/pets/.
+
+    A line of the lists is an image's name, its class from 1, the species, the breed.
+    """
     lists = f"oxford-iiit-pet/annotations/{split}.txt"
     parts = {
         "oxford-iiit-pet/images": folder_named("images", "*.jpg"),
@@ -158,25 +161,26 @@ def read_pets(root: Path, split: str) -> Content:
             )
             for name, label in rows
         ]
-        return Content(samples, benchmark_lists("en_classnames.json")["pets"])
+        return ClassificationContent(samples, benchmark_lists("en_classnames.json")["pets"])
 
 
-def read_cars(root: Path, split: str) -> Content:
-    """Stanford Cars, as the publisher had them: ``cars_train`` and ``cars_test``, or ``car_ims``.
+def read_cars(root: Path, split: str) -> ClassificationContent:
+    """Read Stanford Cars, as the publisher had them: ``cars_train`` and ``cars_test``, or ``car_ims``.
 
     The publisher's page is gone; https://github.com/pytorch/vision/issues/7545 lists mirrors.
     """
     with reading(root):
         importlib.import_module("scipy.io")  # torchvision's own error doesn't say who needs it
-    if find(root, folder_named("car_ims", "*.jpg")) is not None:
+    if find_part(root, folder_named("car_ims", "*.jpg")) is not None:
         return _read_cars_as_one(root, split)
     place, pattern = "devkit/cars_train_annos.mat", "cars_train_annos.mat"
     if split == "test":
         place, pattern = "cars_test_annos_withlabels.mat", "cars_test_annos_withlabels*.mat"
-        unlabelled = find(root, file_named("cars_test_annos.mat"))
-        if unlabelled and find(root, file_named(pattern)) is None:
+        unlabelled = find_part(root, file_named("cars_test_annos.mat"))
+        if unlabelled and find_part(root, file_named(pattern)) is None:
             raise UserError(
-                f"{unlabelled} has no labels (it is the devkit's, of the challenge): put {place} below "
+                f"{unlabelled} has no labels (it is the devkit's, of the challenge): put {place} "
+                "below "
                 f"--root {root} as well; {README}"
             )
     parts = {
@@ -187,8 +191,8 @@ def read_cars(root: Path, split: str) -> Content:
     return read_torchvision(root, split, "StanfordCars", parts)
 
 
-def _read_cars_as_one(root: Path, split: str) -> Content:
-    """All images in ``car_ims``; ``cars_annos.mat`` says which are for testing."""
+def _read_cars_as_one(root: Path, split: str) -> ClassificationContent:
+    """Read ``car_ims``, where ``cars_annos.mat`` says which images are for testing."""
     parts = {
         "car_ims": folder_named("car_ims", "*.jpg"),
         "cars_annos.mat": file_named("cars_annos.mat"),
@@ -204,16 +208,16 @@ def _read_cars_as_one(root: Path, split: str) -> Content:
             for row in content["annotations"]
             if bool(row["test"]) == (split == "test")
         ]
-        return Content(samples, [str(name) for name in content["class_names"]])
+        return ClassificationContent(samples, [str(name) for name in content["class_names"]])
 
 
-def read_fashion_mnist(root: Path, split: str) -> Content:
+def read_fashion_mnist(root: Path, split: str) -> ClassificationContent:
     """https://github.com/zalandoresearch/fashion-mnist: two IDX files a split, gzipped or not."""
     prefix = "train" if split == "train" else "t10k"
     files = []
     for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
         names = (f"{prefix}-{kind}", f"{prefix}-{kind.replace('-idx', '.idx')}")  # a mirror's dot
-        found = find(root, file_named(*(name + end for name in names for end in ("", ".gz"))))
+        found = find_part(root, file_named(*(name + end for name in names for end in ("", ".gz"))))
         if found is None:
             raise UserError(f"there is no {names[0]}[.gz] in --root {root}; {README}")
         files.append(found)
@@ -230,7 +234,7 @@ def read_fashion_mnist(root: Path, split: str) -> Content:
         labels = read_label_file(str(files[1])).numpy()
         classes = list(FashionMNIST.classes)
         _check_fashion_mnist(root, images, labels, len(classes))
-        return Content(_numbered(images, labels), classes)
+        return ClassificationContent(_numbered(images, labels), classes)
 
 
 def _check_fashion_mnist(root: Path, images: np.ndarray, labels: np.ndarray, classes: int) -> None:
@@ -245,8 +249,10 @@ def _check_fashion_mnist(root: Path, images: np.ndarray, labels: np.ndarray, cla
     counts = np.bincount(labels, minlength=classes)
     if len(labels) in (10_000, 60_000) and counts.min() != counts.max():
         raise UserError(
-            f"the files in {root} are no Fashion-MNIST, which has {len(labels) // classes:,} images "
-            f"of each class; here are {counts.min():,} to {counts.max():,}, as in MNIST, whose files "
+            f"the files in {root} are no Fashion-MNIST, which has {len(labels) // classes:,} "
+            "images "
+            f"of each class; here are {counts.min():,} to {counts.max():,}, as in MNIST, whose "
+            "files "
             "have the same names"
         )
 
@@ -267,7 +273,7 @@ def _imagenet(synset_list: str | None, *folders: str, **sizes: int) -> Classific
     return ClassificationSource(read, {split: (size,) for split, size in sizes.items()})
 
 
-SOURCES = {
+CLASSIFICATION_SETS = {
     "cifar10": _cifar("cifar-10-batches-py", "CIFAR10"),
     "cifar100": _cifar("cifar-100-python", "CIFAR100"),
     "flowers": ClassificationSource(

@@ -2,18 +2,22 @@
 
 The protocol
 ------------
-A set is complete or absent, and so is each of its sub-folders. The same command goes on where a run was
-stopped, by Ctrl-C, a kill or a power cut.
+A set is complete or absent, and so is each of its sub-folders. The same command goes on where a run
+was stopped, by Ctrl-C, a kill or a power cut.
 
-1. ``convert.json``, the plan, is written first: the options that the whole set shares, and the input of
+1. ``convert.json``, the plan, is written first: the options that the whole set shares, and the
+input of
    each sub-folder. A later run has to agree with the plan (:mod:`alignclip.conversion.plan`).
 2. An input shard becomes a sub-folder of the shard's name (:mod:`alignclip.conversion.shards`). The
-   files are written elsewhere and appear together; ``index.json`` follows the shards that it names, and
-   ``counts.json`` goes last. A sub-folder that holds both is complete. Held-out samples are in
+   files are written elsewhere and appear together; ``index.json`` follows the shards that it names,
+   and ``counts.json`` goes last. A sub-folder that holds both is complete. Held-out samples are in
    ``val/NAME``, which is there before ``NAME`` (:mod:`alignclip.storage.staging`).
-3. A sub-folder is converted again where its source has changed since. Before shards are replaced that
-   the set's index names, the index is written without them: after a kill the set is smaller, and whole.
-4. ``report.md`` follows the last sub-folder, then ``dataset.json``, and at last the ``index.json`` over
+3. A sub-folder is converted again where its source has changed since. Before shards are replaced
+that
+   the set's index names, the index is written without them: after a kill the set is smaller, and
+   whole.
+4. ``report.md`` follows the last sub-folder, then ``dataset.json``, and at last the ``index.json``
+over
    all sub-folders. A set without ``index.json`` isn't finished.
 5. Whatever a killed process leaves in the making has names of its own. The next run removes it.
 6. One run at a time: a local output is locked. Another run into a bucket can't be seen.
@@ -40,7 +44,14 @@ from alignclip.conversion.formats.declaration import CAPTION_LISTS, PAIR_COLUMNS
 from alignclip.conversion.images import CHECKS
 from alignclip.conversion.options import ConvertOptions
 from alignclip.conversion.plan import PLAN, begin, check_free, holds_samples, planned_inputs
-from alignclip.conversion.records import Counts, DatasetCard, InputRecord, to_json, total_of
+from alignclip.conversion.records import (
+    CARD_FILE,
+    Counts,
+    DatasetCard,
+    InputRecord,
+    to_json,
+    total_of,
+)
 from alignclip.conversion.report import (
     REPORT,
     first_example,
@@ -57,7 +68,6 @@ from alignclip.storage.copies import remove_stale_copies
 from alignclip.storage.staging import INDEX, VAL, OutputFolder, shown
 
 ENOUGH = 1000  # samples: before, a share of bad ones says little
-DATASET = "dataset.json"  # at the root, written last but for the index: what the set is
 
 
 class NothingWritten(UserError):
@@ -75,9 +85,9 @@ def convert(options: ConvertOptions, executor: Executor | None = None) -> Counts
             ``processes`` of this machine, or ``scheduler``'s cluster. It is not shut down.
 
     Raises:
-        UserError: an input, the encoder or the output is not there; ``out`` was begun with other options
-            or from other files of the same names; no sample was written, or more than ``max_bad`` of them
-            are bad.
+        UserError: an input, the encoder or the output is not there; ``out`` was begun with other
+            options or from other files of the same names; no sample was written, or more than
+            ``max_bad`` of them are bad.
     """
     for what, places in (("--out", [options.out]), ("--inputs", options.inputs)):
         for place in places:
@@ -88,11 +98,11 @@ def convert(options: ConvertOptions, executor: Executor | None = None) -> Counts
     # whether it can be reached, and is free; what is there counts once nobody else can change it
     check_free(store, store.listing(), names)
     store.check_writable()
-    _check_choices(options)
+    _try_options(options)
     columns = _output_columns(options, names.values())
     elsewhere = executor is not None or bool(options.scheduler)  # somebody may still be writing
     with leaving_nothing(store.out), store.locked(), _left_as_it_was(store, names, elsewhere):
-        return _convert(_Run(options, store, names, columns), executor)
+        return _convert_rest(_Run(options, store, names, columns), executor)
 
 
 @contextmanager
@@ -113,7 +123,7 @@ def _left_as_it_was(store: OutputFolder, names: Iterable[str], elsewhere: bool) 
 
 @dataclass(frozen=True)
 class _Run:
-    """What a run is about: its options, output, sub-folders by name with their inputs, columns."""
+    """A run: its options, output, sub-folders by name with their inputs, columns."""
 
     options: ConvertOptions
     store: OutputFolder
@@ -121,7 +131,7 @@ class _Run:
     columns: dict[str, str]
 
 
-def _convert(run: _Run, executor: Executor | None) -> Counts:
+def _convert_rest(run: _Run, executor: Executor | None) -> Counts:
     """Convert what is left to do, and write the index over all there is."""
     store, names = run.store, run.names
     there = store.listing()
@@ -195,7 +205,7 @@ def _may_be_named(name: str, there: set[str], complete: dict[str, InputRecord]) 
 
 def _all_patterns(store: OutputFolder, there: set[str], options: ConvertOptions) -> list[str]:
     """Return what was named as inputs, of this run and of finished runs before."""
-    before = store.read_json([DATASET], broken=True)[0] if DATASET in there else None
+    before = store.read_json([CARD_FILE], broken=True)[0] if CARD_FILE in there else None
     earlier = before.get("source") if isinstance(before, dict) else None
     return list(dict.fromkeys([*(earlier if isinstance(earlier, list) else []), *options.inputs]))
 
@@ -220,7 +230,8 @@ def _unique_names(shards: Sequence[str], options: ConvertOptions) -> dict[str, s
             raise UserError(f"{shard} is a hidden file; rename it to convert it")
         if name in names:
             raise UserError(
-                f"{names[name]} and {shard} would both become '{name}'; give each folder of inputs an "
+                f"{names[name]} and {shard} would both become '{name}'; give each folder of inputs "
+                "an "
                 "--out of its own (training takes several streams)"
             )
         if name == VAL and options.held_out:
@@ -248,7 +259,7 @@ def _check_numbers(options: ConvertOptions) -> None:
         raise UserError(f"--check {images.check} does not exist; {nearest(images.check, CHECKS)}")
 
 
-def _check_choices(options: ConvertOptions) -> None:
+def _try_options(options: ConvertOptions) -> None:
     """Try the options that would otherwise fail in the first worker."""
     if options.semantic:
         find_encoder(options.encoder)  # a wrong name is told before the seconds that imports take
@@ -272,7 +283,7 @@ def _output_columns(options: ConvertOptions, shards: Iterable[str]) -> dict[str,
         UserError: some inputs have one caption an image and others lists of them.
     """
     columns, captions = dict(PAIR_COLUMNS), dict[str, str]()
-    for place, there in inputs.columns_of(shards, options.reading).items():
+    for place, there in inputs.input_columns(shards, options.reading).items():
         captions.setdefault(there["caption"], place)
         columns["caption"] = there["caption"]
         if options.progress and (rest := [name for name in there if name not in PAIR_COLUMNS]):
@@ -280,7 +291,8 @@ def _output_columns(options: ConvertOptions, shards: Iterable[str]) -> dict[str,
             print(f"not taken from {place}: {', '.join(rest)}{made}", file=sys.stderr)
     if len(captions) > 1:
         raise UserError(
-            f"{captions[CAPTION_LISTS]} has lists of captions, other inputs have one an image; give it "
+            f"{captions[CAPTION_LISTS]} has lists of captions, other inputs have one an image; "
+            "give it "
             "an --out of its own"
         )
     if options.semantic:
@@ -295,10 +307,10 @@ def _output_columns(options: ConvertOptions, shards: Iterable[str]) -> dict[str,
 
 
 def _check_bad(done: dict[str, Counts], options: ConvertOptions, enough: int) -> None:
-    """Fail where more than ``max_bad`` of the samples were left out; of few samples nothing is said.
+    """Fail where more than ``max_bad`` of the samples were left out, and samples are many.
 
-    At the end, when nothing is ``enough``, also where more than that of the inputs were truncated: of
-    each, only one sample counts as bad, whatever has been lost with it.
+    At the end, when nothing is ``enough``, also where more than that of the inputs were truncated:
+    of each, only one sample counts as bad, whatever has been lost with it.
     """
     total = total_of(done.values())
     read = total.written + total.bad
@@ -309,7 +321,8 @@ def _check_bad(done: dict[str, Counts], options: ConvertOptions, enough: int) ->
         are, them = are_them(len(broken))
         raise UserError(
             f"{len(broken):,} of {inputs_in_words(len(done))} {are} truncated, more than --max-bad "
-            f"{options.max_bad:g} ({first_few(broken)}): fetch {them} again and repeat this command, or "
+            f"{options.max_bad:g} ({first_few(broken)}): fetch {them} again and repeat this "
+            "command, or "
             f"take {them} as {'it is' if len(broken) == 1 else 'they are'} with --max-bad 1"
         )
     if not total.written:
@@ -324,7 +337,7 @@ def _check_bad(done: dict[str, Counts], options: ConvertOptions, enough: int) ->
 
 
 def _publish(run: _Run, done: dict[str, Counts]) -> None:
-    """Write ``dataset.json`` and the index of these sub-folders, and of those of the held-out split."""
+    """Write ``dataset.json`` and the indexes of these sub-folders and of the held-out split."""
     options, store = run.options, run.store
     total = total_of(done.values())
     packages = ["alignclip", "mosaicml-streaming", "pillow"]
@@ -348,7 +361,7 @@ def _publish(run: _Run, done: dict[str, Counts]) -> None:
         with store.staged(VAL, replace=False) as folder:
             (folder / INDEX).write_text(index)
     with store.staged() as folder:
-        (folder / DATASET).write_text(to_json(card))
+        (folder / CARD_FILE).write_text(to_json(card))
         (folder / INDEX).write_text(_index(store, "", sorted(done)))
 
 

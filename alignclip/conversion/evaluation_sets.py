@@ -1,4 +1,4 @@
-"""The converters of evaluation sets: options that name files, and one MDS set, complete or absent."""
+"""Converters of evaluation sets: options that name files, one MDS set, complete or absent."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from alignclip.conversion.records import CARD_FILE
 from alignclip.conversion.wording import first_few
 from alignclip.data.image_files import EVALUATION_FORMATS, is_whole
 from alignclip.errors import UserError, check_place, one_line_errors
 from alignclip.near import did_you_mean
 from alignclip.storage.staging import INDEX, OutputFolder
 
-CARD = "dataset.json"
 README = "convert/README.md says what to download"
 INSTALL = "pip install 'alignclip[evaluate]'"
-UNREADABLE = "unreadable image"
+UNREADABLE_IMAGE = "unreadable image"
 IN_MEMORY = 256  # images read at a time
-NAMED = 5  # unreadable images named in the summary
+NAMED_UNREADABLE = 5  # unreadable images named in the summary
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class EvaluationSample:
-    """One image and what belongs to it.
+    """An image and what belongs to it.
 
     Attributes:
         key: the path in the source, or the index where the source has no files.
@@ -52,7 +52,7 @@ class EvaluationSample:
 
 
 @dataclass(frozen=True)
-class EvaluationSet:
+class SetToWrite:
     """A set that is to be written.
 
     Attributes:
@@ -75,18 +75,20 @@ class EvaluationSet:
 
 
 def convert_set(
-    out: str, identity: dict[str, Any], read: Callable[[], EvaluationSet], progress: bool
+    out: str, identity: dict[str, Any], read: Callable[[], SetToWrite], progress: bool
 ) -> str:
     """Write a set and return a summary; a complete one that is there already stays as it is.
 
     Args:
         out: the output.
-        identity: entries of ``dataset.json`` that tell the set from others: ``dataset``, ``split``, …
+        identity: entries of ``dataset.json`` that tell the set from others: ``dataset``, ``split``,
+            …
         read: from the source to the set; not called where a complete set is there.
         progress: show a progress bar.
 
     Raises:
-        UserError: another set is there, or the output can't be reached or written; what ``read`` raises.
+        UserError: another set is there, or the output can't be reached or written; what ``read``
+            raises.
     """
     store = OutputFolder(out)
     if (there := _complete(store, identity)) is not None:
@@ -166,8 +168,8 @@ def missing_files(samples: Sequence[EvaluationSample]) -> list[Path]:
     return [image for image in images if not image.is_file()]
 
 
-def image_file(sample: EvaluationSample) -> bytes | None:
-    """Return the bytes of an image file, of a new PNG for pixels; None where it can't be decoded."""
+def image_bytes(sample: EvaluationSample) -> bytes | None:
+    """Return an image file's bytes, a new PNG for pixels; None where it can't be decoded."""
     if isinstance(sample.image, np.ndarray):
         png = io.BytesIO()
         Image.fromarray(sample.image).save(png, "PNG")
@@ -179,8 +181,8 @@ def image_file(sample: EvaluationSample) -> bytes | None:
     return data if is_whole(data, EVALUATION_FORMATS) else None
 
 
-def run(convert: Callable[[], str]) -> None:
-    """Run a converter's command and print its summary; exit status 2 with one line for a user's mistake."""
+def run_converter(convert: Callable[[], str]) -> None:
+    """Run a converter and print its summary; exit with 2 and one line for a user's mistake."""
     try:
         with one_line_errors():
             print(convert())
@@ -199,7 +201,7 @@ def _complete(store: OutputFolder, identity: dict[str, Any]) -> dict[str, Any] |
     if INDEX not in listing:  # written last
         store.check_writable()
         return None
-    there: dict[str, Any] = store.read_json([CARD])[0] if CARD in listing else {}
+    there: dict[str, Any] = store.read_json([CARD_FILE])[0] if CARD_FILE in listing else {}
     if not there.keys() >= identity.keys():
         raise UserError(f"{store.out} already holds another kind of data set; choose another --out")
     for key, value in identity.items():
@@ -214,7 +216,7 @@ def _complete(store: OutputFolder, identity: dict[str, Any]) -> dict[str, Any] |
 
 
 def _write_set(
-    store: OutputFolder, identity: dict[str, Any], source: EvaluationSet, progress: bool
+    store: OutputFolder, identity: dict[str, Any], source: SetToWrite, progress: bool
 ) -> str:
     """Write shards, JSON files, the index last; leave out images that cannot be decoded."""
     from alignclip.conversion.mds_writer import JoinedShardWriter
@@ -225,7 +227,7 @@ def _write_set(
     start = time.monotonic()
     with store.staged() as folder:
         with JoinedShardWriter(columns, folder) as writer:
-            images = _images(source.samples, identity["dataset"], progress)
+            images = _decoded_images(source.samples, identity["dataset"], progress)
             for sample, image in zip(source.samples, images, strict=True):
                 if image is None:
                     unreadable.append(sample.key)
@@ -240,11 +242,11 @@ def _write_set(
             **source.about,
             "notes": source.notes,
             "samples": number - len(unreadable),
-            "skipped": {**source.skipped, UNREADABLE: len(unreadable)},
+            "skipped": {**source.skipped, UNREADABLE_IMAGE: len(unreadable)},
             "bytes": sum(file.stat().st_size for file in folder.glob("shard.*")),
             "versions": _versions(source.packages),
         }
-        for name, content in {**source.files, CARD: card}.items():
+        for name, content in {**source.files, CARD_FILE: card}.items():
             (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
         if store.is_remote and progress:
             print(f"uploading {card['bytes'] / 2**20:,.1f} MiB to {store.out}", file=sys.stderr)
@@ -259,10 +261,10 @@ def _versions(packages: Sequence[str]) -> dict[str, str]:
     return {package: importlib.metadata.version(package) for package in every}
 
 
-def _images(
+def _decoded_images(
     samples: Sequence[EvaluationSample], name: str, progress: bool
 ) -> Iterator[bytes | None]:
-    """Yield the image file of each sample, in order; see :func:`image_file`."""
+    """Yield the image file of each sample, in order; see :func:`image_bytes`."""
     interval = 0.5 if sys.stderr.isatty() else 30.0  # seconds; a log file wants fewer lines
     with (
         tqdm(
@@ -273,9 +275,9 @@ def _images(
             disable=not progress,
         ) as bar,
         ThreadPoolExecutor(os.cpu_count()) as pool,
-    ):  # decoding and compressing run without the GIL
+    ):  # decoding and compressing run_converter without the GIL
         for first in range(0, len(samples), IN_MEMORY):
-            for image in pool.map(image_file, samples[first : first + IN_MEMORY]):
+            for image in pool.map(image_bytes, samples[first : first + IN_MEMORY]):
                 yield image
                 bar.update()
 
@@ -291,11 +293,11 @@ def _summary(
         *(("note", note) for note in card["notes"]),
         ("size", f"{card['bytes'] / 2**20:,.1f} MiB"),
         ("where", out),
-        ("this run", f"{seconds:,.1f} s"),
+        ("this run_converter", f"{seconds:,.1f} s"),
     ]
     text = "\n".join(f"{name:<22}{value}" for name, value in rows)
     if unreadable:
-        text += f"\n\ncannot be decoded: {first_few(unreadable, NAMED)}"
+        text += f"\n\ncannot be decoded: {first_few(unreadable, NAMED_UNREADABLE)}"
     name = out.rstrip("/").rpartition("/")[2]
     place = f"remote={out}" if "://" in out else f"local={out}"
     task = "zero_shot" if target == "label" else "retrieval"

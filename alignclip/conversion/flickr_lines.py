@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from alignclip.errors import UserError
 
 IMAGE = r"(?P<image>[^|,\t]+?\.jpg(?:\.\d)?)"  # one of Flickr8k's images ends in .jpg.1
-# Layout -> a line of it. Only the header of ``numbered`` tells its numbers from what captions begin with.
+# Layout -> a line of it. Only the header of ``numbered`` tells its numbers from what captions begin
+# with.
 LAYOUTS = {
     # ``results_20130124.token``, ``…8k.token.txt``: 1000.jpg#0<tab>a dog
     "token": re.compile(rf"{IMAGE}#\d+\s*\t(?P<caption>.*)"),
@@ -24,7 +25,7 @@ LAYOUTS = {
 NUMBERED_HEADER = ["image_name", "comment_number", "comment"]
 
 
-def read(text: str, where: str) -> dict[str, list[str]]:
+def read_lines(text: str, where: str) -> dict[str, list[str]]:
     """Return the captions of each image, in the order of the lines.
 
     Kaggle's ``captions.txt`` is CSV, with the columns ``image,caption`` or ``NUMBERED_HEADER``.

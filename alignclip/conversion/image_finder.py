@@ -1,4 +1,4 @@
-"""The search for images that an annotation file names, in the folders that people unpack archives into."""
+"""The search for images that an annotation file names, in folders of unpacked archives."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from alignclip.errors import UserError
 
-DEPTH = 2  # folders below --images that are searched
+SEARCHED_DEPTH = 2  # folders below --images that are searched
 MOST = 200  # of such folders
 OF_2014 = re.compile(r"COCO_(?:train|val)2014_(\d{12}\.jpg)")
 
@@ -55,9 +55,9 @@ class ImageFinder:
 
     @cached_property
     def _folders(self) -> list[Path]:
-        """The root and the folders below, nearest first; the folder above where an archive's is given."""
+        """The root and the folders below, nearest first."""
         found, level = [self.root], [self.root]
-        for _ in range(DEPTH):
+        for _ in range(SEARCHED_DEPTH):
             level = sorted(e for folder in level for e in folder.iterdir() if e.is_dir())[:MOST]
             found += level
         return found

@@ -1,4 +1,4 @@
-"""Is an image whole, is it usable, and, if it's wanted, a smaller JPEG of it."""
+"""Check that an image is whole and usable; shrink it where that is wanted."""
 
 from __future__ import annotations
 
@@ -53,10 +53,11 @@ class Unusable(Exception):
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """What is done to images.
+    """Settings of what is done to images.
 
-    ``check``: ``decode`` everything, read the ``header``, or ``none``. ``min_side``: pixels of the shorter side, of
-    what is checked. ``resize``: the shorter side of what is stored, where that is smaller; None: the file as it is.
+    ``check``: ``decode`` everything, read the ``header``, or ``none``. ``min_side``: pixels of the
+    shorter side, of what is checked. ``resize``: the shorter side of what is stored, where that is
+    smaller; None: the file as it is.
     ``quality``: of the JPEGs that ``resize`` writes, 1–100.
     """
 
@@ -66,11 +67,12 @@ class ImageOptions:
     quality: int = 90
 
 
-def prepare(data: bytes, options: ImageOptions) -> tuple[bytes, tuple[str, ...]]:
+def prepare_image(data: bytes, options: ImageOptions) -> tuple[bytes, tuple[str, ...]]:
     """Check an image file, and shrink it where that is wanted.
 
-    Files are stored as they are: training reads CMYK, palettes and the first picture of an animation as open_clip does,
-    transparency dropped, EXIF's rotation ignored. Only one that is shrunk becomes an RGB JPEG, upright, and one with
+    Files are stored as they are: training reads CMYK, palettes and the first picture of an
+    animation as open_clip does, transparency dropped, EXIF's rotation ignored. Only one that is
+    shrunk becomes an RGB JPEG, upright, and one with
     16-bit greys a PNG with 8.
 
     Returns:
@@ -88,7 +90,7 @@ def prepare(data: bytes, options: ImageOptions) -> tuple[bytes, tuple[str, ...]]
                 raise Unusable(IMAGE_TOO_SMALL, f"{width} × {height} pixels")
             if width * height > (MAX_WEBP_PIXELS if picture.format == "WEBP" else MAX_PIXELS):
                 raise Unusable(IMAGE_TOO_LARGE, f"{width} × {height} pixels")
-            notes = _notes(picture)
+            notes = _image_notes(picture)
             if picture.mode.startswith("I"):
                 picture, data = _eight_bits(picture)
             if options.resize and (
@@ -109,7 +111,7 @@ def prepare(data: bytes, options: ImageOptions) -> tuple[bytes, tuple[str, ...]]
 
 
 def shorter_side(data: bytes) -> int | None:
-    """The shorter side of an image file in pixels; None where it can't be read."""
+    """Return the shorter side of an image file in pixels; None where it can't be read."""
     try:
         with Image.open(io.BytesIO(data), formats=TRAINING_FORMATS) as picture:
             return min(picture.size)
@@ -118,9 +120,10 @@ def shorter_side(data: bytes) -> int | None:
 
 
 def shrink(picture: Image.Image, side: int, quality: int) -> bytes:
-    """A JPEG whose shorter side is at most ``side`` pixels, upright, in RGB."""
+    """Make a JPEG whose shorter side is at most ``side`` pixels, upright, in RGB."""
     scale = min(1.0, side / min(picture.size))
-    # JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where twice the result's is left: faster, no visible difference
+    # JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where twice the result's is left: faster,
+    # no visible difference
     picture.draft("RGB", (round(2 * scale * picture.width), round(2 * scale * picture.height)))
     turn = _turn(picture)
     scale = min(1.0, side / min(picture.size))
@@ -136,7 +139,7 @@ def shrink(picture: Image.Image, side: int, quality: int) -> bytes:
 
 
 def _resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """In RGB; where that only takes the colours' channels, without a second picture of full size in memory."""
+    """Resize to RGB, where possible without a second picture of full size in memory."""
     if picture.mode == "RGB":
         return picture.resize(size, Image.Resampling.BICUBIC)
     if picture.mode in CHANNELS:
@@ -149,7 +152,7 @@ def _resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def _eight_bits(picture: Image.Image) -> tuple[Image.Image, bytes]:
-    """The upper half of 16-bit greys, as a picture and a PNG; PIL, and so training, makes all above 255 white."""
+    """Return the upper half of 16-bit greys, of which PIL makes all above 255 white."""
     grey = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
     file = io.BytesIO()
     grey.save(file, "PNG")
@@ -157,15 +160,15 @@ def _eight_bits(picture: Image.Image) -> tuple[Image.Image, bytes]:
 
 
 def _turn(picture: Image.Image) -> Image.Transpose | None:
-    """What makes a picture upright by its EXIF; None where it is, or where the EXIF is broken."""
+    """Return what makes a picture upright by its EXIF; None where it is, or the EXIF is broken."""
     try:
         return UPRIGHT.get(picture.getexif().get(EXIF_ORIENTATION, 1))
     except Exception:  # PIL raises nearly anything on broken files
         return None
 
 
-def _notes(picture: Image.Image) -> tuple[str, ...]:
-    """What is unusual: told in the report, because what training sees of it may surprise."""
+def _image_notes(picture: Image.Image) -> tuple[str, ...]:
+    """Say what is unusual, for the report: what training sees of it may surprise."""
     notes = [MODES[picture.mode]] if picture.mode in MODES else []
     if picture.mode.startswith("I"):
         notes += ["16-bit grey, stored with 8"]

@@ -1,7 +1,7 @@
 """Patterns on the command line, and the input shards that they stand for.
 
-An input shard is named by a string: a path or URL, with ``#`` and a part where one file is several shards:
-rows of a CSV file, a shard of an MDS set. Plans and counts keep these names.
+An input shard is named by a string: a path or URL, with ``#`` and a part where one file is several
+shards: rows of a CSV file, a shard of an MDS set. Plans and counts keep these names.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from urllib.parse import urlparse
 
 from alignclip.conversion.formats import ENDINGS, FORMATS, format_of
 from alignclip.conversion.formats.declaration import InputFormat, Listing, OpenInput
-from alignclip.conversion.samples import IMAGE_EXTENSIONS, PLAIN, Reading
+from alignclip.conversion.samples import DEFAULT_READING, IMAGE_EXTENSIONS, Reading
 from alignclip.conversion.wording import first_few
 from alignclip.errors import UserError
 from alignclip.near import did_you_mean
@@ -37,16 +37,17 @@ class InputShard(NamedTuple):
     part: str
 
 
-def expand(patterns: Sequence[str], reading: Reading = PLAIN) -> list[str]:
+def expand(patterns: Sequence[str], reading: Reading = DEFAULT_READING) -> list[str]:
     """Return the names of the input shards that ``patterns`` stand for, each once, in this order.
 
-    A pattern is a path or URL; a folder, which stands for its files of the first format that it holds; with
-    ``{00000..00123}`` or ``{a,b}`` each of these; with ``*``, ``?`` or ``[]`` the files that exist. Folders
-    and wildcards also work in the object stores that Streaming can list (S3, GCS, OCI).
+    A pattern is a path or URL; a folder, which stands for its files of the first format that it
+    holds; with ``{00000..00123}`` or ``{a,b}`` each of these; with ``*``, ``?`` or ``[]`` the files
+    that exist. Folders and wildcards also work in the object stores that Streaming can list (S3,
+    GCS, OCI).
 
     Raises:
-        UserError: a pattern matches nothing, a file that is named does not exist, or a file that is several
-            shards can't be read as ``reading`` says.
+        UserError: a pattern matches nothing, a file that is named does not exist, or a file that is
+            several shards can't be read as ``reading`` says.
     """
     from braceexpand import braceexpand
 
@@ -90,14 +91,14 @@ def name_of(shard: str) -> str:
     return found.shard_name(place, part)
 
 
-def columns_of(shards: Iterable[str], reading: Reading) -> dict[str, dict[str, str]]:
-    """Return the columns of each input file that these shards are parts of; see :class:`InputFormat`."""
+def input_columns(shards: Iterable[str], reading: Reading) -> dict[str, dict[str, str]]:
+    """Return the columns of each input file that these shards are parts of."""
     places = {place: found for found, place, _ in map(split, shards)}
     return {place: found.columns(place, reading) for place, found in sorted(places.items())}
 
 
 @contextmanager
-def opened(shard: str, reading: Reading = PLAIN) -> Iterator[OpenInput]:
+def opened(shard: str, reading: Reading = DEFAULT_READING) -> Iterator[OpenInput]:
     """Fetch an input shard where it is remote, and read it.
 
     Raises:
@@ -109,7 +110,7 @@ def opened(shard: str, reading: Reading = PLAIN) -> Iterator[OpenInput]:
 
 
 def _expand_local(name: str, missing: list[str]) -> list[str]:
-    """Return what one path stands for; a file that isn't there is put on the list ``missing``."""
+    """Return what one path stands for; put a file that isn't there on the list ``missing``."""
     path = Path(name).expanduser().absolute()
     if path.is_dir():
         entries = [entry for entry in os.scandir(path) if not entry.name.startswith(".")]
@@ -160,7 +161,7 @@ def _say_what_is_left_out(listing: Listing, taken: Sequence[str]) -> None:
 
 
 def _expand_remote(url: str, unseen: list[str]) -> list[str]:
-    """Return what one URL stands for; a single file, not looked for yet, is put on the list ``unseen``."""
+    """Return what one URL stands for; put a file, not looked for yet, on the list ``unseen``."""
     is_http = urlparse(url).scheme in WEB
     is_pattern = not is_http and glob.has_magic(url)
     is_file = url.lower().endswith(".gz") or (
@@ -190,7 +191,7 @@ def _expand_remote(url: str, unseen: list[str]) -> list[str]:
 
 
 def _missing_remote(urls: Sequence[str]) -> list[str]:
-    """Return the URLs that a listing of their folders lacks; a folder that can't be listed is trusted."""
+    """Return the URLs that their folders lack; trust a folder that can't be listed."""
     by_folder: dict[str, list[str]] = {}
     for url in urls:
         by_folder.setdefault(url.rpartition("/")[0], []).append(url)

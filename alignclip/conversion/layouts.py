@@ -1,7 +1,8 @@
-"""Parts of a published set, found where people have them, and laid out as torchvision's readers expect them.
+"""Parts of a published set, found where people have them, laid out as torchvision expects them.
 
-Archives unpack into other folders than publishers' pages show: Kaggle nests a folder in one of its own name
-(``cars_test/cars_test``), mirrors rename the folder above, and label files lie beside the folder that they belong to.
+Archives unpack into other folders than publishers' pages show: Kaggle nests a folder in one of its
+own name (``cars_test/cars_test``), mirrors rename the folder above, and label files lie beside the
+folder that they belong to.
 """
 
 from __future__ import annotations
@@ -81,8 +82,8 @@ def _holds(folder: Path, member: str) -> bool:
     return folder.is_dir() and next(folder.glob(member), None) is not None
 
 
-def find(root: Path, part: Part) -> Path | None:
-    """Return the part nearest to ``root``: ``root`` itself, or at most :data:`DEPTH` folders below."""
+def find_part(root: Path, part: Part) -> Path | None:
+    """Return the part nearest to ``root``: ``root`` itself, or :data:`DEPTH` folders below."""
     level = [root]
     for depth in range(DEPTH + 1):
         if found := next(filter(part.fits, level), None):
@@ -115,7 +116,7 @@ def laid_out(root: Path, parts: Mapping[str, Part], advice: str) -> Iterator[Lay
     """
     links: dict[str, Path] = {}
     for place, part in parts.items():
-        found = find(root, part)
+        found = find_part(root, part)
         if found is None:
             where = f"in --root {root} and the {DEPTH} levels of folders below"
             raise UserError(f"there is no {part.shown} {where}; {advice}")

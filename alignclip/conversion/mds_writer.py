@@ -1,4 +1,4 @@
-"""Streaming's writer of MDS shards, and what its options may be: all that conversion knows of Streaming."""
+"""Streaming's writer of MDS shards and its options: all that conversion knows of Streaming."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ PIECE = 2**17  # bytes written at once: of 1 MB, ext4 makes large pages, which c
 class JoinedShardWriter(MDSWriter):
     """MDSWriter without its copies of whole shards, which take as long as reading the tar.
 
-    Samples are laid one behind the other as they come, in memory that is used again for the next shard.
-    The names that it overrides and reads are Streaming 0.13's: ``new_samples``, ``extra_bytes_per_shard``,
-    ``config_data``, ``encode_joint_shard``, ``_process_file``, ``_hash``.
+    Samples are laid one behind the other as they come, in memory that is used again for the next
+    shard. The names that it overrides and reads are Streaming 0.13's: ``new_samples``,
+    ``extra_bytes_per_shard``, ``config_data``, ``encode_joint_shard``, ``_process_file``,
+    ``_hash``.
 
     Args:
         columns: name -> MDS encoding.

@@ -14,7 +14,9 @@ from alignclip.conversion.records import Counts
 from alignclip.storage.staging import VAL
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = 100_000  # samples: below, the recipe's warm-up and canonical nodes would be most of the run
+SMALL_SET = (
+    100_000  # samples: below, the recipe's warm-up and canonical nodes would be most of the run
+)
 FEW = 1_000  # samples: fewer may be a test set as well as a first try
 RECIPE_SIDE = 224  # pixels of the published recipes' images
 SMALL_SIDE = 160  # pixels: the recipes would mostly enlarge smaller pictures
@@ -38,7 +40,7 @@ def next_step(out: str, counts: Counts, options: ConvertOptions) -> str:
     settings = [
         "evaluators=null",
         f"evaluators.{name}.task=retrieval",
-        *_place(f"evaluators.{name}", name, out),
+        *_place_settings(f"evaluators.{name}", name, out),
     ]
     words = [] if has_gpu() else ["device=cpu", "precision=fp32"]
     recipe = str(_from_here(ROOT / "yamls" / "evaluate.yaml"))
@@ -54,7 +56,7 @@ def next_step(out: str, counts: Counts, options: ConvertOptions) -> str:
 
 
 def has_gpu() -> bool:
-    """Whether this machine has a GPU that PyTorch can use."""
+    """Say whether this machine has a GPU that PyTorch can use."""
     import torch
 
     return torch.cuda.is_available()
@@ -67,7 +69,7 @@ def _command(script: str, words: list[str]) -> str:
 
 
 def _named_for_tests(out: str, options: ConvertOptions) -> str:
-    """Whose name says that a set is one to evaluate on: its own, or those of all inputs; "" where none does."""
+    """Say whose name tells that a set is for evaluation; "" for nobody's."""
     if TEST.search(name := out.rpartition("/")[2]):
         return f"The output's name, {name}, says"
     inputs = [Path(place.split("?")[0]).name for place in options.inputs]
@@ -88,7 +90,11 @@ def _held_out(name: str, out: str, counts: Counts) -> list[str]:
     if not counts.held_out:
         return []
     section = f"evaluators.{name}-{VAL}"
-    return [f"{section}.task=retrieval", *_place(section, name, out), f"{section}.split={VAL}"]
+    return [
+        f"{section}.task=retrieval",
+        *_place_settings(section, name, out),
+        f"{section}.split={VAL}",
+    ]
 
 
 def _on_gpu(name: str, out: str, counts: Counts, options: ConvertOptions) -> list[str]:
@@ -96,9 +102,9 @@ def _on_gpu(name: str, out: str, counts: Counts, options: ConvertOptions) -> lis
     recipe = ROOT / "yamls" / f"{'alignclip' if options.semantic else 'sharedclip'}.yaml"
     words = [str(_from_here(recipe)), f"run_name={name}"]
     words += [] if name == "cc12m" else ["data.streams.cc12m=null"]
-    words += [*_place(f"data.streams.{name}", name, out), *_held_out(name, out, counts)]
-    words += _images(counts, SMALL_SIDE)
-    if _trained_on(counts) < SMALL:
+    words += [*_place_settings(f"data.streams.{name}", name, out), *_held_out(name, out, counts)]
+    words += _image_size(counts, SMALL_SIDE)
+    if _trained_on(counts) < SMALL_SET:
         if _side(counts) < SMALL_SIDE:
             words += [
                 "model.embed_dim=256",
@@ -125,13 +131,13 @@ def _on_cpu(name: str, out: str, counts: Counts, options: ConvertOptions) -> lis
         "save_folder=runs/{run_name}",
     ]
     words += [] if name == "scenes" else ["data.streams.scenes=null"]
-    words += [*_place(f"data.streams.{name}", name, out), *_held_out(name, out, counts)]
+    words += [*_place_settings(f"data.streams.{name}", name, out), *_held_out(name, out, counts)]
     words += [] if options.semantic else ["loss.beta=0"]
-    words += _images(counts, CPU_SIDE)
+    words += _image_size(counts, CPU_SIDE)
     return words + _fitting(_trained_on(counts), batch=64, epochs=5, share=0.2)
 
 
-def _place(section: str, name: str, out: str) -> list[str]:
+def _place_settings(section: str, name: str, out: str) -> list[str]:
     if "://" in out:
         return [f"{section}.remote={out}", f"{section}.local=/tmp/{name}"]
     return [f"{section}.local={out}"]
@@ -142,7 +148,7 @@ def _side(counts: Counts) -> int:
     return int(statistics.median(counts.sides)) if counts.sides else RECIPE_SIDE
 
 
-def _images(counts: Counts, least: int) -> list[str]:
+def _image_size(counts: Counts, least: int) -> list[str]:
     """The size of what the model sees, where the pictures are smaller than ``least`` pixels."""
     side = _side(counts)
     if side >= least:
@@ -155,7 +161,7 @@ def _images(counts: Counts, least: int) -> list[str]:
 
 
 def _fitting(samples: int, batch: int, epochs: int, share: float) -> list[str]:
-    """A batch that leaves ten of them in an epoch, and a warm-up of that share of the run, 100 batches at most.
+    """Return a batch that leaves ten in an epoch, and a warm-up of a share of the run.
 
     Args:
         samples: that are trained on.

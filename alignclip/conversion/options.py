@@ -1,4 +1,4 @@
-"""What a conversion is to do, and what it has counted."""
+"""The settings of a conversion of image–caption pairs."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from typing import Any
 
 from alignclip.conversion.captions import DEFAULT_ENCODER
 from alignclip.conversion.images import ImageOptions
-from alignclip.conversion.samples import PLAIN, Reading
+from alignclip.conversion.samples import DEFAULT_READING, Reading
 from alignclip.conversion.text_tables import is_utf8
 
 
 @dataclass
 class ConvertOptions:
-    """What is converted, where to, and how.
+    """The settings of a conversion.
 
     Attributes:
         inputs: patterns (see :func:`alignclip.conversion.inputs.expand`).
         reading: how inputs are read.
-        held_out: the share of the samples, chosen by a hash of their keys, that becomes the split ``val``.
+        held_out: the share of the samples, chosen by a hash of their keys, that becomes the split
+            ``val``.
         size_limit: with ``compression`` and ``hashes`` an argument of :class:`streaming.MDSWriter`.
         max_bad: the share of bad samples above which the conversion fails.
         scheduler: a Dask scheduler's address; None: ``processes`` on this machine.
@@ -31,12 +32,11 @@ class ConvertOptions:
     out: str
     encoder: str = DEFAULT_ENCODER
     semantic: bool = True
-    reading: Reading = PLAIN
+    reading: Reading = DEFAULT_READING
     images: ImageOptions = field(default_factory=ImageOptions)
     held_out: float = 0.0
-    size_limit: str | int = (
-        "32mb"  # larger ones cost a third of the speed: the C library gives their memory back each time
-    )
+    # larger shards cost a third of the speed: the C library gives their memory back each time
+    size_limit: str | int = "32mb"
     compression: str | None = None
     hashes: Sequence[str] = ("xxh64",)  # what training validates
     max_bad: float = 0.5
@@ -46,14 +46,14 @@ class ConvertOptions:
     next_step: bool = True
 
     def __post_init__(self) -> None:
-        """Make local paths absolute: they are the same however they are written, and wherever a worker runs."""
+        """Make local paths absolute: the same however they are written, wherever a worker runs."""
         if ":/" not in self.out:  # with one slash it is a mistake, which is told later
             self.out = str(Path(self.out).expanduser().resolve())
         if (folder := Path(self.encoder).expanduser()).is_dir():
             self.encoder = str(folder.resolve())
 
     def fixed(self) -> dict[str, Any]:
-        """The options that every part of one set has to share."""
+        """Return the options that every part of one set has to share."""
         return {
             "encoder": self.encoder if self.semantic else None,
             **self._fixed_reading(),
@@ -68,6 +68,6 @@ class ConvertOptions:
         }
 
     def _fixed_reading(self) -> dict[str, Any]:
-        """How inputs are read; None where that is how sets were read before there was a choice."""
+        """Return how inputs are read; None for what early versions did."""
         how = {key: value or None for key, value in asdict(self.reading).items()}
         return how | {"encoding": None if is_utf8(self.reading.encoding) else self.reading.encoding}

@@ -36,11 +36,13 @@ def check_free(store: OutputFolder, there: set[str], names: Iterable[str]) -> No
         if f"{name}/{INDEX}".lstrip("/") in there:
             place = f"{store.out}/{name}".rstrip("/")
             raise UserError(
-                f"{place} already holds a data set that is not this converter's; choose another --out"
+                f"{place} already holds a data set that is not this converter's; choose another "
+                "--out"
             )
     more = ", …" if others[3:] else ""
     raise UserError(
-        f"{store.out} holds other files ({listing(others[:3])}{more}); give --out a new or empty folder"
+        f"{store.out} holds other files ({listing(others[:3])}{more}); give --out a new or empty "
+        "folder"
     )
 
 
@@ -53,9 +55,9 @@ def begin(
 ) -> dict[str, InputRecord]:
     """Write the plan into ``out``, or compare it with the plan there; return what is complete.
 
-    While nothing has been written, for instance because of a wrong caption key, other options take the
-    place of those there. More inputs are added to those there; but none may be left out as long as it is
-    not converted: the set would be published without it.
+    While nothing has been written, for instance because of a wrong caption key, other options take
+    the place of those there. More inputs are added to those there; but none may be left out as long
+    as it is not converted: the set would be published without it.
 
     Args:
         store: the output.
@@ -73,35 +75,37 @@ def begin(
     check_free(store, there, names)
     plan = Plan(options.fixed(), columns, names)
     if PLAN not in there:
-        _write(store, plan)
+        _write_plan(store, plan)
         return {}
-    before, complete = _read(store, there)
+    before, complete = _read_plan(store, there)
     written = any(record.samples for record in complete.values())
     different = _different_settings(before, plan)
     if different and not written:
-        _write(store, plan)
+        _write_plan(store, plan)
         return {}
     if different:
         was, is_now = (_flag(different, one.settings.get(different)) for one in (before, plan))
         raise UserError(
-            f"{store.out} was begun with {was}, this run has {is_now}: finish it with the same options, "
+            f"{store.out} was begun with {was}, this run has {is_now}: finish it with the same "
+            "options, "
             f"choose another --out or delete {store.out} to start again"
         )
     if written and before.columns not in (None, columns):
         raise UserError(
-            f"{store.out} was begun with the columns {before.columns}, this run would write {columns}; "
+            f"{store.out} was begun with the columns {before.columns}, this run would write "
+            f"{columns}; "
             "choose another --out"
         )
     _check_inputs(store, complete, before.inputs, names)
     if names.items() - before.inputs.items():
-        _write(store, Plan(plan.settings, columns, before.inputs | names))
+        _write_plan(store, Plan(plan.settings, columns, before.inputs | names))
     return complete
 
 
 def holds_samples(store: OutputFolder) -> bool:
     """Say whether a sub-folder is complete and has samples."""
     there = store.listing()
-    return PLAN in there and any(record.samples for record in _read(store, there)[1].values())
+    return PLAN in there and any(record.samples for record in _read_plan(store, there)[1].values())
 
 
 def planned_inputs(store: OutputFolder, there: set[str]) -> set[str]:
@@ -110,8 +114,8 @@ def planned_inputs(store: OutputFolder, there: set[str]) -> set[str]:
     return set(plan.inputs.values()) if plan else set()
 
 
-def _read(store: OutputFolder, there: set[str]) -> tuple[Plan, dict[str, InputRecord]]:
-    """Read the plan, and the records of complete sub-folders: a damaged record is as good as none."""
+def _read_plan(store: OutputFolder, there: set[str]) -> tuple[Plan, dict[str, InputRecord]]:
+    """Read the plan and the records of complete sub-folders; a damaged record is none."""
     names = sorted(
         folder
         for folder, _, file in (name.rpartition("/") for name in there)
@@ -135,7 +139,7 @@ def _check_inputs(
     planned: Mapping[str, str],
     names: Mapping[str, str],
 ) -> None:
-    """Refuse an input that takes another one's place, and a run without inputs that are left to convert.
+    """Refuse an input in another one's place, and a run without inputs that are left to convert.
 
     Raises:
         UserError: names the first.
@@ -144,7 +148,8 @@ def _check_inputs(
         record = complete.get(name)
         if record and record.samples and record.source != source:
             raise UserError(
-                f"{store.out}/{name} was made from {record.source}, not from {source}; choose another --out"
+                f"{store.out}/{name} was made from {record.source}, not from {source}; choose "
+                "another --out"
             )
     left = [
         source
@@ -155,12 +160,13 @@ def _check_inputs(
         are = "1 of its inputs is" if len(left) == 1 else f"{len(left):,} of its inputs are"
         raise UserError(
             f"{store.out} was begun with other --inputs, and {are} not converted yet "
-            f"({first_few(left, 1)}): name {'it' if len(left) == 1 else 'them'} as well, choose another "
+            f"({first_few(left, 1)}): name {'it' if len(left) == 1 else 'them'} as well, choose "
+            "another "
             f"--out or delete {store.out} to start again"
         )
 
 
-def _write(store: OutputFolder, plan: Plan) -> None:
+def _write_plan(store: OutputFolder, plan: Plan) -> None:
     with store.staged() as folder:
         (folder / PLAN).write_text(plan.text())
 

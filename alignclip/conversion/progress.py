@@ -67,7 +67,8 @@ class Progress:
     def _show(self, bar: tqdm, finished: dict[str, Counts], inputs: int) -> None:
         """Update the bar; what is left is reckoned from the inputs that are finished."""
         now = total_of(list(finished.values()))
-        # A cluster's workers only say what they have finished. No lock: a killed worker may have it.
+        # A cluster's workers only say what they have finished. No lock: a killed worker may have
+        # it.
         written = max(now.written, self._written.get_obj().value)
         skipped = max(now.bad, self._skipped.get_obj().value)
         if finished:

@@ -16,7 +16,7 @@ WHOLE_SETS = {
 }
 
 
-def difference(dataset: str, split: str, sizes: Sizes, images: int) -> str | None:
+def size_difference(dataset: str, split: str, sizes: Sizes, images: int) -> str | None:
     """Say that a set has not the published number of images; None where it has, or nobody knows."""
     known = sizes.get(split)
     if not known or images in known:
@@ -27,7 +27,7 @@ def difference(dataset: str, split: str, sizes: Sizes, images: int) -> str | Non
     )
 
 
-def larger(dataset: str, split: str, sizes: Sizes, images: int) -> str | None:
+def why_too_many(dataset: str, split: str, sizes: Sizes, images: int) -> str | None:
     """Say why a file of ``images`` images can't be the split; None where it can."""
     known = sizes.get(split)
     if not known or images <= max(known):

@@ -1,4 +1,4 @@
-"""What has been counted, and the JSON files that a set consists of beside its shards."""
+"""Counts of pairs, and the JSON files that a set has beside its shards."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 from alignclip.conversion.formats.declaration import OpenInput
 from alignclip.conversion.samples import BROKEN_INPUT
 
+CARD_FILE = "dataset.json"  # at a set's root, written last but for the index
 KEPT_EXAMPLES = 5  # of each reason, kept of an input shard for the report
 LONGEST_TEXT = 200  # characters of a key or detail
 
@@ -28,7 +29,8 @@ class Counts:
         ignored: what they are -> files that are no part of a pair.
         bytes: of the stored shards.
         examples: reason, note or kind of file -> a few (key, detail).
-        texts: see :class:`alignclip.conversion.samples.Skipped`, of the first such sample of each input.
+        texts: see :class:`alignclip.conversion.samples.Skipped`, of the first such sample of each
+            input.
         endings: see the same, a few.
         sides: the shorter sides of a few images of each input, in pixels.
         inputs: inputs that a whole run was given; it has ``converted`` so many in ``seconds``.
@@ -58,7 +60,7 @@ class Counts:
 
     @property
     def is_broken(self) -> bool:
-        """Whether an input was truncated."""
+        """True where an input was truncated."""
         return BROKEN_INPUT in self.skipped
 
     def skip(self, reason: str, key: str = "", detail: str = "") -> None:
@@ -218,4 +220,5 @@ class DatasetCard:
 
 def to_json(record: object) -> str:
     """Return a record's JSON text."""
-    return json.dumps(record if isinstance(record, dict) else asdict(record), indent=2)  # type: ignore[call-overload]
+    content = record if isinstance(record, dict) else asdict(cast("Any", record))
+    return json.dumps(content, indent=2)

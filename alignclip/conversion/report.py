@@ -1,4 +1,4 @@
-"""The report that a person reads: the pairs left out or mended, other files, examples of each, and ways out."""
+"""The report that a person reads: pairs left out or mended, other files, examples, ways out."""
 
 from __future__ import annotations
 
@@ -21,21 +21,24 @@ from alignclip.errors import nearest
 REPORT = "report.md"  # beside the index
 SHOWN_EXAMPLES = 20  # of each reason
 WAYS_OUT = {
-    LIE_APART: "Image and caption lie apart: sort the tar (tar --sort=name packs a folder so), or give --unsorted",
-    FIRST_DOT: "A key ends at the first dot of the file name, as in webdataset, which makes these pairs one: give "
+    LIE_APART: "Image and caption lie apart: sort the tar (tar --sort=name packs a folder so), or "
+    "give --unsorted",
+    FIRST_DOT: "A key ends at the first dot of the file name, as in webdataset, which makes these "
+    "pairs one: give "
     "--last-dot, or rename the files",
-    DUPLICATE_KEY: "Of equal keys in one input the first is kept: give each pair a key of its own (several captions of "
+    DUPLICATE_KEY: "Of equal keys in one input the first is kept: give each pair a key of its own "
+    "(several captions of "
     "an image: convert/retrieval.py)",
 }
 
 
 def ways_out(skipped: Mapping[str, int]) -> list[str]:
-    """What a person can do about pairs that were left out for such reasons, a sentence each."""
+    """Return what a person can do about pairs left out for such reasons, a sentence each."""
     return [way for reason, way in WAYS_OUT.items() if reason in skipped]
 
 
 def first_example(done: Mapping[str, Counts]) -> str:
-    """What is told of the first pair that was left out and of which more is known than the reason; "" where none is."""
+    """Return what is known of the first pair that was left out; "" for nothing."""
     told = {*WAYS_OUT, MISSING_CAPTION, BROKEN_INPUT}  # of these the message says enough
     for name in sorted(done):
         counts = done[name]
@@ -44,12 +47,12 @@ def first_example(done: Mapping[str, Counts]) -> str:
                 continue
             for key, detail in counts.examples.get(reason, ()):
                 if detail:
-                    return _plain(detail if reason == MISSING_IMAGE else f"{key}: {detail}")
+                    return _in_backticks(detail if reason == MISSING_IMAGE else f"{key}: {detail}")
     return ""
 
 
 def why_nothing(total: Counts, number: int, options: ConvertOptions, first: str = "") -> str:
-    """The message of a run that has not written one sample: what was skipped, and what the captions may be called.
+    """Return the message of a run without a sample: what was skipped, what captions may be called.
 
     Args:
         total: what was counted.
@@ -84,7 +87,8 @@ def why_nothing(total: Counts, number: int, options: ConvertOptions, first: str 
         )
     they_have = f"they have: {', '.join(texts)}"
     if key is None:
-        return f"{message}. There are no txt members, and no 'caption' in json members; {they_have} (--caption-key)"
+        none = "There are no txt members, and no 'caption' in json members"
+        return f"{message}. {none}; {they_have} (--caption-key)"
     hint = nearest(key, texts)
     they_have += f"; {hint}" if hint.startswith("did you") else ""
     return f"{message}. --caption-key '{key}' is no text in the json members; {they_have}"
@@ -101,7 +105,8 @@ def write_report(done: Mapping[str, Counts], sources: Mapping[str, str]) -> str:
     read = total.written + total.bad
     lines = ["# Conversion report", ""]
     lines += [
-        f"{read:,} samples read from {inputs_in_words(len(done))}, {total.written:,} written, {total.bad:,} skipped."
+        f"{read:,} samples read from {inputs_in_words(len(done))}, {total.written:,} written, "
+        f"{total.bad:,} skipped."
     ]
     for title, numbers, of in (
         ("Skipped", total.skipped, "samples"),
@@ -126,7 +131,7 @@ def write_report(done: Mapping[str, Counts], sources: Mapping[str, str]) -> str:
 
 
 def _examples(reason: str, done: Mapping[str, Counts], sources: Mapping[str, str]) -> Iterator[str]:
-    """A few of each input, so that they are not all of the first."""
+    """Yield a few examples of each input, so that they are not all of the first."""
     left = SHOWN_EXAMPLES
     having = [name for name in sorted(done) if reason in done[name].examples]
     each = max(1, SHOWN_EXAMPLES // max(len(having), 1))
@@ -135,13 +140,13 @@ def _examples(reason: str, done: Mapping[str, Counts], sources: Mapping[str, str
             if not left:
                 return
             left -= 1
-            yield f"- `{_plain(key) or '?'}` in `{_plain(sources[name])}`" + (
-                f": `{_plain(detail)}`" if detail else ""
+            yield f"- `{_in_backticks(key) or '?'}` in `{_in_backticks(sources[name])}`" + (
+                f": `{_in_backticks(detail)}`" if detail else ""
             )
 
 
-def _plain(text: str) -> str:
-    """What may stand between backticks in a line of Markdown."""
+def _in_backticks(text: str) -> str:
+    """Return text that may stand between backticks in a line of Markdown."""
     return "".join(
         character if character.isprintable() and character != "`" else "·" for character in text
     )

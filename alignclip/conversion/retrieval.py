@@ -1,8 +1,9 @@
 """Convert an image–caption set to MDS shards for retrieval: each image once, with all its captions.
 
-Columns: ``key`` (str: the image's name in the annotations), ``image`` (bytes: the file as it is), ``caption`` (json: a
-list of strings, untouched). Sources are read as their publishers lay them out: see ``convert/README.md``. Nothing is
-downloaded. Sets of ``convert/cc12m.py``, with one caption an image, need no conversion to be used for retrieval.
+Columns: ``key`` (str: the image's name in the annotations), ``image`` (bytes: the file as it is),
+``caption`` (json: a list of strings, untouched). Sources are read as their publishers lay them out:
+see ``convert/README.md``. Nothing is downloaded. Sets of ``convert/cc12m.py``, with one caption an
+image, need no conversion to be used for retrieval.
 """
 
 from __future__ import annotations
@@ -14,18 +15,23 @@ from pathlib import Path
 
 from alignclip.conversion.evaluation_sets import (
     EvaluationSample,
-    EvaluationSet,
+    SetToWrite,
     check_output,
     convert_set,
     fingerprint,
     local_path,
     missing_files,
-    run,
+    run_converter,
     spread,
 )
 from alignclip.conversion.image_finder import ImageFinder
-from alignclip.conversion.published import difference
-from alignclip.conversion.retrieval_sets import SOURCES, Annotations, Wanted, read
+from alignclip.conversion.published import size_difference
+from alignclip.conversion.retrieval_sets import (
+    RETRIEVAL_SETS,
+    Annotations,
+    Wanted,
+    read_annotations,
+)
 from alignclip.errors import UserError, nearest
 from alignclip.paths import option
 from alignclip.runtime import console
@@ -54,12 +60,12 @@ convert/README.md says where to download each set.
 
 
 @dataclass
-class Options:
-    """What is converted, and where to.
+class RetrievalOptions:
+    """The settings of a conversion.
 
-    ``split``: None for the set's default. ``split_file``: names the images of the split, one a line, where the
-    annotations don't. ``encoding``: of the annotations, where they don't show it. ``limit``: that many images,
-    spread over the set.
+    ``split``: None for the set's default. ``split_file``: names the images of the split, one a
+    line, where the annotations don't. ``encoding``: of the annotations, where they don't show it.
+    ``limit``: that many images, spread over the set.
     """
 
     dataset: str
@@ -74,18 +80,18 @@ class Options:
     progress: bool = True
 
 
-def convert(options: Options) -> str:
-    """Convert a retrieval set and return a summary; a complete one that is there already stays as it is.
+def convert(options: RetrievalOptions) -> str:
+    """Convert a retrieval set and return a summary; a complete set stays as it is.
 
     Raises:
-        UserError: no such set or split, annotations of another layout, images missing, or the output holds another set
-            or cannot be written.
+        UserError: no such set or split, annotations of another layout, images missing, or the
+            output holds another set or cannot be written.
     """
     check_output(options.out, options.limit)
     name = options.dataset
-    if name not in SOURCES:
-        raise UserError(f"unknown dataset '{name}'; {nearest(name, SOURCES)}")
-    split = options.split or SOURCES[name].split
+    if name not in RETRIEVAL_SETS:
+        raise UserError(f"unknown dataset '{name}'; {nearest(name, RETRIEVAL_SETS)}")
+    split = options.split or RETRIEVAL_SETS[name].split
     source = str(Path(options.annotations or "").expanduser().resolve())
     identity = {
         "dataset": name,
@@ -96,14 +102,16 @@ def convert(options: Options) -> str:
         **({"annotations": source} if name == "pairs" else {}),
     }
 
-    def read_set() -> EvaluationSet:
+    def read_set() -> SetToWrite:
         file = local_path("--annotations", options.annotations)
         folder = local_path("--images", options.images, folder=True)
         if options.split_file and name not in ("flickr30k", "flickr8k"):
             raise UserError(
                 f"--split-file is for flickr30k's annotations without splits, not for {name}"
             )
-        annotations = read(Wanted(name, file, split, options.split_file, options.encoding))
+        annotations = read_annotations(
+            Wanted(name, file, split, options.split_file, options.encoding)
+        )
         captions = {
             image: kept
             for image, texts in annotations.captions.items()
@@ -112,11 +120,11 @@ def convert(options: Options) -> str:
         find = ImageFinder(folder, published=name != "pairs").find
         every = [EvaluationSample(image, find(image), texts) for image, texts in captions.items()]
         samples, missing = _there(spread(every, options.limit), options.skip_missing)
-        return EvaluationSet(
+        return SetToWrite(
             samples,
             ("caption", "json"),
             about={"source": str(folder), "annotations": source},
-            notes=_notes(name, split, annotations),
+            notes=_set_notes(name, split, annotations),
             skipped={MISSING: missing, NO_CAPTION: len(annotations.captions) - len(captions)},
         )
 
@@ -137,12 +145,13 @@ def _there(
         all_are = len(missing) == len(samples)
         advice = "is --images right?" if all_are else "--skip-missing leaves them out"
         raise UserError(
-            f"{len(missing):,} of {len(samples):,} images are missing, the first is {first}; {advice}"
+            f"{len(missing):,} of {len(samples):,} images are missing, the first is {first}; "
+            f"{advice}"
         )
     return [sample for sample in samples if sample.image not in missing], len(missing)
 
 
-def _notes(name: str, split: str, annotations: Annotations) -> list[str]:
+def _set_notes(name: str, split: str, annotations: Annotations) -> list[str]:
     """Say what of the file was left out, and whether the split has its published size."""
     notes = []
     if left_out := annotations.left_out:
@@ -153,12 +162,14 @@ def _notes(name: str, split: str, annotations: Annotations) -> list[str]:
             else ""
         )
         notes.append(f"{split} has {len(annotations.captions):,} images; left out: {others}{both}")
-    if differs := difference(name, split, SOURCES[name].sizes, len(annotations.captions)):
+    if differs := size_difference(
+        name, split, RETRIEVAL_SETS[name].sizes, len(annotations.captions)
+    ):
         notes.append(differs)
     return notes
 
 
-def parse(arguments: Sequence[str] | None = None) -> Options:
+def parse(arguments: Sequence[str] | None = None) -> RetrievalOptions:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="convert/retrieval.py",
@@ -167,7 +178,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("dataset", metavar="DATASET", help=", ".join(SOURCES))
+    add("dataset", metavar="DATASET", help=", ".join(RETRIEVAL_SETS))
     add("--images", type=option, metavar="FOLDER", help="where the images lie")
     add("--annotations", type=option, metavar="FILE", help="the captions")
     add(
@@ -179,7 +190,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     )
     add(
         "--split",
-        help="of Karpathy's files: train, restval, val, test, or train+restval (default: test); else just a name",
+        help="of Karpathy's files: train, restval, val, test, or train+restval (default: test); "
+        "else just a name",
     )
     add(
         "--split-file",
@@ -203,11 +215,11 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         action="store_true",
         help="leave out images that are not there (default: an error)",
     )
-    return Options(**vars(parser.parse_args(arguments)))
+    return RetrievalOptions(**vars(parser.parse_args(arguments)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Convert and print a summary."""
     console.prepare()
     options = parse(arguments)
-    run(lambda: convert(options))
+    run_converter(lambda: convert(options))

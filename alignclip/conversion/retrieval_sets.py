@@ -11,7 +11,7 @@ from typing import Any
 
 from alignclip.conversion import flickr_lines, text_tables
 from alignclip.conversion.evaluation_sets import local_path, read_json
-from alignclip.conversion.published import larger
+from alignclip.conversion.published import why_too_many
 from alignclip.conversion.text_tables import Table
 from alignclip.conversion.wording import listing
 from alignclip.errors import UserError, nearest, one_line
@@ -22,7 +22,7 @@ FLICKR_TABLE = {"raw", "split", "filename"}  # columns of Hugging Face's table o
 
 @dataclass(frozen=True)
 class Annotations:
-    """What an annotation file says of a split.
+    """The content of an annotation file for a split.
 
     Attributes:
         captions: of the split's images.
@@ -35,7 +35,7 @@ class Annotations:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of an annotation file.
+    """A request to an annotation file.
 
     Attributes:
         dataset: name of the set.
@@ -55,12 +55,12 @@ class Wanted:
         return f"--annotations {self.file}"
 
     def look(self, *columns: str) -> Table:
-        """Find the encoding, the separator and the header of a text file, which may have these columns.
+        """Find encoding, separator and header of a text file, which may have these columns.
 
         Raises:
             UserError: no text, or text in an encoding that nobody has named.
         """
-        table = text_tables.look(self.file, columns, self.encoding)
+        table = text_tables.look_at_table(self.file, columns, self.encoding)
         text_tables.check_encoding(table, self.encoding)
         return table
 
@@ -83,15 +83,15 @@ class Wanted:
         Raises:
             UserError: with the two numbers.
         """
-        sizes = SOURCES[self.dataset].sizes
-        if wrong := larger(self.dataset, self.split, sizes, len(captions)):
+        sizes = RETRIEVAL_SETS[self.dataset].sizes
+        if wrong := why_too_many(self.dataset, self.split, sizes, len(captions)):
             raise UserError(
                 f"{self} holds all splits ({len(captions):,} images); name {advice} ({wrong})"
             )
         return captions
 
 
-def read(wanted: Wanted) -> Annotations:
+def read_annotations(wanted: Wanted) -> Annotations:
     """Read the annotations of a set.
 
     Raises:
@@ -99,7 +99,7 @@ def read(wanted: Wanted) -> Annotations:
             the split can have.
     """
     try:
-        annotations = SOURCES[wanted.dataset].read(wanted)
+        annotations = RETRIEVAL_SETS[wanted.dataset].read(wanted)
     except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
         what = f"no entry {error}" if isinstance(error, KeyError) else one_line(error)
         raise UserError(f"{wanted} is not laid out as {wanted.dataset} is: {what}") from error
@@ -130,7 +130,7 @@ def read_coco(wanted: Wanted) -> Annotations:
 
 
 def _read_coco_api(content: dict[str, Any]) -> Captions:
-    """Read ``captions_val2017.json``, or clip_benchmark's ``coco_test_karpathy.json``, by image id."""
+    """Read ``captions_val2017.json``, or clip_benchmark's ``coco_test_karpathy.json``, by ids."""
     names = {image["id"]: image["file_name"] for image in content["images"]}
     captions: Captions = {names[number]: [] for number in sorted(names)}
     for annotation in content["annotations"]:
@@ -141,8 +141,8 @@ def _read_coco_api(content: dict[str, Any]) -> Captions:
 def read_flickr(wanted: Wanted) -> Annotations:
     """Read Karpathy's JSON, Hugging Face's table of it, or lines of an image and a caption.
 
-    Such lines are ``.token``, Kaggle's ``.csv`` and ``.txt``, and clip_benchmark's ``.txt``. The table is
-    https://huggingface.co/datasets/nlphuji/flickr30k, whose captions are JSON lists.
+    Such lines are ``.token``, Kaggle's ``.csv`` and ``.txt``, and clip_benchmark's ``.txt``. The
+    table is https://huggingface.co/datasets/nlphuji/flickr30k, whose captions are JSON lists.
     """
     if wanted.file.suffix == ".json":
         annotations = read_coco(wanted)
@@ -150,7 +150,7 @@ def read_flickr(wanted: Wanted) -> Annotations:
         table = wanted.look(*FLICKR_TABLE)
         if not set(table.columns) >= FLICKR_TABLE:
             with table.open() as file:
-                return _take_listed(flickr_lines.read(file.read(), str(wanted)), wanted)
+                return _take_listed(flickr_lines.read_lines(file.read(), str(wanted)), wanted)
         values = text_tables.rows_of(table, str(wanted))
         rows = (dict(zip(table.columns, row, strict=True)) for row in values)
         annotations = wanted.take(
@@ -199,12 +199,13 @@ def read_pairs(wanted: Wanted) -> Annotations:
 
 @dataclass(frozen=True)
 class RetrievalSource:
-    """How an image–caption set is read.
+    """The reader of an image–caption set.
 
     Attributes:
         split: the split by default.
         read: from what is wanted to the annotations.
-        sizes: split -> images, as the publishers count them; several where several lists are in use.
+        sizes: split -> images, as the publishers count them; several where several lists are in
+            use.
     """
 
     split: str
@@ -212,10 +213,11 @@ class RetrievalSource:
     sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-# COCO, Flickr8k and Flickr30k: Karpathy's splits (https://cs.stanford.edu/people/karpathy/deepimagesent);
+# COCO, Flickr8k and Flickr30k: Karpathy's splits
+# (https://cs.stanford.edu/people/karpathy/deepimagesent);
 # Flickr30k also by Flickr30k Entities' lists, Flickr8k also by the publisher's.
 _COCO = {"train": 82_783, "restval": 30_504, "train+restval": 113_287, "val": 5_000, "test": 5_000}
-SOURCES = {
+RETRIEVAL_SETS = {
     "coco": RetrievalSource("test", read_coco, {name: (size,) for name, size in _COCO.items()}),
     "coco2017": RetrievalSource("val", read_coco, {"train": (118_287,), "val": (5_000,)}),
     "flickr8k": RetrievalSource(

@@ -1,4 +1,4 @@
-"""What every input format yields: image–caption pairs, and those that are left out, with the reason."""
+"""Image–caption pairs that every input format yields, and pairs left out, with the reason."""
 
 from __future__ import annotations
 
@@ -37,13 +37,16 @@ TOO_MANY_FIELDS = "row: more fields than the header; is the caption quoted?"
 
 @dataclass(frozen=True)
 class Reading:
-    """How inputs are read.
+    """Settings of how inputs are read.
 
     Attributes:
-        caption_key: the captions' entry of ``json`` members, ending or column; None: the usual ones.
-        image_key: the images' ending in tars (``input.jpg``), or their column; None: the usual ones.
+        caption_key: the captions' entry of ``json`` members, ending or column; None: the usual
+            ones.
+        image_key: the images' ending in tars (``input.jpg``), or their column; None: the usual
+            ones.
         encoding: of texts; None: UTF-8, or what a table's beginning says.
-        last_dot: a tar's key goes to the last dot of the file name; False: to the first, as webdataset has it.
+        last_dot: a tar's key goes to the last dot of the file name; False: to the first, as
+            webdataset has it.
         unsorted: put the halves of pairs together that lie apart in their tar.
     """
 
@@ -54,12 +57,12 @@ class Reading:
     unsorted: bool = False
 
 
-PLAIN = Reading()
+DEFAULT_READING = Reading()
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One pair: the key that it has in its source, the image file's bytes as they are, the caption, or several.
+    """A pair: the key in its source, the image file's bytes as they are, the caption or several.
 
     ``notes``: what was mended or is unusual, counted like the reasons for leaving samples out.
     """
@@ -101,7 +104,7 @@ Item = Sample | Skipped | Ignored  # what a source is made of
 
 
 def caption_of(entries: Any, caption_key: str) -> str | None:
-    """The caption in a parsed ``json`` member or a row of a table; None where there is no such text."""
+    """Return the caption in a parsed ``json`` member or a row; None where there is no such text."""
     caption = entries.get(caption_key) if isinstance(entries, Mapping) else None
     if not isinstance(caption, str):
         return None
@@ -111,7 +114,7 @@ def caption_of(entries: Any, caption_key: str) -> str | None:
 
 
 def parse_json(data: bytes | None) -> Any:
-    """A ``json`` member, or None where it is missing or broken."""
+    """Parse a ``json`` member; None where it is missing or broken."""
     try:
         return json.loads((data or b"").decode("utf-8-sig", errors="replace"))
     except (ValueError, RecursionError):
@@ -119,7 +122,7 @@ def parse_json(data: bytes | None) -> Any:
 
 
 def texts_of(entries: Any) -> tuple[str, ...]:
-    """The names of the entries that hold text, for a message: not too many, not too long."""
+    """Return the names of entries that hold text, for a message: not too many, not too long."""
     if not isinstance(entries, Mapping):
         return ()
     return listable(key for key, value in entries.items() if isinstance(value, str))
@@ -128,7 +131,7 @@ def texts_of(entries: Any) -> tuple[str, ...]:
 def pair(
     key: str, image: bytes | None, caption: str | None, entries: Any = None
 ) -> Sample | Skipped:
-    """A sample from its parts, or why it is none. HTML entities in the caption become what they stand for."""
+    """Make a sample of its parts, or say why it is none; HTML entities become their characters."""
     if image is None:
         return Skipped(key, MISSING_IMAGE)
     if not image:
@@ -142,7 +145,8 @@ def pair(
     caption = caption.removeprefix("\ufeff")  # a byte order mark
     notes = [INVALID_UTF8] if "\ufffd" in caption else []
     if "&" in caption and (plain := html.unescape(html.unescape(caption))) != caption:
-        caption = plain  # twice, as open_clip's tokeniser does, so that the sentence encoder sees the same text
+        # unescaped twice, as open_clip's tokeniser does: the sentence encoder sees the same text
+        caption = plain
         notes += [HTML_ENTITIES]
     if not caption.strip():
         return Skipped(key, EMPTY_CAPTION)
@@ -150,7 +154,7 @@ def pair(
 
 
 def pairs(key: str, image: bytes | None, captions: Any) -> Sample | Skipped:
-    """A sample of an image with several captions, of which those that :func:`pair` would leave out are left out."""
+    """Make a sample of an image with several captions; leave out what :func:`pair` leaves out."""
     if not isinstance(captions, list) or not captions:
         return pair(key, image, None)
     each = [pair(key, image, caption if isinstance(caption, str) else None) for caption in captions]

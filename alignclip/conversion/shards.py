@@ -1,4 +1,4 @@
-"""One input shard → one sub-folder of MDS shards, complete or not there.
+"""An input shard → a sub-folder of MDS shards, complete or not there.
 
 See :mod:`alignclip.conversion.dataset` for the protocol.
 """
@@ -19,7 +19,7 @@ import numpy as np
 from alignclip.conversion import inputs
 from alignclip.conversion.captions import SentenceEncoder, load_encoder, usable
 from alignclip.conversion.formats.declaration import CAPTION_LISTS
-from alignclip.conversion.images import Unusable, prepare, shorter_side
+from alignclip.conversion.images import Unusable, prepare_image, shorter_side
 from alignclip.conversion.options import ConvertOptions
 from alignclip.conversion.records import Counts, InputRecord, to_json
 from alignclip.conversion.samples import (
@@ -55,7 +55,7 @@ Embedded = tuple[Sample, np.ndarray | None]
 def convert_shard(
     source: str, name: str, columns: dict[str, str], options: ConvertOptions, show: ShowProgress
 ) -> Counts:
-    """Convert an input shard to the sub-folder ``options.out/name``, which appears once it is complete.
+    """Convert an input shard to the sub-folder ``options.out/name``, which appears once complete.
 
     Its held-out samples are in ``val/name``, which is there before.
 
@@ -63,7 +63,7 @@ def convert_shard(
         UserError: the input cannot be fetched or ``out`` not be written.
     """
     try:
-        return _convert(source, name, columns, options, show)
+        return _convert_input(source, name, columns, options, show)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
@@ -72,7 +72,7 @@ def convert_shard(
         raise UserError(f"{source}: {error}") from error
 
 
-def _convert(
+def _convert_input(
     source: str, name: str, columns: dict[str, str], options: ConvertOptions, show: ShowProgress
 ) -> Counts:
     from alignclip.conversion.mds_writer import JoinedShardWriter
@@ -94,9 +94,9 @@ def _convert(
                 for split, folder in folders.items()
             }
             size = EMBEDDED_BYTES if encoder else WRITTEN_BYTES
-            for batch in _batches(_good_samples(opened.items, counts, options, show), size):
+            for batch in _sample_batches(_good_samples(opened.items, counts, options, show), size):
                 rows = _embedded(batch, encoder, counts)
-                counts.held_out += _write(rows, writers, options.held_out)
+                counts.held_out += _write_rows(rows, writers, options.held_out)
                 counts.written += len(rows)
                 show(len(rows), len(batch) - len(rows))
         files = (file for folder in folders.values() for file in folder.glob("*.mds*"))
@@ -109,7 +109,9 @@ def _convert(
     return counts
 
 
-def _write(rows: Sequence[Embedded], writers: Mapping[str, JoinedShardWriter], share: float) -> int:
+def _write_rows(
+    rows: Sequence[Embedded], writers: Mapping[str, JoinedShardWriter], share: float
+) -> int:
     """Write samples into their splits; return how many were held out."""
     number = 0
     for sample, embedding in rows:
@@ -127,7 +129,7 @@ def _write(rows: Sequence[Embedded], writers: Mapping[str, JoinedShardWriter], s
 
 
 def position(key: str) -> float:
-    """Return where a key falls in [0, 1): the same on every machine, whatever else is in the set."""
+    """Return where a key falls in [0, 1): the same everywhere, whatever else is in the set."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
 
 
@@ -150,7 +152,7 @@ def _good_samples(
         try:
             if item.key in seen:
                 raise Unusable(DUPLICATE_KEY)
-            image, notes = prepare(item.image, options.images)
+            image, notes = prepare_image(item.image, options.images)
         except Unusable as unusable:
             counts.skip(unusable.reason, item.key, unusable.detail)
             show(0, 1)
@@ -163,7 +165,7 @@ def _good_samples(
         yield item if image is item.image else replace(item, image=image)
 
 
-def _batches(samples: Iterator[Sample], enough: int) -> Iterator[list[Sample]]:
+def _sample_batches(samples: Iterator[Sample], enough: int) -> Iterator[list[Sample]]:
     """Yield as many samples at a time as have ``enough`` bytes of images, or are many."""
     batch: list[Sample] = []
     size = 0
@@ -182,7 +184,8 @@ def _embedded(
 ) -> list[Embedded]:
     """Embed captions: [dimension] of one caption, [captions, dimension] of several.
 
-    A caption whose embedding is zero or not finite is left out, and so is a sample without another one.
+    A caption whose embedding is zero or not finite is left out, and so is a sample without another
+    one.
     """
     if encoder is None:
         return [(sample, None) for sample in batch]
@@ -234,8 +237,8 @@ def _size_limit(
 def is_current(record: InputRecord, source: str) -> bool:
     """Say whether the complete sub-folder of an input can stay as it is.
 
-    It can't where nothing was written; where a local file has another size now, or was truncated and has
-    changed since; and where a remote file was truncated: only fetching it tells.
+    It can't where nothing was written; where a local file has another size now, or was truncated
+    and has changed since; and where a remote file was truncated: only fetching it tells.
     """
     is_broken = BROKEN_INPUT in record.skipped
     if not record.samples:

@@ -1,7 +1,8 @@
 """Tables of text (CSV, TSV): a file's encoding, its separator, its header and its rows.
 
-The file's name says little: a ``.csv`` may hold tabs or semicolons, and spreadsheets write UTF-16 or
-Windows' own encoding. :func:`look` finds out what a file is, or says in one line what the user has to say.
+The file's name says little: a ``.csv`` may hold tabs or semicolons, and spreadsheets write UTF-16
+or Windows' own encoding. :func:`look_at_table` finds out what a file is, or says in one line what
+the user has to say.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ MARKS = {
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
 URL_COLUMNS = frozenset({"url", "URL", "image_url", "img_url", "link", "urls"})
-CAPTIONS = ("caption", "text", "title", "txt", "TEXT", "CAPTION")  # of a list of URLs
+URL_LIST_CAPTIONS = ("caption", "text", "title", "txt", "TEXT", "CAPTION")  # of a list of URLs
 
 
 @dataclass(frozen=True)
 class Table:
-    """The look of a text table.
+    """The look_at_table of a text table.
 
     Attributes:
         path: the local file.
@@ -71,19 +72,19 @@ class Table:
         return not any(_is_data(field) for field in self.columns)
 
 
-def look(path: Path, known: Collection[str] = (), encoding: str | None = None) -> Table:
+def look_at_table(path: Path, known: Collection[str] = (), encoding: str | None = None) -> Table:
     """Find a table's encoding, separator and columns from its beginning.
 
     Args:
         path: a local file.
         known: names of columns that may be there; they tell the separators apart.
-        encoding: a codec's name; None: by the mark at the beginning, else UTF-16 where every second byte
-            is zero, else UTF-8.
+        encoding: a codec's name; None: by the mark at the beginning, else UTF-16 where every second
+            byte is zero, else UTF-8.
 
     Raises:
         UserError: no such encoding, or the file begins with something that is no table.
     """
-    encoding = _checked(encoding) if encoding else _encoding(path)
+    encoding = _checked(encoding) if encoding else _guessed_encoding(path)
     usual = "\t" if path.suffix.lower() in (".tsv", ".tab") else ","
     names = URL_COLUMNS.union(known)
     try:
@@ -102,12 +103,12 @@ def look(path: Path, known: Collection[str] = (), encoding: str | None = None) -
 
 
 def check_encoding(table: Table, given: str | None) -> None:
-    """Refuse a file that is in another encoding than UTF-8 and doesn't say so; the whole file is read.
+    """Refuse a file in another encoding than UTF-8 that doesn't say so; read the whole file.
 
     A file of UTF-8 with some damaged bytes is fine: they become U+FFFD.
 
     Args:
-        table: what :func:`look` has found.
+        table: what :func:`look_at_table` has found.
         given: the encoding that the user has named; None: none.
 
     Raises:
@@ -124,13 +125,14 @@ def check_encoding(table: Table, given: str | None) -> None:
     shown = "".join(letter if letter.isprintable() else " " for letter in letters).strip()
     raise UserError(
         f"{table.path} is not UTF-8 (line {number:,}); name its encoding, e.g. --encoding cp1252 "
-        f"(Windows; the line then reads '{shown[:80]}'); --encoding utf-8 puts U+FFFD in the place of "
+        f"(Windows; the line then reads '{shown[:80]}'); --encoding utf-8 puts U+FFFD in the place "
+        "of "
         "what is no UTF-8"
     )
 
 
 def _first_bad_line(path: Path) -> tuple[int, bytes] | None:
-    """Return the number and the bytes of the first line that is no UTF-8; None where there is none."""
+    """Return number and bytes of the first line that is no UTF-8; None where there is none."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -144,11 +146,12 @@ def rows_of(table: Table, what: str) -> Iterator[list[str]]:
     """Yield the rows after the header strictly: for annotations, which are kept whole.
 
     Args:
-        table: what :func:`look` has found.
+        table: what :func:`look_at_table` has found.
         what: the option and the file, for messages: ``--annotations captions.csv``.
 
     Raises:
-        UserError: names the first line that has more or less fields, a stray quotation mark or a zero byte.
+        UserError: names the first line that has more or less fields, a stray quotation mark or a
+            zero byte.
     """
     hint = "captions with separators or quotation marks are quoted, and the marks doubled"
     columns = len(table.columns)
@@ -174,7 +177,7 @@ def rows_of(table: Table, what: str) -> Iterator[list[str]]:
 
 
 def one_column(table: Table) -> str:
-    """Return the clause that fields may be separated otherwise; nothing where there are several columns."""
+    """Return the clause that fields may be separated otherwise; nothing for several columns."""
     if len(table.columns) != 1:
         return ""
     *most, last = SEPARATORS.values()
@@ -185,12 +188,12 @@ def list_of_urls(table: Table, image_column: str | None = None) -> str | None:
     """Say how the images of a list of URLs are downloaded; None where a table is no such list.
 
     Args:
-        table: what :func:`look` has found.
+        table: what :func:`look_at_table` has found.
         image_column: the column that is taken for images' paths, where there is one.
     """
     has_header = table.has_header()
     row = table.first if has_header else table.columns
-    place = next((i for i, field in enumerate(row) if is_url(field)), None)
+    place = next((i for i, field in enumerate(row) if is_web_address(field)), None)
     if place is None or (has_header and image_column not in (None, table.columns[place])):
         return None
     file, names, first = table.path, list(table.columns), ""
@@ -206,7 +209,7 @@ def list_of_urls(table: Table, image_column: str | None = None) -> str | None:
         old, new = (shlex.quote(str(path)) for path in (table.path, file))
         written = f"printf '{header}\\n' | cat - {old} > {new}"
         first = f"it has no header, so write one: {written}; then "
-    caption = next((name for name in CAPTIONS if name in names), None)
+    caption = next((name for name in URL_LIST_CAPTIONS if name in names), None)
     kind = "tsv" if table.delimiter == "\t" else "csv"
     how = download(file, kind, names[place], caption)
     return f"{table.path} is a list of URLs, and what is converted are images: {first}{how}"
@@ -228,7 +231,7 @@ def download(file: Path, kind: str, url: str, caption: str | None) -> str:
     return f"download them with img2dataset: {shlex.join(words)}; then convert the tars in {folder}"
 
 
-def is_url(value: object) -> bool:
+def is_web_address(value: object) -> bool:
     """Say whether a field is a web address."""
     return isinstance(value, str) and URL.fullmatch(value.strip()) is not None
 
@@ -252,7 +255,7 @@ def _checked(encoding: str) -> str:
     return UTF8 if is_utf8(name) else name
 
 
-def _encoding(path: Path) -> str:
+def _guessed_encoding(path: Path) -> str:
     with path.open("rb") as file:
         head = file.read(HEAD)
     for mark, name in MARKS.items():
@@ -274,4 +277,4 @@ def _score(line: str, delimiter: str, known: Collection[str]) -> tuple[int, int]
 
 
 def _is_data(field: str) -> bool:
-    return is_url(field) or IMAGE_PATH.fullmatch(field.strip()) is not None
+    return is_web_address(field) or IMAGE_PATH.fullmatch(field.strip()) is not None

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 
 MAX_NAMES = 20  # names in a message: columns, entries, endings
-LONGEST_NAME = 60  # characters
+LONGEST_SHOWN = 60  # characters
 
 
 def first_few(names: Sequence[str], number: int = 3) -> str:
@@ -15,15 +15,15 @@ def first_few(names: Sequence[str], number: int = 3) -> str:
 
 
 def listable(names: Iterable[str]) -> tuple[str, ...]:
-    """Return the names that fit into a message of one line; a broken file's names can be anything."""
-    good = (name for name in names if name.isprintable() and len(name) <= LONGEST_NAME)
+    """Return the names that fit into a line of a message; a broken file's can be anything."""
+    good = (name for name in names if name.isprintable() and len(name) <= LONGEST_SHOWN)
     return tuple(islice(good, MAX_NAMES))
 
 
 def listing(names: Sequence[str]) -> str:
-    """Return names for a message of one line: printable, short, not too many; ``none`` for no name."""
+    """Return names for a line of a message: printable, short, not too many; ``none`` for none."""
     unique = list(dict.fromkeys(names))
-    plain = [name for name in unique if name.isprintable() and 0 < len(name) <= LONGEST_NAME]
+    plain = [name for name in unique if name.isprintable() and 0 < len(name) <= LONGEST_SHOWN]
     plain = plain or [ascii(name[:40]) for name in unique]
     return first_few(plain, MAX_NAMES) or "none"
 

@@ -31,7 +31,8 @@ from alignclip.storage.staging import OutputFolder
 
 CONNECT_TIMEOUT = 30  # seconds
 
-# Where this process counts, set as a worker starts: a pool hands its workers nothing but arguments that
+# Where this process counts, set as a worker starts: a pool hands its workers nothing but arguments
+# that
 # can be pickled, and shared numbers can't. On a cluster there is none.
 _progress: Progress | None = None
 
@@ -52,7 +53,8 @@ def convert_all(
         columns: of the MDS shards.
         options: of the run.
         executor: instead of ``options.processes`` or ``options.scheduler``.
-        check: looks at ``done`` each time that something was finished, and raises where that is enough.
+        check: looks at ``done`` each time that something was finished, and raises where that is
+            enough.
 
     Raises:
         UserError: of :func:`convert_shard` or ``check``; a worker was killed.

@@ -3,9 +3,10 @@
 How to add a format
 -------------------
 
-1. Write a module with a subclass of :class:`~alignclip.conversion.formats.declaration.InputFormat`. Its
-   attributes say what files are called and which options count; ``read`` yields a file's pairs. Formats
-   whose files are several input shards, or that read more than one file, override more methods.
+1. Write a module with a subclass of :class:`~alignclip.conversion.formats.declaration.InputFormat`.
+   Its attributes say what files are called and which options count; ``read`` yields a file's pairs.
+   Formats whose files are several input shards, or that read more than one file, override more
+   methods.
 2. Add a line to :data:`FORMATS`.
 
 The command line, patterns and folders, the plan and the table in ``convert/README.md`` (which a test
@@ -25,11 +26,12 @@ from alignclip.conversion.formats.mds import Mds
 from alignclip.conversion.formats.parquet import Parquet
 from alignclip.conversion.formats.tars import Tars
 
-# A folder stands for the first of these formats that it holds: img2dataset puts a parquet file beside each
+# A folder stands for the first of these formats that it holds: img2dataset puts a parquet file
+# beside each
 # tar, and beside each folder of files.
 FORMATS: tuple[InputFormat, ...] = (Tars(), Files(), Parquet(), Csv(), JsonLines(), Mds())
 ENDINGS = tuple(ending for one in FORMATS for ending in one.endings)
-HEAD = 512  # bytes of a file by which a format is recognised
+MAGIC_BYTES = 512  # bytes of a file by which a format is recognised
 
 
 def format_of(place: str) -> InputFormat:
@@ -40,7 +42,7 @@ def format_of(place: str) -> InputFormat:
     path = Path(place)
     if "://" not in place and path.is_file():
         with path.open("rb") as file:
-            head = file.read(HEAD)
+            head = file.read(MAGIC_BYTES)
         for one in FORMATS:
             if one.begins(head):
                 return one
@@ -48,7 +50,7 @@ def format_of(place: str) -> InputFormat:
 
 
 def among(names: Iterable[str]) -> list[str]:
-    """Return the files that a folder of these files stands for: of the first format that has some."""
+    """Return the files that a folder of these files stands for: of the first format with some."""
     there = [name for name in names if not name.startswith(".")]
     return next(filter(None, (one.among(there) for one in FORMATS if one.endings)), [])
 

@@ -1,4 +1,4 @@
-"""Tables of image–caption pairs: what columns may be called, and images that lie in files of their own."""
+"""Tables of pairs: what columns may be called, and images in files of their own."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from alignclip.conversion.samples import (
 from alignclip.conversion.wording import listable, listing
 from alignclip.errors import UserError, nearest
 
-ROWS = 10_000  # rows of a table of paths, converted as one piece
-# What a column may be called, the first that is there: img2dataset's, Hugging Face's, open_clip's names
+ROWS_A_PIECE = 10_000  # rows of a table of paths, converted as one piece
+# What a column may be called, the first that is there: img2dataset's, Hugging Face's, open_clip's
+# names
 IMAGE_COLUMNS = (*IMAGE_EXTENSIONS, "image")
 PATH_COLUMNS = ("image", "filepath", "path", "image_path", "file_name")
 CAPTION_COLUMNS = ("caption", "text", "title", "txt")
@@ -66,7 +67,10 @@ def pieces(places: Sequence[int], rows: int) -> list[str]:
         places: where each piece begins in the file.
         rows: of the whole table.
     """
-    return [f"{i * ROWS}-{min((i + 1) * ROWS, rows)}-{place}" for i, place in enumerate(places)]
+    return [
+        f"{i * ROWS_A_PIECE}-{min((i + 1) * ROWS_A_PIECE, rows)}-{place}"
+        for i, place in enumerate(places)
+    ]
 
 
 def piece(part: str) -> tuple[int, int, int]:
@@ -77,10 +81,10 @@ def piece(part: str) -> tuple[int, int, int]:
 
 def piece_name(stem: str, part: str) -> str:
     """Return the sub-folder's name of a piece: the table's with a running number."""
-    return f"{stem}-{piece(part)[0] // ROWS:05}"
+    return f"{stem}-{piece(part)[0] // ROWS_A_PIECE:05}"
 
 
-def image_file(path: Path, key: str) -> bytes | Skipped:
+def local_image(path: Path, key: str) -> bytes | Skipped:
     """Return the bytes of a local image, or why there are none."""
     try:
         if not path.is_file():

@@ -34,7 +34,8 @@ class Csv(InputFormat):
     described = (
         "CSV, TSV",
         "`image` or `filepath` (below the file's folder, or absolute), `caption` or `title`, `key` "
-        "where there is one; `--image-key` and `--caption-key` name other columns; 10,000 rows at a "
+        "where there is one; `--image-key` and `--caption-key` name other columns; 10,000 rows at "
+        "a "
         "time. Commas, tabs, semicolons or bars, whatever the file is called; UTF-8, UTF-16, or "
         "what `--encoding` names. A list of URLs is refused with img2dataset's command that "
         "downloads it",
@@ -55,10 +56,10 @@ class Csv(InputFormat):
                 raise UserError(
                     f"{place}: a CSV file names local images, so it has to be a local file itself"
                 )
-            table = _look(path, reading)
+            table = _look_at_csv(path, reading)
             if not table.columns:
                 return []
-            _pair_columns(table, reading)
+            _csv_columns(table, reading)
             text_tables.check_encoding(table, reading.encoding)
             return _pieces(table)
 
@@ -69,8 +70,8 @@ class Csv(InputFormat):
     def read(self, path: Path, part: str, reading: Reading) -> Iterator[Item]:
         """See the base class."""
         first, last, place = columns.piece(part)
-        table = _look(path, reading)
-        image_column, caption_column = _pair_columns(table, reading)
+        table = _look_at_csv(path, reading)
+        image_column, caption_column = _csv_columns(table, reading)
         names = table.columns
         with table.open() as file:
             file.seek(place)  # not row by row: a part of a long file would pass over millions
@@ -78,7 +79,7 @@ class Csv(InputFormat):
                 row = dict(zip(names, values, strict=False))  # may lack the last fields
                 name = row.get(image_column, "")
                 key = row.get("key") or name
-                image = columns.image_file(path.parent / name, key)
+                image = columns.local_image(path.parent / name, key)
                 if isinstance(image, Skipped):
                     yield image
                     continue
@@ -88,10 +89,10 @@ class Csv(InputFormat):
                 yield item
 
 
-def _look(path: Path, reading: Reading) -> Table:
+def _look_at_csv(path: Path, reading: Reading) -> Table:
     chosen = filter(None, (reading.caption_key, reading.image_key))
     known = {*PATH_COLUMNS, *CAPTION_COLUMNS, "key", *chosen}
-    return text_tables.look(path, known, reading.encoding)
+    return text_tables.look_at_table(path, known, reading.encoding)
 
 
 def _pieces(table: Table) -> list[str]:
@@ -108,13 +109,13 @@ def _pieces(table: Table) -> list[str]:
             place, line = file.tell(), rows.line_num
             for row in rows:
                 if row:
-                    if number % columns.ROWS == 0:
+                    if number % columns.ROWS_A_PIECE == 0:
                         places.append(place)
                     number += 1
                 if rows.line_num > line + 1:
                     _check_one_row(table, row, line + 1)
                 line = rows.line_num
-                if number % columns.ROWS == 0:
+                if number % columns.ROWS_A_PIECE == 0:
                     place = file.tell()
         except csv.Error as error:
             unclosed = "a quotation mark that nothing closes?"
@@ -129,13 +130,14 @@ def _check_one_row(table: Table, row: list[str], line: int) -> None:
         for inner in (text.split(table.delimiter) for text in field.splitlines()[1:]):
             if len(inner) > 1 and any(map(text_tables.IMAGE_PATH.fullmatch, inner)):
                 raise UserError(
-                    f"{table.path}, line {line:,}: a field begins with a quotation mark and goes on "
+                    f"{table.path}, line {line:,}: a field begins with a quotation mark and goes "
+                    "on "
                     "over the rows that follow; write such a field in quotation marks, those in it "
                     "doubled"
                 )
 
 
-def _pair_columns(table: Table, reading: Reading) -> tuple[str, str]:
+def _csv_columns(table: Table, reading: Reading) -> tuple[str, str]:
     """Return the columns of images and of captions.
 
     Raises:

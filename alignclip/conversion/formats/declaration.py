@@ -1,4 +1,4 @@
-"""What an input format declares about itself."""
+"""The declaration of an input format."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class InputFormat:
         return [""]
 
     def columns(self, place: str, reading: Reading) -> dict[str, str]:
-        """Return the columns that the file has for an image–text set, and how MDS would store each."""
+        """Return the file's columns for an image–text set, and how MDS would store each."""
         return PAIR_COLUMNS
 
     def shard_name(self, place: str, part: str) -> str:
@@ -112,7 +112,7 @@ class InputFormat:
         return place
 
     def shard_size(self, place: str, part: str) -> tuple[int, int] | None:
-        """Return the bytes and samples of an input that shall stay one output shard; None elsewhere."""
+        """Return bytes and samples of an input that shall stay one output shard; None elsewhere."""
         return None
 
     def stamp(self, path: Path) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""img2dataset's output of files: a folder a shard, in the folder an image, a text and a json a pair.
+"""img2dataset's files: a folder is a shard, and holds an image, a text and a json for each pair.
 
 https://github.com/rom1504/img2dataset/blob/main/img2dataset/writer.py, ``FilesSampleWriter``.
 """
@@ -29,8 +29,10 @@ class Files(InputFormat):
     words = "folders of files (img2dataset)"
     described = (
         "img2dataset's files (`--output_format files`, its default)",
-        "folders `00000/` of `key.jpg` with `key.txt`, or `caption` in `key.json`, with the options of "
-        "tars; each folder becomes one sub-folder. The parquet and json files beside the folders are "
+        "folders `00000/` of `key.jpg` with `key.txt`, or `caption` in `key.json`, with the "
+        "options of "
+        "tars; each folder becomes one sub-folder. The parquet and json files beside the folders "
+        "are "
         "left alone",
     )
     flags = ("--caption-key", "--image-key", "--encoding", "--last-dot")
@@ -76,7 +78,7 @@ class Files(InputFormat):
     def read(self, path: Path, part: str, reading: Reading) -> Iterator[Item]:
         """Yield the pairs of a local folder, in the order of their keys."""
         pairing = Pairing(reading, str(path))
-        for name, key, ending in _in_order({entry.name for entry in path.iterdir()}, pairing):
+        for name, key, ending in _by_key({entry.name for entry in path.iterdir()}, pairing):
             file = path / name
             if ending is None or file.is_dir():
                 yield Ignored(name, "folder" if file.is_dir() else kind_of_name(name))
@@ -88,7 +90,7 @@ class Files(InputFormat):
 
 def _remote_pairs(folder: str, names: set[str], pairing: Pairing) -> Iterator[Item]:
     """Yield the pairs of a folder in a bucket, in the order of their keys."""
-    order = list(_in_order({name for name in names if "/" not in name}, pairing))
+    order = list(_by_key({name for name in names if "/" not in name}, pairing))
     wanted = [name for name, _, ending in order if ending is not None and pairing.reads(ending)]
     contents = read_ahead(partial(read_object, f"{folder}/{name}") for name in wanted)
     for name, key, ending in order:
@@ -101,7 +103,7 @@ def _remote_pairs(folder: str, names: set[str], pairing: Pairing) -> Iterator[It
     yield from pairing.halves()
 
 
-def _in_order(names: set[str], pairing: Pairing) -> Iterator[tuple[str, str, str | None]]:
+def _by_key(names: set[str], pairing: Pairing) -> Iterator[tuple[str, str, str | None]]:
     """Yield name, key and ending of files, by keys; the ending is None where a name has no key."""
     split = [(name, *(pairing.split(name) or ("", None))) for name in names]
     yield from sorted(split, key=lambda one: (one[1], one[0]))

@@ -1,4 +1,4 @@
-"""JSON lines: an object a line with the image's place and the caption, split into pieces of 10,000 lines."""
+"""JSON lines: an object with an image's place and a caption a line, in pieces of 10,000 lines."""
 
 from __future__ import annotations
 
@@ -43,14 +43,17 @@ LOOKED_AT = 100  # lines at the beginning, of which one has to be an object
 
 
 class JsonLines(InputFormat):
-    """JSON lines, gzipped or not; paths of images are relative to the file, local or in a bucket."""
+    """JSON lines, gzipped or not; images' paths are relative to the file, local or in a bucket."""
 
     words = "JSON lines"
     described = (
         "JSON lines: `.jsonl`, `.ndjson`, or `.json` where it is named; gzipped, too",
-        "an object a line: `image` (a path below the file's folder, an absolute one, or a bucket's URL), "
-        "`caption` (a text, or a list of them: the first line says which), `key` where there is one; "
-        "`--image-key` and `--caption-key` name other entries; 10,000 lines at a time. In a bucket, "
+        "an object a line: `image` (a path below the file's folder, an absolute one, or a bucket's "
+        "URL), "
+        "`caption` (a text, or a list of them: the first line says which), `key` where there is "
+        "one; "
+        "`--image-key` and `--caption-key` name other entries; 10,000 lines at a time. In a "
+        "bucket, "
         "images are read from beside the file",
     )
     flags = ("--caption-key", "--image-key")
@@ -72,14 +75,14 @@ class JsonLines(InputFormat):
         Raises:
             UserError: the file is no JSON lines, a list of web addresses, or damaged.
         """
-        _copy.cache_clear()
+        _temporary_copy.cache_clear()
         path = _local(place)
-        _look(path, place, reading)
+        _entry_names(path, place, reading)
         places, number, at = list[int](), 0, 0
         with _damage_told(place), _open(path) as file:
             for line in _lines(file):
                 if line.strip():
-                    if number % columns.ROWS == 0:
+                    if number % columns.ROWS_A_PIECE == 0:
                         places.append(at)
                     number += 1
                 at += len(line)
@@ -87,7 +90,7 @@ class JsonLines(InputFormat):
 
     def columns(self, place: str, reading: Reading) -> dict[str, str]:
         """See the base class."""
-        names = _look(_local(place), place, reading)
+        names = _entry_names(_local(place), place, reading)
         return PAIR_COLUMNS | ({"caption": CAPTION_LISTS} if names.has_lists else {})
 
     def shard_name(self, place: str, part: str) -> str:
@@ -98,7 +101,7 @@ class JsonLines(InputFormat):
     def opened(self, place: str, part: str, reading: Reading) -> Iterator[OpenInput]:
         """See the base class; images' paths are relative to the folder of ``place``."""
         path = _local(place)
-        names = _look(path, place, reading)
+        names = _entry_names(path, place, reading)
         stem = super().shard_name(place, part)
         folder = place.rpartition("/")[0]
         jobs = (
@@ -131,7 +134,7 @@ def _item(line: bytes, key: str, names: _Names, folder: str) -> Item:
         return Skipped(key, NO_OBJECT, line[:100].decode("utf-8", "replace"))
     name, own = row.get(names.image), row.get("key")
     key = str(own or (name if isinstance(name, str) else "") or key)
-    if not isinstance(name, str) or not name or text_tables.is_url(name):
+    if not isinstance(name, str) or not name or text_tables.is_web_address(name):
         return Skipped(key, MISSING_IMAGE, f"no path: {name!r}"[:100])
     image = read_image(name if "://" in name or name.startswith("/") else f"{folder}/{name}", key)
     if isinstance(image, Skipped):
@@ -142,7 +145,7 @@ def _item(line: bytes, key: str, names: _Names, folder: str) -> Item:
     return pairs(key, image, captions if isinstance(captions, list) else [captions])
 
 
-def _look(path: Path, place: str, reading: Reading) -> _Names:
+def _entry_names(path: Path, place: str, reading: Reading) -> _Names:
     """Find the names of the entries from the first line that is an object.
 
     Raises:
@@ -157,9 +160,9 @@ def _look(path: Path, place: str, reading: Reading) -> _Names:
     if row is None:
         raise UserError(f"{place} is no JSON lines: none of its first lines is an object")
     known = list(map(str, row))
-    url = next((name for name, value in row.items() if text_tables.is_url(value)), None)
+    url = next((name for name, value in row.items() if text_tables.is_web_address(value)), None)
     if url is not None and not {reading.image_key, *PATH_COLUMNS} & (set(known) - {url}):
-        caption = next((name for name in text_tables.CAPTIONS if name in known), None)
+        caption = next((name for name in text_tables.URL_LIST_CAPTIONS if name in known), None)
         way = text_tables.download(Path(place), "jsonl", url, caption)
         raise UserError(f"{place} is a list of URLs, and what is converted are images: {way}")
 
@@ -180,12 +183,12 @@ def _damage_told(place: str) -> Iterator[None]:
 
 
 def _local(place: str) -> Path:
-    """Return the file, or this process's copy of a remote one: a process converts many of its pieces."""
-    return _copy(place)[1] if "://" in place else Path(place)
+    """Return the file, or this process's copy of a remote one, of which it converts many pieces."""
+    return _temporary_copy(place)[1] if "://" in place else Path(place)
 
 
 @lru_cache(1)
-def _copy(url: str) -> tuple[tempfile.TemporaryDirectory[str], Path]:
+def _temporary_copy(url: str) -> tuple[tempfile.TemporaryDirectory[str], Path]:
     folder = tempfile.TemporaryDirectory(prefix=TEMPORARY)
     with fetched(url) as path:
         return folder, path.rename(Path(folder.name, path.name))

@@ -1,4 +1,4 @@
-"""MDS sets as input: another set's samples, image bytes untouched, for instance to add embeddings."""
+"""MDS sets as input: another set's samples, images untouched, for instance to add embeddings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from alignclip.data.mds_reader import open_shard
 from alignclip.errors import UserError, one_line
 from alignclip.storage.copies import TEMPORARY, fetched
 
-REMEMBERED = 300.0  # seconds, of an index in a bucket: a worker converts many of its shards
+REMEMBERED_SECONDS = 300.0  # seconds, of an index in a bucket: a worker converts many of its shards
 
 
 class Mds(InputFormat):
@@ -90,18 +90,18 @@ class Mds(InputFormat):
         with fetched(self.file_of(place, part)) as path:
             if not path.is_file():
                 raise UserError(f"{place} names the shard {path}, which is not there")
-            yield OpenInput(*self.stamp(path), _pairs(path, entry_of(place, part)))
+            yield OpenInput(*self.stamp(path), _shard_pairs(path, entry_of(place, part)))
 
 
 def entries_of(index: str) -> dict[str, ShardEntry]:
     """Return the shards that the ``index.json`` at a path or URL names, by their file names.
 
     Raises:
-        UserError: the file is no index, or its shards lack the columns of image–text pairs, or store
-            them otherwise.
+        UserError: the file is no index, or its shards lack the columns of image–text pairs, or
+            store them otherwise.
     """
     if "://" in index:
-        return _remembered(index, int(time.monotonic() // REMEMBERED), 0)
+        return _remembered(index, int(time.monotonic() // REMEMBERED_SECONDS), 0)
     stat = Path(index).stat()
     return _remembered(index, stat.st_mtime_ns, stat.st_size)
 
@@ -145,7 +145,7 @@ def _read_index(path: Path, index: str) -> list[ShardEntry]:
     return entries
 
 
-def _pairs(path: Path, entry: ShardEntry) -> Iterator[Item]:
+def _shard_pairs(path: Path, entry: ShardEntry) -> Iterator[Item]:
     """Yield a shard's pairs in order; of a broken shard the pairs before the break."""
     as_pair = pairs if columns_of(entry)["caption"] == CAPTION_LISTS else pair
     try:

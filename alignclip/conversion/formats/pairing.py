@@ -43,7 +43,7 @@ FURTHER_PAIR = "further pair of the same key"
 FIRST = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 LAST = re.compile(r"((?:.*/)?[^./][^/]*)\.([^./]*)", re.DOTALL)
 
-Place = tuple[int, int]  # offset and size in a tar; a size of -1: not in one piece
+TarPlace = tuple[int, int]  # offset and size in a tar; a size of -1: not in one piece
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Group:
     members: dict[str, bytes] = field(default_factory=dict)
     too_large: dict[str, int] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
-    places: dict[str, Place] = field(default_factory=dict)
+    places: dict[str, TarPlace] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,15 @@ class _Half:
     """An image without a caption or a caption without an image, and where the files lie."""
 
     item: Skipped
-    places: dict[str, Place] = field(default_factory=dict)
+    places: dict[str, TarPlace] = field(default_factory=dict)
 
 
 class Pairing:
     """Puts files together to pairs, in the order in which the files come.
 
     The caption is the ``txt`` file, or else ``caption`` in the ``json`` file; with a caption key it
-    is the file of that ending, or else that entry of the ``json`` file. Invalid UTF-8 becomes U+FFFD.
+    is the file of that ending, or else that entry of the ``json`` file. Invalid UTF-8 becomes
+    U+FFFD.
 
     Attributes:
         source: the open tar, to read again what lies apart; None: the tar is compressed.
@@ -111,7 +112,7 @@ class Pairing:
         return ending.lower() in self._limits
 
     def add(
-        self, key: str, ending: str, size: int, read: Callable[[], bytes], place: Place = (0, -1)
+        self, key: str, ending: str, size: int, read: Callable[[], bytes], place: TarPlace = (0, -1)
     ) -> Iterator[Item]:
         """Take a file, and yield the pair before the file where the file begins another one."""
         group, known = self._group, ending.lower()
@@ -174,7 +175,7 @@ class Pairing:
         return self._text in members or self._entry(parse_json(members.get("json"))) is not None
 
     def _incomplete(self, group: Group, item: Skipped) -> Iterator[Item]:
-        """Yield a group that lacks an image or a caption: half a pair, several pairs, or no pair."""
+        """Yield a group without an image or a caption: half a pair, several pairs, or no pair."""
         whole, images, texts = _inner_pairs(group.others)
         for stem in whole:
             yield Skipped(f"{group.key}.{stem}", FIRST_DOT)
@@ -200,7 +201,7 @@ class Pairing:
                 yield Ignored(f"{group.key}.{ending}", NO_PAIR)
 
     def _match(self, half: _Half) -> Iterator[Item]:
-        """Yield what a half makes with its other half, where that has come; else let the half wait."""
+        """Yield what a half makes with its other half; let it wait where that hasn't come."""
         key = half.item.key
         other = self._halves.get(key)
         if other is None and len(self._halves) < MOST_HALVES:
@@ -211,7 +212,7 @@ class Pairing:
             del self._halves[key]
             yield self._joined(key, other.places | half.places)
 
-    def _joined(self, key: str, places: dict[str, Place]) -> Sample | Skipped:
+    def _joined(self, key: str, places: dict[str, TarPlace]) -> Sample | Skipped:
         """Read two halves again that lie apart.
 
         Raises:

@@ -22,7 +22,8 @@ class Parquet(InputFormat):
     words = "parquet"
     described = (
         "img2dataset's parquet (`--output_format parquet`)",
-        "`jpg` or `image` (also Hugging Face's `{bytes, path}`), `caption`, `key`; without images in "
+        "`jpg` or `image` (also Hugging Face's `{bytes, path}`), `caption`, `key`; without images "
+        "in "
         "it, it is only the list beside a tar",
     )
     flags = ("--caption-key", "--image-key")
@@ -53,10 +54,10 @@ class Parquet(InputFormat):
             # without the pre-buffer, or a row group is in memory
             table = parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
             schema = table.schema_arrow
-            image_column, caption_column = _pair_columns(path, schema, reading)
+            image_column, caption_column = _parquet_columns(path, schema, reading)
             names = [image_column, caption_column, *(["key"] if "key" in schema.names else [])]
-            for batch in _batches(table, list(dict.fromkeys(names))):
-                images = _images(batch.column(image_column))
+            for batch in _row_batches(table, list(dict.fromkeys(names))):
+                images = _image_files(batch.column(image_column))
                 texts = {name: _values(batch.column(name)) for name in names[1:]}
                 for i in range(len(batch)):
                     row = {name: values[i] for name, values in texts.items()}
@@ -69,7 +70,7 @@ class Parquet(InputFormat):
             yield Skipped("", BROKEN_INPUT, one_line(error))
 
 
-def _pair_columns(path: Path, schema: Any, reading: Reading) -> tuple[str, str]:
+def _parquet_columns(path: Path, schema: Any, reading: Reading) -> tuple[str, str]:
     """Return the columns of images and captions.
 
     Raises:
@@ -101,13 +102,13 @@ def _refuse_urls(path: Path, names: Sequence[str], reading: Reading) -> None:
     if url is None or {reading.image_key, *IMAGE_COLUMNS} & set(names):
         return
     beside = path.with_suffix(".tar")
-    caption = next((name for name in text_tables.CAPTIONS if name in names), None)
+    caption = next((name for name in text_tables.URL_LIST_CAPTIONS if name in names), None)
     download = text_tables.download(path, "parquet", url, caption)
     way = f"they lie in {beside}" if beside.exists() else download
     raise UserError(f"{path} is a list of URLs, and what is converted are images: {way}")
 
 
-def _batches(table: Any, names: Sequence[str]) -> Iterator[Any]:
+def _row_batches(table: Any, names: Sequence[str]) -> Iterator[Any]:
     """Yield the rows, few at a time where they are large."""
     for group in range(table.num_row_groups):
         about = table.metadata.row_group(group)
@@ -116,7 +117,7 @@ def _batches(table: Any, names: Sequence[str]) -> Iterator[Any]:
         yield from table.iter_batches(rows, row_groups=[group], columns=names, use_threads=False)
 
 
-def _images(column: Any) -> Any:
+def _image_files(column: Any) -> Any:
     """Return a column's files, each copied when it is asked for; of a struct the ``bytes``."""
     import pyarrow
     from pyarrow import compute

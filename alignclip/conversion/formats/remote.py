@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from alignclip.conversion.formats.columns import image_file
+from alignclip.conversion.formats.columns import local_image
 from alignclip.conversion.samples import MISSING_IMAGE, Skipped
 from alignclip.errors import UserError
 from alignclip.storage import StorageError, Store, is_absent, is_denied, open_store, patiently
@@ -60,7 +60,7 @@ def read_image(place: str, key: str) -> bytes | Skipped:
         UserError: the storage is away.
     """
     if "://" not in place:
-        return image_file(Path(place), key)
+        return local_image(Path(place), key)
     try:
         return read_object(place)
     except UserError as error:

@@ -1,6 +1,7 @@
 """Tars of image–caption pairs, as img2dataset and webdataset write them.
 
-Every member of a tar is a part of a pair, which is written or left out, or is counted as what it is.
+Every member of a tar is a part of a pair, which is written or left out, or is counted as what it
+is.
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ from pathlib import Path
 
 from alignclip.conversion.formats.declaration import InputFormat
 from alignclip.conversion.formats.pairing import Pairing, kind_of_name
-from alignclip.conversion.samples import BROKEN_INPUT, PLAIN, Ignored, Item, Reading, Skipped
+from alignclip.conversion.samples import (
+    BROKEN_INPUT,
+    DEFAULT_READING,
+    Ignored,
+    Item,
+    Reading,
+    Skipped,
+)
 from alignclip.errors import one_line
 
 # What tarfile raises where a header, the numbers in a header or the compression are damaged.
@@ -49,7 +57,7 @@ class Tars(InputFormat):
         return read_tar(path, reading)
 
 
-def read_tar(path: Path, reading: Reading = PLAIN) -> Iterator[Item]:
+def read_tar(path: Path, reading: Reading = DEFAULT_READING) -> Iterator[Item]:
     """Stream through a tar and yield its samples in order, one in memory at a time.
 
     Consecutive members with one key belong together, until one comes again; see :class:`Pairing`. A

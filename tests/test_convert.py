@@ -55,19 +55,6 @@ def test_local_shards_are_read_back_equal(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob(".partial-*"))
 
 
-def test_samples_beyond_the_size_limit(tmp_path: Path) -> None:
-    quick([three_tars(tmp_path / "in")], tmp_path / "out", size_limit="500b")
-    assert_three_tars(read_back(None, tmp_path / "out"))
-    index = json.loads((tmp_path / "out" / "index.json").read_text())
-    assert [shard["samples"] for shard in index["shards"]] == [1] * 15
-
-
-def test_compressed_shards(tmp_path: Path) -> None:
-    quick([three_tars(tmp_path / "in")], tmp_path / "out", compression="zstd:3")
-    assert len(list((tmp_path / "out").glob("*/shard.*.mds.zstd"))) == 3
-    assert_three_tars(read_back(str(tmp_path / "out"), tmp_path / "cache"))
-
-
 def test_a_second_run_goes_on(tmp_path: Path) -> None:
     source, out = three_tars(tmp_path / "in"), tmp_path / "out"
     quick([source / "{00000..00001}.tar"], out)
@@ -383,20 +370,6 @@ def test_where_captions_are_when_none_were_found(tmp_path: Path) -> None:
     write_tar(path, [])
     with pytest.raises(UserError, match=r"from 1 input; skipped: nothing$"):
         quick([path], tmp_path / "out")
-
-
-def test_shards_are_those_of_streamings_own_writer(tmp_path: Path) -> None:
-    """Ours joins a shard's samples itself; nobody may see a difference."""
-    columns = {"key": "str", "image": "bytes", "caption": "str"}
-    with MDSWriter(
-        columns=columns, out=str(tmp_path / "own"), hashes=["xxh64"], size_limit="8kb"
-    ) as writer:
-        for i in range(20):
-            writer.write({"key": f"{i:05}", "image": draw(i), "caption": f"picture {i}"})
-    quick([write_tar(tmp_path / "a.tar", pairs(0, 20))], tmp_path / "out", size_limit="8kb")
-    files = {path.name: path.read_bytes() for path in (tmp_path / "own").iterdir()}
-    assert len(files) > 3
-    assert {name: (tmp_path / "out" / "a" / name).read_bytes() for name in files} == files
 
 
 # --- one conversion at a time, whole files, odd names ----------------------------------------------------------------

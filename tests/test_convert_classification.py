@@ -19,14 +19,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alignclip.conversion import class_names, classification, evaluation_sets
+from alignclip.conversion import class_names, evaluation_sets
 from alignclip.conversion.classification import (
     ClassificationOptions as Options,
 )
 from alignclip.conversion.classification import (
     convert,
     main,
-    parse,
 )
 from alignclip.errors import UserError
 from alignclip.storage.staging import OutputFolder
@@ -673,11 +672,3 @@ def test_mistakes_are_told_before_anything_large_is_imported(tmp_path: Path) -> 
     assert result.stdout.splitlines() == ["2", "[]"]
     assert "did you mean 'cifar10'?" in result.stderr
     assert time.monotonic() - start < 20  # 0.5 s on a machine with nothing else to do
-
-
-def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse(["--help"])
-    text = capsys.readouterr().out
-    assert "examples:" in text
-    assert all(name in text for name in classification.CLASSIFICATION_SETS)

@@ -13,11 +13,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from alignclip.conversion import retrieval
 from alignclip.conversion.retrieval import RetrievalOptions as Options
-from alignclip.conversion.retrieval import convert, main, parse
+from alignclip.conversion.retrieval import convert, main
 from alignclip.errors import UserError
-from alignclip.storage.staging import OutputFolder
 
 
 def picture(number: int) -> bytes:
@@ -338,45 +336,6 @@ def test_annotations_name_no_image_outside_of_the_folder(
 # complete or absent
 
 
-def test_a_complete_set_stays_and_another_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    annotations, out = make_karpathy(tmp_path, "coco"), tmp_path / "out"
-    command = [
-        "coco",
-        "--images",
-        str(tmp_path),
-        "--annotations",
-        str(annotations),
-        "--out",
-        str(out),
-    ]
-    main([*command, "--limit", "2"])
-    main([*command, "--limit", "2"])
-    assert f"{out} holds coco (test) already, 2 samples: nothing to do" in capsys.readouterr().out
-    assert [key[-6:] for key in read_back(out)[0]] == ["01.jpg", "03.jpg"]
-    for changes in ({"split": "val"}, {}, {"limit": 3}):
-        with pytest.raises(UserError, match=r"already holds coco \(test"):
-            quick("coco", tmp_path, annotations, out, **changes)
-
-
-def test_s3_and_back(s3: Any, tmp_path: Path) -> None:
-    from streaming import StreamingDataset
-
-    out = f"{s3.bucket()}/eval/flickr"
-    annotations = make_karpathy(tmp_path, "flickr30k")
-    quick("flickr30k", tmp_path, annotations, out)
-    assert sorted(OutputFolder(out).listing()) == ["dataset.json", "index.json", "shard.00000.mds"]
-    dataset = StreamingDataset(
-        remote=out, local=str(tmp_path / "cache"), batch_size=1, validate_hash="xxh64"
-    )
-    rows = {row["key"]: (row["image"], row["caption"]) for row in (dataset[i] for i in range(3))}
-    assert rows == {
-        f"{1000 + i}.jpg": (picture(i), texts(i, 6 if i == 5 else 5)) for i in (1, 3, 5)
-    }
-    assert "nothing to do" in quick("flickr30k", tmp_path, annotations, out)
-
-
 # bad input
 
 
@@ -471,11 +430,3 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert error.startswith("error: "), arguments
         assert message in error
     assert not (tmp_path / "out" / "index.json").exists()
-
-
-def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse(["--help"])
-    text = capsys.readouterr().out
-    assert "examples:" in text
-    assert all(name in text for name in retrieval.RETRIEVAL_SETS)

@@ -21,7 +21,11 @@ FEW = 1_000  # samples: fewer may be a test set as well as a first try
 RECIPE_SIDE = 224  # pixels of the published recipes' images
 SMALL_SIDE = 160  # pixels: the recipes would mostly enlarge smaller pictures
 CPU_SIDE = 64  # pixels of the CPU recipe's images
-TEST = re.compile(
+SMALL_MODEL = [
+    *("model.embed_dim=256", "model.vision_cfg.width=256", "model.vision_cfg.layers=6"),
+    *("model.text_cfg.width=256", "model.text_cfg.layers=6", "model.text_cfg.heads=4"),
+]
+TEST_NAME = re.compile(
     r"(?<![a-z])(test|testing|val|valid|validation|dev|eval|evaluation)\d*(?![a-z])", re.IGNORECASE
 )
 
@@ -43,12 +47,11 @@ def next_step(out: str, counts: Counts, options: ConvertOptions) -> str:
         *_place_settings(f"evaluators.{name}", name, out),
     ]
     words = [] if has_gpu() else ["device=cpu", "precision=fp32"]
-    recipe = str(_from_here(ROOT / "yamls" / "evaluate.yaml"))
-    evaluate = _command("evaluate.py", [recipe, "checkpoint=RUN", *words, *settings])
+    evaluate = _command("evaluate.py", [_recipe("evaluate"), "checkpoint=RUN", *words, *settings])
     run = f"RUN stands for a run's folder; a run takes the settings evaluators.{name}.…, too"
     if whose := _named_for_tests(out, options):
         return f"{evaluate}\n{whose} that it is a test set. {run}."
-    train = _command("pretrain.py", (_on_gpu if has_gpu() else _on_cpu)(name, out, counts, options))
+    train = _command("pretrain.py", _training(name, out, counts, options))
     if _trained_on(counts) >= FEW:
         return train
     small = f"{_trained_on(counts):,} samples show that all works, and teach little"
@@ -70,10 +73,10 @@ def _command(script: str, words: list[str]) -> str:
 
 def _named_for_tests(out: str, options: ConvertOptions) -> str:
     """Say whose name tells that a set is for evaluation; "" for nobody's."""
-    if TEST.search(name := out.rpartition("/")[2]):
+    if TEST_NAME.search(name := out.rpartition("/")[2]):
         return f"The output's name, {name}, says"
     inputs = [Path(place.split("?")[0]).name for place in options.inputs]
-    if not inputs or not all(map(TEST.search, inputs)):
+    if not inputs or not all(map(TEST_NAME.search, inputs)):
         return ""
     if not inputs[1:]:
         return f"The input's name, {inputs[0]}, says"
@@ -81,60 +84,36 @@ def _named_for_tests(out: str, options: ConvertOptions) -> str:
 
 
 def _trained_on(counts: Counts) -> int:
-    """The samples outside of the held-out split."""
+    """Return the number of samples outside of the held-out split."""
     return counts.written - counts.held_out
 
 
-def _held_out(name: str, out: str, counts: Counts) -> list[str]:
-    """The evaluation on the held-out split, where there is one."""
-    if not counts.held_out:
-        return []
-    section = f"evaluators.{name}-{VAL}"
-    return [
-        f"{section}.task=retrieval",
-        *_place_settings(section, name, out),
-        f"{section}.split={VAL}",
-    ]
-
-
-def _on_gpu(name: str, out: str, counts: Counts, options: ConvertOptions) -> list[str]:
-    """The published recipe, with a smaller model for small pictures."""
-    recipe = ROOT / "yamls" / f"{'alignclip' if options.semantic else 'sharedclip'}.yaml"
-    words = [str(_from_here(recipe)), f"run_name={name}"]
-    words += [] if name == "cc12m" else ["data.streams.cc12m=null"]
-    words += [*_place_settings(f"data.streams.{name}", name, out), *_held_out(name, out, counts)]
-    words += _image_size(counts, SMALL_SIDE)
-    if _trained_on(counts) < SMALL_SET:
-        if _side(counts) < SMALL_SIDE:
-            words += [
-                "model.embed_dim=256",
-                "model.vision_cfg.width=256",
-                "model.vision_cfg.layers=6",
-            ]
-            words += [
-                "model.text_cfg.width=256",
-                "model.text_cfg.layers=6",
-                "model.text_cfg.heads=4",
-            ]
-        words += [
-            "data.num_canonical_nodes=1",
-            *_fitting(_trained_on(counts), batch=512, epochs=30, share=0.1),
-        ]
+def _training(name: str, out: str, counts: Counts, options: ConvertOptions) -> list[str]:
+    """Return a recipe and its settings: on a GPU the published one, else the one of laptop size."""
+    gpu, samples, side = has_gpu(), _trained_on(counts), _side(counts)
+    published = "alignclip" if options.semantic else "sharedclip"
+    stream = "cc12m" if gpu else "scenes"  # of the recipe
+    words = [_recipe(published if gpu else "quickstart"), f"run_name={name}"]
+    words += [] if gpu else ["save_folder=runs/{run_name}"]
+    words += [] if name == stream else [f"data.streams.{stream}=null"]
+    words += _place_settings(f"data.streams.{name}", name, out)
+    if counts.held_out:
+        section = f"evaluators.{name}-{VAL}"
+        words += [f"{section}.task=retrieval", *_place_settings(section, name, out)]
+        words += [f"{section}.split={VAL}"]
+    words += [] if gpu or options.semantic else ["loss.beta=0"]
+    words += _image_size(side, SMALL_SIDE if gpu else CPU_SIDE)
+    if not gpu:
+        return words + _fitting(samples, batch=64, epochs=5, share=0.2)
+    if samples < SMALL_SET:
+        words += SMALL_MODEL if side < SMALL_SIDE else []
+        words += ["data.num_canonical_nodes=1"]
+        words += _fitting(samples, batch=512, epochs=30, share=0.1)
     return words
 
 
-def _on_cpu(name: str, out: str, counts: Counts, options: ConvertOptions) -> list[str]:
-    """The recipe of laptop size."""
-    words = [
-        str(_from_here(ROOT / "yamls" / "quickstart.yaml")),
-        f"run_name={name}",
-        "save_folder=runs/{run_name}",
-    ]
-    words += [] if name == "scenes" else ["data.streams.scenes=null"]
-    words += [*_place_settings(f"data.streams.{name}", name, out), *_held_out(name, out, counts)]
-    words += [] if options.semantic else ["loss.beta=0"]
-    words += _image_size(counts, CPU_SIDE)
-    return words + _fitting(_trained_on(counts), batch=64, epochs=5, share=0.2)
+def _recipe(name: str) -> str:
+    return str(_from_here(ROOT / "yamls" / f"{name}.yaml"))
 
 
 def _place_settings(section: str, name: str, out: str) -> list[str]:
@@ -144,13 +123,12 @@ def _place_settings(section: str, name: str, out: str) -> list[str]:
 
 
 def _side(counts: Counts) -> int:
-    """The shorter side of the pictures in pixels, as most of them have it."""
+    """Return the shorter side of most pictures in pixels."""
     return int(statistics.median(counts.sides)) if counts.sides else RECIPE_SIDE
 
 
-def _image_size(counts: Counts, least: int) -> list[str]:
-    """The size of what the model sees, where the pictures are smaller than ``least`` pixels."""
-    side = _side(counts)
+def _image_size(side: int, least: int) -> list[str]:
+    """Return the size of what the model sees, where pictures are smaller than ``least`` pixels."""
     if side >= least:
         return []
     side = max(32, side // 16 * 16)
@@ -177,5 +155,5 @@ def _fitting(samples: int, batch: int, epochs: int, share: float) -> list[str]:
 
 
 def _from_here(path: Path) -> Path:
-    """Relative to the working directory where it lies below that."""
+    """Return a path relative to the working directory where it lies below that."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

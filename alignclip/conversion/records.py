@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, cast
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from alignclip.conversion.formats.declaration import OpenInput
 from alignclip.conversion.samples import BROKEN_INPUT
@@ -125,9 +125,9 @@ class InputRecord:
             source_modified=opened.modified,
             written=counts.written - counts.held_out,
             held_out=counts.held_out,
-            skipped=dict(counts.skipped),
-            noted=dict(counts.noted),
-            ignored=dict(counts.ignored),
+            skipped=counts.skipped,
+            noted=counts.noted,
+            ignored=counts.ignored,
             sides=counts.sides,
             bytes=counts.bytes,
             examples=counts.examples,
@@ -220,5 +220,4 @@ class DatasetCard:
 
 def to_json(record: object) -> str:
     """Return a record's JSON text."""
-    content = record if isinstance(record, dict) else asdict(cast("Any", record))
-    return json.dumps(content, indent=2)
+    return json.dumps(record if isinstance(record, dict) else vars(record), indent=2)

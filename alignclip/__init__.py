@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from alignclip.evaluation.notebook import Pair, Pairs, dataset, evaluate
     from alignclip.losses import AlignCLIPLoss
     from alignclip.model.encoders import CLIP
-    from alignclip.weights.loading import load
+    from alignclip.weights.load import load
 
 __all__ = [
     "CLIP",
@@ -44,7 +44,7 @@ _HOMES = {
     "UserError": "errors",
     "dataset": "evaluation.notebook",
     "evaluate": "evaluation.notebook",
-    "load": "weights.loading",
+    "load": "weights.load",
 }
 
 

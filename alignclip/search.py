@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.data import Dataset
 
-    from alignclip.weights.loading import Preprocess
+    from alignclip.weights.load import Preprocess
 
 EXAMPLES = """examples:
   python -m alignclip.search photos/ "a red bicycle"
@@ -184,7 +184,7 @@ def search(options: SearchOptions) -> tuple[list[Match], int]:
     import torch
 
     from alignclip.evaluation.encoding import Encoder
-    from alignclip.weights.loading import find_device, load
+    from alignclip.weights.load import find_device, load
 
     device = find_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, preprocess, tokenizer = load(place, device)

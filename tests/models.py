@@ -10,7 +10,7 @@ from torch import Tensor
 
 from alignclip.config.schema import ModelConfig, SharedConfig, TextConfig, VisionConfig
 from alignclip.model.encoders import CLIP, build_encoders
-from alignclip.weights.release_format import renamed
+from alignclip.weights.formats.release import renamed
 
 FIXTURES = Path(__file__).parent / "fixtures"
 EVERYTHING = {"blocks": -1, "ln_final": True, "projection": True}

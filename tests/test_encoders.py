@@ -24,7 +24,7 @@ from alignclip.config.schema import ModelConfig, SharedConfig, TextConfig, Visio
 from alignclip.errors import UserError
 from alignclip.losses import AlignCLIPLoss
 from alignclip.model.encoders import build_encoders
-from alignclip.weights.release_format import our_names, renamed
+from alignclip.weights.formats.release import our_names, renamed
 
 # --- the published code -------------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from alignclip.training import pretraining
 from alignclip.training.best import BestCheckpoint
 from alignclip.training.save_folder import SaveFolder
 from alignclip.weights import checkpoint_file
-from alignclip.weights.loading import load_encoders, open_encoders
+from alignclip.weights.load import load_encoders, open_encoders
 
 
 @pytest.fixture(scope="module")

@@ -43,11 +43,10 @@ from alignclip.model.encoders import CLIP, build_encoders
 from alignclip.storage.clouds import S3
 from alignclip.training import pretraining
 from alignclip.training.save_folder import SaveFolder
-from alignclip.weights import hugging_face
 from alignclip.weights.export_command import Options, convert, main
+from alignclip.weights.formats import FORMATS, hugging_face_settings
+from alignclip.weights.formats.release import our_names
 from alignclip.weights.licenses import forbids_derivatives, license_of, named_license
-from alignclip.weights.release_format import our_names
-from alignclip.weights.state_dicts import OPEN_CLIP, RELEASE
 
 ROOT = Path(__file__).parent.parent
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -334,7 +333,7 @@ def test_a_vocabulary_larger_than_clips(tmp_path: Path, to: str) -> None:
 def test_the_check_reads_real_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An export that reads them otherwise is refused, whatever it makes of random ids."""
     source = write_checkpoint(tmp_path / "run", small_config(text={"vocab_size": 49500}))
-    written = hugging_face.their_config
+    written = hugging_face_settings.their_config
 
     def as_it_was(config: ModelConfig) -> dict[str, Any]:
         found = written(config)
@@ -342,7 +341,7 @@ def test_the_check_reads_real_captions(tmp_path: Path, monkeypatch: pytest.Monke
             "text_config": found["text_config"] | {"eos_token_id": config.text_cfg.vocab_size - 1}
         }
 
-    monkeypatch.setattr(hugging_face, "their_config", as_it_was)
+    monkeypatch.setattr(hugging_face_settings, "their_config", as_it_was)
     with pytest.raises(UserError, match="--to huggingface: read again, the features differ by"):
         convert(Options(str(source), "huggingface", str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
@@ -658,9 +657,11 @@ def test_an_export_whose_pixels_differ_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = with_pixels(tmp_path, interpolation="bilinear")
-    settings = hugging_face.processor_settings
+    settings = hugging_face_settings.processor_settings
     monkeypatch.setattr(
-        hugging_face, "processor_settings", lambda *given: settings(*given) | {"resample": 3}
+        hugging_face_settings,
+        "processor_settings",
+        lambda *given: settings(*given) | {"resample": 3},
     )
     with pytest.raises(
         UserError, match=r"prepares images otherwise: pixels differ by \d+\.\d of 255 levels"
@@ -906,8 +907,8 @@ def test_licences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_what_a_card_says(card: str | None, name: str | None, forbidden: bool) -> None:
     assert named_license(card) == name
-    assert license_of(card, OPEN_CLIP) == name
-    assert license_of(card, RELEASE) == (name or "cc-by-nc-nd-4.0")
+    assert license_of(card, FORMATS["open_clip"]) == name
+    assert license_of(card, FORMATS["release"]) == (name or "cc-by-nc-nd-4.0")
     assert forbids_derivatives(name or "") == forbidden
 
 

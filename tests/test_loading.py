@@ -40,9 +40,9 @@ from alignclip.errors import UserError
 from alignclip.model.encoders import CLIP, build_encoders
 from alignclip.training import pretraining
 from alignclip.training.save_folder import SaveFolder
-from alignclip.weights.loading import load_encoders
-from alignclip.weights.pretrained import load_pretrained
-from alignclip.weights.release_format import our_names
+from alignclip.weights.formats.release import our_names
+from alignclip.weights.load import load_encoders
+from alignclip.weights.start_from import load_pretrained
 
 CAPTIONS = ["a red dot", "blue on the left!", ""]
 

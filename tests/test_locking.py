@@ -16,7 +16,7 @@ from alignclip.config.schema import StartConfig
 from alignclip.errors import UserError
 from alignclip.model.encoders import CLIP, build_encoders
 from alignclip.training.locking import lock_towers
-from alignclip.weights.loading import load_encoders
+from alignclip.weights.load import load_encoders
 
 
 def trained(shared: dict[str, Any] | None = None, **settings: Any) -> set[str]:

@@ -13,11 +13,11 @@ from omegaconf import OmegaConf
 
 from alignclip.errors import UserError
 from alignclip.model.encoders import build_encoders
+from alignclip.weights.digest import weights_digest
 from alignclip.weights.export_command import Options, convert
 from alignclip.weights.figures import read_figures
-from alignclip.weights.loading import load_encoders
+from alignclip.weights.load import load_encoders
 from alignclip.weights.publishing import public, public_place
-from alignclip.weights.state_dicts import weights_digest
 
 
 def write_run(folder: Path, seed: int = 0, **recipe: Any) -> Path:

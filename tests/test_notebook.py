@@ -139,7 +139,7 @@ def test_evaluate_takes_a_path_as_load_does(
     given: dict[str, Any] = {"found": {"task": "retrieval", "local": str(pairs), "num_workers": 0}}
     asked: list[str] = []
     monkeypatch.setattr(
-        "alignclip.weights.loading.load_encoders", lambda place: asked.append(place) or model
+        "alignclip.weights.load.load_encoders", lambda place: asked.append(place) or model
     )
     expected = alignclip.evaluate(model, given, progress=False)
     assert alignclip.evaluate("runs/emoji", given, progress=False) == expected

@@ -28,8 +28,8 @@ from alignclip.model.encoders import CLIP, build_encoders
 from alignclip.training import pretraining
 from alignclip.training.locking import lock_towers
 from alignclip.training.save_folder import SaveFolder
-from alignclip.weights.pretrained import load_pretrained
-from alignclip.weights.release_format import renamed
+from alignclip.weights.formats.release import renamed
+from alignclip.weights.start_from import load_pretrained
 
 TOWERS = {  # of a tensor that can be shared: its name in the text tower, in the vision tower
     "blocks": ("transformer.", "visual.transformer."),
@@ -514,7 +514,7 @@ def test_an_error_on_one_rank_is_everybodys(tmp_path: Path) -> None:
         "import os, sys\nfrom alignclip.config import reading\nfrom alignclip.training import pretraining\n"
         "from alignclip.errors import UserError, one_line_errors\n"
         "def load(*_):\n    if os.environ['RANK'] == sys.argv[2]:\n        raise UserError('only here')\n"
-        "training.load_pretrained = load\nwith one_line_errors():\n"
+        "pretraining.load_pretrained = load\nwith one_line_errors():\n"
         "    pretraining.run(reading.load(sys.argv[1], ['pretrained=x', 'run_name=r', 'data.num_workers=0']))\n"
     )
     for rank in ("0", "1"):

@@ -160,6 +160,6 @@ def test_importing_what_reads_captions_is_enough() -> None:
     for module in (
         "alignclip.data.dataset",
         "alignclip.evaluation.encoding",
-        "alignclip.weights.loading",
+        "alignclip.weights.load",
     ):
         subprocess.run([sys.executable, "-c", text.format(module=module)], check=True)

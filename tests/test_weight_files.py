@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
+import open_clip as stock
 import pytest
 import torch
 from models import small_config
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import alignclip
 from alignclip.errors import UserError
 from alignclip.model.encoders import build_encoders
-from alignclip.weights import hugging_face, open_clip_models
+from alignclip.weights.formats import hugging_face, hugging_face_settings, open_clip
 
 Weights = dict[str, Tensor]
 
@@ -159,15 +159,15 @@ def test_custom_text_towers(folder: Path) -> None:
 def test_torch_script(folder: Path, weights: Weights) -> None:
     model = build_encoders(small_config()).eval()
     model.load_state_dict(weights)
-    stock = open_clip.CLIP(16, *({k: v for k, v in vars(part).items() if k != "timm_model_name"}
+    theirs = stock.CLIP(16, *({k: v for k, v in vars(part).items() if k != "timm_model_name"}
                                  for part in (small_config().vision_cfg, small_config().text_cfg)))  # fmt: skip
-    stock.load_state_dict(
-        {name: value.reshape(stock.state_dict()[name].shape) for name, value in weights.items()}
+    theirs.load_state_dict(
+        {name: value.reshape(theirs.state_dict()[name].shape) for name, value in weights.items()}
     )
     example = torch.zeros(1, 3, 32, 32), torch.zeros(1, 12, dtype=torch.long)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.jit.trace(stock.eval(), example, check_trace=False).save(folder / "x.pt")
+        torch.jit.trace(theirs.eval(), example, check_trace=False).save(folder / "x.pt")
     check_same(folder / "x.pt", weights)
     (folder / "open_clip_config.json").unlink()
     with pytest.raises(
@@ -180,7 +180,7 @@ def test_torch_script(folder: Path, weights: Weights) -> None:
 def hugging_face_folder(folder: Path, weights: Weights) -> Path:
     """A ``CLIPModel`` in two files and an index."""
     folder.mkdir()
-    settings = hugging_face.their_config(small_config())
+    settings = hugging_face_settings.their_config(small_config())
     (folder / "config.json").write_text(
         json.dumps({"model_type": "clip"} | settings), encoding="utf-8"
     )
@@ -268,24 +268,24 @@ def test_told(folder: Path, what: str) -> None:
 def on_meta(name: str) -> Weights:
     """The state dict of one of open_clip's models, without its numbers."""
     with torch.device("meta"):
-        return dict(open_clip.CLIP(**open_clip.get_model_config(name)).state_dict())
+        return dict(stock.CLIP(**stock.get_model_config(name)).state_dict())
 
 
 def test_models_that_shapes_tell() -> None:
     weights = on_meta("ViT-B-32")
-    assert open_clip_models.like(weights) == ["ViT-B-32", "ViT-B-32-quickgelu"]
+    assert open_clip.like(weights) == ["ViT-B-32", "ViT-B-32-quickgelu"]
     named = "2024_01_01-00_00_00-model_ViT-B-32-lr_0.001-b_64-j_4-p_amp"
-    assert open_clip_models.like(weights, named) == ["ViT-B-32"]
-    assert open_clip_models.like(on_meta("ViT-L-16")) == ["ViT-L-16"]
-    assert open_clip_models.like({"a": torch.ones(1)}) == []
-    assert open_clip_models.named("ViT-B-32").text_cfg.heads == 8
-    assert open_clip_models.named("ViT-B-32-quickgelu").quick_gelu
+    assert open_clip.like(weights, named) == ["ViT-B-32"]
+    assert open_clip.like(on_meta("ViT-L-16")) == ["ViT-L-16"]
+    assert open_clip.like({"a": torch.ones(1)}) == []
+    assert open_clip.named("ViT-B-32").text_cfg.heads == 8
+    assert open_clip.named("ViT-B-32-quickgelu").quick_gelu
     with pytest.raises(
         UserError, match=r"config=ViT-B32 is none of open_clip's models; did you mean 'ViT-B-32'"
     ):
-        open_clip_models.named("ViT-B32")
+        open_clip.named("ViT-B32")
     with pytest.raises(UserError, match="our encoders can't be that model"):
-        open_clip_models.named("coca_ViT-B-32")
+        open_clip.named("coca_ViT-B-32")
 
 
 def test_a_training_checkpoint_alone(
@@ -294,8 +294,10 @@ def test_a_training_checkpoint_alone(
     """It is read where its shapes are one open_clip model's alone; else the line names them."""
     config = small_config()
     for names in (["ViT-X"], ["ViT-X", "ViT-X-quickgelu"], []):
-        monkeypatch.setattr("alignclip.weights.reading.like", lambda *_, names=names: names)
-        monkeypatch.setattr("alignclip.weights.reading.named", lambda name: config)
+        monkeypatch.setattr(
+            "alignclip.weights.formats.open_clip.like", lambda *_, names=names: names
+        )
+        monkeypatch.setattr("alignclip.weights.formats.open_clip.named", lambda name: config)
         torch.save({"state_dict": weights, "epoch": 30}, tmp_path / "epoch_30.pt")
         if len(names) == 1:
             check_same(tmp_path / "epoch_30.pt", weights)

@@ -14,7 +14,7 @@ from models import FIXTURES
 
 from alignclip.config.reading import load
 from alignclip.model.encoders import CLIP, build_encoders
-from alignclip.weights.release_format import renamed
+from alignclip.weights.formats.release import renamed
 
 FOLDER = Path(__file__).parent.parent / "yamls"
 RECIPE = FOLDER / "alignclip.yaml"

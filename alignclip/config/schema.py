@@ -306,7 +306,7 @@ class KeepBestConfig:
 class StartConfig:
     """What a new run starts from and what of it stays as it is, in the names of open_clip's flags.
 
-    See :mod:`alignclip.weights.pretrained` for what ``pretrained`` may be and
+    See :mod:`alignclip.weights.start_from` for what ``pretrained`` may be and
     :mod:`alignclip.training.locking` for the locks.
     """
 

@@ -86,8 +86,8 @@ def run(config: EvaluateConfig, known: Mapping[str, str] | None = None) -> dict[
     from alignclip.runtime.distributed import join_ranks
     from alignclip.training.preflight import choose_device
     from alignclip.training.trainer_arguments import autocast_dtype
-    from alignclip.weights.loading import open_encoders
-    from alignclip.weights.state_dicts import weights_digest
+    from alignclip.weights.digest import weights_digest
+    from alignclip.weights.load import open_encoders
 
     device = choose_device(config.device)
     join_ranks(device, config.dist_timeout)

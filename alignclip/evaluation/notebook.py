@@ -78,7 +78,7 @@ def _model(given: CLIP | str | Path) -> CLIP:
         TypeError: it is neither.
     """
     if isinstance(given, str | Path):
-        from alignclip.weights.loading import load_encoders
+        from alignclip.weights.load import load_encoders
 
         return load_encoders(expand(str(given), "model"))
     if not isinstance(given, torch.nn.Module):

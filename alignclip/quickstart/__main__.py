@@ -28,7 +28,7 @@ from alignclip.model.encoders import CLIP, build_encoders
 from alignclip.paths import path_option
 from alignclip.quickstart import scenes
 from alignclip.runtime import console
-from alignclip.weights.loading import load_encoders
+from alignclip.weights.load import load_encoders
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "yamls" / "quickstart.yaml"

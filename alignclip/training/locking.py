@@ -13,10 +13,10 @@ from torch import nn
 from alignclip.config.schema import StartConfig
 from alignclip.errors import UserError, few, one_line
 from alignclip.model.encoders import CLIP
-from alignclip.weights.pretrained import Report
+from alignclip.weights.start_from import StartReport
 
 
-def lock_towers(model: CLIP, config: StartConfig, start: Report | None = None) -> None:
+def lock_towers(model: CLIP, config: StartConfig, start: StartReport | None = None) -> None:
     """Take the locked towers' parameters out of training, for before the optimizer and DDP or FSDP see them.
 
     Args:
@@ -61,7 +61,7 @@ def lock_towers(model: CLIP, config: StartConfig, start: Report | None = None) -
         _freeze_batch_norms(model.visual)
 
 
-def _check_start(locked: set[str], config: StartConfig, start: Report) -> None:
+def _check_start(locked: set[str], config: StartConfig, start: StartReport) -> None:
     """A locked tower can't learn what it lacks, nor get used to another input or activation than it was trained with.
 
     Raises:

@@ -63,10 +63,9 @@ from alignclip.training.trainer_arguments import (
     trainer_arguments,
 )
 from alignclip.weights.finite import check_weights
-from alignclip.weights.licenses import card_of_run, license_of
+from alignclip.weights.licenses import card_of_run, named_license
 from alignclip.weights.locate import card_beside
-from alignclip.weights.pretrained import load_pretrained
-from alignclip.weights.state_dicts import RUN
+from alignclip.weights.start_from import load_pretrained
 
 STOPPED = 128 + signal.SIGTERM  # exit status of a run that a signal ended early
 
@@ -322,7 +321,7 @@ def prepare(config: RunConfig, encoders: CLIP, folder: SaveFolder | None, origin
     if config.load_path and not origin.goes_on:
         place = config.load_path
         run_on_rank_zero(
-            lambda: carry_license(config, folder, place, license_of(card_beside(place), RUN))
+            lambda: carry_license(config, folder, place, named_license(card_beside(place)))
         )
     lock_towers(encoders, config, report)
 

@@ -1,9 +1,4 @@
-"""Convert a trained model: Composer's checkpoints, the AlignCLIP authors' format, open_clip, Hugging Face, ONNX.
-
-The source is anything that ``alignclip.load`` reads. Every export is read again by the library that it is for, and
-encodes the same inputs: one that differs is an error, and nothing is left of it. A README.md, the model card, says what
-was trained on what, and under which licence.
-"""
+"""The command line of ``convert/checkpoint.py``; :mod:`alignclip.weights.export` does its work."""
 
 from __future__ import annotations
 
@@ -19,14 +14,10 @@ from alignclip.runtime import console
 from alignclip.weights import early
 from alignclip.weights.figures import read_figures
 
-# PyTorch is imported where a model is read: that takes seconds, and a wrong place should be told before.
+# PyTorch is imported where a model is read: that takes seconds, and a wrong place should be told
+# before.
 
-FORMAT_NAMES = (
-    "open_clip",
-    "huggingface",
-    "release",
-    "composer",
-)  # of alignclip.weights.exports.FORMATS
+FORMAT_NAMES = ("open_clip", "huggingface", "release", "composer")  # as alignclip.weights.formats
 EXAMPLES = """examples:
   # the latest checkpoint of a run → open_clip, with its metrics in the model card
   python convert/checkpoint.py s3://bucket/runs/first --to open_clip --out exports/first \\
@@ -54,7 +45,8 @@ class Options:
         onnx: also write both encoders as ONNX.
         metrics: ``results.json`` of ``evaluate.py``, for the model card; of these weights.
         license: of the export; null takes the source's.
-        model_config: a YAML file with a ``model`` section, where nothing beside the source says what model it is.
+        model_config: a YAML file with a ``model`` section, where nothing beside the source says
+            what model it is.
     """
 
     source: str
@@ -74,40 +66,28 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "source",
         type=option,
-        help="a run's folder or checkpoint, an authors' release, an open_clip or Hugging Face export: a path, a URL or "
-        "hf-hub:ORG/NAME",
+        help="a run's folder or checkpoint, an authors' release, an open_clip or Hugging Face "
+        "export: a path, a URL or hf-hub:ORG/NAME",
     )
-    parser.add_argument("--to", required=True, choices=FORMAT_NAMES, help="format to write")
-    parser.add_argument(
+    add("--to", required=True, choices=FORMAT_NAMES, help="format to write")
+    add(
         "--out",
         type=option,
         required=True,
         metavar="FOLDER",
         help="a new folder, or s3://, gs://, oci:// …",
     )
-    parser.add_argument(
-        "--onnx", action="store_true", help="write both encoders as ONNX graphs as well"
-    )
-    parser.add_argument(
-        "--metrics",
-        type=option,
-        metavar="FILE",
-        help="results.json of evaluate.py on this model, for its card",
-    )
-    parser.add_argument(
-        "--license",
-        metavar="ID",
-        help="as the Hub writes it, e.g. apache-2.0 (default: the source's)",
-    )
-    parser.add_argument(
-        "--model-config",
-        type=option,
-        metavar="YAML",
-        help="a file with the model section, for sources without one",
-    )
+    add("--onnx", action="store_true", help="write both encoders as ONNX graphs as well")
+    metrics = "results.json of evaluate.py on this model, for its card"
+    add("--metrics", type=option, metavar="FILE", help=metrics)
+    license = "as the Hub writes it, e.g. apache-2.0 (default: the source's)"
+    add("--license", metavar="ID", help=license)
+    model_config = "a file with the model section, for sources without one"
+    add("--model-config", type=option, metavar="YAML", help=model_config)
     return Options(**vars(parser.parse_args(arguments)))
 
 
@@ -146,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.loading("PyTorch")
         worst = convert(options)
     print(f"{options.out}: read again, the features differ by at most {worst:.1e}")
-    from alignclip.weights.exports import FORMATS
+    from alignclip.weights.formats import FORMATS
 
     usage = FORMATS[options.to].usage_at(options.out.rstrip("/"))
     print("\n".join(["next:", *(f"  {line}" for line in usage.splitlines() if line)]))

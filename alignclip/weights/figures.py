@@ -1,4 +1,4 @@
-"""The figures in a ``results.json`` of ``evaluate.py`` that are of the model which is exported, for its card."""
+"""The figures of an exported model in a ``results.json`` of ``evaluate.py``, for its card."""
 
 from __future__ import annotations
 
@@ -30,36 +30,42 @@ class Figures:
     places: dict[str, str]
 
     def of(self, digest: str, source: str) -> tuple[Figures, str | None]:
-        """The figures of the checkpoint whose weights these are, and a sentence where nobody can tell.
+        """Return the figures of these weights, and a sentence where nobody can tell.
 
         Args:
-            digest: :func:`alignclip.weights.state_dicts.weights_digest` of the exported model.
+            digest: :func:`alignclip.weights.finite.weights_digest` of the exported model.
             source: where that was read, for messages.
 
         Raises:
             UserError: the figures are of other weights.
         """
         if not self.weights:
-            note = f"{self.file} is of an earlier version, which kept no digest of the weights: nobody can tell "
-            return self, note + "whether its figures are this model's"
-        again = f"evaluate it first (composer evaluate.py … checkpoint={source}), or leave --metrics out"
-        if not (same := [name for name, found in self.weights.items() if found == digest]):
+            return self, (
+                f"{self.file} is of an earlier version, which kept no digest of the weights: "
+                "nobody can tell whether its figures are this model's"
+            )
+        again = (
+            f"evaluate it first (composer evaluate.py … checkpoint={source}), "
+            "or leave --metrics out"
+        )
+        same = [name for name, found in self.weights.items() if found == digest]
+        if not same:
             of = " and ".join(self.places.get(name, name) for name in self.weights)
             raise UserError(
-                f"--metrics {self.file}: its figures are of {of}, not of the weights in {source}; {again}"
+                f"--metrics {self.file}: its figures are of {of}, "
+                f"not of the weights in {source}; {again}"
             )
-        chosen = next((name for name in same if self.results.get(name)), None)
-        if chosen is None:
+        chosen = {name: self.results[name] for name in same if self.results.get(name)}
+        if not chosen:
             raise UserError(f"--metrics {self.file} holds no figures of {source} yet; {again}")
-        return Figures(
-            self.file, {chosen: self.results[chosen]}, {chosen: digest}, self.places
-        ), None
+        name = next(iter(chosen))
+        return Figures(self.file, {name: chosen[name]}, {name: digest}, self.places), None
 
     def table(self) -> str:
-        """A row a metric, a column a checkpoint, in Markdown; numbers in names count as such: recall@5, recall@10."""
+        """Write a row a metric and a column a checkpoint, in Markdown: recall@5, then recall@10."""
         lines = [f"| | {' | '.join(self.results)} |", "|---" * (len(self.results) + 1) + "|"]
         rows = {
-            (evaluator, metric): None
+            (evaluator, metric)
             for found in self.results.values()
             for evaluator, metrics in found.items()
             for metric in metrics
@@ -72,7 +78,7 @@ class Figures:
 
 
 def read_figures(file: str) -> Figures:
-    """What a ``results.json`` holds.
+    """Read a ``results.json``.
 
     Raises:
         UserError: it is none, or can't be read.
@@ -89,27 +95,23 @@ def read_figures(file: str) -> Figures:
 
 
 def _is_results(found: object) -> bool:
-    """Whether it is checkpoint → evaluator → metric → number or null."""
-    return _is_mapping(
-        found, lambda one: _is_mapping(one, lambda metrics: _is_mapping(metrics, _is_value))
-    )
+    """Tell whether it is checkpoint → evaluator → metric → number or null."""
 
+    def is_mapping(found: object, of: Callable[[object], bool]) -> bool:
+        return isinstance(found, dict) and all(map(of, found.values()))
 
-def _is_mapping(found: object, of: Callable[[object], bool]) -> bool:
-    return isinstance(found, dict) and all(map(of, found.values()))
+    def are_metrics(found: object) -> bool:
+        return is_mapping(found, lambda value: isinstance(value, int | float | None))
 
-
-def _is_value(found: object) -> bool:
-    return found is None or isinstance(found, int | float)
+    return is_mapping(found, lambda evaluators: is_mapping(evaluators, are_metrics))
 
 
 def _texts(found: object) -> dict[str, str]:
-    """The texts of a mapping, if it is one."""
-    if not isinstance(found, dict):
-        return {}
-    return {name: value for name, value in found.items() if isinstance(value, str) and value}
+    """Return the texts of a mapping, if it is one."""
+    items = found.items() if isinstance(found, dict) else ()
+    return {name: value for name, value in items if isinstance(value, str) and value}
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """A key that sorts digits as the numbers that they are."""
+    """Return a key that sorts digits as the numbers that they are."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -57,7 +57,7 @@ def fetch(place: str, downloads: Path) -> Path:
     """The local file with the weights that a person means by ``place``.
 
     Args:
-        place: see :func:`alignclip.weights.loading.load`.
+        place: see :func:`alignclip.weights.load.load`.
         downloads: an empty folder for what comes from an object store. The Hub has a cache of its own.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What of a place may be published with a model: of a URL all but its credentials, of a path its last name alone."""
+"""Places as they may be published with a model: no credentials, and no path of this machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HUB = "hf-hub:"
 
 
 def public_place(place: str) -> str:
-    """A URL without credentials, a model's name as it is, and of a path of this machine the last name alone."""
+    """Return a URL without credentials, a model's name as it is, the last name alone of a path."""
     place = place.removeprefix(LOCAL_DIR)
     if place.startswith(HUB) or place in _published_models():
         return place
@@ -24,7 +24,7 @@ def public_place(place: str) -> str:
 
 
 def public(value: Any) -> Any:
-    """A setting, with :func:`public_place` of every text in it that may be a place."""
+    """Return a setting with :func:`public_place` of every text in it that may be a place."""
     if isinstance(value, dict):
         return {key: public(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -35,24 +35,22 @@ def public(value: Any) -> Any:
 
 
 def is_url(place: str) -> bool:
-    """Whether a place lies elsewhere than on this machine."""
+    """Tell whether a place lies elsewhere than on this machine."""
     return "://" in place and not place.startswith("file:")
 
 
 def _without_credentials(url: str) -> str:
-    """Without user, password and what a signed URL has behind its path."""
+    """Remove user, password and what a signed URL has behind its path."""
     scheme, rest = re.split(r"[?#]", url)[0].split("://", 1)
     host, slash, path = rest.partition("/")
     if "@" in host:
         host = host.rpartition("@")[2]
-    elif "@" in path and re.search(
-        r":(?!\d*$)", host
-    ):  # a secret with a slash in it, written as it is
+    elif "@" in path and re.search(r":(?!\d*$)", host):  # the secret has a slash in it
         return f"{scheme}://{rest.rpartition('@')[2]}"
     return f"{scheme}://{host}{slash}{path}"
 
 
 @cache
 def _published_models() -> frozenset[str]:
-    """MODEL/TAG of open_clip's list, which look like paths."""
+    """Return MODEL/TAG of open_clip's list, which look like paths."""
     return frozenset(f"{model}/{tag}" for model, tag in open_clip.list_pretrained())

@@ -1,4 +1,4 @@
-"""NumPy's numbers and arrays, as a pickle writes them; those of objects and records are refused."""
+"""NumPy's numbers and arrays, as a pickle writes them; arrays of objects and records are refused."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import numpy as np
 
 from alignclip.weights.safe_pickle import Maker, Refused, check_numbers
 
+Array = np.ndarray[Any, Any]
+
 
 def dtype(name: Any, align: Any = False, copy: Any = True) -> np.dtype[Any]:
-    """Return a dtype of numbers or text, one of its own each time; objects and records are refused."""
+    """Return a dtype of numbers or text; objects and records are refused."""
     if type(name) is not str or len(name) > 8:
         raise Refused("a dtype that is none")
     found = np.dtype(name, False, True)
@@ -29,52 +31,48 @@ def dtype_with(found: np.dtype[Any], state: Any) -> np.dtype[Any]:
     return found.newbyteorder(order) if order == ">" else found
 
 
-def numbers(content: Any, kind: Any) -> bytes:
-    """Return the bytes of numbers of a dtype; a truth value that is neither 0 nor 1 makes numpy miscount."""
+def numbers(content: Any, kind: Any, shape: tuple[int, ...] = ()) -> bytes:
+    """Return the bytes of an array of a dtype.
+
+    Raises:
+        Refused: bytes of objects, more or less bytes than the shape has, or truth values that are
+            neither 0 nor 1, with which NumPy miscounts.
+    """
     content = content.encode("latin-1") if type(content) is str else content
     if not isinstance(kind, np.dtype) or type(content) not in (bytes, bytearray):
         raise Refused("a numpy array of objects")
+    check_numbers(*shape)
+    if type(shape) is not tuple or len(content) != math.prod(shape) * kind.itemsize:
+        raise Refused("a numpy array of another size")
     if kind.kind == "b" and content and max(content) > 1:
         raise Refused("a numpy array of truth values that are none")
     return bytes(content)
 
 
 def scalar(kind: Any, content: Any = b"") -> Any:
-    """Return a numpy number, as ``numpy._core.multiarray.scalar``."""
+    """Return a NumPy number, as ``numpy._core.multiarray.scalar``."""
     held = numbers(content, kind)
-    if len(held) != kind.itemsize:
-        raise Refused("a numpy number of another size")
     return np.frombuffer(held, kind)[0] if kind.itemsize else kind.type()
 
 
-def empty_array(kind: Any, shape: Any, code: Any) -> np.ndarray[Any, Any]:
+def empty_array(kind: Any, shape: Any, code: Any) -> Array:
     """Return an array that gets its numbers later, as ``numpy._core.multiarray._reconstruct``."""
-    if (
-        not (isinstance(kind, Maker) and kind.name.endswith(".ndarray"))
-        or shape != (0,)
-        or code not in (b"b", "b")
-    ):
+    is_array = isinstance(kind, Maker) and kind.name.endswith(".ndarray")
+    if not is_array or shape != (0,) or code not in (b"b", "b"):
         raise Refused("a numpy array of a kind of its own")
     return np.empty(0, np.int8)
 
 
-def fill_array(found: np.ndarray[Any, Any], state: Any) -> None:
+def fill_array(found: Array, state: Any) -> None:
     """Give an array its numbers."""
     _, shape, kind, fortran, content = state
-    held = numbers(content, kind)
-    check_numbers(*shape)
-    if (
-        type(shape) is not tuple
-        or type(fortran) is not bool
-        or len(held) != math.prod(shape) * kind.itemsize
-    ):
+    held = numbers(content, kind, shape)
+    if type(fortran) is not bool:
         raise Refused("a numpy array of another size")
     found.__setstate__((1, shape, kind, fortran, held))  # type: ignore[arg-type]  # numpy's stub wants its own bool
 
 
-def array_of(content: Any, kind: Any, shape: Any, order: Any) -> np.ndarray[Any, Any]:
+def array_of(content: Any, kind: Any, shape: Any, order: Any) -> Array:
     """Return an array, as ``numpy._core.numeric._frombuffer`` of pickle's protocol 5."""
-    fill_array(np.empty(0, np.int8), (1, shape, kind, order == "F", content))  # which checks them
-    return np.frombuffer(bytearray(numbers(content, kind)), kind).reshape(
-        shape, order="F" if order == "F" else "C"
-    )
+    held = np.frombuffer(bytearray(numbers(content, kind, shape)), kind)
+    return held.reshape(shape, order="F" if order == "F" else "C")

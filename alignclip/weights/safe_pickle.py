@@ -1,49 +1,76 @@
 """A pickle machine that makes plain data and calls nothing that a pickle names.
 
-Python's unpickler imports what a file names and calls it. This machine knows the opcodes of pickle by
-:mod:`pickletools`, which only parses, and asks a :class:`Types` for everything that is not a number, text or a
-container. A name that :class:`Types` doesn't know ends the reading with :class:`Refused`.
+Python's unpickler imports what a file names and calls it. This machine knows pickle's opcodes by
+:mod:`pickletools`, which only parses. It asks a :class:`Types` for everything that is not a number,
+a text or a container. A name that :class:`Types` doesn't know ends the reading with
+:class:`Refused`.
 """
 
 from __future__ import annotations
 
 import pickletools
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
 
-# An opcode takes a byte of a file and may make an object of a hundred. A checkpoint has some ten thousand opcodes.
+# An opcode takes one byte of a file, and may make an object of a hundred bytes. A checkpoint has
+# some ten thousand opcodes.
 MOST_OPCODES = 20_000_000
-PUSHED = {
-    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",
-    "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8", "UNICODE", "SHORT_BINUNICODE",
-    "BINUNICODE", "BINUNICODE8",
-}  # fmt: skip
-IGNORED = {"PROTO", "FRAME", "STOP"}
-DICTS = (dict, OrderedDict, defaultdict, Counter)
 PLAIN = (str, int, float, bool, bytes, type(None), torch.dtype)
+DICTS = (dict, OrderedDict, defaultdict, Counter)
+
+IGNORED = {"PROTO", "FRAME", "STOP"}
+PUSHED = {  # push their argument
+    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING",
+    "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
+    "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8",
+}  # fmt: skip
+NEW: dict[str, Callable[[], Any]] = {  # push a value without looking at the stack
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+    "EMPTY_SET": set,
+    "EMPTY_TUPLE": tuple,
+}
+COLLECTED: dict[str, Callable[[list[Any]], Any]] = {  # make one value of all above the last mark
+    "LIST": list,
+    "TUPLE": tuple,
+    "DICT": lambda items: dict(pairs(items)),
+    "FROZENSET": lambda items: frozenset(map(check_key, items)),
+}
+TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+FILLED: dict[str, tuple[type, ...]] = {  # add items to a container of these types
+    "APPEND": (list, deque),
+    "APPENDS": (list, deque),
+    "ADDITEMS": (set,),
+    "SETITEM": DICTS,
+    "SETITEMS": DICTS,
+}
 
 
 class Refused(Exception):
-    """What a pickle asks for, and plain data doesn't need; the message is a noun."""
+    """A pickle asks for what plain data doesn't need; the message is a noun."""
 
 
 class Unknown(Refused):
-    """A class or function that a pickle names, and that is on no list; the message is its name."""
+    """A pickle names a class or function that is on no list; the message is its name."""
 
 
 @dataclass(eq=False)
 class Maker:
-    """What stands for a class or function that a pickle names: our own function that makes the same value.
+    """Stand for a class or function that a pickle names.
 
     Attributes:
         name: what the pickle calls it.
-        make: our function; it checks its arguments and raises :class:`Refused`, ``TypeError`` or ``ValueError``.
-        type: the class itself, where an empty one is harmless to make, as ``defaultdict`` does.
+        make: our own function that makes the same value. It checks its arguments, and raises
+            :class:`Refused`, ``TypeError`` or ``ValueError``.
+        type: the class itself, where a ``defaultdict`` may call it for an empty value.
     """
 
     name: str
@@ -53,11 +80,11 @@ class Maker:
 
 @dataclass(eq=False)
 class Unread:
-    """The place of an object that was not made.
+    """Stand for an object that was not made.
 
     Attributes:
-        name: of its class or of the function that makes it, with its module.
-        what: what it is, with its article.
+        name: of the object's class or of the function that makes it, with its module.
+        what: what the object is, with its article.
         state: what the file says of it.
     """
 
@@ -67,7 +94,7 @@ class Unread:
 
 
 class Types(Protocol):
-    """What a machine may make beside numbers, text and containers."""
+    """What a machine may make beside numbers, texts and containers."""
 
     def find(self, module: str, name: str) -> Any:
         """Return what stands for a name: a :class:`Maker`, or a value such as a dtype."""
@@ -76,7 +103,7 @@ class Types(Protocol):
         """Return the storage that a persistent id means."""
 
     def build(self, value: Any, state: Any) -> Any:
-        """Give a freshly made value its state; return it, or what takes its place."""
+        """Give a freshly made value its state; return the value, or what takes its place."""
 
 
 def check_key(value: Any) -> Any:
@@ -93,58 +120,26 @@ def check_numbers(*values: Any) -> None:
         raise Refused("a size that is none")
 
 
+def pairs(items: list[Any]) -> list[tuple[Any, Any]]:
+    """Return keys and values that alternate as pairs."""
+    return [(check_key(key), value) for key, value in zip(items[::2], items[1::2], strict=True)]
+
+
 class Machine:
-    """Reads one pickle. Broken ones raise ``IndexError``, ``KeyError``, ``TypeError`` or ``ValueError``.
+    """Read one pickle. Broken ones raise ``IndexError``, ``KeyError``, ``TypeError`` or others.
 
     Args:
-        types: what it may make.
+        types: what the machine may make.
     """
 
     def __init__(self, types: Types) -> None:
         self.types = types
         self.stack: list[Any] = []
-        self.outer: list[list[Any]] = []  # stacks below each mark
+        self.outer: list[list[Any]] = []  # the stacks below each mark
         self.memo: dict[int, Any] = {}
-        push = self._push
-        self.operations: dict[str, Callable[[Any], None]] = {
-            "NONE": lambda _: push(None),
-            "NEWTRUE": lambda _: push(True),
-            "NEWFALSE": lambda _: push(False),
-            "EMPTY_LIST": lambda _: push([]),
-            "EMPTY_DICT": lambda _: push({}),
-            "EMPTY_SET": lambda _: push(set()),
-            "EMPTY_TUPLE": lambda _: push(()),
-            "LIST": lambda _: push(self._pop_mark()),
-            "TUPLE": lambda _: push(tuple(self._pop_mark())),
-            "TUPLE1": lambda _: self._tuple(1),
-            "TUPLE2": lambda _: self._tuple(2),
-            "TUPLE3": lambda _: self._tuple(3),
-            "FROZENSET": lambda _: push(frozenset(map(check_key, self._pop_mark()))),
-            "DICT": self._dict,
-            "MARK": self._mark,
-            "POP": self._pop,
-            "POP_MARK": self._pop_to_mark,
-            "DUP": lambda _: push(self.stack[-1]),
-            "APPEND": lambda _: self._extend([self.stack.pop()]),
-            "APPENDS": lambda _: self._extend(self._pop_mark()),
-            "ADDITEMS": lambda _: self._add(self._pop_mark()),
-            "SETITEM": lambda _: self._set([self.stack.pop(-2), self.stack.pop()]),
-            "SETITEMS": lambda _: self._set(self._pop_mark()),
-            "GLOBAL": lambda named: push(self.types.find(*named.split(" ", 1))),
-            "STACK_GLOBAL": self._stack_global,
-            "REDUCE": self._call,
-            "NEWOBJ": self._call,
-            "BUILD": self._build,
-            "BINPERSID": lambda _: push(self.types.persistent(self.stack.pop())),
-            "MEMOIZE": lambda _: self._put(len(self.memo)),
-            **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), self._put),
-            **dict.fromkeys(
-                ("GET", "BINGET", "LONG_BINGET"), lambda key: push(self.memo[int(key)])
-            ),
-        }
 
     def run(self, source: BinaryIO) -> Any:
-        """Return the value of the pickle at ``source``'s position, and leave the position behind the pickle.
+        """Return the value of the pickle at ``source``'s position; leave the position behind it.
 
         Raises:
             Refused: it names what :class:`Types` doesn't know, or is no pickle of plain data.
@@ -152,93 +147,91 @@ class Machine:
         for count, (operation, argument, _) in enumerate(pickletools.genops(source)):
             if count > MOST_OPCODES:
                 raise Refused(f"more than {MOST_OPCODES} steps to make it")
-            if operation.name in PUSHED:
-                self.stack.append(argument)
-            elif operation.name in self.operations:
-                self.operations[operation.name](argument)
-            elif operation.name not in IGNORED:
-                raise Refused(f"pickle's {operation.name}")
+            if operation.name not in IGNORED:
+                self._step(operation.name, argument)
         return self.stack.pop()
 
-    def replace(self, old: Any, new: Any) -> None:
-        """Let the memo have ``new`` where it has ``old``."""
-        for key, value in self.memo.items():
-            if value is old:
-                self.memo[key] = new
-
-    def _mark(self, _: Any) -> None:
-        self.outer.append(self.stack)
-        self.stack = []
-
-    def _push(self, value: Any) -> None:
-        self.stack.append(value)
+    def _step(self, name: str, argument: Any) -> None:
+        if name in PUSHED:
+            self.stack.append(argument)
+        elif name in NEW:
+            self.stack.append(NEW[name]())
+        elif name in COLLECTED:
+            items = self._pop_mark()
+            self.stack.append(COLLECTED[name](items))
+        elif name in TUPLES:
+            self.stack.append(tuple(self._pop_last(TUPLES[name])))
+        elif name in FILLED:
+            self._fill(name)
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            self.memo[len(self.memo) if argument is None else int(argument)] = self.stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            self.stack.append(self.memo[int(argument)])
+        elif name in ("GLOBAL", "STACK_GLOBAL"):
+            self._find(argument.split(" ", 1) if argument else self._pop_last(2))
+        elif name in ("REDUCE", "NEWOBJ"):
+            self._call(*self._pop_last(2))
+        elif name == "BUILD":
+            self._build(self.stack.pop())
+        elif name == "BINPERSID":
+            self.stack.append(self.types.persistent(self.stack.pop()))
+        elif name == "MARK":
+            self.outer.append(self.stack)
+            self.stack = []
+        elif name == "POP_MARK" or (name == "POP" and not self.stack):
+            self._pop_mark()
+        elif name == "POP":
+            self.stack.pop()
+        elif name == "DUP":
+            self.stack.append(self.stack[-1])
+        else:
+            raise Refused(f"pickle's {name}")
 
     def _pop_mark(self) -> list[Any]:
-        """Return what lies above the last mark, and go on with the stack below."""
+        """Return what lies above the last mark, and go on with the stack below the mark."""
         items, self.stack = self.stack, self.outer.pop()
         return items
 
-    def _pop_to_mark(self, _: Any) -> None:
-        self._pop_mark()
-
-    def _pop(self, _: Any) -> None:
-        if self.stack:
-            self.stack.pop()
-        else:
-            self._pop_mark()
-
-    def _tuple(self, count: int) -> None:
-        items = tuple(self.stack[-count:])
+    def _pop_last(self, count: int) -> list[Any]:
+        items = self.stack[-count:]
         if len(items) < count:
             raise IndexError("too few values")
-        self.stack[-count:] = [items]
+        del self.stack[-count:]
+        return items
 
-    def _dict(self, _: Any) -> None:
-        items = self._pop_mark()
-        self.stack.append({})
-        self._set(items)
-
-    def _extend(self, items: list[Any]) -> None:
-        target = self.stack[-1]
-        if type(target) is list or type(target) is deque:
-            target.extend(items)
-        elif not isinstance(target, Unread):
-            raise Refused(f"items of a {type(target).__name__}")
-
-    def _add(self, items: Iterable[Any]) -> None:
-        target = self.stack[-1]
-        if type(target) is not set:
-            raise Refused(f"items of a {type(target).__name__}")
-        target.update(map(check_key, items))
-
-    def _set(self, items: list[Any]) -> None:
+    def _fill(self, name: str) -> None:
+        """Add items to the container below them; the items of an :class:`Unread` are dropped."""
+        last = 2 if name == "SETITEM" else 1
+        items = self._pop_mark() if name.endswith("S") else self._pop_last(last)
         target = self.stack[-1]
         if isinstance(target, Unread):
             return
-        if type(target) not in DICTS or len(items) % 2:
+        if type(target) not in FILLED[name]:
             raise Refused(f"items of a {type(target).__name__}")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            target[check_key(key)] = value
+        if isinstance(target, (list, deque)):
+            target.extend(items)
+        elif isinstance(target, set):
+            target.update(map(check_key, items))
+        else:  # update() of a Counter would add
+            for key, value in pairs(items):
+                target[key] = value
 
-    def _stack_global(self, _: Any) -> None:
-        name, module = self.stack.pop(), self.stack.pop()
+    def _find(self, names: list[Any]) -> None:
+        module, name = names
         if type(name) is not str or type(module) is not str:
             raise Refused("a name that is no text")
         self.stack.append(self.types.find(module, name))
 
-    def _call(self, _: Any) -> None:
-        arguments, maker = self.stack.pop(), self.stack.pop()
+    def _call(self, maker: Any, arguments: Any) -> None:
         if not isinstance(maker, Maker) or type(arguments) is not tuple:
             raise Refused(f"a call of a {type(maker).__name__}")
         self.stack.append(maker.make(*arguments))
 
-    def _build(self, _: Any) -> None:
-        state = self.stack.pop()
+    def _build(self, state: Any) -> None:
         value = self.stack[-1]
         built = self.types.build(value, state)
         if built is not value:
-            self.replace(value, built)
             self.stack[-1] = built
-
-    def _put(self, key: Any) -> None:
-        self.memo[int(key)] = self.stack[-1]
+            for key, known in self.memo.items():
+                if known is value:
+                    self.memo[key] = built

@@ -1,7 +1,7 @@
-"""What a checkpoint may hold beside numbers, text and containers: the one list, and how each is made.
+"""The one list of what a checkpoint may hold beside numbers, texts and containers.
 
-Each name of the list stands for a function of this file that checks what it is given and makes the same value as the
-class or function that the name is of. Nothing is imported because a file names it.
+Each name of the list stands for a function of ours that checks its arguments and makes the same
+value as the class or function of that name. Nothing is imported because a file names it.
 """
 
 from __future__ import annotations
@@ -23,27 +23,28 @@ from torch.torch_version import TorchVersion
 from alignclip.weights import safe_numpy
 from alignclip.weights.safe_pickle import Maker, Refused, Unknown, Unread, check_key, check_numbers
 
+Make = Callable[..., Any]
+
 MOST_DIMENSIONS = 64
-MOST_REPEATED = (
-    2**20
-)  # numbers of a tensor that repeats those of its storage, as an expanded one does
+MOST_REPEATED = 2**20  # numbers of a tensor that repeats its storage's, as an expanded one does
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
-        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
-        torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool, torch.complex64, torch.complex128,
-        torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz,
+        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
+        torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool,
+        torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.float8_e4m3fnuz,
+        torch.float8_e5m2, torch.float8_e5m2fnuz,
     )
 }  # fmt: skip
 STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
-    "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128, "UntypedStorage": torch.uint8,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool, "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128, "UntypedStorage": torch.uint8,
     "QInt8Storage": torch.qint8, "QUInt8Storage": torch.quint8, "QInt32Storage": torch.qint32,
 }  # fmt: skip
-# Tensors that are no plain numbers: a reader of weights passes over them.
-SPECIAL_TENSORS = {
+SPECIAL_TENSORS = {  # tensors that are no plain numbers: a reader of weights passes over them
     "_rebuild_sparse_tensor": "a sparse tensor",
     "_rebuild_sparse_csr_tensor": "a sparse tensor",
     "_rebuild_qtensor": "a quantized tensor",
@@ -54,7 +55,7 @@ SPECIAL_TENSORS = {
 
 @dataclass(eq=False)
 class StorageKind:
-    """What stands for a class such as ``torch.FloatStorage``."""
+    """Stand for a class such as ``torch.FloatStorage``."""
 
     dtype: torch.dtype
 
@@ -66,7 +67,7 @@ class Storage:
     Attributes:
         data: its bytes.
         dtype: of its numbers.
-        truths: whether a tensor has it as truth values.
+        truths: whether a tensor takes its numbers for truth values.
     """
 
     data: torch.UntypedStorage
@@ -74,23 +75,7 @@ class Storage:
     truths: bool = False
 
 
-# --- torch ------------------------------------------------------------------------------------------------------------
-
-
 def tensor(
-    storage: Any,
-    offset: int,
-    size: Any,
-    stride: Any,
-    requires_grad: bool,
-    hooks: Any = None,
-    metadata: Any = None,
-) -> Tensor:
-    """Return a view of a storage, which has to lie within it, as ``torch._utils._rebuild_tensor_v2``."""
-    return typed_tensor(storage, offset, size, stride, requires_grad, hooks, None, metadata)
-
-
-def typed_tensor(
     storage: Any,
     offset: int,
     size: Any,
@@ -100,7 +85,7 @@ def typed_tensor(
     dtype: Any,
     metadata: Any = None,
 ) -> Tensor:
-    """Return a view of a storage under a dtype of its own, as ``torch._utils._rebuild_tensor_v3``."""
+    """Return a view that lies within its storage, as ``torch._utils._rebuild_tensor_v3``."""
     if not isinstance(storage, Storage) or not isinstance(dtype, torch.dtype | None):
         raise Refused("a tensor without a storage")
     kind = dtype or storage.dtype
@@ -111,10 +96,8 @@ def typed_tensor(
     if len(size) != len(stride) or len(size) > MOST_DIMENSIONS or type(requires_grad) is not bool:
         raise Refused("a tensor with sizes that don't fit its strides")
     held = storage.data.nbytes() // kind.itemsize
-    reach = (
-        sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1 if all(size) else 0
-    )
-    if offset + reach > held:
+    last = sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if offset + (last + 1 if all(size) else 0) > held:
         raise Refused(f"a tensor that reaches beyond its storage: {list(size)} of {held} numbers")
     if math.prod(size) > max(held, MOST_REPEATED):
         raise Refused(f"a tensor of {list(size)}, of which the file holds {held} numbers")
@@ -125,6 +108,19 @@ def typed_tensor(
     return found
 
 
+def untyped_tensor(
+    storage: Any,
+    offset: int,
+    size: Any,
+    stride: Any,
+    requires_grad: bool,
+    hooks: Any = None,
+    metadata: Any = None,
+) -> Tensor:
+    """Return a view under its storage's dtype, as ``torch._utils._rebuild_tensor_v2``."""
+    return tensor(storage, offset, size, stride, requires_grad, hooks, None, metadata)
+
+
 def parameter(data: Any, requires_grad: bool, hooks: Any = None) -> nn.Parameter:
     """Return a parameter, as ``torch._utils._rebuild_parameter``."""
     if type(data) is not Tensor or hooks or type(requires_grad) is not bool:
@@ -132,41 +128,25 @@ def parameter(data: Any, requires_grad: bool, hooks: Any = None) -> nn.Parameter
     return nn.Parameter(data, requires_grad)
 
 
-def size(values: Any) -> torch.Size:
+def shape(values: Any) -> torch.Size:
     """Return a shape."""
     values = tuple(values)
     check_numbers(*values)
     return torch.Size(values)
 
 
-def device(kind: str, index: int | None = None) -> torch.device:
-    """Return the name of a device; the device needn't be there."""
-    if type(kind) is not str or type(index) not in (int, type(None)):
-        raise Refused("a device that is none")
-    return torch.device(kind) if index is None else torch.device(kind, index)
-
-
-# --- Python -----------------------------------------------------------------------------------------------------------
-
-
-def encode(text: str, encoding: str = "utf-8") -> bytes:
-    """Return bytes, which protocol 2 writes as text."""
-    if type(text) is not str or encoding not in ("latin1", "latin-1"):
-        raise Refused("bytes that are none")
-    return text.encode("latin-1")
-
-
 def as_bytes(content: Any = b"", encoding: str = "latin-1") -> bytes:
-    """Return bytes, given as such or as text."""
-    return content if type(content) is bytes else encode(content, encoding)
+    """Return bytes, which protocol 2 writes as text."""
+    if type(content) is bytes:
+        return content
+    if type(content) is not str or encoding not in ("latin1", "latin-1"):
+        raise Refused("bytes that are none")
+    return content.encode("latin-1")
 
 
-def pairs(items: Any) -> list[tuple[Any, Any]]:
+def items_of(given: Any = ()) -> list[tuple[Any, Any]]:
     """Return the pairs that a dict is made of."""
-    if type(items) is dict:
-        return [*items.items()]
-    if type(items) is not list:
-        raise Refused("a dict of something else")
+    items = [*given.items()] if type(given) is dict else [*given]
     return [(check_key(key), value) for key, value in items]
 
 
@@ -177,118 +157,73 @@ def default_dict(factory: Any = None) -> defaultdict[Any, Any]:
     return defaultdict(factory.type if factory is not None else None)
 
 
-def a_deque(items: Any = (), longest: int | None = None) -> deque[Any]:
-    """Return a deque."""
-    if type(items) not in (list, tuple) or type(longest) not in (int, type(None)):
-        raise Refused("a deque of something else")
-    return deque(items, longest)
+def called_with(function: Make, *kinds: type) -> Make:
+    """Return a function that is called with arguments of these types alone."""
 
-
-def moment(kind: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what makes a date or time of whole numbers and bytes."""
-
-    def make(*values: Any) -> Any:
-        if not all(
-            type(v) in (int, float, bytes) or isinstance(v, (datetime.timedelta, datetime.timezone))
-            for v in values
-        ):
-            raise Refused("a time of something else")
-        return kind(*values)
+    def make(*arguments: Any) -> Any:
+        if not all(type(argument) in kinds for argument in arguments):
+            raise Refused(f"a {function.__name__} of something else")
+        return function(*arguments)
 
     return make
 
 
-def path(kind: Callable[..., pathlib.PurePath]) -> Callable[..., pathlib.PurePath]:
-    """Return what makes a path of its parts."""
-
-    def make(*parts: Any) -> pathlib.PurePath:
-        return kind(*map(text, parts))
-
-    return make
-
-
-def text(value: Any) -> str:
-    """Return a text."""
-    if type(value) is not str:
-        raise Refused("a text that is none")
-    return value
-
-
-def collection(kind: Callable[[Any], Any]) -> Callable[..., Any]:
-    """Return what makes a set of the items of a list."""
-
-    def make(items: Any = ()) -> Any:
-        if type(items) not in (list, tuple, set, frozenset):
-            raise Refused("a set of something else")
-        return kind(map(check_key, items))
-
-    return make
-
-
-def _makers() -> dict[str, Maker]:
-    made: dict[str, tuple[Callable[..., Any], Callable[[], Any] | None]] = {
-        "torch._utils._rebuild_tensor_v2": (tensor, None),
-        "torch._utils._rebuild_tensor_v3": (typed_tensor, None),
-        "torch._utils._rebuild_parameter": (parameter, None),
-        "torch.Size": (size, None),
-        "torch.device": (device, None),
-        "torch.torch_version.TorchVersion": (lambda version: TorchVersion(text(version)), None),
-        "_codecs.encode": (encode, None),
-        "collections.OrderedDict": (lambda items=(): OrderedDict(pairs([*items])), OrderedDict),
-        "collections.Counter": (lambda items=(): Counter(dict(pairs(items or []))), Counter),
-        "collections.defaultdict": (default_dict, None),
-        "collections.deque": (a_deque, deque),
-        "argparse.Namespace": (argparse.Namespace, None),
-        "datetime.timedelta": (moment(datetime.timedelta), None),
-        "datetime.datetime": (moment(datetime.datetime), None),
-        "datetime.date": (moment(datetime.date), None),
-        "datetime.time": (moment(datetime.time), None),
-        "datetime.timezone": (moment(datetime.timezone), None),
-        "numpy.ndarray": (_no_call, None),
-        "numpy.dtype": (safe_numpy.dtype, None),
+MOMENT = (int, float, bytes, datetime.timedelta, datetime.timezone)
+MAKERS: dict[str, Make] = {
+    "torch._utils._rebuild_tensor_v2": untyped_tensor,
+    "torch._utils._rebuild_tensor_v3": tensor,
+    "torch._utils._rebuild_parameter": parameter,
+    "torch.Size": shape,
+    "torch.device": called_with(torch.device, str, int),
+    "torch.torch_version.TorchVersion": called_with(TorchVersion, str),
+    "_codecs.encode": as_bytes,
+    "collections.OrderedDict": lambda *given: OrderedDict(items_of(*given)),
+    "collections.Counter": lambda *given: Counter(dict(items_of(*given))),
+    "collections.defaultdict": default_dict,
+    "collections.deque": called_with(deque, list, tuple, int, type(None)),
+    "argparse.Namespace": called_with(argparse.Namespace),
+    **{
+        f"datetime.{kind.__name__}": called_with(kind, *MOMENT)
+        for kind in (datetime.timedelta, datetime.datetime, datetime.date, datetime.time,
+                     datetime.timezone)
+    },
+    "numpy.ndarray": called_with(np.ndarray),  # is named, and never called
+    "numpy.dtype": safe_numpy.dtype,
+}  # fmt: skip
+BUILTINS: dict[str, Make] = {
+    "set": lambda items=(): set(map(check_key, items)),
+    "frozenset": lambda items=(): frozenset(map(check_key, items)),
+    "bytes": called_with(bytes),  # protocol 2 writes others as a call of encode
+    "bytearray": lambda *content: bytearray(as_bytes(*content)),
+    "complex": called_with(complex, int, float),
+    **{kind.__name__: called_with(kind) for kind in (dict, list, int, float, str, bool)},
+}
+EMPTY = {  # classes of empty values, as a ``defaultdict`` makes them
+    "collections.OrderedDict": OrderedDict,
+    "collections.Counter": Counter,
+    "collections.deque": deque,
+    **{
+        f"{module}.{kind.__name__}": kind
+        for module in ("builtins", "__builtin__")
+        for kind in (set, bytes, dict, list, int, float, str, bool)
+    },
+    "__builtin__.long": int,  # Python 2's names, which protocol 2 keeps
+    "__builtin__.unicode": str,
+}
+for _module in ("builtins", "__builtin__"):
+    MAKERS |= {f"{_module}.{name}": make for name, make in BUILTINS.items()}
+MAKERS |= {"__builtin__.long": called_with(int), "__builtin__.unicode": called_with(str)}
+for _core in ("numpy.core", "numpy._core"):  # numpy 2 has moved them
+    MAKERS |= {
+        f"{_core}.multiarray._reconstruct": safe_numpy.empty_array,
+        f"{_core}.multiarray.scalar": safe_numpy.scalar,
+        f"{_core}.numeric._frombuffer": safe_numpy.array_of,
     }
-    for core in (
-        "numpy.core",
-        "numpy._core",
-    ):  # numpy 2 has moved them; a file has the name of its day
-        made[f"{core}.multiarray._reconstruct"] = (safe_numpy.empty_array, None)
-        made[f"{core}.multiarray.scalar"] = (safe_numpy.scalar, None)
-        made[f"{core}.numeric._frombuffer"] = (safe_numpy.array_of, None)
-    for module in ("pathlib", "pathlib._local"):
-        for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"):
-            here = (
-                name
-                if name.startswith("Pure") or name == type(pathlib.Path()).__name__
-                else f"Pure{name}"
-            )
-            made[f"{module}.{name}"] = (path(getattr(pathlib, here)), None)
-    for module in ("builtins", "__builtin__"):
-        made[f"{module}.set"] = (collection(set), set)
-        made[f"{module}.frozenset"] = (collection(frozenset), None)
-        made[f"{module}.bytes"] = (
-            lambda: b"",
-            bytes,
-        )  # protocol 2 writes others as a call of encode
-        made[f"{module}.bytearray"] = (lambda *content: bytearray(as_bytes(*content)), None)
-        made[f"{module}.complex"] = (
-            lambda real, imaginary: complex(float(real), float(imaginary)),
-            None,
-        )
-        for kind in (dict, list, int, float, str, bool):
-            made[f"{module}.{kind.__name__}"] = (_no_call, kind)
-    for name, kind in (
-        ("long", int),
-        ("unicode", str),
-    ):  # what protocol 2 calls them, as Python 2 did
-        made[f"__builtin__.{name}"] = (_no_call, kind)
-    return {name: Maker(name, *how) for name, how in made.items()}
-
-
-def _no_call(*_: Any) -> Any:
-    raise Refused("a call that plain data doesn't need")
-
-
-MAKERS = _makers()
+for _name in ("PosixPath", "WindowsPath"):
+    _here = _name if _name == type(pathlib.Path()).__name__ else f"Pure{_name}"
+    for _module in ("pathlib", "pathlib._local"):
+        MAKERS[f"{_module}.{_name}"] = called_with(getattr(pathlib, _here), str)
+        MAKERS[f"{_module}.Pure{_name}"] = called_with(getattr(pathlib, f"Pure{_name}"), str)
 
 
 class CheckpointTypes:
@@ -296,7 +231,7 @@ class CheckpointTypes:
 
     Args:
         storage: gives the bytes of a storage by its key and their number.
-        passed_over: names beginning so stand for objects that are left out, as :class:`Unread`.
+        passed_over: names that begin so stand for objects that are left out, as :class:`Unread`.
     """
 
     def __init__(
@@ -304,7 +239,7 @@ class CheckpointTypes:
     ) -> None:
         self.storage = storage
         self.passed_over = passed_over
-        self.unfilled: dict[int, np.ndarray[Any, Any]] = {}
+        self.unfilled: dict[int, safe_numpy.Array] = {}
         self.storages: list[Storage] = []
 
     def find(self, module: str, name: str) -> Any:
@@ -318,10 +253,9 @@ class CheckpointTypes:
             return DTYPES[name]
         if module in ("torch", "torch.storage") and name in STORAGES:
             return StorageKind(STORAGES[name])
-        if whole.endswith("multiarray._reconstruct") and whole in MAKERS:
-            return Maker(whole, self._empty_array)
         if whole in MAKERS:
-            return MAKERS[whole]
+            empty = whole.endswith("multiarray._reconstruct")
+            return Maker(whole, self._empty_array if empty else MAKERS[whole], EMPTY.get(whole))
         if self.passed_over and module == "torch._utils" and name in SPECIAL_TENSORS:
             return Maker(whole, lambda *_: Unread(whole, SPECIAL_TENSORS[name]))
         if whole.startswith(self.passed_over):
@@ -331,12 +265,9 @@ class CheckpointTypes:
     def persistent(self, saved: Any) -> Storage:
         """Return the storage that ``("storage", its type, key, location, numbers)`` means."""
         fits = type(saved) is tuple and len(saved) in (5, 6) and saved[0] == "storage"
-        _, kind, key, _, count = saved[:5] if fits else (None, None, None, None, -1)
-        if (
-            not isinstance(kind, StorageKind)
-            or type(key) is not str
-            or saved[5:] not in ((), (None,))
-        ):
+        kind, key, count = (saved[1], saved[2], saved[4]) if fits else (None, None, -1)
+        view = saved[5:] if fits else ()
+        if not isinstance(kind, StorageKind) or type(key) is not str or view not in ((), (None,)):
             raise Refused("a reference to something else than a storage")
         check_numbers(count)
         self.storages.append(Storage(self.storage(key, count * kind.dtype.itemsize), kind.dtype))
@@ -354,7 +285,7 @@ class CheckpointTypes:
         """Give a freshly made value its state.
 
         Raises:
-            Refused: it is one that has none, or has one already.
+            Refused: a value of another type, or one that has its state already.
         """
         if isinstance(value, np.dtype):
             return safe_numpy.dtype_with(value, state)
@@ -362,20 +293,15 @@ class CheckpointTypes:
             safe_numpy.fill_array(value, state)
         elif isinstance(value, Unread):
             value.state = state
-        elif type(value) is OrderedDict and type(state) is dict and all(map(_is_private, state)):
+        elif type(value) in (OrderedDict, argparse.Namespace) and type(state) is dict:
+            if any(type(name) is not str or hasattr(type(value), name) for name in state):
+                raise Refused(f"a state of a {type(value).__name__}")
             vars(value).update(state)
-        elif type(value) is argparse.Namespace and type(state) is dict:
-            vars(value).update({text(name): held for name, held in state.items()})
         else:
             raise Refused(f"a state of a {type(value).__name__}")
         return value
 
-    def _empty_array(self, *arguments: Any) -> np.ndarray[Any, Any]:
+    def _empty_array(self, *arguments: Any) -> safe_numpy.Array:
         found = safe_numpy.empty_array(*arguments)
         self.unfilled[id(found)] = found
         return found
-
-
-def _is_private(name: Any) -> bool:
-    """Whether a name is an attribute's that no method has, such as a state dict's ``_metadata``."""
-    return type(name) is str and name.startswith("_") and not hasattr(OrderedDict, name)

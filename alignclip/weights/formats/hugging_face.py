@@ -1,0 +1,228 @@
+"""Hugging Face's ``CLIPModel``, in transformers' own files: ``config.json`` + ``model.safetensors``.
+
+Its attention keeps query, key and value apart, and its projections are linear layers, so
+transposed. transformers is imported only to write a model and to read it again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from alignclip.config.checks import VOCABULARY
+from alignclip.data.tokenizer import SimpleTokenizer
+from alignclip.errors import UserError
+from alignclip.weights.formats import hugging_face_settings as settings
+from alignclip.weights.formats.base import (
+    Description,
+    Format,
+    Loaded,
+    Reopened,
+    Weights,
+    described,
+    preprocess_config,
+    shared_in,
+    weights_of,
+)
+from alignclip.weights.locate import HF_CONFIG, HF_PREPROCESSOR
+from alignclip.weights.weight_files import Content
+
+NAMES = {  # theirs, of what is neither a block nor a projection -> ours
+    "logit_scale": "logit_scale",
+    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.final_layer_norm.weight": "ln_final.weight",
+    "text_model.final_layer_norm.bias": "ln_final.bias",
+    "vision_model.embeddings.class_embedding": "visual.class_embedding",
+    "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "vision_model.pre_layrnorm.weight": "visual.ln_pre.weight",
+    "vision_model.pre_layrnorm.bias": "visual.ln_pre.bias",
+    "vision_model.post_layernorm.weight": "visual.ln_post.weight",
+    "vision_model.post_layernorm.bias": "visual.ln_post.bias",
+}
+PROJECTIONS = {
+    "text_projection.weight": "text_projection",
+    "visual_projection.weight": "visual.proj",
+}
+TOWERS = {
+    "text_model.encoder.layers.": "transformer.resblocks.",
+    "vision_model.encoder.layers.": "visual.transformer.resblocks.",
+}
+IN_BLOCK = {
+    "layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}  # fmt: skip
+QKV = ("q_proj", "k_proj", "v_proj")  # in the order in which open_clip has them in one tensor
+BUFFERS = {"text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"}  # of old
+SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")  # in transformers
+
+
+class HuggingFace(Format):
+    """Read and write a ``CLIPModel`` with its processor."""
+
+    name = "huggingface"
+    library = "transformers"
+    last = HF_CONFIG
+    usage = (
+        "from transformers import CLIPModel, CLIPProcessor\n\n"
+        'model = CLIPModel.from_pretrained("{folder}")\n'
+        'processor = CLIPProcessor.from_pretrained("{folder}")'
+    )
+
+    def detect(self, content: Content) -> bool:
+        """The text's embeddings and the image projection have a ``CLIPModel``'s names."""
+        names = {"text_model.embeddings.token_embedding.weight", "visual_projection.weight"}
+        return names <= content.state_dict.keys()
+
+    def read(self, content: Content) -> Weights:
+        """Give the tensors our names."""
+        return Weights(content, self, renamed(content.state_dict))
+
+    def describe(self, weights: Weights) -> Description:
+        """Return what ``config.json`` says, with the sharing that the weights show."""
+        content = weights.content
+        given = content.json_beside(HF_CONFIG)
+        if not given:
+            raise UserError(
+                f"{content.place} is of a Hugging Face CLIPModel, but no {HF_CONFIG} lies beside it"
+            )
+        try:
+            config = settings.our_config(given)
+        except UserError as error:
+            raise UserError(f"{content.place}: {HF_CONFIG}: {error}") from None
+        config.shared = shared_in(weights.tensors, config)
+        return described(config, f"its {HF_CONFIG}")
+
+    def pixels(self, content: Content) -> Mapping[str, Any]:
+        """Return what ``preprocessor_config.json`` says."""
+        try:
+            found = settings.our_pixels(content.json_beside(HF_PREPROCESSOR))
+        except UserError as error:
+            raise UserError(f"{content.place}: {HF_PREPROCESSOR}: {error}") from None
+        preprocess_config(found, content.place, image_size=224)
+        return found
+
+    def write(self, loaded: Loaded, folder: Path) -> None:
+        """Write the model and its processor, as transformers lays them out."""
+        transformers = _transformers()
+        size, text = loaded.config.vision_cfg.image_size, loaded.config.text_cfg
+        pixels = transformers.CLIPImageProcessor(
+            **settings.processor_settings(loaded.preprocess, size)
+        )
+        config = transformers.CLIPConfig(**settings.their_config(loaded.config))
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            model = transformers.CLIPModel(config)
+        model.load_state_dict(their_weights(weights_of(loaded)), assign=True, strict=False)
+        lacking = [name for name, value in model.named_parameters() if value.is_meta]
+        assert not lacking, lacking
+        model.save_pretrained(folder, safe_serialization=True)
+        if text.vocab_size < VOCABULARY:  # CLIP's byte pairs are the only tokenizer there is
+            pixels.save_pretrained(folder)
+            return
+        files = _write_tokenizer(folder)
+        words = transformers.CLIPTokenizerFast(*files, model_max_length=text.context_length)
+        transformers.CLIPProcessor(pixels, words).save_pretrained(folder)
+
+    def reopen(self, folder: Path) -> Reopened:
+        """Read the export by stock transformers."""
+        transformers = _transformers()
+        model = transformers.CLIPModel.from_pretrained(folder, local_files_only=True).eval()
+        processor = transformers.CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+
+        def prepare(image: Image.Image) -> Tensor:
+            return torch.from_numpy(processor(images=image, return_tensors="np")["pixel_values"][0])
+
+        def encode(images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            with torch.no_grad():
+                features = model.get_image_features(images), model.get_text_features(tokens)
+                return *features, model.logit_scale.exp().reshape(())
+
+        return Reopened(encode, prepare)
+
+
+# --- tensors ----------------------------------------------------------------------------------
+
+
+def renamed(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give a ``CLIPModel``'s tensors our names; one that has none keeps its own, to be told."""
+    ours: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = {}  # our name -> query, key, value
+    for name, value in theirs.items():
+        block = re.fullmatch(r"(.+layers\.)(\d+)\.(.+)\.(weight|bias)", name)
+        if name in BUFFERS:
+            continue
+        if name in PROJECTIONS:
+            ours[PROJECTIONS[name]] = value.t().contiguous()
+        elif block is None:
+            ours[NAMES.get(name, name)] = value
+        else:
+            tower, layer, module, kind = block.groups()
+            prefix, part = f"{TOWERS.get(tower, tower)}{layer}", module.removeprefix("self_attn.")
+            if part in QKV:
+                parts.setdefault(f"{prefix}.attn.in_proj_{kind}", {})[part] = value
+            else:
+                ours[f"{prefix}.{IN_BLOCK.get(module, module)}.{kind}"] = value
+    for name, values in parts.items():
+        if values.keys() >= set(QKV):  # with one missing, the whole is told as missing
+            ours[name] = torch.cat([values[part] for part in QKV])
+    return ours
+
+
+def their_weights(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Undo :func:`renamed`, for the state dict of a plain ViT."""
+    names, towers, modules = (
+        {mine: name for name, mine in table.items()}
+        for table in (NAMES | PROJECTIONS, TOWERS, IN_BLOCK)
+    )
+    theirs: dict[str, Tensor] = {}
+    for name, value in ours.items():
+        block = re.fullmatch(r"(.*resblocks\.)(\d+)\.(.+?)[._](weight|bias)", name)
+        if block is None:
+            value = value.t() if names[name] in PROJECTIONS else value
+            theirs[names[name]] = value.reshape(()) if name == "logit_scale" else value
+            continue
+        tower, layer, module, kind = block.groups()
+        prefix = f"{towers[tower]}{layer}"
+        if module == "attn.in_proj":
+            for part, rows in zip(QKV, value.chunk(3), strict=True):
+                theirs[f"{prefix}.self_attn.{part}.{kind}"] = rows
+        else:
+            theirs[f"{prefix}.{modules[module]}.{kind}"] = value
+    return {name: value.clone().contiguous() for name, value in theirs.items()}
+
+
+# --- transformers -----------------------------------------------------------------------------
+
+
+def _write_tokenizer(folder: Path) -> tuple[str, str]:
+    """Write CLIP's byte pairs as transformers reads them; return the paths of the two files."""
+    tokenizer = SimpleTokenizer()
+    special = tokenizer.all_special_ids
+    ids = {word: number for word, number in tokenizer.encoder.items() if number not in special}
+    # each library has its own names for the special tokens
+    ids |= dict(zip(SPECIAL_TOKENS, (tokenizer.sot_token_id, tokenizer.eot_token_id), strict=True))
+    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+    vocabulary.write_text(json.dumps(ids, ensure_ascii=False), encoding="utf-8")
+    pairs = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in pairs)]
+    merges.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(vocabulary), str(merges)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise UserError(
+            "--to huggingface needs transformers: pip install 'alignclip[convert]'"
+        ) from None
+    transformers.logging.set_verbosity_error()
+    return transformers

@@ -1,0 +1,179 @@
+"""The AlignCLIP authors' releases: one transformer for both towers, under names of their own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from alignclip.config.schema import ModelConfig, SharedConfig, TextConfig, VisionConfig
+from alignclip.errors import UserError
+from alignclip.weights.formats.base import (
+    Description,
+    Format,
+    Loaded,
+    Weights,
+    check_default_pixels,
+    clones,
+    described_by_run,
+    mlp_ratio,
+    weights_of,
+    write_model_section,
+)
+from alignclip.weights.weight_files import Content
+
+T = TypeVar("T")
+
+FILE = "release.pt"
+HEAD_WIDTH = 64  # of every published model: shapes don't tell how a width is cut into heads
+# a tensor of theirs that serves both towers, and the prefixes that it has in ours, the parameter's
+# own name first
+_SHARED = {
+    "projection": ("text_projection", "visual.proj"),
+    "ln_post.": ("ln_final.", "visual.ln_post."),
+    "transformer.": ("transformer.", "visual.transformer."),
+    "text.token_embedding.": ("token_embedding.",),
+    "text.positional_embedding": ("positional_embedding",),
+    "text.text_projection": (),  # a parameter that their code never uses
+}
+
+
+class Release(Format):
+    """Read and write the file that the authors' code reads."""
+
+    name = "release"
+    last = FILE
+    usage = (
+        f'import alignclip\n\nmodel, preprocess, tokenizer = alignclip.load("{{folder}}/{FILE}")'
+    )
+    license = "cc-by-nc-nd-4.0"  # of the weights that the authors have released
+
+    def detect(self, content: Content) -> bool:
+        """There is one projection, and the text's embeddings are in a tower of their own."""
+        return {"projection", "text.token_embedding.weight"} <= content.state_dict.keys()
+
+    def read(self, content: Content) -> Weights:
+        """Return both towers' tensors, and apart from them what no model uses."""
+        theirs = content.state_dict
+        unused = {name: value for name, value in theirs.items() if not our_names(name)}
+        return Weights(content, self, renamed(theirs), unused)
+
+    def describe(self, weights: Weights) -> Description:
+        """Return what a ``config.yaml`` says, or else the shapes, with the published heads."""
+        if said := described_by_run(weights.content):
+            return said
+        config: ModelConfig | UserError
+        try:
+            config = infer_config(weights.tensors)
+        except UserError as error:
+            place = weights.content.place
+            config = UserError(f"{place} is in the AlignCLIP authors' format, but {error}")
+        assumed = (
+            ", as all published ones; "
+            "if these are others, say so with a config.yaml beside the file"
+        )
+        heads = dict.fromkeys(("vision", "text"), HEAD_WIDTH)
+        return Description(config, "its shapes", heads, quick_gelu=False, assumed=assumed)
+
+    def write(self, loaded: Loaded, folder: Path) -> None:
+        """Write a model that shares everything, and beside it how wide the heads are."""
+        check_default_pixels(loaded, self.name)
+        config = loaded.config
+        if config.quick_gelu:
+            raise UserError(
+                "--to release can't hold model.quick_gelu: the authors' code has GELU alone"
+            )
+        shared, layers = config.shared, config.text_cfg.layers
+        all_blocks = shared.blocks in (-1, layers) and config.vision_cfg.layers == layers
+        if not (all_blocks and shared.ln_final and shared.projection):
+            raise UserError(
+                "--to release is for models that share everything between the towers "
+                "(model.shared: blocks -1, ln_final, projection); this one does not"
+            )
+        weights = their_weights(weights_of(loaded))
+        # where nobody knows the numbers of the projection that they never use, it gets zeros
+        unused = loaded.unused or {"text.text_projection": torch.zeros_like(weights["projection"])}
+        torch.save({"state_dict": weights | clones(unused)}, folder / FILE)
+        write_model_section(loaded, folder)
+
+
+def our_names(theirs: str) -> list[str]:
+    """Return every name in our state dict of what the release calls ``theirs``."""
+    for prefix, ours in _SHARED.items():
+        if theirs.startswith(prefix):
+            return [new + theirs.removeprefix(prefix) for new in ours]
+    return [theirs]
+
+
+def renamed(theirs: Mapping[str, T]) -> dict[str, T]:
+    """Give a mapping with the release's names ours."""
+    return {ours: value for name, value in theirs.items() for ours in our_names(name)}
+
+
+def their_weights(ours: Mapping[str, T]) -> dict[str, T]:
+    """Undo :func:`renamed`, for a state dict of a model that shares everything.
+
+    What the release calls otherwise has a prefix in ours that no other name has.
+    """
+    theirs = {new: name for name, names in _SHARED.items() for new in names[:1]}
+    vision = tuple(new for names in _SHARED.values() for new in names[1:])
+    result = {}
+    for name, value in ours.items():
+        if name.startswith(vision):  # the same tensor as the text tower's
+            continue
+        prefix = next((new for new in theirs if name.startswith(new)), "")
+        result[theirs.get(prefix, "") + name.removeprefix(prefix)] = value
+    return result
+
+
+def infer_config(weights: Mapping[str, Tensor]) -> ModelConfig:
+    """Tell by the shapes which model a state dict is of, everything shared.
+
+    Args:
+        weights: of a release, with our names.
+
+    Raises:
+        UserError: a tensor that the sizes come from is missing or has other dimensions, or the
+            width is no multiple of 64, the published heads' width.
+    """
+
+    def shape(name: str, dimensions: int) -> tuple[int, ...]:
+        if name not in weights or weights[name].dim() != dimensions:
+            raise UserError(
+                f"it has no '{name}' of {dimensions} dimensions, which its sizes would come from"
+            )
+        return tuple(weights[name].shape)
+
+    width, _, patch_size, _ = shape("visual.conv1.weight", 4)
+    tokens, _ = shape("visual.positional_embedding", 2)  # a class token before the grid
+    vocab_size, _ = shape("token_embedding.weight", 2)
+    hidden, _ = shape("transformer.resblocks.0.mlp.c_fc.weight", 2)
+    if width == 0 or width % HEAD_WIDTH:
+        raise UserError(
+            f"its width of {width} is no multiple of {HEAD_WIDTH}, as wide as all published heads; "
+            "say how many heads it has with a config.yaml beside it, or config=ModelConfig(…)"
+        )
+    blocks = (name for name in weights if name.startswith("transformer.resblocks."))
+    both = {
+        "width": width,
+        "layers": len({name.split(".")[2] for name in blocks}),
+        "mlp_ratio": mlp_ratio(hidden, width),
+    }
+    vision = VisionConfig(
+        image_size=math.isqrt(tokens - 1) * patch_size if tokens else 0,
+        patch_size=patch_size,
+        head_width=HEAD_WIDTH,
+        **both,  # type: ignore[arg-type]
+    )
+    text = TextConfig(
+        context_length=shape("positional_embedding", 2)[0],
+        vocab_size=vocab_size,
+        heads=width // HEAD_WIDTH,
+        **both,  # type: ignore[arg-type]
+    )
+    shared = SharedConfig(blocks=-1, ln_final=True, projection=True)
+    return ModelConfig(shape("text_projection", 2)[1], vision, text, shared)

@@ -23,6 +23,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+processes.fork_what_this_process_would_spawn()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="all fuzz, and the tests marked full")
     parser.addoption("--seed", type=int, help="of the fuzz and the kills; new with --full, else 0")

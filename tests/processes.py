@@ -13,14 +13,17 @@ import sys
 import tempfile
 import time
 import traceback
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import cache
+from multiprocessing import context
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
 
+import spawned
 from warm_server import Request
 
 ADDRESS = (
@@ -201,6 +204,30 @@ def command(
 def python(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run ``python ARGUMENTS`` as :func:`command` does."""
     return command(sys.executable, *arguments, **options)
+
+
+@cache
+def _spawn_server() -> Forked:
+    """Start the server that forks what this process would spawn."""
+    name = f"alignclip-tests-{uuid.uuid4().hex}"
+    output = Path(warm_server()).with_name(name)
+    code = f"import spawned; spawned.serve_a_session({name!r})"
+    server = Forked(sys.executable, "-c", code, output=output)
+    while "ready" not in output.read_text():
+        assert server.poll() is None, output.read_text()
+        time.sleep(0.02)
+    spawned.use(name)
+    return server
+
+
+def fork_what_this_process_would_spawn() -> None:
+    """Have processes of multiprocessing's "spawn" forked, from the first one on."""
+
+    def start(process: Any) -> spawned.Popen:
+        _spawn_server()
+        return spawned.Popen(process)
+
+    context.SpawnProcess._Popen = staticmethod(start)  # type: ignore[attr-defined]
 
 
 def run(n: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:

@@ -16,7 +16,6 @@ import importlib
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,10 +24,12 @@ import traceback
 import types
 import uuid
 from dataclasses import dataclass
-from multiprocessing import context, forkserver, spawn
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, Listener, wait
 from pathlib import Path
 from typing import Any, NoReturn
+
+import spawned
 
 STACK = (
     "torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torchvision", "composer",
@@ -36,7 +37,6 @@ STACK = (
     "sklearn.linear_model", "matplotlib.pyplot", "sentence_transformers",
 )  # fmt: skip
 PR_SET_PDEATHSIG = 1
-INTERRUPTS = {signal.SIGINT, signal.SIGTERM}
 
 
 @dataclass(frozen=True)
@@ -191,43 +191,14 @@ def end(program: Any) -> NoReturn:
 
 def fork_spawned_processes() -> None:
     """Have a copy of this process, made now, fork what multiprocessing would spawn."""
-    address = f"\0alignclip-tests-{uuid.uuid4().hex}"
-    alive, ours = os.pipe()
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(address)
-        listener.listen()
-        pid = os.fork()
-        if not pid:
-            os.close(ours)
-            signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)  # a group's are not for this one
-            spawn.prepare = prepare
-            with contextlib.suppress(SystemExit):
-                forkserver.main(listener.detach(), alive, [])
+    name = f"alignclip-tests-{uuid.uuid4().hex}"
+    with spawned.listen(name) as listener:
+        alive = spawned.use(name)
+        if not os.fork():
+            os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
+            spawned.serve(listener, alive)
             os._exit(0)
     os.close(alive)
-    server = forkserver._forkserver  # type: ignore[attr-defined]
-    server._forkserver_address, server._forkserver_alive_fd, server._forkserver_pid = (
-        address,
-        ours,
-        pid,
-    )
-    spawn.get_preparation_data = preparation_data
-    context.SpawnProcess._Popen = staticmethod(context.ForkServerProcess._Popen)  # type: ignore[attr-defined]
-
-
-def preparation_data(name: str, original: Any = spawn.get_preparation_data) -> dict[str, Any]:
-    """What a spawned process is told, and the signals that this one blocks and ignores: ``exec`` would hand them on."""
-    ignored = {number for number in INTERRUPTS if signal.getsignal(number) == signal.SIG_IGN}
-    return {**original(name), "signals": (signal.pthread_sigmask(signal.SIG_BLOCK, ()), ignored)}
-
-
-def prepare(data: dict[str, Any], original: Any = spawn.prepare) -> None:
-    """Become the spawned process that was asked for."""
-    blocked, ignored = data.pop("signals")
-    for number in ignored:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    original(data)
 
 
 class Rank:

@@ -171,6 +171,15 @@ class RefusingS3(ThreadingHTTPServer):
             (status, code) if not rights or request.right in rights else None
         )
 
+    def refuse_checksums(self) -> None:
+        """Answer as a store that doesn't know the checksums of newer boto3."""
+
+        def refuse(request: Request) -> Refusal:
+            sent = any(name.lower().startswith("x-amz-checksum-") for name in request.headers)
+            return (501, "NotImplemented") if sent else None
+
+        self.refuse = refuse
+
     @property
     def env(self) -> dict[str, str]:
         return {

@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 import resource
+import shutil
 import socket
 import ssl
 import urllib.error
@@ -26,6 +27,7 @@ from botocore.exceptions import ClientError
 from composer.utils import ObjectStoreTransientError
 from google.auth.exceptions import DefaultCredentialsError, TransportError
 from refusing import RefusingS3
+from streaming.base.storage import CloudUploader, LocalUploader
 
 from alignclip.errors import UserError
 from alignclip.storage import (
@@ -45,13 +47,16 @@ OPERATIONS = {
     "write": "PutObject",
     "delete": "DeleteObject",
 }
+CHECKSUMS = "AWS_REQUEST_CHECKSUM_CALCULATION"
+PUT_FAILED = "An error occurred ({}) when calling the PutObject operation"
 
 
-def answer(status: int, code: str = "", right: str = "write") -> ClientError:
-    """S3's answer, as botocore raises it."""
+def answer(text: str, right: str = "write") -> ClientError:
+    """Make S3's answer, as botocore raises it, of a status and a code."""
+    status, _, code = text.partition(" ")
     response: Any = {
-        "Error": {"Code": code or str(status)},
-        "ResponseMetadata": {"HTTPStatusCode": status},
+        "Error": {"Code": code or status},
+        "ResponseMetadata": {"HTTPStatusCode": int(status)},
     }
     return ClientError(response, OPERATIONS[right])
 
@@ -75,29 +80,26 @@ def azure_error(status: int, code: str) -> Exception:
     return error
 
 
+def system_error(name: str) -> OSError:
+    number = getattr(errno, name)
+    return OSError(number, os.strerror(number))
+
+
+# S3's answers by status and code, and the other libraries' exceptions
+PASSING_ANSWERS = (
+    "408", "425", "429", "500", "502", "503", "504", "509",
+    "400 RequestTimeout", "400 IncompleteBody", "400 BadDigest", "400 ThrottlingException",
+    "403 SlowDown", "403 RequestLimitExceeded", "403 BandwidthLimitExceeded",
+    "503 SlowDown", "409 OperationAborted", "503 None",
+)  # fmt: skip
 PASSING = [
-    *(answer(status) for status in (408, 425, 429, 500, 502, 503, 504, 509)),
-    *(
-        answer(400, code)
-        for code in ("RequestTimeout", "IncompleteBody", "BadDigest", "ThrottlingException")
-    ),
-    *(answer(403, code) for code in ("SlowDown", "RequestLimitExceeded", "BandwidthLimitExceeded")),
-    answer(503, "SlowDown"),
-    answer(409, "OperationAborted"),
-    answer(503, "None"),
+    *map(answer, PASSING_ANSWERS),
     raised_from(
-        StorageError(
-            "write",
-            "s3://b/a",
-            "An error occurred (None) when calling the PutObject operation: None",
-        ),
-        answer(503, "None"),
+        StorageError("write", "s3://b/a", PUT_FAILED.format("None") + ": None"),
+        answer("503 None"),
     ),
-    raised_from(
-        S3UploadFailedError("An error occurred (Odd) when calling the PutObject operation"),
-        answer(503, "Odd"),
-    ),
-    raised_from(S3UploadFailedError("no"), answer(503, "SlowDown")),
+    raised_from(S3UploadFailedError(PUT_FAILED.format("Odd")), answer("503 Odd")),
+    raised_from(S3UploadFailedError("no"), answer("503 SlowDown")),
     RetriesExceededError(boto.ReadTimeoutError(endpoint_url="http://x")),
     boto.EndpointConnectionError(endpoint_url="http://x"),
     boto.ConnectTimeoutError(endpoint_url="http://x"),
@@ -105,14 +107,10 @@ PASSING = [
     boto.IncompleteReadError(actual_bytes=1, expected_bytes=2),
     boto.ResponseStreamingError(error="broken"),
     boto.SSLError(endpoint_url="https://x", error="EOF occurred in violation of protocol"),
-    ConnectionRefusedError(errno.ECONNREFUSED, "refused"),
-    ConnectionResetError(errno.ECONNRESET, "reset"),
+    *map(system_error, ("ECONNREFUSED", "ECONNRESET", "EHOSTUNREACH", "ENETUNREACH", "ESTALE")),
     BrokenPipeError(),
     TimeoutError(),
     socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"),
-    OSError(errno.EHOSTUNREACH, "No route to host"),
-    OSError(errno.ENETUNREACH, "Network is unreachable"),
-    OSError(errno.ESTALE, "Stale file handle"),
     urllib.error.URLError(ssl.SSLEOFError(8, "EOF occurred")),
     http_error(503),
     ssl.SSLError(1, "record layer failure"),
@@ -131,31 +129,20 @@ PASSING = [
     oci.RequestException("no"),
     ObjectStoreTransientError("no"),
 ]
+FOR_GOOD_ANSWERS = (
+    "400", "401", "403", "404", "405", "409", "411", "412", "416", "501", "505", "507",
+    "400 InvalidArgument", "400 ExpiredToken", "400 InvalidToken", "400 EntityTooLarge",
+    "400 XMinioAdminBucketQuotaExceeded", "403 AccessDenied", "403 RequestTimeTooSkewed",
+    "403 ExpiredToken", "403 QuotaExceeded", "403 InvalidAccessKeyId", "403 SignatureDoesNotMatch",
+    "403 AllAccessDisabled", "404 NoSuchKey", "404 NoSuchBucket", "412 PreconditionFailed",
+    "503 XMinioStorageFull", "501 NotImplemented",
+)  # fmt: skip
 FOR_GOOD = [
-    *(answer(status) for status in (400, 401, 403, 404, 405, 409, 411, 412, 416, 501, 505, 507)),
-    *(
-        answer(400, code)
-        for code in ("InvalidArgument", "ExpiredToken", "InvalidToken", "EntityTooLarge")
-    ),
-    *(
-        answer(403, code)
-        for code in ("AccessDenied", "RequestTimeTooSkewed", "ExpiredToken", "QuotaExceeded")
-    ),
-    *(
-        answer(403, code)
-        for code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AllAccessDisabled")
-    ),
-    *(answer(404, code) for code in ("NoSuchKey", "NoSuchBucket")),
-    answer(412, "PreconditionFailed"),
-    answer(400, "XMinioAdminBucketQuotaExceeded"),
-    answer(503, "XMinioStorageFull"),
-    answer(501, "NotImplemented"),
-    raised_from(ObjectStoreTransientError("no"), answer(501, "NotImplemented")),
-    raised_from(FileNotFoundError("Object s3://b/k not found"), answer(403, "403")),
-    S3UploadFailedError(
-        "An error occurred (AccessDenied) when calling the PutObject operation: Access Denied"
-    ),
-    RetriesExceededError(answer(403)),
+    *map(answer, FOR_GOOD_ANSWERS),
+    raised_from(ObjectStoreTransientError("no"), answer("501 NotImplemented")),
+    raised_from(FileNotFoundError("Object s3://b/k not found"), answer("403 403")),
+    S3UploadFailedError(PUT_FAILED.format("AccessDenied") + ": Access Denied"),
+    RetriesExceededError(answer("403")),
     boto.NoCredentialsError(),
     raised_from(boto.NoCredentialsError(), ConnectionRefusedError()),
     boto.PartialCredentialsError(provider="env", cred_var="aws_secret_access_key"),
@@ -164,16 +151,8 @@ FOR_GOOD = [
     boto.SSLError(endpoint_url="https://x", error="[SSL: CERTIFICATE_VERIFY_FAILED] …"),
     urllib.error.URLError(ssl.SSLCertVerificationError(1, "certificate verify failed")),
     http_error(404),
-    FileNotFoundError(errno.ENOENT, "No such file or directory"),
-    PermissionError(errno.EACCES, "Permission denied"),
-    OSError(errno.ENOSPC, "No space left on device"),
-    OSError(errno.EDQUOT, "Disk quota exceeded"),
-    OSError(errno.EFBIG, "File too large"),
-    OSError(errno.EROFS, "Read-only file system"),
-    OSError(errno.EIO, "Input/output error"),
-    raised_from(
-        requests.exceptions.ConnectionError("no"), OSError(errno.ENOSPC, "No space left on device")
-    ),
+    *map(system_error, ("ENOENT", "EACCES", "EEXIST", "ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO")),
+    raised_from(requests.exceptions.ConnectionError("no"), system_error("ENOSPC")),
     google.Forbidden("no"),
     google.NotFound("no"),
     google_error(google.Forbidden, "quotaExceeded"),
@@ -184,61 +163,54 @@ FOR_GOOD = [
     oci.ServiceError(404, "NotAuthorizedOrNotFound", {}, "no"),
     oci.ServiceError(400, "QuotaExceeded", {}, "no"),
     ValueError("no"),
+    TypeError("no"),
     KeyboardInterrupt(),
 ]
 
 
-@pytest.mark.parametrize("error", PASSING, ids=repr)
-def test_what_passes(error: BaseException) -> None:
-    assert is_passing(error)
-
-
-@pytest.mark.parametrize("error", FOR_GOOD, ids=repr)
-def test_what_does_not_pass(error: BaseException) -> None:
-    assert not is_passing(error)
+@pytest.mark.parametrize("error", [*PASSING, *FOR_GOOD], ids=repr)
+def test_which_errors_pass(error: BaseException) -> None:
+    assert is_passing(error) is (error in PASSING)
 
 
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (answer(403, "AccessDenied", "list"), "may not list (s3:ListBucket)"),
-        (answer(403, "AccessDenied", "write"), "may not write (s3:PutObject)"),
-        (answer(403, "AccessDenied", "delete"), "may not delete (s3:DeleteObject)"),
-        (answer(403, "AccessDenied", "read"), "may not read it (s3:GetObject), or it isn't there and"),
-        (answer(403, "403", "read"), "or it isn't there and the key may not list (s3:ListBucket)"),
-        (answer(400, "ExpiredToken"), "the key has expired"),
-        (answer(403, "RequestTimeTooSkewed"), "clock"),
-        (answer(403, "InvalidAccessKeyId"), "AWS_ACCESS_KEY_ID"),
-        (answer(403, "SignatureDoesNotMatch"), "AWS_SECRET_ACCESS_KEY"),
-        (answer(404, "NoSuchBucket"), "no such bucket"),
-        (answer(404, "NoSuchKey", "read"), "not found"),
-        (answer(403, "QuotaExceeded"), "quota is used up (QuotaExceeded)"),
-        (answer(507, "InsufficientStorage"), "quota is used up"),
-        (answer(501, "NotImplemented"), "set AWS_REQUEST_CHECKSUM_CALCULATION=when_required"),
-        (answer(411, "MissingContentLength"), "set AWS_REQUEST_CHECKSUM_CALCULATION=when_required"),
-        (answer(503, "SlowDown"), "the store is busy or in trouble (SlowDown)"),
-        (S3UploadFailedError("An error occurred (AccessDenied) when calling the PutObject operation"), "may not write"),
-        (google.Forbidden("x does not have storage.objects.list access to the bucket"), "may not list"),
+        (answer("403 AccessDenied", "list"), "may not list (s3:ListBucket)"),
+        (answer("403 AccessDenied", "write"), "may not write (s3:PutObject)"),
+        (answer("403 AccessDenied", "delete"), "may not delete (s3:DeleteObject)"),
+        (answer("403 AccessDenied", "read"), "may not read it (s3:GetObject), or it isn't there"),
+        (answer("403 403", "read"), "or it isn't there and the key may not list (s3:ListBucket)"),
+        (answer("400 ExpiredToken"), "the key has expired"),
+        (answer("403 RequestTimeTooSkewed"), "clock"),
+        (answer("403 InvalidAccessKeyId"), "AWS_ACCESS_KEY_ID"),
+        (answer("403 SignatureDoesNotMatch"), "AWS_SECRET_ACCESS_KEY"),
+        (answer("400 InvalidToken"), "AWS_SESSION_TOKEN"),
+        (answer("401"), "doesn't accept these credentials"),
+        (answer("404 NoSuchBucket"), "no such bucket"),
+        (answer("404 NoSuchKey", "read"), "not found"),
+        (answer("403 QuotaExceeded"), "quota is used up (QuotaExceeded)"),
+        (answer("507 InsufficientStorage"), "quota is used up"),
+        (answer("501 NotImplemented"), f"set {CHECKSUMS}=when_required"),
+        (answer("411 MissingContentLength"), f"set {CHECKSUMS}=when_required"),
+        (answer("503 SlowDown"), "the store is busy or in trouble (SlowDown)"),
+        (S3UploadFailedError(PUT_FAILED.format("AccessDenied")), "may not write"),
+        (google.Forbidden("x does not have storage.objects.list access"), "may not list"),
         (azure_error(403, "AuthorizationPermissionMismatch"), "access denied"),
         (boto.NoCredentialsError(), "no credentials found"),
-        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+        (system_error("EACCES"), "Permission denied"),
     ],
     ids=repr,
-)  # fmt: skip
+)
 def test_each_answer_in_words(
     error: Exception, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("AWS_REQUEST_CHECKSUM_CALCULATION", raising=False)
+    monkeypatch.delenv(CHECKSUMS, raising=False)
     said = describe_storage_error(error)
     assert words in said
     assert "\n" not in said
-
-
-def test_a_store_that_is_told_nothing_of_checksums_is_not_blamed_on_them(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
-    assert "AWS_REQUEST" not in describe_storage_error(answer(501, "NotImplemented"))
+    monkeypatch.setenv(CHECKSUMS, "when_required")  # a store is not blamed on them any more
+    assert CHECKSUMS not in describe_storage_error(error) or "SECRET" in words
 
 
 @pytest.fixture(params=["folder", "bucket"])
@@ -281,7 +253,7 @@ def _binary(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("right", ["list", "read", "write", "delete"])
+@pytest.mark.parametrize("right", OPERATIONS)
 def test_each_missing_right_is_named(refusing: RefusingS3, right: str) -> None:
     store = open_store("s3://b/runs")
     store.write_text("here", "x")
@@ -292,20 +264,11 @@ def test_each_missing_right_is_named(refusing: RefusingS3, right: str) -> None:
         "write": lambda: store.write_text("there", "x"),
         "delete": lambda: store.delete("here"),
     }
-    names = {
-        "list": "ListBucket",
-        "read": "GetObject",
-        "write": "PutObject",
-        "delete": "DeleteObject",
-    }
-    for other, action in actions.items():
-        if other == right:
-            with pytest.raises(
-                StorageError, match=rf"^can't {right} s3://b/runs.*: access denied.*{names[right]}"
-            ):
-                action()
-        elif other != "delete":
-            action()
+    name = OPERATIONS[right].removesuffix("ObjectsV2")
+    with pytest.raises(StorageError, match=rf"^can't {right} s3://b/runs.*: access denied.*{name}"):
+        actions.pop(right)()
+    for other in actions.keys() - {"delete"}:
+        actions[other]()
     if right == "list":
         assert store.read_optional("not there") is None
         with pytest.raises(StorageError, match=r"or it isn't there and the key may not list"):
@@ -325,18 +288,19 @@ def test_each_missing_right_is_named(refusing: RefusingS3, right: str) -> None:
         (403, "InvalidAccessKeyId", "key"),
     ],
 )
-def test_what_is_wrong_with_the_key_is_told_though_head_has_no_words(
+def test_the_key_is_blamed_though_head_has_no_words(
     refusing: RefusingS3, status: int, code: str, words: str
 ) -> None:
-    """A HEAD request, with which boto3's downloads begin, is answered without a word; and it means no absence."""
+    """boto3's downloads begin with a HEAD request, which is answered without a word."""
     refusing.answer(status, code)
-    for read in (open_store("s3://b/runs").read_text, open_store("s3://b/runs").read_text_optional):
+    store = open_store("s3://b/runs")
+    for read in (store.read_text, store.read_text_optional, store.size):
         with pytest.raises(StorageError, match=words):
             read("config.yaml")
 
 
-def test_a_refusal_for_good_is_tried_once_and_a_passing_one_again(
-    refusing: RefusingS3, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_only_a_passing_refusal_is_tried_again(
+    refusing: RefusingS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("alignclip.storage.patience.FIRST_PAUSE", 0.01)
     store = open_store("s3://b/runs")
@@ -351,39 +315,62 @@ def test_a_refusal_for_good_is_tried_once_and_a_passing_one_again(
 
 
 def test_other_stores_get_no_checksums_unless_a_person_says_so(refusing: RefusingS3) -> None:
-    def refuse(request: Any) -> tuple[int, str] | None:
-        names = [name.lower() for name in request.headers]
-        return (
-            (501, "NotImplemented")
-            if any(name.startswith("x-amz-checksum-") for name in names)
-            else None
-        )
-
-    refusing.refuse = refuse
+    refusing.refuse_checksums()
     open_store("s3://b/runs").write_text("a", "x")
-    assert os.environ["AWS_REQUEST_CHECKSUM_CALCULATION"] == "when_required"
+    assert os.environ[CHECKSUMS] == "when_required"
     assert os.environ["AWS_RESPONSE_CHECKSUM_VALIDATION"] == "when_required"
-    os.environ["AWS_REQUEST_CHECKSUM_CALCULATION"] = "when_supported"
-    with pytest.raises(StorageError, match=r"set AWS_REQUEST_CHECKSUM_CALCULATION=when_required$"):
+    os.environ[CHECKSUMS] = "when_supported"
+    with pytest.raises(StorageError, match=rf"set {CHECKSUMS}=when_required$"):
         open_store("s3://b/runs").write_text("a", "x")
-    assert os.environ["AWS_REQUEST_CHECKSUM_CALCULATION"] == "when_supported"
+    assert os.environ[CHECKSUMS] == "when_supported"
 
 
-@pytest.mark.parametrize("endpoint", [None, "https://s3.eu-central-1.amazonaws.com"])
+@pytest.mark.parametrize("endpoint", ["", "https://s3.eu-central-1.amazonaws.com"])
 def test_amazon_itself_gets_what_boto3_sends(
-    monkeypatch: pytest.MonkeyPatch, endpoint: str | None
+    monkeypatch: pytest.MonkeyPatch, endpoint: str
 ) -> None:
-    for name in (
-        "S3_ENDPOINT_URL",
-        "AWS_ENDPOINT_URL",
-        "AWS_ENDPOINT_URL_S3",
-        "AWS_REQUEST_CHECKSUM_CALCULATION",
-    ):
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", CHECKSUMS):
         monkeypatch.delenv(name, raising=False)
-    if endpoint:
-        monkeypatch.setenv("S3_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("S3_ENDPOINT_URL", endpoint)
     expect_plain_s3()
-    assert "AWS_REQUEST_CHECKSUM_CALCULATION" not in os.environ
+    assert CHECKSUMS not in os.environ
+
+
+def test_kinds_of_store_that_streaming_reaches(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Another store is read, written and listed by Streaming's clients, which are folders here."""
+
+    class Uploader(LocalUploader):
+        def __init__(self, out: tuple[str, str], *settings: Any) -> None:
+            super().__init__((out[0], str(tmp_path / out[1].partition("://")[2])), *settings)
+
+        def list_objects(self, prefix: str | None = None) -> list[str]:
+            files = (path for path in Path(self.remote).rglob("*") if path.is_file())
+            return [f"deep/{path.relative_to(self.remote)}" for path in files]
+
+    def download(remote: str, local: str, timeout: float) -> None:
+        shutil.copyfile(tmp_path / remote.partition("://")[2], local)
+
+    monkeypatch.setattr("streaming.base.storage.upload.OCIUploader", Uploader)
+    monkeypatch.setattr("streaming.base.storage.CloudDownloader.direct_download", download)
+    store = open_store("oci://bucket/deep/")
+    store.check_writable()
+    store.write_text("a.txt", "x")
+    assert {"a.txt"} <= store.names()
+    assert store.can_list
+    assert store.read_text("a.txt") == "x"
+    assert store.read_optional("b.txt") is None
+    assert store.size("a.txt") is None
+    with pytest.raises(
+        StorageError, match=r"^can't delete oci://bucket/deep/a\.txt: Streaming can't"
+    ):
+        store.delete("a.txt")
+    monkeypatch.delattr(Uploader, "list_objects")
+    monkeypatch.setattr(LocalUploader, "list_objects", CloudUploader.list_objects)
+    assert not open_store("oci://bucket/deep").can_list
+    with pytest.raises(StorageError, match=r"no storage is known as 'ftp'; did you mean 'sftp'\?"):
+        open_store("ftp://host/x").read_text("a")
 
 
 @pytest.fixture

@@ -30,17 +30,17 @@ from alignclip.storage.whole import (
     check_folder_writable,
     leaving_nothing,
     to_disk,
-    why_not_written,
     write_text_whole,
     write_whole,
 )
-from alignclip.storage.words import StorageError, describe_storage_error
+from alignclip.storage.words import StorageError, cannot, describe_storage_error, why_not_written
 
 __all__ = [
     "PATIENCE",
     "TRAINING_PATIENCE",
     "StorageError",
     "Store",
+    "cannot",
     "check_folder_writable",
     "describe_storage_error",
     "expect_plain_s3",

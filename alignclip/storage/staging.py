@@ -14,7 +14,6 @@ The protocol, by which a run that was killed goes on and nobody reads half a set
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +22,7 @@ from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from alignclip.errors import UserError
 from alignclip.storage.clouds import open_store
@@ -32,7 +31,7 @@ from alignclip.storage.patience import patiently
 from alignclip.storage.store import Store
 from alignclip.storage.trouble import is_passing
 from alignclip.storage.whole import to_disk
-from alignclip.storage.words import StorageError
+from alignclip.storage.words import StorageError, cannot
 
 INDEX = "index.json"
 COUNTS = "counts.json"  # in each sub-folder, beside its index
@@ -47,13 +46,11 @@ def list_remote(url: str) -> set[str]:
     Raises:
         UserError: the URL cannot be reached, or Streaming cannot list that kind of storage.
     """
-    try:
+    with cannot(f"reach {url}"):
         store = open_store(url)
         if not store.can_list:
             raise UserError(f"Streaming cannot list {url}; name the files")
         return store.names()
-    except StorageError as error:
-        raise UserError(f"cannot reach {url}: {error.why}") from error
 
 
 def shown(listing: Iterable[str]) -> set[str]:
@@ -79,12 +76,24 @@ class OutputFolder:
         if self.is_remote:
             yield
             return
+        from filelock import FileLock, Timeout
+
         lock = Path(self.out, LOCK)
-        with _lock(lock):
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
+        with cannot(f"write to {self.out}"):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            lock.touch()
+        held = FileLock(lock, timeout=0)
+        try:
+            held.acquire()
+        except Timeout:
+            raise UserError(f"another conversion into {self.out} is running") from None
+        except (OSError, NotImplementedError):
+            pass  # a file system without locks
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            held.release()
 
     def clear(self, names: Iterable[str], *files: str) -> None:
         """Remove these sub-folders of a local ``out`` and of its held-out split, and these files."""
@@ -124,11 +133,8 @@ class OutputFolder:
             UserError: ``out`` cannot be reached.
         """
         if self.is_remote:
-            try:
-                listable = self.files.can_list
-            except StorageError as error:
-                raise UserError(f"cannot reach {self.out}: {error.why}") from error
-            return list_remote(self.out) if listable else set()
+            with cannot(f"reach {self.out}"):
+                return self.files.names() if self.files.can_list else set()
         root = Path(self.out)
         paths = chain.from_iterable(root.glob(depth) for depth in ("*", "*/*", "*/*/*"))
         names = {path.relative_to(root).as_posix() for path in paths if path.is_file()}
@@ -140,10 +146,8 @@ class OutputFolder:
         Raises:
             UserError: ``out`` cannot be written to.
         """
-        try:
+        with cannot(f"write to {self.out}"):
             self.files.check_writable()
-        except StorageError as error:
-            raise UserError(f"cannot write to {self.out}: {error.why}") from error
 
     @contextmanager
     def staged(self, name: str = "", replace: bool = True) -> Iterator[Path]:
@@ -167,23 +171,19 @@ class OutputFolder:
     def _new_folder(self, name: str) -> tempfile.TemporaryDirectory[str]:
         if self.is_remote:
             return tempfile.TemporaryDirectory(prefix=TEMPORARY)
-        try:
+        with cannot(f"write to {self.out}"):
             Path(self.out).mkdir(parents=True, exist_ok=True)
             prefix = f"{PARTIAL}{name.replace('/', '-')}-"
             return tempfile.TemporaryDirectory(
                 prefix=prefix, dir=self.out, ignore_cleanup_errors=True
             )
-        except OSError as error:
-            raise UserError(f"cannot write to {self.out}: {error.strerror}") from None
 
     def _upload(self, folder: Path, target: Store, replace: bool) -> None:
-        try:
+        with cannot(f"write to {target.place}"):
             if replace:
                 patiently(lambda: _remove_ours(target), self.out)
             for file in _in_order(folder):
                 patiently(lambda file=file: target.put(folder / file, file), self.out)  # type: ignore[misc]
-        except StorageError as error:
-            raise UserError(f"cannot write to {target.place}: {error.why}") from error
 
     def _move(self, folder: Path, target: Store, replace: bool) -> None:
         for path in folder.iterdir():
@@ -211,44 +211,14 @@ class OutputFolder:
         """
 
         def fetch(name: str) -> Any:
-            try:
+            with cannot(f"read {self.files.at(name)}"):
                 content = patiently(lambda: self.files.read_bytes(name), self.out)
-            except StorageError as error:
-                raise UserError(f"cannot read {self.files.at(name)}: {error.why}") from error
             return _parse(content, broken)
 
         if not self.is_remote:
             return [_parse(Path(self.out, name).read_bytes(), broken) for name in names]
         with ThreadPoolExecutor(16) as pool:
             return list(pool.map(fetch, names))
-
-
-def _lock(lock: Path) -> IO[bytes]:
-    """Create and lock a file, which the caller closes.
-
-    Raises:
-        UserError: another process has it, or the file can't be written.
-    """
-    import fcntl
-
-    while True:
-        try:
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            file = lock.open("wb")
-        except OSError as error:
-            raise UserError(f"cannot write to {lock.parent}: {error.strerror}") from None
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-                return file
-        except BlockingIOError:
-            file.close()
-            raise UserError(f"another conversion into {lock.parent} is running") from None
-        except FileNotFoundError:  # a process that was about to end has removed the file in between
-            pass
-        except OSError:  # a file system without locks
-            return file
-        file.close()
 
 
 def _parse(content: bytes, broken: bool) -> Any:

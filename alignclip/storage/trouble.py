@@ -11,6 +11,7 @@ import re
 import socket
 import ssl
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Any, Literal
 from urllib.error import URLError
@@ -110,6 +111,31 @@ def chain(error: BaseException) -> Iterator[BaseException]:
             ahead.append(one.__cause__ or one.__context__)
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a store has said, found in an error and its causes.
+
+    Attributes:
+        codes: the store's own words for what is wrong.
+        statuses: of HTTP, the outermost error's first.
+        names: of the errors' classes, base classes included.
+    """
+
+    codes: frozenset[str]
+    statuses: tuple[int, ...]
+    names: frozenset[str]
+
+
+def answer_in(error: BaseException) -> Answer:
+    """Find the store's answer in an error and its causes."""
+    errors = list(chain(error))
+    return Answer(
+        frozenset(code for one in errors if (code := code_of(one))),
+        tuple(status for one in errors if (status := status_of(one)) is not None),
+        frozenset(kind.__name__ for one in errors for kind in type(one).__mro__),
+    )
+
+
 def is_passing(error: BaseException) -> bool:
     """Tell whether the same request may succeed later, though nobody does anything.
 
@@ -119,32 +145,25 @@ def is_passing(error: BaseException) -> bool:
     """
     if not isinstance(error, Exception):  # Ctrl-C, which Python links to what it interrupted
         return False
-    errors = list(chain(error))
-    if any(_is_for_good(one) for one in errors):
+    errors, said = list(chain(error)), answer_in(error)
+    if said.codes & FULL or any(map(_is_for_good, errors)):
         return False
-    for one in errors:
-        code, status = code_of(one), status_of(one)
-        if code in FULL:
-            return False
-        if code in BUSY:
-            return True
-        if status is not None:
-            # not 501, a store without the feature, nor 507, a full one
-            return status in PASSING_STATUSES
-    return not any(map(code_of, errors)) and any(map(_is_no_answer, errors))
+    if said.codes & BUSY:
+        return True
+    if said.statuses:
+        # not 501, a store without the feature, nor 507, a full one
+        return said.statuses[0] in PASSING_STATUSES
+    return not said.codes and any(map(_is_no_answer, errors))
 
 
 def is_absent(error: BaseException) -> bool:
     """Tell whether the store says that there is no such object; a missing bucket is none."""
-    for one in chain(error):
-        code = code_of(one)
-        if code in NO_BUCKET | DENIED:
-            return False
-        if code in ABSENT:
-            return True
-        if (status := status_of(one)) is not None:
-            return status == 404
-    return bool(class_names(error) & ABSENT)
+    said = answer_in(error)
+    if said.codes & (NO_BUCKET | DENIED):
+        return False
+    if said.codes & ABSENT:
+        return True
+    return said.statuses[0] == 404 if said.statuses else bool(said.names & ABSENT)
 
 
 def is_denied(error: BaseException) -> bool:
@@ -152,23 +171,16 @@ def is_denied(error: BaseException) -> bool:
 
     A store refuses an absent object, too, to a key that can't list.
     """
-    for one in chain(error):
-        code = code_of(one)
-        if code in DENIED:
-            return True
-        if code and not code.isdecimal():
-            return False
-        if (status := status_of(one)) is not None:
-            return status == 403
-    return False
+    said = answer_in(error)
+    words = {code for code in said.codes if not code.isdecimal()}
+    return bool(words & DENIED) or (not words and said.statuses[:1] == (403,))
 
 
 def is_full(error: BaseException) -> bool:
     """Tell whether there is no room: in a bucket's quota, on a disk, in a file system's quota."""
-    return any(
-        getattr(one, "errno", None) in FULL_ERRORS or code_of(one) in FULL or status_of(one) == 507
-        for one in chain(error)
-    )
+    said = answer_in(error)
+    no_room = any(getattr(one, "errno", None) in FULL_ERRORS for one in chain(error))
+    return no_room or bool(said.codes & FULL) or 507 in said.statuses
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -223,11 +235,6 @@ def right_of(error: BaseException) -> Right | None:
             if request.startswith(begins):
                 return right
     return None
-
-
-def class_names(error: BaseException) -> set[str]:
-    """Give the names of the classes of an error and of its causes."""
-    return {kind.__name__ for one in chain(error) for kind in type(one).__mro__}
 
 
 def _is_for_good(error: BaseException) -> bool:

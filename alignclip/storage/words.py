@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import HTTPError
 
@@ -65,6 +67,22 @@ class StorageError(UserError):
         return f"can't {self.right} {self.place}: {self.why}"
 
 
+@contextmanager
+def cannot(what: str) -> Iterator[None]:
+    """Turn an error of storage in the block into "cannot WHAT: why".
+
+    Args:
+        what: "write to s3://bucket", "reach s3://bucket".
+
+    Raises:
+        UserError: in one line. Its cause is the error that came.
+    """
+    try:
+        yield
+    except (StorageError, OSError) as error:
+        raise UserError(f"cannot {what}: {describe_storage_error(error)}") from error
+
+
 def describe_storage_error(error: BaseException, right: Right | None = None) -> str:
     """Say in one line why storage refused, which right is missing, and what to do if that is clear.
 
@@ -76,19 +94,17 @@ def describe_storage_error(error: BaseException, right: Right | None = None) -> 
         return error.why
     if isinstance(error, HTTPError):  # a web server's, which knows neither keys nor rights
         return "access denied; check the credentials" if error.code == 403 else one_line(error)
-    errors = list(trouble.chain(error))
-    statuses = {status for one in errors if (status := trouble.status_of(one)) is not None}
-    codes = {code for one in errors if (code := trouble.code_of(one))}
-    names = trouble.class_names(error)
+    errors, answer = list(trouble.chain(error)), trouble.answer_in(error)
     text = " ".join(map(one_line, errors))
-    said = codes | names | {str(status) for status in statuses}
+    said = answer.codes | answer.names | {str(status) for status in answer.statuses}
     said |= {word for word in ("GCS_SECRET", "NoSuchBucket") if word in text}
     for words, sentence in SENTENCES:
         if words & said:
             return sentence
     if trouble.is_full(error):
         return _full(errors)
-    if busy := codes & trouble.BUSY or {str(one) for one in statuses & trouble.PASSING_STATUSES}:
+    passing = trouble.PASSING_STATUSES.intersection(answer.statuses)
+    if busy := answer.codes & trouble.BUSY or {str(status) for status in passing}:
         return f"the store is busy or in trouble ({min(busy)}); try again later"
     if _is_about_checksums(said, text):
         return (
@@ -97,7 +113,7 @@ def describe_storage_error(error: BaseException, right: Right | None = None) -> 
         )
     if trouble.is_denied(error) or "Forbidden" in text:
         return _denied(trouble.right_of(error) or right)
-    if names & {"EndpointConnectionError", "ConnectTimeoutError"}:
+    if answer.names & {"EndpointConnectionError", "ConnectTimeoutError"}:
         return f"can't connect: {one_line(error)} (S3_ENDPOINT_URL?)"
     if isinstance(error, OSError) and error.strerror and trouble.status_of(error) is None:
         return error.strerror
@@ -149,7 +165,7 @@ def _denied(right: Right | None) -> str:
     return f"access denied: the key may not {right} ({name}); check the credentials"
 
 
-def _is_about_checksums(said: set[str], text: str) -> bool:
+def _is_about_checksums(said: frozenset[str], text: str) -> bool:
     """Tell whether a store stumbles over the checksums and chunked bodies of newer boto3."""
     if os.environ.get(CHECKSUMS, "").lower() == "when_required":
         return False

@@ -1,34 +1,36 @@
-"""Where a trained model lies: a path, a URL of an object store or a Hugging Face id → a file on this machine.
+"""Find where a trained model lies: a path, a URL or a Hugging Face id → a file on this machine.
 
-What says how large the model is (``config.yaml``, ``open_clip_config.json`` or ``config.json``) lies beside the file
-afterwards, and so does its model card.
+The file that says how large the model is (``config.yaml``, ``open_clip_config.json`` or
+``config.json``) lies beside the file afterwards, and so does its model card.
 """
 
 from __future__ import annotations
 
 import re
+from itertools import chain
 from pathlib import Path
 
 from alignclip.errors import UserError, check_place, few, nearest, one_line
 from alignclip.near import did_you_mean
+from alignclip.paths import LOCAL_DIR
 from alignclip.storage import StorageError, is_absent, is_denied, open_file, open_store
 
 RUN_CONFIG = "config.yaml"
 EXPORT_CONFIG = "open_clip_config.json"
-EXPORT_WEIGHTS = (
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.bin",
-)  # the first that is there
+# the first one that is there holds the weights
+EXPORT_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 HF_CONFIG, HF_PREPROCESSOR = "config.json", "preprocessor_config.json"
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-HF_PARTS = tuple(
-    f"{name}.index.json" for name in HF_WEIGHTS
-)  # lists the files of a model that is in several
+# lists the files of a model that is in several
+HF_PARTS = tuple(f"{name}.index.json" for name in HF_WEIGHTS)
+# an export's configuration → the files that its weights can be in
+EXPORTS = {EXPORT_CONFIG: EXPORT_WEIGHTS, HF_CONFIG: HF_WEIGHTS}
 CARD = "README.md"  # a model card: the licence is in it
-UNUSED = "release_unused.safetensors"  # what an authors' file holds and no model uses, kept for the way back
+# what an authors' file holds and no model uses, kept for the way back
+UNUSED = "release_unused.safetensors"
 BESIDE = (RUN_CONFIG, EXPORT_CONFIG, HF_CONFIG, HF_PREPROCESSOR, CARD, UNUSED)
 LATEST = "latest-rank0.pt"
-# A checkpoint of a run by its name alone, RUN/best or RUN/ep1-ba100: the file's name goes on with this
+# A checkpoint of a run by its name alone, RUN/best or RUN/ep1-ba100: the file's name ends with this
 BY_NAME = "-rank0.pt"
 NAMES = re.compile(r"best|latest|ep\d+-ba\d+")
 WEIGHT_FILES = {".pt", ".pth", ".bin", ".safetensors"}
@@ -45,20 +47,17 @@ NO_WEIGHTS = {
     ".jpg",
     ".log",
 }
-_OUTER_SLASHES = {
-    True: 1,
-    False: 2,
-}  # of hf-hub:ORG/NAME and s3://bucket: what lies deeper can be a file
 KEEP_BEST = " (best needs keep_best in the run)"
 HUB_TIMEOUT = 10.0  # seconds, for a first answer
 
 
 def fetch(place: str, downloads: Path) -> Path:
-    """The local file with the weights that a person means by ``place``.
+    """Find or download the file with the weights that a person means by ``place``.
 
     Args:
-        place: see :func:`alignclip.weights.load.load`.
-        downloads: an empty folder for what comes from an object store. The Hub has a cache of its own.
+        place: see :func:`alignclip.load`.
+        downloads: an empty folder for what comes from an object store. The Hub has a cache of its
+            own.
 
     Raises:
         UserError: there is no such thing, or it can't be reached.
@@ -66,44 +65,42 @@ def fetch(place: str, downloads: Path) -> Path:
     check_place("path", place)
     if why := why_no_weights(place):
         raise UserError(why)
-    if place.startswith("hf-hub:"):
+    if _is_on_hub(place):
         return _from_hub(place)
     if "://" in place:
         return _from_store(place.rstrip("/"), downloads)
     try:
         return find_on_disk(place)
-    except (OSError, ValueError) as error:  # no permission, or no name that there can be
+    except (OSError, ValueError) as error:  # no permission, or a name that no file can have
         why = error.strerror if isinstance(error, OSError) else one_line(error)
         raise UserError(f"can't read {place}: {why}") from None
 
 
 def why_no_weights(place: str) -> str | None:
-    """Why a file can hold no weights, told by its name alone, with the place to name instead; None where it may.
+    """Say why a file can hold no weights, by its name alone, and what to name; None where it may.
 
     Args:
         place: a path, a URL or a Hugging Face id.
     """
-    path = Path(place.removeprefix("local-dir:")).expanduser()
+    path = _local(place)
     suffix = path.suffix.lower()
-    if suffix not in NO_WEIGHTS or path.name.endswith(
-        ".index.json"
-    ):  # an index names files of weights
+    if suffix not in NO_WEIGHTS or path.name.endswith(".index.json"):  # which names weights
         return None
-    is_file = (
-        place.count("/") > _OUTER_SLASHES[place.startswith("hf-hub:")]
-        if _is_far(place)
-        else path.is_file()
-    )
-    return (
-        f"{place} is no checkpoint, but a {suffix} file{folder_meant(place)}" if is_file else None
-    )
+    if _is_on_hub(place):
+        is_file = place.count("/") > 1  # hf-hub:ORG/NAME/FILE
+    elif "://" in place:
+        is_file = place.count("/") > 2  # s3://bucket/FILE
+    else:
+        is_file = path.is_file()
+    no_weights = f"{place} is no checkpoint, but a {suffix} file"
+    return f"{no_weights}{folder_meant(place)}" if is_file else None
 
 
 def folder_meant(place: str) -> str:
-    """The end of the sentence that a file holds no weights: its folder, unless nothing can be loaded from that."""
-    if _is_far(place):
+    """Offer the folder of a file without weights, unless nothing can be loaded from the folder."""
+    if "://" in place or _is_on_hub(place):
         return f"; did you mean its folder, '{place.rpartition('/')[0]}'?"
-    folder = Path(place.removeprefix("local-dir:")).parent
+    folder = Path(place.removeprefix(LOCAL_DIR)).parent
     try:
         find_on_disk(str(folder))
     except (UserError, OSError):
@@ -111,58 +108,49 @@ def folder_meant(place: str) -> str:
     return f"; did you mean its folder, '{folder}'?"
 
 
-def _is_far(place: str) -> bool:
-    """Whether a place is on another machine: an object store's or the Hub's."""
-    return "://" in place or place.startswith("hf-hub:")
-
-
 def find_beside(file: Path, name: str) -> Path | None:
-    """A file beside one of weights, or beside what a link to it points at."""
-    return next(
-        (p for p in (file.parent / name, file.resolve().parent / name) if p.is_file()), None
-    )
+    """Find a file beside one of weights, or beside the file that a link to weights points at."""
+    places = (file.parent / name, file.resolve().parent / name)
+    return next((path for path in places if path.is_file()), None)
 
 
 def card_beside(place: str) -> str | None:
-    """The text of the model card beside a file of weights, a path or a URL, or beside what a link to it points at.
+    """Read the model card beside a file of weights, a path or a URL; None where there is none.
 
     Raises:
         UserError: the object store can't be reached.
     """
     if "://" not in place:
-        found = find_beside(Path(place).expanduser(), CARD)
+        found = find_beside(_local(place), CARD)
         return found.read_text(encoding="utf-8", errors="replace") if found else None
     store, _ = open_file(place)
     try:
         card = store.read_optional(CARD)
     except StorageError as error:
-        if is_unreachable(error):  # Composer knows schemes that Streaming doesn't
+        if _is_about_kind(error):  # Composer knows schemes that Streaming doesn't
             return None
         raise
     return None if card is None else card.decode("utf-8", errors="replace")
 
 
-def is_unreachable(error: StorageError) -> bool:
-    """Whether it is about a kind of storage: its scheme is unknown, or its library isn't installed."""
-    return isinstance(error.__cause__, (ValueError, ImportError))
-
-
 def find_on_disk(place: str) -> Path:
-    """The file itself, a folder's export, a run's latest checkpoint, or one of a run by its name (``RUN/best``)."""
-    path = Path(place.removeprefix("local-dir:")).expanduser()
-    for config, names in ((EXPORT_CONFIG, EXPORT_WEIGHTS), (HF_CONFIG, HF_WEIGHTS + HF_PARTS)):
-        if path.is_dir() and (path / config).is_file():
-            found = [path / name for name in names if (path / name).is_file()]
-            if not found:
-                whole = [name for name in names if name not in HF_PARTS]
-                raise UserError(f"{place} has a file {config}, but no {' or '.join(whole)}")
-            return found[0]
+    """Find a file: the file itself, a folder's export, a run's latest checkpoint, or RUN/best.
+
+    Raises:
+        UserError: there is no such file; with what may have been meant.
+    """
+    path = _local(place)
+    for config, names in EXPORTS.items():
+        if (path / config).is_file():
+            known = (*names, *HF_PARTS) if config == HF_CONFIG else names
+            if found := [path / name for name in known if (path / name).is_file()]:
+                return found[0]
+            raise UserError(f"{place} has a file {config}, but no {' or '.join(names)}")
     is_folder = path.is_dir() and not (path / ".metadata").is_file()
     if is_folder:
         path /= LATEST
-    if not is_folder and path.name and not _is_there(path):
-        by_name = path.with_name(path.name + BY_NAME)
-        path = by_name if _is_there(by_name) else path
+    elif path.name and not _is_there(path) and _is_there(by_name := _named(path)):
+        path = by_name
     pointer = _pointer(path)
     if not path.exists() and pointer.is_file():
         path = path.with_name(_target(pointer, str(pointer)).rpartition("/")[2])
@@ -174,57 +162,74 @@ def find_on_disk(place: str) -> Path:
         return path
     if path.is_symlink():
         raise UserError(f"{path} points to {path.readlink()}, which is not there")
-    beside = sorted(p.name for p in path.parent.glob("*") if p.suffix in WEIGHT_FILES)
+    beside = sorted(file.name for file in path.parent.glob("*") if file.suffix in WEIGHT_FILES)
     if is_folder:
-        below = sorted(str(p.parent) for p in path.parent.glob(f"*/{LATEST}"))
+        below = sorted(str(file.parent) for file in path.parent.glob(f"*/{LATEST}"))
         hint = f"did you mean '{below[0]}'?" if below else f"its weights: {few(beside) or 'none'}"
         raise UserError(
             f"the folder {place} has neither a {LATEST} nor an export's {EXPORT_CONFIG}; {hint}"
         )
+    raise UserError(_why_not_there(place, path, beside))
+
+
+def _why_not_there(place: str, path: Path, beside: list[str]) -> str:
+    """Say what may have been meant by a file that isn't there.
+
+    Args:
+        place: as it was given.
+        path: where it would lie.
+        beside: the names of the files of weights there.
+    """
     if NAMES.fullmatch(place):
-        runs = (
-            run
-            for folders in ("*", "*/*")
-            for run in sorted(Path().glob(f"{folders}/{place}{BY_NAME}"))
-        )
-        if (run := next(runs, None)) is not None:
-            raise UserError(
-                f"no {place}{BY_NAME} in this folder; did you mean '{run.parent / place}'?"
-            )
+        below = (sorted(Path().glob(f"{depth}/{place}{BY_NAME}")) for depth in ("*", "*/*"))
+        if run := next(chain.from_iterable(below), None):
+            return f"no {place}{BY_NAME} in this folder; did you mean '{run.parent / place}'?"
     if not path.suffix:
         beside = [name.removesuffix(BY_NAME) for name in beside]
-    best = KEEP_BEST if beside and path.name in ("best", f"best{BY_NAME}") else ""
+    missing = f"no such file: {place}"
+    if beside and path.name in ("best", f"best{BY_NAME}"):
+        missing += KEEP_BEST
     if (hint := nearest(path.name, beside)).startswith("did"):
-        raise UserError(f"no such file: {place}{best}; {hint}")
-    for meant in (path, path.with_name(path.name + BY_NAME)):
+        return f"{missing}; {hint}"
+    for meant in (path, _named(path)):
         if near := did_you_mean(meant, _could_hold_weights):
-            raise UserError(f"no such file: {place}{best}{near}")
-    if (
-        re.fullmatch(r"[\w-]+/[\w.-]+", place)
-        and not path.parent.is_dir()
-        and path.suffix not in WEIGHT_FILES
-    ):
-        raise UserError(f"no such file: {place}; did you mean 'hf-hub:{place}'?")
-    raise UserError(f"no such file: {place}{best}; {hint if beside else 'no weights lie there'}")
+            return missing + near
+    looks_like_id = re.fullmatch(r"[\w-]+/[\w.-]+", place) and path.suffix not in WEIGHT_FILES
+    if looks_like_id and not path.parent.is_dir():
+        return f"no such file: {place}; did you mean 'hf-hub:{place}'?"
+    return f"{missing}; {hint if beside else 'no weights lie there'}"
+
+
+def _local(place: str) -> Path:
+    return Path(place.removeprefix(LOCAL_DIR)).expanduser()
+
+
+def _is_on_hub(place: str) -> bool:
+    return place.startswith("hf-hub:")
+
+
+def _named(path: Path) -> Path:
+    """Give the file of a checkpoint that is named without the end of its name."""
+    return path.with_name(path.name + BY_NAME)
 
 
 def _could_hold_weights(path: Path) -> bool:
-    """Whether a path is a folder, a file of weights or a link to one, or a checkpoint by its name."""
+    """Tell whether a path is a folder, a file of weights or a link to one, or RUN/best."""
     return path.is_dir() or (path.suffix in WEIGHT_FILES and _is_there(path))
 
 
 def _is_there(path: Path) -> bool:
-    """Whether there is such a file or folder, if only as a link or as a bucket's link."""
+    """Tell whether there is such a file or folder, if only as a link or as a bucket's link."""
     return path.is_symlink() or path.exists() or _pointer(path).is_file()
 
 
 def _pointer(path: Path) -> Path:
-    """A bucket's way to write a link, in a folder that was copied from one."""
+    """Name a bucket's way to write a link, in a folder that was copied from a bucket."""
     return path.with_name(f"{path.name}.symlink")
 
 
 def _target(link: Path, place: str) -> str:
-    """The key that is in a bucket's link.
+    """Read the key in a bucket's link.
 
     Raises:
         UserError: there is none.
@@ -235,66 +240,83 @@ def _target(link: Path, place: str) -> str:
     return key
 
 
-def _from_store(url: str, downloads: Path) -> Path:
+def _is_about_kind(error: StorageError) -> bool:
+    """Tell whether a scheme is unknown, or its library isn't installed."""
+    return isinstance(error.__cause__, (ValueError, ImportError))
+
+
+class _Downloads:
+    """Download files of the store that a URL names into a folder, where they are there.
+
+    Attributes:
+        why: the last refusal: the file may not be read, or isn't there and the key may not list.
+    """
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self.url, self.folder = url, folder
+        self.root = "/".join(url.split("/")[:3])
+        self.store = open_store(self.root)
+        self.why: str | None = None
+
+    def get(self, remote: str, name: str) -> bool:
+        """Download ``remote`` as ``name``; tell whether it is there.
+
+        Raises:
+            StorageError: the store can't be reached.
+        """
+        try:
+            self.store.download(remote.removeprefix(f"{self.root}/"), self.folder / name)
+        except StorageError as error:
+            if _is_about_kind(error):  # this is about the place that was named, not about a file
+                raise StorageError(error.right, self.url, error.why) from error.__cause__
+            if is_denied(error):
+                self.why = error.why
+            elif not is_absent(error):
+                raise
+            return False
+        return True
+
+
+def _from_store(url: str, folder: Path) -> Path:
     """Download what a URL means, and the configuration beside it.
 
     Raises:
         UserError: there is no such thing, or it can't be reached.
     """
-    root = "/".join(url.split("/")[:3])
-    store = open_store(root)
-    refusals = []  # of what is there and may not be read, or isn't there and the key may not list
-
-    def get(remote: str, name: str) -> bool:
-        try:
-            store.download(remote.removeprefix(f"{root}/"), downloads / name)
-        except StorageError as error:
-            if is_unreachable(
-                error
-            ):  # whichever file was asked for first, this is about the place that was named
-                raise StorageError(error.right, url, error.why) from error.__cause__
-            if not is_absent(error) and not is_denied(error):
-                raise
-            refusals.extend([error.why] if is_denied(error) else [])
-            return False
-        return True
-
-    parent, _, name = url.rpartition("/") if Path(url).suffix in WEIGHT_FILES else (url, "", "")
+    downloads = _Downloads(url, folder)
     above, _, short = url.rpartition("/")
     by_name = short + BY_NAME
+    parent, name = (above, short) if Path(url).suffix in WEIGHT_FILES else (url, "")
     if NAMES.fullmatch(short) and any(
-        get(f"{above}/{found}", found) for found in (by_name, f"{by_name}.symlink")
+        downloads.get(f"{above}/{found}", found) for found in (by_name, f"{by_name}.symlink")
     ):
         parent, name = above, by_name
-    beside = {config for config in BESIDE if get(f"{parent}/{config}", config)}
-    known = EXPORT_WEIGHTS if EXPORT_CONFIG in beside else HF_WEIGHTS if HF_CONFIG in beside else ()
+    beside = [config for config in BESIDE if downloads.get(f"{parent}/{config}", config)]
+    known = next((EXPORTS[config] for config in EXPORTS if config in beside), ())
     names = [name] if name else [*known, LATEST]
     for name in names:
-        if (downloads / name).is_file() or get(f"{parent}/{name}", name):
-            return downloads / name
-        if get(
-            f"{parent}/{name}.symlink", "symlink"
-        ):  # Composer's link in a bucket: an object with the key
-            key = _target(downloads / "symlink", f"{parent}/{name}.symlink")
-            target = f"{root}/{key}"
-            if get(target, name):
-                return downloads / name
-            why = (
-                f": {refusals[-1]}"
-                if refusals
-                else ", which is not there, or is a sharded checkpoint"
-            )
+        if (folder / name).is_file() or downloads.get(f"{parent}/{name}", name):
+            return folder / name
+        # Composer's link in a bucket: an object with the key
+        link = f"{parent}/{name}.symlink"
+        if downloads.get(link, "symlink"):
+            target = f"{downloads.root}/{_target(folder / 'symlink', link)}"
+            if downloads.get(target, name):
+                return folder / name
+            gone = ", which is not there, or is a sharded checkpoint"
+            why = f": {downloads.why}" if downloads.why else gone
             raise UserError(f"{parent}/{name} points to {target}{why}")
     also = f", and no {by_name} at {above}" if NAMES.fullmatch(short) else ""
-    why = f": {refusals[-1]}" if refusals else "; check the bucket and the path"
+    why = f": {downloads.why}" if downloads.why else "; check the bucket and the path"
     why += KEEP_BEST if short in ("best", f"best{BY_NAME}") else ""
     raise UserError(f"no {' or '.join(names)} at {parent}{also}{why}")
 
 
 def _from_hub(place: str) -> Path:
-    """The cached copy of ``hf-hub:ORG/NAME`` (an export, or its one file of weights) or ``hf-hub:ORG/NAME/FILE``.
+    """Give the cached copy of ``hf-hub:ORG/NAME`` (its one model) or ``hf-hub:ORG/NAME/FILE``.
 
-    What is there is asked for first, once: a download would try for minutes to reach a Hub that doesn't answer.
+    The list of files is asked for first, once: a download would try for minutes to reach a Hub that
+    doesn't answer.
     """
     import huggingface_hub as hub
     from huggingface_hub import errors
@@ -316,54 +338,45 @@ def _from_hub(place: str) -> Path:
         file = file or _choose(place, files)
         if file not in files:
             weights = [known for known in files if Path(known).suffix in WEIGHT_FILES]
-            raise UserError(
-                f"{place} is not {'in the local cache' if cached else 'there'}; {nearest(file, weights)}"
-            )
+            where = "in the local cache" if cached else "there"
+            raise UserError(f"{place} is not {where}; {nearest(file, weights)}")
         if cached is not None:
             return cached / file
-        for config in BESIDE:
-            beside = Path(file).with_name(config).as_posix()
-            if beside in files:
-                hub.hf_hub_download(repository, beside, etag_timeout=HUB_TIMEOUT)
-        return Path(hub.hf_hub_download(repository, file, etag_timeout=HUB_TIMEOUT))
+        beside = {Path(file).with_name(config).as_posix() for config in BESIDE}
+        for needed in [*beside.intersection(files), file]:
+            path = hub.hf_hub_download(repository, needed, etag_timeout=HUB_TIMEOUT)
+        return Path(path)
     except errors.GatedRepoError:
-        raise UserError(
-            f"{place}: access has to be asked for at huggingface.co/{repository}"
-        ) from None
+        why = f": access has to be asked for at huggingface.co/{repository}"
     except errors.RepositoryNotFoundError:
-        raise UserError(f"{place}: no such repository, or a private one (set HF_TOKEN)") from None
+        why = ": no such repository, or a private one (set HF_TOKEN)"
     except errors.LocalEntryNotFoundError:
-        raise UserError(
-            f"{place} is not in the local cache, and huggingface.co can't be reached"
-        ) from None
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # requests' exceptions are OSErrors; an impossible name is a ValueError
-        raise UserError(f"{place}: {one_line(error)}") from None
+        why = " is not in the local cache, and huggingface.co can't be reached"
+    # requests' exceptions are OSErrors; an impossible name is a ValueError
+    except (OSError, ValueError) as error:
+        why = f": {one_line(error)}"
+    raise UserError(f"{place}{why}")
 
 
 def _choose(place: str, files: list[str]) -> str:
-    """The file of weights among those of a repository that holds one model.
+    """Choose the file of weights among the files of a repository that holds one model.
 
     Raises:
         UserError: there are none, or several of which a person has to choose.
     """
     weights = [file for file in files if Path(file).suffix in WEIGHT_FILES]
-    export = [
-        file
-        for config, names in ((EXPORT_CONFIG, EXPORT_WEIGHTS), (HF_CONFIG, HF_WEIGHTS))
-        for file in names
-        if file in weights and config in files
-    ]
+    exported = (file for config in EXPORTS if config in files for file in EXPORTS[config])
+    if found := next((file for file in exported if file in weights), None):
+        return found
     if not weights:
         raise UserError(f"{place}: no weights there")
-    if not export and any(file in HF_PARTS for file in files):
+    if any(file in HF_PARTS for file in files):
         raise UserError(
-            f"{place} is in several files; download the repository, and name the folder that it is in"
+            f"{place} is in several files; download the repository, and name the folder that it is "
+            "in"
         )
-    if not export and len(weights) > 1:
+    if len(weights) > 1:
         raise UserError(
             f"{place} has several models: {few(weights)}; name one, e.g. {place}/{weights[0]}"
         )
-    return (export or weights)[0]
+    return weights[0]

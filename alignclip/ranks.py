@@ -1,6 +1,6 @@
 """The ranks of a run: who they are, and every way in which they wait for one another.
 
-All functions but the first three are collective: call them on every rank, in the same order.
+All functions but the first four are collective: call them on every rank, in the same order.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ def rank(group: dist.ProcessGroup | None = None) -> int:
 def local_rank() -> int:
     """Return this process's number on its machine."""
     return int(os.environ.get("LOCAL_RANK", 0)) if world_size() > 1 else 0
+
+
+def local_world_size() -> int:
+    """Return the number of ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size() > 1 else 1
 
 
 def gather(share: Tensor) -> Tensor:

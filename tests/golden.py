@@ -21,7 +21,7 @@ from composer.loggers import Logger
 from composer.utils import get_device
 
 from alignclip.config.reading import load
-from alignclip.training.pretraining import build_trainer
+from alignclip.training.build import build_trainer
 from alignclip.training.save_folder import SaveFolder
 
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch.distributed.tensor import DTensor
 
-from alignclip.training import command, pretraining
+from alignclip.training import build, command
 
 
 class Recorder(Callback):
@@ -68,8 +68,8 @@ class Recorder(Callback):
 def main(arguments: list[str]) -> int:
     folder = Path(arguments[0])
     folder.mkdir(parents=True, exist_ok=True)
-    build_callbacks = pretraining.build_callbacks
-    pretraining.build_callbacks = lambda config, save: [
+    build_callbacks = build.build_callbacks
+    build.build_callbacks = lambda config, save: [
         *build_callbacks(config, save),
         Recorder(folder),
     ]

@@ -10,7 +10,8 @@ from s3 import S3Server
 from alignclip.config.reading import load, to_yaml
 from alignclip.config.schema import RunConfig
 from alignclip.errors import UserError
-from alignclip.training.save_folder import SaveFolder, differences
+from alignclip.training.run_identity import identity_changes
+from alignclip.training.save_folder import SaveFolder
 from alignclip.weights.checkpoint_file import save
 
 
@@ -117,7 +118,7 @@ def test_differences_name_added_and_removed_keys() -> None:
         "algorithms": {"EMA": {"half_life": "1ba"}},
         "precision": "amp_bf16",
     }
-    found = differences(before, now)
+    found = identity_changes(before, now)
     assert "data.streams.a.remote: s3://x → s3://y" in found
     assert "algorithms.EMA.half_life: not set → 1ba" in found
     assert not [line for line in found if "local" in line or "precision" in line]
@@ -126,7 +127,7 @@ def test_differences_name_added_and_removed_keys() -> None:
 def test_a_class_without_arguments_is_a_difference() -> None:
     before = {"algorithms": {"GradientClipping": {"clipping_type": "norm"}}}
     now = {"algorithms": {"GradientClipping": {"clipping_type": "norm"}, "EMA": None}}
-    assert differences(before, now) == ["algorithms.EMA: not set → None"]
+    assert identity_changes(before, now) == ["algorithms.EMA: not set → None"]
 
 
 def test_a_run_of_an_older_version_goes_on(tmp_path: Path) -> None:
@@ -138,9 +139,9 @@ def test_a_run_of_an_older_version_goes_on(tmp_path: Path) -> None:
         before["optimizer"]["layer_decay"],
         before["lock_image"],
     )
-    assert differences(before, yaml.safe_load(to_yaml(now))) == []
+    assert identity_changes(before, yaml.safe_load(to_yaml(now))) == []
     before["model"]["embed_dim"] = 48
-    assert differences(before, yaml.safe_load(to_yaml(now))) == ["model.embed_dim: 48 → 32"]
+    assert identity_changes(before, yaml.safe_load(to_yaml(now))) == ["model.embed_dim: 48 → 32"]
 
 
 def test_a_missing_bucket_and_missing_credentials_are_one_line(
@@ -168,7 +169,7 @@ def test_checkpoints_without_latest_are_protected(tmp_path: Path) -> None:
 def test_a_local_set_is_the_set_and_a_cache_is_not() -> None:
     before = {"data": {"streams": {"a": {"remote": None, "local": "/1"}}}}
     now = {"data": {"streams": {"a": {"remote": None, "local": "/2"}}}}
-    assert differences(before, now) == ["data.streams.a.local: /1 → /2"]
+    assert identity_changes(before, now) == ["data.streams.a.local: /1 → /2"]
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:

@@ -79,12 +79,12 @@ FUNCTIONS = [
     Function(
         f"{UPLOADER}._upload_file_to_object_store",
         "remote_backend_name backend_kwargs remote_file_name local_file_path overwrite num_attempts",
-        "alignclip/training/uploads.py",
+        "alignclip/training/composer_patches.py",
     ),
     Function(
         "composer.utils.file_helpers.validate_credentials",
         "remote_backend remote_file_name_to_test",
-        "alignclip/training/uploads.py",
+        "alignclip/training/composer_patches.py",
     ),
     Function(f"{UPLOADER}.RemoteUploader.wait_and_close", "self", "alignclip/training/saver.py"),
     Function(f"{SAVER}._save_checkpoint", "self state logger", "alignclip/training/saver.py"),
@@ -145,7 +145,7 @@ FUNCTIONS = [
     Function(
         f"{FSDP}._get_gradient_divide_factors",
         "reduce_scatter_group all_reduce_group reduce_dtype device_type",
-        "alignclip/runtime/distributed.py",
+        "alignclip/training/composer_patches.py",
     ),
     Function(
         "torch._dynamo.backends.registry.list_backends",
@@ -161,7 +161,7 @@ FUNCTIONS = [
 ]
 
 ATTRIBUTES = [
-    Attribute("composer.Trainer", "_rng_state", "alignclip/training/pretraining.py"),
+    Attribute("composer.Trainer", "_rng_state", "alignclip/training/composer_patches.py"),
     Attribute(
         SAVER,
         "symlink_upload_tasks saved_checkpoints last_checkpoint_batch start_batch remote_uploader "
@@ -264,7 +264,7 @@ def test_attributes(contract: Attribute) -> None:
 @pytest.mark.parametrize(
     ("module", "name", "used_by"),
     [
-        ("composer.utils.remote_uploader", "validate_credentials", "alignclip/training/uploads.py"),
+        ("composer.utils.remote_uploader", "validate_credentials", PATCHES),
         ("streaming.base.dataset", "get_shm_prefix", STREAMING),
         ("streaming.base.shared.prefix", "SharedMemory", STREAMING),
         ("torch._dynamo", "list_backends", "alignclip/training/preflight.py"),

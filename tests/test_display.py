@@ -17,11 +17,10 @@ from typing import Any, TextIO, cast
 import pytest
 from composer.core import Time, Timestamp, TimeUnit
 from composer.loggers import Logger
-from composer.utils import dist
 from runs import write_config
 
 from alignclip.config.reading import load
-from alignclip.training import pretraining
+from alignclip.training.build import build_displays, total_batches
 from alignclip.training.callbacks import TrainingMonitor
 from alignclip.training.display import Console
 
@@ -186,9 +185,9 @@ def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The displays of a run on some rank, with a set of four batches."""
 
     def build(rank: int, *overrides: str) -> list[Any]:
-        monkeypatch.setattr(dist, "get_global_rank", lambda: rank)
+        monkeypatch.setattr("alignclip.training.build.rank", lambda: rank)
         config = load(write_config(tmp_path, str(tmp_path)), ["run_name=r", *overrides])
-        return list(pretraining.build_displays(config, None, cast(Any, range(4))))
+        return list(build_displays(config, None, total_batches(config, range(4))))
 
     return build
 

@@ -16,7 +16,7 @@ from models import FIXTURES
 
 import alignclip
 from alignclip.config import reading
-from alignclip.training import pretraining
+from alignclip.training.build import build_trainer
 from alignclip.training.save_folder import SaveFolder
 from alignclip.weights.export_command import Options, convert
 
@@ -81,7 +81,7 @@ def test_it_goes_on(run: Path) -> None:
     folder.check_config()
     torch.set_num_threads(1)
     try:
-        trainer = pretraining.build_trainer(config, get_device("cpu"), folder, [recorder])
+        trainer = build_trainer(config, get_device("cpu"), folder, [recorder])
         trainer.fit()
         trainer.close()
     finally:

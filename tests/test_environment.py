@@ -17,7 +17,8 @@ from alignclip.config import reading
 from alignclip.config.schema import RunConfig
 from alignclip.errors import UserError
 from alignclip.runtime.environment import Git, Start, checkout, versions
-from alignclip.training.save_folder import FIXED, FREE, SaveFolder
+from alignclip.training.run_identity import FREE_SETTINGS, IDENTITY_SECTIONS
+from alignclip.training.save_folder import SaveFolder
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -125,7 +126,7 @@ def test_every_start_is_recorded(
         capsys.readouterr().out
         == f"since the last start other versions were installed: {changes}\n"
     )
-    written = json.loads(folder._read("starts.json") or "")
+    written = json.loads(folder.files.read_text_optional("starts.json") or "")
     assert [(s["batch"], s["world_size"], s["device"]) for s in written] == [
         (0, 8, "NVIDIA H200"), (5, 2, "cpu"), (10, 2, "cpu"),
     ]  # fmt: skip
@@ -253,7 +254,7 @@ def test_what_a_run_may_change_stands_in_the_readme() -> None:
     }  # fmt: skip
     for words in named:
         assert words in may, words
-    free = set(vars(RunConfig())) - set(FIXED) - {"run_name"}
+    free = set(vars(RunConfig())) - set(IDENTITY_SECTIONS) - {"run_name"}
     assert free == set().union(*named.values())
-    for key in FREE:
+    for key in FREE_SETTINGS:
         assert key.startswith("data.") or f"`{key}`" in may, key

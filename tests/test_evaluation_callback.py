@@ -25,8 +25,8 @@ from alignclip.evaluation.encoding import Encoder
 from alignclip.evaluation.evaluator import Evaluator
 from alignclip.evaluation.history import EvaluationRecords, history_beside, records_in
 from alignclip.evaluation.sets import OpenSets
-from alignclip.training import pretraining
 from alignclip.training.best import BestCheckpoint
+from alignclip.training.build import build_trainer
 from alignclip.training.save_folder import SaveFolder
 from alignclip.weights import checkpoint_file
 from alignclip.weights.load import load_encoders, open_encoders
@@ -47,7 +47,7 @@ def train(dataset: Path, folder: Path, *overrides: str) -> tuple[Trainer, InMemo
          "loggers.InMemoryLogger={}", "model.vision_cfg.patch_dropout=0.5", "model.shared.blocks=0"),
     )  # fmt: skip
     folder = SaveFolder(config)
-    trainer = pretraining.build_trainer(config, get_device("cpu"), folder)
+    trainer = build_trainer(config, get_device("cpu"), folder)
     folder.write_config()
     trainer.fit()
     trainer.close()
@@ -228,7 +228,7 @@ def test_an_evaluation_that_fails_does_not_end_the_run(
         ["max_duration=1ep", "data.num_workers=0", "run_name=r", "scheduler.t_warmup=1ba", *evaluators,
          "loggers.InMemoryLogger={}"],
     )  # fmt: skip
-    trainer = pretraining.build_trainer(config, get_device("cpu"), SaveFolder(config))
+    trainer = build_trainer(config, get_device("cpu"), SaveFolder(config))
     shard.write_bytes(b"\xff" * shard.stat().st_size)
     trainer.fit()
     trainer.close()

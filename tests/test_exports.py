@@ -41,7 +41,7 @@ from alignclip.evaluation.encoding import Encoder
 from alignclip.evaluation.zero_shot import accuracy, build_classifier
 from alignclip.model.encoders import CLIP, build_encoders
 from alignclip.storage.clouds import S3
-from alignclip.training import pretraining
+from alignclip.training.build import build_trainer
 from alignclip.training.save_folder import SaveFolder
 from alignclip.weights.export_command import Options, convert, main
 from alignclip.weights.formats import FORMATS, hugging_face_settings
@@ -69,7 +69,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_config(folder, str(folder / "set"), str(folder / "saved")), overrides
     )
     save_folder = SaveFolder(config)
-    trainer = pretraining.build_trainer(config, get_device("cpu"), save_folder)
+    trainer = build_trainer(config, get_device("cpu"), save_folder)
     save_folder.write_config()
     trainer.fit()
     trainer.close()
@@ -273,7 +273,7 @@ def test_a_run_starts_from_the_exported_checkpoint(
         "data.num_workers=0",
     ]
     config = reading.load(write_config(tmp_path, str(run.parent / "set")), overrides)
-    trainer = pretraining.build_trainer(config, get_device("cpu"), None)
+    trainer = build_trainer(config, get_device("cpu"), None)
     trained = alignclip.load(run)[0].state_dict()
     encoders = trainer.state.model.encoders
     assert isinstance(encoders, CLIP)
@@ -931,7 +931,7 @@ def test_the_licence_of_what_a_run_started_from(
     )
     torch.save(release_of(drawn(config.model)), release)
     folder = SaveFolder(config)
-    trainer = pretraining.build_trainer(config, get_device("cpu"), folder)
+    trainer = build_trainer(config, get_device("cpu"), folder)
     folder.write_config()
     trainer.fit()
     trainer.close()
@@ -964,7 +964,7 @@ def test_the_licence_of_what_a_run_loaded(tmp_path: Path, s3: S3Server, place: s
     config = reading.load(yaml, [*overrides, f"load_path={path}", "load_weights_only=true"])
     folder = SaveFolder(config)
     folder.open()
-    pretraining.build_trainer(config, get_device("cpu"), folder).close()
+    build_trainer(config, get_device("cpu"), folder).close()
     card = (tmp_path / "saved" / "README.md").read_text()
     assert "license: cc-by-nc-nd-4.0" in card
     assert f"Started from `{path}`" in card

@@ -21,8 +21,9 @@ from s3 import S3Server
 import alignclip
 from alignclip.config.reading import load
 from alignclip.errors import NOT_SAVED, UserError, one_line_errors
-from alignclip.training import composer_patches, pretraining
-from alignclip.training.resume import choose
+from alignclip.training import composer_patches
+from alignclip.training.build import build_trainer
+from alignclip.training.resume import choose_checkpoint
 from alignclip.training.save_folder import SaveFolder
 from alignclip.weights import checkpoint_file
 from alignclip.weights.checkpoint_file import NotSavedError
@@ -64,7 +65,7 @@ def build(
     folder = SaveFolder(config)
     folder.open()
     folder.check_config()
-    trainer = pretraining.build_trainer(config, get_device("cpu"), folder)
+    trainer = build_trainer(config, get_device("cpu"), folder)
     folder.write_config()
     return folder, trainer
 
@@ -119,10 +120,10 @@ def test_a_folder_that_moves_to_where_there_are_links(
             path.name for path in (tmp_path / "runs").iterdir() if path.name.startswith("latest")
         }
         assert there == {"latest-rank0.pt" if links else "latest-rank0.pt.symlink"}
-        assert choose(folder, tmp_path / "download.pt") == f"ep0-ba{batch}-rank0.pt"
+        assert choose_checkpoint(folder, tmp_path / "download.pt") == f"ep0-ba{batch}-rank0.pt"
     (tmp_path / "runs" / "latest-rank0.pt").unlink()
     (tmp_path / "runs" / "latest-rank0.pt.symlink").write_bytes(b"\xff\0\n/../x")
-    assert choose(folder, tmp_path / "download.pt") == "ep0-ba4-rank0.pt"
+    assert choose_checkpoint(folder, tmp_path / "download.pt") == "ep0-ba4-rank0.pt"
 
 
 def _refuse(*_: object, **__: object) -> None:
@@ -267,7 +268,7 @@ def _train_on_a_full_disk(yaml: Path) -> str:
     config = load(yaml, [*FIXED, "global_train_batch_size=16"])
     with pytest.MonkeyPatch.context() as patch:
         full(patch, errno.ENOSPC, 20_000)
-        trainer = pretraining.build_trainer(config, get_device("cpu"), SaveFolder(config))
+        trainer = build_trainer(config, get_device("cpu"), SaveFolder(config))
         try:
             trainer.fit()
         except UserError as error:

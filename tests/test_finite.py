@@ -24,9 +24,9 @@ from streaming import MDSWriter
 import alignclip
 from alignclip.config.reading import load
 from alignclip.errors import NOT_FINITE, NotFiniteError, UserError
-from alignclip.training import pretraining
+from alignclip.training.build import build_trainer
 from alignclip.training.command import main
-from alignclip.training.resume import Origin
+from alignclip.training.resume import StartingPoint, check_loaded
 from alignclip.training.save_folder import SaveFolder
 
 COUNT, DIMENSION = 64, 16
@@ -90,7 +90,7 @@ def start(tmp_path: Path, *overrides: str, callbacks: tuple[Callback, ...] = ())
         write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "runs")), [*FIXED, *overrides]
     )
     folder = SaveFolder(config)
-    return pretraining.build_trainer(config, get_device("cpu"), folder, callbacks)
+    return build_trainer(config, get_device("cpu"), folder, callbacks)
 
 
 def fit(trainer: Any) -> str:
@@ -278,7 +278,7 @@ def test_the_command_ends_with_a_status_of_its_own(
     def run(config: object) -> int:
         raise NotFiniteError("batch 7: …")
 
-    monkeypatch.setattr(pretraining, "run", run)
+    monkeypatch.setattr("alignclip.training.run.run", run)
     write_embeddings(tmp_path / "set", sound)
     with pytest.raises(SystemExit) as status:
         main([str(write_config(tmp_path, str(tmp_path / "set")))])
@@ -323,7 +323,7 @@ def _check_loaded() -> str:
         torch.nn.init.constant_(model.weight, math.nan)
     trainer = cast("Trainer", SimpleNamespace(state=SimpleNamespace(model=model, optimizers=[])))
     try:
-        pretraining.check_loaded(trainer, Origin(Path("a.pt"), "runs/a.pt", goes_on=True))
+        check_loaded(trainer, StartingPoint(Path("a.pt"), "runs/a.pt", goes_on=True))
     except UserError as error:
         return str(error)
     return "goes on"

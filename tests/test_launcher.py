@@ -217,10 +217,9 @@ def test_torchrun_trains_on_two_processes(tiny: Path) -> None:
 
 WAITING = """
 import sys
-from composer.devices import DeviceCPU
 from alignclip.runtime import distributed
-distributed.TOLD_AFTER = 0.5
-distributed.join_ranks(DeviceCPU(), float(sys.argv[1]))
+distributed.SECONDS_UNTIL_TOLD = 0.5
+distributed.join_ranks("gloo", float(sys.argv[1]))
 """
 
 

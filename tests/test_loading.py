@@ -38,7 +38,7 @@ from alignclip.config import reading
 from alignclip.config.schema import ModelConfig
 from alignclip.errors import UserError
 from alignclip.model.encoders import CLIP, build_encoders
-from alignclip.training import pretraining
+from alignclip.training.build import build_trainer
 from alignclip.training.save_folder import SaveFolder
 from alignclip.weights.formats.release import our_names
 from alignclip.weights.load import load_encoders
@@ -119,7 +119,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CLIP]:
         write_config(folder, str(folder / "set"), str(folder / "saved")), overrides
     )
     save_folder = SaveFolder(config)
-    trainer = pretraining.build_trainer(config, get_device("cpu"), save_folder)
+    trainer = build_trainer(config, get_device("cpu"), save_folder)
     save_folder.write_config()
     trainer.fit()
     trainer.close()

@@ -10,7 +10,8 @@ from runs import write_config, write_set
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from alignclip.config import reading
-from alignclip.training import plugins, pretraining
+from alignclip.training import plugins
+from alignclip.training.build import build_trainer
 
 LOGGED = {
     "loss/train/total", "loss/train/contrastive", "loss/train/separation", "logit_scale", "lr",
@@ -29,7 +30,7 @@ def fit(folder: Path, *overrides: str) -> None:
     fixed += ["evaluators.e.num_workers=0"]
     config = reading.load(write_config(folder, str(folder / "set")), [*fixed, *overrides])
     plugins.check(config)
-    trainer = pretraining.build_trainer(config, get_device("cpu"), None)
+    trainer = build_trainer(config, get_device("cpu"), None)
     trainer.fit()
     trainer.close()
 

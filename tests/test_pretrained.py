@@ -25,7 +25,7 @@ from alignclip.config import reading
 from alignclip.config.schema import ModelConfig, StartConfig
 from alignclip.errors import UserError
 from alignclip.model.encoders import CLIP, build_encoders
-from alignclip.training import pretraining
+from alignclip.training.build import build_trainer
 from alignclip.training.locking import lock_towers
 from alignclip.training.save_folder import SaveFolder
 from alignclip.weights.formats.release import renamed
@@ -417,7 +417,7 @@ def test_a_run_goes_on_without_the_file(
     for part in range(2):
         folder = SaveFolder(config)
         folder.check_config()
-        trainer = pretraining.build_trainer(config, get_device("cpu"), folder)
+        trainer = build_trainer(config, get_device("cpu"), folder)
         folder.write_config()
         trainer.fit()
         (memory,) = [d for d in trainer.logger.destinations if isinstance(d, InMemoryLogger)]
@@ -456,7 +456,7 @@ def test_a_run_goes_on_without_the_file(
         yaml, (*FIXED, *START, "run_name=n", f"pretrained={path}", f"save_folder={tmp_path}/new")
     )
     with pytest.raises(UserError, match=r"pretrained: no such file"):
-        pretraining.build_trainer(new, get_device("cpu"), SaveFolder(new))
+        build_trainer(new, get_device("cpu"), SaveFolder(new))
 
 
 def test_locked_towers_are_as_they_were_trained(tmp_path: Path) -> None:
@@ -511,11 +511,11 @@ def test_an_error_on_one_rank_is_everybodys(tmp_path: Path) -> None:
     yaml = write_config(tmp_path, str(tmp_path / "set"))
     script = tmp_path / "one.py"
     script.write_text(
-        "import os, sys\nfrom alignclip.config import reading\nfrom alignclip.training import pretraining\n"
+        "import os, sys\nfrom alignclip.config import reading\nfrom alignclip.training import run, starting_weights\n"
         "from alignclip.errors import UserError, one_line_errors\n"
         "def load(*_):\n    if os.environ['RANK'] == sys.argv[2]:\n        raise UserError('only here')\n"
-        "pretraining.load_pretrained = load\nwith one_line_errors():\n"
-        "    pretraining.run(reading.load(sys.argv[1], ['pretrained=x', 'run_name=r', 'data.num_workers=0']))\n"
+        "starting_weights.load_pretrained = load\nwith one_line_errors():\n"
+        "    run.run(reading.load(sys.argv[1], ['pretrained=x', 'run_name=r', 'data.num_workers=0']))\n"
     )
     for rank in ("0", "1"):
         output = run(script, yaml, rank, processes=2, cwd=tmp_path / rank, status=2)
@@ -527,7 +527,7 @@ def test_a_run_of_ours_into_another_model(tmp_path: Path) -> None:
     yaml = write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "saved"))
     config = reading.load(yaml, (*FIXED, "max_duration=3ba"))
     folder = SaveFolder(config)
-    trainer = pretraining.build_trainer(config, get_device("cpu"), folder)
+    trainer = build_trainer(config, get_device("cpu"), folder)
     folder.write_config()
     trainer.fit()
     trainer.close()

@@ -22,9 +22,10 @@ from s3 import S3Server
 
 from alignclip.config.reading import load
 from alignclip.errors import UserError
-from alignclip.training import composer_patches, pretraining
+from alignclip.training import composer_patches
+from alignclip.training.build import build_trainer
 from alignclip.training.callbacks import Rotation
-from alignclip.training.resume import origin_of
+from alignclip.training.resume import starting_point
 from alignclip.training.save_folder import SaveFolder
 from alignclip.weights import checkpoint_file
 from alignclip.weights.safe_read import read_pickled
@@ -57,7 +58,7 @@ class Runs:
         folder = SaveFolder(config)
         folder.open()
         folder.check_config()
-        return folder, pretraining.build_trainer(config, get_device("cpu"), folder)
+        return folder, build_trainer(config, get_device("cpu"), folder)
 
     def train(self, *overrides: str) -> dict[str, torch.Tensor]:
         """Train to the end and return the weights."""
@@ -245,7 +246,7 @@ def _origin(yaml: Path, overrides: list[str]) -> str:
     config = load(yaml, overrides)
     assert config.save_folder
     try:
-        with origin_of(config, SaveFolder(config)) as origin:
+        with starting_point(config, SaveFolder(config)) as origin:
             assert origin.path is not None
             return f"{origin.place} {origin.path.exists()} {read_pickled(origin.path)['state']['batch']}"
     except UserError as error:
@@ -331,13 +332,13 @@ def test_the_error_is_the_last_thing_on_the_screen(dataset: Path, tmp_path: Path
     script.write_text(
         "import sys\n"
         "from composer.core import Callback\n"
-        "from alignclip.training import pretraining\n"
+        "from alignclip.training import build\n"
         "from alignclip.training.command import main\n"
         "class Failing(Callback):\n"
         "    def batch_end(self, state, logger):\n"
         "        if state.timestamp.batch.value == 3: raise ZeroDivisionError('the third batch')\n"
-        "made = pretraining.build_callbacks\n"
-        "training.build_callbacks = lambda *args: [*made(*args), Failing()]\n"
+        "made = build.build_callbacks\n"
+        "build.build_callbacks = lambda *args: [*made(*args), Failing()]\n"
         "sys.exit(main(sys.argv[1:]))\n",
         encoding="utf-8",
     )

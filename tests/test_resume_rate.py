@@ -13,7 +13,7 @@ from runs import write_config, write_set
 
 from alignclip.config.reading import load
 from alignclip.model.optimization import lr_multiplier
-from alignclip.training import pretraining
+from alignclip.training.build import build_trainer
 from alignclip.training.save_folder import SaveFolder
 
 FIXED = (
@@ -45,7 +45,7 @@ def train(tmp_path: Path) -> Any:
             [*FIXED, *overrides],
         )
         rates = Rates()
-        trainer = pretraining.build_trainer(config, get_device("cpu"), SaveFolder(config), [rates])
+        trainer = build_trainer(config, get_device("cpu"), SaveFolder(config), [rates])
         trainer.fit()
         trainer.close()
         return rates.found

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from alignclip.config import reading
 from alignclip.errors import UserError
-from alignclip.training import pretraining
+from alignclip.training.build import build_trainer
 from alignclip.training.save_folder import SaveFolder
 from alignclip.weights.safe_pickle import Machine, Refused
 from alignclip.weights.safe_read import read_pickled
@@ -115,7 +115,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_config(folder, str(folder / "set"), str(folder / "saved")), overrides
     )
     save_folder = SaveFolder(config)
-    trainer = pretraining.build_trainer(config, get_device("cpu"), save_folder)
+    trainer = build_trainer(config, get_device("cpu"), save_folder)
     trainer.fit()
     trainer.close()
     return folder / "saved" / "latest-rank0.pt"

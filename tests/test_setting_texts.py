@@ -14,7 +14,7 @@ from alignclip.config.schema import CLASSES, RunConfig
 from alignclip.config.yaml_text import Plain, dump, natural, parse
 from alignclip.errors import UserError
 from alignclip.training import plugins
-from alignclip.training.save_folder import differences
+from alignclip.training.run_identity import identity_changes
 
 # what YAML 1.1, or Python, takes for a number, a boolean, a date or nothing
 TEXTS = (
@@ -116,7 +116,7 @@ def test_what_a_run_leaves_reads_back_to_the_same(yaml: Path, tmp_path: Path, te
     read = load(again)
     read.loggers = natural(read.loggers)
     assert read == config
-    assert differences(asdict(config), natural(parse(to_yaml(config)))) == []
+    assert identity_changes(asdict(config), natural(parse(to_yaml(config)))) == []
 
 
 def test_arguments_that_were_not_converted_are_written_as_they_were_typed(
@@ -314,7 +314,7 @@ def test_a_run_of_an_earlier_version_is_the_same_run(yaml: Path) -> None:
     )  # as YAML writes the number
     yaml.with_name("old.yaml").write_text(before, encoding="utf-8")
     assert load(yaml.with_name("old.yaml")).run_name == ".inf"
-    assert differences(natural(parse(before)), natural(parse(to_yaml(config)))) == []
+    assert identity_changes(natural(parse(before)), natural(parse(to_yaml(config)))) == []
 
 
 def test_sections_of_classes_hold_classes_with_arguments(yaml: Path) -> None:

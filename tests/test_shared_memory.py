@@ -22,7 +22,7 @@ from alignclip.config.schema import DataConfig, StreamConfig
 from alignclip.data import shared_memory
 from alignclip.data.dataset import ImageTextDataset
 from alignclip.data.shared_memory import NOTE, SHM
-from alignclip.training import pretraining
+from alignclip.training.build import build_data
 
 pytestmark = pytest.mark.skipif(not SHM.is_dir(), reason="shared memory is not a folder here")
 
@@ -252,7 +252,7 @@ def build_on_a_rank(folder: str) -> int:
         return remove()
 
     shared_memory.remove_stale = slowly
-    return pretraining.build_data(config, get_device("cpu")).dataset._shm_prefix_int
+    return build_data(config, get_device("cpu")).dataset._shm_prefix_int
 
 
 @pytest.mark.world_size(2)

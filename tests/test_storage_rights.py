@@ -17,7 +17,7 @@ from alignclip.errors import UserError
 from alignclip.evaluation.sets import read_classes
 from alignclip.storage import StorageError, read_text
 from alignclip.storage.staging import OutputFolder, list_remote
-from alignclip.training import uploads
+from alignclip.training import composer_patches
 from alignclip.training.preflight import check_load_path
 from alignclip.training.save_folder import SaveFolder
 from alignclip.weights.export_command import Options
@@ -227,7 +227,7 @@ def test_an_export_tries_a_local_output_first(
 
 def upload(path: Path) -> int:
     path.write_bytes(b"a checkpoint")
-    return uploads.upload_patiently(
+    return composer_patches.upload_patiently(
         remote_backend_name="s3",
         backend_kwargs={"bucket": "b"},
         remote_file_name="runs/r/ep1.pt",

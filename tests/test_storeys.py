@@ -33,8 +33,6 @@ STREAMING = ("alignclip/data/", "alignclip/conversion/mds_writer.py", "alignclip
 NOT_YET: set[tuple[str, str]] = {
     ("alignclip.evaluation.command", "composer"),
     ("alignclip.evaluation.command", "training"),
-    ("alignclip.runtime.distributed", "composer"),
-    ("alignclip.training.pretraining", "streaming"),
 }
 
 

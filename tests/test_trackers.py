@@ -17,7 +17,8 @@ from tensorboard.summary.writer.event_file_writer import AtomicCounter
 from alignclip.config.reading import load
 from alignclip.errors import UserError
 from alignclip.evaluation.json_lines import lines_in
-from alignclip.training import pretraining, trackers
+from alignclip.training import trackers
+from alignclip.training.build import build_trainer
 from alignclip.training.history import HISTORY, PAGE
 from alignclip.training.save_folder import SaveFolder
 
@@ -50,7 +51,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
                 write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "runs")),
                 [*FIXED, *more],
             )
-            trainer = pretraining.build_trainer(config, get_device("cpu"), SaveFolder(config))
+            trainer = build_trainer(config, get_device("cpu"), SaveFolder(config))
             assert trainer.state.timestamp.batch == (0 if length == 7 else 4)
             trainer.fit()
             trainer.close()

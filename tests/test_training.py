@@ -24,7 +24,9 @@ from alignclip.config.reading import load
 from alignclip.config.schema import DataConfig, EvaluatorConfig, RunConfig, StreamConfig
 from alignclip.data.streams import evaluated_on_training_data
 from alignclip.errors import UserError
-from alignclip.training import plugins, preflight, pretraining
+from alignclip.training import plugins, preflight
+from alignclip.training.build import build_trainer
+from alignclip.training.run import describe
 from alignclip.training.save_folder import SaveFolder
 
 
@@ -56,18 +58,13 @@ class Watch(Callback):
 
 
 @pytest.fixture
-def fit(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+def fit(dataset: Path, tmp_path: Path) -> Iterator[object]:
     trainers: list[Trainer] = []
 
     def fit(*overrides: str) -> tuple[Trainer, Watch, InMemoryLogger]:
         fixed = ("max_duration=8ba", "data.num_workers=0", "loggers.InMemoryLogger={}")
         config, watch = configuration(dataset, tmp_path, *fixed, *overrides), Watch()
-        build_callbacks = pretraining.build_callbacks
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                pretraining, "build_callbacks", lambda c, f: [*build_callbacks(c, f), watch]
-            )
-            trainer = pretraining.build_trainer(config, get_device("cpu"), None)
+        trainer = build_trainer(config, get_device("cpu"), None, [watch])
         trainers.append(trainer)
         trainer.fit()
         (memory,) = [d for d in trainer.logger.destinations if isinstance(d, InMemoryLogger)]
@@ -193,7 +190,7 @@ def test_goes_on_from_a_checkpoint(
     losses, averages = [], []
     for _ in range(2):
         folder = SaveFolder(config)
-        trainer = pretraining.build_trainer(config, get_device("cpu"), folder)
+        trainer = build_trainer(config, get_device("cpu"), folder)
         trainer.fit()
         (memory,) = [d for d in trainer.logger.destinations if isinstance(d, InMemoryLogger)]
         losses.append(logged(memory, "loss/train/total"))
@@ -231,7 +228,7 @@ def test_what_only_building_shows_is_one_line(
 ) -> None:
     config = configuration(dataset, tmp_path, "max_duration=8ba", "data.num_workers=0", *overrides)
     with pytest.raises(UserError) as error:
-        pretraining.build_trainer(config, get_device("cpu"), None)
+        build_trainer(config, get_device("cpu"), None)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -267,10 +264,10 @@ def test_an_evaluator_on_training_data_is_known(
 
 def test_an_evaluator_on_training_data_is_told_at_the_start(dataset: Path, tmp_path: Path) -> None:
     config = configuration(dataset, tmp_path, "data.num_workers=0", "run_name=told")
-    trainer = pretraining.build_trainer(config, get_device("cpu"), None)
-    quiet = pretraining.describe(config, trainer, None)
+    trainer = build_trainer(config, get_device("cpu"), None)
+    quiet = describe(config, trainer, None)
     config.evaluators = {"c": EvaluatorConfig(task="gap", local=str(dataset))}
-    told = pretraining.describe(config, trainer, None)
+    told = describe(config, trainer, None)
     trainer.close()
     (stream,) = config.data.streams
     line = f"  the figures of evaluator 'c' are on training data: its set is data.streams.{stream}"
@@ -320,7 +317,7 @@ def test_the_profiler_leaves_its_traces(
     config = configuration(
         dataset, tmp_path, *overrides, "scheduler.t_warmup=1ba", "run_name=traced"
     )
-    trainer = pretraining.build_trainer(config, get_device("cpu"), None)
+    trainer = build_trainer(config, get_device("cpu"), None)
     trainer.fit()
     trainer.close()
     assert list((tmp_path / "traced" / "torch_traces").glob("rank0.*.pt.trace.json"))

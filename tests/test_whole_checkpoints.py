@@ -16,7 +16,7 @@ from s3 import S3Server
 
 from alignclip.config.reading import load
 from alignclip.errors import UserError
-from alignclip.training.resume import choose
+from alignclip.training.resume import choose_checkpoint
 from alignclip.training.save_folder import SaveFolder
 from alignclip.weights import checkpoint_file, weight_files
 
@@ -185,7 +185,7 @@ def test_the_newest_whole_checkpoint_is_used(
     place: Place, how: Damage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place.damage(6, how)
-    assert choose(place.folder(), tmp_path / "download.pt") == place.name(4)
+    assert choose_checkpoint(place.folder(), tmp_path / "download.pt") == place.name(4)
     said = capsys.readouterr().out
     assert said.count("\n") == 1
     assert f"{place.uri}: passed over {place.name(6)} (" in said
@@ -194,7 +194,7 @@ def test_the_newest_whole_checkpoint_is_used(
     if place.remote:
         assert read(tmp_path / "download.pt")["state"]["batch"] == 4
     # once more: nothing is left to say
-    assert choose(place.folder(), tmp_path / "download.pt") == place.name(4)
+    assert choose_checkpoint(place.folder(), tmp_path / "download.pt") == place.name(4)
     assert capsys.readouterr().out == ""
 
 
@@ -203,7 +203,7 @@ def test_two_damaged_ones_are_passed_over(
 ) -> None:
     place.damage(6, DAMAGES["truncated"])
     place.damage(4, DAMAGES["empty"])
-    assert choose(place.folder(), tmp_path / "download.pt") == place.name(2)
+    assert choose_checkpoint(place.folder(), tmp_path / "download.pt") == place.name(2)
     assert f"{place.name(4)} (it is empty)" in capsys.readouterr().out
 
 
@@ -212,16 +212,16 @@ def test_without_latest_the_newest_whole_one_is_used(
 ) -> None:
     place.point(None)
     place.damage(6, DAMAGES["flipped in a tensor"])
-    assert choose(place.folder(), tmp_path / "download.pt") == place.name(4)
+    assert choose_checkpoint(place.folder(), tmp_path / "download.pt") == place.name(4)
     assert place.latest() == place.name(4)
     place.point("ep9-ba99-rank0.pt")  # which was never there
-    assert choose(place.folder(), tmp_path / "download.pt") == place.name(4)
+    assert choose_checkpoint(place.folder(), tmp_path / "download.pt") == place.name(4)
     assert "passed over ep9-ba99-rank0.pt (it is not there)" in capsys.readouterr().out
 
 
 def test_a_latest_that_was_turned_back_is_followed(place: Place, tmp_path: Path) -> None:
     place.point(place.name(2))
-    assert choose(place.folder(), tmp_path / "download.pt") == place.name(2)
+    assert choose_checkpoint(place.folder(), tmp_path / "download.pt") == place.name(2)
 
 
 def test_no_whole_checkpoint_is_one_line(
@@ -232,14 +232,14 @@ def test_no_whole_checkpoint_is_one_line(
     with pytest.raises(
         UserError, match=r"no checkpoint in .* is whole: ep0-ba6-rank0.pt \(.*start anew"
     ):
-        choose(place.folder(), tmp_path / "download.pt")
+        choose_checkpoint(place.folder(), tmp_path / "download.pt")
     place.point(None)  # as a run of an earlier version leaves it that was killed in its first save
-    assert choose(place.folder(), tmp_path / "download.pt") is None
+    assert choose_checkpoint(place.folder(), tmp_path / "download.pt") is None
     assert "the run starts anew" in capsys.readouterr().out
     for batch in (2, 4, 6):
         place.put(place.name(batch), None)
     place.point(place.name(6))
-    assert choose(place.folder(), tmp_path / "download.pt") is None
+    assert choose_checkpoint(place.folder(), tmp_path / "download.pt") is None
     assert (
         "points at ep0-ba6-rank0.pt, which is gone; the run starts anew" in capsys.readouterr().out
     )
@@ -263,7 +263,7 @@ def test_a_run_with_a_damaged_latest_never_starts_anew(
     with pytest.raises(
         UserError, match=r"no checkpoint in s3://b/r is whole: ep0-ba4-rank0.pt \(its checksum"
     ):
-        choose(folder, tmp_path / "download.pt")
+        choose_checkpoint(folder, tmp_path / "download.pt")
 
 
 def test_what_cannot_be_read_may_be_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +275,7 @@ def test_what_cannot_be_read_may_be_whole(tmp_path: Path, monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_file, "_digest", lambda *_: (tmp_path / "gone").read_text())
         with pytest.raises(UserError, match=r"ep0-ba4-rank0.pt \(it can't be read"):
-            choose(folder, tmp_path / "download.pt")
+            choose_checkpoint(folder, tmp_path / "download.pt")
 
 
 def test_nothing_is_deleted_before_what_stays_is_on_the_disk(
@@ -296,9 +296,9 @@ def test_a_checkpoint_of_an_earlier_version_is_used(place: Place, tmp_path: Path
     path = tmp_path / "made.pt"
     torch.save(content(6), path)
     place.put(place.name(6), path.read_bytes())
-    assert choose(place.folder(), tmp_path / "download.pt") == place.name(6)
+    assert choose_checkpoint(place.folder(), tmp_path / "download.pt") == place.name(6)
     place.put(place.name(6), flipped(path.read_bytes(), path.stat().st_size // 3))
-    assert choose(place.folder(), tmp_path / "download.pt") == place.name(4)
+    assert choose_checkpoint(place.folder(), tmp_path / "download.pt") == place.name(4)
 
 
 def test_other_names_of_checkpoints_are_found(tmp_path: Path) -> None:
@@ -309,7 +309,7 @@ def test_other_names_of_checkpoints_are_found(tmp_path: Path) -> None:
     for batch in (9, 10):
         checkpoint_file.save(content(batch), tmp_path / "runs" / f"a.b-step{batch}-of-0.pt")
     (tmp_path / "runs" / "aXb-step99-of-0.pt").write_bytes(b"another's")
-    assert choose(folder, tmp_path / "download.pt") == "a.b-step10-of-0.pt"
+    assert choose_checkpoint(folder, tmp_path / "download.pt") == "a.b-step10-of-0.pt"
 
 
 def test_latest_in_a_folder_of_its_own_is_a_link_from_the_first_save_on(tmp_path: Path) -> None:
@@ -328,9 +328,9 @@ def test_a_folder_that_was_copied_with_its_links_followed(tmp_path: Path) -> Non
     folder = SaveFolder(load(yaml, ["run_name=first"]))
     for name in ("ep0-ba4-rank0.pt", "ep0-ba5-rank0.pt", "latest-rank0.pt"):
         checkpoint_file.save(content(5), tmp_path / "runs" / name)
-    assert choose(folder, tmp_path / "download.pt") == "latest-rank0.pt"
+    assert choose_checkpoint(folder, tmp_path / "download.pt") == "latest-rank0.pt"
     (tmp_path / "runs" / "latest-rank0.pt").write_bytes(b"half a copy")
-    assert choose(folder, tmp_path / "download.pt") == "ep0-ba5-rank0.pt"
+    assert choose_checkpoint(folder, tmp_path / "download.pt") == "ep0-ba5-rank0.pt"
     assert (tmp_path / "runs" / "latest-rank0.pt").readlink() == Path("ep0-ba5-rank0.pt")
 
 

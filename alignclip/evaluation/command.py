@@ -90,7 +90,7 @@ def run(config: EvaluateConfig, known: Mapping[str, str] | None = None) -> dict[
     from alignclip.weights.load import open_encoders
 
     device = choose_device(config.device)
-    join_ranks(device, config.dist_timeout)
+    join_ranks(device.dist_backend, config.dist_timeout)
     if dist.get_local_rank() == 0:
         shared_memory.remove_stale()
     dist.barrier()

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
         # Composer's import takes many seconds, and a wrong place should be told at once
         early.check_run(settings)
         console.loading("PyTorch and Composer")
-        from alignclip.training.pretraining import run
+        from alignclip.training.run import run
 
         with leaving_nothing(early.save_folder(settings)):
             return run(settings)

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a progress bar in a terminal, a line an interval in a file."""
+"""The console of a run: a progress bar in a terminal, a line an interval in a file."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from composer.loggers.logger import format_log_data_value
 from composer.utils import create_interval_scheduler
 from tqdm import tqdm
 
+from alignclip.ranks import rank
 from alignclip.training.callbacks import TrainingMonitor
 
 LOSS = "loss/train/"  # names of loss terms, as the Trainer logs them
-BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+BAR = (
+    "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
+    "[{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+)
 NARROW_BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left, {rate_fmt}{postfix}]"
 # columns from which on the bar has the epoch and the time so far, whole names, and rate and throughput
 MIDDLE, WIDE, WIDEST = 96, 110, 150
@@ -28,18 +32,24 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
+def print_once(text: str) -> None:
+    """Print one line of a run, whatever its number of processes."""
+    if rank() == 0:
+        say(text)
+
+
 class Console(LoggerDestination):
     """Shows where training stands: on rank 0, as a bar or as lines.
 
-    Rates and the time left are those of this start: what an earlier start trained took another time.
+    Rates and the time left are those of this start: earlier starts may have been slower or faster.
 
     Args:
         total: batches of the whole run.
         batch_size: samples of all ranks in a batch.
         bar: whether there is a progress bar.
-        interval: between two lines; None: there are none.
+        interval: between two lines; None shows no lines.
         log_traces: whether to print which algorithms ran when.
-        stream: where it goes; stderr.
+        stream: stderr by default.
     """
 
     def __init__(
@@ -60,18 +70,17 @@ class Console(LoggerDestination):
         self._log_traces = log_traces
         self._metrics: dict[str, Any] = {}
         self._bar: tqdm[Any] | None = None
-        self._begun: tuple[float, int] | None = (
-            None  # when which batch ended: the first one of this start
-        )
-        self._shown = -1  # batch of the last line
-        self._before = (0, 0.0, 0.0)  # the monitor's counts at the last line
+        # the time when the first batch of this start ended, and its number
+        self._first_end: tuple[float, int] | None = None
+        self._batch_of_line = -1  # the last line's
+        self._counts_at_line = (0, 0.0, 0.0)  # the monitor's
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Remember what is to be shown."""
+        """Remember losses and rate."""
         self._metrics |= {k: v for k, v in metrics.items() if k.startswith(LOSS) or k == "lr"}
 
     def log_traces(self, traces: dict[str, Any]) -> None:
-        """Print them where that is asked for."""
+        """Print traces where the YAML asks for them."""
         if self._log_traces:
             for name, trace in traces.items():
                 tqdm.write(f"[trace]: {name}: {format_log_data_value(trace)}", file=self._stream)
@@ -79,11 +88,11 @@ class Console(LoggerDestination):
     def fit_start(self, state: State, logger: Logger) -> None:
         """Show the bar."""
         self._monitor = next(c for c in state.callbacks if isinstance(c, TrainingMonitor))
-        self._shown = state.timestamp.batch.value
+        self._batch_of_line = state.timestamp.batch.value
         if self._wants_bar:
             self._bar = tqdm(
                 total=self._total,
-                initial=self._shown,
+                initial=self._batch_of_line,
                 unit="ba",
                 desc=f"{_epoch(state)}:",
                 file=self._stream,
@@ -94,8 +103,8 @@ class Console(LoggerDestination):
     def batch_end(self, state: State, logger: Logger) -> None:
         """Move the bar, or write a line where one is due."""
         batch = state.timestamp.batch.value
-        if self._begun is None:
-            self._begun = time.monotonic(), batch
+        if self._first_end is None:
+            self._first_end = time.monotonic(), batch
         if self._bar is not None:
             self._bar.set_description_str(f"{_epoch(state)}:", refresh=False)
             self._bar.set_postfix_str(self._postfix(), refresh=False)
@@ -110,7 +119,7 @@ class Console(LoggerDestination):
             self._write(state)
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        """The last state of things stays visible."""
+        """Write a last line, and leave the bar visible."""
         if self._is_due is not None:
             self._write(state)
         self.close(state, logger)
@@ -132,7 +141,7 @@ class Console(LoggerDestination):
         return BAR if _columns(self._stream) >= MIDDLE else NARROW_BAR
 
     def _postfix(self) -> str:
-        """As much as the terminal has room for: the terms of the loss always."""
+        """Return the terms of the loss, and more where the terminal has room."""
         columns = _columns(self._stream)
         whole = columns >= WIDE
         parts = [
@@ -147,51 +156,59 @@ class Console(LoggerDestination):
         return " ".join(parts)
 
     def _samples_a_second(self) -> float:
-        batches, seconds, _ = self._since()
+        batches, seconds, _ = self._since_line()
         return batches * self._batch_size / seconds if seconds else 0.0
 
-    def _since(self) -> tuple[int, float, float]:
-        """Batches, seconds of training and of waiting for data since the last line; in a bar since the start."""
+    def _since_line(self) -> tuple[int, float, float]:
+        """Count batches, seconds of training and of waiting for data since the last line.
+
+        A bar has no lines: these are the counts since the start.
+        """
         monitor = self._monitor
-        batches, seconds, waited = self._before
+        batches, seconds, waited = self._counts_at_line
         return monitor.batches - batches, monitor.seconds - seconds, monitor.waited - waited
 
     def _write(self, state: State) -> None:
-        """One line."""
         batch = state.timestamp.batch.value
-        if batch == self._shown:
+        if batch == self._batch_of_line:
             return
-        _, seconds, waited = self._since()
+        _, seconds, waited = self._since_line()
         parts = [f"{name} {value:.4f}" for name, value in self._losses().items()]
         parts += [
             f"lr {float(self._metrics.get('lr', 0)):.2e}",
             f"{self._samples_a_second():,.0f} samples/s",
         ]
         parts += [f"data wait {100 * waited / seconds if seconds else 0:.0f} %"]
-        if (left := self._left(batch)) is not None:
+        if (left := self._seconds_left(batch)) is not None:
             parts += [f"{tqdm.format_interval(left)} left"]
         where = f"batch {batch:,}/{self._total:,}, {_epoch(state)}"
         tqdm.write(f"{time.strftime('%H:%M:%S')} {where}: {', '.join(parts)}", file=self._stream)
         self._stream.flush()
-        self._shown = batch
-        self._before = self._monitor.batches, self._monitor.seconds, self._monitor.waited
+        self._batch_of_line = batch
+        monitor = self._monitor
+        self._counts_at_line = monitor.batches, monitor.seconds, monitor.waited
 
-    def _left(self, batch: int) -> float | None:
-        """Seconds to the end of the run at the pace of this start, its first batch aside; None in that one."""
-        if batch >= self._total or self._begun is None or batch <= self._begun[1]:
-            return 0.0 if batch >= self._total else None
-        since, first = self._begun
+    def _seconds_left(self, batch: int) -> float | None:
+        """Estimate the rest of the run by the pace of this start without its first batch.
+
+        None while the first batch is the only one.
+        """
+        if batch >= self._total:
+            return 0.0
+        if self._first_end is None or batch <= self._first_end[1]:
+            return None
+        since, first = self._first_end
         return (time.monotonic() - since) / (batch - first) * (self._total - batch)
 
 
 def _epoch(state: State) -> str:
-    """The epoch that the last batch belongs to, from 1."""
+    """Name the epoch that the last batch belongs to, from 1."""
     ended = state.timestamp.batch_in_epoch == 0 and state.timestamp.batch > 0
     return f"epoch {state.timestamp.epoch.value + (not ended)}"
 
 
 def _columns(stream: TextIO) -> int:
-    """How wide the terminal is; 120 where there is none."""
+    """Return the width of the terminal; 120 where there is none."""
     try:
         return os.get_terminal_size(stream.fileno()).columns or 120
     except (OSError, ValueError):

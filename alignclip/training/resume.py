@@ -1,33 +1,42 @@
-"""What a run starts from: its newest whole checkpoint, ``load_path``, or nothing; on every rank the same.
+"""The checkpoint that a run starts from: its newest whole one, ``load_path``, or none; the same on every rank.
 
-Rank 0 looks at the checkpoints and decides. Each machine then has the file before the Trainer is built,
-so that Composer neither searches for a checkpoint nor downloads one.
+Rank 0 looks at the checkpoints and decides. Each machine then has the file before the Trainer is
+built, so that Composer neither searches for a checkpoint nor downloads one.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from composer.utils import dist
+from composer import Trainer
 
 from alignclip.config.schema import RunConfig
 from alignclip.errors import UserError, few
-from alignclip.ranks import raise_on_all_ranks, run_on_rank_zero
+from alignclip.ranks import (
+    errors_on_all_ranks,
+    rank,
+    run_on_rank_zero,
+    run_once_per_machine,
+    wait_for_all_ranks,
+)
 from alignclip.training import composer_patches
+from alignclip.training.display import print_once
 from alignclip.training.save_folder import SaveFolder
 from alignclip.weights import checkpoint_file
 from alignclip.weights.checkpoint_file import GONE, UNREADABLE
+from alignclip.weights.finite import check_weights
 from alignclip.weights.locate import fetch
 
 
 @dataclass
-class Origin:
-    """What a run starts from.
+class StartingPoint:
+    """The checkpoint that a run starts from.
 
     Attributes:
         path: a whole checkpoint on this machine; None where the run starts without one.
@@ -40,7 +49,10 @@ class Origin:
     goes_on: bool = False
 
     def trainer_arguments(self) -> dict[str, Any]:
-        """The Trainer's arguments about loading. What is left out of ``load_path`` is not left out of a resume."""
+        """Return the Trainer's arguments about loading.
+
+        A run that goes on loads all of its checkpoint: the YAML's exclusions are for ``load_path``.
+        """
         arguments: dict[str, Any] = {"autoresume": False, "load_path": None}
         if self.path is not None:
             arguments["load_path"] = str(self.path.absolute())
@@ -55,28 +67,31 @@ class Origin:
 
 
 @contextmanager
-def origin_of(config: RunConfig, folder: SaveFolder | None) -> Iterator[Origin]:
-    """Put the checkpoint that a run starts from on every machine, until the block ends; call it on every rank.
+def starting_point(config: RunConfig, folder: SaveFolder | None) -> Iterator[StartingPoint]:
+    """Put the checkpoint that a run starts from on every machine until the block ends.
+
+    Call this on every rank.
 
     Raises:
         UserError: no checkpoint is whole, or it can't be read; on every rank.
     """
     with tempfile.TemporaryDirectory(prefix="alignclip-") as downloads:
-        own = _own(folder, Path(downloads)) if folder is not None and config.autoresume else None
-        if own is None and config.load_path:
-            own = Origin(
-                _on_each_machine(lambda: _given(str(config.load_path), Path(downloads))),
-                config.load_path,
-            )
-        yield own or Origin()
-        dist.barrier()  # the first rank of a machine has the download, and the others read it
+        download, start = Path(downloads, "checkpoint.pt"), None
+        if folder is not None and config.autoresume:
+            start = _own_checkpoint(folder, download)
+        if start is None and (place := config.load_path):
+            path = run_once_per_machine(lambda: _given_checkpoint(place, Path(downloads)))
+            start = StartingPoint(path, place)
+        yield start or StartingPoint()
+        wait_for_all_ranks()  # the other ranks of a machine read its first rank's download
 
 
-def choose(folder: SaveFolder, download: Path) -> str | None:
-    """Find the newest whole checkpoint of a save folder, say what was passed over, and mend ``latest``; on rank 0.
+def choose_checkpoint(folder: SaveFolder, download: Path) -> str | None:
+    """Find the newest whole checkpoint of a save folder, and mend ``latest``; on rank 0.
 
-    The checkpoint that ``latest`` names goes first: a person may have turned it back. A run that was killed
-    while it saved its first checkpoint has none.
+    The checkpoint that ``latest`` names goes first: a person may have turned it back. A run that
+    was killed while it saved its first checkpoint has none. Prints which checkpoints are passed
+    over.
 
     Args:
         folder: of the run.
@@ -86,58 +101,57 @@ def choose(folder: SaveFolder, download: Path) -> str | None:
         the checkpoint's name in the folder; None where the run has completed none so far.
 
     Raises:
-        UserError: the run has completed checkpoints, and none is whole any more; or the only ones left can't be read.
+        UserError: the run has completed checkpoints, and none is whole any more; or the only ones
+            left can't be read.
     """
     target, batches = folder.latest_target(), folder.checkpoints()
     names = sorted(batches, key=lambda name: (batches[name], name), reverse=True)
     candidates = [target, *(name for name in names if name != target)] if target else names
-    passed: list[str] = []
-    reasons: list[str] = []
+    reasons: dict[str, str] = {}
     for name in candidates:
-        if (why := folder.damage(name, download)) is None:
-            if passed or not target:
+        why = folder.damage(name, download)
+        if why is None:
+            if reasons or not target:
                 folder.point_latest(name)
-                what = f"passed over {few(passed)}" if passed else f"there was no {folder.latest}"
+                passed = few(f"{name} ({why})" for name, why in reasons.items())
+                what = f"passed over {passed}" if reasons else f"there was no {folder.latest}"
                 print(f"{folder.uri}: {what}; the newest whole checkpoint is {name}", flush=True)
             return name
-        passed.append(f"{name} ({why})")
-        reasons.append(why)
+        reasons[name] = why
+    passed = few(f"{name} ({why})" for name, why in reasons.items())
     # a key that may not list a bucket knows no other checkpoint than the one that `latest` names
-    was_completed = bool(target) and (bool(names) or reasons[0] != GONE)
-    if was_completed or any(why.startswith(UNREADABLE) for why in reasons):
+    was_completed = bool(target) and (bool(names) or reasons[target] != GONE)
+    if was_completed or any(why.startswith(UNREADABLE) for why in reasons.values()):
         raise UserError(
-            f"no checkpoint in {folder.uri} is whole: {few(passed)}; put a whole one there, or move these away to "
-            "start anew"
+            f"no checkpoint in {folder.uri} is whole: {passed}; put a whole one there, "
+            "or move these away to start anew"
         )
-    if passed:
-        what = (
-            f"{folder.latest} points at {target}, which is gone"
-            if target
-            else f"nothing whole yet: {few(passed)}"
-        )
+    if reasons:
+        what = f"nothing whole yet: {passed}"
+        if target:
+            what = f"{folder.latest} points at {target}, which is gone"
         print(f"{folder.uri}: {what}; the run starts anew", flush=True)
     return None
 
 
-def _own(folder: SaveFolder, downloads: Path) -> Origin | None:
-    """The run's own checkpoint, if there is one; rank 0 chooses it, and the other machines get the same."""
-    download = downloads / "checkpoint.pt"
-    name = run_on_rank_zero(lambda: choose(folder, download))
+def _own_checkpoint(folder: SaveFolder, download: Path) -> StartingPoint | None:
+    """Find the run's own checkpoint: rank 0 chooses, and the other machines get the same."""
+    name = run_on_rank_zero(lambda: choose_checkpoint(folder, download))
     if name is None:
         return None
 
     def get() -> Path:
-        if dist.get_global_rank() != 0 and (why := folder.damage(name, download)):
+        if rank() != 0 and (why := folder.damage(name, download)):
             raise UserError(
                 f"{folder.uri}/{name} is whole on the first machine, but not on this one: {why}"
             )
         return download if folder.remote else Path(folder.uri, name)
 
-    return Origin(_on_each_machine(get), f"{folder.uri}/{name}", goes_on=True)
+    return StartingPoint(run_once_per_machine(get), f"{folder.uri}/{name}", goes_on=True)
 
 
-def _given(place: str, downloads: Path) -> Path:
-    """The checkpoint of ``load_path``, on this machine.
+def _given_checkpoint(place: str, downloads: Path) -> Path:
+    """Get the checkpoint of ``load_path`` onto this machine.
 
     Raises:
         UserError: there is none, it can't be reached, or is not whole.
@@ -151,20 +165,33 @@ def _given(place: str, downloads: Path) -> Path:
     return path
 
 
-def _on_each_machine(get: Callable[[], Path]) -> Path:
-    """Call ``get`` on the first rank of each machine; its path is the machine's.
+def check_loaded(trainer: Trainer, start: StartingPoint) -> None:
+    """Refuse a checkpoint with numbers that are not finite; each rank may have a part of them.
 
     Raises:
-        UserError: of any machine, on all ranks.
+        UserError: names them, and what to do; on every rank.
     """
-    path: Path | None = None
-    failure: UserError | None = None
-    if dist.get_local_rank() == 0:
-        try:
-            path = get()
-        except UserError as error:
-            failure = error
-    raise_on_all_ranks(failure)
-    found = dist.all_gather_object(path)[dist.get_global_rank() - dist.get_local_rank()]
-    assert found is not None
-    return found
+    state = trainer.state
+    what, way_out = f"load_path={start.place}", ""
+    if start.goes_on:
+        what = f"the latest checkpoint ({start.place})"
+        way_out = "Move it away: the next start goes on from the newest one that is left"
+    moments = {
+        f"{name} ({i})": value
+        for optimizer in state.optimizers
+        for i, values in enumerate(optimizer.state.values())
+        for name, value in values.items()
+    }
+    with errors_on_all_ranks():
+        check_weights(dict(state.model.named_parameters()), what, way_out)
+        check_weights(moments, f"the optimizer's state in {what}", way_out)
+
+
+def say_jump(trainer: Trainer, before: float, now: float) -> None:
+    """Say that the learning rate is another than the checkpoint's own schedule goes on with."""
+    if not math.isclose(before, now, rel_tol=1e-6):
+        batch = trainer.state.timestamp.batch.value
+        print_once(
+            f"learning rate of the next step (batch {batch + 1}): {before:.6g} → {now:.6g}, "
+            "by this run's schedule"
+        )

@@ -1,4 +1,8 @@
-"""Composer's CheckpointSaver for a run's folder: whole files, ``latest`` without links, errors in one line."""
+"""Composer's CheckpointSaver for a run's folder: whole files, ``latest`` without links, errors in one line.
+
+The private names of Composer that this subclass overrides or reads are Composer's of mosaicml
+0.32.1; ``tests/test_contracts.py`` fails where an upgrade has changed them.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,9 @@ from urllib.parse import urlparse
 from composer import callbacks
 from composer.core import State
 from composer.loggers import Logger
-from composer.utils import dist
 
 from alignclip.errors import UserError, one_line
-from alignclip.ranks import raise_on_all_ranks
+from alignclip.ranks import errors_on_all_ranks, rank
 from alignclip.storage import why_not_written
 from alignclip.training.save_folder import SaveFolder
 from alignclip.weights.checkpoint_file import GOES_ON, NotSavedError
@@ -32,29 +35,25 @@ class CheckpointSaver(callbacks.CheckpointSaver):
     """
 
     def __init__(self, save_folder: SaveFolder) -> None:
-        config = save_folder.config
+        config, remote = save_folder.config, save_folder.remote
         self.save_folder = save_folder
-        self._moves_latest = not save_folder.remote and config.save_latest_filename is not None
-        self._failure: UserError | None = (
-            None  # of the checkpoint that is being saved, on this rank
-        )
-        self._has_failed = False  # an upload, which has ended the run
+        self._moves_latest = not remote and config.save_latest_filename is not None
+        self._upload_error: UserError | None = None  # of the checkpoint that is being saved
+        self._run_has_ended = False  # by an upload that failed for good
         self._closed = False
-        prefix = Path(
-            urlparse(save_folder.uri).path.strip("/") if save_folder.remote else save_folder.uri
-        )
+        prefix = Path(urlparse(save_folder.uri).path.strip("/") if remote else save_folder.uri)
         latest = config.save_latest_filename
         super().__init__(
             folder=save_folder.uri,
             filename=config.save_filename,
             remote_file_name=str(prefix / config.save_filename),
             # in a folder SaveFolder moves `latest`: not every file system has links
-            latest_filename=latest if save_folder.remote else None,
-            latest_remote_file_name=str(prefix / latest) if save_folder.remote and latest else None,
+            latest_filename=latest if remote else None,
+            latest_remote_file_name=str(prefix / latest) if remote and latest else None,
             save_interval=config.save_interval,
             overwrite=config.save_overwrite,
-            # Rotation knows the save folder; of what goes into a bucket nothing stays behind on the local disk
-            num_checkpoints_to_keep=0 if save_folder.remote else -1,
+            # 0 deletes the local file of an upload; in a local folder Rotation deletes
+            num_checkpoints_to_keep=0 if remote else -1,
             weights_only=config.save_weights_only,
             ignore_keys=config.save_ignore_keys,
         )
@@ -72,21 +71,24 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         Raises:
             UserError: on every rank.
         """
-        self._failure = None
+        self._upload_error = None
         pointers = list(self.symlink_upload_tasks)
         try:
-            super()._save_checkpoint(state, logger)
-            if dist.get_global_rank() == 0 and self._moves_latest:
-                self.save_folder.point_latest(Path(self.saved_checkpoints[-1]).name)
-        except UserError as error:
-            self._failure = error
-        except OSError as error:  # of the small files beside the checkpoint
-            self._failure = self._not_saved(error)
-        try:
-            raise_on_all_ranks(self._failure)
-        except UserError:
+            with errors_on_all_ranks():
+                self._save_or_say_why(state, logger)
+        except Exception:
             self.symlink_upload_tasks = pointers  # `latest` follows what was saved before
             raise
+
+    def _save_or_say_why(self, state: State, logger: Logger) -> None:
+        try:
+            super()._save_checkpoint(state, logger)
+            if rank() == 0 and self._moves_latest:
+                self.save_folder.point_latest(Path(self.saved_checkpoints[-1]).name)
+        except OSError as error:  # of the small files beside the checkpoint
+            raise self._not_saved(error) from error
+        if self._upload_error is not None:
+            raise self._upload_error
 
     def _upload_checkpoint(
         self,
@@ -95,25 +97,24 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         local_remote_file_names: list[str],
         logger: Logger,
     ) -> None:
-        """Copy a checkpoint to where an uploader takes it. An error waits until all ranks can hear of it."""
+        """Copy a checkpoint to where an uploader takes it. An error waits for the other ranks."""
+        upload = super()._upload_checkpoint
+        arguments = (remote_file_name, local_file_name, local_remote_file_names, logger)
         uploader = self.remote_uploader
         if uploader is None:
-            super()._upload_checkpoint(
-                remote_file_name, local_file_name, local_remote_file_names, logger
-            )
+            upload(*arguments)
             return
-        staged = Path(uploader._upload_staging_folder)
-        before = set(staged.glob("*"))
-        self.save_folder.expect(Path(remote_file_name).name, Path(local_file_name).stat().st_size)
+        waiting = Path(uploader._upload_staging_folder)
+        before = set(waiting.glob("*"))
+        size = Path(local_file_name).stat().st_size
+        self.save_folder.expect(Path(remote_file_name).name, size)
         try:
-            super()._upload_checkpoint(
-                remote_file_name, local_file_name, local_remote_file_names, logger
-            )
+            upload(*arguments)
         except OSError as error:
-            needed = Path(local_file_name).stat().st_size
-            for part in set(staged.glob("*")) - before:
+            for part in set(waiting.glob("*")) - before:
                 part.unlink(missing_ok=True)
-            self._failure = self._not_saved(error, staged / Path(local_file_name).name, needed)
+            path = waiting / Path(local_file_name).name
+            self._upload_error = self._not_saved(error, path, size)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Hear of uploads, and move ``latest`` in the bucket."""
@@ -127,20 +128,19 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         self.symlink_upload_tasks = []
 
     def post_close(self) -> None:
-        """Let what was saved before an error arrive, and ``latest`` follow it. Composer calls this twice."""
+        """Wait for uploads that an error has overtaken, and for ``latest``; Composer calls this twice."""
         uploader = self.remote_uploader
         if uploader is None or self._closed:
             return
         self._closed = True
         try:
-            if self.symlink_upload_tasks and not self._has_failed:
+            if self.symlink_upload_tasks and not self._run_has_ended:
                 self.fit_end(*self._opened)
             uploader.wait_and_close()
         except Exception as error:  # of any cloud's library
-            if not self._has_failed:
-                log.warning(
-                    f"not all checkpoints have arrived in {self.save_folder.uri}: {one_line(error)}"
-                )
+            if not self._run_has_ended:
+                folder = self.save_folder.uri
+                log.warning(f"not all checkpoints have arrived in {folder}: {one_line(error)}")
             for executor in (uploader.upload_executor, uploader.check_remote_files_exist_executor):
                 executor.shutdown(wait=False, cancel_futures=True)
 
@@ -150,13 +150,12 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         try:
             yield
         except UserError as error:
-            self._has_failed = True
+            self._run_has_ended = True
             raise NotSavedError(f"{error}. {GOES_ON}") from None
 
     def _not_saved(
         self, error: OSError, path: Path | None = None, needed: int | None = None
     ) -> NotSavedError:
         path = path or Path(error.filename or self.save_folder.uri)
-        return NotSavedError(
-            f"can't save {path}: {why_not_written(error, path, needed)}. {GOES_ON}"
-        )
+        why = why_not_written(error, path, needed)
+        return NotSavedError(f"can't save {path}: {why}. {GOES_ON}")

@@ -1,4 +1,4 @@
-"""The Trainer's own arguments, as the YAML has them but for what the machine can't do."""
+"""The Trainer's own arguments, from the YAML, and the parts of Composer that they are made of."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import torch
 from composer.core import Precision
 from composer.devices import Device
 from composer.profiler import JSONTraceHandler, Profiler, cyclic_schedule
-from composer.utils import ParallelismConfig, dist
+from composer.utils import ParallelismConfig
 from composer.utils.parallelism import FSDP2Config
 
 from alignclip.config.schema import ProfilerSettings, RunConfig, TrainerConfig
-from alignclip.runtime.distributed import mend_gloo_fsdp_average
+from alignclip.ranks import world_size
+from alignclip.training import composer_patches
 
 
 def trainer_arguments(config: RunConfig, device: Device) -> dict[str, Any]:
-    """The Trainer's own arguments, as the YAML has them but for what the machine can't do."""
+    """Return the Trainer's own arguments from the YAML, except what this device can't do."""
     arguments = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainerConfig)}
     arguments["run_name"] = config.run_name or None
     # alignclip.training.display shows both
@@ -27,9 +28,7 @@ def trainer_arguments(config: RunConfig, device: Device) -> dict[str, Any]:
     if config.compile_config is not None:
         arguments["compile_config"] = dataclasses.asdict(config.compile_config)
         if config.model.encode_chunk_size:
-            torch._dynamo.config.optimize_ddp = (
-                False  # it splits graphs where chunks are recomputed, and fails
-            )
+            composer_patches.compile_recomputed_chunks()
     if config.profiler is not None:
         arguments["profiler"] = build_profiler(config.profiler)
     arguments["parallelism_config"] = None
@@ -37,15 +36,15 @@ def trainer_arguments(config: RunConfig, device: Device) -> dict[str, Any]:
     if fsdp2 is not None:
         fsdp2_config = FSDP2Config(state_dict_type="full", **dataclasses.asdict(fsdp2))
         arguments["parallelism_config"] = ParallelismConfig(fsdp2=fsdp2_config)
-        if device.name == "cpu" and dist.get_world_size() > 1:
-            mend_gloo_fsdp_average()
+        if device.name == "cpu" and world_size() > 1:
+            composer_patches.average_fsdp_gradients_on_gloo()
     if device.name == "cpu":
         arguments["precision"] = Precision.FP32  # the model does its own bf16 autocast there
     return arguments
 
 
 def build_profiler(config: ProfilerSettings) -> Profiler:
-    """Composer's profiler, with its traces as Chrome reads them; by a run that was resumed into files of their own."""
+    """Build Composer's profiler, whose traces Chrome reads; a resumed run writes files of its own."""
     arguments = dataclasses.asdict(config)
     cycle = {
         key: arguments.pop(key) for key in ("skip_first", "wait", "warmup", "active", "repeat")
@@ -62,18 +61,18 @@ def build_profiler(config: ProfilerSettings) -> Profiler:
 
 
 def console_interval(config: RunConfig) -> str | None:
-    """Between two lines on the console; None: there are none, because there is a bar or nothing is wanted."""
+    """Return the interval of lines on the console; None where a bar or nothing is wanted."""
     wanted = config.log_to_console or (config.progress_bar is None and not show_progress(config))
     return config.console_log_interval if wanted else None
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
-    """What autocast computes in under one of Composer's precisions; None: no autocast."""
+    """Return the type that autocast computes in under one of Composer's precisions, or None."""
     return {Precision.AMP_BF16.value: torch.bfloat16, Precision.AMP_FP16.value: torch.float16}.get(
         precision
     )
 
 
 def show_progress(config: RunConfig) -> bool:
-    """Whether there are progress bars: unless the YAML says so, where somebody looks at them."""
+    """Say whether to show progress bars: as the YAML says, or else in a terminal."""
     return sys.stderr.isatty() if config.progress_bar is None else config.progress_bar

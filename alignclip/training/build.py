@@ -1,0 +1,260 @@
+"""From a configuration to Composer's Trainer: data, model, optimizer, schedule, callbacks, loggers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from composer import Trainer
+from composer.callbacks import SpeedMonitor
+from composer.core import Callback, DataSpec, Precision, Time, TimeUnit
+from composer.devices import Device
+from composer.loggers import LoggerDestination
+from composer.utils import reproducibility
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+
+from alignclip.config.schema import RunConfig
+from alignclip.data import shared_memory, shared_memory_room
+from alignclip.data.dataset import ImageTextDataset, build_dataloader
+from alignclip.errors import UserError, one_line
+from alignclip.losses import AlignCLIPLoss
+from alignclip.model.composer_model import AlignCLIPModel
+from alignclip.model.encoders import build_encoders, clamp_logit_scale_
+from alignclip.model.optimization import (
+    build_optimizer,
+    lr_multiplier,
+    restore_settings,
+    settings_of,
+)
+from alignclip.ranks import (
+    local_rank,
+    local_rank_zero_first,
+    local_world_size,
+    rank,
+    wait_for_all_ranks,
+    world_size,
+)
+from alignclip.training import composer_patches, plugins
+from alignclip.training.batch_check import FiniteCheck
+from alignclip.training.best import BestCheckpoint
+from alignclip.training.callbacks import Rotation, TrainingMonitor
+from alignclip.training.display import Console
+from alignclip.training.evaluation_callback import EvaluationCallback
+from alignclip.training.history import History
+from alignclip.training.resume import StartingPoint, check_loaded, say_jump, starting_point
+from alignclip.training.save_folder import SaveFolder
+from alignclip.training.saver import CheckpointSaver
+from alignclip.training.starting_weights import load_starting_weights
+from alignclip.training.trackers import with_wandb_id
+from alignclip.training.trainer_arguments import (
+    autocast_dtype,
+    console_interval,
+    show_progress,
+    trainer_arguments,
+)
+
+
+def build_trainer(
+    config: RunConfig, device: Device, folder: SaveFolder | None, callbacks: Sequence[Callback] = ()
+) -> Trainer:
+    """Build the Trainer of a run, with the latest checkpoint where ``autoresume`` finds one."""
+    composer_patches.install()
+    with starting_point(config, folder) as start:
+        return build_trainer_from(start, config, device, folder, callbacks)
+
+
+def build_trainer_from(
+    start: StartingPoint,
+    config: RunConfig,
+    device: Device,
+    folder: SaveFolder | None,
+    callbacks: Sequence[Callback],
+) -> Trainer:
+    """Build the Trainer of a run, with the state of the checkpoint that the run starts from."""
+    loader = build_data(config, device)
+    assert isinstance(loader.dataset, ImageTextDataset)
+    reproducibility.seed_all(config.seed)  # the same weights on every rank
+    model = build_model(config, device)
+    load_starting_weights(config, model.encoders, folder, start)
+    optimizer = build_optimizer(config.optimizer, model.encoders)
+    # right after the step, so that EMA and the checkpoint see the clamped value
+    optimizer.register_step_post_hook(lambda *_: clamp_logit_scale_(model.encoders))
+    scheduler = build_scheduler(config, optimizer, batches_an_epoch(config, loader))
+    settings = settings_of(optimizer)
+    trainer = Trainer(
+        model=model,
+        train_dataloader=DataSpec(loader),
+        optimizers=optimizer,
+        schedulers=scheduler,
+        step_schedulers_every_batch=True,
+        algorithms=plugins.build(config, "algorithms"),
+        callbacks=[
+            FiniteCheck(loader.dataset),  # first: the others see finite numbers only
+            *callbacks,
+            *build_callbacks(config, folder),
+            # behind the callbacks whose work they measure and save
+            *build_evaluation(config, model, folder),
+            *([CheckpointSaver(folder)] if folder is not None else []),
+        ],
+        loggers=[
+            *plugins.build(with_wandb_id(config, folder), "loggers"),
+            *build_displays(config, folder, total_batches(config, loader)),
+        ],
+        **(trainer_arguments(config, device) | start.trainer_arguments()),
+    )
+    if start.path is not None:
+        if not start.goes_on:
+            trainer.state.load_path = config.load_path  # rather than its copy on this machine
+        composer_patches.restore_random_state(trainer)
+        check_loaded(trainer, start)
+        before, now = restore_settings(optimizer, scheduler, settings)
+        if trainer.state.timestamp.batch < total_batches(config, loader):
+            say_jump(trainer, before, now)
+    return trainer
+
+
+def build_data(config: RunConfig, device: Device) -> DataLoader[Any]:
+    """Open the training data of this rank.
+
+    Raises:
+        UserError: the settings contradict the sets; this machine has no room for the batches.
+    """
+    if local_rank() == 0:
+        shared_memory.remove_stale()
+    # the ranks of a machine look for the first free prefix, and have to find the same
+    wait_for_all_ranks()
+    try:
+        dataset = ImageTextDataset(
+            config.data,
+            batch_size=config.global_train_batch_size // world_size(),
+            image_size=config.model.vision_cfg.image_size,
+            context_length=config.model.text_cfg.context_length,
+            semantic=config.loss.needs_semantic,
+        )
+    except (ValueError, KeyError, TypeError) as error:  # StreamingDataset's, about its arguments
+        raise UserError(f"data: {one_line(error)}") from error
+    local_rank_zero_first(lambda: check_shared_memory(config, dataset))
+    pin_memory = config.data.pin_memory and device.name == "gpu"
+    return build_dataloader(dataset, config.data, pin_memory=pin_memory)
+
+
+def check_shared_memory(config: RunConfig, dataset: ImageTextDataset) -> None:
+    """Make sure that this machine has room for the batches that loaders hand over.
+
+    Raises:
+        UserError: the machine hasn't.
+    """
+    data, sizes = config.data, config.model
+    batch = shared_memory_room.batch_bytes(
+        int(dataset.batch_size or 0),
+        sizes.vision_cfg.image_size,
+        sizes.text_cfg.context_length,
+        dataset.dimension,
+    )
+    shared_memory_room.check_room(
+        shared_memory_room.loader_bytes(batch, data.num_workers, data.prefetch_factor),
+        local_world_size(),
+        dataset.epoch_size,
+        data.num_workers,
+    )
+
+
+def build_model(config: RunConfig, device: Device) -> AlignCLIPModel:
+    """Build encoders and loss of a configuration, as a ComposerModel."""
+    loss = AlignCLIPLoss(**vars(config.loss))
+    cpu_bf16 = device.name == "cpu" and config.precision == Precision.AMP_BF16.value
+    return AlignCLIPModel(
+        build_encoders(config.model), loss, config.model.encode_chunk_size, cpu_bf16
+    )
+
+
+def build_scheduler(config: RunConfig, optimizer: Optimizer, batches_per_epoch: int) -> LambdaLR:
+    """Build warm-up and cosine by the optimizer's own step count.
+
+    Composer's schedulers read the timestamp before it moves, so that the first two steps get the
+    same rate.
+
+    Raises:
+        UserError: the warm-up is not shorter than the run.
+    """
+    schedule, max_duration = config.scheduler, config.max_duration
+    warmup = in_batches(schedule.t_warmup, batches_per_epoch)
+    total = in_batches(max_duration, batches_per_epoch)
+    if warmup >= total:
+        raise UserError(
+            f"scheduler.t_warmup={schedule.t_warmup} ({warmup} batches) must be shorter than "
+            f"max_duration={max_duration} ({total} batches, {batches_per_epoch} an epoch)"
+        )
+    return LambdaLR(optimizer, lambda step: lr_multiplier(step, warmup, total, schedule.alpha_f))
+
+
+def batches_an_epoch(config: RunConfig, loader: Any) -> int:
+    """Count the batches of an epoch; a run may take only a part of its set."""
+    subset = config.train_subset_num_batches
+    return len(loader) if subset < 0 else min(subset, len(loader))
+
+
+def total_batches(config: RunConfig, loader: Any) -> int:
+    """Count the batches of the whole run."""
+    return in_batches(config.max_duration, batches_an_epoch(config, loader))
+
+
+def in_batches(duration: str, batches_per_epoch: int) -> int:
+    """Convert a duration in epochs or batches to a number of batches."""
+    time = Time.from_input(duration, TimeUnit.BATCH)
+    return time.value * batches_per_epoch if time.unit == TimeUnit.EPOCH else time.value
+
+
+def build_callbacks(config: RunConfig, folder: SaveFolder | None) -> list[Callback]:
+    """Build the YAML's callbacks, and those that every run has."""
+    callbacks: list[Callback] = [TrainingMonitor(), *plugins.build(config, "callbacks")]
+    if not any(isinstance(c, SpeedMonitor) for c in callbacks):
+        callbacks.append(SpeedMonitor(window_size=10))
+    if config.parallelism_config.fsdp2 is not None and config.model.encode_chunk_size:
+        callbacks.append(composer_patches.ReshardAfterBackward())
+    keep = config.save_num_checkpoints_to_keep
+    if folder is not None and keep > 0:
+        callbacks.append(Rotation(folder, keep))
+    return callbacks
+
+
+def build_displays(
+    config: RunConfig, folder: SaveFolder | None, total: int
+) -> list[LoggerDestination]:
+    """Build the bar or lines on the console, and the learning curves in the save folder.
+
+    Args:
+        total: batches of the whole run.
+    """
+    displays: list[LoggerDestination] = [History(folder, total)] if folder is not None else []
+    bar, interval = show_progress(config), console_interval(config)
+    if (bar or interval) and rank() == 0:
+        batch_size = config.global_train_batch_size
+        displays.append(Console(total, batch_size, bar, interval, config.log_traces))
+    return displays
+
+
+def build_evaluation(
+    config: RunConfig, model: AlignCLIPModel, folder: SaveFolder | None
+) -> list[Callback]:
+    """Build the callback for the YAML's ``evaluators`` and ``keep_best``."""
+    if not config.evaluators:
+        return []
+    best = (
+        BestCheckpoint(config.keep_best, folder)
+        if config.keep_best and folder is not None
+        else None
+    )
+    return [
+        EvaluationCallback(
+            config.evaluators,
+            model.encoders,
+            config.model.vision_cfg.image_size,
+            autocast_dtype(config.precision),
+            show_progress(config),
+            best,
+            folder,
+        )
+    ]

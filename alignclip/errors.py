@@ -6,7 +6,6 @@ import difflib
 import os
 import re
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -91,8 +90,9 @@ def one_line_errors() -> Iterator[None]:
         yield
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(
-                5
-            )  # the launcher ends all others when one exits: the first one's exit ends this one here
+            from alignclip.runtime.launcher import is_ended_by_launcher
+
+            if is_ended_by_launcher():  # the first one has spoken
+                raise SystemExit(error.status) from None
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(error.status) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,49 +15,36 @@ import torch
 from composer import Trainer
 from composer.core import Callback, State
 from composer.loggers import Logger
-from composer.utils import get_device
-from PIL import Image
-from runs import PRETRAIN, run, write_config
+from runs import PRETRAIN, jpeg, run, write_config
+from small_runs import SMALL, SmallRuns, logged
 from streaming import MDSWriter
 
 import alignclip
-from alignclip.config.reading import load
 from alignclip.errors import NOT_FINITE, NotFiniteError, UserError
-from alignclip.training.build import build_trainer
 from alignclip.training.command import main
 from alignclip.training.resume import StartingPoint, check_loaded
-from alignclip.training.save_folder import SaveFolder
 
 COUNT, DIMENSION = 64, 16
 FIXED = (
-    "run_name=r", "max_duration=12ba", "save_interval=1ba", "data.num_workers=0", "scheduler.t_warmup=1ba",
-    "data.num_canonical_nodes=1", "data.shuffle=false",
-)  # fmt: skip
+    "max_duration=12ba",
+    "save_interval=1ba",
+    "data.num_canonical_nodes=1",
+    "data.shuffle=false",
+)
+NORM = "algorithms.GradientClipping={clipping_type: norm, clipping_threshold: 1.0}"
 
 
 def write_embeddings(out: Path, change: Callable[[int, np.ndarray], None]) -> None:
     """A set of 64 pairs; ``change`` edits the caption embedding of a sample."""
     rng = np.random.default_rng(0)
-    columns = {
-        "key": "str",
-        "image": "bytes",
-        "caption": "str",
-        "semantic": f"ndarray:float16:{DIMENSION}",
-    }
+    columns = {"key": "str", "image": "bytes", "caption": "str"}
+    columns["semantic"] = f"ndarray:float16:{DIMENSION}"
     with MDSWriter(out=str(out), columns=columns) as writer:
         for i in range(COUNT):
-            picture = io.BytesIO()
-            Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(picture, "JPEG")
             semantic = rng.normal(size=DIMENSION).astype(np.float16)
             change(i, semantic)
-            writer.write(
-                {
-                    "key": f"k{i}",
-                    "image": picture.getvalue(),
-                    "caption": f"{i} dots",
-                    "semantic": semantic,
-                }
-            )
+            pair = {"key": f"k{i}", "image": jpeg(rng), "caption": f"{i} dots"}
+            writer.write(pair | {"semantic": semantic})
 
 
 def sound(i: int, semantic: np.ndarray) -> None:
@@ -85,12 +71,9 @@ class At(Callback):
             self.action(state)
 
 
-def start(tmp_path: Path, *overrides: str, callbacks: tuple[Callback, ...] = ()) -> Any:
-    config = load(
-        write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "runs")), [*FIXED, *overrides]
-    )
-    folder = SaveFolder(config)
-    return build_trainer(config, get_device("cpu"), folder, callbacks)
+def start(tmp_path: Path, *overrides: str, callbacks: tuple[Callback, ...] = ()) -> Trainer:
+    runs = SmallRuns(tmp_path, tmp_path / "set", tmp_path / "runs", *FIXED)
+    return runs.build(*overrides, callbacks=callbacks)
 
 
 def fit(trainer: Any) -> str:
@@ -124,11 +107,8 @@ def test_an_embedding_that_is_not_finite_ends_the_run(tmp_path: Path, value: flo
     )
     assert "the gradients of " in said
     assert said.endswith(
-        "once these samples are out of the set (convert/verify.py finds all of them)"
-    )
-    assert (
-        "The run is saved up to batch 1; the same command goes on from there, once these samples"
-        in said
+        "The run is saved up to batch 1; the same command goes on from there, once these samples are out of the set "
+        "(convert/verify.py finds all of them)"
     )
     assert saved(tmp_path) == [1]
 
@@ -136,36 +116,18 @@ def test_an_embedding_that_is_not_finite_ends_the_run(tmp_path: Path, value: flo
 @pytest.mark.parametrize("batch", [0, 2, 4])
 def test_what_was_trained_before_is_saved(tmp_path: Path, batch: int) -> None:
     """In the first batch, in the middle of an epoch and at its beginning; once mended, the run goes on the same."""
-    losses: dict[str, list[float]] = {}
-
-    class Record(Callback):
-        def batch_end(self, state: State, logger: Logger) -> None:
-            losses[name].append(state.total_loss_dict["loss/train/total"])
 
     def spoil(state: State) -> None:
         state.batch["semantic"][:] = math.nan
 
     write_embeddings(tmp_path / "set", sound)
-    more = ("max_duration=6ba", "data.shuffle=true")
-    for name, interval in (("whole", "1ep"), ("broken", "100ba"), ("broken", "1ba")):
-        place = f"save_folder={tmp_path / name}"
-        losses.setdefault(name, [])
-        event = At("batch_start", batch if interval == "100ba" else -1, spoil)
-        trainer = start(
-            tmp_path, *more, place, f"save_interval={interval}", callbacks=(Record(), event)
-        )
-        if interval == "100ba":
-            assert f"The run is saved up to batch {batch}" in fit(trainer)
-            assert (
-                (tmp_path / name / "latest-rank0.pt")
-                .resolve()
-                .name.endswith(f"-ba{batch}-rank0.pt")
-            )
-            assert len(losses[name]) == batch
-        else:
-            trainer.fit()
-            trainer.close()
-    assert losses["broken"] == losses["whole"]
+    settings = (*FIXED, "max_duration=6ba", "data.shuffle=true", "save_interval=100ba")
+    runs = SmallRuns(tmp_path, tmp_path / "set", tmp_path / "runs", *settings)
+    whole = logged(runs.train(f"save_folder={tmp_path / 'whole'}"))
+    broken = runs.build(callbacks=[At("batch_start", batch, spoil)])
+    assert f"The run is saved up to batch {batch}" in fit(broken)
+    assert saved(tmp_path) == [batch]
+    assert logged(runs.train()) == whole[batch:]
 
 
 def test_older_checkpoints_stay(tmp_path: Path) -> None:
@@ -183,8 +145,10 @@ def test_embeddings_that_are_not_needed_are_not_looked_at(tmp_path: Path) -> Non
     assert saved(tmp_path) == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("clipping", ["", "norm"])
-def test_the_gradient_that_is_not_finite_is_named(tmp_path: Path, clipping: str) -> None:
+@pytest.mark.parametrize("clipping", [(), (NORM,)])
+def test_the_gradient_that_is_not_finite_is_named(
+    tmp_path: Path, clipping: tuple[str, ...]
+) -> None:
     """Clipping by the norm would spread it to all others."""
     write_embeddings(tmp_path / "set", sound)
     name = "transformer.resblocks.0.mlp.c_fc.weight"
@@ -193,12 +157,7 @@ def test_the_gradient_that_is_not_finite_is_named(tmp_path: Path, clipping: str)
         parameter = state.model.encoders.get_parameter(name)
         parameter.register_hook(lambda gradient: torch.full_like(gradient, math.inf))
 
-    more = (
-        ["algorithms.GradientClipping={clipping_type: norm, clipping_threshold: 1.0}"]
-        if clipping
-        else []
-    )
-    said = fit(start(tmp_path, *more, callbacks=(At("batch_start", 2, spoil),)))
+    said = fit(start(tmp_path, *clipping, callbacks=(At("batch_start", 2, spoil),)))
     assert said.startswith("batch 3: not finite are the gradients of 1 of ")
     assert f"({name})" in said or f"(visual.{name})" in said  # it is one and the same
     assert "A lower optimizer.lr" in said
@@ -291,7 +250,9 @@ def test_two_ranks_end_at_the_same_batch(tmp_path: Path) -> None:
     """The bad sample is the second rank's; the launcher ends with the same status, and the line stands there once."""
     write_embeddings(tmp_path / "set", bad(math.nan, 30))
     config = write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "runs"))
-    text = run(PRETRAIN, config, *FIXED, processes=2, cwd=tmp_path / "work", status=NOT_FINITE)
+    text = run(
+        PRETRAIN, config, *SMALL, *FIXED, processes=2, cwd=tmp_path / "work", status=NOT_FINITE
+    )
     lines = [line for line in text.splitlines() if line.startswith("error: batch ")]
     assert lines
     assert len(set(lines)) == 1
@@ -309,7 +270,6 @@ def test_weights_to_start_from_are_looked_at(tmp_path: Path) -> None:
     content = torch.load(path, weights_only=False)
     content["state"]["model"]["encoders.ln_final.weight"][0] = math.inf
     torch.save(content, path)
-    SaveFolder(load(tmp_path / "tiny.yaml", FIXED)).write_config()
     with pytest.raises(UserError, match=r"holds numbers that are not finite .*: .*ln_"):
         alignclip.load(path)
     with pytest.raises(UserError, match=r"pretrained: .* holds numbers that are not finite"):

@@ -8,17 +8,13 @@ from typing import Any
 import pytest
 from composer.core import Callback, State
 from composer.loggers import Logger
-from composer.utils import get_device
-from runs import write_config, write_set
+from runs import write_set
+from small_runs import SmallRuns, turn_back
 
-from alignclip.config.reading import load
 from alignclip.model.optimization import lr_multiplier
-from alignclip.training.build import build_trainer
-from alignclip.training.save_folder import SaveFolder
 
 FIXED = (
-    "run_name=r", "data.num_workers=0", "scheduler.t_warmup=2ba", "data.num_canonical_nodes=1", "save_interval=4ba",
-    "optimizer.lr=0.001", "loss.beta=0",
+    "scheduler.t_warmup=2ba", "data.num_canonical_nodes=1", "save_interval=4ba", "optimizer.lr=0.001", "loss.beta=0",
 )  # fmt: skip
 
 
@@ -38,16 +34,11 @@ class Rates(Callback):
 @pytest.fixture
 def train(tmp_path: Path) -> Any:
     write_set(str(tmp_path / "set"), 64)
+    runs = SmallRuns(tmp_path, tmp_path / "set", tmp_path / "{run_name}", *FIXED)
 
     def train(*overrides: str) -> dict[int, list[tuple[float, float]]]:
-        config = load(
-            write_config(tmp_path, str(tmp_path / "set"), f"{tmp_path}/{{run_name}}"),
-            [*FIXED, *overrides],
-        )
         rates = Rates()
-        trainer = build_trainer(config, get_device("cpu"), SaveFolder(config), [rates])
-        trainer.fit()
-        trainer.close()
+        runs.train(*overrides, callbacks=[rates])
         return rates.found
 
     return train
@@ -80,9 +71,7 @@ def test_a_run_is_made_shorter(
     train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train("max_duration=16ba")
-    folder = tmp_path / "r"
-    (folder / "latest-rank0.pt").unlink()
-    (folder / "latest-rank0.pt").symlink_to("ep0-ba4-rank0.pt")
+    turn_back(tmp_path / "r", "ep0-ba4-rank0.pt")
     assert first(train("max_duration=6ba")) == schedule(4, 6)
     rates = [f"{1e-3 * lr_multiplier(4, 2, total):.6g}" for total in (16, 6)]
     assert f"(batch 5): {rates[0]} → {rates[1]}, by this run's schedule" in capsys.readouterr().out
@@ -93,9 +82,7 @@ def test_an_unchanged_run_has_the_very_rates(
 ) -> None:
     whole = train("max_duration=8ba", "run_name=whole")
     train("max_duration=8ba")
-    folder = tmp_path / "r"
-    (folder / "latest-rank0.pt").unlink()
-    (folder / "latest-rank0.pt").symlink_to("ep0-ba4-rank0.pt")
+    turn_back(tmp_path / "r", "ep0-ba4-rank0.pt")
     assert train("max_duration=8ba") == {
         batch: rates for batch, rates in whole.items() if batch >= 4
     }

@@ -9,8 +9,8 @@ from typing import Any
 
 import processes
 import pytest
-from composer.utils import get_device
 from runs import write_config, write_set
+from small_runs import SmallRuns, turn_back
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.event_file_writer import AtomicCounter
 
@@ -18,14 +18,21 @@ from alignclip.config.reading import load
 from alignclip.errors import UserError
 from alignclip.evaluation.json_lines import lines_in
 from alignclip.training import trackers
-from alignclip.training.build import build_trainer
 from alignclip.training.history import HISTORY, PAGE
 from alignclip.training.save_folder import SaveFolder
 
 FIXED = (
-    "run_name=r", "data.num_workers=0", "scheduler.t_warmup=1ba", "data.num_canonical_nodes=1", "save_interval=4ba",
-    "loss.beta=0", "evaluators.e.task=retrieval", "evaluators.e.interval=4ba", "evaluators.e.num_workers=0",
+    "data.num_canonical_nodes=1", "save_interval=4ba", "loss.beta=0", "evaluators.e.task=retrieval",
+    "evaluators.e.interval=4ba", "evaluators.e.num_workers=0",
 )  # fmt: skip
+# the steps of each metric, and of others that are there
+STEPS = {
+    "loss/train/total": [*range(9)],
+    "lr": [*range(9)],
+    "logit_scale": [*range(1, 10)],
+    "metrics/e/image_retrieval_recall@1": [4, 8, 9],
+}
+MORE = {"loss/train/contrastive", "loss/train/separation"}
 
 
 @pytest.fixture
@@ -35,6 +42,9 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     write_set(str(tmp_path / "set"), 64)
+    folder = tmp_path / "runs"
+    settings = (*FIXED, f"evaluators.e.local={tmp_path / 'set'}")
+    runs = SmallRuns(tmp_path, tmp_path / "set", folder, *settings)
 
     def train(*overrides: str) -> None:
         for length in (7, 9):
@@ -42,23 +52,11 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             monkeypatch.setattr(
                 "tensorboard.summary.writer.event_file_writer._global_uid", AtomicCounter(0)
             )
-            more = (
-                f"max_duration={length}ba",
-                f"evaluators.e.local={tmp_path / 'set'}",
-                *overrides,
-            )
-            config = load(
-                write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "runs")),
-                [*FIXED, *more],
-            )
-            trainer = build_trainer(config, get_device("cpu"), SaveFolder(config))
-            assert trainer.state.timestamp.batch == (0 if length == 7 else 4)
-            trainer.fit()
-            trainer.close()
-            for newer in (tmp_path / "runs").glob("ep*-ba7-*"):
+            trainer = runs.train(f"max_duration={length}ba", *overrides)
+            assert trainer.state.timestamp.batch == length
+            for newer in folder.glob("ep*-ba7-*"):
                 newer.unlink()  # as if the start had been killed before it saved
-                (tmp_path / "runs" / "latest-rank0.pt").unlink()
-                (tmp_path / "runs" / "latest-rank0.pt").symlink_to("ep0-ba4-rank0.pt")
+                turn_back(folder, "ep0-ba4-rank0.pt")
 
     return train
 
@@ -73,10 +71,10 @@ def test_tensorboard_has_each_step_once(train: Any, tmp_path: Path) -> None:
     steps = {
         tag: sorted(scalar.step for scalar in found.Scalars(tag)) for tag in found.Tags()["scalars"]
     }
-    assert steps["loss/train/total"] == list(range(9))
-    assert steps["lr"] == list(range(9))
-    assert steps["logit_scale"] == list(range(1, 10))
-    assert steps["metrics/e/image_retrieval_recall@1"] == [4, 8, 9]
+    assert {name: steps[name] for name in STEPS} == STEPS
+    assert steps.keys() >= MORE
+    rates = [scalar.value for scalar in sorted(found.Scalars("lr"), key=lambda one: one.step)]
+    assert rates[:4] == sorted(rates[:4], reverse=True)
 
 
 def test_a_file_has_each_step_once(train: Any, tmp_path: Path) -> None:
@@ -86,19 +84,12 @@ def test_a_file_has_each_step_once(train: Any, tmp_path: Path) -> None:
         for line in (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines()
     ]
     steps = Counter((found[2], int(found[1])) for found in lines if found)
-    for name, expected in (
-        ("loss/train/total", range(9)),
-        ("lr", range(9)),
-        ("logit_scale", range(1, 10)),
-        ("metrics/e/image_retrieval_recall@1", (4, 8, 9)),
-    ):
-        assert {step: n for (one, step), n in steps.items() if one == name} == dict.fromkeys(
-            expected, 1
-        ), name
+    found = {name: sorted(step for one, step in steps.elements() if one == name) for name in STEPS}
+    assert found == STEPS
 
 
-def rows_of(folder: Path) -> tuple[Counter[tuple[str, int]], set[str]]:
-    """How often each (metric, step) stands in W&B's offline files, and the ids of their runs."""
+def rows_of(folder: Path) -> tuple[Counter[tuple[str, int]], set[tuple[str, str]]]:
+    """How often each (metric, step) stands in W&B's offline files, and project and id of their runs."""
     import wandb
     from wandb.proto.wandb_internal_pb2 import Record
     from wandb.sdk.internal.datastore import DataStore
@@ -113,7 +104,7 @@ def rows_of(folder: Path) -> tuple[Counter[tuple[str, int]], set[str]]:
             record = Record()
             record.ParseFromString(data)
             if record.run.run_id:
-                ids.add(record.run.run_id)
+                ids.add((record.run.project, record.run.run_id))
             row = {
                 item.key or "/".join(item.nested_key): json.loads(item.value_json)
                 for item in record.history.item
@@ -127,11 +118,12 @@ def test_weights_and_biases_has_one_run_and_each_step_once(
 ) -> None:
     train("loggers.WandBLogger.project=x")
     found, ids = rows_of(tmp_path / "wandb")
-    assert ids == {(tmp_path / "runs" / trackers.WANDB_ID).read_text(encoding="utf-8").strip()}
+    kept = (tmp_path / "runs" / trackers.WANDB_ID).read_text(encoding="utf-8").strip()
+    assert ids == {("x", kept)}
+    names = {name for name, _ in found}
+    assert names >= STEPS.keys() | MORE
     for name in ("loss/train/total", "lr"):
-        assert {step: n for (one, step), n in found.items() if one == name} == dict.fromkeys(
-            range(9), 1
-        ), name
+        assert sorted(step for one, step in found.elements() if one == name) == STEPS[name]
 
 
 def test_nobody_is_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

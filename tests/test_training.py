@@ -7,18 +7,19 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from composer import Trainer
+from composer.callbacks import SpeedMonitor
 from composer.core import Callback, State
-from composer.loggers import InMemoryLogger, Logger
+from composer.loggers import Logger
 from composer.utils import get_device
 from runs import write_config, write_set
 from s3 import S3Server
+from small_runs import SmallRuns, logged, turn_back
 
 from alignclip.config.reading import load
 from alignclip.config.schema import DataConfig, EvaluatorConfig, RunConfig, StreamConfig
@@ -27,7 +28,8 @@ from alignclip.errors import UserError
 from alignclip.training import plugins, preflight
 from alignclip.training.build import build_trainer
 from alignclip.training.run import describe
-from alignclip.training.save_folder import SaveFolder
+
+EMA = ("algorithms.EMA.update_interval=1ba", "algorithms.EMA.half_life=2ba")
 
 
 @pytest.fixture(scope="module")
@@ -58,154 +60,130 @@ class Watch(Callback):
 
 
 @pytest.fixture
-def fit(dataset: Path, tmp_path: Path) -> Iterator[object]:
-    trainers: list[Trainer] = []
+def fit(dataset: Path, tmp_path: Path) -> Any:
+    runs = SmallRuns(tmp_path, dataset, None, "max_duration=8ba", "scheduler.t_warmup=5ba")
 
-    def fit(*overrides: str) -> tuple[Trainer, Watch, InMemoryLogger]:
-        fixed = ("max_duration=8ba", "data.num_workers=0", "loggers.InMemoryLogger={}")
-        config, watch = configuration(dataset, tmp_path, *fixed, *overrides), Watch()
-        trainer = build_trainer(config, get_device("cpu"), None, [watch])
-        trainers.append(trainer)
-        trainer.fit()
-        (memory,) = [d for d in trainer.logger.destinations if isinstance(d, InMemoryLogger)]
-        return trainer, watch, memory
+    def fit(*overrides: str) -> tuple[Trainer, Watch]:
+        watch = Watch()
+        return runs.train(*overrides, callbacks=[watch]), watch
 
-    yield fit
-    for trainer in trainers:
-        trainer.close()
+    return fit
+
+
+@pytest.fixture(scope="module")
+def plain(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Watch]:
+    """The run that others are compared with."""
+    watch = Watch()
+    runs = SmallRuns(
+        tmp_path_factory.mktemp("plain"),
+        dataset,
+        None,
+        "max_duration=8ba",
+        "scheduler.t_warmup=5ba",
+    )
+    return runs.train(callbacks=[watch]), watch
 
 
 def configuration(dataset: Path, folder: Path, *overrides: str) -> RunConfig:
-    return load(write_config(folder, str(dataset)), overrides)
+    return load(write_config(folder, str(dataset)), ["data.num_workers=0", *overrides])
 
 
-def logged(memory: InMemoryLogger, name: str) -> list[float]:
-    return [float(value) for _, value in memory.data[name]]
-
-
-def test_what_is_logged(fit) -> None:
-    _, _, memory = fit()
-    assert {
-        "loss/train/total",
-        "loss/train/contrastive",
-        "loss/train/separation",
-        "logit_scale",
-    } <= memory.data.keys()
-    assert {"lr", "time/data_wait_fraction"} <= memory.data.keys()
+def test_what_is_logged(fit: Any) -> None:
+    trainer, _ = fit()
     # the published schedule at the rates that the steps really use: (t + 1)/5 up to step 4, then the cosine from step 5
-    rates = logged(memory, "lr")
     expected = [1e-3 * (t + 1) / 5 for t in range(5)]
     expected += [1e-3 * 0.5 * (1 + math.cos(math.pi * (t - 5) / 3)) for t in range(5, 8)]
-    assert rates == pytest.approx(expected, rel=1e-9)
-    total, contrastive, separation = (
-        logged(memory, f"loss/train/{name}") for name in ("total", "contrastive", "separation")
+    assert logged(trainer, "lr") == pytest.approx(expected, rel=1e-9)
+    contrastive, separation = (
+        logged(trainer, f"loss/train/{name}") for name in ("contrastive", "separation")
     )
-    assert total == pytest.approx(
-        [c + 0.5 * s for c, s in zip(contrastive, separation, strict=True)], rel=1e-6
-    )
-    assert logged(memory, "logit_scale")[0] == pytest.approx(1 / 0.07, rel=1e-6)
-    assert all(0 <= share <= 1 for share in logged(memory, "time/data_wait_fraction"))
+    terms = zip(contrastive, separation, strict=True)
+    assert logged(trainer) == pytest.approx([c + 0.5 * s for c, s in terms], rel=1e-6)
+    assert logged(trainer, "logit_scale")[0] == pytest.approx(1 / 0.07, rel=1e-6)
+    assert all(0 <= share <= 1 for share in logged(trainer, "time/data_wait_fraction"))
+    assert any(isinstance(callback, SpeedMonitor) for callback in trainer.state.callbacks)
+
+
+def average(trainer: Trainer, name: str) -> torch.Tensor:
+    """A parameter of EMA's model."""
+    (ema,) = [a for a in trainer.state.algorithms if type(a).__name__ == "EMA"]
+    return ema.ema_model.named_parameters_dict[name]
 
 
 @pytest.mark.parametrize("start", [6.0, 0.02])
-def test_logit_scale_is_clamped_after_every_step_and_before_ema(fit, start: float) -> None:
+def test_logit_scale_is_clamped_after_every_step_and_before_ema(fit: Any, start: float) -> None:
     """From above the upper bound, and from just above the lower at a rate that crosses it in one step."""
-    trainer, watch, _ = fit(
-        f"model.init_logit_scale={start}",
-        "optimizer.lr=0.5",
-        "scheduler.t_warmup=1ba",
-        "algorithms.EMA.half_life=1ba",
-        "algorithms.EMA.update_interval=1ba",
-    )
+    fast = ("optimizer.lr=0.5", "scheduler.t_warmup=1ba", *EMA, "algorithms.EMA.half_life=1ba")
+    trainer, watch = fit(f"model.init_logit_scale={start}", *fast)
     scales = [float(w["encoders.logit_scale"]) for w in watch.weights]
     assert all(0 <= s <= math.log(100) + 1e-6 for s in scales)
     assert any(abs(s - value) < 1e-6 for s in scales for value in (0.0, math.log(100))), scales
-    (ema,) = [a for a in trainer.state.algorithms if type(a).__name__ == "EMA"]
-    average = float(ema.ema_model.named_parameters_dict["encoders.logit_scale"])
-    assert 0 <= average <= math.log(100) + 1e-6
+    assert 0 <= float(average(trainer, "encoders.logit_scale")) <= math.log(100) + 1e-6
 
 
-def test_ema_is_the_running_mean_of_the_weights(fit) -> None:
-    trainer, watch, _ = fit("algorithms.EMA.half_life=2ba", "algorithms.EMA.update_interval=1ba")
-    (ema,) = [a for a in trainer.state.algorithms if type(a).__name__ == "EMA"]
+def test_ema_is_the_running_mean_of_the_weights(fit: Any) -> None:
+    trainer, watch = fit(*EMA)
     smoothing = math.exp(-math.log(2) / 2)
     name = "encoders.visual.transformer.resblocks.0.mlp.c_fc.weight"
     # Composer starts the average at the weights of the first update
     expected = copy.deepcopy(watch.weights[0][name])
     for weights in watch.weights[1:]:
         expected = smoothing * expected + (1 - smoothing) * weights[name]
-    average = ema.ema_model.named_parameters_dict[name]
-    assert torch.allclose(average, expected, atol=1e-6)
-    assert not torch.allclose(average, watch.weights[-1][name], atol=1e-6)
+    assert torch.allclose(average(trainer, name), expected, atol=1e-6)
+    assert not torch.allclose(average(trainer, name), watch.weights[-1][name], atol=1e-6)
 
 
-def test_gradients_are_clipped(fit) -> None:
-    _, free, _ = fit()
-    assert max(free.gradient_norms) > 0.05
-    _, clipped, _ = fit(
-        "algorithms.GradientClipping.clipping_type=norm",
-        "algorithms.GradientClipping.clipping_threshold=0.05",
-    )
+def test_gradients_are_clipped(fit: Any, plain: tuple[Trainer, Watch]) -> None:
+    assert max(plain[1].gradient_norms) > 0.05
+    _, clipped = fit("algorithms.GradientClipping={clipping_type: norm, clipping_threshold: 0.05}")
     assert clipped.gradient_norms == pytest.approx([0.05] * 8, rel=1e-3)
 
 
 @pytest.mark.parametrize("size", [3, 16, 100])
-def test_chunks_give_the_gradients_of_the_whole_batch(fit, size: int) -> None:
-    _, whole, _ = fit()
-    _, chunked, _ = fit(f"model.encode_chunk_size={size}")
-    assert whole.gradients.keys() == chunked.gradients.keys()
-    for name, gradient in whole.gradients.items():
-        assert (chunked.gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+def test_chunks_give_the_gradients_of_the_whole_batch(
+    fit: Any, plain: tuple[Trainer, Watch], size: int
+) -> None:
+    whole, chunked = plain[1].gradients, fit(f"model.encode_chunk_size={size}")[1].gradients
+    assert whole.keys() == chunked.keys()
+    for name, gradient in whole.items():
+        assert (chunked[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
-def test_bf16_on_a_cpu(fit) -> None:
-    _, _, exact = fit()
-    trainer, _, half = fit("precision=amp_bf16")
-    assert next(trainer.state.model.parameters()).dtype == torch.float32
-    a, b = logged(exact, "loss/train/total"), logged(half, "loss/train/total")
-    assert a != b
-    assert a == pytest.approx(b, rel=0.05)
+def test_bf16_on_a_cpu(fit: Any, plain: tuple[Trainer, Watch]) -> None:
+    half, _ = fit("precision=amp_bf16")
+    assert next(half.state.model.parameters()).dtype == torch.float32
+    assert logged(half) != logged(plain[0])
+    assert logged(half) == pytest.approx(logged(plain[0]), rel=0.05)
 
 
 @pytest.mark.parametrize(
-    ("interval", "more"),
+    ("interval", "first", "more"),
     [
-        ("1ep", []),
-        ("4ba", []),
-        ("3ba", []),
-        ("3ba", ["algorithms.EMA.half_life=2ba", "algorithms.EMA.update_interval=1ba"]),
-        ("3ba", ["model.vision_cfg.patch_dropout=0.5", "model.shared.blocks=0"]),
+        ("1ep", 4, ()),
+        ("4ba", 4, ()),
+        ("3ba", 3, ()),
+        ("3ba", 3, EMA),
+        ("3ba", 3, ("model.vision_cfg.patch_dropout=0.5", "model.shared.blocks=0")),
     ],
     ids=["between epochs", "both", "inside an epoch", "EMA", "patch dropout"],
 )
 def test_goes_on_from_a_checkpoint(
-    dataset: Path, tmp_path: Path, interval: str, more: list[str]
+    dataset: Path, tmp_path: Path, interval: str, first: int, more: tuple[str, ...]
 ) -> None:
     """Two epochs of four batches; the second trainer starts from the first one's first checkpoint."""
-    fixed = ("max_duration=2ep", "data.num_workers=0", "run_name=r", "scheduler.t_warmup=1ba")
-    config = load(
-        write_config(tmp_path, str(dataset), str(tmp_path / "saved")),
-        (*fixed, f"save_interval={interval}", "loggers.InMemoryLogger={}", *more),
-    )
-    losses, averages = [], []
-    for _ in range(2):
-        folder = SaveFolder(config)
-        trainer = build_trainer(config, get_device("cpu"), folder)
-        trainer.fit()
-        (memory,) = [d for d in trainer.logger.destinations if isinstance(d, InMemoryLogger)]
-        losses.append(logged(memory, "loss/train/total"))
-        for algorithm in trainer.state.algorithms:
-            averages.append(copy.deepcopy(algorithm.ema_model.named_parameters_dict))
-        trainer.close()
-        link = tmp_path / "saved" / "latest-rank0.pt"
-        link.unlink()
-        first = min((tmp_path / "saved").glob("ep*.pt"), key=lambda p: p.stat().st_mtime)
-        link.symlink_to(first.name)
-    assert len(losses[0]) == 8
-    assert losses[1] == losses[0][3 if interval == "3ba" else 4 :]
-    if averages:
-        assert averages[0].keys() == averages[1].keys()
-        assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
+    settings = ("max_duration=2ep", f"save_interval={interval}", *more)
+    runs = SmallRuns(tmp_path, dataset, tmp_path / "saved", *settings)
+    whole = runs.train()
+    averages = [copy.deepcopy(a.ema_model.named_parameters_dict) for a in whole.state.algorithms]
+    assert len(logged(whole)) == 8
+    (name,) = [path.name for path in (tmp_path / "saved").glob(f"*-ba{first}-*")]
+    turn_back(tmp_path / "saved", name)
+    again = runs.train()
+    assert logged(again) == logged(whole)[first:]
+    for before, algorithm in zip(averages, again.state.algorithms, strict=True):
+        now = algorithm.ema_model.named_parameters_dict
+        assert before.keys() == now.keys()
+        assert all(torch.equal(before[name], now[name]) for name in now)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +204,7 @@ def test_goes_on_from_a_checkpoint(
 def test_what_only_building_shows_is_one_line(
     dataset: Path, tmp_path: Path, overrides: list[str], says: str
 ) -> None:
-    config = configuration(dataset, tmp_path, "max_duration=8ba", "data.num_workers=0", *overrides)
+    config = configuration(dataset, tmp_path, "max_duration=8ba", *overrides)
     with pytest.raises(UserError) as error:
         build_trainer(config, get_device("cpu"), None)
     assert says in str(error.value)
@@ -263,7 +241,7 @@ def test_an_evaluator_on_training_data_is_known(
 
 
 def test_an_evaluator_on_training_data_is_told_at_the_start(dataset: Path, tmp_path: Path) -> None:
-    config = configuration(dataset, tmp_path, "data.num_workers=0", "run_name=told")
+    config = configuration(dataset, tmp_path, "run_name=told")
     trainer = build_trainer(config, get_device("cpu"), None)
     quiet = describe(config, trainer, None)
     config.evaluators = {"c": EvaluatorConfig(task="gap", local=str(dataset))}
@@ -313,26 +291,20 @@ def test_the_profiler_leaves_its_traces(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    overrides = ["profiler.wait=1", "profiler.active=1", "max_duration=4ba", "data.num_workers=0"]
-    config = configuration(
-        dataset, tmp_path, *overrides, "scheduler.t_warmup=1ba", "run_name=traced"
-    )
-    trainer = build_trainer(config, get_device("cpu"), None)
-    trainer.fit()
-    trainer.close()
-    assert list((tmp_path / "traced" / "torch_traces").glob("rank0.*.pt.trace.json"))
+    settings = ("profiler.wait=1", "profiler.active=1", "max_duration=4ba")
+    SmallRuns(tmp_path, dataset, None, *settings).train()
+    assert list((tmp_path / "r" / "torch_traces").glob("rank0.*.pt.trace.json"))
 
 
 @pytest.mark.parametrize("chunk_size", [0, 5])
-def test_a_compiled_model_trains_the_same(fit: Any, chunk_size: int) -> None:
+def test_a_compiled_model_trains_the_same(
+    fit: Any, plain: tuple[Trainer, Watch], chunk_size: int
+) -> None:
     """By the backend that runs the traced graphs as they are; text is at its full length there."""
-    _, _, plain = fit()
-    _, _, compiled = fit(
-        "compile_config.backend=aot_eager", f"model.encode_chunk_size={chunk_size}"
-    )
-    found = logged(compiled, "loss/train/total")
-    assert len(found) == 8
-    assert found == pytest.approx(logged(plain, "loss/train/total"), abs=1e-5)
+    chunks = f"model.encode_chunk_size={chunk_size}"
+    compiled, _ = fit("compile_config.backend=aot_eager", chunks)
+    assert logged(compiled) == pytest.approx(logged(plain[0]), abs=1e-5)
+    assert len(logged(compiled)) == 8
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,9 +54,8 @@ def main(arguments: Sequence[str]) -> int:
             failed = run(settings, known)
     if not failed or os.environ.get("LOCAL_RANK", "0") != "0":
         return 0
-    time.sleep(
-        5
-    )  # the launcher ends all others when one fails: they are done, and get the time to say so
+    # the launcher ends all others when one fails: they are done, and get the time to say so
+    launcher.wait_until_others_end()
     return 1
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import time
 import zlib
 from collections.abc import Mapping, MutableMapping
@@ -18,6 +19,7 @@ from alignclip.errors import UserError
 
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK")
 MEETING = ("MASTER_ADDR", "MASTER_PORT")  # where rank 0 waits for the others
+END_TIMEOUT = 5.0  # seconds within which ranks end once one has failed
 SIBLINGS_START = 10.0  # seconds within which a launcher has started all processes of a machine
 # Launchers' own names: total, rank, local total, local rank
 _MPI = (
@@ -83,28 +85,50 @@ def siblings(environ: Mapping[str, str], patience: float = 0.0) -> int | None:
     deadline = time.monotonic() + patience
     expected = int(environ["LOCAL_WORLD_SIZE"])
     while True:
-        found = _local_ranks(environ)
+        others = _local_processes(environ)
+        found = None if others is None else {environ["LOCAL_RANK"], *others.values()}
         if found is None or len(found) >= expected or time.monotonic() >= deadline:
             return None if found is None else len(found)
         time.sleep(0.2)
 
 
-def _local_ranks(environ: Mapping[str, str]) -> set[str] | None:
+def wait_until_others_end(environ: Mapping[str, str] = os.environ) -> None:
+    """Wait until the other ranks of this machine have ended, :data:`END_TIMEOUT` seconds at most.
+
+    A launcher ends all ranks when one fails: a rank that fails lets the others finish before.
+    """
+    import psutil
+
+    if {*MEETING, "WORLD_SIZE", "LOCAL_RANK"} <= environ.keys():
+        psutil.wait_procs([*(_local_processes(environ) or {})], timeout=END_TIMEOUT)
+
+
+def is_ended_by_launcher() -> bool:
+    """Wait for SIGTERM, by which a launcher ends all ranks when one fails, and say whether it came.
+
+    The wait lasts :data:`END_TIMEOUT` seconds at most.
+    """
+    if not hasattr(signal, "sigtimedwait"):  # macOS
+        return False
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    return signal.sigtimedwait({signal.SIGTERM}, END_TIMEOUT) is not None
+
+
+def _local_processes(environ: Mapping[str, str]) -> dict[Any, str] | None:
+    """Find the other ranks' processes on this machine, with their LOCAL_RANK; None where hidden."""
     import psutil
 
     mine = {name: environ[name] for name in (*MEETING, "WORLD_SIZE")}
-    found = {environ["LOCAL_RANK"]}
+    found = {}
     try:
         for process in psutil.process_iter():
             try:
                 theirs = process.environ()
             except psutil.Error:
                 continue  # another user's, or ended
-            if (
-                all(theirs.get(name) == value for name, value in mine.items())
-                and "LOCAL_RANK" in theirs
-            ):
-                found.add(theirs["LOCAL_RANK"])
+            number = theirs.get("LOCAL_RANK", environ["LOCAL_RANK"])
+            if number != environ["LOCAL_RANK"] and mine.items() <= theirs.items():
+                found[process] = number
     except (OSError, SystemError):
         return None
     return found

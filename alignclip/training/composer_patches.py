@@ -198,7 +198,7 @@ def close(trainer: Trainer) -> None:
     atexit.unregister(Engine._close)
 
 
-# --- uploading, in processes of Composer's own ------------------------------------------------------
+# --- uploading, in processes of Composer's own ----------------------------------------------------
 
 
 def upload_patiently(**arguments: Any) -> int:

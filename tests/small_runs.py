@@ -1,0 +1,69 @@
+"""Runs of a tiny model in this process, on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from composer import Trainer
+from composer.core import Callback
+from composer.loggers import InMemoryLogger
+from composer.utils import get_device
+from runs import write_config
+
+from alignclip.config.reading import load
+from alignclip.training import composer_patches
+from alignclip.training.build import build_trainer
+from alignclip.training.save_folder import SaveFolder
+
+# what makes a run small, and its losses known
+SMALL = ("run_name=r", "data.num_workers=0", "scheduler.t_warmup=1ba", "loggers.InMemoryLogger={}")
+
+
+class SmallRuns:
+    """Runs that have a set, a save folder and settings in common.
+
+    Args:
+        folder: where the YAML is written.
+        dataset: the set to train on.
+        save_folder: path or URL, which may hold ``{run_name}``; None saves nothing.
+        settings: overrides of every run, besides :data:`SMALL`.
+    """
+
+    def __init__(
+        self, folder: Path, dataset: Path, save_folder: str | Path | None, *settings: str
+    ) -> None:
+        self.uri = str(save_folder or "")
+        self.yaml = write_config(folder, str(dataset), self.uri or None)
+        self.settings = (*SMALL, *settings)
+
+    def build(self, *overrides: str, callbacks: Sequence[Callback] = ()) -> Trainer:
+        config = load(self.yaml, [*self.settings, *overrides])
+        folder = None
+        if config.save_folder:
+            folder = SaveFolder(config)
+            folder.open()
+            folder.check_config()
+            folder.write_config()
+        return build_trainer(config, get_device("cpu"), folder, callbacks)
+
+    def train(self, *overrides: str, callbacks: Sequence[Callback] = ()) -> Trainer:
+        """Train to the end."""
+        trainer = self.build(*overrides, callbacks=callbacks)
+        try:
+            trainer.fit()
+        finally:
+            composer_patches.close(trainer)
+        return trainer
+
+
+def logged(trainer: Trainer, name: str = "loss/train/total") -> list[float]:
+    """The values of a metric, step by step."""
+    (memory,) = [d for d in trainer.logger.destinations if isinstance(d, InMemoryLogger)]
+    return [float(value) for _, value in memory.data[name]]
+
+
+def turn_back(folder: Path, checkpoint: str) -> None:
+    """Have a local ``latest`` point at an earlier checkpoint."""
+    (folder / "latest-rank0.pt").unlink()
+    (folder / "latest-rank0.pt").symlink_to(checkpoint)

@@ -34,50 +34,54 @@ def names(*parts: str) -> set[str]:
 TEXT = ("transformer.", "token_embedding", "positional_embedding", "ln_final", "text_projection")
 
 
-def test_an_image_tower() -> None:
-    """LiT: all of it, but for as many groups from the top as are left open."""
-    everything = names(*TEXT, "visual.", "logit_scale")
-    assert trained(lock_image=True) == everything - names("visual.")
-    assert trained(lock_image=True, lock_image_unlocked_groups=1) == everything - names(
-        "visual."
-    ) | {"visual.proj"}
-    top = names("visual.proj", "visual.ln_post", "visual.transformer.resblocks.2.")
-    assert (
-        trained(lock_image=True, lock_image_unlocked_groups=2)
-        == everything - names("visual.") | top
-    )
+IMAGE_TOP = ("visual.proj", "visual.ln_post", "visual.transformer.resblocks.2.")
+TEXT_TOP = ("text_projection", "ln_final", "transformer.resblocks.2.")
 
 
-def test_a_text_tower() -> None:
+@pytest.mark.parametrize(
+    ("settings", "locked", "unlocked"),
+    [
+        ({"lock_image": True}, ("visual.",), ()),
+        ({"lock_image": True, "lock_image_unlocked_groups": 1}, ("visual.",), ("visual.proj",)),
+        ({"lock_image": True, "lock_image_unlocked_groups": 2}, ("visual.",), IMAGE_TOP),
+        ({"lock_text": True}, TEXT, ()),
+        ({"lock_text": True, "lock_text_unlocked_layers": 2}, TEXT, TEXT_TOP),
+    ],
+)
+def test_a_tower_but_for_its_topmost_groups(
+    settings: dict[str, Any], locked: tuple[str, ...], unlocked: tuple[str, ...]
+) -> None:
     everything = names(*TEXT, "visual.", "logit_scale")
-    assert trained(lock_text=True) == everything - names(*TEXT)
-    two = trained(lock_text=True, lock_text_unlocked_layers=2)
-    assert two == everything - names(*TEXT) | names(
-        "text_projection", "ln_final", "transformer.resblocks.2."
-    )
+    opened = names(*unlocked) if unlocked else set()
+    assert trained(**settings) == everything - names(*locked) | opened
 
 
 def test_shared_modules_above_what_is_locked() -> None:
     """The last block is one for both towers: it may not be locked for one of them."""
     shared = {"blocks": 1, "ln_final": True, "projection": True}
-    with pytest.raises(
-        UserError, match=r"lock_image would lock \d+ tensors for both towers, which share them"
-    ):
-        trained(shared, lock_image=True)
     open_ones = trained(shared, lock_image=True, lock_image_unlocked_groups=2)
     assert "visual.transformer.resblocks.2.mlp.c_fc.weight" in open_ones
     assert not {name for name in open_ones if name.startswith("visual.transformer.resblocks.1.")}
-    with pytest.raises(UserError, match=r"lock_text would lock .* for both towers"):
-        trained(EVERYTHING, lock_text=True, lock_text_unlocked_layers=1)
-
-
-def test_locks_that_make_no_sense() -> None:
-    with pytest.raises(UserError, match="leave nothing but logit_scale to train"):
-        trained(lock_image=True, lock_text=True)
-    with pytest.raises(
-        UserError, match="lock_image_unlocked_groups=99 leaves nothing of the tower locked"
+    for sharing, settings, says in (
+        (
+            shared,
+            {"lock_image": True},
+            r"lock_image would lock \d+ tensors for both towers, which share them",
+        ),
+        (
+            EVERYTHING,
+            {"lock_text": True, "lock_text_unlocked_layers": 1},
+            "lock_text would lock .* for both towers",
+        ),
+        ({}, {"lock_image": True, "lock_text": True}, "leave nothing but logit_scale to train"),
+        (
+            {},
+            {"lock_image": True, "lock_image_unlocked_groups": 99},
+            "lock_image_unlocked_groups=99 leaves nothing of the tower locked",
+        ),
     ):
-        trained(lock_image=True, lock_image_unlocked_groups=99)
+        with pytest.raises(UserError, match=says):
+            trained(sharing, **settings)
 
 
 def test_random_weights_are_not_locked(tmp_path: Path) -> None:

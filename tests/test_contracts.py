@@ -79,12 +79,12 @@ FUNCTIONS = [
     Function(
         f"{UPLOADER}._upload_file_to_object_store",
         "remote_backend_name backend_kwargs remote_file_name local_file_path overwrite num_attempts",
-        "alignclip/training/composer_patches.py",
+        PATCHES,
     ),
     Function(
         "composer.utils.file_helpers.validate_credentials",
         "remote_backend remote_file_name_to_test",
-        "alignclip/training/composer_patches.py",
+        PATCHES,
     ),
     Function(f"{UPLOADER}.RemoteUploader.wait_and_close", "self", "alignclip/training/saver.py"),
     Function(f"{SAVER}._save_checkpoint", "self state logger", "alignclip/training/saver.py"),
@@ -145,12 +145,7 @@ FUNCTIONS = [
     Function(
         f"{FSDP}._get_gradient_divide_factors",
         "reduce_scatter_group all_reduce_group reduce_dtype device_type",
-        "alignclip/training/composer_patches.py",
-    ),
-    Function(
-        "torch._dynamo.backends.registry.list_backends",
-        "exclude_tags",
-        "alignclip/training/preflight.py",
+        PATCHES,
     ),
     Function(f"{LOADER}._shutdown_workers", "self", "alignclip/evaluation/encoding.py"),
     Function(
@@ -161,7 +156,12 @@ FUNCTIONS = [
 ]
 
 ATTRIBUTES = [
-    Attribute("composer.Trainer", "_rng_state", "alignclip/training/composer_patches.py"),
+    Attribute("composer.Trainer", "_rng_state", PATCHES),
+    Attribute(
+        "composer.loggers.FileLogger",
+        "_is_newline _run_name _flush_queue file filename buffer_size",
+        PATCHES,
+    ),
     Attribute(
         SAVER,
         "symlink_upload_tasks saved_checkpoints last_checkpoint_batch start_batch remote_uploader "
@@ -267,7 +267,7 @@ def test_attributes(contract: Attribute) -> None:
         ("composer.utils.remote_uploader", "validate_credentials", PATCHES),
         ("streaming.base.dataset", "get_shm_prefix", STREAMING),
         ("streaming.base.shared.prefix", "SharedMemory", STREAMING),
-        ("torch._dynamo", "list_backends", "alignclip/training/preflight.py"),
+        ("torch._dynamo.config", "optimize_ddp", PATCHES),
     ],
 )
 def test_names_that_are_replaced_or_read_where_they_are_imported(

@@ -7,7 +7,7 @@ from pathlib import PurePath
 from composer.core import Precision
 from composer.devices import Device
 from composer.utils import dist, get_device
-from torch._dynamo import list_backends
+from torch.compiler import list_backends
 
 from alignclip.config.checks import CHOICES
 from alignclip.config.schema import RunConfig

@@ -86,7 +86,7 @@ def _check_locked(model: CLIP, lock: str, setting: str, locked: set[str]) -> Non
         )
 
 
-def _check_start(locked: set[str], config: StartConfig, start: Report) -> None:
+def _check_start(locked: set[str], config: StartConfig, start: StartReport) -> None:
     """Refuse a lock of a tower that would have to learn more to fit its weights or its input.
 
     Raises:

@@ -19,7 +19,7 @@ from alignclip.conversion.text_tables import look_at_table, rows_of
 from alignclip.conversion.wording import listing
 from alignclip.errors import UserError, nearest
 
-README = Path(__file__).parents[1] / "README.md"
+CONVERT = Path(__file__).parents[1] / "docs" / "convert.md"
 PUBLISHED = {  # the first lines of the published lists, which have no header
     "cc12m": [f"https://example.org/pictures/{i}.jpg\ta drawing, of thing {i}" for i in range(3)],
     "cc3m": [f"a drawing of thing {i}\thttp://example.org/pictures/{i}.jpg" for i in range(3)],
@@ -73,7 +73,7 @@ def test_a_published_list_is_told_how_to_be_downloaded(
 def test_the_first_step_of_the_documents_takes_the_published_list_as_it_is(tmp_path: Path) -> None:
     block = next(
         text
-        for text in re.findall(r"```bash\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+        for text in re.findall(r"```bash\n(.*?)```", CONVERT.read_text(encoding="utf-8"), re.DOTALL)
         if "--url_list" in text
     )
     write_list(tmp_path, "cc12m")

@@ -234,10 +234,10 @@ def test_a_start_keeps_what_has_changed(tmp_path: Path) -> None:
     assert start(20, 2, *more) == []
 
 
-def test_what_a_run_may_change_stands_in_the_readme() -> None:
-    """Every setting is either another run's, or is one of those that the README names."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    may = readme[readme.index("What a run may change") : readme.index("What makes it another run")]
+def test_what_a_run_may_change_stands_in_the_documents() -> None:
+    """Every setting is either another run's, or is one of those that docs/resume.md names."""
+    page = (Path(__file__).parent.parent / "docs" / "resume.md").read_text(encoding="utf-8")
+    may = page[page.index("These settings may change") : page.index("Anything else makes another")]
     named = {
         "`max_duration`": {"max_duration"},
         "`precision`": {"precision", "precision_config"},

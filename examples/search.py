@@ -1,0 +1,42 @@
+"""Rank the images of a folder by a text.
+
+``python examples/search.py runs/first photos/ "a red bicycle"``
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+import alignclip
+
+BATCH = 64  # images that are encoded at a time
+
+
+def main() -> None:
+    """Print the best images with their cosines."""
+    parser = argparse.ArgumentParser(description="Rank the images of a folder by a text.")
+    parser.add_argument("model", help="anything that alignclip.load takes")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("text")
+    parser.add_argument("--top", type=int, default=5)
+    options = parser.parse_args()
+
+    model, preprocess, _ = alignclip.load(options.model)
+    paths = sorted(path for path in options.folder.iterdir() if path.suffix in (".jpg", ".png"))
+    features = []
+    with torch.inference_mode():
+        for first in range(0, len(paths), BATCH):
+            pixels = [preprocess(Image.open(path)) for path in paths[first : first + BATCH]]
+            features.append(model.encode_image(torch.stack(pixels), normalize=True))
+        text = model.encode_text(options.text, normalize=True)
+    cosines = (torch.cat(features) @ text.T).squeeze(1)
+    for index in cosines.argsort(descending=True)[: options.top].tolist():
+        print(f"{cosines[index]:.3f}  {paths[index]}")
+
+
+if __name__ == "__main__":
+    main()

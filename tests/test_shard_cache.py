@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import threading
@@ -10,10 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from runs import jpeg
-from streaming import MDSWriter
+from mds_sets import edit, pair_rows, shards_of, write_rows
 from streaming.base.compression import compress
 
 from alignclip.config.schema import DataConfig, SetConfig, StreamConfig
@@ -35,23 +32,16 @@ Read = Callable[..., ImageTextDataset]
 
 def write(folder: Path, compression: str | None = None, seed: int = 0) -> Path:
     """A set of about a dozen shards."""
-    columns = {"key": "str", "image": "bytes", "caption": "str"}
-    with MDSWriter(
-        out=str(folder),
-        columns=columns,
-        size_limit="8kb",
-        hashes=["xxh64"],
-        compression=compression,
-    ) as writer:
-        for i in range(SAMPLES):
-            writer.write(
-                {
-                    "key": str(i),
-                    "image": jpeg(np.random.default_rng([seed, i])),
-                    "caption": f"number {i}",
-                }
-            )
-    return folder
+    rows = pair_rows(SAMPLES, seed)
+    return write_rows(folder, rows, size_limit="8kb", compression=compression)
+
+
+def cached(remote: Path, local: Path) -> StreamConfig:
+    return StreamConfig(remote=str(remote), local=str(local))
+
+
+def only(local: Path) -> StreamConfig:
+    return StreamConfig(local=str(local))
 
 
 def contents(folder: Path) -> Contents:
@@ -64,10 +54,7 @@ def shards_in(folder: Path) -> int:
 
 
 def raw_sizes(folder: Path) -> list[int]:
-    return [
-        entry["raw_data"]["bytes"]
-        for entry in json.loads((folder / "index.json").read_text())["shards"]
-    ]
+    return [entry["raw_data"]["bytes"] for entry in shards_of(folder)]
 
 
 @pytest.fixture
@@ -114,8 +101,8 @@ def test_a_stream_without_a_remote_is_never_evicted(tmp_path: Path, limit: str, 
     )
     before = contents(mine)
     read(
-        StreamConfig(local=str(mine)),
-        StreamConfig(remote=str(other), local=str(cache)),
+        only(mine),
+        cached(other, cache),
         cache_limit=limit,
     )
     assert contents(mine) == before
@@ -153,7 +140,7 @@ def test_a_remote_that_is_the_same_folder(
     before = contents(folder)
     read(
         StreamConfig(remote=remote, local=local, split=split),
-        StreamConfig(remote=str(other), local=str(tmp_path / "cache")),
+        cached(other, tmp_path / "cache"),
         cache_limit=limit,
     )
     after = contents(folder)
@@ -174,9 +161,7 @@ def test_a_copy_that_was_there_before_is_not_a_cache(
     gone.unlink()  # one is fetched, and is the cache's alone
     before = contents(mine)
     for _ in range(2):
-        read(
-            StreamConfig(remote=str(remote), local=str(mine)), cache_limit=limit, keep_zip=keep_zip
-        )
+        read(cached(remote, mine), cache_limit=limit, keep_zip=keep_zip)
         assert before.items() <= contents(mine).items()
 
 
@@ -186,7 +171,7 @@ def test_decompressed_copies_of_a_compressed_set_are_evicted_and_the_set_is_not(
     mine = write(tmp_path / "mine", "zstd")
     before = contents(mine)
     assert shards_in(mine) == 0
-    read(StreamConfig(local=str(mine)), cache_limit=limit)
+    read(only(mine), cache_limit=limit)
     assert before.items() <= contents(mine).items()
     assert 0 < shards_in(mine) <= MOST_SHARDS
 
@@ -195,13 +180,13 @@ def test_raw_shards_whose_compressed_files_are_gone_are_the_only_copy(
     tmp_path: Path, read: Read
 ) -> None:
     mine = write(tmp_path / "mine", "zstd")
-    read(StreamConfig(local=str(mine)), epochs=1)
+    read(only(mine), epochs=1)
     for path in mine.glob("*.zstd"):
         path.unlink()
     before = contents(mine)
     assert shards_in(mine) == len(raw_sizes(mine))
     for settings in ({}, {"cache_limit": str(sum(raw_sizes(mine)))}):
-        read(StreamConfig(local=str(mine)), epochs=1, **settings)
+        read(only(mine), epochs=1, **settings)
         assert contents(mine) == before
 
 
@@ -213,7 +198,7 @@ def test_a_cache_keeps_to_its_limit_over_starts(
     size = 2 * int(limit)
     for _ in range(3):
         read(
-            StreamConfig(remote=str(remote), local=str(cache)),
+            cached(remote, cache),
             cache_limit=str(size),
             keep_zip=keep_zip,
             epochs=1,
@@ -231,7 +216,7 @@ def test_what_was_copied_over_the_cache_stays(
     tmp_path: Path, limit: str, read: Read, capsys: pytest.CaptureFixture[str]
 ) -> None:
     remote, cache = write(tmp_path / "remote"), tmp_path / "cache"
-    read(StreamConfig(remote=str(remote), local=str(cache)), epochs=1)
+    read(cached(remote, cache), epochs=1)
     assert shards_in(cache) == shards_in(remote)
     for path in cache.glob("*.mds"):
         path.unlink()
@@ -239,7 +224,7 @@ def test_what_was_copied_over_the_cache_stays(
         os.utime(path, ns=(1, 1))
     before = contents(cache)
     capsys.readouterr()
-    read(StreamConfig(remote=str(remote), local=str(cache)), cache_limit=limit)
+    read(cached(remote, cache), cache_limit=limit)
     assert contents(cache) == before
     number = len(raw_sizes(remote))
     said = f"{cache}: {number:,} of {number:,} shards were put there by somebody else; they stay, and data.cache_limit"
@@ -250,9 +235,9 @@ def test_a_cache_whose_remote_was_taken_out_is_the_only_copy(
     tmp_path: Path, limit: str, read: Read
 ) -> None:
     remote, cache = write(tmp_path / "remote"), tmp_path / "cache"
-    read(StreamConfig(remote=str(remote), local=str(cache)), epochs=1)
+    read(cached(remote, cache), epochs=1)
     before = contents(cache)
-    read(StreamConfig(local=str(cache)), cache_limit=limit)
+    read(only(cache), cache_limit=limit)
     assert contents(cache) == before
     shutil.rmtree(remote)
 
@@ -271,8 +256,8 @@ def test_evaluation_deletes_nothing_of_a_set(tmp_path: Path) -> None:
 def test_a_limit_that_is_too_small_is_one_line(tmp_path: Path, read: Read) -> None:
     remote = write(tmp_path / "remote")
     with pytest.raises(ValueError, match="too low"):
-        read(StreamConfig(remote=str(remote), local=str(tmp_path / "cache")), cache_limit="9kb")
-    read(StreamConfig(local=str(remote)), cache_limit="1kb")  # nothing is cached
+        read(cached(remote, tmp_path / "cache"), cache_limit="9kb")
+    read(only(remote), cache_limit="1kb")  # nothing is cached
 
 
 def test_two_streams_in_one_folder(tmp_path: Path) -> None:
@@ -280,8 +265,8 @@ def test_two_streams_in_one_folder(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "cache")
     streams = {
-        "a": StreamConfig(remote=str(one), local=str(tmp_path / "cache")),
-        "b": StreamConfig(remote=str(two), local=str(tmp_path / "link")),
+        "a": cached(one, tmp_path / "cache"),
+        "b": cached(two, tmp_path / "link"),
     }
     with pytest.raises(
         UserError, match=r"data\.streams\.a and data\.streams\.b have one local folder"
@@ -298,13 +283,13 @@ def test_a_shard_that_fails_its_hash_is_not_taken_for_whole_by_the_next_run(
     broken.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     for _ in range(2):
         with pytest.raises(RuntimeError, match="Checksum failure"):
-            read(StreamConfig(remote=str(remote), local=str(cache)), epochs=1)
+            read(cached(remote, cache), epochs=1)
     assert not (cache / broken.name).exists()
     broken.write_bytes(whole[:-1])
     with pytest.raises(RuntimeError, match=r"bytes, and the set's index says"):
-        read(StreamConfig(remote=str(remote), local=str(cache)), epochs=1, validate_hash=None)
+        read(cached(remote, cache), epochs=1, validate_hash=None)
     broken.write_bytes(whole)
-    read(StreamConfig(remote=str(remote), local=str(cache)), epochs=1)
+    read(cached(remote, cache), epochs=1)
 
 
 def test_nothing_is_written_through_links_that_lead_out_of_a_set(
@@ -314,18 +299,18 @@ def test_nothing_is_written_through_links_that_lead_out_of_a_set(
     target.write_text("precious")
     first = sorted(mine.glob("*.zstd"))[0]
     (mine / f"{first.name.removesuffix('.zstd')}.tmp").symlink_to(target)
-    read(StreamConfig(local=str(mine)), epochs=1)
+    read(only(mine), epochs=1)
     assert target.read_text() == "precious"
 
     other, outside = write(tmp_path / "other", "zstd"), tmp_path / "outside"
     outside.mkdir()
-    index = json.loads((other / "index.json").read_text())
-    for entry in index["shards"]:
+    shards = shards_of(other)
+    for entry in shards:
         entry["raw_data"]["basename"] = f"sub/{entry['raw_data']['basename']}"
-    (other / "index.json").write_text(json.dumps(index))
+    edit(other / "index.json", lambda index: index.update(shards=shards))
     (other / "sub").symlink_to(outside)
     with pytest.raises(RuntimeError, match="is a link to another folder"):
-        read(StreamConfig(local=str(other)), epochs=1)
+        read(only(other), epochs=1)
     assert not list(outside.iterdir())
 
 
@@ -350,7 +335,7 @@ def test_a_compression_bomb_is_refused_before_it_fills_the_memory(algorithm: str
 
 
 def test_the_threads_of_a_process_have_one_lock(tmp_path: Path, read: Read) -> None:
-    dataset = read(StreamConfig(local=str(write(tmp_path / "mine"))), epochs=1)
+    dataset = read(only(write(tmp_path / "mine")), epochs=1)
     lock = dataset._cache_filelock
     with lock:
         other = threading.Thread(target=dataset.prepare_shard, args=(0,))

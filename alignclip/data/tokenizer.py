@@ -1,10 +1,9 @@
 """CLIP's byte-pair tokenizer, bounded in memory and time.
 
-open_clip 3.3's ``SimpleTokenizer`` keeps every word that it has ever seen, in every loader worker, and merges a word in
-time quadratic in its length: a caption with a base64 string in it takes minutes. Importing this module replaces
-``SimpleTokenizer.bpe`` by one that gives the same tokens, remembers the latest :data:`REMEMBERED` words and takes
-n log n for a word of n bytes. All of alignclip's tokenizers are open_clip's class, and users' scripts import that
-class, too. ``tests/test_tokenizer.py`` compares the two functions, and says when open_clip's has changed.
+open_clip 3.3's ``SimpleTokenizer`` keeps every word that it has ever seen, in every loader worker, and
+merges a word in time quadratic in its length: a caption with a base64 string in it takes minutes. The
+class here gives the same tokens, remembers the latest :data:`REMEMBERED` words and takes n log n for a
+word of n bytes. ``tests/test_tokenizer.py`` compares the two classes.
 """
 
 from __future__ import annotations
@@ -12,8 +11,9 @@ from __future__ import annotations
 import heapq
 from collections import OrderedDict
 from collections.abc import Mapping
+from typing import Any
 
-from open_clip.tokenizer import SimpleTokenizer
+import open_clip.tokenizer
 
 REMEMBERED = 16_384  # words: most captions' are among the few thousand that are frequent
 LONGEST_REMEMBERED = 64  # bytes of a word; longer ones hardly come twice
@@ -38,10 +38,8 @@ def merge(word: str, ranks: Ranks) -> list[str]:
         the tokens, the last of which ends with ``</w>``.
     """
     tokens = [*word[:-1], word[-1] + END]
-    before = list(
-        range(-1, len(tokens) - 1)
-    )  # the place of the token to the left; NO_ONE at the beginning
-    after = [*range(1, len(tokens)), NO_ONE]
+    # the places of the tokens to the left and to the right; NO_ONE at the beginning and at the end
+    before, after = [*range(-1, len(tokens) - 1)], [*range(1, len(tokens)), NO_ONE]
     waiting: list[tuple[int, int, str, str]] = []
 
     def add(place: int) -> None:
@@ -66,20 +64,23 @@ def merge(word: str, ranks: Ranks) -> list[str]:
     return [token for token in tokens if token]
 
 
-def bpe(self: SimpleTokenizer, token: str) -> str:
-    """Split a word into CLIP's tokens, separated by spaces; in place of ``SimpleTokenizer.bpe``."""
-    if token in self.cache:  # the special tokens alone
-        return str(self.cache[token])
-    if len(token) > LONGEST_REMEMBERED:
-        return " ".join(merge(token, self.bpe_ranks))
-    remembered: OrderedDict[str, str] = self.__dict__.setdefault("remembered", OrderedDict())
-    if token in remembered:
-        remembered.move_to_end(token)
-        return remembered[token]
-    remembered[token] = tokens = " ".join(merge(token, self.bpe_ranks))
-    if len(remembered) > REMEMBERED:
-        remembered.popitem(last=False)
-    return tokens
+class SimpleTokenizer(open_clip.tokenizer.SimpleTokenizer):
+    """open_clip's tokenizer with a bound on memory and time; with open_clip's arguments."""
 
+    def __init__(self, *args: Any, **arguments: Any) -> None:
+        super().__init__(*args, **arguments)
+        self.remembered: OrderedDict[str, str] = OrderedDict()
 
-SimpleTokenizer.bpe = bpe
+    def bpe(self, token: str) -> str:
+        """Split a word into CLIP's tokens, separated by spaces."""
+        if token in self.cache:  # the special tokens alone
+            return str(self.cache[token])
+        if len(token) > LONGEST_REMEMBERED:
+            return " ".join(merge(token, self.bpe_ranks))
+        if token in self.remembered:
+            self.remembered.move_to_end(token)
+            return self.remembered[token]
+        self.remembered[token] = tokens = " ".join(merge(token, self.bpe_ranks))
+        if len(self.remembered) > REMEMBERED:
+            self.remembered.popitem(last=False)
+        return tokens

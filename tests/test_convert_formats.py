@@ -12,6 +12,7 @@ from conversions import COMMAND
 from tarballs import cut, draw, items_of, pairs, quick, read_back, three_tars, write_tar
 
 from alignclip.conversion import samples
+from alignclip.conversion.cc12m import main
 from alignclip.conversion.formats import FORMATS, columns, format_of
 from alignclip.conversion.inputs import expand, name_of
 from alignclip.conversion.samples import Ignored, Sample, Skipped
@@ -23,6 +24,29 @@ PAGE = (COMMAND.parents[1] / "docs" / "convert.md").read_text(encoding="utf-8")
 def test_the_documented_formats_are_the_table() -> None:
     rows = [f"| {name} | {taken} |" for name, taken in (one.described for one in FORMATS)]
     assert "\n".join(["| input | what is taken |", "|---|---|", *rows, ""]) in PAGE
+
+
+def test_the_flags_of_formats_are_options_of_the_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert all(flag in text for one in FORMATS for flag in one.flags)
+
+
+def test_the_command_takes_files_of_several_formats(
+    images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = write_files(images / "in"), images / "out"
+    lines = write_lines(images / "a.jsonl", {"image": "images/4.jpg", "caption": "a line"})
+    patterns = [str(source / "{00000..00001}"), str(lines.with_name("*.jsonl"))]
+    command = ["--tars", *patterns, "--out", str(out), "--no-semantic", "--processes", "1"]
+    for this_run in ("7 samples in", "all 3 inputs were complete already"):
+        main(command)
+        assert this_run in capsys.readouterr().out
+    keys = [f"{i:05}" for i in (0, 1, 2, 10, 11, 12)]
+    assert list(read_back(None, out)) == [*keys, "images/4.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +109,7 @@ def test_json_lines_and_what_is_wrong_with_some(images: Path) -> None:
         Skipped("a-00000003", samples.NO_OBJECT),
         Skipped("a-00000004", samples.NO_OBJECT),
         Skipped("images/gone.jpg", samples.MISSING_IMAGE),
-        Skipped("a-00000006", samples.MISSING_IMAGE),
+        Skipped("5", samples.MISSING_IMAGE),
         Skipped("http://x/0.jpg", samples.MISSING_IMAGE),
         Skipped("images/2.jpg", samples.MISSING_CAPTION),
         Skipped("images/2.jpg", samples.MISSING_CAPTION),

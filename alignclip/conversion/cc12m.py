@@ -24,7 +24,7 @@ from alignclip.conversion.options import ConvertOptions
 from alignclip.conversion.records import Counts
 from alignclip.conversion.report import REPORT, ways_out
 from alignclip.conversion.samples import Reading
-from alignclip.conversion.wording import inputs_in_words
+from alignclip.conversion.wording import are_them, first_few, inputs_in_words
 from alignclip.errors import one_line_errors
 from alignclip.paths import option
 from alignclip.runtime import console
@@ -191,18 +191,19 @@ def summary(counts: Counts, options: ConvertOptions) -> str:
     """Return the counts as a table, what is to be mended, and the command that comes next."""
     out = OutputFolder(options.out).out
     new = counts.written - counts.resumed
-    rows = [("written", f"{counts.written:,} samples"), ("skipped", f"{counts.bad:,}")]
-    rows += [(f"  {reason}", f"{number:,}") for reason, number in sorted(counts.skipped.items())]
-    if counts.resumed and new:
-        rows[1:1] = [("  there before", f"{counts.resumed:,}"), ("  added", f"{new:,}")]
+    rows = [("written", f"{counts.written:,} samples")]
     if options.held_out:
-        rows.insert(1, ("  held out", f"{counts.held_out:,}, the split {VAL}"))
-    if counts.noted:
-        rows += [("mended or unusual", f"{sum(counts.noted.values()):,}")]
-        rows += [(f"  {note}", f"{number:,}") for note, number in sorted(counts.noted.items())]
-    if counts.ignored:
-        rows += [("no part of a pair", f"{sum(counts.ignored.values()):,} files")]
-        rows += [(f"  {what}", f"{number:,}") for what, number in sorted(counts.ignored.items())]
+        rows += [("  held out", f"{counts.held_out:,}, the split {VAL}")]
+    if counts.resumed and new:
+        rows += [("  there before", f"{counts.resumed:,}"), ("  added", f"{new:,}")]
+    for title, numbers, unit in (
+        ("skipped", counts.skipped, ""),
+        ("mended or unusual", counts.noted, ""),
+        ("no part of a pair", counts.ignored, " files"),
+    ):
+        if numbers or title == "skipped":
+            rows += [(title, f"{numbers.total():,}{unit}")]
+            rows += [(f"  {what}", f"{number:,}") for what, number in sorted(numbers.items())]
     if counts.bad or counts.noted or counts.ignored:
         rows += [("examples", f"{out}/{REPORT}")]
     rows += [("size", f"{counts.bytes / 2**20:,.1f} MiB"), ("where", out)]
@@ -216,12 +217,11 @@ def summary(counts: Counts, options: ConvertOptions) -> str:
     width = max(36, *(len(name) + 2 for name, _ in rows))
     text = "\n".join(f"{name:<{width}}{value}" for name, value in rows)
     text += "".join(f"\n\n{way} (into another --out)" for way in ways_out(counts.skipped))
-    if broken := counts.broken:
-        names = ", ".join([*broken[:10], *(["…"] if len(broken) > 10 else [])])
-        are, them = ("is", "it") if len(broken) == 1 else ("are", "them")
+    if counts.broken:
+        are, them = are_them(len(counts.broken))
         text += (
-            f"\n\n{inputs_in_words(len(broken))} {are} truncated ({names}): "
-            f"fetch {them} again and repeat this command"
+            f"\n\n{inputs_in_words(len(counts.broken))} {are} truncated "
+            f"({first_few(counts.broken, 10)}): fetch {them} again and repeat this command"
         )
     return f"{text}\n\nnext: {next_step(out, counts, options)}" if options.next_step else text
 

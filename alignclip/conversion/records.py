@@ -56,7 +56,7 @@ class Counts:
     @property
     def bad(self) -> int:
         """The number of pairs left out."""
-        return sum(self.skipped.values())
+        return self.skipped.total()
 
     @property
     def is_broken(self) -> bool:

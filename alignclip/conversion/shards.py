@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -208,8 +209,7 @@ def _embedded(
             continue
         if not good.all():
             counts.note(BAD_CAPTIONS, sample.key)
-            kept = [text for text, is_good in zip(captions, good, strict=True) if is_good]
-            sample = replace(sample, caption=kept)
+            sample = replace(sample, caption=list(compress(captions, good)))
         found.append((sample, rows[good]))
     return found
 

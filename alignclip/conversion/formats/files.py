@@ -15,6 +15,7 @@ from alignclip.conversion.formats.pairing import TEXT_EXTENSIONS, Pairing, kind_
 from alignclip.conversion.formats.remote import read_ahead, read_object, store_at
 from alignclip.conversion.samples import (
     IMAGE_EXTENSIONS,
+    MAX_IMAGE_BYTES,
     Ignored,
     Item,
     Reading,
@@ -64,49 +65,52 @@ class Files(InputFormat):
 
     @contextmanager
     def opened(self, place: str, part: str, reading: Reading) -> Iterator[OpenInput]:
-        """See the base class; the files of a bucket are read one by one, some of them ahead."""
-        if "://" not in place:
-            yield OpenInput(*self.stamp(Path(place)), self.read(Path(place), part, reading))
-            return
-        folder = place.rstrip("/")
-        try:
-            names = patiently(store_at(folder).names, folder)
-        except StorageError as error:
-            raise UserError(f"cannot fetch {place}: {error.why}") from error
-        yield OpenInput(0, 0, _remote_pairs(folder, names, Pairing(reading, place)))
-
-    def read(self, path: Path, part: str, reading: Reading) -> Iterator[Item]:
-        """Yield the pairs of a local folder, in the order of their keys."""
-        pairing = Pairing(reading, str(path))
-        for name, key, ending in _by_key({entry.name for entry in path.iterdir()}, pairing):
-            file = path / name
-            if ending is None or file.is_dir():
-                yield Ignored(name, "folder" if file.is_dir() else kind_of_name(name))
-            else:
-                yield from pairing.add(key, ending, file.stat().st_size, file.read_bytes)
-        yield from pairing.finish()
-        yield from pairing.halves()
+        """See the base class; files are read one by one, some of them ahead."""
+        folder, stamp = place.rstrip("/"), (0, 0)
+        if "://" in place:
+            try:
+                names = patiently(store_at(folder).names, folder)
+            except StorageError as error:
+                raise UserError(f"cannot fetch {place}: {error.why}") from error
+        else:
+            entries = list(Path(folder).iterdir())
+            names = {f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries}
+            stamp = self.stamp(Path(folder))
+        yield OpenInput(*stamp, _pairs_of_files(folder, names, Pairing(reading, place)))
 
 
-def _remote_pairs(folder: str, names: set[str], pairing: Pairing) -> Iterator[Item]:
-    """Yield the pairs of a folder in a bucket, in the order of their keys."""
-    order = list(_by_key({name for name in names if "/" not in name}, pairing))
-    wanted = [name for name, _, ending in order if ending is not None and pairing.reads(ending)]
-    contents = read_ahead(partial(read_object, f"{folder}/{name}") for name in wanted)
-    for name, key, ending in order:
-        if ending is None:
-            yield Ignored(name, kind_of_name(name))
+def _pairs_of_files(folder: str, names: Iterable[str], pairing: Pairing) -> Iterator[Item]:
+    """Yield the pairs of a folder, in the order of their keys, and sub-folders as what they are.
+
+    Args:
+        folder: path or URL, without a slash at the end.
+        names: of the files, relative to the folder; a sub-folder's has a slash.
+        pairing: puts the files together.
+    """
+    own = {name.partition("/")[0] + name.partition("/")[1] for name in names}
+    order = sorted((*(pairing.split(name) or ("", "")), name) for name in own)
+    wanted = [name for _, ending, name in order if pairing.reads(ending)]
+    contents = read_ahead(partial(_content, f"{folder}/{name}") for name in wanted)
+    for key, ending, name in order:
+        if not key:
+            is_folder = name.endswith("/")
+            yield Ignored(name.rstrip("/"), "folder" if is_folder else kind_of_name(name))
             continue
-        content = next(contents) if pairing.reads(ending) else b""
-        yield from pairing.add(key, ending, len(content), partial(bytes, content))
+        if pairing.is_complete(key, ending):
+            yield from pairing.finish()
+        size, data = next(contents) if pairing.reads(ending) else (0, b"")
+        pairing.add(key, ending, size, partial(bytes, data))
     yield from pairing.finish()
     yield from pairing.halves()
 
 
-def _by_key(names: set[str], pairing: Pairing) -> Iterator[tuple[str, str, str | None]]:
-    """Yield name, key and ending of files, by keys; the ending is None where a name has no key."""
-    split = [(name, *(pairing.split(name) or ("", None))) for name in names]
-    yield from sorted(split, key=lambda one: (one[1], one[0]))
+def _content(place: str) -> tuple[int, bytes]:
+    """Return the size of a file and its bytes, without the bytes of a file that is too large."""
+    if "://" in place:
+        data = read_object(place)
+        return len(data), data
+    size = Path(place).stat().st_size
+    return size, Path(place).read_bytes() if size <= MAX_IMAGE_BYTES else b""
 
 
 def _ends(name: str, endings: tuple[str, ...]) -> bool:

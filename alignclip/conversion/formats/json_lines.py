@@ -133,7 +133,7 @@ def _item(line: bytes, key: str, names: _Names, folder: str) -> Item:
     if not isinstance(row, Mapping):
         return Skipped(key, NO_OBJECT, line[:100].decode("utf-8", "replace"))
     name, own = row.get(names.image), row.get("key")
-    key = str(own or (name if isinstance(name, str) else "") or key)
+    key = next((str(one) for one in (own, name) if isinstance(one, (str, int)) and one != ""), key)
     if not isinstance(name, str) or not name or text_tables.is_web_address(name):
         return Skipped(key, MISSING_IMAGE, f"no path: {name!r}"[:100])
     image = read_image(name if "://" in name or name.startswith("/") else f"{folder}/{name}", key)
@@ -163,7 +163,8 @@ def _entry_names(path: Path, place: str, reading: Reading) -> _Names:
     url = next((name for name, value in row.items() if text_tables.is_web_address(value)), None)
     if url is not None and not {reading.image_key, *PATH_COLUMNS} & (set(known) - {url}):
         caption = next((name for name in text_tables.URL_LIST_CAPTIONS if name in known), None)
-        way = text_tables.download(Path(place), "jsonl", url, caption)
+        file = Path(place.rpartition("/")[2] if "://" in place else place)
+        way = text_tables.download(file, "jsonl", url, caption)
         raise UserError(f"{place} is a list of URLs, and what is converted are images: {way}")
 
     def entry(what: str, usual: tuple[str, ...], wanted: str | None) -> str:

@@ -111,14 +111,17 @@ class Pairing:
         """Say whether files of an ending are read."""
         return ending.lower() in self._limits
 
+    def is_complete(self, key: str, ending: str) -> bool:
+        """Say whether a file begins another pair than the files that came last."""
+        group, known = self._group, ending.lower()
+        return key != group.key or known in group.members or known in group.too_large
+
     def add(
         self, key: str, ending: str, size: int, read: Callable[[], bytes], place: TarPlace = (0, -1)
-    ) -> Iterator[Item]:
-        """Take a file, and yield the pair before the file where the file begins another one."""
+    ) -> None:
+        """Take a file of the pair that came last, or the first file of another pair."""
         group, known = self._group, ending.lower()
-        if key != group.key or known in group.members or known in group.too_large:
-            yield from self.finish()
-            self._group = group = Group(key)
+        group.key = key
         limit = self._limits.get(known)
         if limit is None:
             group.others.append(ending)

@@ -102,7 +102,9 @@ def _members(tar: tarfile.TarFile, pairing: Pairing) -> Iterator[Item]:
             yield Ignored(name, _kind(member, name))
             continue
         place = (member.offset_data, -1 if member.issparse() else member.size)
-        yield from pairing.add(*split, member.size, partial(_content, tar, member), place)
+        if pairing.is_complete(*split):
+            yield from pairing.finish()
+        pairing.add(*split, member.size, partial(_content, tar, member), place)
 
 
 def _kind(member: tarfile.TarInfo, name: str) -> str:

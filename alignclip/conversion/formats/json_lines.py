@@ -163,8 +163,8 @@ def _entry_names(path: Path, place: str, reading: Reading) -> _Names:
     url = next((name for name, value in row.items() if text_tables.is_web_address(value)), None)
     if url is not None and not {reading.image_key, *PATH_COLUMNS} & (set(known) - {url}):
         caption = next((name for name in text_tables.URL_LIST_CAPTIONS if name in known), None)
-        file = Path(place.rpartition("/")[2] if "://" in place else place)
-        way = text_tables.download(file, "jsonl", url, caption)
+        own = Path(place.rpartition("/")[2] if "://" in place else place)
+        way = text_tables.download(own, "jsonl", url, caption)
         raise UserError(f"{place} is a list of URLs, and what is converted are images: {way}")
 
     def entry(what: str, usual: tuple[str, ...], wanted: str | None) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alignclip.conversion import class_names, evaluation_sets
+from alignclip.conversion import class_names, classification, evaluation_sets
 from alignclip.conversion.classification import (
     ClassificationOptions as Options,
 )
@@ -144,7 +144,7 @@ def make_food(root: Path) -> Path:
 
 def make_pets(root: Path) -> Path:
     """All 37 classes, as the publisher names their images and numbers them; some images more than once."""
-    names = evaluation_sets.benchmark_lists("en_classnames.json")["pets"]
+    names = class_names.benchmark_lists("en_classnames.json")["pets"]
     rows = [(f"{name.replace(' ', '_')}_{i}", i) for i, name in enumerate(names, 1)]
     rows = [*rows[5:], *rows[:5], ("Bombay_201", 8)]  # in another order than the classes'
     folder = root / "oxford-iiit-pet"
@@ -471,7 +471,8 @@ def test_folder(tmp_path: Path) -> None:
 def test_names_and_templates_of_ones_own_need_no_clip_benchmark(
     classnames: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(class_names, "benchmark_folder", lambda: None)
+    for module in (class_names, classification):
+        monkeypatch.setattr(module, "benchmark_folder", lambda: None)
     root = make_birds(tmp_path / "birds")
     names = write(tmp_path / "names.json", json.dumps(classnames).encode())
     templates = write(tmp_path / "templates.json", b'["a drawing of the bird {c}"]')

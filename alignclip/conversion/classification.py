@@ -13,7 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignclip.conversion.class_names import choose_classnames, choose_templates
+from alignclip.conversion.class_names import (
+    benchmark_folder,
+    choose_classnames,
+    choose_templates,
+)
 from alignclip.conversion.classification_sets import CLASSIFICATION_SETS
 from alignclip.conversion.evaluation_sets import (
     README,
@@ -125,7 +129,8 @@ def convert(options: ClassificationOptions) -> str:
             about={"source": root},
             notes=[*content.notes, *([differs] if differs else [])],
             files={CLASSES: classes},
-            packages=("torchvision", "clip-benchmark"),
+            # own lists need no clip_benchmark
+            packages=("torchvision", *(["clip-benchmark"] if benchmark_folder() else [])),
         )
 
     return convert_set(options.out, identity, read, options.progress)

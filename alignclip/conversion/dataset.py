@@ -339,7 +339,8 @@ def _check_bad(done: dict[str, Counts], options: ConvertOptions, enough: int) ->
 def _publish(run: _Run, done: dict[str, Counts]) -> None:
     """Write ``dataset.json`` and the indexes of these sub-folders and of the held-out split."""
     options, store = run.options, run.store
-    total = total_of(done.values())
+    # in the order of names: the same bytes, whatever was finished first
+    total = total_of(counts for _, counts in sorted(done.items()))
     packages = ["alignclip", "mosaicml-streaming", "pillow"]
     packages += ["sentence-transformers", "transformers", "torch"] if options.semantic else []
     card = DatasetCard(

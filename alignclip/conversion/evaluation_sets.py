@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import io
 import json
 import os
@@ -234,6 +233,7 @@ def _write_set(
                 else:
                     writer.write({"key": sample.key, "image": image, target: sample.target})
         number = len(source.samples)
+        packages = ("alignclip", "mosaicml-streaming", "pillow", *source.packages)
         if len(unreadable) == number:
             first = source.samples[0].key
             raise UserError(f"none of the {number:,} images can be decoded, the first is {first}")
@@ -244,21 +244,13 @@ def _write_set(
             "samples": number - len(unreadable),
             "skipped": {**source.skipped, UNREADABLE_IMAGE: len(unreadable)},
             "bytes": sum(file.stat().st_size for file in folder.glob("shard.*")),
-            "versions": _versions(source.packages),
+            "versions": {name: importlib.metadata.version(name) for name in packages},
         }
         for name, content in {**source.files, CARD_FILE: card}.items():
             (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
         if store.is_remote and progress:
             print(f"uploading {card['bytes'] / 2**20:,.1f} MiB to {store.out}", file=sys.stderr)
     return _summary(card, target, unreadable, store.out, time.monotonic() - start)
-
-
-def _versions(packages: Sequence[str]) -> dict[str, str]:
-    """Return the versions of packages; a person's own lists need no clip_benchmark."""
-    every = ["alignclip", "mosaicml-streaming", "pillow", *packages]
-    if importlib.util.find_spec("clip_benchmark") is None:
-        every = [package for package in every if package != "clip-benchmark"]
-    return {package: importlib.metadata.version(package) for package in every}
 
 
 def _decoded_images(

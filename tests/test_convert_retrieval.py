@@ -11,23 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from miniatures import picture, write
 
 from alignclip.conversion.retrieval import RetrievalOptions as Options
 from alignclip.conversion.retrieval import convert, main
 from alignclip.errors import UserError
-
-
-def picture(number: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (6, 4), (number % 256, number // 256, 99)).save(file, "JPEG")
-    return file.getvalue()
-
-
-def write(path: Path, data: bytes | str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data.encode() if isinstance(data, str) else data)
-    return path
 
 
 def texts(number: int, captions: int = 5) -> list[str]:

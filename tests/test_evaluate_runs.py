@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from miniatures import make_idx
+from miniatures import quick as classification
 from runs import PRETRAIN, RECORDING, jpeg, run, steps, write_config, write_set
 from s3 import S3Server
 from streaming import MDSWriter
-from test_convert_classification import make_idx
-from test_convert_classification import quick as classification
 
 from alignclip.config.metrics import metric_named, metrics_of
 from alignclip.evaluation.history import history_beside

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_convert_classification import (
+from miniatures import (
     make_cars,
     make_cifar,
     make_class_folders,
     make_flowers,
     make_food,
+    make_idx,
     picture,
     quick,
     read_back,
@@ -213,8 +214,6 @@ def test_mnist_is_not_fashion_mnist(tmp_path: Path) -> None:
 
 
 def test_a_mirrors_names_of_fashion_mnist(tmp_path: Path) -> None:
-    from test_convert_classification import make_idx
-
     _, labels = make_idx(tmp_path / "archive", "t10k", 12, packed=False)
     for name in ("images-idx3-ubyte", "labels-idx1-ubyte"):
         (tmp_path / "archive" / f"t10k-{name}").rename(

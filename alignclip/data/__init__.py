@@ -1,1 +1,1 @@
-"""MDS sets as training and evaluation read them; the only place that touches Streaming's insides."""
+"""Read MDS sets for training and evaluation; Streaming's insides are touched here alone."""

@@ -1,7 +1,7 @@
 """MDS shards → batches: one StreamingDataset of uint8 images, token ids and caption embeddings.
 
-Every random draw of a sample comes from (shuffle_seed, epoch, sample id). So a run that was killed in
-the middle of an epoch goes on with the very batches it would have had.
+Every random draw of a sample comes from (shuffle_seed, epoch, sample id). So a run that was
+killed in the middle of an epoch goes on with the very batches it would have had.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ USUAL_DIMENSION = 1024  # of a caption embedding, at most
 
 
 class ImageTextDataset(CachedDataset):
-    """Image–text pairs from MDS columns ``image``, ``caption`` and, with ``semantic``, ``semantic``.
+    """Image–text pairs from the MDS columns ``image``, ``caption`` and, if asked, ``semantic``.
 
-    Yields dicts: ``image`` uint8 ``[3, size, size]``, ``text`` int64 ``[context_length]``, ``sample``
-    int64 ``[]``, the sample's id (see :meth:`key_of`), and, with ``semantic=True``, ``semantic``
-    float16 ``[dimension]``.
+    Yields dicts: ``image`` uint8 ``[3, size, size]``, ``text`` int64 ``[context_length]``,
+    ``sample`` int64 ``[]``, the sample's id (see :meth:`key_of`), and, with ``semantic=True``,
+    ``semantic`` float16 ``[dimension]``.
 
     Raises:
         RuntimeError: a shard could not be downloaded; the message names the shard and the cause.
@@ -76,7 +76,7 @@ class ImageTextDataset(CachedDataset):
         self.tokenizer = SimpleTokenizer(context_length=context_length)
         self._zeros = 0
 
-    def __getitem__(self, at: int) -> dict[str, Tensor]:  # type: ignore[override]  # one sample at a time
+    def __getitem__(self, at: int) -> dict[str, Tensor]:  # type: ignore[override]  # one sample
         """Return the sample with id ``at``, or the next one whose image can be decoded."""
         sample_id, raw, image = self._readable(int(at))
         seeds = np.random.SeedSequence([self.shuffle_seed, self.epoch, int(at)]).generate_state(2)
@@ -161,7 +161,7 @@ def build_dataloader(
         pin_memory=pin_memory,
         drop_last=True,
         collate_fn=default_collate,
-        # a loader that starts draws once; from torch's global generator a resumed run would draw again
+        # a loader that starts draws once: from torch's generator a resumed run would draw again
         generator=torch.Generator().manual_seed(config.shuffle_seed),
     )
     if len(loader) == 0:

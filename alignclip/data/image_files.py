@@ -1,6 +1,7 @@
 """Image files: the formats that PIL may open, and the check that a file is whole.
 
-PIL knows more formats, and some of its decoders start programs. So every ``Image.open`` names its formats.
+PIL knows more formats, and some of its decoders start programs. So every ``Image.open`` names its
+formats.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ SEARCH_FORMATS = (*EVALUATION_FORMATS, "AVIF")
 def decode_fully(picture: Image.Image) -> None:
     """Decode all bytes of an opened file, and make no more pixels than the check needs.
 
-    A JPEG's coefficients are all read at any scale. At an eighth, reading the coefficients is all the work.
+    A JPEG's coefficients are all read at any scale. At an eighth, reading the coefficients is all
+    the work.
 
     Raises:
         Exception: nearly any, because PIL's decoders raise what broken files lead them to.

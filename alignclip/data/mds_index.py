@@ -1,8 +1,8 @@
 """Read and check the ``index.json`` of an MDS set, for everybody who reads a set.
 
-A set may come from a stranger. Its index names files, and says how bytes become values. So every name
-has to be a plain name below the set's folder, and no column may be stored in a way that executes code
-(``pkl``).
+A set may come from a stranger. Its index names files, and says how bytes become values. So every
+name has to be a plain name below the set's folder, and no column may be stored in a way that
+executes code (``pkl``).
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def parse_index(content: bytes) -> list[ShardEntry]:
     """Return the shards that an index names; each is safe to read.
 
     Raises:
-        ValueError: the content is no index of an MDS set, or one of its shards can't be read, or not
-            safely. The message continues a sentence that names the file: "is …", "names …".
+        ValueError: the content is no index of an MDS set, or one of its shards can't be read, or
+            not safely. The message continues a sentence that names the file: "is …", "names …".
     """
     try:
         index = json.loads(content.decode("utf-8"))
@@ -113,7 +113,7 @@ def listed_shards(index: Any) -> list[Any]:
 
 
 def why_unusable(entry: Any) -> str | None:
-    """Say why a shard can't be read, or not safely, as its entry describes it; None where it can."""
+    """Say why the shard of an entry can't be read, or not safely; None where it can."""
     if not isinstance(entry, dict):
         return "is no object"
     if "format" in entry and entry["format"] != "mds":
@@ -128,10 +128,10 @@ def why_unusable(entry: Any) -> str | None:
 
 
 def why_not_plain(name: Any) -> str | None:
-    """Say why a name from a file isn't the name of a file below that file's folder; None where it is.
+    """Say why a name from an index isn't a file's below the index's folder; None where it is.
 
-    Sub-folders are allowed, separated by ``/``. Refused is what leads elsewhere on any system (``..``,
-    absolute paths, drives and backslashes of Windows), and what no file can be called.
+    Sub-folders are allowed, separated by ``/``. Refused is what leads elsewhere on any system
+    (``..``, absolute paths, drives and backslashes of Windows), and what no file can be called.
     """
     if not isinstance(name, str) or not name:
         return f"names no file: {_shown(name)}"

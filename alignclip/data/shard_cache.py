@@ -1,8 +1,9 @@
 """Keep shards in a local folder, and delete only what this program can put there again.
 
-Streaming 0.13 deletes whatever lies where it reads: with a cache limit the only copy of a set, and at
-the start whatever looks like a left-over. Here every file that was downloaded or decompressed is
-written down in a hidden note beside the shards. Other files are never deleted and don't count towards
+Streaming 0.13 deletes whatever lies where it reads: with a cache limit the only copy of a set,
+and at the start whatever looks like a left-over. Here every file that was downloaded or
+decompressed is written down in a hidden note beside the shards. Other files are never deleted and
+don't count towards
 the limit: a set without a remote, a remote that is the same folder, a copy that somebody made by
 hand, a folder named by mistake.
 """
@@ -52,12 +53,9 @@ class ShardCache:
         """Write down a file that was just put there."""
         if (seal := self._seal(name)) is None:
             return
-        with suppress(OSError):  # then the file stays: that is the safe side
-            descriptor = os.open(self.folder / NOTE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-            try:  # one write for the whole line: other processes write, too
-                os.write(descriptor, _line(name, seal).encode())
-            finally:
-                os.close(descriptor)
+        # a file without a note stays: that is the safe side
+        with suppress(OSError), (self.folder / NOTE).open("ab", buffering=0) as note:
+            note.write(_line(name, seal).encode())  # in one piece: other processes write, too
 
     def may_delete(self, name: str, made_from: str | None = None) -> bool:
         """Return whether this program has put a file there and can put it there again.
@@ -74,7 +72,7 @@ class ShardCache:
         return self._can_be_fetched(name)
 
     def forget_what_is_gone(self) -> None:
-        """Shorten the note to the files that are still there; before anybody reads from the folder."""
+        """Shorten the note to the files that are still there, before anybody reads."""
         self._known("")
         kept = {name: seal for name, seal in self._seals.items() if self._seal(name) == seal}
         if kept == self._seals:
@@ -96,7 +94,7 @@ class ShardCache:
         return (stat.st_mtime_ns, stat.st_size) if path.is_file() else None
 
     def _known(self, name: str) -> Seal | None:
-        """Return how the note describes a file; other processes may have added lines to the note."""
+        """Return how the note describes a file; other processes may have added lines."""
         with _reading, suppress(OSError), (self.folder / NOTE).open("rb") as note:
             note.seek(self._read)
             lines = note.read()
@@ -195,7 +193,7 @@ class CachedStream(Stream):
         return [*shards]
 
     def get_index_size(self) -> int:
-        """Return the bytes of the index that count towards the cache limit: none without a remote."""
+        """Return the bytes of the index that count towards the limit: none without a remote."""
         return 0 if self.remote is None else super().get_index_size()
 
     def prepare_shard(self, shard: Reader) -> int:

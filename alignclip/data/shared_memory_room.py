@@ -1,7 +1,8 @@
-"""Room in ``/dev/shm``: what loaders will put there, against what is free, before the first batch.
+"""Compare what loaders will put into ``/dev/shm`` with what is free there, before the first batch.
 
-PyTorch's loader workers hand batches over in shared memory. Where that is full, a worker or the run itself is killed by
-a bus error: Docker gives a container 64 MB, and a batch of 256 images has 39.
+PyTorch's loader workers hand batches over in shared memory. Where shared memory is full, a bus
+error
+kills a worker or the run itself: Docker gives a container 64 MB, and a batch of 256 images has 39.
 """
 
 from __future__ import annotations
@@ -11,37 +12,35 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
+from alignclip.data.shared_memory import SHM
 from alignclip.errors import UserError
 
-SHM = Path("/dev/shm")
 MB = 1_000_000
-IN_USE = (
-    2  # batches beside those that wait: the one that is trained on, and the one that is handed over
-)
-PREFETCH = (
-    2  # batches that a worker prepares ahead unless a loader says otherwise: PyTorch's default
-)
+# batches beside those that wait: the one that is trained on, and the one that is handed over
+IN_USE = 2
+# batches that a worker prepares ahead unless a loader says otherwise: PyTorch's default
+PREFETCH = 2
 STREAMING = 2 * MB  # Streaming's own small segments, of some datasets
+NO_WORKERS = "data.num_workers (0 needs none) or data.prefetch_factor"
 WAY_OUT = "give the container more (docker run --shm-size=8g, or --ipc=host), or lower {settings}"
 
 
 def batch_bytes(
     batch_size: int, image_size: int, context_length: int = 0, dimension: int = 0
 ) -> int:
-    """The bytes that a batch takes in shared memory: uint8 images, int64 tokens and ids, float16 embeddings."""
+    """Return the bytes of a batch: uint8 images, int64 tokens and ids, float16 embeddings."""
     tensors = [3 * image_size**2, 8 * context_length, 8, 2 * dimension]
     return sum(-(-batch_size * size // mmap.PAGESIZE) * mmap.PAGESIZE for size in tensors if size)
 
 
 def loader_bytes(batch: int, num_workers: int, prefetch_factor: int) -> int:
-    """The bytes of a rank's batches that can be in shared memory at one time; none without workers."""
+    """Return the bytes of a rank's batches that can be there at one time; none without workers."""
     return (num_workers * prefetch_factor + IN_USE) * batch if num_workers else 0
 
 
 def free_bytes() -> int | None:
-    """The bytes that are free in shared memory; None where it is not a folder (macOS)."""
+    """Return the bytes that are free in shared memory; None where it is not a folder (macOS)."""
     if not SHM.is_dir():
         return None
     there = os.statvfs(SHM)
@@ -49,7 +48,7 @@ def free_bytes() -> int | None:
 
 
 def check_room(training: int, ranks: int, samples: int, num_workers: int) -> None:
-    """Make sure that the training loaders' batches and Streaming's order of an epoch fit into what is free.
+    """Check that the training loaders' batches and Streaming's order of an epoch fit.
 
     Args:
         training: bytes of a rank's training loader.
@@ -64,20 +63,17 @@ def check_room(training: int, ranks: int, samples: int, num_workers: int) -> Non
     needed = ranks * training + 8 * samples + STREAMING
     if free is None or free >= needed:
         return
-    settings = (
-        "data.num_workers (0 needs none) or data.prefetch_factor"
-        if num_workers
-        else "data.epoch_size"
-    )
+    way_out = WAY_OUT.format(settings=NO_WORKERS if num_workers else "data.epoch_size")
     raise UserError(
         f"{SHM} has {free / MB:,.0f} MB free on this machine, and the loaders of its {ranks} "
-        f"process{'es' if ranks > 1 else ''} need {needed / MB:,.0f} MB of shared memory; "
-        + WAY_OUT.format(settings=settings)
+        f"process{'es' if ranks > 1 else ''} need {needed / MB:,.0f} MB of shared memory; {way_out}"
     )
 
 
 def affordable_workers(num_workers: int, batch: int, batches: int) -> int:
-    """The workers that an evaluation's loader has room for: as many as asked for, or none, with a line that says so.
+    """Return the workers that an evaluation's loader has room for: as many as asked for, or none.
+
+    Where there is no room, a line says so.
 
     Args:
         num_workers: of this rank.
@@ -90,8 +86,9 @@ def affordable_workers(num_workers: int, batch: int, batches: int) -> int:
         return num_workers
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(
-            f"{SHM} has {free / MB:,.0f} MB free, and {num_workers} workers of this evaluation need {needed / MB:,.0f} "
-            "MB: it goes on without workers; docker run --shm-size=8g gives more",
+            f"{SHM} has {free / MB:,.0f} MB free, and {num_workers} workers of this evaluation "
+            f"need {needed / MB:,.0f} MB: it goes on without workers; "
+            "docker run --shm-size=8g gives more",
             file=sys.stderr,
         )
     return 0
@@ -118,5 +115,5 @@ def bus_errors_explained() -> Iterator[None]:
             raise
         raise UserError(
             f"a loader worker ran out of shared memory; {SHM} has {free / MB:,.0f} MB free now; "
-            + WAY_OUT.format(settings="data.num_workers (0 needs none) or data.prefetch_factor")
+            + WAY_OUT.format(settings=NO_WORKERS)
         ) from error

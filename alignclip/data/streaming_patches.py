@@ -43,9 +43,9 @@ def install() -> None:
 class GlimpsedMemory(SharedMemory):
     """Shared memory that is only looked at: closed with the last reference.
 
-    On its way to a free prefix a dataset opens the memory of all others. Streaming's own class keeps
-    it open to the end of the process: a thousand files with some fifteen sets, as many as most shells
-    allow.
+    On its way to a free prefix a dataset opens the memory of all others. Streaming's own class
+    keeps it open to the end of the process: a thousand files with some fifteen sets, as many as
+    most shells allow.
 
     Raises:
         PermissionError: the memory is another container's, alive or not. Streaming then takes the
@@ -69,8 +69,8 @@ def take_prefix(
 ) -> tuple[int, SharedMemory]:
     """Find shared memory for a dataset, in place of Streaming's ``get_shm_prefix``.
 
-    Streaming's own search lets two runs find the same prefix. Here one process of this user searches
-    at a time, and the first rank of a machine does so for all of its ranks.
+    Streaming's own search lets two runs find the same prefix. Here one process of this user
+    searches at a time, and the first rank of a machine does so for all of its ranks.
 
     Raises:
         ValueError: another dataset, of a live run, has the same cache; on every rank.
@@ -144,9 +144,9 @@ class CachedDataset(StreamingDataset):
     def _cache_filelock(self) -> FileLock:
         """The lock of the cache, one for all threads of a process.
 
-        Streaming means to make one lock, and makes one at each call, because it asks for an attribute
-        of another name. A thread that made room then let go of another thread's lock, and both waited
-        for ever.
+        Streaming means to make one lock, and makes one at each call, because it asks for an
+        attribute of another name. A thread that made room then let go of another thread's lock,
+        and both waited for ever.
         """
         process = os.getpid()
         return self._locks.get(process) or self._locks.setdefault(
@@ -169,7 +169,7 @@ class CachedDataset(StreamingDataset):
             raise
 
     def release(self) -> None:
-        """Give back what killed processes had begun to download; call it while nobody else reads."""
+        """Give back what killed processes had begun to download, while nobody else reads."""
         for shard_id in range(self.num_shards):
             if self._shard_states[shard_id] == _ShardState.PREPARING:
                 self._shard_states[shard_id] = _ShardState.REMOTE
@@ -223,7 +223,7 @@ class CachedDataset(StreamingDataset):
         it.on_exit()
 
     def on_exception(self, future: Future[None]) -> None:
-        """Keep a download thread's exception for :meth:`__iter__`; raised, it only reaches a log."""
+        """Keep a download thread's exception for :meth:`__iter__`: raised, it reaches a log."""
         error = future.exception()
         if error is not None:
             self._failure = error

@@ -30,8 +30,8 @@ INTEGERS = (
     "str_int",
     *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)),
 )
-# How the columns that are read may be stored. Images as bytes alone: Streaming's own decoders try every
-# format of PIL's, and some of PIL's decoders start programs.
+# How the columns that are read may be stored. Images as bytes alone: Streaming's own decoders try
+# every format of PIL's, and some of PIL's decoders start programs.
 STORED = {
     "image": ("bytes",),
     "caption": ("str", "json"),
@@ -81,8 +81,8 @@ def check_streams(config: DataConfig, *, semantic: bool) -> None:
 
     Raises:
         UserError: a set that isn't there or can't be reached, one without the columns needed,
-            embeddings of different encoders, an algorithm that Streaming doesn't have, or two streams
-            in one folder.
+            embeddings of different encoders, an algorithm that Streaming doesn't have, or two
+            streams in one folder.
     """
     _check_algorithms(config)
     _check_folders(config)
@@ -148,7 +148,7 @@ def check_embeddings(where: str, shards: Iterable[Collection[str]]) -> None:
 
 
 def check_columns(where: str, shards: Iterable[dict[str, str]], needed: set[str]) -> None:
-    """Check that all shards have the columns that are needed, stored as training and evaluation read them.
+    """Check that all shards have the columns needed, stored as training and evaluation read them.
 
     Args:
         where: the set's place, for messages.
@@ -199,7 +199,7 @@ def evaluated_on_training_data(config: RunConfig) -> dict[str, str]:
 
 
 def _places(stream: SetConfig) -> list[str]:
-    """Return the URL of a set, and the folder that it lies in or is cached in, each with its split."""
+    """Return the URL of a set, and the folder where it lies or is cached, each with its split."""
     split = stream.split or ""
     remote = [f"{stream.remote.rstrip('/')}/{split}".rstrip("/")] if stream.remote else []
     return remote + ([str(Path(stream.local, split).resolve())] if stream.local else [])
@@ -216,7 +216,7 @@ def _encoder(stream: SetConfig, columns: dict[str, str]) -> tuple[str | None, in
 
 
 def _check_encoders(encoders: dict[str, tuple[str | None, int | None]]) -> None:
-    """Check that all embeddings are of one encoder: others can't be compared, whatever their dimension."""
+    """Check that all embeddings are of one encoder: others can't be compared."""
     for (first, (name, dimension)), (second, (other, another)) in combinations(encoders.items(), 2):
         if None not in (dimension, another) and dimension != another:
             raise UserError(
@@ -226,14 +226,14 @@ def _check_encoders(encoders: dict[str, tuple[str | None, int | None]]) -> None:
         # the same model may have been a hub's name there and a folder here
         if name and other and Path(name).name != Path(other).name:
             raise UserError(
-                f"{first} has caption embeddings of '{name}', {second} of '{other}', which can't be "
-                "compared; use one sentence encoder (if they are one and the same, give them one "
-                f"name in the sets' {DATASET})"
+                f"{first} has caption embeddings of '{name}', {second} of '{other}', which can't "
+                "be compared; use one sentence encoder (if they are one and the same, give them "
+                f"one name in the sets' {DATASET})"
             )
 
 
 def no_set_at(folder: Path, hint: str = "") -> str:
-    """Say that a folder of this machine holds no set, and where one is near, or else the ``hint``."""
+    """Say that a local folder holds no set, and where one is near, or else the ``hint``."""
     below = [str(path.parent) for path in sorted(folder.glob(f"*/{INDEX}"))]
     near = nearest_path(folder, lambda path: (path / INDEX).is_file()) or nearest_path(
         folder, Path.is_dir
@@ -246,7 +246,7 @@ def no_set_at(folder: Path, hint: str = "") -> str:
 
 
 def read_index(where: str, stream: SetConfig, local: str, hint: str = "") -> list[ShardEntry]:
-    """Fetch a set's ``index.json`` once and without retries (a typo should fail at once), and check it.
+    """Fetch a set's ``index.json`` and check it; without retries, so that a typo fails at once.
 
     Args:
         where: the set's place in the configuration, for messages; nothing where it has none.
@@ -255,8 +255,8 @@ def read_index(where: str, stream: SetConfig, local: str, hint: str = "") -> lis
         hint: what else a person could do where there is none.
 
     Raises:
-        UserError: there is none, it can't be read, a shard of it can't be read safely, or another set
-            is cached in ``local``.
+        UserError: there is none, it can't be read, a shard of it can't be read safely, or another
+            set is cached in ``local``.
     """
     whose, place = f"{where}: " if where else "", place_of(stream, INDEX)
     if not stream.remote and not Path(place).is_file():

@@ -1,9 +1,10 @@
 """CLIP's byte-pair tokenizer, bounded in memory and time.
 
-open_clip 3.3's ``SimpleTokenizer`` keeps every word that it has ever seen, in every loader worker, and
-merges a word in time quadratic in its length: a caption with a base64 string in it takes minutes. The
-class here gives the same tokens, remembers the latest :data:`REMEMBERED` words and takes n log n for a
-word of n bytes. ``tests/test_tokenizer.py`` compares the two classes.
+open_clip 3.3's ``SimpleTokenizer`` keeps every word that it has ever seen, in every loader
+worker. It
+merges a word in time quadratic in its length: a caption with a base64 string in it takes minutes.
+The class here gives the same tokens, remembers the latest :data:`REMEMBERED` words and takes n
+log n for a word of n bytes. ``tests/test_tokenizer.py`` compares the two classes.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ Ranks = Mapping[tuple[str, str], int]
 
 
 def merge(word: str, ranks: Ranks) -> list[str]:
-    """Merge a word's characters into byte pairs, the pair of the lowest rank first, as CLIP's tokenizer does.
+    """Merge a word's characters into byte pairs as CLIP's tokenizer does, the lowest rank first.
 
-    open_clip merges all places of one pair from left to right, then looks for the next pair. A heap of (rank, place)
-    gives the same order: a pair that a merge makes has a higher rank than the pair that was merged, because its two
-    tokens had to be in the vocabulary before it.
+    open_clip merges all places of one pair from left to right, then looks for the next pair. A
+    heap of (rank, place) gives the same order: a pair that a merge makes has a higher rank than
+    the pair that was merged, because its two tokens had to be in the vocabulary before it.
 
     Args:
         word: at least one character, each of which stands for a byte.

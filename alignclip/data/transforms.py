@@ -1,6 +1,7 @@
-"""Pixels: encoded bytes → uint8 tensor → crop; and, on the device, uint8 → normalised floats.
+"""Turn encoded bytes into uint8 pixels and crops, and, on the device, uint8 into normalised floats.
 
-Evaluation feeds a model what ``open_clip.image_transform`` would; training crops have its distribution.
+Evaluation feeds a model what ``open_clip.image_transform`` would. Training crops have the
+distribution of open_clip's.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ JPEG_MAGIC = b"\xff\xd8\xff"
 def decode_image(data: bytes) -> Tensor:
     """Decode an image file held in memory.
 
-    JPEG goes through torchvision (2.5 times PIL's speed); what that can't read — PNG, WebP, CMYK — and what it
-    refuses goes through PIL, which drops alpha as open_clip's own transform does.
+    JPEG goes through torchvision (2.5 times PIL's speed). What torchvision can't read (PNG, WebP,
+    CMYK) or refuses goes through PIL, which drops alpha as open_clip's own transform does.
 
     Returns:
         uint8 ``[3, height, width]``, RGB.
@@ -57,37 +58,30 @@ def decode_image(data: bytes) -> Tensor:
 def random_resized_crop(
     image: Tensor, size: int, scale: Sequence[float], ratio: Sequence[float], seed: int
 ) -> Tensor:
-    """open_clip's training crop, drawn from ``seed`` alone so that a resumed run crops as the killed one would have.
+    """Crop as open_clip does in training, drawn from ``seed`` alone.
+
+    So a resumed run crops as the killed run would have.
 
     Args:
         image: uint8 ``[3, height, width]``.
         size: side of the result, pixels.
         scale: smallest and largest share of the area.
         ratio: smallest and largest width / height.
-        seed: of this draw; the global generators stay untouched.
+        seed: of this draw. The global generators stay untouched.
 
     Returns:
         uint8 ``[3, size, size]``.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(
-            seed
-        )  # the CPU's alone: torch.manual_seed would seed GPUs, too
+        # the CPU's generator alone: torch.manual_seed would seed GPUs, too
+        torch.default_generator.manual_seed(seed)
         top, left, height, width = RandomResizedCrop.get_params(image, list(scale), list(ratio))
-    return F.resized_crop(
-        image,
-        top,
-        left,
-        height,
-        width,
-        [size, size],
-        interpolation=InterpolationMode.BICUBIC,
-        antialias=True,
-    )
+    box, bicubic = (top, left, height, width), InterpolationMode.BICUBIC
+    return F.resized_crop(image, *box, [size, size], interpolation=bicubic, antialias=True)
 
 
 def center_crop(data: bytes, size: int) -> Tensor:
-    """open_clip's own evaluation transform up to the uint8 pixels, so that evaluation sees exactly what it would.
+    """Resize and crop by open_clip's own evaluation transform, up to the uint8 pixels.
 
     Args:
         data: an image file in memory.
@@ -99,9 +93,7 @@ def center_crop(data: bytes, size: int) -> Tensor:
     Raises:
         OSError: PIL can't read it.
     """
-    resize_crop_rgb = image_transform(size, is_train=False).transforms[
-        :-2
-    ]  # without ToTensor and Normalize
+    *resize_crop_rgb, _, _ = image_transform(size, is_train=False).transforms  # ToTensor, Normalize
     with Image.open(io.BytesIO(data), formats=EVALUATION_FORMATS) as picture:
         result: Image.Image = picture
         for step in resize_crop_rgb:
@@ -110,7 +102,7 @@ def center_crop(data: bytes, size: int) -> Tensor:
 
 
 def normalize(images: Tensor) -> Tensor:
-    """uint8 images to floats with OpenAI's mean and standard deviation; runs where the images are.
+    """Turn uint8 images into floats with OpenAI's mean and deviation, where the images are.
 
     Args:
         images: uint8 ``[N, 3, height, width]``.

@@ -46,7 +46,7 @@ Exit status: 0 sound, 1 problems found, 2 nothing could be checked.
 
 @dataclass
 class VerifyOptions:
-    """What to check, and how thoroughly.
+    """Choices of what to check, and how thoroughly.
 
     Attributes:
         set: path or URL.

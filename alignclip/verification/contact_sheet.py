@@ -1,4 +1,4 @@
-"""A contact sheet: one picture of many samples, to be looked at. Drawn with PIL alone."""
+"""Draw many samples on one picture, to be looked at; with PIL alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CELL = (BOX, BOX + 6 + LINE * (TEXT_LINES + 1))
 
 @dataclass(frozen=True)
 class Cell:
-    """One sample: its key, the image file and what stands below."""
+    """A sample: its key, the image file and the text below."""
 
     key: str
     image: bytes
@@ -43,7 +43,7 @@ class Cell:
 
 
 def check_path(to: str) -> Path:
-    """Where a sheet may be saved, told before the work that it shows is done.
+    """Return where a sheet may be saved; ask before the work that the sheet shows.
 
     Raises:
         UserError: names the option ``--to``: not a local .png file, or in no folder.
@@ -73,19 +73,22 @@ def save(sheet: Image.Image, path: Path) -> None:
 
 
 def columns(number: int) -> int:
-    """How many of ``number`` cells stand side by side."""
+    """Return how many of ``number`` cells stand side by side."""
     return min(COLUMNS, math.ceil(math.sqrt(number)))
 
 
 def size(number: int) -> tuple[int, int]:
-    """Width and height in pixels of a sheet of ``number`` cells."""
+    """Return width and height in pixels of a sheet of ``number`` cells."""
     across = columns(number)
     down = math.ceil(number / across)
     return GAP + across * (CELL[0] + GAP), TITLE + down * (CELL[1] + GAP)
 
 
 def draw(cells: Sequence[Cell], title: str, formats: tuple[str, ...]) -> Image.Image:
-    """Draw the sheet, row by row; an image that is none of PIL's ``formats`` or is broken leaves its place grey."""
+    """Draw the sheet, row by row.
+
+    An image that is broken or none of PIL's ``formats`` leaves its place grey.
+    """
     sheet = Image.new("RGB", size(len(cells)), PAPER)
     pen = ImageDraw.Draw(sheet)
     large, plain, small = (load_font(pixels) for pixels in (TITLE_SIZE, TEXT_SIZE, KEY_SIZE))
@@ -93,19 +96,17 @@ def draw(cells: Sequence[Cell], title: str, formats: tuple[str, ...]) -> Image.I
     pen.text(
         (GAP, TITLE // 2), wrap(title, large, sheet.width - 2 * GAP, 1)[0], INK, large, anchor="lm"
     )
+    half = BOX // 2
     for i, cell in enumerate(cells):
         left = GAP + i % across * (CELL[0] + GAP)
         top = TITLE + i // across * (CELL[1] + GAP)
         pen.rectangle((left, top, left + BOX - 1, top + BOX - 1), MAT)
         picture = thumbnail(cell.image, formats)
         if picture is None:
-            pen.text(
-                (left + BOX // 2, top + BOX // 2), "can't be decoded", GREY, plain, anchor="mm"
-            )
+            pen.text((left + half, top + half), "can't be decoded", GREY, plain, anchor="mm")
         else:
-            sheet.paste(
-                picture, (left + (BOX - picture.width) // 2, top + (BOX - picture.height) // 2)
-            )
+            margins = (BOX - picture.width) // 2, (BOX - picture.height) // 2
+            sheet.paste(picture, (left + margins[0], top + margins[1]))
         below = top + BOX + 6
         for key in wrap(cell.key, small, BOX, 1):
             pen.text((left, below), key, GREY, small)
@@ -115,7 +116,7 @@ def draw(cells: Sequence[Cell], title: str, formats: tuple[str, ...]) -> Image.I
 
 
 def load_font(pixels: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """A font of this size with many letters: the system's, the one that comes with matplotlib, or PIL's own."""
+    """Load a font with many letters: the system's, matplotlib's, or else PIL's own."""
     plots = importlib.util.find_spec("matplotlib")
     folders = plots.submodule_search_locations if plots else None
     shipped = [str(Path(folder, "mpl-data", "fonts", "ttf", FONTS[-1])) for folder in folders or ()]
@@ -126,7 +127,7 @@ def load_font(pixels: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def thumbnail(image: bytes, formats: tuple[str, ...]) -> Image.Image | None:
-    """The image within the box, small ones enlarged; None where it can't be decoded."""
+    """Scale an image to the box; return None where the image can't be decoded."""
     try:
         with Image.open(io.BytesIO(image), formats=formats) as picture:
             picture.draft("RGB", (BOX * 2, BOX * 2))
@@ -148,25 +149,19 @@ def wrap(
     limit: int,
     longest: int = 500,
 ) -> list[str]:
-    """``text`` in at most ``limit`` lines of ``width`` pixels, broken at spaces where there are any.
+    """Break a text into at most ``limit`` lines of ``width`` pixels, at spaces where there are any.
 
     What is left over, or beyond the ``longest`` characters, becomes an ellipsis.
     """
-    if isinstance(
-        font, ImageFont.ImageFont
-    ):  # PIL without FreeType: the bitmap font knows Latin-1 only
+    if isinstance(font, ImageFont.ImageFont):  # the font of a PIL without FreeType: Latin-1 only
         text = text.encode("latin-1", "replace").decode("latin-1")
     words = "".join(letter if letter.isprintable() else " " for letter in text[:longest]).split()
     rest = " ".join(words) + ("…" if len(text) > longest else "")
     lines: list[str] = []
 
     def fitting(line: str, room: float) -> int:
-        return (
-            bisect_right(
-                range(len(line) + 1), room, key=lambda length: font.getlength(line[:length])
-            )
-            - 1
-        )
+        lengths = range(len(line) + 1)
+        return bisect_right(lengths, room, key=lambda length: font.getlength(line[:length])) - 1
 
     while rest and len(lines) < limit:
         end = fitting(rest, width)

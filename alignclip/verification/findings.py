@@ -57,7 +57,7 @@ class Problems:
 
 @dataclass
 class SetSummary:
-    """What is known of a set without opening a shard.
+    """A set as far as it is known without opening a shard.
 
     Attributes:
         entries: of the shards that hold samples and can be read, as far as index and listing tell.
@@ -66,7 +66,8 @@ class SetSummary:
         columns: name -> MDS encoding, of most shards.
         dataset: the contents of ``dataset.json``, empty where there is none.
         classes: the class names of ``classes.json``, None where there is none.
-        written, held_out, skipped: the converter's counts; ``written`` is None where there are none.
+        written, held_out, skipped: the converter's counts; ``written`` is None where there are
+        none.
         is_held_out: whether the set is the split that the converter has taken from another one.
         notes: what is worth knowing and no problem.
     """

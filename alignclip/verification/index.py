@@ -1,4 +1,4 @@
-"""Compare what an MDS set says about itself with what is there: index, files, converter's counts."""
+"""Compare what an MDS set says about itself with what is there: index, files, counts."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def _compare_entries(usable: list[ShardEntry], found: SetSummary) -> None:
 def _read_objects(
     store: Store, names: Iterable[str], problems: Problems
 ) -> dict[str, dict[str, Any]]:
-    """Read JSON files with an object in them, side by side; add those that can't be read to problems."""
+    """Read JSON objects, side by side; add the files that can't be read to the problems."""
 
     def read(name: str) -> Any:
         try:
@@ -216,7 +216,7 @@ def _read_objects(
 
 
 def _take_dataset(root: dict[str, dict[str, Any]], found: SetSummary) -> dict[str, Any]:
-    """Take what the files beside the index say; return the inputs that the converter has planned."""
+    """Take what the files beside the index say; return the inputs that were planned, by part."""
     found.dataset = root.get(DATASET, {})
     if isinstance(classes := root.get(CLASSES, {}).get("classnames"), list):
         found.classes = [str(name) for name in classes]
@@ -305,7 +305,7 @@ def _other_sets(names: set[str]) -> list[str]:
 
 
 def _note_orphans(store: Store, unnamed: set[str], names: set[str], found: SetSummary) -> None:
-    """Note the files that no index names: an empty shard is named by its sub-folder's index alone."""
+    """Note the files that no index names; only a sub-folder's index names its empty shards."""
     orphans = {name for name in unnamed if name.rpartition("/")[2] not in OURS}
     indexes = {f"{folder_of(name)}/{INDEX}" for name in orphans} & names
     for index, content in _read_objects(store, sorted(indexes), Problems()).items():

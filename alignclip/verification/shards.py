@@ -42,7 +42,7 @@ TWICE = "key is there twice"
 
 @dataclass(frozen=True)
 class SampleRules:
-    """What holds for every sample of a set.
+    """Rules that hold for every sample of a set.
 
     Attributes:
         place: of the set.
@@ -62,7 +62,7 @@ class SampleRules:
 
 @dataclass
 class ShardReport:
-    """What reading a shard has shown.
+    """A shard's problems and numbers.
 
     Attributes:
         decoded: number of images that were decoded.
@@ -202,7 +202,7 @@ def _hash(text: str, seed: int) -> int:
 def _problems_of(
     sample: dict[str, Any], key: int, norms: np.ndarray, rules: SampleRules, report: ShardReport
 ) -> Iterator[str]:
-    """Yield what is wrong with a sample; its image is decoded where its key's hash is low enough."""
+    """Yield what is wrong with a sample; decode its image where its key's hash is low enough."""
     if "key" in sample and not str(sample["key"]).strip():
         yield "key is empty"
     if "caption" in sample:
@@ -302,34 +302,31 @@ def add_duplicates(
     The converter looks for them within an input, so that they are a problem there. Between inputs,
     whose keys may well be numbered alike, they are a note.
     """
+    lengths = [len(report.keys) for report in reports]
+    shard = np.repeat(np.arange(len(reports)), lengths)
+    sample = np.concatenate([np.empty(0, int), *map(np.arange, lengths)])
     hashes = np.concatenate([np.empty(0, np.uint64), *(report.keys for report in reports)])
     order = np.argsort(hashes, kind="stable")
-    same = (hashes[order[1:]] == hashes[order[:-1]]) & (hashes[order[1:]] != UNREADABLE)
-    pairs = np.stack([order[1:][same], order[:-1][same]], axis=1)  # of a sample, and an earlier one
-    pairs = pairs[np.argsort(pairs[:, 0])]
-    starts = np.cumsum([0, *(len(report.keys) for report in reports)])
-    shards = np.searchsorted(starts, pairs, side="right") - 1
-    samples = pairs - starts[shards]
+    hashes = hashes[order]
+    later = 1 + np.flatnonzero((hashes[1:] == hashes[:-1]) & (hashes[1:] != UNREADABLE))
+    pairs = sorted(zip(order[later].tolist(), order[later - 1].tolist(), strict=True))
     files = [stored_file(entry)["basename"] for entry in entries]
-    _, folders = np.unique([folder_of(file) for file in files], return_inverse=True)
-    within = folders[shards[:, 0]] == folders[shards[:, 1]]
+    folders = [folder_of(file) for file in files]
 
-    def lines(chosen: np.ndarray) -> list[tuple[str, str]]:
-        """Say of each pair in which file the sample lies, and which sample it repeats."""
-        positions = [(int(shards[i, 0]), int(samples[i, 0])) for i in chosen]
+    def lines(chosen: list[tuple[int, int]]) -> Iterator[tuple[str, str]]:
+        """Yield of each pair the file, and which of its samples repeats which."""
+        positions = [(int(shard[new]), int(sample[new])) for new, _ in chosen]
         there = dict(samples_at(positions, entries, place))
-        said = []
-        for i, position in zip(chosen, positions, strict=True):
-            earlier = f"sample {samples[i, 1]} in {files[shards[i, 1]]}"
+        for (_, old), position in zip(chosen, positions, strict=True):
             key = f" ({there[position]['key']})" if position in there else ""
-            text = f"sample {position[1]} has the key of {earlier}{key}"
-            said.append((files[position[0]], text))
-        return said
+            earlier = f"sample {sample[old]} in {files[shard[old]]}{key}"
+            yield files[position[0]], f"sample {position[1]} has the key of {earlier}"
 
-    again, elsewhere = np.flatnonzero(within), np.flatnonzero(~within)
-    for file, text in lines(again[:SHOWN]):
+    within = [pair for pair in pairs if folders[shard[pair[0]]] == folders[shard[pair[1]]]]
+    elsewhere = [pair for pair in pairs if folders[shard[pair[0]]] != folders[shard[pair[1]]]]
+    for file, text in lines(within[:SHOWN]):
         found.problems.add(TWICE, file, text, mend=False)
-    found.problems.numbers[TWICE] += max(len(again) - SHOWN, 0)
+    found.problems.numbers[TWICE] += max(len(within) - SHOWN, 0)
     for file, text in lines(elsewhere[:1]):
         number = f"{len(elsewhere):,} (the first: {file}, {text})"
         found.notes.append(f"keys that come in several inputs: {number}")

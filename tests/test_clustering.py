@@ -8,12 +8,10 @@ import processes
 import pytest
 import torch
 import torch.nn.functional as F
-from test_evaluation import encoder_of, small_model, write_classes, write_labelled
+from evaluations import encoder_of, evaluator_of, small_model, write_labelled
 
 from alignclip.config.metrics import metrics_of
-from alignclip.config.schema import EvaluatorConfig
-from alignclip.evaluation.evaluator import Evaluator, Result
-from alignclip.evaluation.sets import OpenSets
+from alignclip.evaluation.evaluator import TaskResult
 from alignclip.evaluation.tasks.clustering import Settings, cluster, clustering_chance
 
 metrics = pytest.importorskip("sklearn.metrics")
@@ -69,19 +67,16 @@ def test_chance_is_what_clusters_at_random_score() -> None:
     assert found["ari"] == pytest.approx(chance["ari"], abs=0.05)
 
 
-def evaluate(folder: str) -> Result:
-    encoder = encoder_of(small_model(), batch_size=3)
-    config = EvaluatorConfig(task="clustering", local=folder, batch_size=3, num_workers=0)
-    return Evaluator("clusters", config, encoder.image_size, OpenSets())(encoder)
+def evaluate(folder: str) -> TaskResult:
+    return evaluator_of("clustering", folder)(encoder_of(small_model(), batch_size=3))
 
 
 @pytest.mark.world_size(3)
 def test_several_ranks_find_what_one_finds(tmp_path: Path) -> None:
-    write_labelled(str(tmp_path / "set"), 25)
-    write_classes(tmp_path / "set")
-    alone = evaluate(str(tmp_path / "set"))
+    write_labelled(tmp_path, 25)
+    alone = evaluate(str(tmp_path))
     assert alone.metrics.keys() == alone.chance.keys() == metrics_of("clustering").keys()
     assert all(0 <= alone.metrics[name] <= 1 for name in ("v_measure", "v_measure_with_texts"))
-    for found in processes.run(3, evaluate, str(tmp_path / "set")):
+    for found in processes.run(3, evaluate, str(tmp_path)):
         assert found.metrics == alone.metrics
         assert found.chance == alone.chance

@@ -7,10 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from alignclip.evaluation.history import FILE, Record
+from alignclip.evaluation.history import EVALUATIONS, Record
 from alignclip.evaluation.json_lines import text_of
 from alignclip.storage import open_store
-from alignclip.training.curve_page import ABOVE, BOTTOM, CHANCE, COLOURS, LEFT, RIGHT, page
+from alignclip.training.curve_page import ABOVE, BOTTOM, CHANCE, CURVE_COLOURS, LEFT, RIGHT, page
 from alignclip.training.history import History
 
 NAMES = ("pairs/image_retrieval_recall@5", "pairs/text_retrieval_recall@5")
@@ -49,7 +49,7 @@ def legend(html: str) -> list[str]:
 
 def test_a_curve_on_another_one_is_dashed_above_it_and_said() -> None:
     html = page("run", losses(beta=0))
-    total, contrastive, separation = COLOURS[:3]
+    total, contrastive, separation = CURVE_COLOURS[:3]
     assert curves(html) == [(total, ""), (separation, ""), (contrastive, ABOVE)]
     assert legend(html) == [
         "total: 3 at batch 12", "contrastive: 3 at batch 12, on the line of total", "separation: 0 at batch 12",
@@ -84,7 +84,7 @@ def test_chance_is_a_dotted_line_and_in_the_legend() -> None:
 def test_the_page_of_a_run_has_the_chance_of_its_record(tmp_path: Path) -> None:
     chance = {"recall@5": 0.1}
     record = Record(batch=4, evaluator="c", metrics={"recall@5": 0.5}, chance=chance, verdict=None)
-    (tmp_path / FILE).write_text(text_of([record]))
+    (tmp_path / EVALUATIONS).write_text(text_of([record]))
     folder: Any = SimpleNamespace(files=open_store(str(tmp_path)), uri=str(tmp_path))
     state: Any = SimpleNamespace(
         callbacks=[], timestamp=SimpleNamespace(batch=SimpleNamespace(value=4))

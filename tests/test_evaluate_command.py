@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from models import small_config
 
 from alignclip.config.schema import EvaluateConfig, EvaluatorConfig
+from alignclip.device import autocast_dtype, choose_device
 from alignclip.errors import UserError
-from alignclip.evaluation.command import _told, finish, gap_curves, main
+from alignclip.evaluation.command import Checkpoints, _without_failing, finish, main
+from alignclip.evaluation.curves import gap_curves
 from alignclip.evaluation.history import (
     EvaluationRecords,
     Record,
@@ -22,7 +26,9 @@ from alignclip.evaluation.history import (
     records_in,
     run_folder,
 )
-from alignclip.evaluation.report import Report, table
+from alignclip.evaluation.json_lines import text_of
+from alignclip.evaluation.report import ComparisonReport, table
+from alignclip.model.encoders import build_encoders
 
 GAP = {
     "centroid_distance": 0.05, "alignment_score": 0.955, "wrong_pairs_cosine": 0.95, "margin": 0.005,
@@ -32,24 +38,41 @@ RECALL = {
     f"{side}_retrieval_recall@{k}": k / 1000 for side in ("image", "text") for k in (1, 5, 10)
 }
 CHANCE = {name: value / 2 for name, value in RECALL.items()}
+GOOD = GAP | {"margin": 0.9, "effective_rank_image": 9.0, "effective_rank_text": 9.0}
+GOOD |= dict.fromkeys(RECALL, 0.5)
 
 
 def report(
     out: Path, checkpoints: dict[str, str], evaluators: tuple[str, ...] = ("gap",), **more: Any
-) -> Report:
+) -> ComparisonReport:
     """A comparison whose weights are called as their places are."""
     tasks = {name: EvaluatorConfig(task="gap", local=f"sets/{name}") for name in evaluators}
     weights = more.pop("weights", {name: f"xxh3:{place}" for name, place in checkpoints.items()})
-    return Report(
-        EvaluateConfig(checkpoints=checkpoints, evaluators=tasks, out=str(out), **more), weights
-    )
+    config = EvaluateConfig(checkpoints=checkpoints, evaluators=tasks, out=str(out), **more)
+    return ComparisonReport(config, weights)
 
 
 def content(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(
-        (out / "results.json").read_text(encoding="utf-8"), parse_constant=pytest.fail
-    )
+    text = (out / "results.json").read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(text, parse_constant=pytest.fail)
     return found
+
+
+def keep_history(run: Path, *batches: int, more: str = "") -> list[Record]:
+    """A run's record of its evaluations, as training writes it."""
+    run.mkdir(parents=True)
+    history = EvaluationRecords(None)
+    for batch in batches:
+        history.add(batch, "gap", GAP | CHANCE | {"rmg": math.nan}, CHANCE)
+    (run / "evaluations.jsonl").write_text(text_of(history.records) + more, encoding="utf-8")
+    return history.records
+
+
+def batches_of(one: ComparisonReport) -> dict[str, list[int | None]]:
+    return {name: [point.batch for point in points] for name, points in gap_curves(one).items()}
+
+
+# --- the table and results.json ------------------------------------------------------------------------------------
 
 
 def test_table_has_a_column_for_each_checkpoint_and_says_which_way_is_up(tmp_path: Path) -> None:
@@ -64,6 +87,23 @@ def test_table_has_a_column_for_each_checkpoint_and_says_which_way_is_up(tmp_pat
     assert "* the numbers to watch" in lines[6]
 
 
+def test_the_figures_of_a_column_have_one_format_and_the_file_has_all_digits(
+    tmp_path: Path,
+) -> None:
+    shown = {
+        "margin": (0.000264131, "0.0003"), "alignment_std": (0.0013, "0.0013"), "acc1": (0.0, "0.0000"),
+        "rmg": (-0.000264131, "-0.0003"), "C": (1e-6, "1e-06"), "aupr": (0.5, "0.5000"),
+    }  # fmt: skip
+    one = report(tmp_path, {"a": "x"})
+    one.add("a", "coco", {name: value for name, (value, _) in shown.items()}, {})
+    found = dict(line.split()[-2:] for line in table(one).splitlines()[2:8])
+    assert found == {name: text for name, (_, text) in shown.items()}
+    one.add("a", "sts", {"spearman": math.nan}, {"spearman": 0.0})  # no number is null
+    results = content(tmp_path)["results"]["a"]
+    assert results["coco"] == {name: value for name, (value, _) in shown.items()}
+    assert results["sts"] == {"spearman": None}
+
+
 def test_table_ends_in_a_verdict_that_calls_a_collapse_a_collapse(tmp_path: Path) -> None:
     one = report(tmp_path, {"model": "x"})
     one.add("model", "gap", GAP | RECALL, CHANCE)
@@ -75,121 +115,48 @@ def test_table_ends_in_a_verdict_that_calls_a_collapse_a_collapse(tmp_path: Path
     )
     found = content(tmp_path)
     verdict = found["verdicts"]["model"]["gap"]
-    assert verdict["collapsed"]
-    assert not verdict["success"]
+    assert (verdict["collapsed"], verdict["success"]) == (True, False)
     assert verdict["text"].startswith("COLLAPSED")
     assert found["better"]["margin"] == "higher"
     assert found["better"]["centroid_distance"] == "lower"
     assert found["chance"] == {"gap": CHANCE}
+    assert found["complete"] is False
 
 
-def test_the_verdict_is_against_the_first_evaluation_of_the_run(tmp_path: Path) -> None:
-    history = EvaluationRecords(None)
-    first = history.add(10, "gap", GAP | {"centroid_distance": 1.1, "margin": 0.0} | CHANCE, CHANCE)
-    config = EvaluateConfig(
-        checkpoint="x", evaluators={"gap": EvaluatorConfig(task="gap")}, out=str(tmp_path)
-    )
-    good = GAP | {"margin": 0.9, "effective_rank_image": 9.0, "effective_rank_text": 9.0}
-    good |= dict.fromkeys(RECALL, 0.5)
-    for chance, words in (
+@pytest.mark.parametrize(
+    ("chance", "words"),
+    [
         (
             CHANCE,
             "the gap closed (from 1.10 at batch 10 to 0.05), and retrieval rose (mean R@5 0.500, 200.0 × chance, 0.003",
         ),
-        (
-            RECALL,
-            "the gap is closed (0.05), and retrieval works",
-        ),  # the first evaluation was of another set
-    ):
-        one = Report(config, {"model": "w"}, {"model": {"gap": first}})
-        one.add("model", "gap", good, chance)
-        verdict = one.verdicts()["model"]["gap"]
-        assert verdict.text.startswith(words)
-        assert verdict.success
-
-
-def test_curves_are_of_runs_and_of_checkpoints_whose_names_tell_the_batch(tmp_path: Path) -> None:
-    checkpoints = {
-        "x": "s3:/b/runs/first/ep1-ba200-rank0.pt",
-        "y": "runs/first/latest-rank0.pt",
-        "z": "ep0-ba7-rank0.pt",
-    }
-    one = report(tmp_path, checkpoints)
-    for name in checkpoints:
-        one.add(name, "coco", GAP, {})
-        one.add(name, "cifar10", {"acc1": 0.5}, {})
-    curves = gap_curves(one)
-    assert {name: [point.batch for point in points] for name, points in curves.items()} == {
-        "x (first) · coco": [200], "y · coco": [None], "z (.) · coco": [7],
-    }  # fmt: skip
-
-
-def test_runs_of_one_name_in_two_places_are_two_curves(tmp_path: Path) -> None:
-    one = report(
-        tmp_path, {"x": "a/runs/first/ep1-ba20-rank0.pt", "y": "b/runs/first/ep1-ba30-rank0.pt"}
-    )
-    for name in ("x", "y"):
-        one.add(name, "gap", GAP, {})
-    assert gap_curves(one).keys() == {"x (a/runs/first) · gap", "y (b/runs/first) · gap"}
-
-
-def keep_history(run: Path, batches: Sequence[int]) -> list[Record]:
-    """A run's record of its evaluations, as training writes it."""
-    run.mkdir(parents=True)
-    history = EvaluationRecords(None)
-    for batch in batches:
-        history.add(batch, "gap", GAP | CHANCE, CHANCE)
-    text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in history.records)
-    (run / "evaluations.jsonl").write_text(text, encoding="utf-8")
-    return history.records
-
-
-def test_of_two_checkpoints_one_of_which_was_not_evaluated_in_training_both_are_drawn(
-    tmp_path: Path,
+        # the first evaluation was of another set
+        (RECALL, "the gap is closed (0.05), and retrieval works"),
+    ],
+)
+def test_the_verdict_is_against_the_first_evaluation_of_the_run(
+    tmp_path: Path, chance: dict[str, float], words: str
 ) -> None:
-    keep_history(tmp_path / "second", (5, 10))
-    checkpoints = {
-        "clip": f"{tmp_path}/first",
-        "alignclip": f"{tmp_path}/second",
-        "openai": "hf-hub:openai/clip",
-    }
-    one = report(tmp_path / "out", checkpoints)
-    one.batches = {"clip": 30, "alignclip": 10, "openai": None}
-    for name in checkpoints:
-        one.add(name, "gap", GAP, CHANCE)
-    curves = gap_curves(one)
-    assert {name: [point.batch for point in points] for name, points in curves.items()} == {
-        "clip (first) · gap": [30], "alignclip (second) · gap": [5, 10], "openai · gap": [None],
-    }  # fmt: skip
-    assert next(iter(curves)) == "clip (first) · gap", (
-        "in the order, and so in the colours, of the other plots"
-    )
-    finish(one, {})
-    assert (tmp_path / "out" / "gap.png").exists()
-
-
-def test_an_evaluator_of_one_name_on_another_set_is_another_curve(tmp_path: Path) -> None:
-    keep_history(tmp_path / "run", (5, 10))
-    one = report(tmp_path / "out", {"model": f"{tmp_path}/run"})
-    one.batches = {"model": 10}
-    one.add("model", "gap", GAP, RECALL)
-    assert {name: [point.batch for point in points] for name, points in gap_curves(one).items()} == {
-        "gap": [5, 10], "gap on another set (2)": [10],
-    }  # fmt: skip
+    before = GAP | {"centroid_distance": 1.1, "margin": 0.0} | CHANCE
+    first = EvaluationRecords(None).add(10, "gap", before, CHANCE)
+    config = EvaluateConfig(checkpoint="x", out=str(tmp_path))
+    one = ComparisonReport(config, {"model": "w"}, {"model": {"gap": first}})
+    one.add("model", "gap", GOOD, chance)
+    verdict = one.verdicts()["model"]["gap"]
+    assert verdict.text.startswith(words)
+    assert verdict.success
 
 
 @pytest.mark.parametrize(("batch", "first"), [(10, 5), (6, 5), (5, None), (3, None), (None, None)])
 def test_a_checkpoint_is_compared_with_an_earlier_evaluation_alone(
     tmp_path: Path, batch: int | None, first: int | None
 ) -> None:
-    records = keep_history(tmp_path / "run", (5, 10))
-    found = first_before(records, batch)
+    found = first_before(keep_history(tmp_path / "run", 5, 10), batch)
     assert [record["batch"] for record in found.values()] == ([] if first is None else [first])
     config = EvaluateConfig(checkpoint=str(tmp_path / "run" / "best"), out=str(tmp_path))
-    one = Report(config, {"model": "w"}, {"model": found})
+    one = ComparisonReport(config, {"model": "w"}, {"model": found})
     one.add("model", "gap", GAP | RECALL, CHANCE)
-    text = one.verdicts()["model"]["gap"].text
-    assert ("at batch 5" in text) == (first is not None)
+    assert ("at batch 5" in one.verdicts()["model"]["gap"].text) == (first is not None)
 
 
 def test_training_compares_with_an_earlier_evaluation_alone() -> None:
@@ -199,80 +166,114 @@ def test_training_compares_with_an_earlier_evaluation_alone() -> None:
 
 
 def test_what_is_particular_about_a_set_is_said_below_the_table_and_kept(tmp_path: Path) -> None:
-    both = ("sts", "coco")
-    one = report(tmp_path, {"model": "x"}, both)
-    one.add("model", "sts", {"spearman": 0.5}, {"spearman": 0.0}, "1,500 sentence pairs")
-    one.add("model", "coco", {"acc1": 0.5}, {})
-    assert table(one).splitlines()[-1] == "sts: 1,500 sentence pairs"
-    assert content(tmp_path)["notes"] == {"sts": "1,500 sentence pairs"}
-    again = report(tmp_path, {"model": "x"}, ("coco",))
-    again.add("model", "coco", {"acc1": 0.5}, {})
-    assert content(tmp_path)["notes"] == {"sts": "1,500 sentence pairs"}, (
-        "with the figures that are kept"
-    )
-    other = report(tmp_path, {"model": "x"}, both)
-    other.add("model", "sts", {"spearman": 0.5}, {"spearman": 0.0})
+    note = "1,500 sentence pairs"
+
+    def evaluate(note: str | None, *evaluators: str) -> ComparisonReport:
+        one = report(tmp_path, {"model": "x"}, evaluators)
+        if "sts" in evaluators:
+            one.add("model", "sts", {"spearman": 0.5}, {"spearman": 0.0}, note)
+        if "coco" in evaluators:
+            one.add("model", "coco", {"acc1": 0.5}, {})
+        return one
+
+    assert table(evaluate(note, "sts", "coco")).splitlines()[-1] == f"sts: {note}"
+    evaluate(None, "coco")
+    assert content(tmp_path)["notes"] == {"sts": note}, "with the figures that are kept"
+    evaluate(None, "sts", "coco")
     assert content(tmp_path)["notes"] == {}
+
+
+# --- curves and plots ---------------------------------------------------------------------------------------------
+
+
+def test_curves_are_of_runs_and_of_checkpoints_whose_names_tell_the_batch(tmp_path: Path) -> None:
+    places = {
+        "x": "s3:/b/runs/first/ep1-ba200-rank0.pt",
+        "y": "runs/first/latest-rank0.pt",
+        "z": "ep0-ba7-rank0.pt",
+    }
+    one = report(tmp_path, places)
+    for name in places:
+        one.add(name, "coco", GAP, {})
+        one.add(name, "cifar10", {"acc1": 0.5}, {})
+    assert batches_of(one) == {"x (first) · coco": [200], "y · coco": [None], "z (.) · coco": [7]}
+    # runs of one name in two places are two curves
+    two = report(tmp_path, {name: f"{name}/runs/first/ep1-ba20-rank0.pt" for name in ("a", "b")})
+    for name in ("a", "b"):
+        two.add(name, "gap", GAP, {})
+    assert gap_curves(two).keys() == {"a (a/runs/first) · gap", "b (b/runs/first) · gap"}
+
+
+def test_of_checkpoints_some_of_which_were_not_evaluated_in_training_all_are_drawn(
+    tmp_path: Path,
+) -> None:
+    keep_history(tmp_path / "second", 5, 10)
+    places = {
+        "clip": f"{tmp_path}/first",
+        "alignclip": f"{tmp_path}/second",
+        "openai": "hf-hub:a/b",
+    }
+    one = report(tmp_path / "out", places)
+    one.batches = {"clip": 30, "alignclip": 10, "openai": None}
+    for name in places:
+        one.add(name, "gap", GAP, CHANCE)
+    # in the order, and so in the colours, of the other plots
+    assert list(batches_of(one).items()) == [
+        ("clip (first) · gap", [30]), ("alignclip (second) · gap", [5, 10]), ("openai · gap", [None]),
+    ]  # fmt: skip
+    finish(one, {})
+    assert (tmp_path / "out" / "gap.png").exists()
+
+
+def test_an_evaluator_of_one_name_on_another_set_is_another_curve(tmp_path: Path) -> None:
+    keep_history(tmp_path / "run", 5, 10)
+    one = report(tmp_path / "out", {"model": f"{tmp_path}/run"})
+    one.batches = {"model": 10}
+    one.add("model", "gap", GAP, RECALL)
+    assert batches_of(one) == {"gap": [5, 10], "gap on another set (2)": [10]}
 
 
 def test_evaluations_made_in_training_are_in_the_plot(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "first"
-    run.mkdir(parents=True)
-    history = EvaluationRecords(None)
-    for batch in (10, 20, 30):
-        history.add(batch, "gap", GAP | {"rmg": math.nan}, CHANCE)
-    text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in history.records)
-    (run / "evaluations.jsonl").write_text(text + '{"batch": 4', encoding="utf-8")
+    records = keep_history(run, 10, 20, 30, more='{"batch": 4')
     for place in (run, run / "latest-rank0.pt", run / "best", run / "ep0-ba30", f"{run}/"):
         assert run_folder(str(place)) == str(run)
-        assert history_beside(str(place)) == history.records
+        assert history_beside(str(place)) == records
     assert history_beside(str(tmp_path)) == []
     assert records_in("3\n[]\nnull\n") == []
     one = report(tmp_path / "out", {"model": str(run)})
     one.add("model", "gap", GAP, CHANCE)
     finish(one, {})
-    assert [point.batch for point in gap_curves(one)["gap"]] == [10, 20, 30]
+    assert batches_of(one) == {"gap": [10, 20, 30]}
     assert (tmp_path / "out" / "gap.png").exists()
 
 
-def test_what_is_no_number_is_null(tmp_path: Path) -> None:
-    one = report(tmp_path, {"model": "x"}, ("sts", "gap"))
-    one.add("model", "sts", {"spearman": math.nan}, {"spearman": 0.0})
-    one.add("model", "gap", {"rmg": 0.5}, {})
-    found = content(tmp_path)
-    assert found["results"]["model"] == {"sts": {"spearman": None}, "gap": {"rmg": 0.5}}
-    assert (
-        found["verdicts"]["model"]["sts"]["text"]
-        == "COLLAPSED: all sentence pairs are equally similar"
-    )
-    assert found["complete"] is False
-
-
+@pytest.mark.parametrize("factor", [1.0, math.nan])
 def test_everything_is_written_and_a_plot_that_fails_takes_nothing_with_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], factor: float
 ) -> None:
     places = {f"ba{batch}": f"runs/first/ep0-ba{batch}-rank0.pt" for batch in (10, 20)}
-    features = torch.randn(2, 30, 8)
+    images, texts = torch.randn(2, 30, 8)
+    one = report(tmp_path, places)
+    for name in places:
+        one.add(name, "gap", GAP, {})
+        one.add(name, "coco", RECALL, CHANCE)
+        one.add(name, "cifar10", {"mean_per_class_recall": 0.5}, {})
+    one.failed["cars"] = "no MDS set"
+    finish(one, dict.fromkeys(places, (images * factor, texts)))
     plots = {"recall.png", "gap.png", "classes.png"}
-    for out, factor in (("out", 1.0), ("nan", math.nan)):
-        one = report(tmp_path / out, places)
-        for name in places:
-            one.add(name, "gap", GAP, {})
-            one.add(name, "coco", RECALL, CHANCE)
-            one.add(name, "cifar10", {"mean_per_class_recall": 0.5}, {})
-        one.failed["cars"] = "no MDS set"
-        finish(one, dict.fromkeys(places, (features[0] * factor, features[1])))
-        written = {path.name for path in (tmp_path / out).iterdir()} - {"results.json"}
-        assert written == (
-            plots | {"cosines.png", "embeddings.png", "spectra.png"} if out == "out" else plots
-        )
-        found = content(tmp_path / out)
-        assert (found["results"], found["failed"]) == (one.results, {"cars": "no MDS set"})
-        assert found["complete"] is True
-    assert "cosines.png could not be drawn" in capsys.readouterr().out
+    of_features = {"cosines.png", "embeddings.png", "spectra.png"}
+    written = {path.name for path in tmp_path.iterdir()} - {"results.json"}
+    assert written == plots | (of_features if factor == 1 else set())
+    found = content(tmp_path)
+    assert (found["results"], found["failed"]) == (one.results, {"cars": "no MDS set"})
+    assert found["complete"] is True
+    said = capsys.readouterr().out
+    assert ("cosines.png could not be drawn" in said) == (factor != 1)
+    assert "not evaluated: cars: no MDS set" in said
 
 
-# --- a folder that holds an earlier evaluation ------------------------------------------------------------------
+# --- a folder that holds an earlier evaluation --------------------------------------------------------------------
 
 
 def test_the_same_comparison_is_added_to(
@@ -287,10 +288,8 @@ def test_the_same_comparison_is_added_to(
     second = report(tmp_path, {"a": "x", "b": "y"}, ("cifar10", "flickr"))
     second.add("a", "flickr", {"rmg": 0.2}, {})
     second.add("a", "cifar10", {"acc1": 0.3}, {"acc1": 0.01})
-    assert (
-        capsys.readouterr().out
-        == f"{tmp_path} holds results of the same weights: coco kept, cifar10 measured again\n"
-    )
+    said = f"{tmp_path} holds results of the same weights: coco kept, cifar10 measured again\n"
+    assert capsys.readouterr().out == said
     found = content(tmp_path)
     assert found["results"] == {
         "a": {"coco": {"rmg": 0.1}, "cifar10": {"acc1": 0.3}, "flickr": {"rmg": 0.2}},
@@ -321,34 +320,29 @@ def test_results_of_another_comparison_are_kept_elsewhere(
     capsys.readouterr()
     one = report(tmp_path, **({"checkpoints": {"a": "x"}} | now))
     assert content(tmp_path) == before, "nothing is touched before there are results"
-    one.add(next(iter(one.weights)), "gap", {"rmg": 0.2}, {})
+    (name,) = one.weights
+    one.add(name, "gap", {"rmg": 0.2}, {})
     said = capsys.readouterr().out
-    if not why:  # another evaluator of the same weights is added
-        assert not list(tmp_path.glob("earlier-*"))
-        return
     earlier = tmp_path / "earlier-1"
-    assert (
-        said
-        == f"{tmp_path} held the results of another comparison ({why}): they are in {earlier} now\n"
-    )
-    assert content(earlier) == before
-    assert (earlier / "gap.png").read_bytes() == b"theirs"
-    assert not (tmp_path / "gap.png").exists()
-    assert (tmp_path / "mine.txt").exists()
-    assert content(tmp_path)["results"] == {next(iter(one.weights)): {"gap": {"rmg": 0.2}}}
+    assert earlier.exists() == bool(why), "another evaluator of the same weights is added"
+    if why:
+        held = f"{tmp_path} held the results of another comparison ({why})"
+        assert said == f"{held}: they are in {earlier} now\n"
+        assert content(earlier) == before
+        assert (earlier / "gap.png").read_bytes() == b"theirs"
+        assert not (tmp_path / "gap.png").exists()
+        assert (tmp_path / "mine.txt").exists()
+        assert content(tmp_path)["results"] == {name: {"gap": {"rmg": 0.2}}}
 
 
 def test_an_evaluator_of_one_name_on_another_set_is_another_comparison(tmp_path: Path) -> None:
     report(tmp_path, {"a": "x"}).add("a", "gap", {"rmg": 0.1}, {})
-    config = EvaluateConfig(checkpoints={"a": "x"}, out=str(tmp_path))
-    config.evaluators = {"gap": EvaluatorConfig(task="gap", remote="s3://b/other", local="cache")}
-    Report(config, {"a": "xxh3:x"}).add("a", "gap", {"rmg": 0.2}, {})
-    assert content(tmp_path / "earlier-1")["results"] == {"a": {"gap": {"rmg": 0.1}}}
     # where a remote set is cached makes no difference
-    config.evaluators = {
-        "gap": EvaluatorConfig(task="gap", remote="s3://b/other", local="elsewhere")
-    }
-    Report(config, {"a": "xxh3:x"}).add("a", "gap", {"rmg": 0.3}, {})
+    for cache in ("cache", "elsewhere"):
+        config = EvaluateConfig(checkpoints={"a": "x"}, out=str(tmp_path))
+        config.evaluators = {"gap": EvaluatorConfig(task="gap", remote="s3://b/c", local=cache)}
+        ComparisonReport(config, {"a": "xxh3:x"}).add("a", "gap", {"rmg": 0.2}, {})
+    assert content(tmp_path / "earlier-1")["results"] == {"a": {"gap": {"rmg": 0.1}}}
     assert not (tmp_path / "earlier-2").exists()
 
 
@@ -358,6 +352,35 @@ def test_what_an_earlier_version_or_a_person_left_is_kept(tmp_path: Path, text: 
     (tmp_path / "earlier-1").mkdir()
     report(tmp_path, {"a": "x"}).add("a", "gap", {"rmg": 0.1}, {})
     assert (tmp_path / "earlier-2" / "results.json").read_text(encoding="utf-8") == text
+
+
+# --- checkpoints and evaluators that can't be used ----------------------------------------------------------------
+
+
+def test_one_checkpoint_at_a_time_is_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from alignclip.weights import load
+
+    alive: set[str] = set()
+
+    def open_encoders(place: str) -> Any:
+        assert not alive, "the one before is gone"
+        model = build_encoders(small_config())
+        alive.add(place)
+        weakref.finalize(model, alive.discard, place)
+        return SimpleNamespace(model=model, batch=int(place))
+
+    monkeypatch.setattr(load, "open_encoders", open_encoders)
+    monkeypatch.setattr(load, "load_encoders", lambda place: open_encoders(place).model)
+    several = Checkpoints({"a": "1", "b": "2"})
+    assert several.batches == {"a": 1, "b": 2}
+    assert several.image_sizes == {"a": 32, "b": 32}
+    assert len(set(several.digests.values())) == 2
+    for name in several.places:
+        assert several.load(name).visual.image_size is not None
+    only = Checkpoints({"a": "1"})
+    assert only.load("a") is only.load("a"), "read once"
 
 
 def test_a_missing_checkpoint_is_one_line(
@@ -372,30 +395,23 @@ def test_a_missing_checkpoint_is_one_line(
     assert "nowhere.pt" in said
 
 
-def test_the_figures_of_a_column_have_one_format_and_the_file_has_all_digits(
-    tmp_path: Path,
-) -> None:
-    metrics = {
-        "margin": 0.000264131,
-        "alignment_std": 0.0013,
-        "rmg": -0.000264131,
-        "acc1": 0.0,
-        "C": 1e-6,
-        "aupr": 0.5,
-    }
-    one = report(tmp_path, {"a": "x"})
-    one.add("a", "coco", metrics, {})
-    shown = dict(line.split()[-2:] for line in table(one).splitlines()[2:8])
-    assert shown == {
-        "margin": "0.0003", "alignment_std": "0.0013", "rmg": "-0.0003", "acc1": "0.0000", "C": "1e-06",
-        "aupr": "0.5000",
-    }  # fmt: skip
-    assert content(tmp_path)["results"]["a"]["coco"] == metrics
-
-
 def test_an_evaluator_that_cannot_be_run_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
     failed: dict[str, str] = {}
-    with _told(failed, "d"):
+    with _without_failing(failed, "d"):
         raise UserError("evaluators.d: the image of sample 3 has no caption")
     assert failed == {"d": "the image of sample 3 has no caption"}
     assert capsys.readouterr().err == f"error: d: {failed['d']}; without it: evaluators.d=null\n"
+
+
+def test_devices_and_precisions_have_the_names_of_the_yaml() -> None:
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name, there in (
+        ("gpu", torch.cuda.is_available()),
+        ("mps", torch.backends.mps.is_available()),
+    ):
+        if not there:
+            with pytest.raises(UserError, match=f"device={name}: there is none on this machine"):
+                choose_device(name)
+    assert autocast_dtype("amp_bf16") == torch.bfloat16
+    assert autocast_dtype("fp32") is None

@@ -17,7 +17,6 @@ from alignclip.evaluation.geometry import (
     pair_cosines,
     spectrum,
 )
-from alignclip.evaluation.plots import embedding_map
 from alignclip.evaluation.retrieval import recall
 
 
@@ -311,29 +310,3 @@ def test_bad_input_is_an_error(function, images, texts, message):
 def test_bad_input_of_closing_is_an_error(images, texts, message):
     with pytest.raises(ValueError, match=message):
         close_gap(images, texts)
-
-
-def test_the_map_is_a_png_whose_panels_differ(tmp_path):
-    pytest.importorskip("matplotlib")
-    from PIL import Image
-
-    images, texts = random_pairs(200)
-    embedding_map(
-        (images - 2, texts + 2),
-        (images, images + 0.1 * texts),
-        tmp_path / "map.png",
-        ("before", "after"),
-    )
-    pixels = np.asarray(Image.open(tmp_path / "map.png").convert("RGB")).astype(int)
-    assert pixels.shape[0] > 400
-
-    def columns(colour):
-        """Columns of the left half that hold a colour, to within the blending with white."""
-        half = pixels[:, : pixels.shape[1] // 2]
-        return np.argwhere((np.abs(half - colour).max(-1) < 80).any(0))
-
-    # before training the modalities lie apart, along the first component
-    image_columns, text_columns = columns((0, 114, 178)), columns((230, 159, 0))
-    assert len(image_columns)
-    assert len(text_columns)
-    assert image_columns.max() < text_columns.min() or text_columns.max() < image_columns.min()

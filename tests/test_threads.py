@@ -69,7 +69,7 @@ def test_a_container_may_use_fewer_cores_than_it_sees(
 
 
 def test_commands_set_them_before_torch_is_imported() -> None:
-    code = "import sys; from alignclip.training.command import read_arguments\n"
+    code = "import sys; from alignclip.runtime.arguments import read_arguments\n"
     code += "read_arguments(['a.yaml'], 'x', '', '')\n"
     code += "import os; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
     bare = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}

@@ -1,7 +1,7 @@
-"""What the evaluation tasks declare: the sets that they read, their metrics, and which way each is better.
+"""The declarations of the evaluation tasks: their sets, their metrics, which way is better.
 
-Each task declares its own (:mod:`alignclip.config.plugged`); this module finds them by their names. Tables,
-``results.json``, ``keep_best`` and plots ask here.
+Each task declares its own (:mod:`alignclip.config.plugged`); this module finds them by their names.
+Tables, ``results.json``, ``keep_best`` and plots ask here.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def arrow(name: str) -> str:
 
 
 def column_of(task: str) -> str | None:
-    """Return the column that a task's sets have besides ``image``; None where the task reads a file that is no set."""
+    """Return the column of a task's sets besides ``image``; None where the task reads a file."""
     column: str | None = plugged(TASKS, task, "task").COLUMN
     return column
 

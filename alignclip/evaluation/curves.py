@@ -4,127 +4,172 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from alignclip.evaluation.history import Record
-from alignclip.evaluation.json_lines import with_nan
-from alignclip.evaluation.plots import DASHED, DOTTED, finish, new_figure, style
+from alignclip.evaluation.frame import (
+    DASH_DOTTED,
+    DASHED,
+    DOTTED,
+    new_panels,
+    save_figure,
+    style,
+)
+from alignclip.evaluation.history import Record, history_beside, run_folder
+from alignclip.evaluation.json_lines import with_nan, without_nan
+from alignclip.evaluation.report import ComparisonReport, places
 from alignclip.evaluation.verdict import RECALLS, judge
 
-Metrics = Mapping[str, float]
-DASH_DOTTED = (0, (6, 1.5, 1.5, 1.5))
+DISTANCE = "centroid_distance"
+JUDGED = {DISTANCE, "margin", "effective_rank_image", "effective_rank_text"}
 SAME = 1e-3  # of a recall: what precisions of encoding make of it
+MANY = 20  # points of a curve whose markers are smaller
+
+Values = Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluation of a run: its batch, its metrics, and what features that say nothing would score.
+    """One evaluation of a run.
 
-    ``batch`` is None for a model of which nothing says how long it was trained: a level, by which curves are measured.
+    Attributes:
+        batch: None for a model whose batch is not known, which is drawn as a level.
+        metrics: the figures.
+        chance: what features that say nothing would score.
     """
 
     batch: int | None
-    metrics: Metrics
-    chance: Metrics
+    metrics: Values
+    chance: Values
+
+    @property
+    def recall(self) -> float:
+        """Recall@5, the mean over both directions; NaN where neither was measured."""
+        return _mean_recall(self.metrics)
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the verdict is a collapse."""
+        verdict = judge(self.metrics, self.chance) if self.metrics.keys() >= JUDGED else None
+        return verdict is not None and verdict.collapsed
 
 
-Curves = Mapping[str, Sequence[Point]]  # by run and evaluator
+Curves = dict[str, list[Point]]  # by run and evaluator
 
 
-def curves_of(history: Sequence[Record], run: str = "") -> dict[str, list[Point]]:
-    """The evaluations of a run that can be drawn, a curve an evaluator.
+def gap_curves(report: ComparisonReport) -> Curves:
+    """Collect the evaluations in training of the runs that are compared, and the checkpoints' own.
 
-    An evaluator of retrieval on the pairs of another one, which measures the gap as well, has no curve of its own. What
-    is evaluated twice at one batch is there once, as it was measured last; on another set, which other chances show, it
-    is another curve.
+    Each of several checkpoints is a point of its run's curve. A checkpoint whose batch is not known
+    is a level. Both are called as in the table.
+    """
+    compared = places(report.config)
+    runs: dict[str, list[Record]] = {}
+    members: dict[str, list[str]] = {}  # of each run: the names of its checkpoints
+    levels: dict[str, Curves] = {}
+    for name, place in compared.items():
+        batch = report.batches.get(name)
+        batch = _batch_named(place) if batch is None else batch
+        results = report.results.get(name, {})
+        own = records_of(batch or 0, results, report.chance)
+        past = history_beside(place)
+        if batch is None and len(compared) > 1:
+            levels[name] = {
+                curve: [replace(point, batch=None) for point in points]
+                for curve, points in curves_of(own, name).items()
+            }
+        own = [] if batch is None else own
+        if own or past:
+            folder = run_folder(place)
+            members.setdefault(folder, []).append(name)
+            runs[folder] = [*runs.get(folder, past), *own]
+    found = dict(levels)
+    for folder, records in runs.items():
+        run = _run_name(folder, members, list(runs)) if len(compared) > 1 else ""
+        first = members[folder][0]
+        found[first] = found.get(first, {}) | curves_of(records, run)
+    return {curve: points for name in compared for curve, points in found.get(name, {}).items()}
+
+
+def _batch_named(place: str) -> int | None:
+    """Return the batch that a kept checkpoint's name tells, as in ``ep1-ba200-rank0.pt``."""
+    named = re.search(r"(?:^|/)ep\d+-ba(\d+)[^/]*$", place)
+    return int(named[1]) if named else None
+
+
+def _run_name(folder: str, members: Mapping[str, Sequence[str]], folders: Sequence[str]) -> str:
+    """Return a run's folder, with the name of its checkpoint before it, where there is but one."""
+    short = [one.rpartition("/")[2] for one in folders]
+    # runs of one name in several places are told apart by the whole place
+    run = folder.rpartition("/")[2] if len(set(short)) == len(short) else folder
+    first, *others = members[folder]
+    return run if others or first == run else f"{first} ({run})"
+
+
+def records_of(
+    batch: int, results: Mapping[str, Values], chance: Mapping[str, Values]
+) -> list[Record]:
+    """Return the results of a checkpoint as records of its run, by evaluator."""
+    return [
+        Record(
+            batch=batch,
+            evaluator=evaluator,
+            metrics=without_nan(metrics),
+            chance=dict(chance.get(evaluator, {})),
+            verdict=None,
+        )
+        for evaluator, metrics in results.items()
+    ]
+
+
+def curves_of(history: Sequence[Record], run: str = "") -> Curves:
+    """Choose the evaluations of a run that can be drawn, a curve an evaluator.
+
+    An evaluator of retrieval on the pairs of another one, which measures the gap as well, has no
+    curve of its own. What is evaluated twice at one batch is there once, as it was measured last;
+    on another set, which other chances show, it is another curve.
 
     Args:
         history: of the run, in any order.
         run: what to call the run; nothing where there is but one.
     """
-    sets: dict[str, list[Metrics]] = {}
+    sets: dict[str, list[Values]] = {}
     found: dict[str, dict[int, Point]] = {}
     for record in history:
-        if "centroid_distance" in record["metrics"] or not set(RECALLS).isdisjoint(
-            record["metrics"]
-        ):
-            known = sets.setdefault(record["evaluator"], [])
-            if record["chance"] not in known:
-                known.append(record["chance"])
-            number = known.index(record["chance"])
-            evaluator = (
-                f"{record['evaluator']}{f' on another set ({number + 1})' if number else ''}"
-            )
-            name = " · ".join(part for part in (run, evaluator) if part)
-            point = Point(record["batch"], with_nan(record["metrics"]), record["chance"])
-            found.setdefault(name, {})[record["batch"]] = point
-    return _without_doubles(
-        {name: [points[batch] for batch in sorted(points)] for name, points in found.items()}
-    )
-
-
-def levels_of(
-    results: Mapping[str, Metrics], chance: Mapping[str, Metrics], checkpoint: str
-) -> dict[str, list[Point]]:
-    """The results of a checkpoint of which nothing says at which batch it was saved, a level an evaluator."""
-    records = _records(0, results, chance)
-    return {
-        name: [replace(point, batch=None) for point in points]
-        for name, points in curves_of(list(records), checkpoint).items()
-    }
-
-
-def _without_doubles(found: dict[str, list[Point]]) -> dict[str, list[Point]]:
-    """The curves without those of recalls that another curve, which has the gap as well, goes through."""
-    gaps = [
-        _recalls(points) for points in found.values() if "centroid_distance" in points[0].metrics
-    ]
+        if record["metrics"].keys().isdisjoint((DISTANCE, *RECALLS)):
+            continue
+        known = sets.setdefault(record["evaluator"], [])
+        if record["chance"] not in known:
+            known.append(record["chance"])
+        number = known.index(record["chance"])
+        parts = [run, record["evaluator"]] if run else [record["evaluator"]]
+        name = " · ".join(parts) + (f" on another set ({number + 1})" if number else "")
+        point = Point(record["batch"], with_nan(record["metrics"]), record["chance"])
+        found.setdefault(name, {})[record["batch"]] = point
+    curves = {name: [points[batch] for batch in sorted(points)] for name, points in found.items()}
+    gaps = [points for points in curves.values() if DISTANCE in points[0].metrics]
     return {
         name: points
-        for name, points in found.items()
-        if "centroid_distance" in points[0].metrics
-        or not any(_lies_on(_recalls(points), gap) for gap in gaps)
+        for name, points in curves.items()
+        if points in gaps or not any(_lies_on(points, gap) for gap in gaps)
     }
 
 
-def records_of(
-    place: str,
-    results: Mapping[str, Metrics],
-    chance: Mapping[str, Metrics],
-    batch: int | None = None,
-) -> Iterator[Record]:
-    """The results of a checkpoint as records of its run.
-
-    Args:
-        place: the checkpoint's, whose name may tell its batch (``ep1-ba200-rank0.pt``).
-        results: by evaluator.
-        chance: by evaluator.
-        batch: as the checkpoint itself says it; without it and in the name there are no records.
-    """
-    if batch is None and (named := re.search(r"(?:^|/)ep\d+-ba(\d+)[^/]*$", place)):
-        batch = int(named[1])
-    if batch is not None:
-        yield from _records(batch, results, chance)
+def _lies_on(points: Sequence[Point], curve: Sequence[Point]) -> bool:
+    """Say whether all recalls of one curve are another one's, but for rounding."""
+    recalls = {point.batch: point.recall for point in curve}
+    return all(abs(recalls.get(one.batch, math.inf) - one.recall) < SAME for one in points)
 
 
-def _records(
-    batch: int, results: Mapping[str, Metrics], chance: Mapping[str, Metrics]
-) -> Iterator[Record]:
-    for evaluator, metrics in results.items():
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        known = dict(chance.get(evaluator, {}))
-        yield Record(batch=batch, evaluator=evaluator, metrics=finite, chance=known, verdict=None)
-
-
-def draw_curves(curves: Curves, path: str | Path) -> None:
+def draw_curves(curves: Mapping[str, Sequence[Point]], path: str | Path) -> None:
     """Draw the gap, the margin and recall@5 against the step, a colour a curve.
 
-    The gap should fall, and margin and recall should rise with it. Dashed is the alignment score, the mean cosine of
-    pairs: high where the margin is low, the space has collapsed; the markers of such evaluations are hollow. Dotted is
-    the recall that chance would have. A model whose batch is not known is a dash-dotted level.
+    The gap should fall, and margin and recall should rise with it. Dashed is the alignment score,
+    the mean cosine of pairs: high where the margin is low, the space has collapsed; the markers of
+    such evaluations are hollow. Dotted is the recall that chance would have. A model whose batch is
+    not known is a dash-dotted level.
 
     Args:
         curves: evaluations by the name of the curve, in any order.
@@ -134,79 +179,82 @@ def draw_curves(curves: Curves, path: str | Path) -> None:
         ValueError: no curves, or a figure that is not finite: which.
         UserError: matplotlib is not installed.
     """
-    _check(curves)
-    panels = new_figure(curves, 12, 4).subplots(1, 3, sharex=True)
-    gap, margin, recall = panels
+    _check_points(curves)
+    gap, margin, recall = panels = new_panels(curves, 12, 4, columns=3, sharex=True)[0]
     for index, points in enumerate(curves.values()):
         points = sorted(points, key=lambda point: point.batch or 0)
-        measured = [point for point in points if "centroid_distance" in point.metrics]
-        _line(gap, measured, [point.metrics["centroid_distance"] for point in measured], index)
-        paired = [point for point in measured if "margin" in point.metrics]
-        _line(margin, paired, [point.metrics["margin"] for point in paired], index)
-        _line(
-            margin,
-            measured,
-            [point.metrics["alignment_score"] for point in measured],
-            index,
-            dashed=True,
-        )
-        found = [point for point in points if not math.isnan(_recall(point.metrics))]
-        _line(recall, found, [100 * _recall(point.metrics) for point in found], index)
-        known = [point for point in found if not math.isnan(_recall(point.chance))]
-        if known:
-            _plain(recall, known, [100 * _recall(point.chance) for point in known], index, DOTTED)
-    titles = {
-        gap: "gap: distance of the two means\n↓ lower is better",
-        margin: "margin over wrong pairs (solid)\n↑ higher is better; dashed: alignment of pairs",
-        recall: "recall@5, both directions, %\n↑ higher is better; dotted: chance",
-    }
-    for panel, title in titles.items():
+        _draw_marked(gap, points, [point.metrics.get(DISTANCE) for point in points], index)
+        _draw_marked(margin, points, [point.metrics.get("margin") for point in points], index)
+        aligned = [point.metrics.get("alignment_score") for point in points]
+        _draw_line(margin, points, aligned, index, DASHED)
+        _draw_marked(recall, points, [100 * point.recall for point in points], index)
+        chances = [100 * _mean_recall(point.chance) for point in points]
+        _draw_line(recall, points, chances, index, DOTTED)
+    titles = (
+        "gap: distance of the two means\n↓ lower is better",
+        "margin over wrong pairs (solid)\n↑ higher is better; dashed: alignment of pairs",
+        "recall@5, both directions, %\n↑ higher is better; dotted: chance",
+    )
+    for panel, title in zip(panels, titles, strict=True):
         panel.set_title(title, fontsize=10.5)
         _axes(panel)
-    finish(gap.figure, path, [_label(name, points) for name, points in curves.items()])
+    save_figure(gap.figure, path, [_label(name, points) for name, points in curves.items()])
 
 
-def _line(
-    panel: Any, points: Sequence[Point], values: Sequence[float], index: int, dashed: bool = False
+def _known(
+    points: Sequence[Point], values: Sequence[float | None]
+) -> tuple[list[Point], list[float]]:
+    """Leave out what was not measured."""
+    pairs = [
+        (point, value)
+        for point, value in zip(points, values, strict=True)
+        if value is not None and not math.isnan(value)
+    ]
+    return [point for point, _ in pairs], [value for _, value in pairs]
+
+
+def _draw_marked(
+    panel: Any, points: Sequence[Point], values: Sequence[float | None], index: int
 ) -> None:
+    """Draw a solid line with markers, which are hollow where the space has collapsed."""
+    if any(point.batch is None for point in points):
+        _draw_line(panel, points, values, index, DASH_DOTTED)
+        return
+    points, numbers = _known(points, values)
     look = style(index)
-    if dashed:
-        _plain(panel, points, values, index, DASHED)
-        return
-    if any(point.batch is None for point in points):
-        _plain(panel, points, values, index, DASH_DOTTED)
-        return
     steps = [point.batch for point in points]
-    panel.plot(steps, values, color=look["color"], linewidth=1.5)
-    for hollow in (False, True):
-        some = [i for i, point in enumerate(points) if _collapsed(point) == hollow]
-        face = (
-            {"markerfacecolor": "white", "markeredgecolor": look["color"], "markeredgewidth": 1.2}
-            if hollow
-            else {}
-        )
-        marks = {**look, "markersize": 5 if len(points) > 20 else 7, "linestyle": "none", **face}
-        panel.plot([steps[i] for i in some], [values[i] for i in some], **marks)
+    panel.plot(steps, numbers, color=look["color"], linewidth=1.5)
+    look |= {"markersize": 5 if len(points) > MANY else 7, "linestyle": "none"}
+    hollow = {
+        "markerfacecolor": "white",
+        "markeredgecolor": look["color"],
+        "markeredgewidth": 1.2,
+    }
+    for collapsed, more in ((False, {}), (True, hollow)):
+        rows = [i for i, point in enumerate(points) if point.collapsed == collapsed]
+        panel.plot([steps[i] for i in rows], [numbers[i] for i in rows], **{**look, **more})
 
 
-def _plain(
-    panel: Any, points: Sequence[Point], values: Sequence[float], index: int, line: Any
+def _draw_line(
+    panel: Any, points: Sequence[Point], values: Sequence[float | None], index: int, dashes: Any
 ) -> None:
-    """A line without markers; of one point a dash, and across the panel where its batch is not known."""
-    look = {"color": style(index)["color"], "linewidth": 1.4, "linestyle": line}
+    """Draw a line without markers: of one point a dash, of a level a line across the panel."""
+    points, numbers = _known(points, values)
+    look = {"color": style(index)["color"], "linewidth": 1.4, "linestyle": dashes}
     if any(point.batch is None for point in points):
-        for value in values:
-            panel.axhline(value, **look)
-    else:
+        for number in numbers:
+            panel.axhline(number, **look)
+    elif points:
         lone = {"marker": "_", "markersize": 12} if len(points) == 1 else {}
-        panel.plot([point.batch for point in points], values, **look, **lone)
+        panel.plot([point.batch for point in points], numbers, **look, **lone)
 
 
 def _label(name: str, points: Sequence[Point]) -> str:
-    """An entry of the legend, with what is particular about the curve."""
+    """Return an entry of the legend, with what is particular about the curve."""
     level = any(point.batch is None for point in points)
     notes = ["dash-dotted: at no known batch"] if level else []
-    notes += ["collapsed" if level else "hollow: collapsed"] if _any_collapsed(points) else []
+    if any(point.collapsed for point in points):
+        notes.append("collapsed" if level else "hollow: collapsed")
     return f"{name} ({'; '.join(notes)})" if notes else name
 
 
@@ -224,44 +272,17 @@ def _axes(panel: Any) -> None:
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def _collapsed(point: Point) -> bool:
-    known = {
-        "centroid_distance",
-        "margin",
-        "effective_rank_image",
-        "effective_rank_text",
-    } <= point.metrics.keys()
-    verdict = judge(point.metrics, point.chance) if known else None
-    return verdict is not None and verdict.collapsed
-
-
-def _any_collapsed(points: Sequence[Point]) -> bool:
-    return any(_collapsed(point) for point in points)
-
-
-def _recall(metrics: Metrics) -> float:
-    """The mean over both directions; NaN where neither was measured."""
+def _mean_recall(metrics: Values) -> float:
     known = [metrics[name] for name in RECALLS if name in metrics]
     return sum(known) / len(known) if known else math.nan
 
 
-def _recalls(points: Sequence[Point]) -> dict[int | None, float]:
-    return {point.batch: _recall(point.metrics) for point in points}
-
-
-def _lies_on(some: dict[int | None, float], curve: dict[int | None, float]) -> bool:
-    """Whether all points of one curve are on another one, but for rounding."""
-    return all(batch in curve and abs(curve[batch] - value) < SAME for batch, value in some.items())
-
-
-def _check(curves: Curves) -> None:
+def _check_points(curves: Mapping[str, Sequence[Point]]) -> None:
     if not any(curves.values()):
         raise ValueError("no checkpoints to draw")
     for name, points in curves.items():
         for point in points:
-            drawn = ("centroid_distance", "alignment_score", "margin", *RECALLS)
-            for metric in drawn:
-                if not math.isfinite(point.metrics.get(metric, 0.0)):
-                    raise ValueError(
-                        f"{name}, batch {point.batch}: {metric} must be finite, not {point.metrics[metric]}"
-                    )
+            for metric in (DISTANCE, "alignment_score", "margin", *RECALLS):
+                if not math.isfinite(value := point.metrics.get(metric, 0.0)):
+                    where = f"{name}, batch {point.batch}"
+                    raise ValueError(f"{where}: {metric} must be finite, not {value}")

@@ -1,7 +1,7 @@
-"""Features of a whole set, encoded by all ranks together and known to each of them, in the set's order.
+"""Features of a whole set, encoded by all ranks together, in the set's order.
 
-Every rank encodes an equal share, the last sample repeated to fill it up: ranks with fewer calls than others would
-leave these waiting where the model itself is spread over ranks (FSDP).
+Every rank encodes an equal share, the last sample repeated to fill it up: ranks with fewer calls
+than others would leave these waiting where the model itself is spread over ranks (FSDP).
 """
 
 from __future__ import annotations
@@ -27,8 +27,14 @@ from alignclip.model.encoders import CLIP
 from alignclip.ranks import gather, gather_objects, raise_on_all_ranks, rank, world_size
 
 
+def image_size(model: CLIP) -> int:
+    """Return the pixels a side of the images that a model takes."""
+    size = model.visual.image_size
+    return int(size[0] if isinstance(size, tuple | list) else size)
+
+
 class Interrupted(Exception):
-    """An evaluation that was given up because the run is to stop; on every rank, at the same batch."""
+    """The evaluation is given up because the run is to stop; on every rank, at the same batch."""
 
 
 @dataclass
@@ -36,13 +42,16 @@ class Encoder:
     """A model and how it is run.
 
     Attributes:
-        model: in whatever mode it is; it is put into eval mode while it encodes and back afterwards.
+        model: in whatever mode it is; it is put into eval mode while it encodes and back
+            afterwards.
         device: where it is.
         dtype: of autocast while encoding, e.g. ``torch.bfloat16``; None runs in the model's own.
         batch_size: samples a rank encodes at a time.
         progress: show a bar on rank 0.
-        interrupted: asked before each batch, on every rank; where it says so, :class:`Interrupted` is raised.
-        known: features that several evaluators want, by set; valid as long as the model stays as it is.
+        interrupted: asked before each batch, on every rank; where it says so, :class:`Interrupted`
+            is raised.
+        known: features that several evaluators want, by set; valid as long as the model stays as it
+            is.
     """
 
     model: CLIP
@@ -56,8 +65,7 @@ class Encoder:
     @property
     def image_size(self) -> int:
         """Pixels a side."""
-        size = self.model.visual.image_size
-        return int(size[0] if isinstance(size, tuple | list) else size)
+        return image_size(self.model)
 
     @property
     def tokenizer(self) -> SimpleTokenizer:
@@ -76,13 +84,14 @@ class Encoder:
         """Encode the images of a map-style dataset.
 
         Args:
-            samples: N items ``(image, other)``: ``[3, size, size]``, uint8 or floats that are normalised already, and
-                anything that can be pickled.
+            samples: N items ``(image, other)``: ``[3, size, size]``, uint8 or floats that are
+                normalised already, and anything that can be pickled.
             num_workers: processes of this rank that read and decode.
             name: of the progress bar.
 
         Returns:
-            [N, d] L2-normalised float32 on the device, and the N others; on every rank, in the dataset's order.
+            [N, d] L2-normalised float32 on the device, and the N others; on every rank, in the
+            dataset's order.
 
         Raises:
             UserError: on every rank, where one of them can't read or encode a sample.
@@ -131,7 +140,7 @@ class Encoder:
         return gather(features).flatten(0, 1)[:count], gather_objects(others)[:count]
 
     def texts(self, texts: Sequence[str], name: str = "texts") -> Tensor:
-        """Encode captions, the short ones with the short ones: a batch is computed up to its longest.
+        """Encode captions, short ones together: a batch is computed up to its longest caption.
 
         Args:
             texts: M captions, the same on every rank.
@@ -162,7 +171,7 @@ class Encoder:
     def _encode(
         self, encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor], total: int, name: str
     ) -> Tensor:
-        """Normalised features of this rank's batches, one below the other; every rank has as many batches."""
+        """Encode this rank's batches to normalised features; every rank has as many batches."""
         bar = tqdm(
             batches, total=total, desc=name, unit="batch", disable=not self.progress or rank() != 0
         )
@@ -181,7 +190,9 @@ class Encoder:
                     try:
                         if failure is None:
                             parts.append(F.normalize(encode(batch).float(), dim=-1))
-                    except Exception as error:  # out of memory, most likely: keep step with the others, then tell them
+                    except (
+                        Exception
+                    ) as error:  # out of memory? keep step with the others, then tell
                         failure = UserError(f"{name}: {type(error).__name__}: {one_line(error)}")
                         parts.clear()
         finally:
@@ -191,10 +202,11 @@ class Encoder:
 
 
 def _end_workers(batches: Any) -> None:
-    """End a loader's processes now: one in the middle of a long download would outlive its loader and interfere."""
+    """End a loader's processes now: one in a long download would outlive its loader."""
     workers = getattr(batches, "_workers", [])
     if workers:
-        batches._shutdown_workers()  # asks, waits some seconds, and no longer takes their end for a failure
+        # asks, waits some seconds, and no longer takes their end for a failure
+        batches._shutdown_workers()
     for worker in workers:
         worker.kill()
         worker.join()

@@ -1,4 +1,4 @@
-"""An entry of ``evaluators:``: a task on its sets, measured of any model; in training and after it alike."""
+"""An entry of ``evaluators:``: a task on its sets, for any model, in training and after it."""
 
 from __future__ import annotations
 
@@ -24,22 +24,24 @@ from alignclip.losses.precision import full_precision
 from alignclip.model.encoders import CLIP
 from alignclip.ranks import raise_on_all_ranks, rank, world_size
 
-Metrics = dict[str, float]
+MetricFigures = dict[str, float]
 
 
 @dataclass
-class Result:
+class TaskResult:
     """What a task found.
 
     Attributes:
         metrics: the figures, by the names that the task's ``METRICS`` declares.
         chance: what features that say nothing would score, of the metrics that have such a number.
-        pairs: the features of image–text pairs, [N, d] each, where the task has pairs: what plots are made of.
-        note: in what the set differs from the one that published figures are of, where that is known.
+        pairs: the features of image–text pairs, [N, d] each, where the task has pairs: what plots
+            are made of.
+        note: in what the set differs from the one that published figures are of, where that is
+            known.
     """
 
-    metrics: Metrics
-    chance: Metrics
+    metrics: MetricFigures
+    chance: MetricFigures
     pairs: tuple[Tensor, Tensor] | None = None
     note: str | None = None
 
@@ -54,11 +56,11 @@ class Evaluator:
 
     Attributes:
         encoder: the model that is measured; set as long as the task runs.
-        classes: class names and prompt templates of the sets that have labels, by the key of the set: ``""`` is the
-            evaluator's own, others are keys of the task, such as ``train``.
+        classes: class names and prompt templates of the sets that have labels, by the key of the
+            set: ``""`` is the evaluator's own, others are keys of the task, such as ``train``.
         settings: the task's own keys.
         prepared: what the task's ``prepare`` returned.
-        note: see :class:`Result`.
+        note: see :class:`TaskResult`.
 
     Raises:
         UserError: a set is not there, or not what the task needs.
@@ -85,7 +87,7 @@ class Evaluator:
         prepare = getattr(self._task, "prepare", None)
         self.prepared: Any = prepare(self) if prepare else None
 
-    def __call__(self, encoder: Encoder) -> Result:
+    def __call__(self, encoder: Encoder) -> TaskResult:
         """Evaluate a model; every rank encodes its share, and every rank gets the result.
 
         Raises:
@@ -95,7 +97,7 @@ class Evaluator:
         """
         self.encoder, failure = encoder, None
         try:
-            result: Result = self._task.run(self)
+            result: TaskResult = self._task.run(self)
         except Interrupted:
             raise
         except Exception as error:  # hours of training or of other evaluations are at stake
@@ -127,7 +129,7 @@ class Evaluator:
         return features, torch.tensor(labels)
 
     def classifier(self, key: str = "") -> Tensor:
-        """Encode the classes' prompts: [C, d], :func:`alignclip.evaluation.zero_shot.build_classifier`."""
+        """Encode the classes' prompts to a classifier, [C, d]."""
         names, templates = self.classes[key]
         return build_classifier(
             lambda texts: self.encoder.texts(texts, f"{self.name}: prompts"), names, templates
@@ -154,10 +156,10 @@ class Evaluator:
 
     def result(
         self,
-        metrics: Callable[[], Metrics],
-        chance: Metrics,
+        metrics: Callable[[], MetricFigures],
+        chance: MetricFigures,
         pairs: tuple[Tensor, Tensor] | None = None,
-    ) -> Result:
+    ) -> TaskResult:
         """Compute the metrics on rank 0, and return the same result on every rank.
 
         In full precision: the third digit of a cosine is noise in TF32.
@@ -176,7 +178,7 @@ class Evaluator:
             dist.broadcast_object_list(found, group=_patient_group())
         if isinstance(found[0], UserError):
             raise found[0]
-        return Result(found[0], chance, pairs, self.note)
+        return TaskResult(found[0], chance, pairs, self.note)
 
 
 def evaluate_model(
@@ -186,7 +188,7 @@ def evaluate_model(
     dtype: torch.dtype | None = None,
     progress: bool = True,
     opened: OpenSets | None = None,
-) -> dict[str, Result]:
+) -> dict[str, TaskResult]:
     """Measure one model by some evaluators; on every rank, at the same time.
 
     Args:
@@ -197,7 +199,7 @@ def evaluate_model(
         opened: the sets that this process has opened so far.
 
     Returns:
-        Metrics, chance and verdict by the names of the evaluators.
+        MetricFigures, chance and verdict by the names of the evaluators.
 
     Raises:
         UserError: a set is not there or not what its task needs, before anything is encoded; a
@@ -228,5 +230,5 @@ def _as_user_error(error: Exception, prefix: str = "") -> UserError:
 
 @cache
 def _patient_group() -> Any:
-    """All ranks, to wait for one that computes: a probe of a large set takes longer than other collectives may."""
+    """Return a group to wait for rank 0: a large probe takes longer than collectives may."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=2))

@@ -1,4 +1,4 @@
-"""How images and texts lie in the shared embedding space: alignment, the gap between them, uniformity, rank."""
+"""The modality gap in figures: alignment, distance, uniformity, rank."""
 
 from __future__ import annotations
 
@@ -25,35 +25,39 @@ def modality_gap(
     separability: bool = True,
     progress: bool = False,
 ) -> dict[str, float]:
-    """The modality gap of N image–text pairs; row i of both is pair i.
+    """Measure the modality gap of N image–text pairs; row i of both is pair i.
 
     Args:
         image_features: [N, d], need not be normalised.
         text_features: [N, d], on the same device.
         block: rows of a similarity matrix held at a time.
-        separability: whether to fit the classifier of ``linear_separability``, which needs scikit-learn.
+        separability: whether to fit the classifier of ``linear_separability``, which needs
+            scikit-learn.
         progress: show a bar for each uniformity, which takes N² similarities.
 
     Returns:
         - ``alignment_score``: mean cosine similarity of the pairs, in [−1, 1], 1 is best
-          (AlignCLIP, https://arxiv.org/abs/2406.17639); ``alignment_std`` and ``alignment_q05``, ``q50``, ``q95``: its
-          distribution over the pairs, standard deviation and quantiles. Alone it proves nothing: features that have
-          all collapsed into one point have 1.
-        - ``wrong_pairs_cosine``: mean cosine of all N (N − 1) wrong pairs, each image with every other image's text,
-          in [−1, 1]; ``margin``: ``alignment_score`` less that, in [−2, 2]. Near 0 pairs are no closer than wrong ones.
+          (AlignCLIP, https://arxiv.org/abs/2406.17639); ``alignment_std`` and ``alignment_q05``,
+          ``q50``, ``q95``: its distribution over the pairs, standard deviation and quantiles. Alone
+          it proves nothing: features that have all collapsed into one point have 1.
+        - ``wrong_pairs_cosine``: mean cosine of all N (N − 1) wrong pairs, each image with every
+          other image's text, in [−1, 1]; ``margin``: ``alignment_score`` less that, in [−2, 2].
+          Near 0 pairs are no closer than wrong ones.
         - ``centroid_distance``: ‖mean image − mean text‖ on the unit sphere, in [0, 2], 0 is no gap
           (Liang et al. 2022, https://arxiv.org/abs/2203.02053).
-        - ``centroid_angle``: the angle between the two means in degrees, in [0, 180]; NaN where a mean is zero.
-        - ``uniformity_image``, ``uniformity_text``: log of the mean of exp(−2‖x − y‖²) over all x ≠ y of a modality,
-          in [−8, 0], lower is more uniform (Wang & Isola 2020, https://arxiv.org/abs/2005.10242).
+        - ``centroid_angle``: the angle between the two means in degrees, in [0, 180]; NaN where a
+          mean is zero.
+        - ``uniformity_image``, ``uniformity_text``: log of the mean of exp(−2‖x − y‖²) over all x ≠
+          y of a modality, in [−8, 0], lower is more uniform (Wang & Isola 2020,
+          https://arxiv.org/abs/2005.10242).
         - ``uniformity_cross``: the same between each image and the texts of the other pairs.
-        - ``rmg``: the relative modality gap, in [0, 1], 0 is no gap; NaN where all features are one point
-          (Schrodi et al. 2025, https://arxiv.org/abs/2404.07983). Take one caption an image: copies of an image would
-          count as distances of 0 within a modality.
-        - ``effective_rank_image``, ``effective_rank_text``: how many axes a modality's variance is spread over, in
-          [1, min(d, N − 1)], :func:`alignclip.evaluation.geometry.effective_rank`.
-        - ``linear_separability``: how well a plane tells images from texts, in [0, 1], 0.5 is not at all,
-          :func:`alignclip.evaluation.geometry.linear_separability`.
+        - ``rmg``: the relative modality gap, in [0, 1], 0 is no gap; NaN where all features are one
+          point (Schrodi et al. 2025, https://arxiv.org/abs/2404.07983). Take one caption an image:
+          copies of an image would count as distances of 0 within a modality.
+        - ``effective_rank_image``, ``effective_rank_text``: how many axes a modality's variance is
+          spread over, in [1, min(d, N − 1)], :func:`alignclip.evaluation.geometry.effective_rank`.
+        - ``linear_separability``: how well a plane tells images from texts, in [0, 1], 0.5 is not
+          at all, :func:`alignclip.evaluation.geometry.linear_separability`.
 
     Raises:
         UserError: scikit-learn is not installed.
@@ -61,21 +65,9 @@ def modality_gap(
     """
     images, texts = unit_pairs(image_features, text_features)
     with torch.autocast(images.device.type, enabled=False):
-        image_mean, text_mean = images.mean(0), texts.mean(0)
-        cosines = (images * texts).sum(-1)
-        alignment, wrong = cosines.mean(), wrong_pairs_cosine(images, texts)
         gap = {
-            "alignment_score": alignment.item(),
-            "wrong_pairs_cosine": wrong.item(),
-            "margin": (alignment - wrong).item(),
-            "alignment_std": cosines.std(correction=0).item(),
-            **{f"alignment_q{q:02}": _quantile(cosines, q / 100) for q in (5, 50, 95)},
-            "centroid_distance": (image_mean - text_mean).norm().item(),
-            "centroid_angle": _angle(image_mean, text_mean),
-            # the N×N kernels are fp32: that is all their logarithm needs
-            "uniformity_image": _uniformity(images.float(), images.float(), block, progress),
-            "uniformity_text": _uniformity(texts.float(), texts.float(), block, progress),
-            "uniformity_cross": _uniformity(images.float(), texts.float(), block, progress),
+            **_alignment(images, texts),
+            **_uniformities(images.float(), texts.float(), block, progress),
             "rmg": _relative_modality_gap(images, texts),
             "effective_rank_image": effective_rank(images),
             "effective_rank_text": effective_rank(texts),
@@ -85,8 +77,32 @@ def modality_gap(
     return gap
 
 
+def _alignment(images: Tensor, texts: Tensor) -> dict[str, float]:
+    """Measure the cosines of pairs and the distance of the two means."""
+    image_mean, text_mean = images.mean(0), texts.mean(0)
+    cosines = (images * texts).sum(-1)
+    alignment, wrong = cosines.mean(), wrong_pairs_cosine(images, texts)
+    return {
+        "alignment_score": alignment.item(),
+        "wrong_pairs_cosine": wrong.item(),
+        "margin": (alignment - wrong).item(),
+        "alignment_std": cosines.std(correction=0).item(),
+        **{f"alignment_q{q:02}": _quantile(cosines, q / 100) for q in (5, 50, 95)},
+        "centroid_distance": (image_mean - text_mean).norm().item(),
+        "centroid_angle": _angle(image_mean, text_mean),
+    }
+
+
+def _uniformities(images: Tensor, texts: Tensor, block: int, progress: bool) -> dict[str, float]:
+    """Measure within the modalities and across, in fp32: that is all a kernel's logarithm needs."""
+    sides = {"image": (images, images), "text": (texts, texts), "cross": (images, texts)}
+    return {
+        f"uniformity_{name}": _uniformity(*side, block, progress) for name, side in sides.items()
+    }
+
+
 def _quantile(values: Tensor, share: float) -> float:
-    """NumPy's default, linear between neighbours; ``torch.quantile`` takes 16 million values at the most."""
+    """Interpolate as NumPy does; ``torch.quantile`` takes 16 million values at the most."""
     ordered = values.sort().values
     at = share * (len(ordered) - 1)
     low = ordered[math.floor(at)]
@@ -113,10 +129,12 @@ def _uniformity(x: Tensor, y: Tensor, block: int, progress: bool) -> float:
 
 
 def _relative_modality_gap(images: Tensor, texts: Tensor) -> float:
-    """Mean distance of pairs over itself plus the mean distance within a modality, d(x, y) = (1 − cos(x, y)) / 2.
+    """Relate the distance of pairs to itself plus the mean distance within a modality.
 
-    Source: Schrodi et al. 2025, https://arxiv.org/abs/2404.07983, and their code, ``compute_rmg`` in
-    ``analysis/gap_precompute.py`` of https://github.com/lmb-freiburg/two-effects-one-trigger.
+    Distances are d(x, y) = (1 − cos(x, y)) / 2.
+
+    Source: Schrodi et al. 2025, https://arxiv.org/abs/2404.07983, and their code, ``compute_rmg``
+    in ``analysis/gap_precompute.py`` of https://github.com/lmb-freiburg/two-effects-one-trigger.
     """
 
     def within(x: Tensor) -> Tensor:

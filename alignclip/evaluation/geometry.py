@@ -1,4 +1,4 @@
-"""Where images and texts lie in the shared space, beyond single figures: spectra, cosines, and a gap closed by hand."""
+"""The geometry of the shared space: separability, spectra, cosines, and a gap closed by hand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alignclip.evaluation.packages import check_features, library
+from alignclip.evaluation.packages import check_two_features, library
 
 # Total variance of unit vectors that differ by rounding only: fp32 gives about 1e-14
 NO_VARIANCE = 1e-12
@@ -14,11 +14,12 @@ NO_VARIANCE = 1e-12
 
 @torch.no_grad()
 def linear_separability(image_features: Tensor, text_features: Tensor, seed: int = 0) -> float:
-    """Accuracy of a linear classifier that tells image from text features, on pairs it has not seen.
+    """Measure how well a linear classifier tells images from texts, on pairs it has not seen.
 
-    Source: Fahim et al. 2024, https://arxiv.org/abs/2405.18570. There 80 % of all features are for training; here half
-    of the *pairs*, so that no test feature has its partner in training. Coordinates are standardised: those of unit
-    vectors shrink with the width, and scikit-learn's default strength would regularise wide spaces more.
+    Source: Fahim et al. 2024, https://arxiv.org/abs/2405.18570. There 80 % of all features are for
+    training; here half of the *pairs*, so that no test feature has its partner in training.
+    Coordinates are standardised: those of unit vectors shrink with the width, and scikit-learn's
+    default strength would regularise wide spaces more.
 
     Args:
         image_features: [N, d], need not be normalised.
@@ -48,7 +49,7 @@ def linear_separability(image_features: Tensor, text_features: Tensor, seed: int
 
 @torch.no_grad()
 def spectrum(features: Tensor) -> Tensor:
-    """Eigenvalues of the covariance of normalised features: the share of variance that each principal axis has.
+    """Compute the share of the variance that each principal axis of normalised features has.
 
     Args:
         features: [N, d] of one modality, need not be normalised.
@@ -62,7 +63,7 @@ def spectrum(features: Tensor) -> Tensor:
     if features.ndim != 2 or len(features) < 2:
         found = list(features.shape)
         raise ValueError(f"features must be [N, d] with two rows at least, not {found}")
-    unit = _unit(features)
+    unit = _unit_rows(features)
     centred = unit - unit.mean(0)
     covariance = centred.T @ centred / len(unit)
     total = covariance.trace()
@@ -73,16 +74,17 @@ def spectrum(features: Tensor) -> Tensor:
 
 
 def effective_rank(features: Tensor) -> float:
-    """The effective rank of the covariance of normalised features: exp of the entropy of its :func:`spectrum`.
+    """Compute the effective rank of normalised features: exp of the entropy of the spectrum.
 
-    Source: Roy & Vetterli 2007, https://infoscience.epfl.ch/record/110188/files/RoyV07.pdf, for the covariance matrix;
-    its singular values are its eigenvalues.
+    Source: Roy & Vetterli 2007, https://infoscience.epfl.ch/record/110188/files/RoyV07.pdf, for the
+    covariance matrix; its singular values are its eigenvalues.
 
     Args:
         features: [N, d] of one modality, need not be normalised.
 
     Returns:
-        In [1, min(d, N − 1)], as many axes as variance is spread over; 0 where the features don't vary.
+        In [1, min(d, N − 1)], as many axes as variance is spread over; 0 where the features don't
+        vary.
 
     Raises:
         ValueError: not [N, d], fewer than two rows, features not finite.
@@ -93,11 +95,12 @@ def effective_rank(features: Tensor) -> float:
 
 @torch.no_grad()
 def close_gap(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
-    """Move the two modalities onto each other after training, each by half of the gap, and normalise again.
+    """Move the two modalities onto each other, each by half of the gap, and normalise again.
 
-    Source: Liang et al. 2022, https://arxiv.org/abs/2203.02053, section 5, and their code, ``shift_features.ipynb``
-    of https://github.com/Weixin-Liang/Modality-Gap. Before the last normalisation both means are the same point;
-    after it they are near each other where the modalities spread alike.
+    Source: Liang et al. 2022, https://arxiv.org/abs/2203.02053, section 5, and their code,
+    ``shift_features.ipynb`` of https://github.com/Weixin-Liang/Modality-Gap. Before the last
+    normalisation both means are the same point; after it they are near each other where the
+    modalities spread alike.
 
     Args:
         image_features: [N, d], need not be normalised.
@@ -109,8 +112,8 @@ def close_gap(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Te
     Raises:
         ValueError: features that are not [N, d] and [M, d], or not finite.
     """
-    check_features(image_features, text_features)
-    images, texts = _unit(image_features), _unit(text_features)
+    check_two_features(image_features, text_features)
+    images, texts = _unit_rows(image_features), _unit_rows(text_features)
     half = (images.mean(0) - texts.mean(0)) / 2
     dtype = torch.promote_types(image_features.dtype, torch.float32)
     return F.normalize(images - half, dim=-1).to(dtype), F.normalize(texts + half, dim=-1).to(dtype)
@@ -125,7 +128,8 @@ def pair_cosines(
     Args:
         image_features: [N, d], need not be normalised.
         text_features: [N, d], row i being pair i, on the same device.
-        count: how many images to draw with the text of another pair, uniformly and with replacement.
+        count: how many images to draw with the text of another pair, uniformly and with
+            replacement.
         seed: of that draw; the same on any device.
 
     Returns:
@@ -164,10 +168,10 @@ def unit_pairs(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, T
         raise ValueError(f"features must be two of [N, d], not {found}")
     if len(image_features) < 2:
         raise ValueError(f"two pairs at least, not {len(image_features)}")
-    return _unit(image_features), _unit(text_features)
+    return _unit_rows(image_features), _unit_rows(text_features)
 
 
-def _unit(features: Tensor) -> Tensor:
+def _unit_rows(features: Tensor) -> Tensor:
     if not features.isfinite().all():
         raise ValueError("features hold NaN or infinity")
     return F.normalize(features.detach().double(), dim=-1)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TypedDict
 
 from alignclip.errors import UserError
-from alignclip.evaluation.json_lines import JsonLines, lines_in, with_nan, without_nan
+from alignclip.evaluation.json_lines import RecordFile, lines_in, with_nan, without_nan
 from alignclip.evaluation.verdict import Verdict, judge
 from alignclip.storage import Store, open_store
 from alignclip.weights.locate import NAMES, WEIGHT_FILES
 
-FILE = "evaluations.jsonl"
+EVALUATIONS = "evaluations.jsonl"
 
 
 class Record(TypedDict):
@@ -28,9 +28,9 @@ class Record(TypedDict):
 class EvaluationRecords:
     """The evaluations of a run so far.
 
-    The checkpoint holds the records, so that a run which goes on has those of its own past, and none of a future that
-    was lost. Rank 0 writes the file anew after each evaluation; into a bucket beside the training. A file that can't be
-    written is told and ends no run.
+    The checkpoint holds the records, so that a run which goes on has those of its own past, and
+    none of a future that was lost. Rank 0 writes the file anew after each evaluation; into a bucket
+    beside the training. A file that can't be written is told and ends no run.
 
     Args:
         store: the run's folder; None keeps the records in memory alone.
@@ -38,12 +38,16 @@ class EvaluationRecords:
 
     def __init__(self, store: Store | None) -> None:
         self.records: list[Record] = []
-        self._file = JsonLines(store, FILE, f"could not write {store.at(FILE)}") if store else None
+        self._file = (
+            RecordFile(store, EVALUATIONS, f"could not write {store.at(EVALUATIONS)}")
+            if store
+            else None
+        )
 
     def add(
         self, batch: int, evaluator: str, metrics: dict[str, float], chance: dict[str, float]
     ) -> Record:
-        """Record what an evaluator found, with its verdict against the run's first evaluation before this batch."""
+        """Record what an evaluator found, judged against the run's first evaluation."""
         first = first_before(self.records, batch).get(evaluator)
         verdict = judge_against(first, metrics, chance)
         text = None if verdict is None else verdict.text
@@ -69,9 +73,10 @@ class EvaluationRecords:
 
 
 def first_before(records: Iterable[Record], batch: int | None) -> dict[str, Record]:
-    """Return the first evaluation by each evaluator, where the run had trained less then than at ``batch``.
+    """Return the first evaluation by each evaluator that is earlier than ``batch``.
 
-    A model is not compared with itself, nor with what became of it later; where its batch is not known, with nothing.
+    A model is not compared with itself, nor with what became of it later; where its batch is not
+    known, with nothing.
     """
     found: dict[str, Record] = {}
     for record in records:
@@ -90,7 +95,7 @@ def judge_against(
 
 
 def records_in(text: str) -> list[Record]:
-    """Return the records of a file's text; a line that is none, as a copy that was cut off has one, is left out."""
+    """Return the records of a file's text without lines that are none, as a cut-off copy has."""
     records = []
     for line in lines_in(text):
         try:
@@ -114,13 +119,13 @@ def history_beside(place: str) -> list[Record]:
         place: a run's folder or a file in it, a path or a URL.
     """
     try:
-        return records_in(open_store(run_folder(place)).read_text_optional(FILE) or "")
+        return records_in(open_store(run_folder(place)).read_text_optional(EVALUATIONS) or "")
     except (UserError, OSError):  # not readable, or no text: the figures don't need the record
         return []
 
 
 def run_folder(place: str) -> str:
-    """Return the folder of the run that a checkpoint is of: the place itself where that is the folder."""
+    """Return the folder of a checkpoint's run: the place itself where that is the folder."""
     folder, _, name = place.rstrip("/").rpartition("/")
     is_file = Path(name).suffix in WEIGHT_FILES or (
         NAMES.fullmatch(name) and not Path(place).expanduser().is_dir()

@@ -1,4 +1,4 @@
-"""Records of a run in its save folder, a line of JSON each: what evaluators found, and the learning curves."""
+"""Records of a run in its save folder, a line of JSON each: evaluations and learning curves."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 Line = Mapping[str, Any]
 
 
-class JsonLines:
-    """A file of a run's folder that is written anew, whole or not at all; into a bucket beside the training.
+class RecordFile:
+    """A file of a run's folder that is written anew; into a bucket beside the training.
 
     Trouble is reported and ends no run. For rank 0 alone.
 
@@ -56,7 +56,7 @@ def text_of(lines: Iterable[Line]) -> str:
 
 
 def lines_in(text: str) -> list[dict[str, Any]]:
-    """Return the lines of a text that belong to a batch; a line that a kill has cut off is left out."""
+    """Return the lines of a text that name a batch; one that a kill has cut off is left out."""
     lines = []
     for line in text.splitlines():
         try:

@@ -1,7 +1,7 @@
-"""What a notebook asks for: the metrics of a model, and the samples of a set to look at.
+"""The functions for notebooks: the metrics of a model, and the samples of a set to look at.
 
-Both are what the commands use: :func:`evaluate` runs the evaluators of ``evaluate.py``, and :func:`dataset` reads MDS
-sets as evaluation does.
+Both are what the commands use: :func:`evaluate` runs the evaluators of ``evaluate.py``, and
+:func:`dataset` reads MDS sets as evaluation does.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from alignclip.paths import expand
 if TYPE_CHECKING:
     from alignclip.evaluation.sets import OpenSets
 
-Metrics = dict[str, float]
-
 
 def evaluate(
     model: CLIP | str | Path,
@@ -35,39 +33,32 @@ def evaluate(
     *,
     dtype: torch.dtype | None = None,
     progress: bool = True,
-) -> dict[str, Metrics]:
+) -> dict[str, dict[str, float]]:
     """Evaluate a model as ``evaluate.py`` does.
 
     Args:
-        model: of :func:`alignclip.load`, on the device on which it shall run; or a path, URL or ``hf-hub:`` name as
-            :func:`alignclip.load` takes it, whose model then runs on the CPU.
+        model: of :func:`alignclip.load`, on the device on which it shall run; or a path, URL or
+            ``hf-hub:`` name as :func:`alignclip.load` takes it, whose model then runs on the CPU.
         evaluators: by a name of your choice, with the keys that they have in a YAML file:
-            ``{"pairs": {"task": "retrieval", "local": "sets/coco"}}``. ``docs/evaluation.md`` has the tasks.
+            ``{"pairs": {"task": "retrieval", "local": "sets/coco"}}``. ``docs/evaluation.md`` has
+            the tasks.
         dtype: of autocast while encoding, e.g. ``torch.bfloat16``; by default the model's own.
         progress: whether to show a bar.
 
     Returns:
-        metrics by the evaluator's name and theirs; :data:`alignclip.config.metrics.TASKS` says what each is.
+        metrics by the evaluator's name and theirs; ``docs/evaluation.md`` says what
+        each is.
 
     Raises:
-        UserError: an unknown task or key; a set that isn't there or isn't what its task needs; a path without a model.
+        UserError: an unknown task or key; a set that isn't there or isn't what its task needs; a
+            path without a model.
         TypeError: ``model`` is neither a model nor a path.
     """
-    from alignclip.evaluation.encoding import Encoder  # Streaming takes seconds
-    from alignclip.evaluation.evaluator import Evaluator
+    from alignclip.evaluation.evaluator import evaluate_model  # Streaming takes seconds
 
     configs = evaluators_of(evaluators)
-    model = _model(model)
-    encoder = Encoder(model, model.logit_scale.device, dtype, progress=progress)
-    # all of them first: one that is not there should not be found out after the others
-    tasks = [
-        Evaluator(name, config, encoder.image_size, _opened()) for name, config in configs.items()
-    ]
-    found: dict[str, Metrics] = {}
-    for task in tasks:
-        encoder.batch_size = task.config.batch_size
-        found[task.name] = task(encoder).metrics
-    return found
+    found = evaluate_model(_model(model), configs, dtype=dtype, progress=progress, opened=_opened())
+    return {name: result.metrics for name, result in found.items()}
 
 
 def _model(given: CLIP | str | Path) -> CLIP:
@@ -161,18 +152,12 @@ class Pairs(Dataset[Pair]):
         at = range(count)[index]
         columns: dict[str, Any] = dict(self._samples[at])
         caption = columns.get("caption", "")
-        captions = (
-            [str(text) for text in caption]
-            if isinstance(caption, list)
-            else [str(caption)]
-            if caption
-            else []
-        )
+        captions = [str(text) for text in (caption if isinstance(caption, list) else [caption])]
+        captions = captions if caption else []
         image = Image.open(io.BytesIO(columns["image"]))
         image.load()
-        return Pair(
-            str(columns.get("key", at)), image, captions[0] if captions else "", captions, columns
-        )
+        key, first = str(columns.get("key", at)), captions[0] if captions else ""
+        return Pair(key, image, first, captions, columns)
 
 
 def dataset(path: str | Path, *, split: str | None = None, cache: str | None = None) -> Pairs:
@@ -181,7 +166,8 @@ def dataset(path: str | Path, *, split: str | None = None, cache: str | None = N
     Args:
         path: the folder of an MDS set, or its URL in an object store.
         split: of the set, where it has some.
-        cache: the folder where a URL's shards are kept; by default one below the system's temporary folder.
+        cache: the folder where a URL's shards are kept; by default one below the system's temporary
+            folder.
 
     Raises:
         UserError: no such set, it can't be read, or it has no images.

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from alignclip.errors import UserError, one_line
 
-NAMED = {"scipy": "SciPy", "matplotlib": "matplotlib"}  # threadpoolctl comes with scikit-learn
+PACKAGE_NAMES = {
+    "scipy": "SciPy",
+    "matplotlib": "matplotlib",
+}  # threadpoolctl comes with scikit-learn
 
 
 def library(module: str, what: str = "this needs") -> Any:
@@ -21,13 +24,13 @@ def library(module: str, what: str = "this needs") -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = NAMED.get(module.partition(".")[0], "scikit-learn")
+        package = PACKAGE_NAMES.get(module.partition(".")[0], "scikit-learn")
         raise UserError(
             f"{what} {package}: pip install 'alignclip[evaluate]' ({one_line(error)})"
         ) from None
 
 
-def check_features(
+def check_two_features(
     first: Tensor, second: Tensor, shapes: str = "[N, d] and [M, d]", named: str = "features"
 ) -> None:
     """Refuse features that are not finite, or not [N, d] and [M, d].

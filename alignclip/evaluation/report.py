@@ -1,4 +1,4 @@
-"""What ``evaluate.py`` leaves: the table, ``results.json``, and the plots of one comparison in one folder."""
+"""The results of ``evaluate.py``: the table, ``results.json``, and the folder that holds them."""
 
 from __future__ import annotations
 
@@ -20,24 +20,28 @@ from alignclip.storage import write_text_whole
 
 RESULTS = "results.json"
 PLOTS = ("cosines", "embeddings", "spectra", "recall", "classes", "gap")
-LEAST = 5e-5  # the least number that four decimals tell from 0
+SHOWN_AS_ZERO = 5e-5  # the least number that four decimals tell from 0
 WIDTH = 118  # of the lines below the table
-KEY = "↑ higher is better, ↓ lower is better, * the numbers to watch; chance: features that say nothing"
+KEY = (
+    "↑ higher is better, ↓ lower is better, * the numbers to watch; "
+    "chance: features that say nothing"
+)
 
-Metrics = dict[str, float]
-Results = dict[str, dict[str, Metrics]]  # checkpoint → evaluator → metric → value
+Scores = dict[str, float]
 
 
-class Report:
+class ComparisonReport:
     """The results of one comparison, and the folder ``out`` that they are written to. Rank 0 alone.
 
-    A folder that holds results of the same comparison – the same weights by the same names, the same precision, no
-    evaluator of one name on two sets – is added to. Results of another comparison are moved to ``out/earlier-N``.
+    A folder that holds results of the same comparison – the same weights by the same names, the
+    same precision, no evaluator of one name on two sets – is added to. Results of another
+    comparison are moved to ``out/earlier-N``.
 
     Args:
         config: what is evaluated.
         weights: a digest of the weights by the names of the checkpoints.
-        before: checkpoint → evaluator → the first evaluation of its run, earlier than the checkpoint.
+        before: checkpoint → evaluator → the first evaluation of its run, earlier than the
+            checkpoint.
         batches: how many batches the checkpoints' runs had trained, where that is known.
     """
 
@@ -51,8 +55,8 @@ class Report:
         self.config, self.weights = config, weights
         self.before, self.batches = before or {}, batches or {}
         self.out = Path(config.out)
-        self.results: Results = {name: {} for name in weights}
-        self.chance: dict[str, Metrics] = {}
+        self.results: dict[str, dict[str, Scores]] = {name: {} for name in weights}
+        self.chance: dict[str, Scores] = {}
         self.notes: dict[str, str] = {}
         self.failed: dict[str, str] = {}
         self._evaluators = {name: _sets(one) for name, one in config.evaluators.items()}
@@ -62,11 +66,11 @@ class Report:
         self,
         checkpoint: str,
         evaluator: str,
-        metrics: Metrics,
-        chance: Metrics,
+        metrics: Scores,
+        chance: Scores,
         note: str | None = None,
     ) -> None:
-        """Take the figures of an evaluator, and write all figures so far: a later failure loses none.
+        """Take the figures of an evaluator, and write all figures so far: no failure loses them.
 
         ``note``: in what the evaluator's set differs from the one that published figures are of.
         """
@@ -79,7 +83,7 @@ class Report:
         self.chance[evaluator] = chance
         self.write(complete=False)
 
-    def measured(self) -> Iterator[tuple[str, str, Metrics]]:
+    def measured(self) -> Iterator[tuple[str, str, Scores]]:
         """Yield checkpoint, evaluator and metrics of all results."""
         for checkpoint, found in self.results.items():
             for evaluator, metrics in found.items():
@@ -97,7 +101,7 @@ class Report:
         return verdicts
 
     def write(self, complete: bool) -> None:
-        """Write ``results.json``; a number that is none is null there. ``complete``: nothing will be added."""
+        """Write ``results.json``; NaN is null there. ``complete``: nothing will be added."""
         self.out.mkdir(parents=True, exist_ok=True)
         names = sorted({name for _, _, metrics in self.measured() for name in metrics})
         results: dict[str, Any] = {checkpoint: {} for checkpoint in self.results}
@@ -124,7 +128,7 @@ class Report:
 
     def _look_at_earlier(self) -> None:
         """Look at what the folder holds already, and say what becomes of it."""
-        earlier = _read(self.out / RESULTS)
+        earlier = _earlier_results(self.out / RESULTS)
         if earlier is None:
             return
         if why := self._difference(earlier):
@@ -146,7 +150,7 @@ class Report:
         print(f"{self.out} holds results of the same weights: {words}", flush=True)
 
     def _difference(self, earlier: dict[str, Any]) -> str:
-        """Say why a folder's results are of another comparison; empty where they are of this one."""
+        """Say why a folder's results are of another comparison; empty: they are of this one."""
         weights, known = earlier.get("weights"), earlier.get("evaluators")
         if not all(isinstance(one, dict) for one in (weights, known, earlier.get("chance"))):
             return "of an earlier version"
@@ -167,8 +171,8 @@ def places(config: EvaluateConfig) -> dict[str, str]:
     return {"model": config.checkpoint} if config.checkpoint else config.checkpoints
 
 
-def table(report: Report) -> str:
-    """Metrics in rows, checkpoints in columns; which way is better, which to watch, and what chance would score."""
+def table(report: ComparisonReport) -> str:
+    """Lay out metrics in rows and checkpoints in columns, with signs, chance and verdicts."""
     names = list(report.results)
     rows = [["", *names, "chance"]]
     evaluators = {evaluator: metrics for _, evaluator, metrics in report.measured()}
@@ -178,8 +182,8 @@ def table(report: Report) -> str:
             mark = "*" if metric_named(metric).watch else " "
             values = [report.results[name].get(evaluator, {}).get(metric) for name in names]
             chance = report.chance.get(evaluator, {}).get(metric)
-            cells = [_number(value) for value in values]
-            cells.append("" if chance is None else _number(chance))
+            cells = [_shown(value) for value in values]
+            cells.append("" if chance is None else _shown(chance))
             rows.append([f"{mark} {arrow(metric)} {metric}", *cells])
     first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
     lines = []
@@ -199,11 +203,11 @@ def table(report: Report) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _number(value: float | None) -> str:
-    """A figure in four decimals; two digits of one that four decimals would make 0. ``results.json`` has them all."""
+def _shown(value: float | None) -> str:
+    """Show four decimals, or two digits of a figure that four decimals would make 0."""
     if value is None:
         return "–"
-    if 0 < abs(value) < LEAST:
+    if 0 < abs(value) < SHOWN_AS_ZERO:
         return f"{value:.2g}"
     return f"{value:.4f}" if abs(value) < 1e3 else f"{value:g}"
 
@@ -222,8 +226,8 @@ def _sets(evaluator: EvaluatorConfig) -> dict[str, Any]:
     return {"task": evaluator.task, **found.pop(""), **found}
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """Return the content of a ``results.json``; nothing in it where it is none, and None where there is no file."""
+def _earlier_results(path: Path) -> dict[str, Any] | None:
+    """Read a ``results.json``: empty where the file is none, None where there is no file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -234,7 +238,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _move_away(out: Path) -> Path:
-    """Move the results of a folder and their plots into one of their own below it: the first free ``earlier-N``."""
+    """Move the results of a folder and their plots into its first free ``earlier-N``."""
     folder = next(
         path
         for path in (out / f"earlier-{number}" for number in itertools.count(1))

@@ -1,4 +1,4 @@
-"""Image–text retrieval: recall@k in both directions, without ever holding the whole similarity matrix."""
+"""Image–text retrieval: recall@k in both directions, without the whole similarity matrix."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from alignclip.evaluation.packages import check_features
+from alignclip.evaluation.packages import check_two_features
 
-KS = (1, 5, 10)
+CUTOFFS = (1, 5, 10)
 
 
 @torch.no_grad()
@@ -19,16 +19,19 @@ def recall(
     image_features: Tensor,
     text_features: Tensor,
     image_of_text: Tensor,
-    ks: Sequence[int] = KS,
+    ks: Sequence[int] = CUTOFFS,
     block: int = 256,
     progress: bool = False,
 ) -> dict[str, float]:
-    """Recall@k by cosine similarity, as clip_benchmark defines it (https://github.com/LAION-AI/CLIP_benchmark).
+    """Compute recall@k by cosine similarity, as clip_benchmark defines it.
 
-    ``image_retrieval_recall@k`` is the fraction of texts whose image is among the k images most similar to it;
-    ``text_retrieval_recall@k`` is the fraction of images for which at least one of their texts is among the k most
-    similar texts. Ties follow one rule: an item's rank is the number of items with a greater similarity plus the
-    number with an equal one and a lower index. Features that have all collapsed into one therefore score chance.
+    Source: https://github.com/LAION-AI/CLIP_benchmark, ``metrics/zeroshot_retrieval.py``.
+
+    ``image_retrieval_recall@k`` is the fraction of texts whose image is among the k images most
+    similar to it; ``text_retrieval_recall@k`` is the fraction of images for which at least one of
+    their texts is among the k most similar texts. Ties follow one rule: an item's rank is the
+    number of items with a greater similarity plus the number with an equal one and a lower index.
+    Features that have all collapsed into one therefore score chance.
 
     Args:
         image_features: [N, d], need not be normalised.
@@ -42,10 +45,10 @@ def recall(
         ``image_retrieval_recall@k`` and ``text_retrieval_recall@k`` for each k, in [0, 1].
 
     Raises:
-        ValueError: shapes that don't fit, an image index out of range, an image without a text, features that are not
-            finite (they would compare as the best of all), a k below 1.
+        ValueError: shapes that don't fit, an image index out of range, an image without a text,
+            features that are not finite (they would compare as the best of all), a k below 1.
     """
-    _check(image_features, text_features, image_of_text, ks)
+    _check_pairs(image_features, text_features, image_of_text, ks)
     images = F.normalize(image_features.float(), dim=-1)
     texts = F.normalize(text_features.float(), dim=-1)
     owner = image_of_text.to(images.device).long()
@@ -64,7 +67,7 @@ def recall(
     }
 
 
-def recall_chance(image_of_text: Tensor, ks: Sequence[int] = KS) -> dict[str, float]:
+def recall_chance(image_of_text: Tensor, ks: Sequence[int] = CUTOFFS) -> dict[str, float]:
     """Recall@k of a ranking that is drawn at random, for :func:`recall`.
 
     Args:
@@ -102,7 +105,8 @@ def _best_ranks(
         best = own.amax(1, keepdim=True)
         top = scores.topk(min(most, len(items))).values
         rank = (top > best).sum(1)
-        # where others are equal, the order decides; that is rare, and only those rows are looked at as a whole
+        # where others are equal, the order decides; that is rare, and only those rows are looked at
+        # as a whole
         tied = (((top == best).sum(1) > 1) | (top[:, -1:] == best).squeeze(1)).nonzero().squeeze(1)
         first = mine.masked_fill(own < best, len(items))[tied].amin(1, keepdim=True)
         rank[tied] += ((scores[tied] == best[tied]) & (index < first)).sum(1)
@@ -115,7 +119,8 @@ def _texts_of_images(image_of_text: Tensor, images: int) -> Tensor:
     """[images, most] the rows of each image's texts in ascending order, filled up with -1."""
     order = image_of_text.argsort(stable=True)
     counts = image_of_text.bincount(minlength=images)
-    # a text's place among those of its image: its position in the sorted list less where its image begins
+    # a text's place among those of its image: its position in the sorted list less where its image
+    # begins
     place = (
         torch.arange(len(order), device=order.device)
         - (counts.cumsum(0) - counts)[image_of_text[order]]
@@ -125,8 +130,8 @@ def _texts_of_images(image_of_text: Tensor, images: int) -> Tensor:
     return texts
 
 
-def _check(images: Tensor, texts: Tensor, image_of_text: Tensor, ks: Sequence[int]) -> None:
-    check_features(images, texts)
+def _check_pairs(images: Tensor, texts: Tensor, image_of_text: Tensor, ks: Sequence[int]) -> None:
+    check_two_features(images, texts)
     if image_of_text.shape != texts.shape[:1] or image_of_text.is_floating_point():
         found = list(image_of_text.shape)
         raise ValueError(f"image_of_text must hold {len(texts)} integers, one a text, not {found}")

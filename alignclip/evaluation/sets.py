@@ -1,4 +1,4 @@
-"""Evaluation sets: MDS shards read sample by sample, each exactly once, from object storage as training reads them."""
+"""Evaluation sets: MDS shards read sample by sample, each exactly once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HASH = "xxh64"  # our converters'
 
 
 class OpenSets:
-    """The sets of a process, each opened once: Streaming refuses a second reader of the same cache."""
+    """The sets of a process, each opened once: Streaming refuses a second reader of a cache."""
 
     def __init__(self) -> None:
         self._opened: dict[tuple[str | None, str, str | None], CachedDataset] = {}
@@ -71,7 +71,7 @@ class OpenSets:
 
 
 class EvaluationSet(Dataset[tuple[Tensor, Any]]):
-    """A set by index: ``(image, other)``, where other is the label of a classification set or the captions of a pair.
+    """A set by index: ``(image, other)``, where other is a label or captions.
 
     Args:
         stream: where it lies and is cached.
@@ -87,8 +87,8 @@ class EvaluationSet(Dataset[tuple[Tensor, Any]]):
         self.name = stream.remote or stream.local
         self.key = (str(self.name), str(stream.split), column, str(image_size))
         self._dataset = opened.open(stream)
-        shards = self._dataset.shards
-        columns = (dict(zip(s.column_names, s.column_encodings, strict=True)) for s in shards)  # type: ignore[attr-defined]
+        shards: list[Any] = list(self._dataset.shards)
+        columns = (dict(zip(s.column_names, s.column_encodings, strict=True)) for s in shards)
         check_task_columns(f"evaluation set {self.name}", columns, column)
         self.image_size = image_size
         self.column = column
@@ -97,7 +97,7 @@ class EvaluationSet(Dataset[tuple[Tensor, Any]]):
         return int(self._dataset.size)
 
     def recover(self) -> None:
-        """After an evaluation that has failed: what its processes had begun to download is free for the next one.
+        """Free what the processes of a failed evaluation had begun to download.
 
         On every rank, when none of them reads any more.
         """
@@ -131,20 +131,21 @@ def read_classes(stream: SetConfig) -> tuple[list[str], list[str]]:
     try:
         store, file = open_file(where)
         values = json.loads(store.read_text(file))
-        names, templates = _texts(values["classnames"]), _texts(values["templates"])
+        names, templates = _list_of_texts(values["classnames"]), _list_of_texts(values["templates"])
         classes = values.get("classes", len(names))
     except StorageError:
         raise
     except (UserError, ValueError, KeyError, TypeError):
         raise UserError(
-            f"{where} holds no classnames and templates; write the set with convert/classification.py"
+            f"{where} holds no classnames and templates; "
+            "write the set with convert/classification.py"
         ) from None
     if classes != len(names):
         raise UserError(f"{where} has {len(names)} classnames, and the set has {classes} classes")
     return names, templates
 
 
-def _texts(values: Any) -> list[str]:
+def _list_of_texts(values: Any) -> list[str]:
     """ValueError where this is no list of texts."""
     if (
         not isinstance(values, list)

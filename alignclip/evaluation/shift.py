@@ -1,4 +1,4 @@
-"""Out-of-distribution detection: are images of unknown classes given less confidence than those of known ones?"""
+"""Out-of-distribution detection by the confidence of a zero-shot classifier."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alignclip.evaluation.packages import check_features, library
+from alignclip.evaluation.packages import check_two_features, library
 
 
 @torch.no_grad()
 def max_softmax(
     image_features: Tensor, classifier: Tensor, logit_scale: Tensor | float, block: int = 1024
 ) -> Tensor:
-    """The maximum softmax probability of each image: the confidence that one of the classes is in it.
+    """Compute the maximum softmax probability of each image: the confidence in its class.
 
     Source: Hendrycks & Gimpel 2017, https://arxiv.org/abs/1610.02136.
 
     Args:
         image_features: [N, d], need not be normalised.
-        classifier: [C, d], from :func:`alignclip.evaluation.zero_shot.build_classifier`, on the same device.
+        classifier: [C, d], from :func:`alignclip.evaluation.zero_shot.build_classifier`, on the
+            same device.
         logit_scale: the exponentiated scale, a number, [] or [1].
         block: rows of logits held at a time.
 
@@ -29,7 +30,7 @@ def max_softmax(
     Raises:
         ValueError: shapes that don't fit, features not finite, no classes.
     """
-    check_features(image_features, classifier, "[N, d] and the classifier [C, d]")
+    check_two_features(image_features, classifier, "[N, d] and the classifier [C, d]")
     if not len(classifier):
         raise ValueError("there must be some classes")
     images = F.normalize(image_features.double(), dim=-1)
@@ -42,20 +43,23 @@ def max_softmax(
 def out_of_distribution(in_scores: Tensor, out_scores: Tensor) -> dict[str, float]:
     """How well a confidence tells samples of unknown classes (out) from those of known ones (in).
 
-    The positive class is *out*, detected by a low confidence, as for ImageNet-O (https://arxiv.org/abs/1907.07174,
-    code: https://github.com/hendrycks/natural-adv-examples, ``get_measures(-confidence_out, -confidence_in)``). Its
-    published figures take the softmax over, and the *in* images from, the 200 classes that ImageNet-O is made for.
+    The positive class is *out*, detected by a low confidence, as for ImageNet-O
+    (https://arxiv.org/abs/1907.07174, code: https://github.com/hendrycks/natural-adv-examples,
+    ``get_measures(-confidence_out, -confidence_in)``). Its published figures take the softmax over,
+    and the *in* images from, the 200 classes that ImageNet-O is made for.
 
     Args:
         in_scores: [N], e.g. :func:`max_softmax` of images with known classes.
         out_scores: [M], of images with unknown classes.
 
     Returns:
-        - ``auroc``: the probability that an *out* sample has a lower confidence than an *in* sample, ties counting
-          half, in [0, 1]; 0.5 is chance; the same whichever class is positive.
+        - ``auroc``: the probability that an *out* sample has a lower confidence than an *in*
+          sample, ties counting half, in [0, 1]; 0.5 is chance; the same whichever class is
+          positive.
         - ``aupr``: average precision of detecting *out*, in [0, 1]; chance is M / (N + M).
-        - ``fpr95``: the fraction of *in* samples that are taken for *out* at the strictest threshold that finds at
-          least 95 % of *out*, in [0, 1], 0 is best (the code above: at the recall nearest to 95 %).
+        - ``fpr95``: the fraction of *in* samples that are taken for *out* at the strictest
+          threshold that finds at least 95 % of *out*, in [0, 1], 0 is best (the code above: at the
+          recall nearest to 95 %).
 
     Raises:
         UserError: scikit-learn is not installed.

@@ -14,8 +14,12 @@ from alignclip.errors import UserError, one_line
 from alignclip.evaluation.packages import library
 from alignclip.storage import read_text
 
-COLUMNS = ("genre", "filename", "year", "index", "score", "sentence1", "sentence2")
-PAIRS = {"test": 1_379, "dev": 1_500, "train": 5_749}  # of the benchmark's splits, as published
+STS_COLUMNS = ("genre", "filename", "year", "index", "score", "sentence1", "sentence2")
+PUBLISHED_PAIRS = {
+    "test": 1_379,
+    "dev": 1_500,
+    "train": 5_749,
+}  # of the benchmark's splits, as published
 UNKNOWN = "a number that no split of the STS benchmark has"
 Rows = tuple[list[str], list[str], list[float]]
 
@@ -23,7 +27,7 @@ Rows = tuple[list[str], list[str], list[float]]
 def spearman(
     features_a: Tensor, features_b: Tensor, scores: Tensor | Sequence[float]
 ) -> dict[str, float]:
-    """Spearman's rank correlation of cosine similarities with people's scores, SciPy's ``spearmanr``.
+    """Correlate the ranks of cosine similarities and of people's scores: SciPy's ``spearmanr``.
 
     Args:
         features_a: [N, d], of the first sentences; need not be normalised.
@@ -31,8 +35,8 @@ def spearman(
         scores: [N], any scale, greater is more similar.
 
     Returns:
-        ``spearman`` in [−1, 1], 1 is best (publications often multiply it by 100); NaN where all similarities or all
-        scores are equal.
+        ``spearman`` in [−1, 1], 1 is best (publications often multiply it by 100); NaN where all
+        similarities or all scores are equal.
 
     Raises:
         UserError: SciPy is not installed.
@@ -55,19 +59,22 @@ def spearman(
 
 
 def read_sts(path: str | Path) -> Rows:
-    """Read a file of the STS benchmark, such as ``sts-test.csv``, or its URL: tab-separated, quotes have no meaning.
+    """Read a file of the STS benchmark, such as ``sts-test.csv``, or its URL.
 
-    Source: Cer et al. 2017, https://arxiv.org/abs/1708.00055; the columns are ``genre, filename, year, index, score,
-    sentence1, sentence2``, some lines have further ones (the sources), and there is no header.
+    Source: Cer et al. 2017, https://arxiv.org/abs/1708.00055; the columns are ``genre, filename,
+    year, index, score, sentence1, sentence2``, some lines have further ones (the sources), and
+    there is no header.
 
     Returns:
         First sentences, second sentences and scores in [0, 5], N each.
 
     Raises:
-        UserError: the file can't be read, has no pairs, or has a line that is something else: which, and what.
+        UserError: the file can't be read, has no pairs, or has a line that is something else:
+            which, and what.
     """
-    # not split at what Unicode counts as line breaks, and what csv takes for quotes: sentences have both
-    lines = _text(str(path)).split("\n")
+    # not split at what Unicode counts as line breaks, and what csv takes for quotes: sentences have
+    # both
+    lines = _content(str(path)).split("\n")
     rows = [
         _row(line.rstrip("\r").split("\t"), f"{path}, line {number}")
         for number, line in enumerate(lines, start=1)
@@ -79,7 +86,7 @@ def read_sts(path: str | Path) -> Rows:
     return list(first), list(second), list(scores)
 
 
-def _text(path: str) -> str:
+def _content(path: str) -> str:
     try:
         return read_text(path) if "://" in path else Path(path).read_bytes().decode("utf-8")
     except OSError as error:
@@ -94,8 +101,8 @@ def _row(fields: list[str], where: str) -> tuple[str, str, float]:
     Raises:
         UserError: says what the line is instead.
     """
-    if len(fields) < len(COLUMNS):
-        wanted = f"{len(COLUMNS)} ({', '.join(COLUMNS)})"
+    if len(fields) < len(STS_COLUMNS):
+        wanted = f"{len(STS_COLUMNS)} ({', '.join(STS_COLUMNS)})"
         raise UserError(f"{where}: {len(fields)} tab-separated columns instead of {wanted}")
     score, first, second = fields[4:7]
     try:
@@ -110,7 +117,7 @@ def _row(fields: list[str], where: str) -> tuple[str, str, float]:
 
 
 def split_note(pairs: int) -> str | None:
-    """Say in a sentence that a file is not the STS benchmark's test split, which published figures are of.
+    """Say that a file is not the STS benchmark's test split, which published figures are of.
 
     Args:
         pairs: how many the file has; the splits differ in that.
@@ -118,11 +125,12 @@ def split_note(pairs: int) -> str | None:
     Returns:
         None where the number is that of the test split.
     """
-    if pairs == PAIRS["test"]:
+    if pairs == PUBLISHED_PAIRS["test"]:
         return None
-    named = [name for name, number in PAIRS.items() if number == pairs]
+    named = [name for name, number in PUBLISHED_PAIRS.items() if number == pairs]
     what = f"as many as the STS benchmark's {named[0]} split" if named else UNKNOWN
-    return f"{pairs:,} sentence pairs, {what}; published figures are of its test split, {PAIRS['test']:,} pairs"
+    test = f"published figures are of its test split, {PUBLISHED_PAIRS['test']:,} pairs"
+    return f"{pairs:,} sentence pairs, {what}; {test}"
 
 
 def unique(rows: Rows) -> list[str]:

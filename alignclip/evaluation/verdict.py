@@ -1,7 +1,7 @@
-"""What an evaluation says in words: is the gap closed, did retrieval follow, or has the space collapsed?
+"""The verdict: is the gap closed, did retrieval follow, or has the space collapsed?
 
-The limits come from runs whose every 10th or 20th batch was evaluated; docs/evaluation.md has the numbers and the way
-to measure them again.
+The limits come from runs whose every 10th or 20th batch was evaluated; docs/evaluation.md has the
+numbers and the way to measure them again.
 """
 
 from __future__ import annotations
@@ -10,16 +10,19 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# Untrained models have a gap of about 1.1, OpenAI's CLIP of 0.8; trained with one transformer 0.17, AlignCLIP 0.07
-CLOSED = 0.3
+# Untrained models have a gap of about 1.1, OpenAI's CLIP of 0.8; trained with one transformer 0.17,
+# AlignCLIP 0.07
+CLOSED_GAP = 0.3
 # Of its value before: less of a change is that of one evaluation to the next
 NARROWER, WIDER = 0.8, 1.25
-VISIBLE = 0.02  # a gap that is small already moves by hundredths, and two of them are seen in two decimals
-# Retrieval works from so many times chance on. Collapsed models reach 3 times chance by the little that they tell apart
+VISIBLE = 0.02  # a small gap moves by hundredths, and two of them are seen in two decimals
+# Retrieval works from so many times chance on. Collapsed models reach 3 times chance by the little
+# that they tell apart
 WORKS = 5.0
-SHARE = 0.25  # … or from so much of what chance misses: 5 times chance is out of reach in a set of few pairs
-# Pairs that are less than this closer than wrong ones, or variance on fewer axes: both only in models whose retrieval
-# was within 3 times chance, and in others that had just left it
+# … or from so much of what chance misses: 5 times chance is out of reach in a set of few pairs
+SHARE = 0.25
+# Pairs that are less than this closer than wrong ones, or variance on fewer axes: both only in
+# models whose retrieval was within 3 times chance, and in others that had just left it
 NO_MARGIN, FEW_AXES = 0.05, 3.0
 ONE_CLASS = 0.9  # of the images that get one class
 TOLD_APART, RELATED = (
@@ -28,7 +31,7 @@ TOLD_APART, RELATED = (
 )  # an auroc, of which chance is 0.5; a rank correlation, of which chance is 0
 RECALLS = ("image_retrieval_recall@5", "text_retrieval_recall@5")
 
-Metrics = Mapping[str, float]
+MetricValues = Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class Verdict:
     """What one evaluator's figures mean.
 
     Attributes:
-        success: whether the model does what the metrics are for: pairs find each other, classes are told apart.
+        success: whether the model does what the metrics are for: pairs find each other, classes are
+            told apart.
         collapsed: whether the features lie on a point or on few axes, and tell nothing apart.
         text: the verdict in a sentence.
     """
@@ -47,7 +51,10 @@ class Verdict:
 
 
 def judge(
-    metrics: Metrics, chance: Metrics, before: Metrics | None = None, when: str = "before"
+    metrics: MetricValues,
+    chance: MetricValues,
+    before: MetricValues | None = None,
+    when: str = "before",
 ) -> Verdict | None:
     """Say what the figures of one evaluator mean.
 
@@ -88,7 +95,9 @@ def judge(
     return None
 
 
-def _judge_gap(metrics: Metrics, chance: Metrics, before: Metrics | None, when: str) -> Verdict:
+def _judge_gap(
+    metrics: MetricValues, chance: MetricValues, before: MetricValues | None, when: str
+) -> Verdict:
     closed, gap = _gap(metrics["centroid_distance"], before, when)
     axes = min(metrics.get(f"effective_rank_{of}", math.nan) for of in ("image", "text"))
     margin = metrics.get("margin", math.nan)
@@ -112,10 +121,10 @@ def _judge_gap(metrics: Metrics, chance: Metrics, before: Metrics | None, when: 
     return Verdict(False, collapsed, f"COLLAPSED: {words}" if collapsed else words)
 
 
-def _gap(now: float, before: Metrics | None, when: str) -> tuple[bool, str]:
-    """Whether the gap is closed, and a sentence about it."""
+def _gap(now: float, before: MetricValues | None, when: str) -> tuple[bool, str]:
+    """Judge the gap: whether it is closed, and a sentence."""
     first = (before or {}).get("centroid_distance", math.nan)
-    closed = now <= CLOSED
+    closed = now <= CLOSED_GAP
     if not first > 0:
         return closed, f"the gap is {'closed' if closed else 'open'} ({now:.2f})"
     ratio = now / first
@@ -132,9 +141,9 @@ def _gap(now: float, before: Metrics | None, when: str) -> tuple[bool, str]:
 
 
 def _retrieval(
-    metrics: Metrics, chance: Metrics, before: Metrics | None, when: str
+    metrics: MetricValues, chance: MetricValues, before: MetricValues | None, when: str
 ) -> tuple[bool, str]:
-    """Whether retrieval works, and did not fall, and a sentence about the mean of both directions."""
+    """Judge the mean of both directions: does retrieval work, did it not fall; and a sentence."""
     known = [name for name in RECALLS if name in metrics]
     now = sum(metrics[name] for name in known) / len(known)
     random = sum(chance.get(name, 0.0) for name in known) / len(known)
@@ -154,7 +163,7 @@ def _retrieval(
     return True, f"retrieval {how} ({numbers}, {first:.3f} at {when})"
 
 
-def _judge_classes(metrics: Metrics, chance: Metrics) -> Verdict:
+def _judge_classes(metrics: MetricValues, chance: MetricValues) -> Verdict:
     share, true = metrics["top_class_share"], chance.get("top_class_share", 0.0)
     recall, random = metrics["mean_per_class_recall"], chance.get("mean_per_class_recall", 0.0)
     if share >= ONE_CLASS and share > true + 0.05:
@@ -181,6 +190,6 @@ def _judge_classes(metrics: Metrics, chance: Metrics) -> Verdict:
     )
 
 
-def _pairs(chance: Metrics) -> float:
-    """How many images there are, which the chance of a recall says."""
+def _pairs(chance: MetricValues) -> float:
+    """Return the number of images, which the chance of a recall says."""
     return 1 / chance.get("image_retrieval_recall@1", 0.001)

@@ -1,4 +1,4 @@
-"""Zero-shot classification: a classifier made of prompts, and its accuracy, by clip_benchmark's definitions."""
+"""Zero-shot classification: a classifier made of prompts, and its accuracy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alignclip.errors import UserError
-from alignclip.evaluation.packages import check_features
+from alignclip.evaluation.packages import check_two_features
 
 Template = str | Callable[[str], str]
 
@@ -19,15 +19,18 @@ def build_classifier(
 ) -> Tensor:
     """Make one vector a class: the mean of its prompts' normalised features, normalised again.
 
-    The same as open_clip's ``build_zero_shot_classifier`` (``open_clip/zero_shot_classifier.py``, after CLIP,
-    https://arxiv.org/abs/2103.00020, section 3.1.4), but the prompts of all classes are encoded together.
-    For a set with some of the classes, such as the 200 of ImageNet-A, pass ``classifier[subset]`` on: the scores
-    are then restricted as that set's authors do it, and targets are positions in the subset.
+    The same as open_clip's ``build_zero_shot_classifier`` (``open_clip/zero_shot_classifier.py``,
+    after CLIP, https://arxiv.org/abs/2103.00020, section 3.1.4), but the prompts of all classes are
+    encoded together. For a set with some of the classes, such as the 200 of ImageNet-A, pass
+    ``classifier[subset]`` on: the scores are then restricted as that set's authors do it, and
+    targets are positions in the subset.
 
     Args:
-        encode: n texts -> [n, d] L2-normalised features, :meth:`alignclip.evaluation.encoding.Encoder.texts`.
+        encode: n texts -> [n, d] L2-normalised features,
+            :meth:`alignclip.evaluation.encoding.Encoder.texts`.
         classnames: C names.
-        templates: clip_benchmark's ``"a photo of a {c}."``, open_clip's ``"a photo of a {}."``, or callables.
+        templates: clip_benchmark's ``"a photo of a {c}."``, open_clip's ``"a photo of a {}."``, or
+            callables.
 
     Returns:
         [C, d], L2-normalised rows in fp32, where the features are.
@@ -60,29 +63,32 @@ def _fill(template: Template, name: str) -> str:
 def accuracy(
     image_features: Tensor, classifier: Tensor, targets: Tensor, block: int = 1024
 ) -> dict[str, float]:
-    """Zero-shot accuracy by cosine similarity, as clip_benchmark defines it.
+    """Measure zero-shot accuracy by cosine similarity, as clip_benchmark defines it.
 
-    Source: https://github.com/LAION-AI/CLIP_benchmark, ``metrics/zeroshot_classification.py``. Ties follow one rule:
-    a class's rank is the number of classes with a greater similarity plus the number with an equal one and a lower
-    index. Features that have all collapsed into one therefore score chance.
+    Source: https://github.com/LAION-AI/CLIP_benchmark, ``metrics/zeroshot_classification.py``. Ties
+    follow one rule: a class's rank is the number of classes with a greater similarity plus the
+    number with an equal one and a lower index. Features that have all collapsed into one therefore
+    score chance.
 
     Args:
         image_features: [N, d], need not be normalised.
-        classifier: [C, d], from :func:`build_classifier`, on the same device; need not be normalised.
+        classifier: [C, d], from :func:`build_classifier`, on the same device; need not be
+            normalised.
         targets: [N] integers in [0, C).
         block: rows of the similarity matrix held at a time.
 
     Returns:
-        In [0, 1]: ``acc1``; ``acc5``, the fraction of images whose class is among the five most similar, or among all
-        where there are fewer (clip_benchmark: NaN); ``mean_per_class_recall``, the mean over the classes that occur in
-        ``targets`` of the fraction of their images that ``acc1`` counts (scikit-learn's ``balanced_accuracy_score``);
-        ``top_class_share``, the share of the images that get the class predicted most often: near 1, the classifier
-        has one answer for all.
+        In [0, 1]: ``acc1``; ``acc5``, the fraction of images whose class is among the five most
+        similar, or among all where there are fewer (clip_benchmark: NaN);
+        ``mean_per_class_recall``, the mean over the classes that occur in ``targets`` of the
+        fraction of their images that ``acc1`` counts (scikit-learn's ``balanced_accuracy_score``);
+        ``top_class_share``, the share of the images that get the class predicted most often: near
+        1, the classifier has one answer for all.
 
     Raises:
         ValueError: shapes that don't fit, no images, a target out of range, features not finite.
     """
-    check_features(
+    check_two_features(
         image_features, classifier, "[N, d] and the classifier [C, d]", "features or classifier"
     )
     _check_targets(targets, len(image_features), len(classifier))
@@ -108,14 +114,14 @@ def _check_targets(targets: Tensor, samples: int, classes: int) -> None:
 
 
 def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
-    """[N] ranks, from 0, of each row's target among scores [N, C]; of equal scores the lower index comes first."""
+    """Rank each row's target among scores [N, C], from 0; of equal ones the lower index is first."""
     own = scores.gather(1, targets[:, None])
     earlier = torch.arange(scores.shape[1], device=scores.device) < targets[:, None]
     return (scores > own).sum(1) + ((scores == own) & earlier).sum(1)
 
 
 def accuracy_of_ranks(ranks: Tensor, targets: Tensor, predicted: Tensor) -> dict[str, float]:
-    """The figures of :func:`accuracy`, of the targets' ranks, the targets and the classes that came first, [N] each."""
+    """Compute :func:`accuracy` of the targets' ranks, targets and first classes, [N] each."""
     # on the CPU: a weighted bincount on a GPU is not deterministic
     ranks, targets = ranks.cpu(), targets.cpu()
     right = (ranks == 0).double()
@@ -138,7 +144,8 @@ def accuracy_chance(targets: Tensor) -> dict[str, float]:
         targets: [N] integers ≥ 0.
 
     Returns:
-        In [0, 1]: ``acc1``, ``acc5``, ``mean_per_class_recall``; ``top_class_share``, the true share of that class.
+        In [0, 1]: ``acc1``, ``acc5``, ``mean_per_class_recall``; ``top_class_share``, the true
+        share of that class.
     """
     counts = targets.cpu().bincount()
     shares = counts[counts > 0].double().sort(descending=True).values / len(targets)

@@ -21,7 +21,7 @@ from alignclip.config.schema import RunConfig, SetConfig
 from alignclip.errors import UserError, one_line_errors
 from alignclip.evaluation.encoding import Encoder
 from alignclip.evaluation.gap import modality_gap
-from alignclip.evaluation.plots import embedding_map
+from alignclip.evaluation.plots import embedding_maps
 from alignclip.evaluation.retrieval import recall
 from alignclip.evaluation.sets import EvaluationSet, OpenSets
 from alignclip.model.encoders import CLIP, build_encoders
@@ -126,7 +126,7 @@ def evaluate(config: RunConfig, folder: Path) -> None:
         chance = f"{int(key.rpartition('@')[2]) / count:8.4f}" if "@" in key else ""
         print(f"{label:58} {results[0][key]:10.4f} {results[1][key]:10.4f} {chance}")
     picture = folder / "embeddings.png"
-    embedding_map(before, after, picture)
+    embedding_maps({"before training": before, "after training": after}, picture)
     print(f"\nimage and text embeddings before and after: {picture}")
 
 

@@ -16,7 +16,7 @@ from composer.utils import reproducibility
 from alignclip.config.metrics import MODES, better
 from alignclip.config.schema import KeepBestConfig
 from alignclip.errors import UserError, nearest
-from alignclip.evaluation.evaluator import Metrics
+from alignclip.evaluation.evaluator import MetricFigures
 from alignclip.ranks import rank, run_on_rank_zero
 from alignclip.storage import describe_storage_error
 from alignclip.training.display import say
@@ -29,10 +29,11 @@ BEST = "best-rank0.pt"
 
 
 class BestCheckpoint:
-    """Keeps the checkpoint with the best value of one metric as ``best-rank0.pt``, complete at any time.
+    """Keeps the checkpoint with the best value of a metric as ``best-rank0.pt``, always complete.
 
-    ``value`` belongs to the checkpoint that is kept: a value whose checkpoint could not be written need not be beaten.
-    Into a bucket the checkpoint is uploaded while the training goes on. Rank 0 decides.
+    ``value`` belongs to the checkpoint that is kept: a value whose checkpoint could not be written
+    need not be beaten. Into a bucket the checkpoint is uploaded while the training goes on. Rank 0
+    decides.
     """
 
     def __init__(self, config: KeepBestConfig, folder: SaveFolder) -> None:
@@ -42,14 +43,14 @@ class BestCheckpoint:
         self.mode = config.mode or better_mode or "max"
         if better_mode not in (None, self.mode):
             _print_once(
-                f"{metric} is better {better(metric)}, and keep_best.mode={self.mode} keeps the worst; "
-                f"keep_best.mode={better_mode}?"
+                f"{metric} is better {better(metric)}, and keep_best.mode={self.mode} keeps the "
+                f"worst; keep_best.mode={better_mode}?"
             )
         self.value: float | None = None
         self._pending: list[tuple[float, Future[bool]]] = []
         self._uploader = ThreadPoolExecutor(1)  # one at a time, so that the last one is the best
 
-    def offer(self, metrics: Metrics, state: State) -> None:
+    def offer(self, metrics: MetricFigures, state: State) -> None:
         """Save ``state`` if its metrics are the best so far; on every rank.
 
         Raises:
@@ -64,7 +65,8 @@ class BestCheckpoint:
             raise UserError(f"keep_best.metric={name} is no metric of that evaluator; {hint}")
         if not run_on_rank_zero(lambda: self._is_better(metrics[name])):
             return
-        # on all ranks, where the model is spread over ranks; writing the file is rank 0's trouble alone
+        # on all ranks, where the model is spread over ranks; writing the file is rank 0's trouble
+        # alone
         content = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}
         if rank() == 0:
             self._keep(content, metrics[name])
@@ -120,7 +122,7 @@ class BestCheckpoint:
             self._say(value)
 
     def _write(self, content: dict[str, Any]) -> Path:
-        """Write a checkpoint into the folder of the run, or for a bucket into a folder of its own."""
+        """Write a checkpoint into the run's folder, or for a bucket into a folder of its own."""
         if not self.folder.remote:
             save(content, path := Path(self.folder.uri, BEST))
             return path

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from alignclip.config.reading import load
 from alignclip.errors import one_line_errors
 from alignclip.runtime import console, launcher
-from alignclip.runtime.threads import set_thread_defaults
+from alignclip.runtime.arguments import read_arguments
 from alignclip.storage import leaving_nothing
 from alignclip.weights import early
 
@@ -43,26 +42,3 @@ def main(arguments: Sequence[str]) -> int:
 
         with leaving_nothing(early.save_folder(settings)):
             return run(settings)
-
-
-def read_arguments(
-    arguments: Sequence[str], prog: str, description: str, examples: str
-) -> tuple[str, list[str]]:
-    """The YAML file and the overrides of a command ``prog config.yaml key.sub=value …``; those with dashes, too."""
-    set_thread_defaults()  # before torch is imported
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=description,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", help="YAML file, or its URL; README.md says what it holds")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="key.sub=value",
-        help="settings that replace the file's",
-    )
-    options, dashed = parser.parse_known_args(arguments)
-    return options.config, [*options.overrides, *dashed]

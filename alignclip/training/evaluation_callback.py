@@ -1,4 +1,4 @@
-"""Evaluation during training: each evaluator at its own interval, on every rank, to every logger."""
+"""Evaluation during training: each evaluator at its own interval, to every logger."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from alignclip.config.metrics import arrow, metric_named
 from alignclip.config.schema import EvaluatorConfig
 from alignclip.errors import UserError
 from alignclip.evaluation.encoding import Encoder, Interrupted
-from alignclip.evaluation.evaluator import Evaluator, Metrics
+from alignclip.evaluation.evaluator import Evaluator, MetricFigures
 from alignclip.evaluation.history import EvaluationRecords
 from alignclip.evaluation.sets import OpenSets
 from alignclip.model.encoders import CLIP
@@ -36,8 +36,9 @@ EVENTS = (Event.BATCH_END, Event.EPOCH_END)
 class EvaluationCallback(Callback):
     """Runs evaluators at their intervals and at the end of training; logs ``metrics/NAME/METRIC``.
 
-    It draws nothing from the global random generators and leaves the model in training mode: the losses of a run are
-    those that it would have without. An evaluation that fails is reported, and the training goes on.
+    It draws nothing from the global random generators and leaves the model in training mode: the
+    losses of a run are those that it would have without. An evaluation that fails is reported, and
+    the training goes on.
 
     Args:
         evaluators: by name.
@@ -81,7 +82,7 @@ class EvaluationCallback(Callback):
         self._last: dict[str, int] = {}  # batch of each one's last evaluation
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Under FSDP the parameters are to be gathered for encoding alone, as they are for ``forward``."""
+        """Make FSDP gather the parameters for encoding alone, as for ``forward``."""
         for method in ("encode_image", "encode_text"):
             register_fsdp_forward_method(self._encoders, method)
 
@@ -100,7 +101,7 @@ class EvaluationCallback(Callback):
         if not due:
             return
         encoder = self._encoder(state)
-        found: Metrics = {}
+        found: MetricFigures = {}
         with _as_saved(state, logger):
             try:
                 for evaluator in due:
@@ -125,7 +126,7 @@ class EvaluationCallback(Callback):
 
     def _evaluate(
         self, evaluator: Evaluator, encoder: Encoder, batch: int, logger: Logger
-    ) -> Metrics:
+    ) -> MetricFigures:
         encoder.batch_size = evaluator.config.batch_size
         try:
             result = evaluator(encoder)
@@ -142,7 +143,7 @@ class EvaluationCallback(Callback):
         return named
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value so far, which a resumed run has to beat, and the evaluations that it goes on from."""
+        """Return the best value so far, which a resumed run has to beat, and the evaluations."""
         best = self._best.state_dict() if self._best else None
         return {"best": best, "history": [dict(record) for record in self.history.records]}
 
@@ -153,14 +154,14 @@ class EvaluationCallback(Callback):
         self.history.records = list(state.get("history", []))  # earlier versions kept none
 
     def post_close(self) -> None:
-        """The best checkpoint and the record are where they belong before the process ends."""
+        """Wait until the best checkpoint and the record are where they belong."""
         self.history.finish()
         if self._best is not None:
             self._best.finish()
 
 
-def _watched(metrics: Metrics) -> str:
-    """The figures that tell whether a model works, with which way is better; all are in loggers and the record."""
+def _watched(metrics: MetricFigures) -> str:
+    """Return the figures to watch, with which way is better; loggers and record have all."""
     return ", ".join(
         f"{key} {arrow(key)} {value:.4f}"
         for key, value in metrics.items()
@@ -170,7 +171,7 @@ def _watched(metrics: Metrics) -> str:
 
 @contextmanager
 def _as_saved(state: State, logger: Logger) -> Iterator[None]:
-    """With the weights that a checkpoint gets: under Composer's EMA, the averages."""
+    """Use the weights that a checkpoint gets: under Composer's EMA, the averages."""
     averages = [a for a in state.algorithms if isinstance(a, EMA) and a.ema_started]
     for algorithm in averages:
         algorithm.apply(Event.EVAL_START, state, logger)

@@ -13,8 +13,8 @@ from composer.core import State, Time
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
-from alignclip.evaluation.history import FILE, records_in
-from alignclip.evaluation.json_lines import JsonLines, Line, lines_in, text_of, without_nan
+from alignclip.evaluation.history import EVALUATIONS, records_in
+from alignclip.evaluation.json_lines import Line, RecordFile, lines_in, text_of, without_nan
 from alignclip.training.curve_page import page
 from alignclip.training.evaluation_callback import EvaluationCallback
 from alignclip.training.save_folder import SaveFolder
@@ -29,10 +29,11 @@ KEPT = ("lr", "logit_scale")
 class History(LoggerDestination):
     """Keeps losses, rate and scale as :data:`HISTORY` in the save folder, each batch once.
 
-    A line is appended as soon as it is known, so that a kill loses nothing. A start that goes on drops the lines behind
-    its checkpoint: their batches are trained again. Object stores can't append: there the file is uploaded beside each
-    checkpoint. When a start ends (done, stopped or failed), :data:`PAGE` is drawn. Trouble with either is reported,
-    and the training goes on. Works on rank 0.
+    A line is appended as soon as it is known, so that a kill loses nothing. A start that goes on
+    drops the lines behind its checkpoint: their batches are trained again. Object stores can't
+    append: there the file is uploaded beside each checkpoint. When a start ends (done, stopped or
+    failed), :data:`PAGE` is drawn. Trouble with either is reported, and the training goes on. Works
+    on rank 0.
 
     Args:
         folder: of the run.
@@ -42,7 +43,7 @@ class History(LoggerDestination):
     def __init__(self, folder: SaveFolder, total: int) -> None:
         self._store = folder.files
         complaint = f"could not keep the learning curves in {folder.uri}"
-        self._file = JsonLines(self._store, HISTORY, complaint)
+        self._file = RecordFile(self._store, HISTORY, complaint)
         self._every = max(1, total // POINTS)
         self._values: dict[str, float] = {}
         self._lines: list[Line] | None = None  # as long as the training goes on
@@ -120,7 +121,7 @@ class History(LoggerDestination):
         if callback is not None:
             records = callback.history.records
         else:
-            records = records_in(self._store.read_text_optional(FILE) or "")
+            records = records_in(self._store.read_text_optional(EVALUATIONS) or "")
         return [
             {"batch": one["batch"]}
             | {

@@ -1,12 +1,13 @@
-"""Clustering: do k-means clusters match the classes, of images alone and of images together with texts?
+"""Clustering: do k-means clusters of images, and of images with texts, match the classes?
 
-A gap between the modalities leaves the ranking of neighbours nearly as it is, and splits clusters of both modalities
-in two: clustering gains from a small gap where retrieval does not (Grassucci et al. 2026,
-https://arxiv.org/abs/2601.18525). The protocol is the one of their code, ``compute_clustering_metrics`` in
-``metrics.py`` of https://github.com/ispamm/ModGap: scikit-learn's k-means over images and texts stacked, a text for
-each image, both with the image's label; V-measure and adjusted Rand index against the labels. Three differences: the
-text is the mean of the class's prompts (their caption says more than the class), there are as many clusters as classes
-(they: 10), and the best of ``n_init`` starts counts (they: one).
+A gap between the modalities leaves the ranking of neighbours nearly as it is, and splits clusters
+of both modalities in two: clustering gains from a small gap where retrieval does not (Grassucci et
+al. 2026, https://arxiv.org/abs/2601.18525). The protocol is the one of their code,
+``compute_clustering_metrics`` in ``metrics.py`` of https://github.com/ispamm/ModGap: scikit-learn's
+k-means over images and texts stacked, a text for each image, both with the image's label; V-measure
+and adjusted Rand index against the labels. Three differences: the text is the mean of the class's
+prompts (their caption says more than the class), there are as many clusters as classes (they: 10),
+and the best of ``n_init`` starts counts (they: one).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from alignclip.config.setting import setting
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from alignclip.evaluation.evaluator import Evaluator, Result
+    from alignclip.evaluation.evaluator import Evaluator, TaskResult
 
 COLUMN = "label"
 METRICS = {
@@ -46,7 +47,7 @@ class Settings:
     random_state: int = setting(0, at_least=0)
 
 
-def run(evaluator: Evaluator) -> Result:
+def run(evaluator: Evaluator) -> TaskResult:
     """Cluster the images, and the images together with the text of each one's class."""
     import torch
 

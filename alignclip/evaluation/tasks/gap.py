@@ -1,4 +1,4 @@
-"""Modality gap: how far apart do images and texts lie, do pairs find each other, and has the space collapsed?"""
+"""Modality gap: how far apart do images and texts lie, and has the space collapsed?"""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from alignclip.config.metrics import Metric
 from alignclip.evaluation.tasks import retrieval
 
 if TYPE_CHECKING:
-    from alignclip.evaluation.evaluator import Evaluator, Result
+    from alignclip.evaluation.evaluator import Evaluator, TaskResult
 
 COLUMN = "caption"
-CLOSED = " once the two means are moved together"
+ONCE_CLOSED = " once the two means are moved together"
 METRICS = {
     "alignment_score": Metric("higher", "mean cosine of pairs", chart="gap"),
     "wrong_pairs_cosine": Metric(
@@ -50,7 +50,7 @@ METRICS = {
     ),
     **retrieval.METRICS,
     **{
-        f"closed_{name}": Metric("higher", metric.meaning + CLOSED)
+        f"closed_{name}": Metric("higher", metric.meaning + ONCE_CLOSED)
         for name, metric in retrieval.METRICS.items()
     },
 }
@@ -61,7 +61,7 @@ class Settings:
     """The task has no keys of its own."""
 
 
-def run(evaluator: Evaluator) -> Result:
+def run(evaluator: Evaluator) -> TaskResult:
     """Measure the geometry of images and their first captions, and retrieval over all captions.
 
     Retrieval is measured as it is, since a gap may close by a collapse, and once more after the

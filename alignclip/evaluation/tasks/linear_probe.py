@@ -11,7 +11,7 @@ from alignclip.errors import UserError
 from alignclip.evaluation.tasks import zero_shot
 
 if TYPE_CHECKING:
-    from alignclip.evaluation.evaluator import Evaluator, Result
+    from alignclip.evaluation.evaluator import Evaluator, TaskResult
 
 COLUMN = "label"
 METRICS = zero_shot.METRICS | {"C": Metric("neither", "the strength chosen on a part of train")}
@@ -42,7 +42,7 @@ def prepare(evaluator: Evaluator) -> None:
     raise UserError(f"{where}: train and test set have different classes ({how})")
 
 
-def run(evaluator: Evaluator) -> Result:
+def run(evaluator: Evaluator) -> TaskResult:
     """Fit logistic regression to the training set's features, and measure it on the set's."""
     from alignclip.evaluation.linear_probe import linear_probe
     from alignclip.evaluation.zero_shot import accuracy_chance

@@ -1,4 +1,4 @@
-"""Out-of-distribution detection: are images of unknown classes given less confidence than images of known ones?"""
+"""Out-of-distribution detection: does the model trust images of unknown classes less?"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from alignclip.config.schema import SetConfig
 from alignclip.evaluation.tasks import zero_shot
 
 if TYPE_CHECKING:
-    from alignclip.evaluation.evaluator import Evaluator, Result
+    from alignclip.evaluation.evaluator import Evaluator, TaskResult
 
 COLUMN = "label"
 METRICS = {
@@ -35,7 +35,7 @@ class Settings:
     outliers: SetConfig | None = None  # images of other classes, e.g. ImageNet-O
 
 
-def run(evaluator: Evaluator) -> Result:
+def run(evaluator: Evaluator) -> TaskResult:
     """Measure known classes against unknown ones, and a classifier of the outliers' own labels.
 
     Where the outliers' classes are some of the set's, as ImageNet-O's are of ImageNet's, the set is

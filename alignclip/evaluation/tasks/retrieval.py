@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from alignclip.config.metrics import Metric
 
 if TYPE_CHECKING:
-    from alignclip.evaluation.evaluator import Evaluator, Result
+    from alignclip.evaluation.evaluator import Evaluator, TaskResult
 
 COLUMN = "caption"
 FOUND = {"image": "texts whose image", "text": "images one of whose texts"}
@@ -29,7 +29,7 @@ class Settings:
     """The task has no keys of its own."""
 
 
-def run(evaluator: Evaluator) -> Result:
+def run(evaluator: Evaluator) -> TaskResult:
     """Rank all texts for each image, and all images for each text."""
     from alignclip.evaluation.retrieval import recall, recall_chance
 

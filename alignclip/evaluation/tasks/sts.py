@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from alignclip.config.metrics import Metric
 
 if TYPE_CHECKING:
-    from alignclip.evaluation.evaluator import Evaluator, Result
+    from alignclip.evaluation.evaluator import Evaluator, TaskResult
     from alignclip.evaluation.sts import Rows
 
 COLUMN = None  # a file of the STS benchmark
@@ -36,7 +36,7 @@ def prepare(evaluator: Evaluator) -> Rows:
     return rows
 
 
-def run(evaluator: Evaluator) -> Result:
+def run(evaluator: Evaluator) -> TaskResult:
     """Encode each sentence once, on all ranks."""
     from alignclip.evaluation.sts import similarity, unique
 

@@ -1,4 +1,4 @@
-"""Zero-shot classification: is the prompt of an image's class the nearest of all classes' prompts?"""
+"""Zero-shot classification: is the prompt of an image's class the nearest prompt?"""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from alignclip.config.metrics import Metric
 
 if TYPE_CHECKING:
-    from alignclip.evaluation.evaluator import Evaluator, Result
+    from alignclip.evaluation.evaluator import Evaluator, TaskResult
 
 COLUMN = "label"
 METRICS = {
@@ -26,7 +26,7 @@ class Settings:
     """The task has no keys of its own."""
 
 
-def run(evaluator: Evaluator) -> Result:
+def run(evaluator: Evaluator) -> TaskResult:
     """Compare the images with a classifier made of prompts."""
     from alignclip.evaluation.zero_shot import accuracy, accuracy_chance
 

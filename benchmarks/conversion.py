@@ -224,7 +224,8 @@ def speed(options: argparse.Namespace, folder: Path) -> bool:
     small = draw_tar(folder / "small.tar", 20, width, height, 5)
     each = tar_path.stat().st_size / options.samples / 1024
     print(
-        f"\nspeed: {options.samples:,} images of {width} × {height} pixels, {each:.0f} KiB each, images a CPU second"
+        f"\nspeed: {options.samples:,} images of {width} × {height} pixels, {each:.0f} KiB each, "
+        "images a CPU second"
     )
     print(
         f"{'':<18}{'bare':>10}{'ours':>10}{'naive':>10}{'ours/bare':>12}{'at least':>10}{'ours/naive':>12}"
@@ -279,7 +280,8 @@ def processes(options: argparse.Namespace, folder: Path) -> bool:
     pairs = [one / two for one, two in zip(seconds[1], seconds[2], strict=True)]
     images = len(tars) * options.samples
     print(
-        f"\nprocesses: {images:,} images in {len(tars)} tars, by the clock, load {os.getloadavg()[0]:.1f} at the end"
+        f"\nprocesses: {images:,} images in {len(tars)} tars, by the clock, load "
+        f"{os.getloadavg()[0]:.1f} at the end"
     )
     for number, done in seconds.items():
         print(f"{number} at a time{images / statistics.median(done):>10,.0f} images/s")
@@ -295,14 +297,16 @@ def memory(options: argparse.Namespace, folder: Path) -> bool:
     tar_path = draw_tar(folder / "large.tar", samples, width, height, 3)
     size = tar_path.stat().st_size / 2**20
     print(
-        f"\nmemory above imports: a tar of {size:,.0f} MiB, {samples:,} images of {width} × {height} pixels"
+        f"\nmemory above imports: a tar of {size:,.0f} MiB, {samples:,} images of {width} × "
+        f"{height} pixels"
     )
     good = True
     for kind in KINDS:
         run = in_a_process("ours", tar_path, None, kind)
         good &= run.peak <= MEMORY * 1e6
         print(
-            f"{kind:<18}{run.peak / 1e6:>8,.0f} MB, at most {MEMORY} MB ({samples / run.cpu:,.1f} images a CPU second)",
+            f"{kind:<18}{run.peak / 1e6:>8,.0f} MB, at most {MEMORY} MB ({samples / run.cpu:,.1f} "
+            "images a CPU second)",
             flush=True,
         )
     return good

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 from alignclip.conversion.captions import DEFAULT_ENCODER
 from alignclip.conversion.dataset import convert
@@ -34,23 +35,160 @@ EXAMPLES = """examples:
   # 1243 tars of img2dataset into a bucket (S3_ENDPOINT_URL and the AWS variables as for Streaming)
   python convert/cc12m.py --inputs 'cc12m/{00000..01242}.tar' --out s3://bucket/cc12m --processes 8
 
-  # tars in a bucket, a folder of tars, a sentence encoder from a local folder; 1 % of the samples
-  # held out
-  python convert/cc12m.py --inputs s3://raw/cc12m cc3m/ --out gs://bucket/pairs --encoder models/all-MiniLM-L6-v2 \\
+  # tars in a bucket, a folder of tars, an encoder from a local folder; 1 % of the samples held out
+  python convert/cc12m.py --inputs s3://raw/cc12m cc3m/ --out gs://bucket/pairs \\
+    --encoder models/all-MiniLM-L6-v2 \\
     --held-out 0.01
 
-  # without caption embeddings, for training CLIP and SharedCLIP; images of 256 pixels, which decode
-  # faster
+  # without caption embeddings, for CLIP and SharedCLIP; images of 256 pixels, which decode faster
   python convert/cc12m.py --inputs mine.csv --out /data/mine --no-semantic --resize 256
 
   # caption embeddings added to a set that has none, images copied
   python convert/cc12m.py --inputs /data/mine/index.json --out /data/mine-semantic --check none
 
   # on a Dask cluster whose workers have alignclip installed and see the inputs
-  python convert/cc12m.py --inputs s3://raw/cc12m --out s3://bucket/cc12m --scheduler tcp://head:8786
+  python convert/cc12m.py --inputs s3://raw/cc12m --out s3://bucket/cc12m \\
+    --scheduler tcp://head:8786
 
-The same command again goes on where the last one stopped, and redoes inputs that were truncated and fetched again.
+The same command again goes on where the last one stopped, and redoes inputs that were truncated
+and fetched again.
 """
+
+
+def _flag(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Return what :meth:`argparse.ArgumentParser.add_argument` takes."""
+    return names, settings
+
+
+# group -> its flags
+FLAGS = {
+    "input": [
+        _flag(
+            "--inputs",
+            "--tars",
+            type=option,
+            nargs="+",
+            required=True,
+            metavar="PATH",
+            help=f"{in_words()}, folders of them; paths or URLs; {{0..9}}, {{a,b}}, * and ? expand",
+        ),
+        _flag(
+            "--caption-key",
+            metavar="KEY",
+            help="of the json members, or the table's column (default: txt, or caption)",
+        ),
+        _flag(
+            "--encoding",
+            metavar="NAME",
+            help="of tables' text, as cp1252 (default: UTF-8, or by its mark)",
+        ),
+        _flag(
+            "--image-key",
+            metavar="KEY",
+            help="the images' ending in tars, as input.jpg, or the table's column of images",
+        ),
+        _flag(
+            "--last-dot",
+            action="store_true",
+            help="names in tars are cut at the last dot (default: the first)",
+        ),
+        _flag(
+            "--unsorted", action="store_true", help="join image and caption that lie apart in a tar"
+        ),
+    ],
+    "output": [
+        _flag(
+            "--out",
+            type=option,
+            required=True,
+            metavar="FOLDER",
+            help="local folder, or s3://, gs://, oci://, azure:// …",
+        ),
+        _flag(
+            "--held-out",
+            type=float,
+            default=0.0,
+            metavar="SHARE",
+            help=f"of the samples, by a hash of the key: split {VAL}",
+        ),
+        _flag(
+            "--size-limit", default="32mb", metavar="SIZE", help="of a shard (default: %(default)s)"
+        ),
+        _flag(
+            "--compression",
+            metavar="ALGO",
+            help="Streaming's, as zstd:7; JPEGs hardly shrink (default: none)",
+        ),
+        _flag(
+            "--hashes",
+            nargs="*",
+            default=["xxh64"],
+            metavar="ALGO",
+            help="of the shards (default: xxh64, which is checked)",
+        ),
+    ],
+    "caption embeddings": [
+        _flag(
+            "--encoder",
+            type=option,
+            default=DEFAULT_ENCODER,
+            metavar="NAME",
+            help="hub name or local folder (default: %(default)s); all-MiniLM-L6-v2 needs no hub",
+        ),
+        _flag("--no-semantic", dest="semantic", action="store_false", help="write none"),
+    ],
+    "images": [
+        _flag(
+            "--check",
+            default="decode",
+            metavar="HOW",
+            help=f"{', '.join(CHECKS)}: leave out bad ones (default: %(default)s)",
+        ),
+        _flag(
+            "--min-side",
+            type=int,
+            default=16,
+            metavar="PIXELS",
+            help="smaller are bad (default: %(default)s)",
+        ),
+        _flag(
+            "--resize",
+            type=int,
+            metavar="PIXELS",
+            help="shorter side of larger ones (default: untouched)",
+        ),
+        _flag(
+            "--quality",
+            type=int,
+            default=90,
+            metavar="N",
+            help="of resized JPEGs (default: %(default)s)",
+        ),
+        _flag(
+            "--max-bad",
+            type=float,
+            default=0.5,
+            metavar="SHARE",
+            help="bad samples at which to fail (default: %(default)s)",
+        ),
+    ],
+    "workers": [
+        _flag(
+            "--processes",
+            type=int,
+            default=os.cpu_count(),
+            metavar="N",
+            help="default: %(default)s",
+        ),
+        _flag(
+            "--scheduler",
+            metavar="ADDRESS",
+            help="a Dask cluster's, instead of processes: tcp://host:8786",
+        ),
+        # the quickstart's own
+        _flag("--no-next", dest="next_step", action="store_false", help=argparse.SUPPRESS),
+    ],
+}
 
 
 def parse(arguments: Sequence[str] | None = None) -> ConvertOptions:
@@ -61,129 +199,13 @@ def parse(arguments: Sequence[str] | None = None) -> ConvertOptions:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    of = parser.add_argument_group("input")
-    of.add_argument(
-        "--inputs",
-        "--tars",
-        type=option,
-        nargs="+",
-        required=True,
-        metavar="PATH",
-        help=f"{in_words()}, folders of them; paths or URLs; {{0..9}}, {{a,b}}, * and ? expand",
-    )
-    of.add_argument(
-        "--caption-key",
-        metavar="KEY",
-        help="of the json members, or the table's column (default: txt, or caption)",
-    )
-    of.add_argument(
-        "--encoding",
-        metavar="NAME",
-        help="of tables' text, as cp1252 (default: UTF-8, or by its mark)",
-    )
-    of.add_argument(
-        "--image-key",
-        metavar="KEY",
-        help="the images' ending in tars, as input.jpg, or the table's column of images",
-    )
-    of.add_argument(
-        "--last-dot",
-        action="store_true",
-        help="names in tars are cut at the last dot (default: the first)",
-    )
-    of.add_argument(
-        "--unsorted", action="store_true", help="join image and caption that lie apart in a tar"
-    )
-    to = parser.add_argument_group("output")
-    to.add_argument(
-        "--out",
-        type=option,
-        required=True,
-        metavar="FOLDER",
-        help="local folder, or s3://, gs://, oci://, azure:// …",
-    )
-    to.add_argument(
-        "--held-out",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help=f"of the samples, by a hash of the key: split {VAL}",
-    )
-    to.add_argument(
-        "--size-limit", default="32mb", metavar="SIZE", help="of a shard (default: %(default)s)"
-    )
-    to.add_argument(
-        "--compression",
-        metavar="ALGO",
-        help="Streaming's, as zstd:7; JPEGs hardly shrink (default: none)",
-    )
-    to.add_argument(
-        "--hashes",
-        nargs="*",
-        default=["xxh64"],
-        metavar="ALGO",
-        help="of the shards (default: xxh64, which is checked)",
-    )
-    captions = parser.add_argument_group("caption embeddings")
-    captions.add_argument(
-        "--encoder",
-        type=option,
-        default=DEFAULT_ENCODER,
-        metavar="NAME",
-        help="hub name or local folder (default: %(default)s); all-MiniLM-L6-v2 needs no hub",
-    )
-    captions.add_argument("--no-semantic", dest="semantic", action="store_false", help="write none")
-    images = parser.add_argument_group("images")
-    images.add_argument(
-        "--check",
-        default="decode",
-        metavar="HOW",
-        help=f"{', '.join(CHECKS)}: leave out bad ones (default: %(default)s)",
-    )
-    images.add_argument(
-        "--min-side",
-        type=int,
-        default=16,
-        metavar="PIXELS",
-        help="smaller are bad (default: %(default)s)",
-    )
-    images.add_argument(
-        "--resize",
-        type=int,
-        metavar="PIXELS",
-        help="shorter side of larger ones (default: untouched)",
-    )
-    images.add_argument(
-        "--quality",
-        type=int,
-        default=90,
-        metavar="N",
-        help="of resized JPEGs (default: %(default)s)",
-    )
-    images.add_argument(
-        "--max-bad",
-        type=float,
-        default=0.5,
-        metavar="SHARE",
-        help="bad samples at which to fail (default: %(default)s)",
-    )
-    how = parser.add_argument_group("workers")
-    how.add_argument(
-        "--processes", type=int, default=os.cpu_count(), metavar="N", help="default: %(default)s"
-    )
-    how.add_argument(
-        "--scheduler",
-        metavar="ADDRESS",
-        help="a Dask cluster's, instead of processes: tcp://host:8786",
-    )
-    how.add_argument(
-        "--no-next", dest="next_step", action="store_false", help=argparse.SUPPRESS
-    )  # the quickstart's own
+    for title, flags in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for names, settings in flags:
+            group.add_argument(*names, **settings)
     values = vars(parser.parse_args(arguments))
-    values["images"] = ImageOptions(
-        *(values.pop(name) for name in ("check", "min_side", "resize", "quality"))
-    )
-    values["reading"] = Reading(**{field.name: values.pop(field.name) for field in fields(Reading)})
+    for name, kind in (("images", ImageOptions), ("reading", Reading)):
+        values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
     return ConvertOptions(**values)
 
 

@@ -48,7 +48,8 @@ EXAMPLES = """examples:
   python convert/classification.py flowers --root data --split train --out /data/eval/flowers-train
 
   # your own: a folder per class
-  python convert/classification.py folder --root birds/test --classnames birds.json --out /data/eval/birds
+  python convert/classification.py folder --root birds/test --classnames birds.json \\
+    --out /data/eval/birds
 
 convert/README.md says where to download each set and which folders are expected.
 """

@@ -165,7 +165,7 @@ def read_pets(root: Path, split: str) -> ClassificationContent:
 
 
 def read_cars(root: Path, split: str) -> ClassificationContent:
-    """Read Stanford Cars, as the publisher had them: ``cars_train`` and ``cars_test``, or ``car_ims``.
+    """Read Stanford Cars as published: ``cars_train`` and ``cars_test``, or ``car_ims``.
 
     The publisher's page is gone; https://github.com/pytorch/vision/issues/7545 lists mirrors.
     """

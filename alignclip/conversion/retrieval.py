@@ -41,19 +41,24 @@ MISSING = "missing image"
 
 EXAMPLES = """examples:
   # COCO, Karpathy's test split: 5,000 images below coco/val2014
-  python convert/retrieval.py coco --images coco --annotations dataset_coco.json --out s3://bucket/eval/coco
+  python convert/retrieval.py coco --images coco --annotations dataset_coco.json \\
+    --out s3://bucket/eval/coco
 
   # COCO 2017 validation
-  python convert/retrieval.py coco2017 --images coco/val2017 --annotations annotations/captions_val2017.json \\
+  python convert/retrieval.py coco2017 --images coco/val2017 \\
+    --annotations annotations/captions_val2017.json \\
     --out /data/eval/coco2017
 
   # Flickr30k, Karpathy's test split; or the original annotations and a list of test images
-  python convert/retrieval.py flickr30k --images flickr30k-images --annotations dataset_flickr30k.json --out out
-  python convert/retrieval.py flickr30k --images flickr30k-images --annotations results_20130124.token \\
+  python convert/retrieval.py flickr30k --images flickr30k-images \\
+    --annotations dataset_flickr30k.json --out out
+  python convert/retrieval.py flickr30k --images flickr30k-images \\
+    --annotations results_20130124.token \\
     --split-file test.txt --out out
 
   # your own: a CSV or TSV with the columns image and caption, a row per caption
-  python convert/retrieval.py pairs --images photos --annotations captions.csv --out /data/eval/photos
+  python convert/retrieval.py pairs --images photos --annotations captions.csv \\
+    --out /data/eval/photos
 
 convert/README.md says where to download each set.
 """

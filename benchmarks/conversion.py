@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import statistics
 import sys
@@ -101,7 +102,8 @@ def draw_tar(path: Path, samples: int, width: int, height: int, different: int =
     with tarfile.open(path, "w") as tar:
         for i in range(samples):
             key = f"{path.stem}{i:06}"
-            meta = f'{{"caption": "a picture", "url": "https://example.org/{key}", "sha256": "{"0" * 64}"}}'
+            url = f"https://example.org/{key}"
+            meta = json.dumps({"caption": "a picture", "url": url, "sha256": "0" * 64})
             caption = f"picture {i} of something that takes a few words to say"
             members = {
                 "jpg": pictures[i % different],
@@ -228,7 +230,8 @@ def speed(options: argparse.Namespace, folder: Path) -> bool:
         "images a CPU second"
     )
     print(
-        f"{'':<18}{'bare':>10}{'ours':>10}{'naive':>10}{'ours/bare':>12}{'at least':>10}{'ours/naive':>12}"
+        f"{'':<18}{'bare':>10}{'ours':>10}{'naive':>10}"
+        f"{'ours/bare':>12}{'at least':>10}{'ours/naive':>12}"
     )
     good = True
     for kind, (_, least) in KINDS.items():
@@ -250,7 +253,8 @@ def speed(options: argparse.Namespace, folder: Path) -> bool:
         good &= of_bare >= least
         numbers = "".join(f"{rates[way]:>10,.0f}" for way in WAYS)
         print(
-            f"{kind:<18}{numbers}{f'{of_bare:.2f}':>12}{f'{least:.2f}':>10}{f'{of_naive:.1f}×':>12}",
+            f"{kind:<18}{numbers}"
+            f"{f'{of_bare:.2f}':>12}{f'{least:.2f}':>10}{f'{of_naive:.1f}×':>12}",
             flush=True,
         )
     return good

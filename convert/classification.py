@@ -1,4 +1,4 @@
-"""Convert an image classification set to MDS shards: ``python convert/classification.py --help``."""
+"""Convert a classification set to MDS shards: ``python convert/classification.py --help``."""
 
 if __name__ == "__main__":
     from alignclip.conversion.classification import main

@@ -161,7 +161,6 @@ DOCUMENTS = [
 ]
 WITHOUT_COMMANDS = {
     "data.md",
-    "evaluation.md",
     "python.md",
     "configuration.md",
     "resume.md",

@@ -80,7 +80,7 @@ def test_tensorboard_has_each_step_once(train: Any, tmp_path: Path) -> None:
 def test_a_file_has_each_step_once(train: Any, tmp_path: Path) -> None:
     train(f"loggers.FileLogger.filename={tmp_path / 'log.txt'}")
     lines = [
-        trackers.LINE.match(line)
+        trackers.METRIC_LINE.match(line)
         for line in (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines()
     ]
     steps = Counter((found[2], int(found[1])) for found in lines if found)

@@ -19,7 +19,7 @@ from alignclip.losses.separation import caption_dissimilarity, separation_loss
 
 
 class AlignCLIPLoss(nn.Module):
-    """alpha · L_clip + beta · L_sep over the global batch of N image-text pairs, plus further terms.
+    """alpha · L_clip + beta · L_sep + further terms, over the global batch of N image-text pairs.
 
     With image features v, text features t, the scale s and S = q qᵀ, the cosine similarities of
     the captions' sentence embeddings q::

@@ -1,4 +1,4 @@
-"""AlignCLIP's separation of the samples of one modality (https://arxiv.org/abs/2406.17639, section 4.2)."""
+"""AlignCLIP's separation loss (https://arxiv.org/abs/2406.17639, section 4.2)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def separation_loss(
             continue
         logits = matmul_transposed(scaled, everyone)
         if dissimilarity is not None and positives is not None:
-            # in place: nothing upstream saved the product, so the weights are the only further matrix
+            # in place: nothing upstream saved the product; the weights are the only further matrix
             logits.mul_(dissimilarity)
             logits[torch.arange(len(scaled), device=scaled.device), features.own] = positives
         loss = loss + F.cross_entropy(logits, features.own) / 2

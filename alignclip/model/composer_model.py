@@ -1,4 +1,4 @@
-"""The ComposerModel: encoders inside the wrapped forward, the loss over the whole batch outside it."""
+"""The ComposerModel: DDP or FSDP wraps the encoders; the loss is computed outside."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from alignclip.data.transforms import normalize
 from alignclip.losses import AlignCLIPLoss
 from alignclip.model.encoders import CLIP
 
-Features = tuple[Tensor, Tensor, Tensor]
+EncodedBatch = tuple[Tensor, Tensor, Tensor]
 
 
 class AlignCLIPModel(ComposerModel):
@@ -25,7 +25,7 @@ class AlignCLIPModel(ComposerModel):
         encoders: the two towers, shared or not.
         criterion: the loss over the global batch.
         encode_chunk_size: > 0 encodes a rank's batch in recomputed chunks of that many samples.
-        cpu_bf16: run the encoders in bf16 autocast on a CPU, where Composer itself refuses ``amp_bf16``.
+        cpu_bf16: run the encoders in bf16 autocast on a CPU, where Composer refuses ``amp_bf16``.
     """
 
     def __init__(
@@ -45,14 +45,15 @@ class AlignCLIPModel(ComposerModel):
         self.encoders.fsdp_wrap_fn = is_block
         self.encoders.activation_checkpointing_fn = is_block
 
-    def forward(self, batch: dict[str, Tensor]) -> Features:
+    def forward(self, batch: dict[str, Tensor]) -> EncodedBatch:
         """Encode a batch of this rank.
 
         Args:
             batch: ``image`` uint8 ``[n, 3, size, size]``, ``text`` int64 ``[n, context_length]``.
 
         Returns:
-            image features ``[n, d]``, text features ``[n, d]``, both L2-normalised, and exp(logit_scale) ``[1]``.
+            image features ``[n, d]`` and text features ``[n, d]``, both L2-normalised, and
+            exp(logit_scale) ``[1]``.
         """
         autocast: AbstractContextManager[None] = (
             torch.autocast("cpu", dtype=torch.bfloat16) if self.cpu_bf16 else nullcontext()
@@ -63,16 +64,17 @@ class AlignCLIPModel(ComposerModel):
             )
 
     def loss(  # type: ignore[override]  # Composer takes a dict as well as a tensor
-        self, outputs: Features, batch: dict[str, Tensor]
+        self, outputs: EncodedBatch, batch: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The loss terms of this rank's rows of the global batch: ``total``, ``contrastive``, ``separation``."""
+        """Compute ``total`` and the loss terms of this rank's rows of the global batch."""
         return self.criterion(*outputs, batch.get("semantic"))
 
 
 def tie_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
     """Give every name of a shared parameter the same value before a state dict is loaded.
 
-    torch's ``set_model_state_dict`` shards a full state dict for FSDP2 under one name of a shared module alone.
+    torch's ``set_model_state_dict`` shards a full state dict for FSDP2 under only one name of a
+    shared module.
     """
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -84,5 +86,5 @@ def tie_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest:
 
 
 def is_block(module: nn.Module) -> bool:
-    """Whether a module is a transformer block: the unit of sharding and of activation checkpointing."""
+    """Say whether a module is a transformer block, the unit of sharding and checkpointing."""
     return isinstance(module, ResidualAttentionBlock)

@@ -1,4 +1,4 @@
-"""The callback that ends a run at a batch with numbers that are not finite, before the batch is saved."""
+"""The callback that ends a run at numbers that are not finite, before they are saved."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from alignclip.ranks import gather_objects, true_on_any_rank
 from alignclip.training.callbacks import Rotation
 from alignclip.weights.finite import local_part, not_finite, short_name
 
-# fp16's scaler skips a batch whose gradients overflow and halves its scale. Below this scale it never
-# recovers; fairseq ends at the same number (fairseq/optim/dynamic_loss_scaler.py, min_loss_scale).
+# fp16's scaler skips a batch whose gradients overflow and halves its scale. Below this scale it
+# never recovers; fairseq ends at the same number (fairseq/optim/dynamic_loss_scaler.py,
+# min_loss_scale).
 HOPELESS_SCALE = 1e-4
 # what a sample may have that is not finite, and its words
 OF_SAMPLES = {
@@ -51,8 +52,8 @@ class FiniteCheck(Callback):
     rotation then sees the batch.
 
     Gradients are checked before they are clipped, because clipping by the norm spreads one NaN to
-    all of them. Under fp16 the Trainer's scaler skips a batch whose gradients overflow; such a batch
-    ends the run only when the scale has fallen below :data:`HOPELESS_SCALE`.
+    all of them. Under fp16 the Trainer's scaler skips a batch whose gradients overflow; such a
+    batch ends the run only when the scale has fallen below :data:`HOPELESS_SCALE`.
     """
 
     def __init__(self, dataset: ImageTextDataset) -> None:

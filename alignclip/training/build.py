@@ -1,4 +1,4 @@
-"""From a configuration to Composer's Trainer: data, model, optimizer, schedule, callbacks, loggers."""
+"""Configuration → Trainer: data, model, optimizer, schedule, callbacks, loggers."""
 
 from __future__ import annotations
 

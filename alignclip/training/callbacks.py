@@ -1,4 +1,4 @@
-"""Callbacks of every run: the log line, the orderly stop on a signal, the save folder's rotation."""
+"""Callbacks of every run: values to log, the stop on a signal, the save folder's rotation."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ log = logging.getLogger(__name__)
 
 
 class TrainingMonitor(Callback):
-    """Logs ``lr``, ``logit_scale`` (exponentiated, as open_clip logs it) and ``time/data_wait_fraction``.
+    """Logs ``lr``, ``logit_scale`` and ``time/data_wait_fraction``.
 
-    The last is the share of wall-clock time that this rank waited for its next batch, since the
-    last step logged. The loss terms are logged by the Trainer (``loss/train/…``), samples/s by
-    Composer's SpeedMonitor.
+    The scale is exponentiated, as open_clip logs it. The last is the share of wall-clock time that
+    this rank waited for its next batch, since the last step logged. The loss terms are logged by
+    the Trainer (``loss/train/…``), samples/s by Composer's SpeedMonitor.
 
     Attributes:
         batches: trained in this start.
@@ -97,7 +97,7 @@ class StopOnSignal(Callback):
         self._received = True
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Start the uploading processes: their imports take a third of the launcher's 30 s, or more."""
+        """Start the uploading processes: imports would take a third of the launcher's 30 s."""
         for saver in (c for c in state.callbacks if isinstance(c, CheckpointSaver)):
             uploader = saver.remote_uploader
             if uploader is not None and rank() == 0:
@@ -117,7 +117,7 @@ class StopOnSignal(Callback):
         return true_on_any_rank(state.device.tensor_to_device(torch.tensor([received])))[0]
 
     def post_close(self) -> None:
-        """Ignore signals: the launcher ends the others when the first rank exits, and all is saved."""
+        """Ignore signals: all is saved, and the launcher signals when the first rank exits."""
         if self.stopped:
             for number in self._signals:
                 signal.signal(number, signal.SIG_IGN)

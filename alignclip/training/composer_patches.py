@@ -1,9 +1,9 @@
 """Patches of Composer and torch: functions that are replaced, and private names that are used.
 
-Each says why. Measured with mosaicml 0.32.1 and torch 2.7.0; ``tests/test_contracts.py`` fails where
-an upgrade has moved or changed one of the names. Functions that take the place of Composer's keep
-the signatures of Composer's. :mod:`alignclip.training.saver` patches Composer's CheckpointSaver; all
-other modules use public names only.
+Each says why. Measured with mosaicml 0.32.1 and torch 2.7.0; ``tests/test_contracts.py`` fails
+where an upgrade has moved or changed one of the names. A function that takes the place of one of
+Composer's keeps its signature. :mod:`alignclip.training.saver` patches Composer's CheckpointSaver;
+all other modules use public names only.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from alignclip.storage import (
 from alignclip.weights.checkpoint_file import save
 from alignclip.weights.safe_read import read_pickled
 
-WAY_OUT = "a run's own checkpoints hold plain data alone; go on from another one"
+PLAIN_DATA_HINT = "a run's own checkpoints hold plain data alone; go on from another one"
 
 places: dict[str, str] = {}  # path of a file on this machine → what a person calls the file
 
@@ -148,7 +148,7 @@ def read_checkpoint(path: Path, place: str) -> dict[str, Any]:
     Raises:
         UserError: the file holds something else than plain data, or isn't a run's checkpoint.
     """
-    content = read_pickled(path, what=place, way_out=WAY_OUT)
+    content = read_pickled(path, what=place, way_out=PLAIN_DATA_HINT)
     if not isinstance(content, dict) or not isinstance(content.get("state"), dict):
         raise UserError(f"{place} is no checkpoint of a run: it has no state")
     algorithms = content["state"].get("algorithms", ())
@@ -159,7 +159,7 @@ def read_checkpoint(path: Path, place: str) -> dict[str, Any]:
         if cls is not None and cls.required_on_load() and not _is_plain_call(str(text), str(name)):
             raise UserError(
                 f"{place} is refused: its algorithm {name} is '{text}', which could run code; "
-                f"{WAY_OUT}"
+                f"{PLAIN_DATA_HINT}"
             )
     return content
 
@@ -180,7 +180,7 @@ def _is_plain_call(text: str, name: str) -> bool:
 
 
 def restore_random_state(trainer: Trainer) -> None:
-    """Restore the random generators of the checkpoint that was loaded: patch dropout draws from them.
+    """Restore the random generators of the loaded checkpoint: patch dropout draws from them.
 
     In the middle of an epoch Composer restores them only for loaders that can't resume.
     """
@@ -249,7 +249,7 @@ def open_for_appending(logger: loggers.FileLogger, run_name: str) -> int:
 
 
 class ReshardAfterBackward(Callback):
-    """Keeps the parameters that FSDP2 gathers whole until the backward pass ends; for chunked encoding.
+    """Keeps gathered parameters until the whole backward pass ends, under FSDP2 with chunked encoding.
 
     FSDP2 frees a block's parameters after the backward pass of a chunk. The next chunk runs the
     same blocks again, and FSDP2 doesn't gather in a backward pass what a forward pass has gathered.
@@ -261,7 +261,7 @@ class ReshardAfterBackward(Callback):
             module.set_reshard_after_backward(False)
 
     def after_backward(self, state: State, logger: Logger) -> None:
-        """Free parameters before the optimizer changes the shards: the next forward gathers anew."""
+        """Free parameters before the optimizer's step: the next forward pass gathers them anew."""
         for module in self._sharded(state):
             module.reshard()
 

@@ -22,7 +22,7 @@ BAR = (
     "[{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 )
 NARROW_BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left, {rate_fmt}{postfix}]"
-# columns from which on the bar has the epoch and the time so far, whole names, and rate and throughput
+# columns from which on the bar has the epoch and the time so far; whole names; rate and throughput
 MIDDLE, WIDE, WIDEST = 96, 110, 150
 
 

@@ -1,8 +1,8 @@
 """Locked towers (LiT, https://arxiv.org/abs/2111.07991): parameters that a run doesn't train.
 
-open_clip's own methods choose them: ``lock_image`` and ``lock_text`` lock a tower except its topmost
-groups, whose number is ``lock_image_unlocked_groups`` or ``lock_text_unlocked_layers``. logit_scale
-is always trained, and so is the projection behind a timm tower.
+open_clip's own methods choose them: ``lock_image`` and ``lock_text`` lock a tower except its
+topmost groups, whose number is ``lock_image_unlocked_groups`` or ``lock_text_unlocked_layers``.
+logit_scale is always trained, and so is the projection behind a timm tower.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TIMM_ERRORS = (RuntimeError, AttributeError, KeyError, NotImplementedError)  # o
 
 
 def lock_towers(model: CLIP, config: StartConfig, start: StartReport | None = None) -> None:
-    """Take the locked towers' parameters out of training, before the optimizer and DDP or FSDP see them.
+    """Lock towers: before the optimizer and DDP or FSDP see their parameters.
 
     Args:
         model: the encoders.
@@ -53,7 +53,7 @@ def lock_towers(model: CLIP, config: StartConfig, start: StartReport | None = No
             "lock_image and lock_text leave nothing but logit_scale to train; unlock one of them"
         )
     if start is not None:
-        _check_start(_locked(model), config, start)
+        _check_starting_weights(_locked(model), config, start)
     if config.lock_image_freeze_bn_stats:
         _freeze_batch_norms(model.visual)
 
@@ -82,11 +82,12 @@ def _check_locked(model: CLIP, lock: str, setting: str, locked: set[str]) -> Non
     if shared := [several[0] for several in names.values() if len(several) > 1]:
         raise UserError(
             f"{lock} would lock {len(shared)} tensors for both towers, which share them "
-            f"({few(shared)}); raise {key} above the shared modules, or share less with model.shared"
+            f"({few(shared)}); raise {key} above the shared modules, "
+            "or share less with model.shared"
         )
 
 
-def _check_start(locked: set[str], config: StartConfig, start: StartReport) -> None:
+def _check_starting_weights(locked: set[str], config: StartConfig, start: StartReport) -> None:
     """Refuse a lock of a tower that would have to learn more to fit its weights or its input.
 
     Raises:
@@ -109,8 +110,8 @@ def _check_start(locked: set[str], config: StartConfig, start: StartReport) -> N
 def _freeze_batch_norms(tower: nn.Module) -> None:
     """Make the locked batch norms of a timm tower use their statistics also in training.
 
-    open_clip's own freeze loses the activation that many of timm's batch norms include; timm's keeps
-    it.
+    open_clip's own freeze loses the activation that many of timm's batch norms include. timm's
+    freeze keeps the activation.
     """
     for name, module in list(tower.named_modules()):
         if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):

@@ -21,7 +21,7 @@ from alignclip.config.schema import RunConfig
 from alignclip.config.typed import convert
 from alignclip.config.yaml_text import natural
 from alignclip.errors import UserError, nearest
-from alignclip.training.trackers import OURS
+from alignclip.training.trackers import RESUMABLE_LOGGERS
 
 T = TypeVar("T")
 Arguments = dict[str, Any]
@@ -128,7 +128,7 @@ def build(config: RunConfig, section: str) -> list[Any]:
     for name, arguments in getattr(config, section).items():
         arguments = typed(f"{section}.{name}", classes[name], arguments or {})
         try:
-            built.append(OURS.get(name, classes[name])(**arguments))
+            built.append(RESUMABLE_LOGGERS.get(name, classes[name])(**arguments))
         except MissingConditionalImportError as error:
             hint = " ".join(str(error).split())
             raise UserError(

@@ -1,4 +1,4 @@
-"""The checkpoint that a run starts from: its newest whole one, ``load_path``, or none; the same on every rank.
+"""The checkpoint that a run starts from: its newest whole one, ``load_path``, or none.
 
 Rank 0 looks at the checkpoints and decides. Each machine then has the file before the Trainer is
 built, so that Composer neither searches for a checkpoint nor downloads one.

@@ -11,14 +11,14 @@ from alignclip.config.yaml_text import natural, parse
 
 # sections and settings with which a rerun would be another run
 IDENTITY_SECTIONS = (
-    "model", "loss", "data", "optimizer", "scheduler", "algorithms", "global_train_batch_size", "seed",
-    "train_subset_num_batches", *(f.name for f in dataclasses.fields(StartConfig)),
+    "model", "loss", "data", "optimizer", "scheduler", "algorithms", "global_train_batch_size",
+    "seed", "train_subset_num_batches", *(f.name for f in dataclasses.fields(StartConfig)),
 )  # fmt: skip
 # … except those that only say where and how fast: the same samples in the same order
 FREE_SETTINGS = {
-    "model.encode_chunk_size", "data.num_workers", "data.prefetch_factor", "data.persistent_workers",
-    "data.pin_memory", "data.predownload", "data.cache_limit", "data.download_retry", "data.download_timeout",
-    "data.validate_hash", "data.keep_zip",
+    "model.encode_chunk_size", "data.num_workers", "data.prefetch_factor", "data.pin_memory",
+    "data.persistent_workers", "data.predownload", "data.cache_limit", "data.download_retry",
+    "data.download_timeout", "data.validate_hash", "data.keep_zip",
 }  # fmt: skip
 UNSET = "not set"  # which null is not
 

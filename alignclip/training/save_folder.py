@@ -1,7 +1,7 @@
 """A run's save folder: its checkpoints, ``latest``, the configuration and the record of starts.
 
-The folder is local or an object store's URI. Beside the checkpoints lie ``config.yaml``, the resolved
-configuration, and ``starts.json``, an entry for each start of the run
+The folder is local or an object store's URI. Beside the checkpoints lie ``config.yaml``, the
+resolved configuration, and ``starts.json``, an entry for each start of the run
 (:class:`alignclip.runtime.environment.Start`).
 """
 
@@ -198,16 +198,16 @@ class SaveFolder:
         return {name: batch for name, batch in found.items() if batch is not None}
 
     def batch_of(self, name: str) -> int | None:
-        """Read the batch in a checkpoint's name, such as ``ep1-ba200-rank0.pt``; None for other names."""
+        """Read the batch in a name such as ``ep1-ba200-rank0.pt``; None for other names."""
         found = re.match(r"ep\d+-ba(?P<batch>\d+)\b", name) or self._name_pattern.fullmatch(name)
         return int(found["batch"]) if found and "/" not in name else None
 
     def latest_target(self) -> str:
-        """Return the name of the checkpoint that ``latest`` points at, which may be gone; "" without one.
+        """Return the name of the checkpoint that ``latest`` points at, or "".
 
-        In a bucket ``latest`` is an object ``….symlink`` that holds a key. Such a file takes the
-        place of the link in a folder, too, where the file system has no links. A folder that was
-        copied with its links followed has a checkpoint of that name.
+        The checkpoint may be gone. In a bucket ``latest`` is an object ``….symlink`` that holds a
+        key. Such a file takes the place of the link in a folder, too, where the file system has no
+        links. A folder that was copied with its links followed has a checkpoint of that name.
         """
         if self.remote:
             key = _pointer_text(self.files.read_optional(f"{self.latest}.symlink") or b"")
@@ -251,7 +251,7 @@ class SaveFolder:
             link.unlink(missing_ok=True)
 
     def expect(self, name: str, size: int) -> None:
-        """Remember a checkpoint that this process uploads: whole once the bucket has all of its bytes."""
+        """Note the size of a checkpoint that this process uploads: with that size it is whole."""
         self._whole_sizes[name] = size
 
     def damage(self, name: str, download: Path | None = None) -> str | None:
@@ -298,10 +298,11 @@ class SaveFolder:
             return checkpoint_file.GONE
 
     def rotate(self, keep: int) -> list[str]:
-        """Delete all checkpoints but the newest ``keep`` whole ones; never the one of ``latest``, nor newer ones.
+        """Delete all checkpoints but the newest ``keep`` whole ones.
 
-        A whole checkpoint is deleted only where ``keep`` newer ones were read and are whole, and in
-        a folder are on the disk: a power cut empties the memory that they may have been read from.
+        The checkpoint of ``latest`` and newer ones always stay. A whole checkpoint is deleted only
+        where ``keep`` newer ones were read and are whole, and in a folder are on the disk: a power
+        cut empties the memory that they may have been read from.
 
         Returns:
             the names deleted.

@@ -1,4 +1,4 @@
-"""Composer's CheckpointSaver for a run's folder: whole files, ``latest`` without links, errors in one line.
+"""Composer's CheckpointSaver for a run's folder: whole files, errors in one line.
 
 The private names of Composer that this subclass overrides or reads are Composer's of mosaicml
 0.32.1; ``tests/test_contracts.py`` fails where an upgrade has changed them.
@@ -128,7 +128,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         self.symlink_upload_tasks = []
 
     def post_close(self) -> None:
-        """Wait for uploads that an error has overtaken, and for ``latest``; Composer calls this twice."""
+        """Wait for uploads that an error has overtaken. Composer calls this twice."""
         uploader = self.remote_uploader
         if uploader is None or self._closed:
             return

@@ -28,7 +28,7 @@ from alignclip.training.save_folder import SaveFolder
 
 WANDB_ID = "wandb-id.txt"  # in the save folder
 OFFLINE = ("offline", "disabled", "dryrun")  # modes of W&B that need no login
-LINE = re.compile(r"\[metric\]\[batch=(\d+)\]: (\S+):")  # of Composer's FileLogger
+METRIC_LINE = re.compile(r"\[metric\]\[batch=(\d+)\]: (\S+):")  # of Composer's FileLogger
 # Metrics of a step that begins; the others are of the step that has ended
 AT_START = re.compile(r"lr|time/(batch|sample|epoch|batch_in_epoch|sample_in_epoch)|loss/.*")
 
@@ -146,7 +146,7 @@ class WandBLogger(loggers.WandBLogger):
         super().post_close()
 
     def _write_mark(self) -> None:
-        """Note what is logged; W&B has not written a step that has just begun, so its names are empty."""
+        """Note what W&B has written: of a step that has just begun, nothing."""
         if self._mark is not None:
             mark = {"step": self._step, "names": sorted(self._names)}
             try:
@@ -182,7 +182,7 @@ class TensorboardLogger(loggers.TensorboardLogger):
         self._loaded = state
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Have TensorBoard forget the steps behind the checkpoint, but the metrics logged with it."""
+        """Have TensorBoard forget the steps behind the checkpoint, but not those logged with it."""
         batch = state.timestamp.batch.value
         if self.writer is None or batch == 0 or (self.rank_zero_only and rank() != 0):
             return
@@ -197,9 +197,10 @@ class TensorboardLogger(loggers.TensorboardLogger):
 
 
 class FileLogger(loggers.FileLogger):
-    """Logs to one file for all starts of a run; a start that goes on drops the steps behind its checkpoint.
+    """Logs to one file for all starts of a run.
 
-    Other lines of the file stay: output, errors. The file of a run that begins anew is moved aside.
+    A start that goes on drops the steps behind its checkpoint. Other lines of the file stay:
+    output, errors. The file of a run that begins anew is moved aside.
     """
 
     def init(self, state: State, logger: Logger) -> None:
@@ -227,10 +228,10 @@ class FileLogger(loggers.FileLogger):
 
 
 def steps_before(text: str, batch: int) -> str:
-    """Drop from a log file the metrics that a run which goes on after ``batch`` batches logs again."""
+    """Drop the metrics that a run which goes on after ``batch`` batches logs again."""
     kept, has_begun = [], False
     for line in text.splitlines(keepends=True):
-        if found := LINE.match(line):
+        if found := METRIC_LINE.match(line):
             step, name = int(found[1]), found[2]
             if step > batch or (step == batch and AT_START.fullmatch(name)):
                 has_begun = True
@@ -240,7 +241,7 @@ def steps_before(text: str, batch: int) -> str:
     return "".join(kept)
 
 
-OURS = {
+RESUMABLE_LOGGERS = {
     "WandBLogger": WandBLogger,
     "TensorboardLogger": TensorboardLogger,
     "FileLogger": FileLogger,

@@ -44,7 +44,7 @@ def trainer_arguments(config: RunConfig, device: Device) -> dict[str, Any]:
 
 
 def build_profiler(config: ProfilerSettings) -> Profiler:
-    """Build Composer's profiler, whose traces Chrome reads; a resumed run writes files of its own."""
+    """Build Composer's profiler; Chrome reads its traces. A resumed run writes its own."""
     arguments = dataclasses.asdict(config)
     cycle = {
         key: arguments.pop(key) for key in ("skip_first", "wait", "warmup", "active", "repeat")

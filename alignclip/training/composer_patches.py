@@ -251,8 +251,8 @@ def open_for_appending(logger: loggers.FileLogger, run_name: str) -> int:
 class ReshardAfterBackward(Callback):
     """Keeps gathered parameters until the whole backward pass ends, under FSDP2 with chunked encoding.
 
-    FSDP2 frees a block's parameters after the backward pass of a chunk. The next chunk runs the
-    same blocks again, and FSDP2 doesn't gather in a backward pass what a forward pass has gathered.
+    FSDP2 frees a block's parameters after a chunk's backward pass. The next chunk recomputes the
+    same blocks within the backward pass, where FSDP2 gathers nothing, so its parameters must stay.
     """
 
     def fit_start(self, state: State, logger: Logger) -> None:

@@ -54,6 +54,7 @@ PREFIX = "streaming.base.shared.prefix"
 STREAM = "streaming.base.stream.Stream"
 READER = "streaming.base.format.base.reader.Reader"
 WRITER = "streaming.base.format.base.writer"
+CLOUDS = "alignclip/storage/clouds.py"
 FSDP = "torch.distributed.fsdp._fully_shard._fsdp_collectives"
 LOADER = "torch.utils.data.dataloader._MultiProcessingDataLoaderIter"
 PATCHES, CACHE = "alignclip/training/composer_patches.py", "alignclip/data/shard_cache.py"
@@ -197,6 +198,7 @@ ATTRIBUTES = [
     Attribute(
         "streaming.MDSWriter", "config_data column_encodings", "alignclip/conversion/mds_writer.py"
     ),
+    Attribute("streaming.base.storage.upload.GCSUploader", "gcs_client", CLOUDS),
     Attribute(LOADER, "_workers", "alignclip/evaluation/encoding.py"),
     Attribute(
         "torchvision.datasets.Flowers102",
@@ -268,6 +270,8 @@ def test_attributes(contract: Attribute) -> None:
         ("streaming.base.dataset", "get_shm_prefix", STREAMING),
         ("streaming.base.shared.prefix", "SharedMemory", STREAMING),
         ("torch._dynamo.config", "optimize_ddp", PATCHES),
+        ("streaming.base.storage.upload", "UPLOADERS", CLOUDS),
+        ("streaming.base.storage.download", "DOWNLOADER_MAPPINGS", CLOUDS),
     ],
 )
 def test_names_that_are_replaced_or_read_where_they_are_imported(

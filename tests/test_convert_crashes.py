@@ -8,7 +8,6 @@ import random
 import signal
 import socket
 import socketserver
-import ssl
 import tarfile
 import threading
 import time
@@ -17,13 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.error import URLError
 
 import boto3
-import botocore.exceptions
 import pytest
-from boto3.exceptions import RetriesExceededError
-from botocore.exceptions import ClientError, EndpointConnectionError, ReadTimeoutError
+from botocore.exceptions import ClientError, EndpointConnectionError
 from conversions import SIZE_LIMIT, Command, Undisturbed, download, picture, relative, said
 from s3 import _free_port
 from tarballs import pairs, quick, stage, three_tars, upload, write_tar
@@ -355,42 +351,6 @@ def test_time_in_which_bytes_came_is_no_outage(monkeypatch: pytest.MonkeyPatch) 
             patiently(lambda seconds=seconds: transfer(seconds), "the bucket")
         assert patience.PATIENCE <= now < most
         assert tries > 5
-
-
-@pytest.mark.parametrize(
-    ("error", "passes"),
-    [
-        (RetriesExceededError(ReadTimeoutError(endpoint_url="http://x")), True),
-        (
-            RetriesExceededError(
-                ClientError({"ResponseMetadata": {"HTTPStatusCode": 403}}, "GetObject")
-            ),
-            False,
-        ),
-        (
-            botocore.exceptions.SSLError(
-                endpoint_url="https://x", error="EOF occurred in violation of protocol"
-            ),
-            True,
-        ),
-        (
-            botocore.exceptions.SSLError(
-                endpoint_url="https://x", error="[SSL: CERTIFICATE_VERIFY_FAILED] …"
-            ),
-            False,
-        ),
-        (URLError(ssl.SSLEOFError(8, "EOF occurred")), True),
-        (URLError(ssl.SSLCertVerificationError(1, "certificate verify failed")), False),
-        (ssl.SSLError(1, "record layer failure"), True),
-        *((code, True) for code in ("RequestTimeout", "IncompleteBody", "BadDigest")),
-        ("InvalidArgument", False),
-    ],
-)
-def test_what_passes(error: Any, passes: bool) -> None:
-    if isinstance(error, str):
-        response = {"Error": {"Code": error}, "ResponseMetadata": {"HTTPStatusCode": 400}}
-        error = ClientError(response, "PutObject")
-    assert patience.is_passing(error) is passes
 
 
 class HandsOn(socketserver.StreamRequestHandler):

@@ -117,41 +117,41 @@ def test_an_outage_leaves_no_index(
     monkeypatch.setattr(patience, "PATIENCE", 0.1)
     store = OutputFolder(f"{s3.bucket()}/out")
 
-    def write_and_lose_the_server() -> None:
+    def fill(lose_the_server: bool) -> None:
         with store.staged("00000") as folder:
             (folder / "index.json").write_text("{}")
             (folder / "shard.00000.mds").write_bytes(b"data")
-            s3.stop()
+            if lose_the_server:
+                s3.stop()
 
     try:
         with pytest.raises(UserError, match=r"cannot write to s3://.*/out/00000: "):
-            write_and_lose_the_server()
+            fill(lose_the_server=True)
     finally:
         s3.start()
     assert store.listing() == set()
-    with store.staged("00000") as folder:
-        (folder / "index.json").write_text("{}")
-    assert store.listing() == {"00000/index.json"}
+    fill(lose_the_server=False)
+    assert store.listing() == {"00000/index.json", "00000/shard.00000.mds"}
 
 
 def test_no_bucket_and_no_credentials(
     s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = three_tars(tmp_path / "in")
-    with pytest.raises(UserError, match=r"cannot reach s3://not-there/x: no such bucket"):
-        quick([source], "s3://not-there/x")
-    with pytest.raises(UserError, match=r"cannot fetch s3://not-there/a\.tar: .*"):
-        quick(["s3://not-there/a.tar"], tmp_path / "out")
-    bucket = s3.bucket()
+    source, bucket = three_tars(tmp_path / "in"), s3.bucket()
+
+    def refused(words: str, *arguments: Any) -> None:
+        with pytest.raises(UserError, match=words):
+            quick(*arguments)
+
+    refused("cannot reach s3://not-there/x: no such bucket", [source], "s3://not-there/x")
+    refused(r"cannot fetch s3://not-there/a\.tar: ", ["s3://not-there/a.tar"], tmp_path / "out")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    with pytest.raises(UserError, match=rf"cannot reach {bucket}: access denied"):
-        quick([source], bucket)
+    refused(f"cannot reach {bucket}: access denied", [source], bucket)
     for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(variable)
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
-    with pytest.raises(UserError, match="no credentials found"):
-        quick([source], bucket)
+    for variable in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(variable, str(tmp_path / "none"))
+    refused("no credentials found", [source], bucket)
 
 
 def test_tars_over_http(tmp_path: Path) -> None:

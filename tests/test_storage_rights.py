@@ -56,52 +56,37 @@ def test_a_model_is_opened_by_a_key_that_may_only_read(
     fill(refusing, "runs/r", RUN)
     fill(refusing, "exports/e", EXPORT)
     refusing.without_right(*rights)
-    for number, (place, content) in enumerate(
-        {
-            "s3://b/runs/r": b"weights",
-            "s3://b/runs/r/": b"weights",
-            "s3://b/runs/r/latest-rank0.pt": b"weights",
-            "s3://b/runs/r/latest": b"weights",
-            "s3://b/runs/r/ep1-ba5-rank0.pt": b"weights",
-            "s3://b/exports/e": b"weights",
-        }.items()
-    ):
-        downloads = tmp_path / str(number)
+    places = ("", "/", "/latest-rank0.pt", "/latest", "/ep1-ba5-rank0.pt")
+    for place in (*(f"s3://b/runs/r{name}" for name in places), "s3://b/exports/e"):
+        downloads = tmp_path / place.replace("/", "-")
         downloads.mkdir()
-        assert fetch(place, downloads).read_bytes() == content
-    assert (tmp_path / "0" / "config.yaml").is_file()
+        assert fetch(place, downloads).read_bytes() == b"weights"
+        assert (downloads / "config.yaml").is_file() is ("runs" in place)
     assert card_beside("s3://b/runs/r/ep1-ba5-rank0.pt") is None
     assert read_text("s3://b/runs/r/config.yaml") == "model: {}"
 
 
 @pytest.mark.parametrize(
-    ("rights", "words"),
+    ("place", "rights", "words"),
     [
-        ((), r"^no latest-rank0\.pt at s3://b/none; check the bucket and the path$"),
+        ("none", (), r"^no latest-rank0\.pt at s3://b/none; check the bucket and the path$"),
         (
+            "none",
             ("list",),
-            r"^no latest-rank0\.pt at s3://b/none: access denied: .*or it isn't there and the key may not",
+            r"^no .* at s3://b/none: access denied: .*or it isn't there and the key",
         ),
-        (("read",), r"access denied: the key may not read it \(s3:GetObject\)"),
+        ("none", ("read",), r"access denied: the key may not read it \(s3:GetObject\)"),
+        ("r", ("list",), r"points to s3://b/runs/r/gone\.pt: access denied: .*or it isn't there"),
+        ("r", (), r"points to s3://b/runs/r/gone\.pt, which is not there, or is a sharded"),
     ],
 )
 def test_a_model_that_is_not_there_or_may_not_be_read(
-    refusing: RefusingS3, tmp_path: Path, rights: tuple[str, ...], words: str
+    refusing: RefusingS3, tmp_path: Path, place: str, rights: tuple[str, ...], words: str
 ) -> None:
+    fill(refusing, "r", {"latest-rank0.pt.symlink": b"runs/r/gone.pt"})
     refusing.without_right(*rights)
     with pytest.raises(UserError, match=words):
-        fetch("s3://b/none", tmp_path)
-
-
-def test_a_link_to_what_is_gone_with_a_key_that_may_not_list(
-    refusing: RefusingS3, tmp_path: Path
-) -> None:
-    fill(refusing, "runs/r", {"latest-rank0.pt.symlink": b"runs/r/gone.pt"})
-    refusing.without_right("list")
-    with pytest.raises(
-        UserError, match=r"points to s3://b/runs/r/gone\.pt: access denied: .*or it isn't there"
-    ):
-        fetch("s3://b/runs/r", tmp_path)
+        fetch(f"s3://b/{place}", tmp_path)
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
@@ -140,44 +125,58 @@ def test_a_needed_file_with_a_key_that_may_not_list(
         READERS[reader](tmp_path)
 
 
-@pytest.mark.parametrize("right", ["list", "read", "write"])
-def test_a_conversion_tries_its_output_before_it_begins(
-    refusing: RefusingS3, tmp_path: Path, right: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("command", "right"),
+    [("conversion", right) for right in ("list", "read", "write")]
+    + [("export", right) for right in ("list", "write")],
+)
+def test_an_output_is_tried_before_the_work_begins(
+    refusing: RefusingS3,
+    tmp_path: Path,
+    command: str,
+    right: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write_tar(tmp_path / "in" / "a.tar", pairs(0, 4))
+    commands: dict[str, Callable[[], object]] = {
+        "conversion": lambda: quick([tmp_path / "in"], "s3://b/out"),
+        "export": lambda: export(Options("nothing", "open_clip", "s3://b/out")),
+    }
     refusing.without_right(right)
-    monkeypatch.setattr(
-        "alignclip.conversion.dataset.convert_all", lambda *_: pytest.fail("it has begun")
-    )
+    for work in ("conversion.dataset.convert_all", "weights.export.open_model"):
+        monkeypatch.setattr(f"alignclip.{work}", lambda *_, **__: pytest.fail("it has begun"))
     with pytest.raises(UserError, match=rf"^cannot (reach|write to) s3://b/out: .*may not {right}"):
-        quick([tmp_path / "in"], "s3://b/out")
+        commands[command]()
     assert refusing.keys("out/") == []
+
+
+def test_an_export_tries_a_local_output_first(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"^cannot write to .*/file/out: "):
+        export(Options("nothing", "open_clip", str(tmp_path / "file" / "out")))
 
 
 def test_a_conversion_needs_no_right_to_delete(refusing: RefusingS3, tmp_path: Path) -> None:
     write_tar(tmp_path / "in" / "a.tar", pairs(0, 4))
     refusing.without_right("delete")
-    assert quick([tmp_path / "in"], "s3://b/out").written == 4
-    assert quick([tmp_path / "in"], "s3://b/out").written == 4
+    for _ in range(2):
+        assert quick([tmp_path / "in"], "s3://b/out").written == 4
 
 
 def test_a_quota_that_is_used_up_in_the_middle_of_a_conversion(
     refusing: RefusingS3, tmp_path: Path, no_waiting: None
 ) -> None:
     """It ends at once, and the same command goes on when there is room."""
-    write_tar(tmp_path / "in" / "a.tar", pairs(0, 4))
-    write_tar(tmp_path / "in" / "b.tar", pairs(10, 4))
+    for number, name in enumerate("ab"):
+        write_tar(tmp_path / "in" / f"{name}.tar", pairs(10 * number, 4))
 
     def refuse(request: Any) -> tuple[int, str] | None:
-        full = request.right == "write" and any(
-            key == "out/a/counts.json" for _, key in request.server.objects
-        )
+        full = request.right == "write" and refusing.keys("out/a/counts")
         return (403, "QuotaExceeded") if full else None
 
     refusing.refuse = refuse
-    with pytest.raises(
-        UserError, match=r"^cannot write to s3://b/out/.*: the bucket's quota is used up \(QuotaEx"
-    ):
+    words = r"^cannot write to s3://b/out/.*: the bucket's quota is used up \(QuotaEx"
+    with pytest.raises(UserError, match=words):
         quick([tmp_path / "in"], "s3://b/out", processes=1)
     refusing.refuse = lambda request: None
     assert quick([tmp_path / "in"], "s3://b/out", processes=1).written == 8
@@ -186,75 +185,55 @@ def test_a_quota_that_is_used_up_in_the_middle_of_a_conversion(
 def test_a_store_without_checksums_is_converted_into(
     refusing: RefusingS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(request: Any) -> tuple[int, str] | None:
-        names = [name.lower() for name in request.headers]
-        return (
-            (501, "NotImplemented")
-            if any(name.startswith("x-amz-checksum-") for name in names)
-            else None
-        )
-
     write_tar(tmp_path / "in" / "a.tar", pairs(0, 4))
-    refusing.refuse = refuse
+    refusing.refuse_checksums()
     assert quick([tmp_path / "in"], "s3://b/out").written == 4
     monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_supported")
     with pytest.raises(UserError, match=r"AWS_REQUEST_CHECKSUM_CALCULATION=when_required$"):
         quick([tmp_path / "in"], "s3://b/other")
 
 
-@pytest.mark.parametrize("right", ["list", "write"])
-def test_an_export_tries_its_output_before_the_model_is_read(
-    refusing: RefusingS3, right: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    refusing.without_right(right)
-    monkeypatch.setattr(
-        "alignclip.weights.export.open_model", lambda *_, **__: pytest.fail("it has begun")
-    )
-    with pytest.raises(UserError, match=rf"^cannot (reach|write to) s3://b/out: .*may not {right}"):
-        export(Options("nothing", "open_clip", "s3://b/out"))
-
-
-def test_an_export_tries_a_local_output_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        "alignclip.weights.export.open_model", lambda *_, **__: pytest.fail("it has begun")
-    )
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match=r"^cannot write to .*/file/out: "):
-        export(Options("nothing", "open_clip", str(tmp_path / "file" / "out")))
-
-
-def upload(path: Path) -> int:
+def upload(path: Path, overwrite: bool = True) -> int:
     path.write_bytes(b"a checkpoint")
     return composer_patches.upload_patiently(
         remote_backend_name="s3",
         backend_kwargs={"bucket": "b"},
         remote_file_name="runs/r/ep1.pt",
         local_file_path=str(path),
-        overwrite=True,
+        overwrite=overwrite,
         num_attempts=3,
     )
 
 
-@pytest.mark.parametrize(
-    ("status", "code", "words"),
-    [
-        (403, "AccessDenied", "may not write"),
-        (403, "QuotaExceeded", "quota is used up"),
-        (501, "NotImplemented", "AWS_REQUEST_CHECKSUM_CALCULATION=when_required"),
-        (400, "ExpiredToken", "the key has expired"),
-        (404, "NoSuchBucket", "no such bucket"),
-        (507, "XMinioStorageFull", "quota is used up"),
-    ],
-)
+# a refusal for good → its words; of an upload, and of a save folder that is tried
+FOR_GOOD = {
+    (403, "AccessDenied"): "may not write",
+    (403, "QuotaExceeded"): "quota is used up",
+    (501, "NotImplemented"): "AWS_REQUEST_CHECKSUM_CALCULATION=when_required",
+    (400, "ExpiredToken"): "the key has expired",
+    (404, "NoSuchBucket"): "no such bucket",
+    (507, "XMinioStorageFull"): "quota is used up",
+}
+of_good = pytest.mark.parametrize("answer", FOR_GOOD, ids=lambda answer: answer[1])
+
+
+@of_good
 def test_a_checkpoint_that_can_never_arrive_is_uploaded_once(
-    refusing: RefusingS3, tmp_path: Path, status: int, code: str, words: str
+    refusing: RefusingS3, tmp_path: Path, answer: tuple[int, str]
 ) -> None:
-    refusing.answer(status, code, "write")
-    with pytest.raises(StorageError, match=rf"^can't write s3://b/runs/r/ep1\.pt: .*{words}"):
+    refusing.answer(*answer, "write")
+    words = rf"^can't write s3://b/runs/r/ep1\.pt: .*{FOR_GOOD[answer]}"
+    with pytest.raises(StorageError, match=words):
         upload(tmp_path / "a")
     assert len(refusing.requests) == 1
+
+
+def test_a_checkpoint_that_is_there_and_may_not_be_replaced_is_uploaded_once(
+    refusing: RefusingS3, tmp_path: Path, no_waiting: None
+) -> None:
+    fill(refusing, "runs/r", {"ep1.pt": b"another one"})
+    with pytest.raises(StorageError, match=r"^can't write s3://b/runs/r/ep1\.pt: "):
+        upload(tmp_path / "a", overwrite=False)
 
 
 @pytest.mark.parametrize(
@@ -287,27 +266,19 @@ def test_a_run_starts_with_a_key_that_may_only_read_and_write(
     assert "runs/r/config.yaml" in refusing.keys("runs/r/config")
 
 
-@pytest.mark.parametrize(
-    ("answer", "rights", "words"),
-    [
-        ((403, "AccessDenied"), ("write",), r"may not write \(s3:PutObject\)"),
-        ((403, "AccessDenied"), ("read",), r"may write, and may not read \(s3:GetObject\)"),
-        ((403, "QuotaExceeded"), ("write",), "quota is used up"),
-        ((501, "NotImplemented"), ("write",), "AWS_REQUEST_CHECKSUM_CALCULATION=when_required"),
-        ((400, "ExpiredToken"), (), "the key has expired"),
-        ((404, "NoSuchBucket"), (), "no such bucket"),
-    ],
-)
+@of_good
 def test_a_save_folder_is_tried_before_anything_is_built(
-    refusing: RefusingS3,
-    answer: tuple[int, str],
-    rights: tuple[str, ...],
-    words: str,
-    monkeypatch: pytest.MonkeyPatch,
+    refusing: RefusingS3, answer: tuple[int, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_supported")
-    refusing.answer(*answer, *rights)
-    with pytest.raises(UserError, match=rf"^save_folder=s3://b/runs/r: .*{words}"):
+    refusing.answer(*answer, "write")
+    with pytest.raises(UserError, match=rf"^save_folder=s3://b/runs/r: .*{FOR_GOOD[answer]}"):
+        save_folder().open()
+
+
+def test_a_save_folder_has_to_be_read(refusing: RefusingS3) -> None:
+    refusing.without_right("read")
+    with pytest.raises(UserError, match=r"^save_folder=.*may write, and may not read \(s3:GetOb"):
         save_folder().open()
 
 

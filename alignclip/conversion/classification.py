@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from alignclip.conversion.class_names import (
@@ -83,19 +84,7 @@ def convert(options: ClassificationOptions) -> str:
             needed and not installed.
     """
     check_output(options.out, options.limit)
-    name = options.dataset.replace("_", "-")
-    name = name if name in CLASSIFICATION_SETS else name.replace("-", "_")
-    if name not in CLASSIFICATION_SETS:
-        raise UserError(
-            f"unknown dataset '{options.dataset}'; {nearest(options.dataset, CLASSIFICATION_SETS)}"
-        )
-    source = CLASSIFICATION_SETS[name]
-    # ImageNet's own test set has no public labels: clip_benchmark and all papers say test and take
-    # val
-    split = "val" if name == "imagenet1k" and options.split == "test" else options.split
-    if source.sizes and split not in source.sizes:
-        hint = nearest(options.split, source.sizes)
-        raise UserError(f"{name} has no split '{options.split}'; {hint}")
+    name, split = _name_and_split(options)
     root = str(Path(options.root or "").expanduser().resolve())
     identity = {
         "dataset": name,
@@ -105,36 +94,57 @@ def convert(options: ClassificationOptions) -> str:
         "templates": fingerprint("--templates", options.templates),
         **({"source": root} if name == "folder" else {}),
     }
-
-    def read() -> SetToWrite:
-        templates = choose_templates(name, options.templates)
-        content = source.read(local_path("--root", options.root, folder=True), split)
-        samples = spread(content.samples, options.limit)
-        if missing := missing_files(samples):
-            raise UserError(
-                f"{len(missing):,} of {len(samples):,} images are missing, the first is "
-                f"{missing[0]}; "
-                f"{README}"
-            )
-        differs = size_difference(name, split, source.sizes, len(content.samples))
-        classes = {
-            "dataset": name,
-            # of the labels: whoever writes other names into the file shall keep to the number
-            "classes": len(content.classnames),
-            "classnames": choose_classnames(content.classnames, options.classnames),
-            "templates": templates,
-        }
-        return SetToWrite(
-            samples,
-            ("label", "int"),
-            about={"source": root},
-            notes=[*content.notes, *([differs] if differs else [])],
-            files={CLASSES: classes},
-            # own lists need no clip_benchmark
-            packages=("torchvision", *(["clip-benchmark"] if benchmark_folder() else [])),
-        )
-
+    read = partial(_read_set, options, name, split, root)
     return convert_set(options.out, identity, read, options.progress)
+
+
+def _name_and_split(options: ClassificationOptions) -> tuple[str, str]:
+    """Return the set's name in the table, and its split.
+
+    Raises:
+        UserError: there is no such set or split.
+    """
+    name = options.dataset.replace("_", "-")
+    name = name if name in CLASSIFICATION_SETS else name.replace("-", "_")
+    if name not in CLASSIFICATION_SETS:
+        hint = nearest(options.dataset, CLASSIFICATION_SETS)
+        raise UserError(f"unknown dataset '{options.dataset}'; {hint}")
+    sizes = CLASSIFICATION_SETS[name].sizes
+    # ImageNet's own test set has no public labels: clip_benchmark and papers mean val by test
+    split = "val" if name == "imagenet1k" and options.split == "test" else options.split
+    if sizes and split not in sizes:
+        hint = nearest(options.split, sizes)
+        raise UserError(f"{name} has no split '{options.split}'; {hint}")
+    return name, split
+
+
+def _read_set(options: ClassificationOptions, name: str, split: str, root: str) -> SetToWrite:
+    templates = choose_templates(name, options.templates)
+    source = CLASSIFICATION_SETS[name]
+    content = source.read(local_path("--root", options.root, folder=True), split)
+    samples = spread(content.samples, options.limit)
+    if missing := missing_files(samples):
+        raise UserError(
+            f"{len(missing):,} of {len(samples):,} images are missing, the first is {missing[0]}; "
+            f"{README}"
+        )
+    differs = size_difference(name, split, source.sizes, len(content.samples))
+    classes = {
+        "dataset": name,
+        # of the labels: whoever writes other names into the file shall keep to the number
+        "classes": len(content.classnames),
+        "classnames": choose_classnames(content.classnames, options.classnames),
+        "templates": templates,
+    }
+    return SetToWrite(
+        samples,
+        ("label", "int"),
+        about={"source": root},
+        notes=[*content.notes, *([differs] if differs else [])],
+        files={CLASSES: classes},
+        # own lists need no clip_benchmark
+        packages=("torchvision", *(["clip-benchmark"] if benchmark_folder() else [])),
+    )
 
 
 def parse(arguments: Sequence[str] | None = None) -> ClassificationOptions:

@@ -180,8 +180,7 @@ def read_cars(root: Path, split: str) -> ClassificationContent:
         if unlabelled and find_part(root, file_named(pattern)) is None:
             raise UserError(
                 f"{unlabelled} has no labels (it is the devkit's, of the challenge): put {place} "
-                "below "
-                f"--root {root} as well; {README}"
+                f"below --root {root} as well; {README}"
             )
     parts = {
         f"stanford_cars/cars_{split}": folder_named(f"cars_{split}", "*.jpg"),
@@ -250,10 +249,8 @@ def _check_fashion_mnist(root: Path, images: np.ndarray, labels: np.ndarray, cla
     if len(labels) in (10_000, 60_000) and counts.min() != counts.max():
         raise UserError(
             f"the files in {root} are no Fashion-MNIST, which has {len(labels) // classes:,} "
-            "images "
-            f"of each class; here are {counts.min():,} to {counts.max():,}, as in MNIST, whose "
-            "files "
-            "have the same names"
+            f"images of each class; here are {counts.min():,} to {counts.max():,}, as in MNIST, "
+            "whose files have the same names"
         )
 
 

@@ -231,8 +231,7 @@ def _unique_names(shards: Sequence[str], options: ConvertOptions) -> dict[str, s
         if name in names:
             raise UserError(
                 f"{names[name]} and {shard} would both become '{name}'; give each folder of inputs "
-                "an "
-                "--out of its own (training takes several streams)"
+                "an --out of its own (training takes several streams)"
             )
         if name == VAL and options.held_out:
             raise UserError(
@@ -292,8 +291,7 @@ def _output_columns(options: ConvertOptions, shards: Iterable[str]) -> dict[str,
     if len(captions) > 1:
         raise UserError(
             f"{captions[CAPTION_LISTS]} has lists of captions, other inputs have one an image; "
-            "give it "
-            "an --out of its own"
+            "give it an --out of its own"
         )
     if options.semantic:
         encoder = load_encoder(options.encoder)

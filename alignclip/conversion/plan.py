@@ -87,8 +87,7 @@ def begin(
         was, is_now = (_flag(different, one.settings.get(different)) for one in (before, plan))
         raise UserError(
             f"{store.out} was begun with {was}, this run has {is_now}: finish it with the same "
-            "options, "
-            f"choose another --out or delete {store.out} to start again"
+            f"options, choose another --out or delete {store.out} to start again"
         )
     if written and before.columns not in (None, columns):
         raise UserError(
@@ -161,8 +160,7 @@ def _check_inputs(
         raise UserError(
             f"{store.out} was begun with other --inputs, and {are} not converted yet "
             f"({first_few(left, 1)}): name {'it' if len(left) == 1 else 'them'} as well, choose "
-            "another "
-            f"--out or delete {store.out} to start again"
+            f"another --out or delete {store.out} to start again"
         )
 
 

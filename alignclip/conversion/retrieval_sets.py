@@ -214,8 +214,8 @@ class RetrievalSource:
 
 
 # COCO, Flickr8k and Flickr30k: Karpathy's splits
-# (https://cs.stanford.edu/people/karpathy/deepimagesent);
-# Flickr30k also by Flickr30k Entities' lists, Flickr8k also by the publisher's.
+# (https://cs.stanford.edu/people/karpathy/deepimagesent); Flickr30k also by Flickr30k Entities'
+# lists, Flickr8k also by the publisher's.
 _COCO = {"train": 82_783, "restval": 30_504, "train+restval": 113_287, "val": 5_000, "test": 5_000}
 RETRIEVAL_SETS = {
     "coco": RetrievalSource("test", read_coco, {name: (size,) for name, size in _COCO.items()}),

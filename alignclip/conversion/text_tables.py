@@ -126,8 +126,7 @@ def check_encoding(table: Table, given: str | None) -> None:
     raise UserError(
         f"{table.path} is not UTF-8 (line {number:,}); name its encoding, e.g. --encoding cp1252 "
         f"(Windows; the line then reads '{shown[:80]}'); --encoding utf-8 puts U+FFFD in the place "
-        "of "
-        "what is no UTF-8"
+        "of what is no UTF-8"
     )
 
 

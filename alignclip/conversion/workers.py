@@ -32,8 +32,7 @@ from alignclip.storage.staging import OutputFolder
 CONNECT_TIMEOUT = 30  # seconds
 
 # Where this process counts, set as a worker starts: a pool hands its workers nothing but arguments
-# that
-# can be pickled, and shared numbers can't. On a cluster there is none.
+# that can be pickled, and shared numbers can't. On a cluster there is none.
 _progress: Progress | None = None
 
 

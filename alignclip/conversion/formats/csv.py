@@ -33,12 +33,11 @@ class Csv(InputFormat):
     words = "CSV, TSV"
     described = (
         "CSV, TSV",
-        "`image` or `filepath` (below the file's folder, or absolute), `caption` or `title`, `key` "
-        "where there is one; `--image-key` and `--caption-key` name other columns; 10,000 rows at "
-        "a "
-        "time. Commas, tabs, semicolons or bars, whatever the file is called; UTF-8, UTF-16, or "
-        "what `--encoding` names. A list of URLs is refused with img2dataset's command that "
-        "downloads it",
+        "`image` or `filepath` (below the file's folder, or absolute), `caption` or `title`, "
+        "`key` where there is one; `--image-key` and `--caption-key` name other columns; 10,000 "
+        "rows at a time. Commas, tabs, semicolons or bars, whatever the file is called; UTF-8, "
+        "UTF-16, or what `--encoding` names. A list of URLs is refused with img2dataset's "
+        "command that downloads it",
     )
     flags = ("--caption-key", "--image-key", "--encoding")
     endings = (".csv", ".tsv")
@@ -131,9 +130,8 @@ def _check_one_row(table: Table, row: list[str], line: int) -> None:
             if len(inner) > 1 and any(map(text_tables.IMAGE_PATH.fullmatch, inner)):
                 raise UserError(
                     f"{table.path}, line {line:,}: a field begins with a quotation mark and goes "
-                    "on "
-                    "over the rows that follow; write such a field in quotation marks, those in it "
-                    "doubled"
+                    "on over the rows that follow; write such a field in quotation marks, those "
+                    "in it doubled"
                 )
 
 

@@ -31,10 +31,8 @@ class Files(InputFormat):
     described = (
         "img2dataset's files (`--output_format files`, its default)",
         "folders `00000/` of `key.jpg` with `key.txt`, or `caption` in `key.json`, with the "
-        "options of "
-        "tars; each folder becomes one sub-folder. The parquet and json files beside the folders "
-        "are "
-        "left alone",
+        "options of tars; each folder becomes one sub-folder. The parquet and json files beside "
+        "the folders are left alone",
     )
     flags = ("--caption-key", "--image-key", "--encoding", "--last-dot")
 

@@ -48,13 +48,10 @@ class JsonLines(InputFormat):
     words = "JSON lines"
     described = (
         "JSON lines: `.jsonl`, `.ndjson`, or `.json` where it is named; gzipped, too",
-        "an object a line: `image` (a path below the file's folder, an absolute one, or a bucket's "
-        "URL), "
-        "`caption` (a text, or a list of them: the first line says which), `key` where there is "
-        "one; "
-        "`--image-key` and `--caption-key` name other entries; 10,000 lines at a time. In a "
-        "bucket, "
-        "images are read from beside the file",
+        "an object a line: `image` (a path below the file's folder, an absolute one, or a "
+        "bucket's URL), `caption` (a text, or a list of them: the first line says which), `key` "
+        "where there is one; `--image-key` and `--caption-key` name other entries; 10,000 lines "
+        "at a time. In a bucket, images are read from beside the file",
     )
     flags = ("--caption-key", "--image-key")
     endings = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")

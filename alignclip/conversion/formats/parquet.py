@@ -22,9 +22,8 @@ class Parquet(InputFormat):
     words = "parquet"
     described = (
         "img2dataset's parquet (`--output_format parquet`)",
-        "`jpg` or `image` (also Hugging Face's `{bytes, path}`), `caption`, `key`; without images "
-        "in "
-        "it, it is only the list beside a tar",
+        "`jpg` or `image` (also Hugging Face's `{bytes, path}`), `caption`, `key`; without "
+        "images in it, it is only the list beside a tar",
     )
     flags = ("--caption-key", "--image-key")
     endings = (".parquet",)

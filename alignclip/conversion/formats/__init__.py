@@ -27,8 +27,8 @@ from alignclip.conversion.formats.parquet import Parquet
 from alignclip.conversion.formats.tars import Tars
 
 # A folder stands for the first of these formats that it holds: img2dataset puts a parquet file
-# beside each tar, and beside each folder of files.
-FORMATS: tuple[InputFormat, ...] = (Tars(), Files(), Parquet(), Csv(), JsonLines(), Mds())
+# beside each tar.
+FORMATS: tuple[InputFormat, ...] = (Tars(), Parquet(), Csv(), JsonLines(), Files(), Mds())
 ENDINGS = tuple(ending for one in FORMATS for ending in one.endings)
 MAGIC_BYTES = 512  # bytes of a file by which a format is recognised
 

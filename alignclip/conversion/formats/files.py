@@ -45,8 +45,6 @@ class Files(InputFormat):
         numbered = sorted(name for name in listing.folders if name.isdecimal())
         if any(_holds_images(listing.names_in(name)) for name in numbered):
             return [listing.at(f"{name}/") for name in numbered]
-        if not all(_ends(name, (*IMAGE_EXTENSIONS, *TEXT_EXTENSIONS)) for name in listing.files):
-            return []
         stems = {name.partition(".")[0] for name in listing.files if _ends(name, TEXT_EXTENSIONS)}
         images = (name for name in listing.files if _ends(name, IMAGE_EXTENSIONS))
         is_shard = any(name.partition(".")[0] in stems for name in images)

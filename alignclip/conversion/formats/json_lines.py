@@ -128,7 +128,7 @@ def _piece(path: Path, part: str) -> Iterator[tuple[int, bytes]]:
 def _item(line: bytes, key: str, names: _Names, folder: str) -> Item:
     row = parse_json(line)
     if not isinstance(row, Mapping):
-        return Skipped(key, NO_OBJECT, line[:100].decode("utf-8", "replace"))
+        return Skipped(key, NO_OBJECT, line[:100].decode("utf-8", "replace").strip())
     name, own = row.get(names.image), row.get("key")
     key = next((str(one) for one in (own, name) if isinstance(one, (str, int)) and one != ""), key)
     if not isinstance(name, str) or not name or text_tables.is_web_address(name):

@@ -8,7 +8,7 @@ from typing import Any
 
 from alignclip.conversion import text_tables
 from alignclip.conversion.formats.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, find_column
-from alignclip.conversion.formats.declaration import InputFormat
+from alignclip.conversion.formats.declaration import InputFormat, Listing
 from alignclip.conversion.samples import BROKEN_INPUT, Item, Reading, Skipped, caption_of, pair
 from alignclip.errors import UserError, one_line
 
@@ -31,6 +31,12 @@ class Parquet(InputFormat):
     def begins(self, head: bytes) -> bool:
         """See the base class."""
         return head.startswith(b"PAR1")
+
+    def in_folder(self, listing: Listing) -> list[str]:
+        """See the base class; img2dataset's list beside a folder of files is left alone."""
+        shards = {name for name in listing.folders if name.isdecimal()}
+        names = [name for name in listing.files if name.partition(".")[0] not in shards]
+        return [listing.at(name) for name in self.among(names)]
 
     def read(self, path: Path, part: str, reading: Reading) -> Iterator[Item]:
         """Yield the pairs of a file.

@@ -1,4 +1,4 @@
-"""What a person did wrong, said in one line."""
+"""One line for what a person has to change."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ NOT_SAVED = 4  # exit status of a run that couldn't save a checkpoint; it goes o
 
 
 class UserError(Exception):
-    """Bad input from the person who runs the program: its message is one line of what, where and what instead.
+    """Bad input from a person: the message is one line of what, where and what instead.
 
-    ``status`` is the exit status of a command that ends with it.
+    ``status`` is the exit status of a command that ends with this error.
     """
 
     status = BAD_INPUT
@@ -44,7 +44,7 @@ SYNONYMS = {
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """The end of an error sentence: the valid name closest to ``name``, or all of them where none is close."""
+    """End an error sentence with the valid name closest to ``name``, or with all valid names."""
     names = {valid_name.lower(): valid_name for valid_name in sorted(valid)}
     close = [SYNONYMS.get(name.lower(), "")]
     if close[0] not in names:
@@ -57,7 +57,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception in one line: the first of its message, or its name where it has none."""
+    """Return the first line of an exception's message, or its name where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -69,7 +69,7 @@ def few(names: Iterable[str]) -> str:
 
 
 def check_place(what: str, place: str) -> None:
-    """Refuse ``s3:/bucket``, which is no URL, and as a path would be a folder named ``s3:`` in the working directory.
+    """Refuse ``s3:/bucket``, which is no URL; as a path it would be a folder named ``s3:``.
 
     Raises:
         UserError: names ``what`` and the URL that was meant.
@@ -82,9 +82,10 @@ def check_place(what: str, place: str) -> None:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Print a :class:`UserError` as one line and exit with its status; everything else keeps its stack trace.
+    """Print a :class:`UserError` as one line, and exit with its status.
 
-    Of several processes on a machine the first one speaks first: they all read the same input.
+    Other exceptions keep their stack trace. Of several processes on a machine the first one speaks
+    first: they all read the same input.
     """
     try:
         yield

@@ -62,6 +62,15 @@ def test_the_commit_of_the_checkout_that_the_code_is_of(
     assert checkout(code) is None, "no git"
 
 
+def test_a_start_names_the_commit_of_this_code() -> None:
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        pytest.skip("the tests are no checkout")
+    found = Start(0, 1, "cpu").git
+    assert found is not None
+    assert found.commit == git(root, "rev-parse", "HEAD")
+
+
 @pytest.mark.parametrize("owner", ["0", "1"])
 @pytest.mark.parametrize("below", ["somebody's", "project's", "installed"])
 def test_nothing_of_a_repository_is_run(

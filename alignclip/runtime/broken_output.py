@@ -14,10 +14,11 @@ _GONE = (errno.EPIPE, errno.ECONNRESET)  # of a pipe, of a socket
 
 
 def survive() -> None:
-    """Let no reader's end be the end of a command: what it still says then goes nowhere, and it keeps its exit status.
+    """Let a command go on when its output's reader has ended: it keeps its exit status.
 
-    The file descriptor itself is pointed at the null device, so that loggers and bars that hold the stream, child
-    processes and the flush at the interpreter's exit meet an output that takes everything.
+    The file descriptor itself is pointed at the null device, so that loggers and bars that hold the
+    stream, child processes and the flush at the interpreter's exit meet an output that takes
+    everything.
     """
     sys.stdout = _surviving(sys.stdout, 1)
     sys.stderr = _surviving(sys.stderr, 2)
@@ -37,7 +38,7 @@ class _Output(io.FileIO):
 
 
 def _surviving(stream: TextIO | None, descriptor: int) -> TextIO:
-    """The stream of a file descriptor, as it was opened; any other stream (a notebook's, a test's) as it is."""
+    """Replace the stream of a file descriptor; keep any other stream (a notebook's, a test's)."""
     if stream is None:  # the command was started with it closed
         if not _is_open(descriptor):  # or the next file that is opened would be the standard output
             _point_at_nothing(descriptor)
@@ -58,7 +59,7 @@ def _surviving(stream: TextIO | None, descriptor: int) -> TextIO:
 
 
 def _is_gone(error: OSError, descriptor: int) -> bool:
-    """Whether nobody reads; a full disk, or one that fails, is something else."""
+    """Say whether nobody reads; a full disk, or a failing one, is something else."""
     # a terminal that was closed says EIO, and so does a failing disk
     return error.errno in _GONE or (
         error.errno == errno.EIO and stat.S_ISCHR(os.fstat(descriptor).st_mode)

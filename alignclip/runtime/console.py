@@ -1,4 +1,4 @@
-"""What a command shows on the terminal, or in the file that its output goes to, whatever its encoding."""
+"""The output of a command, on a terminal or in a file, whatever its encoding."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import sys
 
 from alignclip.runtime import broken_output
 
-# Typography of our own lines where the terminal hasn't got it; other characters are shown as escapes
+# our own typography where the terminal hasn't got it; other characters are shown as escapes
 _ASCII = {
-    "…": "...", "→": "->", "×": "x", "·": "-", "–": "-", "—": "-", "“": '"', "”": '"', "‘": "'", "’": "'", "≥": ">=",
-    "≤": "<=", "⇄": "<->", "±": "+-", "α": "alpha", "β": "beta", "²": "^2", "½": "1/2",
+    "…": "...", "→": "->", "×": "x", "·": "-", "–": "-", "—": "-", "“": '"', "”": '"', "‘": "'",
+    "’": "'", "≥": ">=", "≤": "<=", "⇄": "<->", "±": "+-", "α": "alpha", "β": "beta", "²": "^2", "½": "1/2",
 }  # fmt: skip
 _HANDLER = "alignclip.readable"
 
@@ -20,8 +20,8 @@ _HANDLER = "alignclip.readable"
 def prepare() -> None:
     """Let no character and no closed pipe end a command. Call it first in every command.
 
-    What the output's encoding lacks is replaced; what nobody reads goes nowhere. Child processes that are forked
-    inherit it. Composer's and tqdm's output goes through the same streams.
+    What the output's encoding lacks is replaced; what nobody reads goes nowhere. Child processes
+    that are forked inherit it. Composer's and tqdm's output goes through the same streams.
     """
     broken_output.survive()
     codecs.register_error(_HANDLER, _replace)
@@ -31,7 +31,7 @@ def prepare() -> None:
 
 
 def loading(what: str) -> None:
-    """Say what is about to be imported: that takes seconds, on a busy machine a minute. Once on a machine."""
+    """Say, once a machine, what is imported now: imports take seconds, sometimes a minute."""
     if os.environ.get("LOCAL_RANK", "0") in ("", "0"):
         print(f"loading {what} …", file=sys.stderr, flush=True)
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
-HERE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 GIT_TIMEOUT = 20.0  # seconds
 # what losses to the last bit depend on, or the format of checkpoints and sets
 PACKAGES = (
-    "alignclip", "torch", "torchvision", "mosaicml", "mosaicml-streaming", "timm", "open_clip_torch", "numpy", "pillow",
+    "alignclip", "torch", "torchvision", "mosaicml", "mosaicml-streaming", "timm",
+    "open_clip_torch", "numpy", "pillow",
 )  # fmt: skip
 
 
@@ -39,7 +40,8 @@ class Start:
         command: after the launcher's own arguments.
         git: None where the code is installed rather than a checkout, or there is no git.
         versions: of Python, CUDA and :data:`PACKAGES`.
-        changed: what was another in the start before, as ``key: before → now``: settings, ranks, machine, versions.
+        changed: settings, ranks, machine and versions that differ from the start before, as
+            ``key: before → now``.
     """
 
     batch: int
@@ -49,7 +51,7 @@ class Start:
         default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds")
     )
     command: str = field(default_factory=lambda: shlex.join(sys.argv))
-    git: Git | None = field(default_factory=lambda: checkout(HERE))
+    git: Git | None = field(default_factory=lambda: checkout(PACKAGE))
     versions: dict[str, str] = field(default_factory=lambda: versions())
     changed: list[str] = field(default_factory=list)
 
@@ -72,9 +74,10 @@ def versions() -> dict[str, str]:
 def checkout(package: Path) -> Git | None:
     """The git checkout that a package belongs to: the folder above it, with its ``pyproject.toml``.
 
-    None where the package is installed, where git doesn't know its files, or where there is no git. An environment may
-    lie inside of somebody else's repository: git is told nothing that would have it trust another one than this, and
-    no program that a repository's configuration names is started.
+    None where the package is installed, where git doesn't know its files, or where there is no git.
+    An environment may lie inside of somebody else's repository: git is told nothing that would have
+    it trust another one than this, and no program that a repository's configuration names is
+    started.
     """
     root = package.resolve().parent
     if not (root / "pyproject.toml").is_file():

@@ -1,8 +1,9 @@
-"""The variables by which launchers tell each process of a run which one it is, looked at before anything is imported.
+"""The variables by which launchers tell each process of a run its number.
 
-Composer's launcher sets all of :data:`NUMBERS` and :data:`MEETING`. torchrun, srun and mpirun set others, from which
-these are derived. Variables that an earlier job or launcher has left in a shell would make a single process wait for
-others that never come: a person is told which ones.
+Composer's launcher sets all of :data:`NUMBERS` and :data:`MEETING`. torchrun, srun and mpirun set
+other variables, and this module derives ours from them. Variables that an earlier job or launcher
+has left in a shell would make a single process wait for others that never come: a person is told
+which variables.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def settle(
         patience: seconds to wait for the other processes of this machine to be started.
 
     Raises:
-        UserError: variables that contradict one another, too few of them, or no other process of this machine.
+        UserError: variables that contradict one another, too few of them, or no other process on
+            this machine.
     """
     for name in (*NUMBERS, *MEETING):
         if environ.get(name) == "":
@@ -72,15 +74,15 @@ def settle(
     _number(environ, "MASTER_PORT")
     if local_world > 1 and siblings(environ, patience) == 1:
         raise UserError(
-            f"{_shown(environ)}: that is one of {local_world} processes of this machine, and no other one runs; "
-            f"{_way_out(environ, world)}"
+            f"{_shown(environ)}: that is one of {local_world} processes of this machine, "
+            f"and no other one runs; {_way_out(environ, world)}"
         )
 
 
 def siblings(environ: Mapping[str, str], patience: float = 0.0) -> int | None:
-    """How many of the processes of this machine that wait at the same place run, this one among them.
+    """Count the processes of this machine that wait at the same place, this one among them.
 
-    None where the system doesn't show it.
+    None where the system doesn't show them.
     """
     deadline = time.monotonic() + patience
     expected = int(environ["LOCAL_WORLD_SIZE"])

@@ -1,8 +1,9 @@
 """Threads of PyTorch's operators on CPUs that a process doesn't have for itself.
 
-A thread of libgomp that waits for the others keeps its core busy. Where the cores are shared — with other
-jobs, with the run's own data workers, or because a container may use fewer than it sees — the threads that
-have work wait for those cores, and a step takes several times as long. See docs/performance.md.
+A thread of libgomp that waits for the others keeps its core busy. Where the cores are shared — with
+other jobs, with the run's own data workers, or because a container may use fewer than it sees — the
+threads that have work wait for those cores, and a step takes several times as long. See
+docs/performance.md.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def set_thread_defaults() -> None:
-    """Have waiting threads sleep, and give a rank its share of the cores; a user's own settings stay.
+    """Have waiting threads sleep, and give a rank its share of cores; a user's settings stay.
 
     PyTorch reads the variables when it is imported. Child processes inherit them.
     """
@@ -39,7 +40,8 @@ def available_cores() -> int:
 def _quota() -> float | None:
     """Read how many cores' time the container may use; None where there is no limit.
 
-    Source: https://docs.kernel.org/admin-guide/cgroup-v2.html (``cpu.max``), and version 1's ``cpu.cfs_quota_us``.
+    Source: https://docs.kernel.org/admin-guide/cgroup-v2.html (``cpu.max``), and version 1's
+    ``cpu.cfs_quota_us``.
     """
     try:
         if (file := CGROUP / "cpu.max").is_file():

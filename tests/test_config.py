@@ -65,7 +65,10 @@ def test_the_shipped_evaluation_is_valid() -> None:
             "linear_probe needs train",
         ),
         (["checkpoint=a", "evaluators.coco.remote=s3:/b/c"], "did you mean 's3://b/c'?"),
-        (["checkpoint=a", "evaluators.coco.batch_size=0"], "batch_size=0 is too small"),
+        (
+            ["checkpoint=a", "evaluators.coco.batch_size=0"],
+            "evaluators.coco.batch_size must be at least 1, not 0",
+        ),
         (["checkpoint=a", "evaluators.coco.intervall=1ep"], "did you mean 'interval'?"),
         (["checkpoint=a", "max_duration=1ep"], "unknown key 'max_duration'"),
         (["checkpoint=a", "device=cuda"], "device=cuda: did you mean 'gpu'?"),

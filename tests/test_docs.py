@@ -11,12 +11,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from alignclip.config.reading import _check_keys, load, load_evaluation
-from alignclip.config.schema import RunConfig
+from alignclip.config.reading import check_key, load, load_evaluation
 from alignclip.errors import UserError
 from alignclip.training import plugins
 
@@ -86,13 +84,6 @@ def is_command(code: str) -> bool:
     return code.split()[0] in ("composer", "python") or code.endswith(".py") or ".py " in code
 
 
-def nested(key: str, value: Any = None) -> Any:
-    """``a.b`` -> {a: {b: value}}."""
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
-
-
 @functools.cache
 def help_of(command: tuple[str, ...]) -> str:
     done = subprocess.run(
@@ -134,7 +125,7 @@ def test_keys_exist_and_values_are_taken(row: tuple[str, ...]) -> None:
         elif "=" in code:
             overrides.append(code)
         else:
-            _check_keys(nested(code), RunConfig, RunConfig, "", row[0])
+            check_key(code)
     if any(override.startswith("evaluators.") for override in overrides):
         evaluated = overrides[0].split(".")[1]
         more = {
@@ -241,7 +232,7 @@ def test_keys_in_the_text_exist(path: Path) -> None:
     for code in CODE.findall(text):
         key = re.match(rf"({SECTIONS})(\.\w[\w-]*)+(?=$|=|:)", code)
         if key:
-            _check_keys(nested(key[0]), RunConfig, RunConfig, "", str(path))
+            check_key(key[0])
 
 
 @each_document
@@ -260,4 +251,4 @@ def test_files_that_are_named_are_there(path: Path) -> None:
 
 def test_a_key_that_is_not_there_would_be_found() -> None:
     with pytest.raises(UserError, match="did you mean 'lr'"):
-        _check_keys(nested("optimizer.lrr"), RunConfig, RunConfig, "", "here")
+        check_key("optimizer.lrr")

@@ -252,7 +252,7 @@ def test_only_the_model_section_of_the_configuration_matters(
         text.replace("layers: 2", "layers: 1"): ["it has", " and 21 more in addition"],
         text.replace("width: 32", "width: 34"): ["model.vision_cfg.width=34 is no multiple"],
         text.replace("head_width: 16", "head_width: 0"): [
-            "model.vision_cfg.head_width=0 must be positive"
+            "model.vision_cfg.head_width must be positive, not 0"
         ],
         text.replace("patch_size: 8", "patch_seize: 8"): ["no model can be read", "patch_seize"],
         "model: [": ["no model can be read from the config.yaml"],
@@ -455,7 +455,7 @@ def test_exports_that_are_not_our_model(tmp_path: Path) -> None:
     assert "its vision_cfg is a str, not a section" in complaint(vision_cfg="ViT-B-16")
     assert "its text_cfg is a list, not a section" in complaint(text_cfg=[right["text_cfg"]])
     negative = right["vision_cfg"] | {"image_size": -32}
-    assert "model.vision_cfg.image_size=-32 must be positive" in complaint(vision_cfg=negative)
+    assert "model.vision_cfg.image_size must be positive, not -32" in complaint(vision_cfg=negative)
     for text in ("{", "[" * 100_000, '{"a":' * 100_000):
         path.write_text(text)
         with pytest.raises(UserError, match="is not JSON") as error:

@@ -16,7 +16,8 @@ from runs import TINY
 from alignclip import paths
 from alignclip.config import typed
 from alignclip.config.reading import load, load_evaluation
-from alignclip.config.schema import CLASSES, PLACE, EvaluateConfig, RunConfig
+from alignclip.config.schema import CLASSES, EvaluateConfig, RunConfig
+from alignclip.config.setting import rule_of
 from alignclip.errors import UserError
 from alignclip.training import plugins
 
@@ -56,9 +57,9 @@ def settings(schema: Any, prefix: str = "") -> Iterator[tuple[str, bool]]:
     """Every setting's name, and whether the schema marks it as a path."""
     for f in dataclasses.fields(schema):
         hint = typing.get_type_hints(schema)[f.name]
-        yield f"{prefix}{f.name}", PLACE in f.metadata
-        if (inner := typed.dataclass_in(hint)) is not None:
-            names = any(typing.get_origin(m) is dict for m in typed.members_of(hint))
+        yield f"{prefix}{f.name}", rule_of(f).place
+        names = typed.named_sections(hint)
+        for inner in filter(dataclasses.is_dataclass, typed.members_of(names or hint)):
             yield from settings(inner, f"{prefix}{f.name}." + ("*." if names else ""))
 
 
@@ -120,9 +121,7 @@ def test_home_in_an_evaluation(tmp_path: Path) -> None:
     config = load_evaluation(yaml)
     assert config.checkpoints == {"a": f"{tmp_path}/a", "b": "s3://b/~c"}
     assert config.out == f"{tmp_path}/out"
-    train = config.evaluators["p"].train
-    assert train is not None
-    assert train.local == f"{tmp_path}/y"
+    assert config.evaluators["p"].settings.train.local == f"{tmp_path}/y"
 
 
 def test_home_in_every_argument_of_a_class(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ Tables, ``results.json``, ``keep_best`` and plots ask here.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Literal
@@ -73,7 +72,5 @@ def column_of(task: str) -> str | None:
 
 def sets_of(evaluator: EvaluatorConfig) -> dict[str, SetConfig]:
     """Return the sets that an evaluator reads: ``""`` is its own, others are keys of its task."""
-    settings = getattr(evaluator, "settings", None) or evaluator
-    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-    more = {name: value for name, value in values.items() if isinstance(value, SetConfig)}
-    return {"": evaluator, **more}
+    own = vars(evaluator.settings) if evaluator.settings is not None else {}
+    return {"": evaluator} | {key: one for key, one in own.items() if isinstance(one, SetConfig)}

@@ -10,7 +10,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-# OmegaConf reads annotations at run time, and on Python 3.10 it knows Optional[X] better than X | None.
+from alignclip.config.setting import setting
+
+# OmegaConf writes a model's section, and on Python 3.10 it knows Optional[X] better than X | None.
 # ruff: noqa: UP045
 
 CLASSES = (
@@ -18,29 +20,40 @@ CLASSES = (
     "callbacks",
     "loggers",
 )  # sections of Composer's classes with their arguments
-# Metadata of a setting: it is a path or URL (alignclip.paths); it is a name that a person chooses
-PLACE, NAME = "place", "name"
+VOCABULARY = 49408  # of CLIP's byte pairs
+DEVICES = ("cpu", "gpu", "mps")
+_LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
 def _place(default: Optional[str] = None) -> Any:
-    return field(default=default, metadata={PLACE: True})
+    return setting(default, place=True)
 
 
 def _name(default: Optional[str] = None) -> Any:
-    return field(default=default, metadata={NAME: True})
+    return setting(default, name=True)
+
+
+def _count(default: int) -> Any:
+    """Make a field of a number above 0."""
+    return setting(default, above=0)
+
+
+def _amount(default: Optional[float]) -> Any:
+    """Make a field of a number of at least 0."""
+    return setting(default, at_least=0)
 
 
 @dataclass
 class VisionConfig:
     """Image tower, in open_clip's ``vision_cfg`` names. ``timm_model_name`` replaces the ViT by a timm tower."""
 
-    image_size: int = 224
-    patch_size: int = 16
-    width: int = 768
-    layers: int = 12
-    head_width: int = 64
-    mlp_ratio: float = 4.0
-    patch_dropout: float = 0.0
+    image_size: int = _count(224)
+    patch_size: int = _count(16)
+    width: int = _count(768)
+    layers: int = _count(12)
+    head_width: int = _count(64)
+    mlp_ratio: float = setting(4.0, above=0)
+    patch_dropout: float = setting(0.0, at_least=0, below=1)
     timm_model_name: Optional[str] = None
     timm_pool: str = "avg"
     timm_proj: str = "linear"
@@ -50,12 +63,12 @@ class VisionConfig:
 class TextConfig:
     """Text tower, in open_clip's ``text_cfg`` names."""
 
-    context_length: int = 77
-    vocab_size: int = 49408
-    width: int = 512
-    heads: int = 8
-    layers: int = 12
-    mlp_ratio: float = 4.0
+    context_length: int = _count(77)
+    vocab_size: int = _count(VOCABULARY)
+    width: int = _count(512)
+    heads: int = _count(8)
+    layers: int = _count(12)
+    mlp_ratio: float = setting(4.0, above=0)
 
 
 @dataclass
@@ -71,26 +84,27 @@ class SharedConfig:
 class ModelConfig:
     """The encoders. ``encode_chunk_size`` > 0 encodes a rank's batch in recomputed chunks, with the same gradients."""
 
-    embed_dim: int = 512
+    embed_dim: int = _count(512)
     vision_cfg: VisionConfig = field(default_factory=VisionConfig)
     text_cfg: TextConfig = field(default_factory=TextConfig)
     shared: SharedConfig = field(default_factory=SharedConfig)
-    quick_gelu: bool = (
-        False  # x · sigmoid(1.702 x) in place of GELU, as OpenAI's models were trained
-    )
+    # x · sigmoid(1.702 x) in place of GELU, as OpenAI's models were trained
+    quick_gelu: bool = False
     init_logit_scale: float = math.log(1 / 0.07)
-    encode_chunk_size: int = 0
+    encode_chunk_size: int = _amount(0)
 
 
 @dataclass
 class LossConfig:
     """alpha · L_clip + beta · L_sep; see :class:`alignclip.losses.AlignCLIPLoss`."""
 
-    alpha: float = 1.0
-    beta: float = 0.0
+    alpha: float = _amount(1.0)
+    beta: float = _amount(0.0)
     separate_image: bool = True
     separate_text: bool = True
     rescale: bool = True
+    # term → its settings: the keys of alignclip.config.plugged.LOSS_TERMS that the YAML has
+    terms: dict[str, Any] = setting(factory=dict, plugged=True)
 
     @property
     def needs_semantic(self) -> bool:
@@ -111,9 +125,9 @@ class SetConfig:
 class StreamConfig(SetConfig):
     """One set to train on, in :class:`streaming.Stream`'s argument names."""
 
-    proportion: Optional[float] = None
-    repeat: Optional[float] = None
-    choose: Optional[int] = None
+    proportion: Optional[float] = _amount(None)
+    repeat: Optional[float] = _amount(None)
+    choose: Optional[int] = _amount(None)
 
 
 @dataclass
@@ -124,29 +138,30 @@ class DataConfig:
     # StreamingDataset
     shuffle: bool = True
     shuffle_algo: str = "py1e"
-    shuffle_seed: int = 17
+    shuffle_seed: int = _amount(17)
     shuffle_block_size: Optional[int] = None
     # fixed, because the order of samples depends on it: a run goes on the same on any number of nodes that
     # divides it (or is a multiple of it). Small sets want 1: each canonical node's share is filled up with repeats.
-    num_canonical_nodes: int = 64
-    predownload: Optional[int] = None
+    num_canonical_nodes: int = _count(64)
+    predownload: Optional[int] = _amount(None)
     cache_limit: Optional[str] = None
-    download_retry: int = (
-        8  # attempts; they sleep 2^i s between, so 8 last through two minutes of outage
-    )
-    download_timeout: float = 60.0
+    # attempts; they sleep 2^i s between, so 8 last through two minutes of outage
+    download_retry: int = _count(8)
+    download_timeout: float = _amount(60.0)
     validate_hash: Optional[str] = "xxh64"
     keep_zip: bool = False
     epoch_size: Optional[str] = None
-    sampling_method: str = "balanced"
-    sampling_granularity: int = 1
+    sampling_method: str = setting("balanced", choices=("balanced", "fixed"))
+    sampling_granularity: int = _count(1)
     partition_algo: str = "relaxed"
-    batching_method: str = "random"
+    batching_method: str = setting(
+        "random", choices=("random", "stratified", "per_stream", "device_per_stream")
+    )
     # the training crop: RandomResizedCrop(scale, ratio), bicubic
     scale: list[float] = field(default_factory=lambda: [0.9, 1.0])
     ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
     # DataLoader
-    num_workers: int = 8
+    num_workers: int = _amount(8)
     prefetch_factor: int = 2
     persistent_workers: bool = True
     pin_memory: bool = True
@@ -160,19 +175,19 @@ class OptimizerConfig:
     """
 
     opt: str = "adamw"
-    lr: float = 1e-3
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
-    eps: float = 1e-6
-    weight_decay: float = 0.1
-    layer_decay: Optional[float] = None  # null: one lr for all layers
+    lr: float = setting(1e-3, above=0)
+    betas: list[float] = setting(factory=lambda: [0.9, 0.98], at_least=0, below=1)
+    eps: float = _amount(1e-6)
+    weight_decay: float = _amount(0.1)
+    layer_decay: Optional[float] = setting(None, above=0, at_most=1)  # null: one lr for all layers
 
 
 @dataclass
 class SchedulerConfig:
     """lr · (t + 1) / t_warmup while warming up, then a cosine to lr · alpha_f at the end of the run."""
 
-    t_warmup: str = "10000ba"
-    alpha_f: float = 0.0
+    t_warmup: str = setting("10000ba", time="schedule")
+    alpha_f: float = _amount(0.0)
 
 
 @dataclass
@@ -183,7 +198,7 @@ class FSDP2Settings:
     activation_checkpointing: bool = False
     activation_cpu_offload: bool = False
     # FULL: parameters stay fp32 and autocast works as under DDP; DEFAULT casts all of them, logit_scale too
-    mixed_precision: str = "FULL"
+    mixed_precision: str = setting("FULL", choices=("FULL", "DEFAULT", "PURE"))
     verbose: bool = False
 
 
@@ -201,7 +216,10 @@ class CompileSettings:
     fullgraph: bool = False
     dynamic: Optional[bool] = None
     backend: str = "inductor"
-    mode: Optional[str] = None
+    mode: Optional[str] = setting(
+        None,
+        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    )
     options: Optional[dict[str, Any]] = None
     disable: bool = False
 
@@ -233,41 +251,42 @@ class ProfilerSettings:
 class TrainerConfig:
     """The arguments of :class:`composer.Trainer` that a YAML can hold, under their own names."""
 
-    max_duration: str = "30ep"
+    max_duration: str = setting("30ep", time="schedule", above=0)
     run_name: str = _name("")
-    seed: int = 17
-    precision: str = "amp_bf16"
+    seed: int = _amount(17)
+    precision: str = setting("amp_bf16", choices=("fp32", "amp_fp16", "amp_bf16", "amp_fp8"))
     precision_config: Optional[dict[str, Any]] = None
-    device: Optional[str] = None
+    device: Optional[str] = setting(None, choices=DEVICES)
     parallelism_config: ParallelismSettings = field(default_factory=ParallelismSettings)
-    ddp_sync_strategy: Optional[str] = None
-    dist_timeout: float = 600.0
+    ddp_sync_strategy: Optional[str] = setting(
+        None, choices=("single_auto_sync", "multi_auto_sync", "forced_sync")
+    )
+    dist_timeout: float = setting(600.0, above=0)
     deterministic_mode: bool = False
     compile_config: Optional[CompileSettings] = None
-    train_subset_num_batches: int = -1
+    train_subset_num_batches: int = setting(-1, at_least=1, or_all=True)
     spin_dataloaders: bool = True
-    progress_bar: Optional[bool] = (
-        None  # null: where the output is a terminal; into a file go lines instead
-    )
+    # null: where the output is a terminal; into a file go lines instead
+    progress_bar: Optional[bool] = None
     log_to_console: bool = False
-    console_log_interval: str = "10ba"
+    console_log_interval: str = setting("10ba", time="interval", above=0)
     log_traces: bool = False
     auto_log_hparams: bool = False
     profiler: Optional[ProfilerSettings] = None
-    python_log_level: Optional[str] = None
+    python_log_level: Optional[str] = setting(
+        None, choices=(*_LOG_LEVELS, *map(str.upper, _LOG_LEVELS))
+    )
     # checkpoints
     save_folder: Optional[str] = _place()
-    save_interval: str = "1ep"
+    save_interval: str = setting("1ep", time="interval", above=0)
     save_filename: str = "ep{epoch}-ba{batch}-rank{rank}.pt"
     save_latest_filename: Optional[str] = "latest-rank{rank}.pt"
-    save_overwrite: bool = (
-        True  # with false a resumed run could not save again what its killed self had saved
-    )
+    # with false a resumed run could not save again what its killed self had saved
+    save_overwrite: bool = True
     save_weights_only: bool = False
     save_ignore_keys: Optional[list[str]] = None
-    save_num_checkpoints_to_keep: int = (
-        -1
-    )  # here also in object storage, not only on the local disk
+    # here also in object storage, not only on the local disk
+    save_num_checkpoints_to_keep: int = setting(-1, at_least=1, or_all=True)
     save_metrics: bool = False
     autoresume: bool = True
     load_path: Optional[str] = _place()
@@ -282,14 +301,12 @@ class TrainerConfig:
 class EvaluatorConfig(SetConfig):
     """One evaluation: a task on a set; ``remote`` or ``local`` is the file itself where the task is ``sts``."""
 
-    task: str = ""  # one of alignclip.config.metrics.TASKS
-    train: Optional[SetConfig] = None  # linear_probe: what the classifier is fitted to
-    outliers: Optional[SetConfig] = (
-        None  # out_of_distribution: what is told apart from the set, e.g. ImageNet-O
-    )
-    interval: str = "1ep"  # of a training run
-    batch_size: int = 256  # samples a rank encodes at a time
-    num_workers: int = 4
+    task: str = ""  # one of alignclip.config.plugged.TASKS
+    interval: str = setting("1ep", time="interval", above=0)  # of a training run
+    batch_size: int = setting(256, at_least=1)  # samples a rank encodes at a time
+    num_workers: int = setting(4, at_least=0)
+    # the task's own settings (alignclip.config.plugged.TASKS); None where the task has none
+    settings: Any = setting(None, plugged=True)
 
 
 @dataclass
@@ -297,9 +314,8 @@ class KeepBestConfig:
     """The checkpoint to keep beside the latest ones: the best by one metric of one evaluator."""
 
     metric: str = ""  # name of the evaluator/name of the metric, e.g. coco/image_retrieval_recall@5
-    mode: Optional[str] = (
-        None  # max or min; null: as the metric is better (alignclip.config.metrics)
-    )
+    # null: as the metric is better (alignclip.config.metrics)
+    mode: Optional[str] = setting(None, choices=("max", "min"))
 
 
 @dataclass
@@ -311,23 +327,22 @@ class StartConfig:
     """
 
     pretrained: Optional[str] = _place()
-    pretrained_shared_from: str = (
-        "text"  # or vision: whose numbers a shared module gets where the towers differ
-    )
+    # whose numbers a shared module gets where the towers differ
+    pretrained_shared_from: str = setting("text", choices=("text", "vision"))
     lock_image: bool = False
     # from the top: projection, last block and norm, then a block each, patches; in timm's towers their own groups
     # without the projection, which is always trained
-    lock_image_unlocked_groups: int = 0
+    lock_image_unlocked_groups: int = _amount(0)
     lock_image_freeze_bn_stats: bool = False
     lock_text: bool = False
-    lock_text_unlocked_layers: int = 0  # counted the same way
+    lock_text_unlocked_layers: int = _amount(0)  # counted the same way
 
 
 @dataclass
 class RunConfig(StartConfig, TrainerConfig):
     """A pretraining run: what is trained, on what, how; and, at the top level, the Trainer's own arguments."""
 
-    global_train_batch_size: int = 512
+    global_train_batch_size: int = _count(512)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -336,9 +351,9 @@ class RunConfig(StartConfig, TrainerConfig):
     evaluators: dict[str, EvaluatorConfig] = field(default_factory=dict)
     keep_best: Optional[KeepBestConfig] = None
     # Composer class name -> its arguments; checked against the class's signature (alignclip.training.plugins)
-    algorithms: dict[str, Optional[dict[str, Any]]] = field(default_factory=dict)
-    callbacks: dict[str, Optional[dict[str, Any]]] = field(default_factory=dict)
-    loggers: dict[str, Optional[dict[str, Any]]] = field(default_factory=dict)
+    algorithms: dict[str, Optional[dict[str, Any]]] = setting(factory=dict, raw=True)
+    callbacks: dict[str, Optional[dict[str, Any]]] = setting(factory=dict, raw=True)
+    loggers: dict[str, Optional[dict[str, Any]]] = setting(factory=dict, raw=True)
 
 
 @dataclass
@@ -347,9 +362,9 @@ class EvaluateConfig:
 
     checkpoint: Optional[str] = _place()  # anything that alignclip.load takes
     # several, by the names that they get in tables and plots
-    checkpoints: dict[str, str] = field(default_factory=dict, metadata={PLACE: True})
+    checkpoints: dict[str, str] = setting(factory=dict, place=True)
     evaluators: dict[str, EvaluatorConfig] = field(default_factory=dict)
     out: str = _place("evaluation")  # folder of results.json and the plots
-    precision: str = "amp_bf16"
-    device: Optional[str] = None
-    dist_timeout: float = 3600.0
+    precision: str = setting("amp_bf16", choices=("fp32", "amp_bf16", "amp_fp16"))
+    device: Optional[str] = setting(None, choices=DEVICES)
+    dist_timeout: float = setting(3600.0, above=0)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from alignclip.errors import UserError, nearest
+from alignclip.config.yaml_text import as_float
+from alignclip.errors import UserError, check_place, nearest
 
 Time = Literal["schedule", "interval"]
+# The schedule counts epochs or batches; Composer's intervals can be more.
+_SCHEDULE = {"ep": "epochs", "ba": "batches"}
+_INTERVAL = _SCHEDULE | {"sp": "samples", "sec": "seconds", "dur": "a share of the run"}
+_UNITS: dict[Time, dict[str, str]] = {"schedule": _SCHEDULE, "interval": _INTERVAL}
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,8 @@ class Rule:
         time: the setting is a number with a unit: of the schedule, or of an interval.
         place: the setting is a path or URL, whose ``~`` is home.
         name: the setting is a name that a person chooses.
+        raw: the setting is kept as it was typed, for its texts are converted later.
+        plugged: the field holds the settings of what is plugged in (:mod:`alignclip.config.plugged`).
     """
 
     at_least: float | None = None
@@ -36,6 +44,8 @@ class Rule:
     time: Time | None = None
     place: bool = False
     name: bool = False
+    raw: bool = False
+    plugged: bool = False
 
 
 def setting(
@@ -64,19 +74,62 @@ def rule_of(one: dataclasses.Field[Any]) -> Rule:
 _ANYTHING = Rule()
 
 
-def check_rule(key: str, value: Any, rule: Rule) -> None:
-    """Refuse a value that is not finite, out of its range or none of its choices; None is unset.
+def check_settings(section: Any, prefix: str = "") -> None:
+    """Check every setting of a dataclass, and of the dataclasses and names below it, by its rule.
 
     Raises:
-        UserError: the value, and what it must be.
+        UserError: the first value that is not finite, out of its range, none of its choices, no
+            time, or a URL with one slash.
     """
-    for one in value if isinstance(value, list) else [value]:
-        if isinstance(one, float) and not math.isfinite(one):
-            raise UserError(f"{key} must be a finite number, not {one}")
-        if isinstance(one, int | float) and not _is_in_range(one, rule):
-            raise UserError(f"{key}{_range_in_words(one, rule)}")
-        if rule.choices and one is not None and one not in rule.choices:
-            raise UserError(f"{key}={one}: {nearest(one, rule.choices)}")
+    for key, value, rule in walk(section, prefix):
+        if rule.time and value is not None:
+            _check_time(key, value, rule)
+            continue
+        if rule.place:
+            check_place(key, value or "")
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, float) and not math.isfinite(one):
+                raise UserError(f"{key} must be a finite number, not {one}")
+            if isinstance(one, int | float) and not _is_in_range(one, rule):
+                raise UserError(f"{key}{_range_in_words(one, rule)}")
+            if rule.choices and one is not None and one not in rule.choices:
+                raise UserError(f"{key}={one}: {nearest(one, rule.choices)}")
+
+
+def walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Rule]]:
+    """Yield the key, value and rule of every setting of a dataclass, at any depth."""
+    for one in dataclasses.fields(section):
+        value, key, rule = getattr(section, one.name), f"{prefix}{one.name}", rule_of(one)
+        below = f"{prefix}" if rule.plugged else f"{key}."
+        if dataclasses.is_dataclass(value):
+            yield from walk(value, below)
+        elif isinstance(value, dict) and not rule.raw:
+            for name, inner in value.items():
+                if dataclasses.is_dataclass(inner):
+                    yield from walk(inner, f"{below}{name}.")
+                else:
+                    yield f"{below}{name}", inner, rule
+        else:
+            yield key, value, rule
+
+
+def _check_time(key: str, text: str, rule: Rule) -> None:
+    """Refuse a time without a number and a unit that it may have.
+
+    Composer would take a number without a unit for seconds or epochs.
+    """
+    units = _UNITS[rule.time or "interval"]
+    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)([a-z]*)", text.strip().lower())
+    number = as_float(found[1]) if found else None
+    if found is None or number is None or found[2] not in ("", *units):
+        names = ", ".join(f"{unit} ({name})" for unit, name in units.items())
+        raise UserError(f"{key}={text} is no time: write a number and a unit, {names}")
+    if not found[2]:
+        raise UserError(f"{key}={text} has no unit: {text}ep (epochs) or {text}ba (batches)?")
+    if found[2] != "dur" and number != int(number):
+        raise UserError(f"{key}={text}: the number before {found[2]} must be whole")
+    if number <= 0 and rule.above is not None:
+        raise UserError(f"{key}={text} must be positive")
 
 
 def _is_in_range(value: float, rule: Rule) -> bool:

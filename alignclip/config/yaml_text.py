@@ -1,7 +1,7 @@
 """YAML in which a scalar stays the text that was typed, until a schema says what it is.
 
-YAML 1.1 reads ``0123`` as 83, ``no`` as false, ``1:30`` as 90 and ``1e400000`` as infinity. A run may have any of these
-names. :func:`parse` therefore guesses no types.
+YAML 1.1 reads ``0123`` as 83, ``no`` as false, ``1:30`` as 90 and ``1e400000`` as infinity. A run
+may have any of these names. :func:`parse` therefore guesses no types.
 :mod:`alignclip.config.typed` converts texts by the type of their setting.
 """
 
@@ -18,14 +18,7 @@ _TAG = "tag:yaml.org,2002:"
 _PLAIN = "plain"
 _INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_BOOLEANS = {
-    "true": True,
-    "True": True,
-    "TRUE": True,
-    "false": False,
-    "False": False,
-    "FALSE": False,
-}
+_TRUE, _FALSE = ("true", "True", "TRUE"), ("false", "False", "FALSE")
 
 
 class Plain(str):
@@ -35,22 +28,25 @@ class Plain(str):
 
 
 def parse(text: str) -> Any:
-    """The dicts, lists and scalars of one YAML document; a scalar is None, :class:`Plain`, or ``str`` where quoted.
+    """Return the dicts, lists and scalars of one YAML document.
+
+    A scalar is None, :class:`Plain`, or ``str`` where the text is quoted.
 
     Raises:
-        ValueError: the text is not YAML, has a key twice, a tag that names a type of Python, or holds itself.
+        ValueError: the text is not YAML, has a key twice, a tag that names a type of Python, or
+            holds itself.
     """
     try:
-        node = yaml.compose(text, Loader=_Loader)
-        return None if node is None else _build(node, ())
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
 
 
 def parse_line(text: str) -> Any:
-    """The scalar, list or mapping of an override, as far as it is one.
+    """Return the scalar, list or mapping of an override.
 
-    ``[…]``, ``{…}`` and quotation marks are YAML's. All else, and what begins so and is no YAML, is a text.
+    ``[…]``, ``{…}`` and quotation marks are YAML's. A text that is no YAML is a text, even where it
+    begins like these.
     """
     if text[:1] in ("[", "{", '"', "'"):
         try:
@@ -61,7 +57,7 @@ def parse_line(text: str) -> Any:
 
 
 def unquoted(text: str) -> str:
-    """A text setting's value as it was typed; quotation marks around the whole of it are taken off."""
+    """Return a text setting's value as it was typed, without quotation marks around the whole."""
     if text[:1] in ("'", '"'):
         try:
             value = parse(text)
@@ -73,15 +69,15 @@ def unquoted(text: str) -> str:
 
 
 def natural(value: Any) -> Any:
-    """What plain scalars look like, where no type is known: decimal numbers, ``true``, ``false``, else text."""
+    """Replace plain scalars by the decimal numbers and booleans that they look like, at any depth."""
     if isinstance(value, dict):
         return {key: natural(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [natural(inner) for inner in value]
     if not isinstance(value, Plain):
         return value
-    if value in _BOOLEANS:
-        return _BOOLEANS[value]
+    if value in (*_TRUE, *_FALSE):
+        return value in _TRUE
     found: float | None = as_integer(value)
     if found is None and not value.lstrip("+-").isdigit():
         found = as_float(value)
@@ -89,17 +85,17 @@ def natural(value: Any) -> Any:
 
 
 def as_integer(text: str) -> int | None:
-    """The decimal integer that a text is: not octal (``017``), hexadecimal (``0x1F``) or grouped (``1_000``)."""
+    """Return the decimal integer that a text is; None for ``017``, ``0x1F`` and ``1_000``, too."""
     return int(text) if _INTEGER.fullmatch(text) and len(text) < 20 else None
 
 
 def as_float(text: str) -> float | None:
-    """The decimal number that a text is; infinite where it is too large for a float."""
+    """Return the decimal number that a text is; infinite where it is too large for a float."""
     return float(text) if _FLOAT.fullmatch(text) else None
 
 
 def dump(values: dict[str, Any]) -> str:
-    """YAML text that :func:`parse`, and any other reader of YAML, reads back as these values."""
+    """Return YAML text that :func:`parse`, and any reader of YAML, reads back as these values."""
     return str(
         yaml.dump(
             values, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False
@@ -118,54 +114,47 @@ class _Loader(yaml.SafeLoader):
         return str(super().resolve(kind, value, implicit))
 
 
-def _build(node: yaml.Node, above: tuple[yaml.Node, ...]) -> Any:
-    """A node's value; ``above``: the nodes that it lies in."""
-    if node in above:
-        raise ValueError(f"line {node.start_mark.line + 1}: an anchor that holds itself")
-    if isinstance(node, yaml.SequenceNode) and node.tag == f"{_TAG}seq":
-        return [_build(item, (*above, node)) for item in node.value]
-    if isinstance(node, yaml.MappingNode) and node.tag == f"{_TAG}map":
-        return _build_mapping(node, above)
-    kind = node.tag.removeprefix(_TAG)
-    if not isinstance(node, yaml.ScalarNode) or kind not in (
-        _PLAIN,
-        "merge",
-        "str",
-        "int",
-        "float",
-        "bool",
-        "null",
-    ):
-        raise ValueError(f"line {node.start_mark.line + 1}: the tag {node.tag} has no meaning here")
-    text = str(node.value)
-    if kind == "str":
-        return text
-    return None if kind == "null" or (kind == _PLAIN and text in NULLS) else Plain(text)
+def _construct_plain(loader: _Loader, node: yaml.Node) -> Plain | None:
+    if not isinstance(node, yaml.ScalarNode):
+        raise yaml.constructor.ConstructorError(
+            None, None, "this tag is a scalar's", node.start_mark
+        )
+    is_null = node.tag == f"{_TAG}null" or (node.tag == _PLAIN and node.value in NULLS)
+    return None if is_null else Plain(node.value)
 
 
-def _build_mapping(node: yaml.MappingNode, above: tuple[yaml.Node, ...]) -> dict[str, Any]:
-    """A mapping, whose keys are texts; ``<<`` merges others into it."""
-    merged: dict[str, Any] = {}
-    own: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        where = f"line {key_node.start_mark.line + 1}"
-        if not isinstance(key_node, yaml.ScalarNode):
-            raise ValueError(f"{where}: a key must be a text")
-        value = _build(value_node, (*above, node))
-        if key_node.tag == f"{_TAG}merge":
-            for layer in reversed(value if isinstance(value, list) else [value]):
-                if not isinstance(layer, dict):
-                    raise ValueError(f"{where}: << merges mappings only")
-                merged |= layer
+def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
+    """Return a mapping, whose keys are texts; ``<<`` merges others into it."""
+    keys = set()
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            problem = "a key must be a text"
+        elif key.value in keys:
+            problem = f"the key '{key.value}' is there twice"
+        else:
+            keys.add(key.value)
             continue
-        if key_node.value in own:
-            raise ValueError(f"{where}: the key '{key_node.value}' is there twice")
-        own[str(key_node.value)] = value
-    return merged | own
+        raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+    loader.flatten_mapping(node)
+    return {str(key.value): loader.construct_object(value, deep=True) for key, value in node.value}
+
+
+def _construct_list(loader: _Loader, node: yaml.SequenceNode) -> list[Any]:
+    return [loader.construct_object(item, deep=True) for item in node.value]
+
+
+_Loader.yaml_constructors = {
+    _PLAIN: _construct_plain,
+    **{f"{_TAG}{kind}": _construct_plain for kind in ("merge", "int", "float", "bool", "null")},
+    f"{_TAG}str": yaml.SafeLoader.construct_scalar,
+    f"{_TAG}seq": _construct_list,
+    f"{_TAG}map": _construct_mapping,
+    None: yaml.SafeLoader.construct_undefined,
+}
 
 
 class _Dumper(yaml.SafeDumper):
-    """PyYAML's dumper, which quotes every text that some reader of YAML would take for something else."""
+    """PyYAML's dumper, which quotes every text that some reader takes for something else."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

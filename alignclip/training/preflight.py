@@ -9,8 +9,7 @@ from composer.devices import Device
 from composer.utils import dist, get_device
 from torch.compiler import list_backends
 
-from alignclip.config.checks import CHOICES
-from alignclip.config.schema import RunConfig
+from alignclip.config.schema import DEVICES, RunConfig
 from alignclip.data.streams import check_streams
 from alignclip.errors import UserError, nearest, one_line
 from alignclip.storage import StorageError, Store, is_absent, is_denied, open_file
@@ -18,8 +17,6 @@ from alignclip.training.save_folder import SaveFolder
 from alignclip.training.trackers import check_login
 from alignclip.weights import early
 from alignclip.weights.locate import BY_NAME, LATEST, WEIGHT_FILES
-
-DEVICES = CHOICES["device"]
 
 
 def choose_device(name: str | None) -> Device:

@@ -24,9 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from alignclip.config.checks import VOCABULARY
 from alignclip.config.reading import model_section
-from alignclip.config.schema import ModelConfig
+from alignclip.config.schema import VOCABULARY, ModelConfig
 from alignclip.data.tokenizer import SimpleTokenizer
 from alignclip.errors import UserError, check_place, few, one_line
 from alignclip.storage import StorageError, Store, check_folder_writable, open_store, patiently

@@ -21,7 +21,7 @@ METRICS = zero_shot.METRICS | {"C": Metric("neither", "the strength chosen on a 
 class Settings:
     """The keys of the task alone."""
 
-    train: SetConfig | None = None  # what the classifier is fitted to
+    train: SetConfig  # what the classifier is fitted to
 
 
 def prepare(evaluator: Evaluator) -> None:

@@ -32,7 +32,7 @@ METRICS = {
 class Settings:
     """The keys of the task alone."""
 
-    outliers: SetConfig | None = None  # images of other classes, e.g. ImageNet-O
+    outliers: SetConfig  # images of other classes, e.g. ImageNet-O
 
 
 def run(evaluator: Evaluator) -> TaskResult:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from alignclip.config.checks import VOCABULARY
+from alignclip.config.schema import VOCABULARY
 from alignclip.data.tokenizer import SimpleTokenizer
 from alignclip.errors import UserError
 from alignclip.weights.formats import hugging_face_settings as settings

@@ -8,8 +8,7 @@ from typing import Any
 
 from open_clip.transform import PreprocessCfg
 
-from alignclip.config.checks import VOCABULARY
-from alignclip.config.schema import ModelConfig, TextConfig, VisionConfig
+from alignclip.config.schema import VOCABULARY, ModelConfig, TextConfig, VisionConfig
 from alignclip.errors import UserError, nearest
 from alignclip.weights.formats.base import mlp_ratio
 

@@ -13,7 +13,7 @@ from models import EVERYTHING, small_config
 from runs import jpeg
 from streaming import MDSWriter
 
-from alignclip.config.schema import EvaluatorConfig
+from alignclip.config.reading import evaluators_of
 from alignclip.data.transforms import center_crop, normalize
 from alignclip.evaluation.encoding import Encoder
 from alignclip.evaluation.evaluator import Evaluator
@@ -37,8 +37,8 @@ def encoder_of(model: CLIP, batch_size: int = 4, progress: bool = False) -> Enco
 def evaluator_of(task: str, place: Any, opened: OpenSets | None = None, **more: Any) -> Evaluator:
     """An evaluator named ``e`` of a set in a folder, or in a bucket with its cache."""
     where = {"remote": str(place)} if "://" in str(place) else {"local": str(place)}
-    config = EvaluatorConfig(**{"task": task, "num_workers": 0, "batch_size": 4, **where, **more})
-    return Evaluator("e", config, 32, opened or OpenSets())
+    keys = {"task": task, "num_workers": 0, "batch_size": 4, **where, **more}
+    return Evaluator("e", evaluators_of({"e": keys})["e"], 32, opened or OpenSets())
 
 
 def images_of(

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from alignclip.config.reading import load
 from alignclip.config.schema import DataConfig, StreamConfig
 from alignclip.data import shared_memory
 from alignclip.data.dataset import ImageTextDataset
-from alignclip.data.shared_memory import NOTE, SHM
+from alignclip.data.shared_memory import OWNER_NOTE, SHM
 from alignclip.training.build import build_data
 
 pytestmark = pytest.mark.skipif(not SHM.is_dir(), reason="shared memory is not a folder here")
@@ -138,49 +139,65 @@ def test_another_containers_memory_is_passed_over(tmp_path: Path) -> None:
     write_set(str(tmp_path / "set"), 8)
     first = open_set(tmp_path / "set", tmp_path / "cache")
     prefix = first._shm_prefix_int
-    note = SHM / f"{prefix:06}_{NOTE}"
+    note = SHM / f"{prefix:06}_{OWNER_NOTE}"
     owner = json.loads(note.read_text())
-    note.write_text(json.dumps(owner | {"namespace": "pid:[1]"}))
+    note.write_text(json.dumps(owner | {"namespace": "pid:[1]"}), encoding="utf-8")
     for lock in Path(tempfile.gettempdir()).glob(f"{prefix:06}_*filelock"):
         lock.unlink()
     try:
         second = open_set(tmp_path / "set", tmp_path / "cache")
         assert second._shm_prefix_int != prefix
     finally:
-        note.write_text(json.dumps(owner))
+        note.write_text(json.dumps(owner), encoding="utf-8")
 
 
-def test_a_cleaner_that_comes_late_leaves_the_next_owner_alone() -> None:
+IDENTITY = shared_memory._identity(os.getpid()) or {}
+NOT_OURS = {"pid": 2**22 + 1, "started": 1, "namespace": "pid:[1]"}
+
+
+@pytest.fixture
+def note() -> Iterator[Path]:
+    """Where a prefix's owner is noted, and a segment of it; Streaming's own prefixes don't get that far."""
+    found = SHM / f"999997_{OWNER_NOTE}"
+    yield found
+    for path in SHM.glob("999997_*"):
+        path.unlink()
+
+
+def test_a_cleaner_that_comes_late_leaves_the_next_owner_alone(note: Path) -> None:
     """Between two cleaners a new run may take the prefix that both have found dead."""
-    note, segment = SHM / f"999997_{NOTE}", SHM / "999997_locals"
-    identity = shared_memory._identity(os.getpid())
-    assert identity is not None
+    segment = SHM / "999997_locals"
     removed: list[int] = []
     cleaner = threading.Thread(target=lambda: removed.extend(shared_memory.remove_stale()))
-    try:
-        with shared_memory.lock():
-            note.write_text(json.dumps(identity | {"started": 0}))
-            cleaner.start()
-            time.sleep(0.5)
-            note.write_text(json.dumps(identity))
-            segment.write_bytes(b"taken")
-        cleaner.join(60)
-        assert 999997 not in removed
-        assert note.exists()
-        assert segment.exists()
-    finally:
-        note.unlink()
-        segment.unlink()
+    with shared_memory.lock():
+        note.write_text(json.dumps(IDENTITY | {"started": 0}), encoding="utf-8")
+        cleaner.start()
+        time.sleep(0.5)
+        note.write_text(json.dumps(IDENTITY), encoding="utf-8")
+        segment.write_bytes(b"taken")
+    cleaner.join(60)
+    assert 999997 not in removed
+    assert note.exists()
+    assert segment.exists()
 
 
-def test_a_note_of_the_next_owner_outlives_the_last_one() -> None:
-    note = SHM / f"999996_{NOTE}"
-    note.write_text(json.dumps({"pid": 1, "started": 1, "namespace": shared_memory._namespace()}))
-    try:
-        shared_memory._disclaim(note)
-        assert note.exists()
-    finally:
-        note.unlink()
+@pytest.mark.parametrize(
+    ("owner", "stays"),
+    [
+        (NOT_OURS, True),  # a process of another container is not judged
+        (IDENTITY | {"started": 0}, False),  # a number that was given again is another process
+    ],
+)
+def test_whose_notes_stay(note: Path, owner: dict[str, object], stays: bool) -> None:
+    note.write_text(json.dumps(owner), encoding="utf-8")
+    assert (999997 in shared_memory.remove_stale()) != stays
+    assert note.exists() == stays
+
+
+def test_a_note_of_the_next_owner_outlives_the_last_one(note: Path) -> None:
+    note.write_text(json.dumps(IDENTITY | {"pid": 1, "started": 1}), encoding="utf-8")
+    shared_memory._disclaim(note)
+    assert note.exists()
 
 
 def test_two_runs_that_start_together_take_two_prefixes(tmp_path: Path) -> None:
@@ -219,25 +236,6 @@ def test_many_sets_fit_into_few_open_files(tmp_path: Path) -> None:
     command = [sys.executable, "-c", MANY, *(str(folder) for folder in tmp_path.iterdir())]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (run.returncode, run.stdout) == (0, "20\n"), run.stderr
-
-
-def test_processes_of_another_container_are_not_judged() -> None:
-    note = SHM / f"999999_{NOTE}"
-    note.write_text(json.dumps({"pid": 2**22 + 1, "started": 1, "namespace": "pid:[1]"}))
-    try:
-        assert 999999 not in shared_memory.remove_stale()
-        assert note.exists()
-    finally:
-        note.unlink()
-
-
-def test_a_process_number_that_was_given_again_is_another_process() -> None:
-    identity = shared_memory._identity(os.getpid())
-    assert identity is not None
-    note = SHM / f"999998_{NOTE}"
-    note.write_text(json.dumps(identity | {"started": 0}))
-    shared_memory.remove_stale()
-    assert not note.exists()
 
 
 def build_on_a_rank(folder: str) -> int:

@@ -32,11 +32,10 @@ from alignclip.conversion.evaluation_sets import (
     spread,
 )
 from alignclip.conversion.published import size_difference
+from alignclip.data.mds_index import CLASSES
 from alignclip.errors import UserError, nearest
 from alignclip.paths import option
 from alignclip.runtime import console
-
-CLASSES = "classes.json"
 
 EXAMPLES = """examples:
   # CIFAR-10's test images from data/cifar-10-batches-py

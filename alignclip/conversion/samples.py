@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alignclip.conversion.wording import listable
+from alignclip.data.mds_index import BROKEN_INPUT as BROKEN_INPUT
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_IMAGE_BYTES = 64 * 2**20  # of one file; larger ones are not even read
@@ -22,7 +23,6 @@ EMPTY_CAPTION = "empty caption"
 LONG_CAPTION = "caption too long"
 DUPLICATE_KEY = "duplicate key"
 IMAGE_TOO_LARGE = "image too large"
-BROKEN_INPUT = "truncated file"
 FIRST_DOT = "key cut at its first dot"
 NO_EMBEDDING = "caption without an embedding"
 LIE_APART = "image and caption lie apart"

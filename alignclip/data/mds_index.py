@@ -13,9 +13,11 @@ from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 from typing import Any, TypedDict, cast
 
-INDEX = "index.json"
+from alignclip.storage.staging import INDEX as INDEX
+
 # beside the index: what a converter says of the set, the classes of a classification set
 DATASET, CLASSES = "dataset.json", "classes.json"
+BROKEN_INPUT = "truncated file"  # in a sub-folder's counts: its source was not read to the end
 VERSION = 2  # of the format; Streaming reads no other
 LARGEST_SHARD = 2**32  # bytes: offsets in a shard are 32-bit
 LONGEST_NAME = 255  # bytes of a part of a path, on every common file system

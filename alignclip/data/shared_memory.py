@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 SHM = Path("/dev/shm")
-NOTE = "alignclip_owner"
+OWNER_NOTE = "alignclip_owner"
 Owner = dict[str, Any]  # pid, started: clock ticks since boot, namespace: of the process numbers
 
 
@@ -34,7 +34,7 @@ def remove_stale() -> list[int]:
     if not SHM.is_dir():
         return removed
     with lock():
-        for note in sorted(SHM.glob(f"*_{NOTE}")):
+        for note in sorted(SHM.glob(f"*_{OWNER_NOTE}")):
             if not _is_stale(note):
                 continue
             prefix = note.name.split("_")[0]
@@ -71,14 +71,14 @@ def lock() -> Iterator[None]:
 def claim(prefix: int) -> None:
     """Note this process as the owner of a prefix until it exits."""
     if SHM.is_dir():
-        note = SHM / f"{prefix:06}_{NOTE}"
+        note = SHM / f"{prefix:06}_{OWNER_NOTE}"
         note.write_text(json.dumps(_identity(os.getpid())), encoding="utf-8")
         atexit.register(_disclaim, note)
 
 
 def is_another_containers(segment: str) -> bool:
     """Return whether a segment's note says that its owner can't be seen from this container."""
-    owner = _read_owner(SHM / f"{segment.partition('_')[0]}_{NOTE}")
+    owner = _read_owner(SHM / f"{segment.partition('_')[0]}_{OWNER_NOTE}")
     return owner is not None and owner.get("namespace") != _namespace()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from alignclip.data.mds_index import (
+    BROKEN_INPUT,
     CLASSES,
     DATASET,
     INDEX,
@@ -28,7 +29,6 @@ from alignclip.verification.findings import Problems, SetSummary, folder_of
 CONVERTER = "convert.json"
 SAYING = (DATASET, CLASSES, CONVERTER)  # what the set says of itself
 OURS = {INDEX, COUNTS, CONVERTER, DATASET, CLASSES, "report.md"}  # beside shards
-TRUNCATED = "truncated file"  # the converter's word for an input that it could not read to its end
 # endings of the files that convert/cc12m.py makes a set of, by format; a test compares its formats
 INPUTS = (
     (".tar", ".tar.gz", ".tgz"),
@@ -262,7 +262,7 @@ def _add_counts(name: str, counts: dict[str, Any], index: str, found: SetSummary
     found.written = (found.written or 0) + written
     found.held_out += held_out
     found.skipped.update(skipped)
-    if TRUNCATED in skipped:
+    if BROKEN_INPUT in skipped:
         again = "fetch it again and run the convert command again"
         text = f"{counts.get('source')} was truncated: {again}"
         add("truncated inputs", name, text, mend=False)

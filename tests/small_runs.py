@@ -9,7 +9,7 @@ from composer import Trainer
 from composer.core import Callback
 from composer.loggers import InMemoryLogger
 from composer.utils import get_device
-from runs import write_config
+from runs import write_config, write_set
 
 from alignclip.config.reading import load
 from alignclip.training import composer_patches
@@ -18,6 +18,7 @@ from alignclip.training.save_folder import SaveFolder
 
 # what makes a run small, and its losses known
 SMALL = ("run_name=r", "data.num_workers=0", "scheduler.t_warmup=1ba", "loggers.InMemoryLogger={}")
+EMA = ("algorithms.EMA.half_life=2ba", "algorithms.EMA.update_interval=1ba")
 
 
 class SmallRuns:
@@ -67,3 +68,10 @@ def turn_back(folder: Path, checkpoint: str) -> None:
     """Have a local ``latest`` point at an earlier checkpoint."""
     (folder / "latest-rank0.pt").unlink()
     (folder / "latest-rank0.pt").symlink_to(checkpoint)
+
+
+def trained(folder: Path, *overrides: str) -> Trainer:
+    """Three batches of a model that shares everything, on a set beside it; it is in ``saved``."""
+    write_set(str(folder / "set"), 64)
+    runs = SmallRuns(folder, folder / "set", folder / "saved", "optimizer.lr=0.01")
+    return runs.train("max_duration=3ba", *overrides)

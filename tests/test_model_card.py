@@ -7,12 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from models import EVERYTHING, small_config
-from omegaconf import OmegaConf
+from models import EVERYTHING, drawn, refused, small_config, write_run
 
-from alignclip.errors import UserError
-from alignclip.model.encoders import build_encoders
 from alignclip.weights.digest import weights_digest
 from alignclip.weights.export_command import Options, convert
 from alignclip.weights.figures import read_figures
@@ -20,18 +16,10 @@ from alignclip.weights.load import load_encoders
 from alignclip.weights.publishing import public, public_place
 
 
-def write_run(folder: Path, seed: int = 0, **recipe: Any) -> Path:
-    """Write a checkpoint as a run leaves it, with its configuration beside it."""
-    folder.mkdir(parents=True)
+def run_of(folder: Path, seed: int = 0, **recipe: Any) -> Path:
+    """A checkpoint as a run leaves it, with its configuration beside it."""
     config = small_config(shared=EVERYTHING)
-    torch.manual_seed(seed)
-    weights = {
-        f"encoders.{name}": value for name, value in build_encoders(config).state_dict().items()
-    }
-    torch.save({"state": {"model": weights}}, folder / "latest-rank0.pt")
-    text = OmegaConf.to_yaml({"model": OmegaConf.structured(config), **recipe})
-    (folder / "config.yaml").write_text(text, encoding="utf-8")
-    return folder
+    return write_run(folder, config, drawn(config, seed), **recipe)
 
 
 def write_results(path: Path, runs: dict[str, Path], with_digests: bool = True) -> str:
@@ -59,23 +47,21 @@ def exported(run: Path, out: Path, metrics: str) -> str:
 
 
 def test_figures_of_other_weights_are_refused(tmp_path: Path) -> None:
-    mine, other = write_run(tmp_path / "mine"), write_run(tmp_path / "other", seed=1)
-    third = write_run(tmp_path / "third", seed=2)
+    mine, other = run_of(tmp_path / "mine"), run_of(tmp_path / "other", seed=1)
+    third = run_of(tmp_path / "third", seed=2)
     metrics = write_results(tmp_path / "results.json", {"a": other, "b": third})
-    with pytest.raises(
-        UserError, match=r"figures are of .*/other and .*/third, not of the weights in .*/mine; "
-    ) as told:
+    words = r"figures are of .*/other and .*/third, not of the weights in .*/mine; "
+    with refused(words) as told:
         exported(mine, tmp_path / "out", metrics)
-    assert str(told.value).endswith(
-        f"(composer evaluate.py … checkpoint={mine}), or leave --metrics out"
-    )
+    way_out = f"(composer evaluate.py … checkpoint={mine}), or leave --metrics out"
+    assert str(told.value).endswith(way_out)
     assert not (tmp_path / "out").exists()
 
 
 def test_of_several_checkpoints_the_one_that_is_exported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mine, other = write_run(tmp_path / "mine"), write_run(tmp_path / "other", seed=1)
+    mine, other = run_of(tmp_path / "mine"), run_of(tmp_path / "other", seed=1)
     metrics = write_results(tmp_path / "results.json", {"theirs": other, "ours": mine})
     card = exported(mine, tmp_path / "out", metrics)
     assert "| | ours |\n" in card
@@ -88,7 +74,7 @@ def test_of_several_checkpoints_the_one_that_is_exported(
 
 
 def test_figures_of_an_earlier_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    mine = write_run(tmp_path / "mine")
+    mine = run_of(tmp_path / "mine")
     metrics = write_results(tmp_path / "results.json", {"model": mine}, with_digests=False)
     assert "| coco: recall@1 | 0.1000 |" in exported(mine, tmp_path / "out", metrics)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("metrics:")]
@@ -101,7 +87,7 @@ def test_a_checkpoint_that_is_not_measured_yet(tmp_path: Path) -> None:
     content = {"weights": {"a": "xxh3:1"}, "checkpoints": {"a": "runs/a"}, "results": {"a": {}}}
     (tmp_path / "results.json").write_text(json.dumps(content), encoding="utf-8")
     figures = read_figures(str(tmp_path / "results.json"))
-    with pytest.raises(UserError, match=r"holds no figures of runs/a yet; evaluate it first"):
+    with refused(r"holds no figures of runs/a yet; evaluate it first"):
         figures.of("xxh3:1", "runs/a")
 
 
@@ -110,9 +96,7 @@ def test_a_checkpoint_that_is_not_measured_yet(tmp_path: Path) -> None:
 )
 def test_what_is_no_results_file(tmp_path: Path, content: str) -> None:
     (tmp_path / "results.json").write_text(content, encoding="utf-8")
-    with pytest.raises(
-        UserError, match=r"^--metrics .* is no results\.json of evaluate\.py: [^\n]+$"
-    ):
+    with refused(r"^--metrics .* is no results\.json of evaluate\.py: [^\n]+$"):
         read_figures(str(tmp_path / "results.json"))
 
 
@@ -179,7 +163,7 @@ def test_an_export_names_nothing_of_the_machine(
             }
         },
     }
-    run = write_run(home / "run", **recipe)
+    run = run_of(home / "run", **recipe)
     metrics = write_results(home / "results.json", {"model": run})
     convert(Options(str(run), to, str(home / "exports" / "first"), onnx=True, metrics=metrics))
     files = list((home / "exports" / "first").iterdir())

@@ -24,12 +24,9 @@ from alignclip.model.optimization import (
 
 
 def shared_vit_b_16() -> nn.Module:
+    text, shared = TextConfig(width=768, heads=12), SharedConfig(**EVERYTHING)
     with torch.device("meta"):
-        return build_encoders(
-            ModelConfig(
-                768, text_cfg=TextConfig(width=768, heads=12), shared=SharedConfig(-1, True, True)
-            )
-        )
+        return build_encoders(ModelConfig(768, text_cfg=text, shared=shared))
 
 
 def test_decayed_parameters_of_the_published_model() -> None:
@@ -37,42 +34,20 @@ def test_decayed_parameters_of_the_published_model() -> None:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = parameter_groups(model, 0.1)
     members = {group["weight_decay"]: {names[id(p)] for p in group["params"]} for group in groups}
-    blocks = [f"visual.transformer.resblocks.{i}" for i in range(12)]
+    blocks = [f"visual.transformer.resblocks.{i}." for i in range(12)]
+    projections, norms = ("mlp.c_fc.", "mlp.c_proj."), ("ln_1.", "ln_2.")
+    weights = ["attn.in_proj_weight", "attn.out_proj.weight", *(f"{p}weight" for p in projections)]
+    others = ["attn.in_proj_bias", "attn.out_proj.bias", *(f"{p}bias" for p in projections)]
+    others += [f"{norm}{name}" for norm in norms for name in ("weight", "bias")]
+    embeddings = {"positional_embedding", "visual.positional_embedding", "token_embedding.weight"}
+    around = [
+        f"visual.{norm}.{kind}" for norm in ("ln_pre", "ln_post") for kind in ("weight", "bias")
+    ]
     assert members == {
-        0.1: {
-            "positional_embedding",
-            "visual.positional_embedding",
-            "visual.conv1.weight",
-            "token_embedding.weight",
-            "text_projection",
-            *(
-                f"{block}.attn.{name}"
-                for block in blocks
-                for name in ("in_proj_weight", "out_proj.weight")
-            ),
-            *(f"{block}.mlp.{name}.weight" for block in blocks for name in ("c_fc", "c_proj")),
-        },
-        0.0: {
-            "logit_scale",
-            "visual.class_embedding",
-            *(
-                f"visual.{norm}.{name}"
-                for norm in ("ln_pre", "ln_post")
-                for name in ("weight", "bias")
-            ),
-            *(
-                f"{block}.{norm}.{name}"
-                for block in blocks
-                for norm in ("ln_1", "ln_2")
-                for name in ("weight", "bias")
-            ),
-            *(
-                f"{block}.attn.{name}"
-                for block in blocks
-                for name in ("in_proj_bias", "out_proj.bias")
-            ),
-            *(f"{block}.mlp.{name}.bias" for block in blocks for name in ("c_fc", "c_proj")),
-        },
+        0.1: {f"{block}{name}" for block in blocks for name in weights}
+        | {"visual.conv1.weight", "text_projection", *embeddings},
+        0.0: {f"{block}{name}" for block in blocks for name in others}
+        | {"logit_scale", "visual.class_embedding", *around},
     }
     assert sum(len(group["params"]) for group in groups) == len(names)  # each once
 

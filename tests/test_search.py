@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import EVERYTHING, small_config
+from models import EVERYTHING, small_config, write_export
 from omegaconf import OmegaConf
 from PIL import Image
-from test_loading import write_export
 
 import alignclip
 from alignclip.model.encoders import build_encoders

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import dataclasses
 import gzip
 import json
 import pathlib
@@ -17,18 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip as stock
+import open_clip as theirs
 import pytest
 import torch
-from models import small_config
+from models import drawn, refused, sections, small_batch, small_config, stock
 from omegaconf import OmegaConf
-from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
+from open_clip.model import CustomTextCLIP
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import alignclip
-from alignclip.errors import UserError
-from alignclip.model.encoders import build_encoders
 from alignclip.weights.formats import hugging_face, hugging_face_settings, open_clip
 
 Weights = dict[str, Tensor]
@@ -37,22 +34,14 @@ Weights = dict[str, Tensor]
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder with the settings of a small model."""
-    config = small_config()
-    sections = {
-        "vision_cfg": dataclasses.asdict(config.vision_cfg),
-        "text_cfg": dataclasses.asdict(config.text_cfg),
-    }
-    export = {"model_cfg": {"embed_dim": config.embed_dim, **sections}}
+    export = {"model_cfg": sections(small_config())}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(export), encoding="utf-8")
     return tmp_path
 
 
 @pytest.fixture(scope="module")
 def weights() -> Weights:
-    torch.manual_seed(0)
-    return {
-        name: value.detach() for name, value in build_encoders(small_config()).state_dict().items()
-    }
+    return dict(drawn(small_config()).state_dict())
 
 
 def prefixed(weights: Weights, prefix: str) -> Weights:
@@ -139,41 +128,27 @@ def test_safetensors_under_another_name(folder: Path, weights: Weights) -> None:
 
 
 def test_custom_text_towers(folder: Path) -> None:
-    config = small_config()
-    vision, text = dataclasses.asdict(config.vision_cfg), dataclasses.asdict(config.text_cfg)
-    vision.pop("timm_model_name")
-    model = CustomTextCLIP(config.embed_dim, CLIPVisionCfg(**vision), CLIPTextCfg(**text)).eval()
-    torch.save(
-        {"state_dict": prefixed(model.state_dict(), "module."), "epoch": 3}, folder / "epoch_30.pt"
-    )
+    model = CustomTextCLIP(**sections(small_config())).eval()
+    content = {"state_dict": prefixed(model.state_dict(), "module."), "epoch": 3}
+    torch.save(content, folder / "epoch_30.pt")
     ours = alignclip.load(folder / "epoch_30.pt")[0]
-    images, tokens = (
-        torch.randn(2, 3, 32, 32),
-        torch.tensor([[62, 1, 63, *[0] * 9], [62, 5, 7, 63, *[0] * 8]]),
-    )
+    images, tokens = small_batch()
     with torch.no_grad():
         torch.testing.assert_close(ours.encode_image(images), model.encode_image(images))
         torch.testing.assert_close(ours.encode_text(tokens), model.encode_text(tokens))
 
 
 def test_torch_script(folder: Path, weights: Weights) -> None:
-    model = build_encoders(small_config()).eval()
-    model.load_state_dict(weights)
-    theirs = stock.CLIP(16, *({k: v for k, v in vars(part).items() if k != "timm_model_name"}
-                                 for part in (small_config().vision_cfg, small_config().text_cfg)))  # fmt: skip
-    theirs.load_state_dict(
-        {name: value.reshape(theirs.state_dict()[name].shape) for name, value in weights.items()}
-    )
+    theirs = stock(small_config())
+    shapes = {name: value.shape for name, value in theirs.state_dict().items()}
+    theirs.load_state_dict({name: value.reshape(shapes[name]) for name, value in weights.items()})
     example = torch.zeros(1, 3, 32, 32), torch.zeros(1, 12, dtype=torch.long)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.trace(theirs.eval(), example, check_trace=False).save(folder / "x.pt")
     check_same(folder / "x.pt", weights)
     (folder / "open_clip_config.json").unlink()
-    with pytest.raises(
-        UserError,
-        match=r"a TorchScript archive without settings: no open_clip_config\.json.*config=",
-    ):
+    with refused(r"a TorchScript archive without settings: no open_clip_config\.json.*config="):
         alignclip.load(folder / "x.pt")
 
 
@@ -184,7 +159,7 @@ def hugging_face_folder(folder: Path, weights: Weights) -> Path:
     (folder / "config.json").write_text(
         json.dumps({"model_type": "clip"} | settings), encoding="utf-8"
     )
-    theirs = hugging_face.their_weights(weights)
+    theirs = hugging_face.their_tensors(weights)
     names = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(theirs)}
     for file in set(names.values()):
         save_file(
@@ -210,22 +185,12 @@ def test_several_files_and_an_index(folder: Path, weights: Weights) -> None:
     check_same(index, weights)
     check_same(hugging_face_folder(folder / "theirs", weights), weights)
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(
-        UserError, match=r"lists model-00002-of-00002\.safetensors, which isn't there"
-    ):
+    with refused(r"lists model-00002-of-00002\.safetensors, which isn't there"):
         alignclip.load(index)
     for name in ("../x.safetensors", "/etc/passwd", "x.txt", 3):
         index.write_text(json.dumps({"weight_map": {"a": name}}), encoding="utf-8")
-        with pytest.raises(
-            UserError, match=r"which is no file of weights beside it|is no index"
-        ) as error:
+        with refused(r"which is no file of weights beside it|is no index"):
             alignclip.load(index)
-        assert "\n" not in str(error.value)
-
-
-def write_gzip(path: Path) -> None:
-    with gzip.open(path, "wb") as file:
-        file.write(b"x" * 100)
 
 
 def write_tar(path: Path) -> None:
@@ -241,7 +206,7 @@ def write_npz(path: Path) -> None:
 TOLD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "LFS": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid"), "git lfs pull"),
     "a web page": (lambda p: p.write_text("\n<!doctype html><html>"), "is a web page"),
-    "gzip": (write_gzip, "compressed with gzip; unpack it"),
+    "gzip": (lambda p: p.write_bytes(gzip.compress(b"x" * 100)), "compressed with gzip; unpack it"),
     "tar": (write_tar, "is a tar archive; unpack it"),
     "npz": (write_npz, r"is NumPy's \(.npz\)"),
     "npy": (lambda p: np.save(p.open("wb"), np.ones(3)), "is one NumPy array"),
@@ -260,15 +225,14 @@ TOLD: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_told(folder: Path, what: str) -> None:
     write, words = TOLD[what]
     write(folder / "x.pt")
-    with pytest.raises(UserError, match=words) as error:
+    with refused(words):
         alignclip.load(folder / "x.pt")
-    assert "\n" not in str(error.value)
 
 
 def on_meta(name: str) -> Weights:
     """The state dict of one of open_clip's models, without its numbers."""
     with torch.device("meta"):
-        return dict(stock.CLIP(**stock.get_model_config(name)).state_dict())
+        return dict(theirs.CLIP(**theirs.get_model_config(name)).state_dict())
 
 
 def test_models_that_shapes_tell() -> None:
@@ -280,11 +244,9 @@ def test_models_that_shapes_tell() -> None:
     assert open_clip.like({"a": torch.ones(1)}) == []
     assert open_clip.named("ViT-B-32").text_cfg.heads == 8
     assert open_clip.named("ViT-B-32-quickgelu").quick_gelu
-    with pytest.raises(
-        UserError, match=r"config=ViT-B32 is none of open_clip's models; did you mean 'ViT-B-32'"
-    ):
+    with refused(r"config=ViT-B32 is none of open_clip's models; did you mean 'ViT-B-32'"):
         open_clip.named("ViT-B32")
-    with pytest.raises(UserError, match="our encoders can't be that model"):
+    with refused("our encoders can't be that model"):
         open_clip.named("coca_ViT-B-32")
 
 
@@ -303,5 +265,5 @@ def test_a_training_checkpoint_alone(
             check_same(tmp_path / "epoch_30.pt", weights)
             continue
         first = names[0] if names else "MODEL"
-        with pytest.raises(UserError, match=rf"no open_clip_config\.json.*pass config='{first}'"):
+        with refused(rf"no open_clip_config\.json.*pass config='{first}'"):
             alignclip.load(tmp_path / "epoch_30.pt")

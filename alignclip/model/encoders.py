@@ -1,8 +1,9 @@
 """The two encoders: a stock open_clip CLIP, some or all of whose modules serve both modalities.
 
-Everything shared is SharedCLIP (https://arxiv.org/abs/2406.17639, section 4.1), nothing shared is CLIP. The *vision*
-tower is pointed at the text tower's modules, because open_clip initialises text towers as published and leaves vision
-towers at PyTorch's defaults. A state dict has both towers' names, so a stock, unshared open_clip.CLIP loads it.
+Everything shared is SharedCLIP (https://arxiv.org/abs/2406.17639, section 4.1), nothing shared is
+CLIP. The *vision* tower is pointed at the text tower's modules, because open_clip initialises text
+towers as published and leaves vision towers at PyTorch's defaults. A state dict has both towers'
+names, so a stock, unshared open_clip.CLIP loads it.
 """
 
 from __future__ import annotations
@@ -37,19 +38,21 @@ Texts = Tensor | str | Sequence[str]
 
 
 class CLIP(open_clip.CLIP):
-    """open_clip's CLIP with text trimmed to the batch's longest caption, and encoding in recomputed chunks.
+    """open_clip's CLIP that trims texts to the batch's longest, and encodes in recomputed chunks.
 
     Attributes:
-        preprocess: how :func:`alignclip.load` prepares its images; without it, as open_clip does by default.
+        preprocess: how :func:`alignclip.load` prepares its images; without it, as open_clip does by
+            default.
     """
 
     preprocess: Callable[[Image.Image], Tensor] | None = None
 
     def encode_image(self, image: Images, normalize: bool = False) -> Tensor:
-        """Image features.
+        """Return image features.
 
         Args:
-            image: [n, 3, image_size, image_size], normalised pixels; or a PIL image, or a list of n.
+            image: [n, 3, image_size, image_size], normalised pixels; or a PIL image, or a list of
+                n.
             normalize: whether to L2-normalise the features.
 
         Returns:
@@ -60,7 +63,7 @@ class CLIP(open_clip.CLIP):
     def forward(
         self, image: Tensor, text: Tensor, chunk_size: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Encode pairs: what DDP and FSDP wrap, so that every parameter of a step is used inside of it.
+        """Encode pairs inside of what DDP and FSDP wrap, so that they see every parameter's use.
 
         Args:
             image: [n, 3, image_size, image_size], normalised pixels.
@@ -73,14 +76,14 @@ class CLIP(open_clip.CLIP):
         return *self.encode(image, text, chunk_size), self.logit_scale.exp()
 
     def encode_text(self, text: Texts, normalize: bool = False) -> Tensor:
-        """Text features, pooled at the end-of-text token, which has the highest id.
+        """Return text features, pooled at the end-of-text token, which has the highest id.
 
-        Positions behind the last end-of-text token of the batch are left out: under the causal mask they can't change
-        the features.
+        Positions behind the last end-of-text token of the batch are left out: under the causal mask
+        they can't change the features.
 
         Args:
-            text: [n, l] token ids, padded with any id to any length; or a text, or a list of n, cut to the context
-                length.
+            text: [n, l] token ids, padded with any id to any length; or a text, or a list of n, cut
+                to the context length.
             normalize: whether to L2-normalise the features.
 
         Returns:
@@ -93,13 +96,14 @@ class CLIP(open_clip.CLIP):
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode(self, images: Tensor, tokens: Tensor, chunk_size: int = 0) -> tuple[Tensor, Tensor]:
-        """Normalised features of a batch of pairs, in at least fp32.
+        """Return normalised features of a batch of pairs, in at least fp32.
 
         Args:
             images: [n, 3, image_size, image_size], normalised pixels.
             tokens: [n, l] token ids.
-            chunk_size: with more than 0, so many samples are encoded at a time, and again in the backward pass, so
-                that memory grows with the chunk while features and gradients are those of the whole batch.
+            chunk_size: with more than 0, so many samples are encoded at a time, and again in the
+                backward pass, so that memory grows with the chunk while features and gradients are
+                those of the whole batch.
 
         Returns:
             Image and text features, [n, embed_dim] each.
@@ -112,12 +116,14 @@ class CLIP(open_clip.CLIP):
 
     @torch.inference_mode()
     def similarity(self, images: Images, texts: Texts, batch_size: int = 256) -> Tensor:
-        """Cosines of every image with every text; times ``exp(logit_scale)`` they are the logits.
+        """Return cosines of images with texts; times ``exp(logit_scale)`` they are the logits.
 
         Args:
-            images: [n, 3, image_size, image_size], normalised pixels, on any device; or a PIL image, or a list of n.
+            images: [n, 3, image_size, image_size], normalised pixels, on any device; or a PIL
+                image, or a list of n.
             texts: [m, l] token ids, on any device; or a text, or a list of m.
-            batch_size: images, and texts, that are moved to the model's device and encoded at a time.
+            batch_size: images, and texts, that are moved to the model's device and encoded at a
+                time.
 
         Returns:
             [n, m], on the model's device.
@@ -136,7 +142,7 @@ class CLIP(open_clip.CLIP):
         return encode(self.encode_image, images) @ encode(self.encode_text, texts).T
 
     def _pixels(self, images: Images) -> Tensor:
-        """PIL images as the model takes them, on its device; pixels as they are."""
+        """Prepare PIL images as the model takes them, on its device; leave pixels as they are."""
         if isinstance(images, Tensor):
             return images
         size = self.visual.image_size
@@ -148,12 +154,13 @@ class CLIP(open_clip.CLIP):
             if not isinstance(image, Image.Image):
                 kind = type(image).__name__
                 raise TypeError(
-                    f"pictures are PIL images, or one tensor of pixels, not {kind}: PIL.Image.open(path)"
+                    f"pictures are PIL images, or one tensor of pixels, not {kind}: "
+                    "PIL.Image.open(path)"
                 )
         return torch.stack([prepare(image) for image in several]).to(self.logit_scale.device)
 
     def _tokens(self, texts: Texts) -> Tensor:
-        """Texts as token ids on the model's device; token ids as they are."""
+        """Tokenise texts, on the model's device; leave token ids as they are."""
         if isinstance(texts, Tensor):
             return texts
         several = [texts] if isinstance(texts, str) else list(texts)
@@ -161,7 +168,7 @@ class CLIP(open_clip.CLIP):
         return tokens.to(self.logit_scale.device)
 
     def _encode_trimmed_text(self, text: Tensor) -> Tensor:
-        """[n, l] token ids, l up to the context length -> [n, embed_dim] features, all l positions computed."""
+        """Encode [n, l] token ids, l up to the context length, to [n, embed_dim] features."""
         length = text.shape[1]
         dtype = self.transformer.get_cast_dtype()
         x = self.token_embedding(text).to(dtype) + self.positional_embedding[:length].to(dtype)
@@ -172,7 +179,7 @@ class CLIP(open_clip.CLIP):
         return features
 
     def _trim(self, text: Tensor) -> Tensor:
-        """Cut behind the last end-of-text token. Counting non-zero ids would not do: 0 is also the token "!"."""
+        """Cut behind the last end-of-text token; non-zero ids don't tell it: 0 is the token "!"."""
         # a compiled graph has static shapes: full length rather than a graph for every length
         if not torch.compiler.is_compiling():
             text = text[:, : int(text.argmax(dim=-1).max()) + 1]
@@ -189,7 +196,7 @@ def _tokenizer(context_length: int) -> SimpleTokenizer:
 
 
 def _in_chunks(encode: Callable[[Tensor], Tensor], inputs: Tensor, chunk_size: int) -> Tensor:
-    """``encode(inputs)``, a chunk at a time if ``chunk_size`` > 0, recomputed in the backward pass."""
+    """Encode a chunk at a time if ``chunk_size`` > 0, and again in the backward pass."""
     if chunk_size <= 0:
         return encode(inputs)
     if not torch.is_grad_enabled():
@@ -212,8 +219,8 @@ def _normalize(features: Tensor) -> Tensor:
 def clamp_logit_scale_(model: nn.Module) -> None:
     """Clamp ``model.logit_scale`` to [0, ln 100] in place, for right after an optimizer step.
 
-    Works on a parameter that FSDP2 has sharded, too, of which a rank may hold nothing. Source: CLIP,
-    https://arxiv.org/abs/2103.00020, section 2.5.
+    Works on a parameter that FSDP2 has sharded, too, of which a rank may hold nothing. Source:
+    CLIP, https://arxiv.org/abs/2103.00020, section 2.5.
     """
     logit_scale = model.logit_scale
     local = logit_scale.to_local() if isinstance(logit_scale, DTensor) else logit_scale
@@ -222,10 +229,10 @@ def clamp_logit_scale_(model: nn.Module) -> None:
 
 
 def build_encoders(config: ModelConfig) -> CLIP:
-    """Build the encoders, randomly initialised from torch's global generator, on torch's default device.
+    """Build the encoders on torch's default device, initialised from torch's global generator.
 
-    Shared modules and the text tower are initialised as published, an unshared vision tower as open_clip does it.
-    ``logit_scale`` has shape [1], because FSDP shards no scalars.
+    Shared modules and the text tower are initialised as published, an unshared vision tower as
+    open_clip does it. ``logit_scale`` has shape [1], because FSDP shards no scalars.
 
     Raises:
         UserError: sizes that don't go together, naming the keys and their values.
@@ -272,19 +279,20 @@ def _check_timm_name(name: str) -> None:
 
 
 def _check_timm_tower(config: ModelConfig, model: CLIP) -> None:
-    """Refuse a timm tower that would fail at the first batch, or whose gradients chunks would change."""
+    """Refuse a timm tower that would fail at the first batch, or that chunks would change."""
     vision = config.vision_cfg
     fixed_size = getattr(getattr(model.visual.trunk, "patch_embed", None), "img_size", None)
     if fixed_size is not None and tuple(fixed_size) != (vision.image_size, vision.image_size):
         raise UserError(
-            f"model.vision_cfg.image_size={vision.image_size}, but model.vision_cfg.timm_model_name="
-            f"{vision.timm_model_name} takes {fixed_size[0]}"
+            f"model.vision_cfg.image_size={vision.image_size}, but "
+            f"model.vision_cfg.timm_model_name={vision.timm_model_name} takes {fixed_size[0]}"
         )
     has_batch_norm = any(
         isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()
     )
     if config.encode_chunk_size and has_batch_norm:
         raise UserError(
-            f"model.encode_chunk_size={config.encode_chunk_size} would change the batch statistics of "
-            f"model.vision_cfg.timm_model_name={vision.timm_model_name}, which has batch norms; set it to 0"
+            f"model.encode_chunk_size={config.encode_chunk_size} would change the batch statistics "
+            f"of model.vision_cfg.timm_model_name={vision.timm_model_name}, which has batch norms; "
+            "set it to 0"
         )

@@ -1,4 +1,4 @@
-"""Parameter groups, optimizer and learning-rate schedule of the published recipe, through timm's factories."""
+"""Parameter groups, optimizer and learning-rate schedule of the published recipe, by timm."""
 
 from __future__ import annotations
 
@@ -23,24 +23,26 @@ SETTINGS = ("initial_lr", "betas", "eps", "weight_decay")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """``model``'s trainable parameters, each once, in a group without weight decay and one with ``weight_decay``.
+    """Group trainable parameters, each once: without weight decay, and with ``weight_decay``.
 
-    Not decayed are parameters of at most one dimension (biases, norms, class embedding, logit scale), as in CLIP
-    (https://arxiv.org/abs/2103.00020, section 2.5). Position embeddings are decayed: open_clip's models would exempt
-    them by their ``no_weight_decay()``, which is therefore not consulted.
+    Not decayed are parameters of at most one dimension (biases, norms, class embedding, logit
+    scale), as in CLIP (https://arxiv.org/abs/2103.00020, section 2.5). Position embeddings are
+    decayed: open_clip's models would exempt them by their ``no_weight_decay()``, which is therefore
+    not consulted.
     """
     groups: list[dict[str, Any]] = timm.optim.param_groups_weight_decay(model, weight_decay)
     return groups
 
 
 def layer_depths(model: CLIP) -> dict[nn.Parameter, int]:
-    """How far each parameter lies below the top of its tower, for ``optimizer.layer_decay``.
+    """Count how far each parameter lies below the top of its tower, for ``layer_decay``.
 
-    0 are projections, the norms behind the blocks and logit_scale; then the blocks, from 1 for the last, whatever
-    the other tower's number is (a shared block has the same depth in both); below the first block the embeddings. In
-    a timm tower the layers are those of the model's own ``group_matcher``. With lr · layer_decay^depth as in BEiT
-    (https://arxiv.org/abs/2106.08254) and, but for the last norm, :func:`timm.optim.param_groups_layer_decay` on a
-    model with its classifier.
+    0 are projections, the norms behind the blocks and logit_scale; then the blocks, from 1 for the
+    last, whatever the other tower's number is (a shared block has the same depth in both); below
+    the first block the embeddings. In a timm tower the layers are those of the model's own
+    ``group_matcher``. With lr · layer_decay^depth as in BEiT (https://arxiv.org/abs/2106.08254)
+    and, but for the last norm, :func:`timm.optim.param_groups_layer_decay` on a model with its
+    classifier.
     """
     depths = dict.fromkeys(model.parameters(), 0)
 
@@ -65,9 +67,10 @@ def layer_depths(model: CLIP) -> dict[nn.Parameter, int]:
 
 
 def _timm_depths(trunk: Any) -> dict[nn.Parameter, int]:
-    """The same of timm's model without its head: 1 is its last block.
+    """Count the same in timm's model without its head: 1 is its last block.
 
-    timm counts what lies behind the blocks, where its matcher says so, to the last of them; here it is at 0.
+    timm counts what lies behind the blocks, where its matcher says so, to the last of them; here it
+    is at 0.
     """
     matcher = trunk.group_matcher(coarse=False)
     layers = timm.models.group_parameters(trunk, matcher, reverse=True)
@@ -77,7 +80,7 @@ def _timm_depths(trunk: Any) -> dict[nn.Parameter, int]:
     top = max(layers.values())
 
     def is_above(name: str) -> bool:
-        """In the last layer, and no part of a block: said to follow one, or matched by nothing."""
+        """Tell whether a parameter of the last layer follows a block, or is matched by nothing."""
         suffix = next(
             (suffix for pattern, suffix in patterns if re.match(pattern, name)), MATCH_PREV_GROUP
         )
@@ -94,7 +97,7 @@ def _timm_depths(trunk: Any) -> dict[nn.Parameter, int]:
 def decay_by_layer(
     groups: list[dict[str, Any]], depths: dict[nn.Parameter, int], lr: float, layer_decay: float
 ) -> list[dict[str, Any]]:
-    """Split parameter groups by depth, with an ``lr`` each: lr · layer_decay^depth, the full rate first."""
+    """Split parameter groups by depth, with lr · layer_decay^depth each, the full rate first."""
     split: dict[tuple[int, int], dict[str, Any]] = {}
     for i, group in enumerate(groups):
         for parameter in group["params"]:
@@ -107,15 +110,18 @@ def decay_by_layer(
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer that ``config.opt`` names in timm, over :func:`parameter_groups`, by layer if so configured.
+    """Build the optimizer that ``config.opt`` names in timm, by layer if so configured.
 
-    The first group has the full learning rate (:class:`alignclip.training.callbacks.TrainingMonitor` logs it).
+    The first group has the full learning rate
+    (:class:`alignclip.training.callbacks.TrainingMonitor` logs it).
 
-    ``betas`` and ``eps`` reach the optimizer as they stand, so they are worth a look when ``opt`` changes. One that the
-    optimizer doesn't take is left out while it is at its default, and refused when it was set.
+    ``betas`` and ``eps`` reach the optimizer as they stand, so they are worth a look when ``opt``
+    changes. One that the optimizer doesn't take is left out while it is at its default, and refused
+    when it was set.
 
     Raises:
-        UserError: an unknown name (with the nearest), one that isn't installed, or an argument it doesn't take.
+        UserError: an unknown name (with the nearest), one that isn't installed, or an argument it
+            doesn't take.
     """
     try:
         info = timm.optim.get_optimizer_info(config.opt)
@@ -150,7 +156,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
 
 
 def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """What the configuration says of each parameter group; :func:`restore_settings` takes it."""
+    """Return the settings of each parameter group, for :func:`restore_settings`."""
     return [
         {key: group[key] for key in SETTINGS if key in group} for group in optimizer.param_groups
     ]
@@ -159,10 +165,11 @@ def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 def restore_settings(
     optimizer: torch.optim.Optimizer, scheduler: LambdaLR, settings: list[dict[str, Any]]
 ) -> tuple[float, float]:
-    """Give an optimizer that a checkpoint was loaded into the settings and the learning rate of *this* run.
+    """Give an optimizer that a checkpoint was loaded into the settings and rates of *this* run.
 
-    A checkpoint brings the rate that its own schedule has for the next step, and its own base rates. The next step
-    would use that rate, whatever the length of this run is; and a rate set anew would have no effect at all.
+    A checkpoint brings the rate that its own schedule has for the next step, and its own base
+    rates. The next step would use that rate, whatever the length of this run is; and a rate set
+    anew would have no effect at all.
 
     Args:
         optimizer: after the checkpoint was loaded.
@@ -170,7 +177,8 @@ def restore_settings(
         settings: :func:`settings_of` the optimizer before.
 
     Returns:
-        the rate of the first group's next step as the checkpoint has it, and as this run's schedule has it.
+        the rate of the first group's next step as the checkpoint has it, and as this run's schedule
+        has it.
     """
     before = float(optimizer.param_groups[0]["lr"])
     for group, configured in zip(optimizer.param_groups, settings, strict=True):
@@ -186,11 +194,11 @@ def restore_settings(
 
 
 def lr_multiplier(step: int, warmup_steps: int, total_steps: int, alpha_f: float = 0.0) -> float:
-    """The factor on the base learning rate in optimizer step ``step``, counted from 0.
+    """Return the factor on the base learning rate in optimizer step ``step``, counted from 0.
 
-    A linear warm-up, (step + 1) / warmup_steps, so that the first step already learns and step warmup_steps - 1 has the
-    full rate; then half a cosine from 1 to ``alpha_f`` at ``total_steps``, and ``alpha_f`` thereafter. With
-    alpha_f = 0, open_clip's and the published schedule.
+    A linear warm-up, (step + 1) / warmup_steps, so that the first step already learns and step
+    warmup_steps - 1 has the full rate; then half a cosine from 1 to ``alpha_f`` at ``total_steps``,
+    and ``alpha_f`` thereafter. With alpha_f = 0, open_clip's and the published schedule.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps

@@ -66,7 +66,7 @@ def write_card(
         f"## Use\n\n```python\n{form.usage_at(public_place(out))}\n```\n",
         "## Model\n",
         _table(_sizes(loaded)),
-        f"## Training\n\n{_table(_training(recipe))}" if recipe.get("data") else "",
+        f"## Training\n\n{_table(_training_rows(recipe))}" if recipe.get("data") else "",
         f"## Metrics\n\n{figures.table()}\n" if figures else "",
         f"## Licence\n\n{notes}\n",
         f"Written by alignclip {importlib.metadata.version('alignclip')}.\n",
@@ -90,7 +90,7 @@ def _sizes(loaded: Loaded) -> dict[str, Any]:
     }
 
 
-def _training(recipe: dict[str, Any]) -> dict[str, Any]:
+def _training_rows(recipe: dict[str, Any]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for name, stream in (recipe["data"].get("streams") or {}).items():
         remote = str((stream or {}).get("remote") or "")

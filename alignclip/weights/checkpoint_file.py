@@ -1,9 +1,9 @@
-"""One checkpoint as a file: its checksum lies at its end, and says whether the file is as it was written.
+"""A checkpoint as a file: the checksum at its end says whether the file is as it was written.
 
 PyTorch writes a zip archive, and a zip archive may end with a comment. The comment here is
-``alignclip sha256 `` and the SHA-256 of everything before these 64 digits. The checksum is in the file
-because a second file could be older than the first, and get lost on the way. Every reader of PyTorch's
-files reads these, too; ``head -c -64 FILE | sha256sum`` computes the digits.
+``alignclip sha256 `` and the SHA-256 of everything before these 64 digits. The checksum is in the
+file because a second file could be older than the first, and get lost on the way. Every reader of
+PyTorch's files reads these, too; ``head -c -64 FILE | sha256sum`` computes the digits.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LARGE = 1 << 16  # bytes from which a thread is worth its while
 
 
 class NotSavedError(UserError):
-    """A checkpoint that couldn't be written. What was saved before is whole, and the run can go on from there."""
+    """A checkpoint couldn't be written; the run can go on from the one before."""
 
     status = NOT_SAVED
 
@@ -47,18 +47,19 @@ def save(content: dict[str, Any], path: Path) -> None:
     """Write a checkpoint with its checksum. The file is there as a whole or not at all.
 
     Raises:
-        NotSavedError: the file system refuses, for instance because it is full; with free and needed bytes.
+        NotSavedError: the file system refuses, for instance because it is full; with free and
+            needed bytes.
     """
     needed = 0
     try:
-        # the checksum tells after a power cut whether the bytes got to the disk; to wait for them takes seconds
+        # to wait for the disk takes seconds, and after a power cut the checksum tells
         with (
             write_whole(path, durable=False) as partial,
             partial.open("wb", buffering=0) as file,
             ThreadPoolExecutor(1) as pool,
         ):
             summed = _SummedFile(file, pool)
-            torch.save(content, summed)  # type: ignore[arg-type]  # a file of which only write and flush are used
+            torch.save(content, summed)  # type: ignore[arg-type]  # it writes and flushes alone
             needed = summed.size + COMMENT
             summed.finish()
     except (OSError, StorageError) as error:
@@ -69,8 +70,8 @@ def save(content: dict[str, Any], path: Path) -> None:
 def damage(path: Path) -> str | None:
     """Say why a file is not the checkpoint that was written; None where it is.
 
-    A checkpoint of an earlier version has no checksum of its own. It is whole where it is a complete
-    zip archive in which each record has the CRC that was written with it.
+    A checkpoint of an earlier version has no checksum of its own. It is whole where it is a
+    complete zip archive in which each record has the CRC that was written with it.
     """
     try:
         with path.open("rb") as file:
@@ -97,7 +98,7 @@ def damage(path: Path) -> str | None:
 
 
 def has_checksum(path: Path) -> bool:
-    """Whether a file ends as :func:`write` ends it."""
+    """Tell whether a file ends as :func:`save` ends it."""
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - COMMENT))
@@ -113,7 +114,7 @@ def _digest(file: BinaryIO, length: int) -> str:
 
 
 def _damaged_record(path: Path) -> str | None:
-    """Read each record of an archive against its CRC; from the first byte to the directory there is nothing else."""
+    """Check each record of an archive by its CRC, and that there is nothing between records."""
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             end, entries = 0, sorted(archive.infolist(), key=lambda entry: entry.header_offset)
@@ -137,11 +138,11 @@ def _damaged_record(path: Path) -> str | None:
 
 
 class _SummedFile:
-    """What ``torch.save`` writes to: counts, hashes and passes on, and keeps back the archive's end.
+    """A file for ``torch.save``: counts, hashes and passes on, and keeps back the archive's end.
 
     The hash is computed beside the writing, in a thread. An error of the file system is raised by
-    :meth:`finish`: PyTorch's writer is in C and can't let one through. What comes after it is counted,
-    to say how much room is needed.
+    :meth:`finish`: PyTorch's writer is in C and can't let one through. What comes after it is
+    counted, to say how much room is needed.
     """
 
     def __init__(self, file: FileIO, pool: ThreadPoolExecutor) -> None:
@@ -165,7 +166,7 @@ class _SummedFile:
         return count
 
     def flush(self) -> None:
-        """Nothing: the file has no buffer."""
+        """Do nothing: the file has no buffer."""
 
     def finish(self) -> None:
         """Write the archive's end with the checksum in its comment.

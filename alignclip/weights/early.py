@@ -1,6 +1,7 @@
-"""Places that a command names, looked at before anything large is imported: a wrong one is told within seconds.
+"""A first look at the places that a command names: a wrong one is told within seconds.
 
-Everything imported here is light. What needs PyTorch or Composer is looked at in :mod:`alignclip.training.preflight`.
+Everything imported here is light. What needs PyTorch or Composer is looked at in
+:mod:`alignclip.training.preflight`.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from alignclip.weights.locate import (
 
 
 def check_run(config: RunConfig) -> None:
-    """Everything that a run reads and writes: its sets, the evaluators' sets, what it starts from, its folder.
+    """Look at a run's sets, its evaluators' sets, what it starts from, and its folder.
 
     Raises:
         UserError: what is wrong, all of it in one line.
@@ -58,7 +59,7 @@ def check_run(config: RunConfig) -> None:
         hint = f"; set {where}.remote or .local, or take it out with {where}=null"
         wrong += _wrong(check_set, where, stream, hint)
         if config.loss.needs_semantic:
-            wrong += _wrong(check_embeddings, where, _columns(stream))
+            wrong += _wrong(check_embeddings, where, _set_columns(stream))
     for name, evaluator in config.evaluators.items():
         wrong += _wrong(check_evaluator, name, evaluator)
     if config.load_path and "://" not in config.load_path:
@@ -74,13 +75,15 @@ def check_run(config: RunConfig) -> None:
 
 
 def check_evaluation(config: EvaluateConfig) -> dict[str, str]:
-    """Everything that ``evaluate.py`` reads and writes. Evaluators whose sets are not there are told now.
+    """Look at what ``evaluate.py`` reads and writes; tell which evaluators' sets are not there.
 
     Returns:
-        why evaluators can't be run, by their names; the others can. On the first process of a machine alone.
+        why evaluators can't be run, by their names; the others can. On the first process of a
+        machine alone.
 
     Raises:
-        UserError: a checkpoint that is not there, ``out`` that can't be written, or not one evaluator that can be run.
+        UserError: a checkpoint that is not there, ``out`` that can't be written, or not one
+            evaluator that can be run.
     """
     if not _speaks():
         return {}
@@ -103,13 +106,13 @@ def check_evaluation(config: EvaluateConfig) -> dict[str, str]:
 
 
 def without_name(name: str, why: str) -> str:
-    """What is wrong with an evaluator, for a line that begins with its name."""
+    """Return what is wrong with an evaluator, for a line that begins with its name."""
     rest = why.removeprefix(f"evaluators.{name}")
     return rest.lstrip(":. ") if rest[:1] in (":", ".", " ") else why
 
 
 def check_evaluator(name: str, evaluator: EvaluatorConfig, contents: bool = False) -> None:
-    """The sets of an evaluator are there; their ``contents``, which takes Streaming, are what its task reads.
+    """Look for an evaluator's sets, and with ``contents`` (which needs Streaming) into them.
 
     Raises:
         UserError: the first that isn't.
@@ -125,7 +128,7 @@ def check_evaluator(name: str, evaluator: EvaluatorConfig, contents: bool = Fals
             check_task_columns(where, map(columns_of, shards), column)
         else:
             check_set(where, stream)
-            check_task_columns(where, _columns(stream), column)
+            check_task_columns(where, _set_columns(stream), column)
         if column == "label":
             hint = "; convert/classification.py writes it"
             _check_file(where, place_of(stream, CLASSES), hint=hint, near=False)
@@ -143,8 +146,8 @@ def check_set(where: str, stream: SetConfig, hint: str = "") -> None:
         raise UserError(f"{where}: {no_set_at(path.parent, hint)}")
 
 
-def _columns(stream: SetConfig) -> list[dict[str, str]]:
-    """The columns that a set's index names, shard by shard; none where it can't be read: that is told later."""
+def _set_columns(stream: SetConfig) -> list[dict[str, str]]:
+    """Return the columns in a set's index, shard by shard; none of one that can't be read yet."""
     try:
         text = read_text(place_of(stream, INDEX))
         found = [columns_of(entry) for entry in listed_shards(json.loads(text))]
@@ -208,7 +211,7 @@ def check_writable(key: str, place: str) -> None:
 
 
 def save_folder(config: RunConfig) -> str | None:
-    """The folder of a run's checkpoints; None where there is none, or its name holds what nobody knows."""
+    """Return the folder of a run's checkpoints; None where its name holds what nobody knows."""
     try:
         return config.save_folder.format(run_name=config.run_name) if config.save_folder else None
     except (KeyError, IndexError, ValueError):
@@ -220,7 +223,7 @@ def _check_file(
 ) -> None:
     store, name = open_file(place)
     try:
-        there = _is_there(store, (name, f"{name}.symlink") if or_link else (name,))
+        there = _any_is_there(store, (name, f"{name}.symlink") if or_link else (name,))
     except StorageError as error:
         raise UserError(f"{where}: {error}") from None
     if not there:
@@ -228,8 +231,8 @@ def _check_file(
         raise UserError(f"{where}: there is no {place}{meant or hint}")
 
 
-def _is_there(store: Store, names: Sequence[str]) -> bool:
-    """Whether one of some files is there; True of a kind of store that doesn't tell.
+def _any_is_there(store: Store, names: Sequence[str]) -> bool:
+    """Tell whether one of some files is there; True of a kind of store that doesn't tell.
 
     Raises:
         StorageError: none is, as far as the store says; the first refusal that says something else.
@@ -248,13 +251,13 @@ def _is_there(store: Store, names: Sequence[str]) -> bool:
 
 
 def _goes_on(config: RunConfig, folder: str) -> bool:
-    """Whether a checkpoint is there to go on from; True where that can't be known yet."""
+    """Tell whether a run has a checkpoint to go on from; True where that can't be known yet."""
     if not config.autoresume:
         return False
     latest = str(config.save_latest_filename or LATEST).format(run_name=config.run_name, rank=0)
     try:
         store = open_store(folder)
-        if _is_there(store, (latest, f"{latest}.symlink")):
+        if _any_is_there(store, (latest, f"{latest}.symlink")):
             return True
         return any(
             name.endswith(".pt") for name in store.names()
@@ -264,10 +267,11 @@ def _goes_on(config: RunConfig, folder: str) -> bool:
 
 
 def _speaks() -> bool:
-    """Whether this process looks, and speaks, for all: the others would say the same.
+    """Tell whether this process looks, and speaks, for all: the others would say the same.
 
-    With several machines nobody does: the processes of the others would wait for this one until they time out. Once
-    all have met, :mod:`alignclip.training.preflight` and the evaluation look at the same places.
+    With several machines nobody does: the processes of the others would wait for this one until
+    they time out. Once all have met, :mod:`alignclip.training.preflight` and the evaluation look at
+    the same places.
     """
     world = os.environ.get("WORLD_SIZE", "1")
     return os.environ.get("RANK", "0") == "0" and os.environ.get("LOCAL_WORLD_SIZE", world) == world

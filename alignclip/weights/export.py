@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,7 +65,7 @@ CHECKED_CAPTIONS = [
 ]
 
 
-def convert(options: Options) -> float:
+def export_model(options: Options) -> float:
     """Read, write, read again, compare; return the largest difference of a feature.
 
     Raises:
@@ -87,7 +88,7 @@ def convert(options: Options) -> float:
     card = write_card(loaded, options.source, license, figures, form, options.out.rstrip("/"))
     try:
         with _folder_for(options.out, bucket, form.last) as folder:
-            worst = _write(loaded, form, options, folder)
+            worst = _write_checked(loaded, form, options, folder)
             (folder / CARD).write_text(card, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {options.out}: {one_line(error)}") from None
@@ -107,7 +108,7 @@ def _model_config(path: str) -> ModelConfig:
         ) from None
 
 
-def _write(loaded: Loaded, form: Format, options: Options, folder: Path) -> float:
+def _write_checked(loaded: Loaded, form: Format, options: Options, folder: Path) -> float:
     """Write everything but the card into an empty folder, and check it."""
     ours = encode_with(loaded.model)
     try:
@@ -118,12 +119,12 @@ def _write(loaded: Loaded, form: Format, options: Options, folder: Path) -> floa
     except (SafetensorError, RuntimeError) as error:  # a full disk, by these libraries' own names
         raise UserError(f"cannot write {options.out}: {one_line(error)}") from None
     again = form.reopen(folder) or _reopen_here(folder / form.last)
-    worst = check_features(loaded, ours, again.encode, options.to)
-    check_pixels(loaded, again.prepare, options.to)
+    worst = compare_features(loaded, ours, again.encode, options.to)
+    compare_pixels(loaded, again.prepare, options.to)
     if options.onnx:
         write_onnx(loaded.model, folder)
         scale = loaded.model.logit_scale.detach().exp().reshape(())
-        worst = max(worst, check_features(loaded, ours, read_onnx(folder, scale), "ONNX"))
+        worst = max(worst, compare_features(loaded, ours, read_onnx(folder, scale), "ONNX"))
     return worst
 
 
@@ -136,7 +137,7 @@ def _reopen_here(file: Path) -> Reopened:
 # --- the check --------------------------------------------------------------------------------
 
 
-def check_features(loaded: Loaded, ours: Encode, theirs: Encode, name: str) -> float:
+def compare_features(loaded: Loaded, ours: Encode, theirs: Encode, name: str) -> float:
     """Return the largest difference of normalised features between a model and its export.
 
     Raises:
@@ -178,7 +179,7 @@ def _inputs(config: ModelConfig) -> tuple[Tensor, Tensor]:
     return images, tokens
 
 
-def check_pixels(loaded: Loaded, prepare: Preprocess, name: str) -> None:
+def compare_pixels(loaded: Loaded, prepare: Preprocess, name: str) -> None:
     """See that the export's library prepares a picture as the model's images are prepared.
 
     The picture is three times as wide as it is high, so that an even number of columns is cut off:
@@ -250,7 +251,7 @@ def _folder_for(out: str, bucket: Store | None, last: str) -> Iterator[Path]:
     try:
         yield folder
         if bucket is not None:
-            _upload(folder, bucket, last)
+            _upload_all(folder, bucket, last)
             return
         mask = os.umask(0)
         os.umask(mask)
@@ -262,7 +263,7 @@ def _folder_for(out: str, bucket: Store | None, last: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _upload(folder: Path, bucket: Store, last: str) -> None:
+def _upload_all(folder: Path, bucket: Store, last: str) -> None:
     """Upload every file, ``last`` at the end; after an error what was uploaded is removed again.
 
     Raises:
@@ -271,7 +272,7 @@ def _upload(folder: Path, bucket: Store, last: str) -> None:
     names = sorted((path.name for path in folder.iterdir()), key=lambda name: (name == last, name))
     for i, name in enumerate(names):
         try:
-            patiently(lambda name=name: bucket.put(folder / name, name), bucket.place)  # type: ignore[misc]
+            patiently(partial(bucket.put, folder / name, name), bucket.place)
         except BaseException as error:  # Ctrl-C among them
             left = _remove(bucket, names[: i + 1])
             if not isinstance(error, StorageError):

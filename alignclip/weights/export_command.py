@@ -36,7 +36,7 @@ EXAMPLES = """examples:
 
 @dataclass
 class Options:
-    """What is converted, into what, where.
+    """The settings of one conversion.
 
     Attributes:
         source: anything that :func:`alignclip.load` takes.
@@ -91,7 +91,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     return Options(**vars(parser.parse_args(arguments)))
 
 
-def check(options: Options) -> None:
+def check_options(options: Options) -> None:
     """Look at what is read and written, as far as that is quickly known.
 
     Raises:
@@ -111,10 +111,10 @@ def check(options: Options) -> None:
 
 
 def convert(options: Options) -> float:
-    """Read, write, read again, compare: see :func:`alignclip.weights.export.convert`."""
+    """Read, write, read again, compare: see :func:`alignclip.weights.export.export_model`."""
     from alignclip.weights import export
 
-    return export.convert(options)
+    return export.export_model(options)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.prepare()
     options = parse(arguments)
     with one_line_errors():
-        check(options)
+        check_options(options)
         console.loading("PyTorch")
         worst = convert(options)
     print(f"{options.out}: read again, the features differ by at most {worst:.1e}")

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from alignclip.errors import UserError, one_line
 
-Metrics = dict[str, float | None]  # metric → value; None is none that is finite
+Measured = dict[str, float | None]  # metric → value; None is none that is finite
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What evaluations have measured.
+    """The results of evaluations.
 
     Attributes:
         file: where this was read.
@@ -25,7 +25,7 @@ class Figures:
     """
 
     file: str
-    results: dict[str, dict[str, Metrics]]
+    results: dict[str, dict[str, Measured]]
     weights: dict[str, str]
     places: dict[str, str]
 
@@ -90,7 +90,7 @@ def read_figures(file: str) -> Figures:
         raise UserError(f"{wrong}{one_line(error)}") from None
     if not isinstance(content, dict) or not _is_results(content.get("results")):
         raise UserError(f"{wrong}it has no results by checkpoints, evaluators and metrics")
-    weights, places = (_texts(content.get(key)) for key in ("weights", "checkpoints"))
+    weights, places = (_only_texts(content.get(key)) for key in ("weights", "checkpoints"))
     return Figures(file, content["results"], weights, places)
 
 
@@ -106,7 +106,7 @@ def _is_results(found: object) -> bool:
     return is_mapping(found, lambda evaluators: is_mapping(evaluators, are_metrics))
 
 
-def _texts(found: object) -> dict[str, str]:
+def _only_texts(found: object) -> dict[str, str]:
     """Return the texts of a mapping, if it is one."""
     items = found.items() if isinstance(found, dict) else ()
     return {name: value for name, value in items if isinstance(value, str) and value}

@@ -36,8 +36,10 @@ def check_weights(weights: Mapping[str, Any], what: str, way_out: str = "") -> N
     if bad := not_finite(weights):
         names = few(short_name(name) for name in bad)
         hint = f". {way_out}" if way_out else ""
-        raise UserError(f"{what} holds numbers that are not finite (NaN or infinite), in {len(bad)} of "
-                        f"{len(weights)} tensors: {names}{hint}")  # fmt: skip
+        raise UserError(
+            f"{what} holds numbers that are not finite (NaN or infinite), "
+            f"in {len(bad)} of {len(weights)} tensors: {names}{hint}"
+        )
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def named_license(card: str | None) -> str | None:
 
 
 def forbids_derivatives(name: str) -> bool:
-    """Tell whether what is made of the weights must not be passed on: a Creative Commons ND licence."""
+    """Tell whether it is one of Creative Commons' ND licences: nothing derived is passed on."""
     found = re.search(r"(?<![a-z])(nd|no-?derivatives|no-?derivs)(?![a-z])", name.lower())
     return found is not None
 

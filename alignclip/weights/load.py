@@ -1,4 +1,4 @@
-"""``alignclip.load``: a trained model from a file of any format of :mod:`alignclip.weights.formats`."""
+"""``alignclip.load``: a trained model from a file of any format."""
 
 from __future__ import annotations
 
@@ -120,9 +120,9 @@ def open_model(
         unused = weights.unused or _kept_apart(file, place)
         pixels = form.pixels(weights.content)
         found, source = (given, "config=") if given is not None else _described(weights)
-        model = _build(weights.tensors, found, place, source)
+        model = _build_model(weights.tensors, found, place, source)
         check_weights(model.state_dict(), place)
-        recipe, card = (_text(find_beside(file, name)) for name in (RUN_CONFIG, CARD))
+        recipe, card = (_optional_text(find_beside(file, name)) for name in (RUN_CONFIG, CARD))
         unused = {name: value.clone() for name, value in unused.items()}
     preprocess = preprocess_config(pixels, place, found.vision_cfg.image_size)
     model = model.to(device).eval()
@@ -146,11 +146,11 @@ def _kept_apart(file: Path, place: str) -> dict[str, Tensor]:
     return unused
 
 
-def _text(path: Path | None) -> str | None:
+def _optional_text(path: Path | None) -> str | None:
     return path.read_text(encoding="utf-8", errors="replace") if path else None
 
 
-def _build(tensors: dict[str, Tensor], config: ModelConfig, place: str, source: str) -> CLIP:
+def _build_model(tensors: dict[str, Tensor], config: ModelConfig, place: str, source: str) -> CLIP:
     """Build the model with its weights.
 
     Raises:

@@ -1,4 +1,4 @@
-"""NumPy's numbers and arrays, as a pickle writes them; arrays of objects and records are refused."""
+"""NumPy's numbers and arrays, as a pickle writes them, without objects and records."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from alignclip.weights.safe_pickle import Maker, Refused, check_numbers
 
-Array = np.ndarray[Any, Any]
+NumpyArray = np.ndarray[Any, Any]
 
 
 def dtype(name: Any, align: Any = False, copy: Any = True) -> np.dtype[Any]:
@@ -55,7 +55,7 @@ def scalar(kind: Any, content: Any = b"") -> Any:
     return np.frombuffer(held, kind)[0] if kind.itemsize else kind.type()
 
 
-def empty_array(kind: Any, shape: Any, code: Any) -> Array:
+def empty_array(kind: Any, shape: Any, code: Any) -> NumpyArray:
     """Return an array that gets its numbers later, as ``numpy._core.multiarray._reconstruct``."""
     is_array = isinstance(kind, Maker) and kind.name.endswith(".ndarray")
     if not is_array or shape != (0,) or code not in (b"b", "b"):
@@ -63,16 +63,16 @@ def empty_array(kind: Any, shape: Any, code: Any) -> Array:
     return np.empty(0, np.int8)
 
 
-def fill_array(found: Array, state: Any) -> None:
+def fill_array(found: NumpyArray, state: Any) -> None:
     """Give an array its numbers."""
     _, shape, kind, fortran, content = state
     held = numbers(content, kind, shape)
     if type(fortran) is not bool:
         raise Refused("a numpy array of another size")
-    found.__setstate__((1, shape, kind, fortran, held))  # type: ignore[arg-type]  # numpy's stub wants its own bool
+    found.__setstate__((1, shape, kind, fortran, held))  # type: ignore[arg-type]  # its bool
 
 
-def array_of(content: Any, kind: Any, shape: Any, order: Any) -> Array:
+def array_of(content: Any, kind: Any, shape: Any, order: Any) -> NumpyArray:
     """Return an array, as ``numpy._core.numeric._frombuffer`` of pickle's protocol 5."""
     held = np.frombuffer(bytearray(numbers(content, kind, shape)), kind)
     return held.reshape(shape, order="F" if order == "F" else "C")

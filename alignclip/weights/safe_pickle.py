@@ -41,7 +41,7 @@ NEW: dict[str, Callable[[], Any]] = {  # push a value without looking at the sta
 COLLECTED: dict[str, Callable[[list[Any]], Any]] = {  # make one value of all above the last mark
     "LIST": list,
     "TUPLE": tuple,
-    "DICT": lambda items: dict(pairs(items)),
+    "DICT": lambda items: dict(key_value_pairs(items)),
     "FROZENSET": lambda items: frozenset(map(check_key, items)),
 }
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -94,7 +94,7 @@ class Unread:
 
 
 class Types(Protocol):
-    """What a machine may make beside numbers, texts and containers."""
+    """The objects that a machine may make beside numbers, texts and containers."""
 
     def find(self, module: str, name: str) -> Any:
         """Return what stands for a name: a :class:`Maker`, or a value such as a dtype."""
@@ -120,7 +120,7 @@ def check_numbers(*values: Any) -> None:
         raise Refused("a size that is none")
 
 
-def pairs(items: list[Any]) -> list[tuple[Any, Any]]:
+def key_value_pairs(items: list[Any]) -> list[tuple[Any, Any]]:
     """Return keys and values that alternate as pairs."""
     return [(check_key(key), value) for key, value in zip(items[::2], items[1::2], strict=True)]
 
@@ -213,7 +213,7 @@ class Machine:
         elif isinstance(target, set):
             target.update(map(check_key, items))
         else:  # update() of a Counter would add
-            for key, value in pairs(items):
+            for key, value in key_value_pairs(items):
                 target[key] = value
 
     def _find(self, names: list[Any]) -> None:

@@ -1,10 +1,11 @@
 """Files of ``torch.save`` read without executing anything of them.
 
-``torch.load`` with ``weights_only=False`` runs whatever a file names. With ``weights_only=True``, torch up to 2.9.1
-has a hole (GHSA-63cw-57p8-fm3p): a crafted file can corrupt memory. So this module takes the file apart by itself: the
-pickle goes through :class:`alignclip.weights.safe_pickle.Machine` with the types of
-:mod:`alignclip.weights.safe_types`, and each
-storage is as long as what the file holds of it. torch writes a checksum with each part, which is compared.
+``torch.load`` with ``weights_only=False`` runs whatever a file names. With ``weights_only=True``,
+torch up to 2.9.1 has a hole (GHSA-63cw-57p8-fm3p): a crafted file can corrupt memory. So this
+module takes the file apart by itself: the pickle goes through
+:class:`alignclip.weights.safe_pickle.Machine` with the types of
+:mod:`alignclip.weights.safe_types`, and each storage is as long as what the file holds of it. torch
+writes a checksum with each part, which is compared.
 """
 
 from __future__ import annotations
@@ -32,25 +33,25 @@ LOCAL_HEADER = struct.Struct(
 BYTE_ORDER = (
     "was written by a machine of another byte order; save it again on one of this machine's"
 )
-WAY_OUT = (
+SAVE_PLAIN_DATA = (
     "if you trust it, save what you need of it as plain data: "
     "torch.save({'state_dict': torch.load(FILE, weights_only=False)['state_dict']}, NEW)"
 )
 
 
 class WrongFile(Exception):
-    """A file that is damaged, or of another kind; the message is the end of a sentence whose subject is the file."""
+    """A file is damaged, or of another kind; the message goes on after the file's name."""
 
 
 def read_pickled(
     path: str | Path,
     *,
     what: str = "",
-    way_out: str = WAY_OUT,
+    way_out: str = SAVE_PLAIN_DATA,
     mapped: bool = False,
     passed_over: tuple[str, ...] = (),
 ) -> Any:
-    """Return what a file of ``torch.save`` holds, on the CPU, as ``torch.load(weights_only=False)`` would.
+    """Return what a file of ``torch.save`` holds, on the CPU, as ``torch.load`` would.
 
     Tensors that share a storage share it again. Nothing that the file names is imported or called.
 
@@ -58,7 +59,8 @@ def read_pickled(
         path: a file of this machine, in torch's zip format or the one before torch 1.6.
         what: what the person calls the file, for errors; its path by default.
         way_out: what a person may do about a file that holds other types, for errors.
-        mapped: tensors lie in the file, mapped into memory, as long as they live. The file must not change then.
+        mapped: tensors lie in the file, mapped into memory, as long as they live. The file must not
+            change then.
         passed_over: beginnings of the names of types whose objects are left out, as
             :class:`alignclip.weights.safe_pickle.Unread`; so are special tensors then.
 
@@ -67,10 +69,11 @@ def read_pickled(
     """
     place = what or str(path)
     try:
-        return _read(Path(path), mapped, passed_over)
+        return _read_file(Path(path), mapped, passed_over)
     except Unknown as error:
         raise UserError(
-            f"{place} is refused: beside weights it holds '{error}', which could run code; {way_out}"
+            f"{place} is refused: beside weights it holds '{error}', "
+            f"which could run code; {way_out}"
         ) from None
     except Refused as error:
         raise UserError(f"{place} is refused: it holds {error}") from None
@@ -84,14 +87,14 @@ def read_pickled(
         ) from None
 
 
-def _read(path: Path, mapped: bool, passed_over: tuple[str, ...]) -> Any:
+def _read_file(path: Path, mapped: bool, passed_over: tuple[str, ...]) -> Any:
     if not path.stat().st_size:
         raise EOFError
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             return _Archive(path, archive, mapped, passed_over).read()
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return _read_old(content, passed_over)  # type: ignore[arg-type]  # a map reads as a file does
+        return _read_old(content, passed_over)  # type: ignore[arg-type]  # reads as a file
 
 
 class _Archive:
@@ -132,7 +135,7 @@ class _Archive:
         return content
 
     def _check_length(self, record: zipfile.ZipInfo) -> None:
-        """Refuse parts that take more memory than the file: unpacked, or read twice, a few bytes can be any number."""
+        """Refuse parts that take more memory than the file: packed ones, or ones read twice."""
         if record.compress_type != zipfile.ZIP_STORED:
             raise WrongFile("is refused: it is a compressed archive, which PyTorch doesn't write")
         self.left -= record.file_size
@@ -180,7 +183,7 @@ class _Archive:
 
 
 def _read_old(file: BinaryIO, passed_over: tuple[str, ...]) -> Any:
-    """Return what a file in torch's format before 1.6 holds: pickles, then the storages in the last one's order."""
+    """Read torch's format before 1.6: pickles, then the storages in the last pickle's order."""
     storages: dict[str, torch.UntypedStorage] = {}
     left = len(file)  # type: ignore[arg-type]
 

@@ -227,7 +227,7 @@ for _name in ("PosixPath", "WindowsPath"):
 
 
 class CheckpointTypes:
-    """What the pickle of a checkpoint may make.
+    """The objects that the pickle of a checkpoint may make.
 
     Args:
         storage: gives the bytes of a storage by its key and their number.
@@ -239,7 +239,7 @@ class CheckpointTypes:
     ) -> None:
         self.storage = storage
         self.passed_over = passed_over
-        self.unfilled: dict[int, safe_numpy.Array] = {}
+        self.unfilled: dict[int, safe_numpy.NumpyArray] = {}
         self.storages: list[Storage] = []
 
     def find(self, module: str, name: str) -> Any:
@@ -301,7 +301,7 @@ class CheckpointTypes:
             raise Refused(f"a state of a {type(value).__name__}")
         return value
 
-    def _empty_array(self, *arguments: Any) -> safe_numpy.Array:
+    def _empty_array(self, *arguments: Any) -> safe_numpy.NumpyArray:
         found = safe_numpy.empty_array(*arguments)
         self.unfilled[id(found)] = found
         return found

@@ -44,7 +44,7 @@ MOST_MODULES = 8  # in a line of the report
 
 @dataclass
 class StartReport:
-    """What a model was given of a checkpoint.
+    """An account of what a model was given of a checkpoint.
 
     Attributes:
         text: what was loaded and what was not, in a few lines.
@@ -63,7 +63,7 @@ class StartReport:
 
 @dataclass
 class _Match:
-    """What went where, by names of this model's tensors; a shared one's is its text tower's.
+    """Names of this model's tensors by what happened to them; a shared one has its text name.
 
     Attributes:
         loaded: were in the checkpoint.
@@ -98,7 +98,7 @@ def load_pretrained(model: CLIP, place: str, shared_from: str, config: ModelConf
     # a download stays until its weights, which are mapped into memory, are copied
     with tempfile.TemporaryDirectory(prefix="alignclip-") as downloads:
         try:
-            source = _open(place, Path(downloads))
+            source = _open_checkpoint(place, Path(downloads))
             description = source.format.describe(source)
             pixels = _other_pixels(source)
             license = license_of(card_beside(str(source.content.file)), source.format)
@@ -110,7 +110,7 @@ def load_pretrained(model: CLIP, place: str, shared_from: str, config: ModelConf
         match = _copy(weights, model, shared_from)
         loaded = {name: weights[name] for name in match.loaded if name in weights}
         check_weights(loaded, f"pretrained: {place}")
-    lines = _told(place, model, weights, match, resized)
+    lines = _tensor_lines(place, model, weights, match, resized)
     if license:
         lines.append(f"licence: {license}, which holds for what is trained from it, too")
         if forbids_derivatives(license):
@@ -130,7 +130,7 @@ def load_pretrained(model: CLIP, place: str, shared_from: str, config: ModelConf
 # --- the checkpoint ---------------------------------------------------------------------------
 
 
-def _open(place: str, downloads: Path) -> Weights:
+def _open_checkpoint(place: str, downloads: Path) -> Weights:
     """Find and read the file; with ``MODEL/TAG``, what open_clip's list says of it is known."""
     name, _, tag = place.partition("/")
     listed: Mapping[str, Any] = {}
@@ -239,7 +239,7 @@ def _copy(weights: Mapping[str, Tensor], model: CLIP, shared_from: str) -> _Matc
         tower = "vision" if name.startswith("visual.") else "text"
         tensors.setdefault(id(tensor), (tensor, {}))[1][tower] = name
     fitting = Counter(
-        (_unit(names), tower)
+        (_shared_unit(names), tower)
         for tensor, names in tensors.values()
         for tower, name in names.items()
         if _fits(weights.get(name), tensor)
@@ -248,7 +248,9 @@ def _copy(weights: Mapping[str, Tensor], model: CLIP, shared_from: str) -> _Matc
     for tensor, names in tensors.values():
         label = names.get("text") or names["vision"]
         # one tower for all of a shared block: one network's attention and another's MLP are none
-        tower = max(names, key=lambda tower: (fitting[_unit(names), tower], tower == shared_from))
+        tower = max(
+            names, key=lambda tower: (fitting[_shared_unit(names), tower], tower == shared_from)
+        )
         value = weights.get(names[tower])
         if value is None or not _fits(value, tensor):
             there = [name for name in (names[tower], *names.values()) if name in weights]
@@ -265,7 +267,7 @@ def _copy(weights: Mapping[str, Tensor], model: CLIP, shared_from: str) -> _Matc
     return match
 
 
-def _unit(names: Mapping[str, str]) -> str:
+def _shared_unit(names: Mapping[str, str]) -> str:
     """Name what comes from one tower as a whole: a block, a norm, or a tensor that stands alone."""
     name = names.get("text") or names["vision"]
     found = re.match(r"(.*resblocks\.\d+|ln_final)\.", name)
@@ -282,7 +284,7 @@ def _fits(value: Tensor | None, tensor: Tensor) -> bool:
 # --- the report -------------------------------------------------------------------------------
 
 
-def _told(
+def _tensor_lines(
     place: str, model: CLIP, weights: Mapping[str, Tensor], match: _Match, resized: list[str]
 ) -> list[str]:
     """Return the lines about tensors.

@@ -46,7 +46,8 @@ FIRST_BYTES = {  # of files that people take for weights
     b"\xfd7zXZ": "is compressed with xz; unpack it first",
     b"BZh": "is compressed with bzip2; unpack it first",
     b"\x28\xb5\x2f\xfd": "is compressed with zstd; unpack it first",
-    b"\x89HDF": "is an HDF5 file (of Keras?), which isn't read; export it as PyTorch or safetensors",
+    b"\x89HDF": "is an HDF5 file (of Keras?), which isn't read; "
+        "export it as PyTorch or safetensors",
     b"GGUF": "is a GGUF file, which isn't read: its weights are quantized",
     b"\x93NUMPY": "is one NumPy array, not a model's weights",
 }  # fmt: skip

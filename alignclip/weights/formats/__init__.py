@@ -1,4 +1,4 @@
-"""Formats of weights, a file each: the one list that loading, ``pretrained`` and exporting share."""
+"""Formats of weights, a file each: one list for loading, ``pretrained`` and exporting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every format of weights has: how it is detected, read, described, written and read again."""
+"""The verbs of a format of weights: detect, read, describe, write, and read again."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Weights:
 
 @dataclass
 class Description:
-    """What a file and its neighbours say of the model whose weights the file holds.
+    """The model of a file's weights, as the file and its neighbours describe it.
 
     Attributes:
         config: the model, or why nothing says which model it is.
@@ -274,7 +274,7 @@ def mlp_ratio(hidden: int, width: int) -> float:
 
 
 def clones(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors to the CPU, each with memory of its own: a file has both names of a shared one."""
+    """Copy tensors to the CPU, shared ones for each of their names."""
     return {name: value.detach().cpu().clone().contiguous() for name, value in weights.items()}
 
 
@@ -309,6 +309,7 @@ def encode_with(model: nn.Module) -> Encode:
     def encode(images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
             scale = model.logit_scale.exp()  # type: ignore[operator]
-            return model.encode_image(images), model.encode_text(tokens), scale.reshape(())  # type: ignore[operator]
+            image = model.encode_image(images)  # type: ignore[operator]
+            return image, model.encode_text(tokens), scale.reshape(())  # type: ignore[operator]
 
     return encode

@@ -1,4 +1,4 @@
-"""Hugging Face's ``CLIPModel``, in transformers' own files: ``config.json`` + ``model.safetensors``.
+"""Hugging Face's ``CLIPModel``: ``config.json`` + ``model.safetensors``.
 
 Its attention keeps query, key and value apart, and its projections are linear layers, so
 transposed. transformers is imported only to write a model and to read it again.
@@ -34,7 +34,7 @@ from alignclip.weights.formats.base import (
 from alignclip.weights.locate import HF_CONFIG, HF_PREPROCESSOR
 from alignclip.weights.weight_files import Content
 
-NAMES = {  # theirs, of what is neither a block nor a projection -> ours
+THEIR_NAMES = {  # theirs, of what is neither a block nor a projection -> ours
     "logit_scale": "logit_scale",
     "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
@@ -84,7 +84,7 @@ class HuggingFace(Format):
 
     def read(self, content: Content) -> Weights:
         """Give the tensors our names."""
-        return Weights(content, self, renamed(content.state_dict))
+        return Weights(content, self, our_tensors(content.state_dict))
 
     def describe(self, weights: Weights) -> Description:
         """Return what ``config.json`` says, with the sharing that the weights show."""
@@ -120,7 +120,7 @@ class HuggingFace(Format):
         config = transformers.CLIPConfig(**settings.their_config(loaded.config))
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model = transformers.CLIPModel(config)
-        model.load_state_dict(their_weights(weights_of(loaded)), assign=True, strict=False)
+        model.load_state_dict(their_tensors(weights_of(loaded)), assign=True, strict=False)
         lacking = [name for name, value in model.named_parameters() if value.is_meta]
         assert not lacking, lacking
         model.save_pretrained(folder, safe_serialization=True)
@@ -151,7 +151,7 @@ class HuggingFace(Format):
 # --- tensors ----------------------------------------------------------------------------------
 
 
-def renamed(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def our_tensors(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give a ``CLIPModel``'s tensors our names; one that has none keeps its own, to be told."""
     ours: dict[str, Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = {}  # our name -> query, key, value
@@ -162,7 +162,7 @@ def renamed(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name in PROJECTIONS:
             ours[PROJECTIONS[name]] = value.t().contiguous()
         elif block is None:
-            ours[NAMES.get(name, name)] = value
+            ours[THEIR_NAMES.get(name, name)] = value
         else:
             tower, layer, module, kind = block.groups()
             prefix, part = f"{TOWERS.get(tower, tower)}{layer}", module.removeprefix("self_attn.")
@@ -176,11 +176,11 @@ def renamed(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
-def their_weights(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Undo :func:`renamed`, for the state dict of a plain ViT."""
+def their_tensors(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Undo :func:`our_tensors`, for the state dict of a plain ViT."""
     names, towers, modules = (
         {mine: name for name, mine in table.items()}
-        for table in (NAMES | PROJECTIONS, TOWERS, IN_BLOCK)
+        for table in (THEIR_NAMES | PROJECTIONS, TOWERS, IN_BLOCK)
     )
     theirs: dict[str, Tensor] = {}
     for name, value in ours.items():

@@ -1,4 +1,4 @@
-"""``config.json`` and ``preprocessor_config.json`` of a Hugging Face ``CLIPModel`` ⇄ our settings."""
+"""A ``CLIPModel``'s ``config.json`` and ``preprocessor_config.json`` ⇄ our settings."""
 
 from __future__ import annotations
 
@@ -121,8 +121,8 @@ def our_config(config: Mapping[str, Any]) -> ModelConfig:
         )
     except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"its sizes are impossible: {error}") from None
-    # 2: of an old transformers, which takes the highest id, as we do. CLIP's own tokenizer writes no
-    # id of an enlarged vocabulary above its end of text.
+    # 2: of an old transformers, which takes the highest id, as we do. CLIP's own tokenizer writes
+    # no id of an enlarged vocabulary above its end of text.
     last = words["vocab_size"] - 1
     if end not in (2, last, special_tokens(words["vocab_size"])[1]):
         raise UserError(

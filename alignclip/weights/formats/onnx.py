@@ -1,4 +1,4 @@
-"""Both encoders as ONNX graphs, beside an export of another format; ONNX Runtime reads them again."""
+"""Both encoders as ONNX graphs, beside an export of another format."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OPSET = 17
 
 
 class _Encoder(nn.Module):
-    """One encoder as a module, which is what the tracer takes."""
+    """An encoder as a module, which is what the tracer takes."""
 
     def __init__(self, model: CLIP, encode: Callable[[CLIP, Tensor], Tensor]) -> None:
         super().__init__()
@@ -46,11 +46,11 @@ def write_onnx(model: CLIP, folder: Path) -> None:
     image = torch.zeros(2, 3, size, size)
     text = torch.zeros(2, model.context_length, dtype=torch.long)
     # all positions of a text: a graph can't be trimmed to the longest text
-    _write(folder / IMAGE, _Encoder(model, CLIP.encode_image), "image", image)
-    _write(folder / TEXT, _Encoder(model, open_clip.CLIP.encode_text), "text", text)
+    _write_graph(folder / IMAGE, _Encoder(model, CLIP.encode_image), "image", image)
+    _write_graph(folder / TEXT, _Encoder(model, open_clip.CLIP.encode_text), "text", text)
 
 
-def _write(path: Path, encoder: nn.Module, name: str, example: Tensor) -> None:
+def _write_graph(path: Path, encoder: nn.Module, name: str, example: Tensor) -> None:
     try:
         with (
             warnings.catch_warnings(),

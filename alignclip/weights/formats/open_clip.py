@@ -35,7 +35,7 @@ from alignclip.weights.weight_files import ANCHORS, Content
 
 QUICK = "-quickgelu"  # ends the names of open_clip's models with OpenAI's activation
 # buffers and settings that older open_clip and OpenAI's own archives have beside the weights
-NO_WEIGHTS = {"attn_mask", "text.attn_mask", "input_resolution", "context_length", "vocab_size"}
+NOT_WEIGHTS = {"attn_mask", "text.attn_mask", "input_resolution", "context_length", "vocab_size"}
 IGNORED_KEYS = {"output_dict", "custom_text", "nonscalar_logit_scale"}  # they change no feature
 SECTIONS = {"vision_cfg": open_clip.CLIPVisionCfg, "text_cfg": open_clip.CLIPTextCfg}
 
@@ -61,7 +61,7 @@ class OpenClip(Format):
         weights = content.state_dict
         if ANCHORS[0] in weights:  # open_clip's CustomTextCLIP
             weights = {name.removeprefix("text."): value for name, value in weights.items()}
-        plain = {name: value for name, value in weights.items() if name not in NO_WEIGHTS}
+        plain = {name: value for name, value in weights.items() if name not in NOT_WEIGHTS}
         return Weights(content, self, plain)
 
     def describe(self, weights: Weights) -> Description:
@@ -229,13 +229,13 @@ def like(weights: Mapping[str, Tensor], run_name: str = "") -> list[str]:
     return [name for name in found if trained and name.replace("/", "-") == trained[1]] or found
 
 
-Sizes = list[int]
+ModelSizes = list[int]
 
 
 @cache
-def _plain_models() -> dict[str, Sizes]:
+def _plain_models() -> dict[str, ModelSizes]:
     """Return the sizes of each of open_clip's models that our encoders can be."""
-    known: dict[str, Sizes] = {}
+    known: dict[str, ModelSizes] = {}
     for name in open_clip.list_models():
         values, foreign = export_settings(open_clip.get_model_config(name))
         vision, text = values["vision_cfg"], values["text_cfg"]
@@ -252,7 +252,7 @@ def _plain_models() -> dict[str, Sizes]:
     return known
 
 
-def _sizes_of(weights: Mapping[str, Tensor]) -> Sizes:
+def _sizes_of(weights: Mapping[str, Tensor]) -> ModelSizes:
     """Return the same sizes of a state dict; none where it is of no such model."""
 
     def shape(name: str) -> list[int]:

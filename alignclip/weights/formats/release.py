@@ -26,9 +26,9 @@ from alignclip.weights.formats.base import (
 )
 from alignclip.weights.weight_files import Content
 
-T = TypeVar("T")
+Value = TypeVar("Value")
 
-FILE = "release.pt"
+RELEASE_FILE = "release.pt"
 HEAD_WIDTH = 64  # of every published model: shapes don't tell how a width is cut into heads
 # a tensor of theirs that serves both towers, and the prefixes that it has in ours, the parameter's
 # own name first
@@ -46,9 +46,10 @@ class Release(Format):
     """Read and write the file that the authors' code reads."""
 
     name = "release"
-    last = FILE
+    last = RELEASE_FILE
     usage = (
-        f'import alignclip\n\nmodel, preprocess, tokenizer = alignclip.load("{{folder}}/{FILE}")'
+        "import alignclip\n\n"
+        f'model, preprocess, tokenizer = alignclip.load("{{folder}}/{RELEASE_FILE}")'
     )
     license = "cc-by-nc-nd-4.0"  # of the weights that the authors have released
 
@@ -97,7 +98,7 @@ class Release(Format):
         weights = their_weights(weights_of(loaded))
         # where nobody knows the numbers of the projection that they never use, it gets zeros
         unused = loaded.unused or {"text.text_projection": torch.zeros_like(weights["projection"])}
-        torch.save({"state_dict": weights | clones(unused)}, folder / FILE)
+        torch.save({"state_dict": weights | clones(unused)}, folder / RELEASE_FILE)
         write_model_section(loaded, folder)
 
 
@@ -109,12 +110,12 @@ def our_names(theirs: str) -> list[str]:
     return [theirs]
 
 
-def renamed(theirs: Mapping[str, T]) -> dict[str, T]:
+def renamed(theirs: Mapping[str, Value]) -> dict[str, Value]:
     """Give a mapping with the release's names ours."""
     return {ours: value for name, value in theirs.items() for ours in our_names(name)}
 
 
-def their_weights(ours: Mapping[str, T]) -> dict[str, T]:
+def their_weights(ours: Mapping[str, Value]) -> dict[str, Value]:
     """Undo :func:`renamed`, for a state dict of a model that shares everything.
 
     What the release calls otherwise has a prefix in ours that no other name has.

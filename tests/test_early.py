@@ -457,12 +457,5 @@ def test_a_wrong_place_is_one_line_before_anything_large_is_imported(
     assert names() == before
 
 
-def test_the_formats_that_are_offered_are_those_that_there_are() -> None:
-    from alignclip.weights.export_command import FORMAT_NAMES
-    from alignclip.weights.formats import FORMATS
-
-    assert {*FORMATS} == {*FORMAT_NAMES}
-
-
 def test_nobody_knows_a_placeholder_yet() -> None:
     assert early.save_folder(RunConfig(save_folder="a/{nothing}")) is None

@@ -58,8 +58,8 @@ from alignclip.model.encoders import CLIP
 from alignclip.storage.clouds import S3
 from alignclip.training.build import build_trainer
 from alignclip.training.save_folder import SaveFolder
-from alignclip.weights.export_command import FORMAT_NAMES, Options, convert, main
-from alignclip.weights.formats import FORMATS, hugging_face_settings
+from alignclip.weights.export_command import Options, convert, main
+from alignclip.weights.formats import FORMATS, format_named, hugging_face_settings
 from alignclip.weights.formats.release import our_names
 from alignclip.weights.licenses import forbids_derivatives, license_of, named_license
 
@@ -107,10 +107,10 @@ def file_of(to: str, out: Path) -> Path:
 @pytest.fixture(scope="module")
 def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("exports")
-    for to in FORMAT_NAMES:
+    for to in FORMATS:
         options = Options(str(run), to, str(folder / to), license="mit", onnx=to == "open_clip")
         assert convert(options) < 1e-5
-    return {to: folder / to for to in FORMAT_NAMES}
+    return {to: folder / to for to in FORMATS}
 
 
 # --- a model trained here, elsewhere ----------------------------------------------------------
@@ -215,7 +215,7 @@ def test_clip_benchmarks_command_evaluates_it(
         assert theirs[metric] == pytest.approx(ours[metric], abs=1e-6)
 
 
-@pytest.mark.parametrize("to", FORMAT_NAMES)
+@pytest.mark.parametrize("to", FORMATS)
 def test_every_export_loads_here(
     exported: dict[str, Path], run: Path, features: Features, to: str
 ) -> None:
@@ -583,7 +583,7 @@ def test_an_upload_that_breaks_leaves_nothing(
 ) -> None:
     """What says that a model is there comes last; after the error the same command works."""
     url, order = f"{s3.bucket()}/exports/second", []
-    upload = S3.upload
+    upload = S3._put
 
     def breaks(self: S3, path: Path, name: str) -> None:
         order.append(name)
@@ -593,7 +593,7 @@ def test_an_upload_that_breaks_leaves_nothing(
 
     options = Options(str(exported["composer"] / "model.pt"), "huggingface", url)
     with monkeypatch.context() as patch:
-        patch.setattr(S3, "upload", breaks)
+        patch.setattr(S3, "_put", breaks)
         with refused(r"cannot write to s3://.*: the network is gone$"):
             convert(options)
     assert order[-1] == "config.json"
@@ -612,7 +612,7 @@ def failed(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return line
 
 
-@pytest.mark.parametrize("to", FORMAT_NAMES)
+@pytest.mark.parametrize("to", FORMATS)
 def test_a_full_disk(
     exported: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str
 ) -> None:
@@ -739,8 +739,8 @@ def test_licences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_what_a_card_says(card: str | None, name: str | None, forbidden: bool) -> None:
     assert named_license(card) == name
-    assert license_of(card, FORMATS["open_clip"]) == name
-    assert license_of(card, FORMATS["release"]) == (name or "cc-by-nc-nd-4.0")
+    assert license_of(card, format_named("open_clip")) == name
+    assert license_of(card, format_named("release")) == (name or "cc-by-nc-nd-4.0")
     assert forbids_derivatives(name or "") == forbidden
 
 

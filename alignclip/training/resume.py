@@ -30,7 +30,7 @@ from alignclip.training.display import print_once
 from alignclip.training.save_folder import SaveFolder
 from alignclip.weights import checkpoint_file
 from alignclip.weights.checkpoint_file import GONE, UNREADABLE
-from alignclip.weights.finite import check_weights
+from alignclip.weights.finite import check_finite
 from alignclip.weights.locate import fetch
 
 
@@ -183,8 +183,8 @@ def check_loaded(trainer: Trainer, start: StartingPoint) -> None:
         for name, value in values.items()
     }
     with errors_on_all_ranks():
-        check_weights(dict(state.model.named_parameters()), what, way_out)
-        check_weights(moments, f"the optimizer's state in {what}", way_out)
+        check_finite(dict(state.model.named_parameters()), what, way_out)
+        check_finite(moments, f"the optimizer's state in {what}", way_out)
 
 
 def say_jump(trainer: Trainer, before: float, now: float) -> None:

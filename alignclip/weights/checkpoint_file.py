@@ -25,9 +25,8 @@ TAG = b"alignclip sha256 "
 DIGITS = 64
 END_RECORD = b"PK\x05\x06"  # starts the last 22 bytes of a zip archive without a comment
 END_LENGTH = 22
-LOCAL_HEADER = struct.Struct(
-    "<26xHH"
-)  # before each record: the lengths of its name and of an extra field
+# before each record of a zip archive: its signature, the lengths of its name and of an extra field
+LOCAL_HEADER = struct.Struct("<4s22xHH")
 DESCRIPTORS = {0, 16, 24}  # bytes that may follow a record
 COMMENT = len(TAG) + DIGITS
 CHUNK = 1 << 22  # bytes that are read at a time
@@ -127,7 +126,7 @@ def _damaged_record(path: Path) -> str | None:
                 if entry.header_offset - end not in DESCRIPTORS:
                     return "a record is missing"
                 file.seek(entry.header_offset)
-                lengths = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
+                _, *lengths = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
                 end = file.tell() + sum(lengths) + entry.file_size
             if archive.start_dir - end not in DESCRIPTORS:
                 return "a record is missing"

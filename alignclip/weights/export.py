@@ -33,7 +33,7 @@ from alignclip.storage import StorageError, Store, check_folder_writable, open_s
 from alignclip.weights.card import recipe_of, write_card
 from alignclip.weights.digest import weights_digest
 from alignclip.weights.figures import read_figures
-from alignclip.weights.formats import FORMATS
+from alignclip.weights.formats import format_named
 from alignclip.weights.formats.base import (
     Encode,
     Format,
@@ -84,7 +84,7 @@ def export_model(options: Options) -> float:
     license = choose_license(
         loaded.card, loaded.format, options.source, given, str(start) if start else None
     )
-    form = FORMATS[options.to]
+    form = format_named(options.to)
     card = write_card(loaded, options.source, license, figures, form, options.out.rstrip("/"))
     try:
         with _folder_for(options.out, bucket, form.last) as folder:

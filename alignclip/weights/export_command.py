@@ -13,11 +13,11 @@ from alignclip.paths import option
 from alignclip.runtime import console
 from alignclip.weights import early
 from alignclip.weights.figures import read_figures
+from alignclip.weights.formats import FORMATS, format_named
 
 # PyTorch is imported where a model is read: that takes seconds, and a wrong place should be told
 # before.
 
-FORMAT_NAMES = ("open_clip", "huggingface", "release", "composer")  # as alignclip.weights.formats
 EXAMPLES = """examples:
   # the latest checkpoint of a run → open_clip, with its metrics in the model card
   python convert/checkpoint.py s3://bucket/runs/first --to open_clip --out exports/first \\
@@ -40,7 +40,7 @@ class Options:
 
     Attributes:
         source: anything that :func:`alignclip.load` takes.
-        to: one of the formats in :data:`FORMAT_NAMES`.
+        to: one of the names in :data:`alignclip.weights.formats.FORMATS`.
         out: a folder, local or in object storage, that doesn't exist yet.
         onnx: also write both encoders as ONNX.
         metrics: ``results.json`` of ``evaluate.py``, for the model card; of these weights.
@@ -73,7 +73,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         help="a run's folder or checkpoint, an authors' release, an open_clip or Hugging Face "
         "export: a path, a URL or hf-hub:ORG/NAME",
     )
-    add("--to", required=True, choices=FORMAT_NAMES, help="format to write")
+    add("--to", required=True, choices=tuple(FORMATS), help="format to write")
     add(
         "--out",
         type=option,
@@ -126,7 +126,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.loading("PyTorch")
         worst = convert(options)
     print(f"{options.out}: read again, the features differ by at most {worst:.1e}")
-    from alignclip.weights.formats import FORMATS
-
-    usage = FORMATS[options.to].usage_at(options.out.rstrip("/"))
+    usage = format_named(options.to).usage_at(options.out.rstrip("/"))
     print("\n".join(["next:", *(f"  {line}" for line in usage.splitlines() if line)]))

@@ -22,7 +22,7 @@ def not_finite(tensors: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def check_weights(weights: Mapping[str, Any], what: str, way_out: str = "") -> None:
+def check_finite(weights: Mapping[str, Any], what: str, way_out: str = "") -> None:
     """Refuse weights that nothing can be trained from, nor computed with.
 
     Args:

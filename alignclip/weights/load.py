@@ -13,7 +13,7 @@ from alignclip.config.schema import ModelConfig
 from alignclip.data.tokenizer import SimpleTokenizer
 from alignclip.errors import UserError, few, one_line
 from alignclip.model.encoders import CLIP, build_encoders
-from alignclip.weights.finite import check_weights
+from alignclip.weights.finite import check_finite
 from alignclip.weights.formats import open_weights
 from alignclip.weights.formats.base import Loaded, Preprocess, Weights, preprocess_config
 from alignclip.weights.formats.open_clip import named
@@ -121,7 +121,7 @@ def open_model(
         pixels = form.pixels(weights.content)
         found, source = (given, "config=") if given is not None else _described(weights)
         model = _build_model(weights.tensors, found, place, source)
-        check_weights(model.state_dict(), place)
+        check_finite(model.state_dict(), place)
         recipe, card = (_optional_text(find_beside(file, name)) for name in (RUN_CONFIG, CARD))
         unused = {name: value.clone() for name, value in unused.items()}
     preprocess = preprocess_config(pixels, place, found.vision_cfg.image_size)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 import mmap
-import struct
 import sys
 import zipfile
 import zlib
@@ -22,14 +21,12 @@ from typing import Any, BinaryIO
 import torch
 
 from alignclip.errors import UserError, one_line
+from alignclip.weights.checkpoint_file import LOCAL_HEADER
 from alignclip.weights.safe_pickle import Machine, Refused, Unknown
 from alignclip.weights.safe_types import CheckpointTypes
 
 ALIGNED = 16  # bytes; numbers that lie otherwise are copied to where they may lie
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # torch/serialization.py, its format before 1.6
-LOCAL_HEADER = struct.Struct(
-    "<4s22xHH"
-)  # of a zip: signature, length of the name, length of the extra field
 BYTE_ORDER = (
     "was written by a machine of another byte order; save it again on one of this machine's"
 )
@@ -69,7 +66,7 @@ def read_pickled(
     """
     place = what or str(path)
     try:
-        return _read_file(Path(path), mapped, passed_over)
+        return _read_checkpoint(Path(path), mapped, passed_over)
     except Unknown as error:
         raise UserError(
             f"{place} is refused: beside weights it holds '{error}', "
@@ -87,7 +84,7 @@ def read_pickled(
         ) from None
 
 
-def _read_file(path: Path, mapped: bool, passed_over: tuple[str, ...]) -> Any:
+def _read_checkpoint(path: Path, mapped: bool, passed_over: tuple[str, ...]) -> Any:
     if not path.stat().st_size:
         raise EOFError
     if zipfile.is_zipfile(path):

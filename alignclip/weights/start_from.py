@@ -32,7 +32,7 @@ from torch import Tensor
 from alignclip.config.schema import ModelConfig
 from alignclip.errors import UserError, nearest, one_line
 from alignclip.model.encoders import CLIP
-from alignclip.weights.finite import check_weights
+from alignclip.weights.finite import check_finite
 from alignclip.weights.formats import open_weights
 from alignclip.weights.formats.base import Description, Weights, are_equal, preprocess_config
 from alignclip.weights.licenses import forbids_derivatives, license_of
@@ -109,7 +109,7 @@ def load_pretrained(model: CLIP, place: str, shared_from: str, config: ModelConf
         resized = _resize(weights, model)
         match = _copy(weights, model, shared_from)
         loaded = {name: weights[name] for name in match.loaded if name in weights}
-        check_weights(loaded, f"pretrained: {place}")
+        check_finite(loaded, f"pretrained: {place}")
     lines = _tensor_lines(place, model, weights, match, resized)
     if license:
         lines.append(f"licence: {license}, which holds for what is trained from it, too")

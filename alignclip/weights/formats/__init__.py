@@ -1,22 +1,35 @@
-"""Formats of weights, a file each: one list for loading, ``pretrained`` and exporting."""
+"""Formats of weights, a file each: one list for loading, ``pretrained`` and exporting.
+
+Nothing large is imported before a format is asked for.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from alignclip.weights.formats.base import Format, Weights
-from alignclip.weights.formats.composer import Composer
-from alignclip.weights.formats.hugging_face import HuggingFace
-from alignclip.weights.formats.open_clip import OpenClip
-from alignclip.weights.formats.release import Release
-from alignclip.weights.weight_files import read
+if TYPE_CHECKING:
+    from alignclip.weights.formats.base import Format, Weights
 
-# A file is in the first format that detects it; open_clip's takes every state dict.
-FORMATS: dict[str, Format] = {
-    form.name: form for form in (Composer(), Release(), HuggingFace(), OpenClip())
+# The name in --to → the class, in a module beside this one. A file is in the last format that
+# detects it; the first one takes every state dict.
+FORMATS = {
+    "open_clip": "open_clip.OpenClip",
+    "huggingface": "hugging_face.HuggingFace",
+    "release": "release.Release",
+    "composer": "composer.Composer",
 }
+
+
+@cache
+def format_named(name: str) -> Format:
+    """Return the format that ``--to`` calls so."""
+    module, _, kind = FORMATS[name].partition(".")
+    form: Format = getattr(import_module(f"{__name__}.{module}"), kind)()
+    return form
 
 
 def open_weights(file: Path, place: str, known: Mapping[str, Any] | None = None) -> Weights:
@@ -30,6 +43,9 @@ def open_weights(file: Path, place: str, known: Mapping[str, Any] | None = None)
     Raises:
         UserError: it holds no model's weights, or code.
     """
+    from alignclip.weights.weight_files import read
+
     content = read(file, place)
     content.known = known or {}
-    return next(form for form in FORMATS.values() if form.detect(content)).read(content)
+    forms = map(format_named, reversed(FORMATS))
+    return next(form for form in forms if form.detect(content)).read(content)

@@ -22,7 +22,8 @@ from alignclip.training.preflight import check_load_path
 from alignclip.training.save_folder import SaveFolder
 from alignclip.weights.export_command import Options
 from alignclip.weights.export_command import convert as export
-from alignclip.weights.locate import card_beside, fetch
+from alignclip.weights.fetch import fetch
+from alignclip.weights.locate import card_beside
 
 RUN = {
     "config.yaml": b"model: {}",

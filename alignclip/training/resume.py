@@ -30,8 +30,8 @@ from alignclip.training.display import print_once
 from alignclip.training.save_folder import SaveFolder
 from alignclip.weights import checkpoint_file
 from alignclip.weights.checkpoint_file import GONE, UNREADABLE
+from alignclip.weights.fetch import fetch
 from alignclip.weights.finite import check_finite
-from alignclip.weights.locate import fetch
 
 
 @dataclass

@@ -13,11 +13,12 @@ from alignclip.config.schema import ModelConfig
 from alignclip.data.tokenizer import SimpleTokenizer
 from alignclip.errors import UserError, few, one_line
 from alignclip.model.encoders import CLIP, build_encoders
+from alignclip.weights.fetch import fetch
 from alignclip.weights.finite import check_finite
 from alignclip.weights.formats import open_weights
 from alignclip.weights.formats.base import Loaded, Preprocess, Weights, preprocess_config
 from alignclip.weights.formats.open_clip import named
-from alignclip.weights.locate import CARD, RUN_CONFIG, UNUSED, fetch, find_beside
+from alignclip.weights.locate import CARD, RUN_CONFIG, UNUSED, find_beside
 from alignclip.weights.weight_files import check_tensors, read
 
 

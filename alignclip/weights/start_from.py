@@ -32,11 +32,12 @@ from torch import Tensor
 from alignclip.config.schema import ModelConfig
 from alignclip.errors import UserError, nearest, one_line
 from alignclip.model.encoders import CLIP
+from alignclip.weights.fetch import fetch
 from alignclip.weights.finite import check_finite
 from alignclip.weights.formats import open_weights
 from alignclip.weights.formats.base import Description, Weights, are_equal, preprocess_config
 from alignclip.weights.licenses import forbids_derivatives, license_of
-from alignclip.weights.locate import card_beside, fetch
+from alignclip.weights.locate import card_beside
 
 LEAST_SHARE = 0.1  # of the model's tensors; with less, the file is of something else
 MOST_MODULES = 8  # in a line of the report

@@ -35,7 +35,6 @@ from models import (
     reference,
     refused,
     release_of,
-    sections,
     small_config,
     widths_of_64,
     write_model_yaml,
@@ -308,29 +307,6 @@ def test_what_a_format_cannot_hold(tmp_path: Path) -> None:
             convert(Options(str(source), to, str(tmp_path / "out")))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2"]
     assert convert(Options(str(tmp_path / "0"), "open_clip", str(tmp_path / "out"))) < 1e-5
-
-
-def test_stock_quick_gelu_models(tmp_path: Path) -> None:
-    """open_clip's own, and transformers' default, give the same features here."""
-    config = small_config(vision={"layers": 2}, text={"layers": 2})
-    torch.manual_seed(0)
-    images = torch.randn(2, 3, 32, 32)
-    tokens = torch.tensor([[62, 1, 63, *[0] * 9], [62, 5, 5, 63, *[0] * 8]])
-    model_cfg = sections(config) | {"quick_gelu": True}
-    theirs = open_clip.CLIP(**model_cfg).eval()
-    folder = tmp_path / "open_clip"
-    folder.mkdir()
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg}))
-    save_file(theirs.state_dict(), folder / "open_clip_model.safetensors")
-    hub = clip_model(hidden_act="quick_gelu", vision={"patch_size": 16})
-    hub.save_pretrained(tmp_path / "hub")
-    with torch.no_grad():
-        for place, expected in (
-            (folder, (theirs.encode_image(images), theirs.encode_text(tokens))),
-            (tmp_path / "hub", (hub.get_image_features(images), hub.get_text_features(tokens))),
-        ):
-            model = alignclip.load(place)[0]
-            assert_close((model.encode_image(images), model.encode_text(tokens)), expected)
 
 
 def test_mlps_of_any_width(tmp_path: Path) -> None:

@@ -336,7 +336,11 @@ def test_exports_that_are_not_our_model(tmp_path: Path) -> None:
         ("vision_cfg", vision | {"head_width": 24}, "vision_cfg.width=32 is no multiple"),
         ("vision_cfg", "ViT-B-16", "its vision_cfg is a str, not a section"),
         ("text_cfg", [text], "its text_cfg is a list, not a section"),
-        ("vision_cfg", vision | {"image_size": -32}, "vision_cfg.image_size must be positive, not -32"),
+        (
+            "vision_cfg",
+            vision | {"image_size": -32},
+            "vision_cfg.image_size must be positive, not -32",
+        ),
     ):
         write(**{key: value})
         assert_refused({folder: words})

@@ -87,8 +87,7 @@ def siblings(environ: Mapping[str, str], patience: float = 0.0) -> int | None:
     deadline = time.monotonic() + patience
     expected = int(environ["LOCAL_WORLD_SIZE"])
     while True:
-        others = _local_processes(environ)
-        found = None if others is None else {environ["LOCAL_RANK"], *others.values()}
+        found = _local_ranks(environ)
         if found is None or len(found) >= expected or time.monotonic() >= deadline:
             return None if found is None else len(found)
         time.sleep(0.2)
@@ -114,6 +113,12 @@ def is_ended_by_launcher() -> bool:
         return False
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     return signal.sigtimedwait({signal.SIGTERM}, END_TIMEOUT) is not None
+
+
+def _local_ranks(environ: Mapping[str, str]) -> set[str] | None:
+    """Return the numbers of this machine's ranks that run; None where the system hides them."""
+    others = _local_processes(environ)
+    return None if others is None else {environ["LOCAL_RANK"], *others.values()}
 
 
 def _local_processes(environ: Mapping[str, str]) -> dict[Any, str] | None:

@@ -1,11 +1,14 @@
-"""Composer's algorithms, callbacks and loggers by their class names, checked when the YAML is read."""
+"""Algorithms, callbacks and loggers by their class names, checked when the YAML is read."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import inspect
+import sys
 import typing
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -20,7 +23,7 @@ from alignclip import paths
 from alignclip.config.schema import RunConfig
 from alignclip.config.typed import convert
 from alignclip.config.yaml_text import natural
-from alignclip.errors import UserError, nearest
+from alignclip.errors import UserError, nearest, one_line
 from alignclip.training.trackers import RESUMABLE_LOGGERS
 
 T = TypeVar("T")
@@ -55,45 +58,31 @@ def check(config: RunConfig) -> RunConfig:
     Loggers whose package is missing, too.
 
     Returns:
-        the configuration with the arguments' texts converted to what the classes' annotations ask for.
+        the configuration with the arguments converted to what the classes' annotations ask for.
 
     Raises:
         UserError: the first one found.
     """
-    typed_sections: dict[str, dict[str, Arguments | None]] = {
-        section: {} for section, *_ in _SECTIONS
-    }
-    for section, module, base in _SECTIONS:
-        classes: dict[str, type[Any]] = _classes(module, base)
+    typed_sections: dict[str, Any] = {}
+    for section in _SECTIONS:
+        typed_sections[section] = {}
         for name, arguments in getattr(config, section).items():
-            if name not in classes:
-                home = [s for s, m, b in _SECTIONS if name in _classes(m, b)]
-                if home:
-                    raise UserError(f"{section}: {name} is one of the {home[0]}: {home[0]}.{name}")
-                raise UserError(
-                    f"{section}: no class '{name}' in {module.__name__}; {nearest(name, classes)}"
-                )
+            where, cls = f"{section}.{name}", find_class(section, name)
             if section == "algorithms" and name in REFUSED_ALGORITHMS:
-                raise UserError(f"algorithms.{name} is refused: {REFUSED_ALGORITHMS[name]}")
-            _check_arguments(f"{section}.{name}", classes[name], arguments or {})
-            if (
-                name == "GradientClipping"
-                and (kind := str((arguments or {}).get("clipping_type"))) not in CLIPPING_TYPES
-            ):
-                raise UserError(
-                    f"algorithms.{name}.clipping_type={kind}: {nearest(kind, CLIPPING_TYPES)}"
-                )
+                raise UserError(f"{where} is refused: {REFUSED_ALGORITHMS[name]}")
+            _check_arguments(where, cls, arguments or {})
+            kind = str((arguments or {}).get("clipping_type"))
+            if name == "GradientClipping" and kind not in CLIPPING_TYPES:
+                raise UserError(f"{where}.clipping_type={kind}: {nearest(kind, CLIPPING_TYPES)}")
             if name in _EXTRAS and importlib.util.find_spec(_EXTRAS[name]) is None:
                 hint = f"pip install 'alignclip[{_EXTRAS[name]}]'"
-                raise UserError(f"{section}.{name} needs a package that is not installed: {hint}")
-            typed_sections[section][name] = arguments and typed(
-                f"{section}.{name}", classes[name], arguments
-            )
-    return dataclasses.replace(config, **typed_sections)  # type: ignore[arg-type]
+                raise UserError(f"{where} needs a package that is not installed: {hint}")
+            typed_sections[section][name] = arguments and typed(where, cls, arguments)
+    return dataclasses.replace(config, **typed_sections)
 
 
 def typed(where: str, cls: type, arguments: Arguments) -> Arguments:
-    """A class's arguments as its annotations ask for them: a text stays as it was typed, ``~`` is home.
+    """Convert a class's arguments to what its annotations ask for; ``~`` is home.
 
     Raises:
         UserError: an argument of another type.
@@ -117,18 +106,17 @@ def typed(where: str, cls: type, arguments: Arguments) -> Arguments:
 
 
 def build(config: RunConfig, section: str) -> list[Any]:
-    """Instances of everything that a section names, in its order.
+    """Make an instance of every class that a section names, in the section's order.
 
     Raises:
         UserError: a package is missing, or the class refuses its arguments.
     """
-    module, base = next((m, b) for s, m, b in _SECTIONS if s == section)
-    classes: dict[str, type[Any]] = _classes(module, base)
     built = []
     for name, arguments in getattr(config, section).items():
-        arguments = typed(f"{section}.{name}", classes[name], arguments or {})
+        cls = find_class(section, name)
+        arguments = typed(f"{section}.{name}", cls, arguments or {})
         try:
-            built.append(RESUMABLE_LOGGERS.get(name, classes[name])(**arguments))
+            built.append(RESUMABLE_LOGGERS.get(name, cls)(**arguments))
         except MissingConditionalImportError as error:
             hint = " ".join(str(error).split())
             raise UserError(
@@ -139,8 +127,60 @@ def build(config: RunConfig, section: str) -> list[Any]:
     return built
 
 
+def find_class(section: str, name: str) -> type[Any]:
+    """Return the class that a section names: Composer's by its name, anyone's as ``module.Class``.
+
+    The module is looked for in the working directory, too.
+
+    Raises:
+        UserError: there is no such class; says which one is the nearest.
+    """
+    classes: dict[str, type[Any]] = _classes(*_SECTIONS[section])
+    if name in classes:
+        return classes[name]
+    if home := [other for other in _SECTIONS if name in _classes(*_SECTIONS[other])]:
+        raise UserError(f"{section}: {name} is one of the {home[0]}: {home[0]}.{name}")
+    module, base = _SECTIONS[section]
+    path, _, class_name = name.rpartition(".")
+    if path:
+        module = _import_module(path, f"{section}.{name}")
+        found = getattr(module, class_name, None)
+        if isinstance(found, type) and issubclass(found, base):
+            return found
+        if isinstance(found, type):
+            must = f"it must derive from {base.__module__.rpartition('.')[0]}.{base.__name__}"
+            raise UserError(f"{section}: {name} is none of the {section}; {must}")
+        classes = _classes(module, base)
+    hint = nearest(class_name, classes)
+    raise UserError(f"{section}: no class '{class_name}' in {module.__name__}; {hint}")
+
+
+def _import_module(path: str, where: str) -> ModuleType:
+    """Import a person's module.
+
+    Raises:
+        UserError: there is none; says where it was looked for. Or the module can't be imported.
+    """
+    here = str(Path.cwd())
+    if here not in sys.path:  # a script's own folder is there, the working directory is not
+        sys.path.append(here)
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name and f"{path}.".startswith(f"{error.name}."):
+            places = f"looked for in {here} and among the installed packages"
+            raise UserError(f"{where}: there is no module '{error.name}'; {places}") from None
+        raise UserError(f"{where}: {path} can't be imported: {one_line(error)}") from None
+    except Exception as error:  # a person's code raises anything
+        kind = type(error).__name__
+        raise UserError(f"{where}: {path} can't be imported: {kind}: {one_line(error)}") from None
+
+
 def _classes(module: ModuleType, base: type[T]) -> dict[str, type[T]]:
-    """The classes of a module that a YAML may name; checkpoints are saved by ``save_folder`` and its neighbours."""
+    """Return the classes of a module that a YAML may name.
+
+    ``CheckpointSaver`` is none of these: ``save_folder`` and its neighbours say what is saved.
+    """
     return {
         name: value
         for name, value in vars(module).items()
@@ -166,10 +206,10 @@ def _check_arguments(where: str, cls: type, arguments: Arguments) -> None:
         raise UserError(f"{where} needs {', '.join(missing)}")
 
 
-# Packages, and our extras of the same names: known before data and model are built, and Composer would name its own.
+# Packages, and our extras of the same names; Composer would name its own extras.
 _EXTRAS = {"TensorboardLogger": "tensorboard", "WandBLogger": "wandb"}
-_SECTIONS: tuple[tuple[str, ModuleType, type], ...] = (
-    ("algorithms", composer.algorithms, Algorithm),
-    ("callbacks", composer.callbacks, Callback),
-    ("loggers", composer.loggers, LoggerDestination),
-)
+_SECTIONS: dict[str, tuple[ModuleType, type]] = {
+    "algorithms": (composer.algorithms, Algorithm),
+    "callbacks": (composer.callbacks, Callback),
+    "loggers": (composer.loggers, LoggerDestination),
+}

@@ -71,6 +71,7 @@ class Parquet(InputFormat):
                         key = str(row["key"])
                     number += 1
                     yield pair(key, images[i].as_py(), caption_of(row, caption_column))
+                del batch, images  # before the next rows are read
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             yield Skipped("", BROKEN_INPUT, one_line(error))
 

@@ -51,7 +51,7 @@ def next_step(out: str, counts: Counts, options: ConvertOptions) -> str:
     run = f"RUN stands for a run's folder; a run takes the settings evaluators.{name}.…, too"
     if whose := _named_for_tests(out, options):
         return f"{evaluate}\n{whose} that it is a test set. {run}."
-    train = _command("pretrain.py", _training(name, out, counts, options))
+    train = _command("pretrain.py", _training_words(name, out, counts, options))
     if _trained_on(counts) >= FEW:
         return train
     small = f"{_trained_on(counts):,} samples show that all works, and teach little"
@@ -88,7 +88,7 @@ def _trained_on(counts: Counts) -> int:
     return counts.written - counts.held_out
 
 
-def _training(name: str, out: str, counts: Counts, options: ConvertOptions) -> list[str]:
+def _training_words(name: str, out: str, counts: Counts, options: ConvertOptions) -> list[str]:
     """Return a recipe and its settings: on a GPU the published one, else the one of laptop size."""
     gpu, samples, side = has_gpu(), _trained_on(counts), _side(counts)
     published = "alignclip" if options.semantic else "sharedclip"

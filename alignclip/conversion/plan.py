@@ -84,7 +84,7 @@ def begin(
         _write_plan(store, plan)
         return {}
     if different:
-        was, is_now = (_flag(different, one.settings.get(different)) for one in (before, plan))
+        was, is_now = (_as_flag(different, one.settings.get(different)) for one in (before, plan))
         raise UserError(
             f"{store.out} was begun with {was}, this run has {is_now}: finish it with the same "
             f"options, choose another --out or delete {store.out} to start again"
@@ -188,7 +188,7 @@ def _comparable(key: str, value: Any) -> Any:
     return value
 
 
-def _flag(key: str, value: Any) -> str:
+def _as_flag(key: str, value: Any) -> str:
     """Return an option as it is given on the command line."""
     if key == "encoder" and value is None:
         return "--no-semantic"

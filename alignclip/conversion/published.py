@@ -1,10 +1,12 @@
-"""Sizes of published evaluation sets, to tell a set that is not the one it is called."""
+"""PublishedSizes of published evaluation sets, to tell a set that is not the one it is called."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-Sizes = Mapping[str, tuple[int, ...]]  # split -> its images; several where several lists are in use
+PublishedSizes = Mapping[
+    str, tuple[int, ...]
+]  # split -> its images; several where several lists are in use
 
 # Images of whole sets whose annotation files look alike.
 WHOLE_SETS = {
@@ -16,7 +18,7 @@ WHOLE_SETS = {
 }
 
 
-def size_difference(dataset: str, split: str, sizes: Sizes, images: int) -> str | None:
+def size_difference(dataset: str, split: str, sizes: PublishedSizes, images: int) -> str | None:
     """Say that a set has not the published number of images; None where it has, or nobody knows."""
     known = sizes.get(split)
     if not known or images in known:
@@ -27,7 +29,7 @@ def size_difference(dataset: str, split: str, sizes: Sizes, images: int) -> str 
     )
 
 
-def why_too_many(dataset: str, split: str, sizes: Sizes, images: int) -> str | None:
+def why_too_many(dataset: str, split: str, sizes: PublishedSizes, images: int) -> str | None:
     """Say why a file of ``images`` images can't be the split; None where it can."""
     known = sizes.get(split)
     if not known or images <= max(known):

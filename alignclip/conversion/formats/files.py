@@ -86,7 +86,7 @@ def _pairs_of_files(folder: str, names: Iterable[str], pairing: Pairing) -> Iter
     own = {name.partition("/")[0] + name.partition("/")[1] for name in names}
     order = sorted((*(pairing.split(name) or ("", "")), name) for name in own)
     wanted = [name for _, ending, name in order if pairing.reads(ending)]
-    contents = read_ahead(partial(_content, f"{folder}/{name}") for name in wanted)
+    contents = read_ahead(partial(_sized_content, f"{folder}/{name}") for name in wanted)
     for key, ending, name in order:
         if not key:
             is_folder = name.endswith("/")
@@ -100,7 +100,7 @@ def _pairs_of_files(folder: str, names: Iterable[str], pairing: Pairing) -> Iter
     yield from pairing.halves()
 
 
-def _content(place: str) -> tuple[int, bytes]:
+def _sized_content(place: str) -> tuple[int, bytes]:
     """Return the size of a file and its bytes, without the bytes of a file that is too large."""
     if "://" in place:
         data = read_object(place)

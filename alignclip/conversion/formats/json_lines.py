@@ -73,10 +73,10 @@ class JsonLines(InputFormat):
             UserError: the file is no JSON lines, a list of web addresses, or damaged.
         """
         _temporary_copy.cache_clear()
-        path = _local(place)
+        path = _local_file(place)
         _entry_names(path, place, reading)
         places, number, at = list[int](), 0, 0
-        with _damage_told(place), _open(path) as file:
+        with _damage_told(place), _open_lines(path) as file:
             for line in _lines(file):
                 if line.strip():
                     if number % columns.ROWS_A_PIECE == 0:
@@ -87,7 +87,7 @@ class JsonLines(InputFormat):
 
     def columns(self, place: str, reading: Reading) -> dict[str, str]:
         """See the base class."""
-        names = _entry_names(_local(place), place, reading)
+        names = _entry_names(_local_file(place), place, reading)
         return PAIR_COLUMNS | ({"caption": CAPTION_LISTS} if names.has_lists else {})
 
     def shard_name(self, place: str, part: str) -> str:
@@ -97,7 +97,7 @@ class JsonLines(InputFormat):
     @contextmanager
     def opened(self, place: str, part: str, reading: Reading) -> Iterator[OpenInput]:
         """See the base class; images' paths are relative to the folder of ``place``."""
-        path = _local(place)
+        path = _local_file(place)
         names = _entry_names(path, place, reading)
         stem = super().shard_name(place, part)
         folder = place.rpartition("/")[0]
@@ -120,7 +120,7 @@ class _Names:
 def _piece(path: Path, part: str) -> Iterator[tuple[int, bytes]]:
     """Yield the lines of a piece with their numbers."""
     first, last, at = columns.piece(part)
-    with _open(path) as file:
+    with _open_lines(path) as file:
         file.seek(at)
         yield from zip(range(first, last), filter(bytes.strip, _lines(file)), strict=False)
 
@@ -149,7 +149,7 @@ def _entry_names(path: Path, place: str, reading: Reading) -> _Names:
         UserError: the file doesn't begin with an object, is a list of web addresses, or an entry is
             missing.
     """
-    with _damage_told(place), _open(path) as file:
+    with _damage_told(place), _open_lines(path) as file:
         start = list(islice(filter(bytes.strip, _lines(file)), LOOKED_AT))
     row = next((row for row in map(parse_json, start) if isinstance(row, Mapping)), None)
     if not start:
@@ -180,7 +180,7 @@ def _damage_told(place: str) -> Iterator[None]:
         raise UserError(f"{place} is damaged: {one_line(error)}; fetch it again") from None
 
 
-def _local(place: str) -> Path:
+def _local_file(place: str) -> Path:
     """Return the file, or this process's copy of a remote one, of which it converts many pieces."""
     return _temporary_copy(place)[1] if "://" in place else Path(place)
 
@@ -192,7 +192,7 @@ def _temporary_copy(url: str) -> tuple[tempfile.TemporaryDirectory[str], Path]:
         return folder, path.rename(Path(folder.name, path.name))
 
 
-def _open(path: Path) -> BinaryIO:
+def _open_lines(path: Path) -> BinaryIO:
     with path.open("rb") as file:
         is_packed = file.read(2) == b"\x1f\x8b"
     return cast("BinaryIO", gzip.open(path) if is_packed else path.open("rb"))

@@ -546,4 +546,3 @@ def test_a_conversion_that_an_earlier_version_began_goes_on(tmp_path: Path) -> N
             assert new | old == new
         else:
             assert found.read_bytes() == wanted.read_bytes(), name
-    assert verify(VerifyOptions(str(out), progress=False))[1]

@@ -6,7 +6,6 @@ them. The best are also drawn on one picture.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import io
 import os
@@ -24,6 +23,7 @@ from alignclip.errors import UserError, one_line, one_line_errors
 from alignclip.near import did_you_mean
 from alignclip.paths import option, path_option
 from alignclip.runtime import console
+from alignclip.runtime.arguments import Parser
 from alignclip.runtime.threads import set_thread_defaults
 from alignclip.verification import contact_sheet
 from alignclip.weights import early
@@ -118,11 +118,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> SearchOptions:
-    parser = argparse.ArgumentParser(
-        prog="python -m alignclip.search",
-        description="Rank the images of a folder by their similarity to a text.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(
+        "python -m alignclip.search",
+        "Rank the images of a folder by their similarity to a text.",
+        EXAMPLES,
     )
     default = SearchOptions(Path(), "")
     parser.add_argument("folder", type=path_option, help="images; those in its sub-folders, too")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import time
@@ -78,3 +79,37 @@ def test_other_processes_of_the_machine_wait_for_the_first_to_speak() -> None:
     assert time.monotonic() - start > 5
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "says"),
+    [
+        (
+            "conversion.cc12m",
+            ["--inputs", "a", "--captoin-key", "c"],
+            "--captoin-key: did you mean '--caption-key'?",
+        ),
+        ("conversion.cc12m", ["--no-nex=1"], "--no-next: ignored explicit argument '1'"),
+        ("conversion.cc12m", ["--inputs", "a"], "the following arguments are required: --out"),
+        ("conversion.retrieval", ["coco", "--skip-mising"], "did you mean '--skip-missing'?"),
+        ("conversion.classification", ["--limit", "many"], "--limit many: this is no whole number"),
+        ("verification.command", ["set", "--decode", "all"], "--decode all: this is no number"),
+        ("verification.command", ["set", "--to"], "--to: expected one argument"),
+        (
+            "weights.export_command",
+            ["a", "--out", "b", "--to", "openclip"],
+            "--to openclip: did you mean 'open_clip'?",
+        ),
+        ("search", ["a", "b", "--modle=x"], "--modle: did you mean '--model'?"),
+    ],
+)
+def test_a_mistyped_flag_is_one_line(
+    module: str, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"alignclip.{module}").main(arguments)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.endswith(f"{says}\n")
+    assert said.count("\n") == 1

@@ -19,6 +19,7 @@ from alignclip.config.reading import load, load_evaluation
 from alignclip.config.schema import CLASSES, EvaluateConfig, RunConfig
 from alignclip.config.setting import rule_of
 from alignclip.errors import UserError
+from alignclip.runtime.arguments import Parser
 from alignclip.training import plugins
 
 # words in the name of a setting or option that holds a path; and those that hold such a word and are none
@@ -80,7 +81,7 @@ def test_every_option_that_is_a_path_expands(name: str, monkeypatch: pytest.Monk
         parsers.append(self)
         raise SystemExit
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", keep)
+    monkeypatch.setattr(Parser, "parse_args", keep)
     module = importlib.import_module(name)
     with pytest.raises(SystemExit):
         module.main([])

@@ -29,6 +29,7 @@ from alignclip.conversion.wording import are_them, first_few, inputs_in_words
 from alignclip.errors import one_line_errors
 from alignclip.paths import option
 from alignclip.runtime import console
+from alignclip.runtime.arguments import Parser
 from alignclip.storage.staging import VAL, OutputFolder
 
 EXAMPLES = """examples:
@@ -193,11 +194,10 @@ FLAGS = {
 
 def parse(arguments: Sequence[str] | None = None) -> ConvertOptions:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="convert/cc12m.py",
-        description="Convert image-caption pairs to MDS shards with caption embeddings.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(
+        "convert/cc12m.py",
+        "Convert image-caption pairs to MDS shards with caption embeddings.",
+        EXAMPLES,
     )
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)

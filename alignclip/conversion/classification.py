@@ -8,7 +8,6 @@ lay them out: see ``convert/README.md``. Nothing is downloaded.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +35,7 @@ from alignclip.data.mds_index import CLASSES
 from alignclip.errors import UserError, nearest
 from alignclip.paths import option
 from alignclip.runtime import console
+from alignclip.runtime.arguments import Parser
 
 EXAMPLES = """examples:
   # CIFAR-10's test images from data/cifar-10-batches-py
@@ -148,11 +148,10 @@ def _read_set(options: ClassificationOptions, name: str, split: str, root: str) 
 
 def parse(arguments: Sequence[str] | None = None) -> ClassificationOptions:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="convert/classification.py",
-        description="Convert an image classification set to MDS shards for evaluation.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(
+        "convert/classification.py",
+        "Convert an image classification set to MDS shards for evaluation.",
+        EXAMPLES,
     )
     add = parser.add_argument
     add("dataset", metavar="DATASET", help=", ".join(CLASSIFICATION_SETS))

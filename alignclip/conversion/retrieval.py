@@ -8,7 +8,6 @@ image, need no conversion to be used for retrieval.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from alignclip.conversion.retrieval_sets import (
 from alignclip.errors import UserError, nearest
 from alignclip.paths import option
 from alignclip.runtime import console
+from alignclip.runtime.arguments import Parser
 
 NO_CAPTION = "no caption"
 MISSING = "missing image"
@@ -176,11 +176,10 @@ def _set_notes(name: str, split: str, annotations: Annotations) -> list[str]:
 
 def parse(arguments: Sequence[str] | None = None) -> RetrievalOptions:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="convert/retrieval.py",
-        description="Convert an image–caption set to MDS shards for retrieval.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(
+        "convert/retrieval.py",
+        "Convert an image–caption set to MDS shards for retrieval.",
+        EXAMPLES,
     )
     add = parser.add_argument
     add("dataset", metavar="DATASET", help=", ".join(RETRIEVAL_SETS))

@@ -5,7 +5,6 @@ Every step is the command that a real run uses; each is printed before it runs. 
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import shlex
 import subprocess
@@ -28,6 +27,7 @@ from alignclip.model.encoders import CLIP, build_encoders
 from alignclip.paths import path_option
 from alignclip.quickstart import scenes
 from alignclip.runtime import console
+from alignclip.runtime.arguments import Parser
 from alignclip.weights.load import load_encoders
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +47,7 @@ ROWS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the quickstart in ``--folder``; further ``key.sub=value`` go to the training."""
     console.prepare()
-    parser = argparse.ArgumentParser(prog="python -m alignclip.quickstart", description=__doc__)
+    parser = Parser("python -m alignclip.quickstart", __doc__)
     parser.add_argument(
         "--folder", type=path_option, default=Path("quickstart-run"), help="where everything goes"
     )

@@ -6,7 +6,6 @@ wrong options).
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from alignclip.data.mds_index import DATASET, dimension_of
 from alignclip.errors import UserError, check_place, few, one_line_errors
 from alignclip.paths import option
 from alignclip.runtime import console
+from alignclip.runtime.arguments import Parser
 from alignclip.storage import open_store
 from alignclip.verification import contact_sheet
 from alignclip.verification.findings import SetSummary
@@ -251,11 +251,10 @@ def _number(number: int, what: str) -> str:
 
 def parse(arguments: Sequence[str] | None = None) -> VerifyOptions:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="convert/verify.py",
-        description="Check an MDS set: files, hashes, samples, counts.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(
+        "convert/verify.py",
+        "Check an MDS set: files, hashes, samples, counts.",
+        EXAMPLES,
     )
     add, default = parser.add_argument, " (default: %(default)s)"
     add("set", type=option, metavar="SET", help="local folder, or s3://, gs://, oci://, azure:// …")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from alignclip.errors import UserError, check_place, one_line_errors
 from alignclip.near import did_you_mean
 from alignclip.paths import option
 from alignclip.runtime import console
+from alignclip.runtime.arguments import Parser
 from alignclip.weights import early
 from alignclip.weights.figures import read_figures
 from alignclip.weights.formats import FORMATS, format_named
@@ -60,11 +60,10 @@ class Options:
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="convert/checkpoint.py",
-        description="Convert a trained model to another format, and check the result.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(
+        "convert/checkpoint.py",
+        "Convert a trained model to another format, and check the result.",
+        EXAMPLES,
     )
     add = parser.add_argument
     add(

@@ -24,7 +24,8 @@ EXAMPLES = """examples:
     --metrics evaluation/results.json --license apache-2.0
 
   # one checkpoint → transformers' CLIPModel, and both encoders as ONNX
-  python convert/checkpoint.py runs/first/ep30-ba5000-rank0.pt --to huggingface --onnx --out exports/first-hf
+  python convert/checkpoint.py runs/first/ep30-ba5000-rank0.pt --to huggingface --onnx \\
+    --out exports/first-hf
 
   # the authors' weights → a checkpoint to train on from
   python convert/checkpoint.py AlignCLIP.pt --to composer --out exports/published

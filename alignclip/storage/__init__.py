@@ -16,6 +16,7 @@ A place is a path or a URL.
   Nothing else in the package writes beside a file's place and renames.
 - A folder or URL that is filled by complete sub-folders:
   :class:`alignclip.storage.staging.OutputFolder`.
+- A new folder or URL that appears as a whole: :func:`alignclip.storage.new_folder.new_folder`.
 - A remote file as a local one for a while: :func:`alignclip.storage.copies.fetched`.
 
 The libraries of object stores take seconds to import. So they are imported where they are used.

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,7 @@ class OutputFolder:
             if replace:
                 patiently(lambda: _remove_ours(target), self.out)
             for file in _in_order(folder):
-                patiently(lambda file=file: target.put(folder / file, file), self.out)  # type: ignore[misc]
+                patiently(partial(target.put, folder / file, file), self.out)
 
     def _move(self, folder: Path, target: Store, replace: bool) -> None:
         for path in folder.iterdir():

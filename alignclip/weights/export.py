@@ -7,13 +7,7 @@ on what, and under which licence.
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +23,8 @@ from alignclip.config.reading import model_section
 from alignclip.config.schema import VOCABULARY, ModelConfig
 from alignclip.data.tokenizer import SimpleTokenizer
 from alignclip.errors import UserError, check_place, few, one_line
-from alignclip.storage import StorageError, Store, check_folder_writable, open_store, patiently
+from alignclip.storage import StorageError, check_folder_writable, open_store
+from alignclip.storage.new_folder import new_folder
 from alignclip.weights.card import recipe_of, write_card
 from alignclip.weights.digest import weights_digest
 from alignclip.weights.figures import read_figures
@@ -72,7 +67,7 @@ def export_model(options: Options) -> float:
         UserError: no such source, not a model, a format that it can't be written in, ``out`` is
             there already, or an export that doesn't compute the same.
     """
-    bucket = _check_out(options.out)  # before minutes of reading
+    _check_out(options.out)  # before minutes of reading
     config = _model_config(options.model_config) if options.model_config else None
     figures = read_figures(options.metrics) if options.metrics else None
     loaded = open_model(options.source, config=config)
@@ -87,7 +82,7 @@ def export_model(options: Options) -> float:
     form = format_named(options.to)
     card = write_card(loaded, options.source, license, figures, form, options.out.rstrip("/"))
     try:
-        with _folder_for(options.out, bucket, form.last) as folder:
+        with new_folder(options.out, form.last) as folder:
             worst = _write_checked(loaded, form, options, folder)
             (folder / CARD).write_text(card, encoding="utf-8")
     except OSError as error:
@@ -205,8 +200,8 @@ def compare_pixels(loaded: Loaded, prepare: Preprocess, name: str) -> None:
 # --- the place --------------------------------------------------------------------------------
 
 
-def _check_out(out: str) -> Store | None:
-    """Find a new place for the export; return the bucket, or None for a folder of this machine.
+def _check_out(out: str) -> None:
+    """See that the export has a new place.
 
     Raises:
         UserError: it can't be reached or written, or there is something.
@@ -217,8 +212,8 @@ def _check_out(out: str) -> Store | None:
             if Path(out).expanduser().exists():
                 raise UserError(f"--out {out} is there already; choose another or remove it")
             check_folder_writable(Path(out).expanduser())
-            return None
-        bucket = open_store(out.rstrip("/"))
+            return
+        bucket = open_store(out)
         there = bucket.names() if bucket.can_list else set()  # Azure can't be listed
         bucket.check_writable()
     except StorageError as error:
@@ -228,65 +223,3 @@ def _check_out(out: str) -> Store | None:
         raise UserError(
             f"--out {out} holds files already ({names}); remove them, or choose another"
         )
-    return bucket
-
-
-@contextmanager
-def _folder_for(out: str, bucket: Store | None, last: str) -> Iterator[Path]:
-    """Give an empty folder that becomes ``out`` afterwards; after an error nothing is left.
-
-    Args:
-        out: a folder of this machine, or a URL.
-        bucket: the store at the URL.
-        last: the file that says that a model is there; it is uploaded last.
-    """
-    target = Path(out).expanduser()
-    # on the same file system, so that a rename makes the whole appear
-    parent = Path(tempfile.gettempdir()) if bucket else target.resolve().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=parent))
-    except OSError as error:
-        raise UserError(f"cannot write to {parent}: {error.strerror}") from None
-    try:
-        yield folder
-        if bucket is not None:
-            _upload_all(folder, bucket, last)
-            return
-        mask = os.umask(0)
-        os.umask(mask)
-        for file in folder.iterdir():  # safetensors writes for its owner alone
-            file.chmod(0o666 & ~mask)
-        folder.chmod(0o777 & ~mask)
-        folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _upload_all(folder: Path, bucket: Store, last: str) -> None:
-    """Upload every file, ``last`` at the end; after an error what was uploaded is removed again.
-
-    Raises:
-        UserError: storage that can't be written to.
-    """
-    names = sorted((path.name for path in folder.iterdir()), key=lambda name: (name == last, name))
-    for i, name in enumerate(names):
-        try:
-            patiently(partial(bucket.put, folder / name, name), bucket.place)
-        except BaseException as error:  # Ctrl-C among them
-            left = _remove(bucket, names[: i + 1])
-            if not isinstance(error, StorageError):
-                raise
-            more = f"; what is there of it could not be removed: {few(left)}" if left else ""
-            raise UserError(f"cannot write to {bucket.place}: {error.why}{more}") from error
-
-
-def _remove(bucket: Store, names: list[str]) -> list[str]:
-    """Delete objects where the store's client can; return the names of those that may stay."""
-    left = []
-    for name in names:
-        try:
-            bucket.delete(name)
-        except StorageError:
-            left.append(name)
-    return left

@@ -93,7 +93,6 @@ class SaveFolder:
                 differences), or a run at all when ``autoresume`` is off.
         """
         config = self.config
-        before = self.files.read_text_optional(CONFIG_FILE)
         if not self.has_checkpoint():
             return
         if not config.autoresume:
@@ -101,14 +100,13 @@ class SaveFolder:
                 f"{self.uri} holds checkpoints of run '{config.run_name}' already; "
                 "set autoresume=true to go on with it, or choose another run_name"
             )
-        if before is None:
+        if (before := self.files.read_text_optional(CONFIG_FILE)) is None:
             return
         old, now = nested(before), nested(to_yaml(config))
         if old.get("run_name") != now["run_name"]:
             raise UserError(
-                f"{self.uri} is the folder of run '{old.get('run_name')}', "
-                f"not of '{now['run_name']}'; "
-                "choose another save_folder, e.g. one with {run_name} in it"
+                f"{self.uri} is the folder of run '{old.get('run_name')}', not of "
+                f"'{now['run_name']}'; choose another save_folder, e.g. one with {{run_name}} in it"
             )
         if changed := identity_changes(old, now):
             raise UserError(
@@ -314,8 +312,7 @@ class SaveFolder:
         newest = self.batch_of(self.latest_target())
         if newest is None:
             return []
-        kept: list[str] = []
-        deleted: list[str] = []
+        kept, deleted = list[str](), list[str]()
         for batch in sorted({batch for batch in names.values() if batch <= newest}, reverse=True):
             same = sorted(name for name in names if names[name] == batch)
             if len(kept) < max(keep, 1):

@@ -240,15 +240,26 @@ def run(n: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> l
         RuntimeError: a process raised, with its traceback, died, or didn't end within ``timeout`` seconds. No process
             is left behind.
     """
+    return _call(n, True, fn, args, timeout)
+
+
+def call(fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> Any:
+    """Call ``fn(*args)`` in a fresh process of one thread; return its result. The rest is as in :func:`run`."""
+    return _call(1, False, fn, args, timeout)[0]
+
+
+def _call(
+    n: int, in_group: bool, fn: Callable[..., Any], args: tuple[Any, ...], timeout: float
+) -> list[Any]:
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "call").write_bytes(pickle.dumps((timeout, fn, args)))
-        environment = dict(os.environ) | _launcher_environment(n)
+        Path(folder, "call").write_bytes(pickle.dumps((timeout, in_group, fn, args)))
+        environment = dict(os.environ) | (_launcher_environment(n) if in_group else {})
         processes: list[Forked] = []
         try:
             for rank in range(n):
-                rank_environment = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                mine = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if in_group else {}
                 processes.append(
                     Forked(
                         sys.executable,
@@ -256,7 +267,7 @@ def run(n: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> l
                         WORK,
                         folder,
                         output=Path(folder, f"{rank}.output"),
-                        env=rank_environment,
+                        env=environment | mine,
                     )
                 )
             _wait(processes, Path(folder), timeout)
@@ -308,17 +319,22 @@ def _work() -> None:
     import torch
     import torch.distributed as dist
 
-    folder, rank, size = sys.argv[1], int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    folder, rank = sys.argv[1], os.environ.get("RANK", "0")
     torch.set_num_threads(1)
     try:
-        timeout, fn, args = pickle.loads(Path(folder, "call").read_bytes())
-        # a file for the rendezvous: unlike a port, nobody else can take it meanwhile
-        store = f"file://{folder}/rendezvous"
-        dist.init_process_group(
-            "gloo", store, timedelta(seconds=timeout), world_size=size, rank=rank
-        )
+        timeout, in_group, fn, args = pickle.loads(Path(folder, "call").read_bytes())
+        if in_group:
+            # a file for the rendezvous: unlike a port, nobody else can take it meanwhile
+            dist.init_process_group(
+                "gloo",
+                f"file://{folder}/rendezvous",
+                timedelta(seconds=timeout),
+                world_size=int(os.environ["WORLD_SIZE"]),
+                rank=int(rank),
+            )
         torch.save(fn(*args), Path(folder, f"{rank}.result"))
-        dist.barrier()
+        if in_group:
+            dist.barrier()
         sys.stdout.flush()
         # a gloo group that is destroyed can wait for a thread of its own that waits for Python's lock
         os._exit(0)

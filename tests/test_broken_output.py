@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import python
 from runs import PRETRAIN, TIMEOUT, write_config, write_set
 from test_console import COMMANDS
 
@@ -93,13 +94,24 @@ def test_every_command_ends_well_when_its_output_is_not_read(name: str) -> None:
     assert unread("-c", MAIN, name, "--help") == (0, "")
 
 
+RUN_UNREAD = """
+import os, runpy, sys
+read, write = os.pipe()
+os.close(read)
+os.dup2(write, 1)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 def test_a_run_and_an_evaluation_that_nobody_reads_lose_nothing(tmp_path: Path) -> None:
     write_set(str(tmp_path / "set"))
     config = write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "runs"))
-    status, error = unread(PRETRAIN, config, "run_name=a", "max_duration=6ba", cwd=tmp_path)
-    assert status == 0, error
-    assert "Traceback" not in error
+    pretrain = ("-c", RUN_UNREAD, PRETRAIN, config, "run_name=a", "max_duration=6ba")
+    done = python(*pretrain, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
     latest = tmp_path / "runs" / "latest-rank0.pt"
     assert latest.resolve().name == "ep0-ba6-rank0.pt"
     sets = "evaluators: {pairs: {task: gap, local: set, num_workers: 0}}\ndevice: cpu\nprecision: fp32\n"
@@ -108,8 +120,8 @@ def test_a_run_and_an_evaluation_that_nobody_reads_lose_nothing(tmp_path: Path) 
         ("one", "two")
     ):  # the second time, earlier results are moved aside first
         arguments = ("evaluate.yaml", f"checkpoints.{name}={latest}", "out=found")
-        status, error = unread(ROOT / "evaluate.py", *arguments, cwd=tmp_path)
-        assert status == 0, error
-        assert "Traceback" not in error
+        done = python("-c", RUN_UNREAD, ROOT / "evaluate.py", *arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
         assert json.loads((tmp_path / "found" / "results.json").read_text())["complete"]
         assert len(list((tmp_path / "found").glob("earlier-*"))) == count

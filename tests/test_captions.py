@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from processes import python
 from tarballs import assert_three_tars, quick, read_back, serve, three_tars
 
 from alignclip.conversion.cc12m import main
@@ -179,24 +180,8 @@ def test_command_with_embeddings(s3: Any, tmp_path: Path) -> None:
         f"{s3.bucket()}/pairs",
         str(get_model_path()),
     )
-    command = [
-        sys.executable,
-        "convert/cc12m.py",
-        "--tars",
-        str(source),
-        "--out",
-        out,
-        "--encoder",
-        encoder,
-    ]
-    result = subprocess.run(
-        [*command, "--processes", "2"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    words = ("convert/cc12m.py", "--tars", source, "--out", out, "--encoder", encoder)
+    result = python(*words, "--processes", "2", cwd=REPOSITORY)
     assert result.returncode == 0, result.stderr
     assert "15 samples" in result.stdout
     assert f"evaluators.pairs.task=retrieval evaluators.pairs.remote={out} " in result.stdout
@@ -215,16 +200,7 @@ def test_command_with_embeddings(s3: Any, tmp_path: Path) -> None:
 
 
 def test_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "convert/cc12m.py",
-        "--tars",
-        str(tmp_path / "*.tar"),
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    result = subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False
-    )
+    words = ("convert/cc12m.py", "--tars", tmp_path / "*.tar", "--out", tmp_path / "out")
+    result = python(*words, cwd=REPOSITORY)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == f"error: no file matches '{tmp_path}/*.tar'\n"

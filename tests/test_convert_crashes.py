@@ -20,7 +20,7 @@ from typing import Any
 import boto3
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
-from conversions import SIZE_LIMIT, Command, Undisturbed, download, picture, relative, said
+from conversions import Command, Undisturbed, download, picture, relative, said
 from s3 import _free_port
 from tarballs import pairs, quick, stage, three_tars, upload, write_tar
 
@@ -79,12 +79,11 @@ def convert_under_fire(
             f"only {left} of {tars} inputs are left after {landed} kills: too few to be in the middle"
         )
         assert "index.json" not in listing(), "there is an index before the set is complete"
-    for _ in range(2):  # before there is anything to see: while it is imported, while workers start
-        with start() as command:
-            time.sleep(rng.uniform(0, 8))
-            command.workers()
-            command.driver.kill()
-            command.assert_workers_end()
+    with start() as command:  # before there is anything to see: while workers start
+        time.sleep(rng.uniform(0, 1))
+        command.workers()
+        command.driver.kill()
+        command.assert_workers_end()
     with start() as command:  # around the index
         command.wait_for(
             lambda: (
@@ -100,11 +99,11 @@ def convert_under_fire(
     return landed
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(2400)  # seconds; 300 on a quiet machine, of which most is imports
-def test_twenty_kills_of_a_conversion_into_a_bucket(s3: Any, tmp_path: Path) -> None:
-    undisturbed = Undisturbed(tmp_path, tars=160, samples=8)
-    out = f"{s3.bucket()}/deep/pairs"
+def kill_and_finish(s3: Any, tmp_path: Path, to: str, victims: list[str], seed: int) -> None:
+    """Kill a conversion so often, into a bucket or a folder, and compare what it becomes in the end."""
+    tars = 8 + 7 * len(victims)
+    undisturbed = Undisturbed(tmp_path, tars=tars, samples=8)
+    out = f"{s3.bucket()}/deep/pairs" if to == "bucket" else str(tmp_path / "out")
 
     def start() -> Command:
         return Command(
@@ -112,32 +111,29 @@ def test_twenty_kills_of_a_conversion_into_a_bucket(s3: Any, tmp_path: Path) -> 
         )
 
     def listing() -> set[str]:
+        if to == "folder":
+            return relative(Path(out))
         return {key.removeprefix("deep/pairs/") for key in s3.keys(out)}
 
-    landed = convert_under_fire(
-        start, listing, ["driver"] * 7 + ["worker"] * 7 + ["all"] * 6, tars=160, seed=1
-    )
-    assert landed == 20
-    undisturbed.assert_same(download(s3, out, tmp_path / "got"))
+    assert convert_under_fire(start, listing, victims, tars, seed) == len(victims)
+    if to == "folder":
+        assert not list(Path(out).glob(".partial-*"))
+    undisturbed.assert_same(Path(out) if to == "folder" else download(s3, out, tmp_path / "got"))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_kills_of_a_conversion_into_a_folder(tmp_path: Path) -> None:
-    undisturbed = Undisturbed(tmp_path, tars=72, samples=16)
-    out = tmp_path / "out"
+def test_three_kills_of_a_conversion(s3: Any, tmp_path: Path, fuzz: Any) -> None:
+    """All points of the protocol: see test_convert_faults."""
+    kill_and_finish(s3, tmp_path, "bucket", ["driver", "worker", "all"], fuzz.seed)
 
-    def start() -> Command:
-        return Command(
-            tmp_path / "run", "--inputs", undisturbed.tars, "--out", out, "--processes", "2"
-        )
 
-    landed = convert_under_fire(
-        start, lambda: relative(out), ["driver", "worker", "all"] * 2, tars=72, seed=2
-    )
-    assert landed == 6
-    assert not list(out.glob(".partial-*"))
-    undisturbed.assert_same(out)
+@pytest.mark.full
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("to", ["bucket", "folder"])
+def test_twenty_kills_of_a_conversion(s3: Any, tmp_path: Path, fuzz: Any, to: str) -> None:
+    victims = ["driver"] * 7 + ["worker"] * 7 + ["all"] * 6
+    kill_and_finish(s3, tmp_path, to, victims, fuzz.seed)
 
 
 @pytest.mark.slow
@@ -184,37 +180,6 @@ def test_inputs_that_are_away_for_a_while(s3: Any, tmp_path: Path) -> None:
     assert (out / "index.json").read_bytes() == (undisturbed.out / "index.json").read_bytes()
     for path in undisturbed.out.glob("*/*.mds"):
         assert (out / path.relative_to(undisturbed.out)).read_bytes() == path.read_bytes()
-
-
-@pytest.mark.slow
-def test_a_kill_with_a_held_out_split(tmp_path: Path) -> None:
-    undisturbed, out = Undisturbed(tmp_path, tars=24, samples=12), tmp_path / "out"
-    expected = tmp_path / "expected"
-    quick([undisturbed.tars], expected, size_limit=SIZE_LIMIT, held_out=0.2)
-    arguments = [
-        "--inputs",
-        undisturbed.tars,
-        "--out",
-        out,
-        "--processes",
-        "2",
-        "--held-out",
-        "0.2",
-    ]
-    for _ in range(2):
-        with Command(tmp_path / "run", *arguments) as command:
-            command.wait_for_changes(lambda: relative(out) if out.exists() else set(), 30)
-            command.workers()
-            command.driver.kill()
-            command.assert_workers_end()
-        assert not (out / "index.json").exists()
-        assert not (out / "val" / "index.json").exists()
-    with Command(tmp_path / "run", *arguments) as command:
-        command.finish()
-    assert relative(out) == relative(expected)
-    for name in relative(expected):
-        assert (out / name).read_bytes() == (expected / name).read_bytes(), name
-    assert verify(VerifyOptions(str(out), progress=False))[1]
 
 
 def test_an_endpoint_where_nothing_listens_is_not_waited_for(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import random
 import re
 import tarfile
 from collections.abc import Iterator
@@ -70,12 +69,12 @@ def add(tar: tarfile.TarFile, member: str, data: bytes) -> None:
 
 
 @pytest.fixture(scope="module")
-def mutated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[bytes]]:
+def mutated(tmp_path_factory: pytest.TempPathFactory, fuzz: Any) -> tuple[Path, list[bytes]]:
     """A folder of whole tars of mutated samples, and the images by the number in the key."""
     folder = tmp_path_factory.mktemp("mutated")
-    rng = random.Random(1)
+    rng = fuzz.rng(1)
     good, images = pictures(), []
-    for i in range(TARS):
+    for i in range(fuzz.count(TARS)):
         tar_format = rng.choice([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
         with tarfile.open(folder / f"{i:05}.tar", "w", format=tar_format) as tar:
             for number in range(i * SAMPLES, (i + 1) * SAMPLES):
@@ -108,7 +107,7 @@ def test_mutated_samples(
 ) -> None:
     folder, images = mutated
     counts = quick([folder], tmp_path / "out", images=options, max_bad=1.0)
-    assert counts.written + counts.bad == len(images) == TARS * SAMPLES
+    assert counts.written + counts.bad == len(images) > 2 * SAMPLES
     assert samples.BROKEN_INPUT not in counts.skipped
     rows = list(rows_of(tmp_path / "out"))
     assert len(rows) == counts.written > len(images) / 5
@@ -145,16 +144,16 @@ def assert_all_are_counted(files: list[Path], numbers: dict[str, int], out: Path
         assert decode_image(row["image"]).shape[0] == 3
 
 
-def test_tars_of_damaged_structure(tmp_path: Path) -> None:
+def test_tars_of_damaged_structure(tmp_path: Path, fuzz: Any) -> None:
     whole = write_tar(tmp_path / "whole.tar", pairs(0, 4)).read_bytes()
-    rng = random.Random(2)
+    rng = fuzz.rng(2)
     numbers: dict[str, int] = {}
     (tmp_path / "in").mkdir()
-    for i in range(BROKEN_TARS):
+    for i in range(fuzz.count(BROKEN_TARS)):
         path = tmp_path / "in" / f"{i:05}.tar"
         path.write_bytes(compressed(whole, rng) if i % 6 == 0 else damage_tar(whole, rng))
         numbers |= yielded(path)
-    assert len(numbers) == BROKEN_TARS
+    assert len(numbers) == fuzz.count(BROKEN_TARS)
     assert_all_are_counted([tmp_path / "in"], numbers, tmp_path / "out")
 
 
@@ -239,22 +238,22 @@ def assert_tables_are_counted(files: list[Path], out: Path) -> None:
     assert_all_are_counted(readable, numbers, out)
 
 
-def test_damaged_parquet_files(tmp_path: Path) -> None:
-    rng = random.Random(3)
+def test_damaged_parquet_files(tmp_path: Path, fuzz: Any) -> None:
+    rng = fuzz.rng(3)
     whole = parquet_files()
     files = []
-    for i in range(TABLES):
+    for i in range(fuzz.count(TABLES)):
         files.append(tmp_path / f"{i:05}.parquet")
         files[-1].write_bytes(damage_parquet(rng.choice(whole), rng))
     assert_tables_are_counted(files, tmp_path / "out")
 
 
-def test_damaged_csv_files(tmp_path: Path) -> None:
-    rng = random.Random(4)
+def test_damaged_csv_files(tmp_path: Path, fuzz: Any) -> None:
+    rng = fuzz.rng(4)
     for i in range(3):
         (tmp_path / f"{i}.jpg").write_bytes(draw(i))
     files = []
-    for i in range(TABLES):
+    for i in range(fuzz.count(TABLES)):
         files.append(tmp_path / f"{i:05}.{rng.choice(['csv', 'tsv'])}")
         files[-1].write_bytes(
             csv_file(rng, str(tmp_path), "\t" if files[-1].suffix == ".tsv" else ",")
@@ -263,15 +262,15 @@ def test_damaged_csv_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compression", [None, "zstd"])
-def test_damaged_mds_sets(tmp_path: Path, compression: str | None) -> None:
-    rng = random.Random(5)
+def test_damaged_mds_sets(tmp_path: Path, compression: str | None, fuzz: Any) -> None:
+    rng = fuzz.rng(5)
     write_tar(tmp_path / "in" / "a.tar", pairs(0, 6))
     quick([tmp_path / "in"], tmp_path / "whole", size_limit="4kb", compression=compression)
     shards = sorted((tmp_path / "whole").glob("a/shard*"))
     index = tmp_path / "whole" / "index.json"
     whole = {path: path.read_bytes() for path in (*shards, index)}
     messages = []
-    for i in range(SETS):
+    for i in range(fuzz.count(SETS)):
         path = rng.choice([*shards, *shards, index])
         path.write_bytes(damage(whole[path], rng))
         try:
@@ -280,4 +279,4 @@ def test_damaged_mds_sets(tmp_path: Path, compression: str | None) -> None:
             messages.append(str(error))
         path.write_bytes(whole[path])
     assert all("\n" not in message for message in messages)
-    assert len(messages) < SETS / 2
+    assert len(messages) < fuzz.count(SETS) / 2

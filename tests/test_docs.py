@@ -7,11 +7,11 @@ import functools
 import importlib.util
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import processes
 import pytest
 
 from alignclip.config.reading import check_key, load, load_evaluation
@@ -86,9 +86,7 @@ def is_command(code: str) -> bool:
 
 @functools.cache
 def help_of(command: tuple[str, ...]) -> str:
-    done = subprocess.run(
-        [*command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    done = processes.command(*command, "--help", cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

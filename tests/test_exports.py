@@ -41,6 +41,7 @@ from models import (
     write_run,
 )
 from PIL import Image
+from processes import python
 from runs import write_config, write_set
 from s3 import S3Server
 from safetensors.torch import load_file, save_file
@@ -763,9 +764,8 @@ def test_the_licence_of_what_a_run_loaded(tmp_path: Path, s3: S3Server, place: s
 
 
 def test_the_command(exported: dict[str, Path], tmp_path: Path) -> None:
-    def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, *map(str, arguments)]
-        return subprocess.run(line, text=True, capture_output=True, timeout=200, cwd=tmp_path)
+    def command(*arguments: Any) -> subprocess.CompletedProcess[str]:
+        return python(*arguments, cwd=tmp_path)
 
     script, source = ROOT / "convert" / "checkpoint.py", exported["composer"] / "model.pt"
     to = ["--to", "open_clip", "--out"]

@@ -2,19 +2,19 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import processes
-import psutil
 import pytest
 from composer.utils import get_device
+from processes import Forked, python
 from runs import write_config, write_set
 from streaming.base.shared.prefix import _pack_locals as pack_locals
 
@@ -29,6 +29,7 @@ pytestmark = pytest.mark.skipif(not SHM.is_dir(), reason="shared memory is not a
 
 HOLDER = """
 import sys, time
+from pathlib import Path
 from alignclip.data import shared_memory
 from alignclip.config.schema import DataConfig, StreamConfig
 from alignclip.data.dataset import ImageTextDataset
@@ -36,27 +37,20 @@ config = DataConfig(streams={"a": StreamConfig(local=sys.argv[1])}, num_canonica
 shared_memory.remove_stale()
 dataset = ImageTextDataset(config, batch_size=4, image_size=32, context_length=20, semantic=False)
 print(dataset._shm_prefix_int, flush=True)
-sys.stdin.readline()
+while not Path(sys.argv[2]).exists():
+    time.sleep(0.05)
 """
 
 
-def hold(folder: Path) -> tuple[subprocess.Popen[str], int]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(folder)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    return process, int(process.stdout.readline())
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    """With Python's own cleaner of shared memory, which kill -9 to the group takes along."""
-    for child in psutil.Process(process.pid).children(recursive=True):
-        child.kill()
-    process.kill()
-    process.wait()
+def hold(folder: Path) -> tuple[Forked, int]:
+    """A process that has opened a set, until ``go-on`` is beside that; and the prefix of its memory."""
+    output = folder.with_name(f"{uuid.uuid4()}.txt")
+    words = (sys.executable, "-c", HOLDER, folder, folder.with_name("go-on"))
+    process = Forked(*words, output=output)
+    while not (text := output.read_text()).endswith("\n"):
+        assert process.poll() is None, text
+        time.sleep(0.05)
+    return process, int(text)
 
 
 def segments(prefix: int) -> list[str]:
@@ -79,22 +73,22 @@ def test_the_dead_are_buried_and_the_living_left_alone(tmp_path: Path) -> None:
     try:
         assert dead_prefix != alive_prefix
         with shared_memory.lock():  # other tests beside this one clean up, too
-            kill(dead)
+            dead.end()  # with Python's own cleaner of shared memory
             left, used = segments(dead_prefix), segments(alive_prefix)
             owned = identities(alive_prefix)
         assert len(left) > 4, "a killed process leaves its segments"
         shared_memory.remove_stale()
         assert segments(dead_prefix) == []
         assert segments(alive_prefix) == used
-        alive.communicate("end\n", timeout=60)
-        assert alive.returncode == 0
+        (tmp_path / "go-on").touch()
+        assert alive.wait(60) == 0
         assert len(owned) == len(used)
         assert not owned & identities(alive_prefix), (
             "one that ends leaves nothing, not even its note"
         )
     finally:
         for process in (dead, alive):
-            process.kill()
+            process.end()
 
 
 KILLED_EARLY = """
@@ -122,8 +116,7 @@ def open_set(remote: Path, local: Path) -> ImageTextDataset:
 def test_a_run_that_is_killed_while_it_opens_its_set_blocks_no_other(tmp_path: Path) -> None:
     """Between the first segment and the last: Streaming looks at every shard, and waits for all other machines."""
     write_set(str(tmp_path / "set"), 8)
-    command = [sys.executable, "-c", KILLED_EARLY, str(tmp_path / "set"), str(tmp_path / "cache")]
-    killed = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=200)
+    killed = python("-c", KILLED_EARLY, tmp_path / "set", tmp_path / "cache")
     assert killed.returncode == -9
     prefix = int(killed.stdout)
     # Python's cleaner of shared memory outlives a process that is killed alone; kill -9 of a group takes it along
@@ -233,9 +226,8 @@ def test_many_sets_fit_into_few_open_files(tmp_path: Path) -> None:
     """Each opens the memory of all before it to find a prefix of its own; kept open, 20 sets took over 2,000 files."""
     for i in range(20):
         write_set(str(tmp_path / f"set{i}"), 2)
-    command = [sys.executable, "-c", MANY, *(str(folder) for folder in tmp_path.iterdir())]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert (run.returncode, run.stdout) == (0, "20\n"), run.stderr
+    done = python("-c", MANY, *tmp_path.iterdir())
+    assert (done.returncode, done.stdout) == (0, "20\n"), done.stderr
 
 
 def build_on_a_rank(folder: str) -> int:
@@ -259,7 +251,7 @@ def test_ranks_wait_for_the_burial(tmp_path: Path) -> None:
     write_set(str(tmp_path / "set"), 32)
     dead, prefix = hold(tmp_path / "set")
     with shared_memory.lock():  # other tests beside this one clean up, too
-        kill(dead)
+        dead.end()
         assert len(segments(prefix)) > 4
     first, second = processes.run(2, build_on_a_rank, str(tmp_path))
     assert first == second

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 from mds_sets import PAIR, Row, edit, shards_of, write_rows
 from PIL import Image
+from processes import python
 from streaming.base.hashing import get_hash
 
 from alignclip.conversion.formats import FORMATS
@@ -538,10 +537,7 @@ def test_the_command(tmp_path: Path) -> None:
     """As a person calls it, shards being checked by two processes."""
     out = write_set(tmp_path / "out", parts=6)
     flip(out / SHARD)
-    command = [sys.executable, "convert/verify.py", str(out), "--processes", "2"]
-    result = subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200, check=False
-    )
+    result = python("convert/verify.py", out, "--processes", "2", cwd=REPOSITORY)
     assert problems((result.returncode, result.stdout)) == [f"  {SHARD}: hash xxh64 differs"]
     lines = result.stderr.replace("\r", "\n").split("\n")
     assert all("verifying" in line for line in lines if line.strip())

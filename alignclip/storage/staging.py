@@ -93,7 +93,8 @@ class OutputFolder:
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            with suppress(OSError):  # the set is complete; the next conversion takes the file over
+                lock.unlink()
             held.release()
 
     def clear(self, names: Iterable[str], *files: str) -> None:

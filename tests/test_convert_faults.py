@@ -1,0 +1,107 @@
+"""A conversion that ends at any of its operations and is started again: the set is what it would have been."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults import OVER, every_point, forked
+from processes import call
+from tarballs import cut, pairs, quick, write_tar
+
+from alignclip.storage import patience
+from alignclip.storage.staging import PARTIAL, OutputFolder, shown
+
+OPTIONS = {"size_limit": "2kb", "held_out": 0.3}
+START = (
+    "start"  # of the operations: nothing is there, or a set of which an input was truncated then
+)
+MENDED = "mended"
+
+
+def contents(out: str) -> dict[str, bytes]:
+    """Every file of a set that isn't hidden."""
+    store = OutputFolder(out)
+    return {name: store.files.read_bytes(name) for name in shown(store.listing())}
+
+
+def put(files: dict[str, bytes], out: str, scratch: Path) -> None:
+    """Make ``out`` a set of these files."""
+    store = OutputFolder(out)
+    for name, content in files.items():
+        scratch.write_bytes(content)
+        if store.is_remote:
+            store.files.put(scratch, name)
+        else:
+            path = Path(out, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(scratch, path)
+
+
+def assert_no_index_names_what_is_not_there(out: str) -> None:
+    files = contents(out)
+    for split in ("", "val/"):
+        index = json.loads(files.get(f"{split}index.json", b'{"shards": []}'))
+        for shard in index["shards"]:
+            name = split + shard["raw_data"]["basename"]
+            assert len(files[name]) == shard["raw_data"]["bytes"], name
+
+
+def interrupt_everywhere(folder: Path, uri: str, case: str, kind: str) -> int:
+    """Interrupt a conversion at each of its operations, and finish it; return how many these are."""
+    os.environ["AWS_MAX_ATTEMPTS"] = "1"
+    patience.FIRST_PAUSE = 0.01
+    os.fsync = lambda _: None  # a process that dies takes nothing from the disk
+    source, begun = folder / "in", {}
+    for i in range(2):
+        write_tar(source / f"{i}.tar", pairs(10 * i, 4))
+
+    def convert(out: str) -> int:
+        return quick([source], out, processes=1, **OPTIONS).written
+
+    resource_tracker.ensure_running()  # which each of the forked processes would start
+    if case == MENDED:
+        whole = (source / "1.tar").read_bytes()
+        cut(source / "1.tar", 2)
+        convert(str(folder / "begun"))
+        begun = contents(str(folder / "begun"))
+        (source / "1.tar").write_bytes(whole)
+    put(begun, str(folder / "expected"), folder / "file")
+    assert convert(str(folder / "expected")) == 8
+    expected = contents(str(folder / "expected"))
+    assert len(expected) > 12
+
+    def act(at: int) -> None:
+        convert(f"{uri}/{at}")
+
+    def finish(at: int) -> None:
+        assert_no_index_names_what_is_not_there(f"{uri}/{at}")
+        convert(f"{uri}/{at}")
+        found = contents(f"{uri}/{at}")
+        assert not list(Path(f"{uri}/{at}").glob(f"{PARTIAL}*"))
+        assert not found.keys() ^ expected.keys(), found.keys() ^ expected.keys()
+        for name in expected:
+            assert found[name] == expected[name], name
+
+    at = 0
+    for at in every_point(act, kind, folder, lambda at: put(begun, f"{uri}/{at}", folder / "file")):
+        assert forked(lambda at=at: finish(at)) == OVER, f"after operation {at}"  # type: ignore[misc]
+        if "://" not in uri:
+            shutil.rmtree(f"{uri}/{at}")
+    return at
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [START, MENDED])
+@pytest.mark.parametrize("kind", ["dies", "fails"])
+@pytest.mark.parametrize("to", ["folder", pytest.param("bucket", marks=pytest.mark.full)])
+def test_a_conversion_is_interrupted_at_every_operation(
+    s3: Any, tmp_path: Path, case: str, to: str, kind: str
+) -> None:
+    uri = f"{s3.bucket()}/out" if to == "bucket" else str(tmp_path / "out")
+    assert call(interrupt_everywhere, tmp_path, uri, case, kind, timeout=500) > 40

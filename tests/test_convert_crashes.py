@@ -28,7 +28,6 @@ from alignclip.conversion.cc12m import main
 from alignclip.errors import UserError
 from alignclip.storage import patience, patiently
 from alignclip.storage.staging import OutputFolder
-from alignclip.verification.command import VerifyOptions, verify
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

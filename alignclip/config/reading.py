@@ -6,7 +6,6 @@ An unknown key or a wrong type is an error that names the place.
 from __future__ import annotations
 
 import dataclasses
-import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,24 +17,29 @@ from omegaconf.errors import OmegaConfBaseException
 
 from alignclip.config import yaml_text
 from alignclip.config.checks import check_evaluators, validate, validate_evaluation
+from alignclip.config.overrides import (
+    Line,
+    Parts,
+    Tree,
+    get,
+    put,
+    read_line,
+    refuse_dashes,
+    setting_at,
+)
 from alignclip.config.schema import EvaluateConfig, EvaluatorConfig, ModelConfig, RunConfig
-from alignclip.config.setting import Rule, check_settings, rule_of
+from alignclip.config.setting import check_settings, rule_of
 from alignclip.config.typed import (
     SettingError,
     UnknownKeyError,
-    convert_line,
     convert_section,
     members_of,
-    named_sections,
 )
 from alignclip.errors import UserError, check_place, nearest, one_line
 from alignclip.paths import expand
 from alignclip.storage import read_text
 
 T = TypeVar("T")
-Tree = dict[str, Any]
-Parts = Sequence[str]  # of a key: data.streams in two
-Line = Sequence[tuple[Parts, Any]]  # the overrides: keys, and their values as trees
 
 ON_THE_LINE = "the command line"
 NAMED = (("data", "streams"), ("evaluators",))  # sections of names that a person chooses
@@ -166,7 +170,7 @@ def check_key(key: str, schema: type = RunConfig) -> None:
         UserError: names the nearest key.
     """
     tree: Tree = {}
-    _put(tree, key.split("."), None)
+    put(tree, key.split("."), None)
     try:
         convert_section(tree, schema, "")
     except UnknownKeyError as error:
@@ -179,26 +183,26 @@ def _read(
     path: str | Path, overrides: Sequence[str], schema: type[T], check: Callable[[T], None]
 ) -> T:
     path = expand(str(path), "config file")
-    _check_dashes(overrides)  # before the file: what follows an option is taken for the file
-    tree, line = _read_file(path), list(_read_line(overrides, schema))
+    refuse_dashes(overrides)  # before the file: what follows an option is taken for the file
+    tree, line = _read_file(path), list(read_line(overrides, schema))
     for parts in _null_names(line, schema):
-        if _get(tree, parts) is None:  # as "unset" null would change nothing, and it may be a name
+        if get(tree, parts) is None:  # as "unset" null would change nothing, and it may be a name
             key = ".".join(parts)
             quoted = f"for the name null put it in quotes: {key}=\"'null'\""
             raise UserError(f"{key}=null: it is unset anyway; {quoted}")
     for section in NAMED:
         if (section, None) in line:  # what the line names besides stays
-            _put(tree, section, None)
+            put(tree, section, None)
             line.remove((section, None))
     from_line: Tree = {}
     for parts, value in line:
-        _put(tree, parts, value)
-        _put(from_line, parts, value)
+        put(tree, parts, value)
+        put(from_line, parts, value)
     for section in NAMED:
         _drop_nulls(tree, section)
 
     def where(key: str) -> str:
-        found = _get(from_line, key.partition("[")[0].split("."), default=tree)
+        found = get(from_line, key.partition("[")[0].split("."), default=tree)
         return path if found is tree else ON_THE_LINE
 
     with _errors_of(where, schema):
@@ -270,76 +274,11 @@ def _read_file(path: str) -> Tree:
     return content or {}
 
 
-def _check_dashes(overrides: Sequence[str]) -> None:
-    """Refuse options, which people who come from open_clip may type."""
-    for item in overrides:
-        if item.startswith("-") and "=" in item:
-            raise UserError(f"override '{item}': write '{item.lstrip('-')}', without dashes")
-        if item.startswith("-"):
-            flags = "docs/migration.md says what open_clip's flags are here"
-            raise UserError(
-                f"override '{item}': settings are key.sub=value, without dashes; {flags}"
-            )
-
-
-def _read_line(overrides: Sequence[str], schema: type) -> Iterator[tuple[Parts, Any]]:
-    """Yield the key of each override, in parts, and its value as the tree of a YAML."""
-    for item in overrides:
-        if "=" not in item:
-            raise UserError(f"override '{item}' is not of the form key.sub=value")
-        key, _, text = item.partition("=")
-        found = re.findall(r"\[[^\]]*\]|[^.\[\]]+", key.strip())
-        parts = tuple(part.strip("[]") for part in found)
-        if not parts:
-            raise UserError(f"override '{item}' has no key before the '='")
-        hint, rule = _setting(schema, parts)
-        yield parts, convert_line(text, hint, key.strip(), is_path=rule.place)
-
-
-def _setting(schema: Any, parts: Parts) -> tuple[Any, Rule]:
-    """Return the annotation and the rule of a key; Any where no schema says what the key holds."""
-    hint, rule = schema, Rule()
-    for part in parts:
-        section = next(filter(dataclasses.is_dataclass, members_of(hint)), None)
-        if section is None:
-            hint = named_sections(hint)
-        else:
-            fields = {one.name: one for one in dataclasses.fields(section)}
-            hint = typing.get_type_hints(section)[part] if part in fields else None
-            rule = rule_of(fields[part]) if part in fields else rule
-        if hint is None:
-            return Any, Rule()
-    return hint, rule
-
-
-def _put(tree: Tree, parts: Parts, value: Any) -> None:
-    """Set a key below others; a section is added to what is there."""
-    for part in parts[:-1]:
-        inner = tree.get(part)
-        tree[part] = inner = dict(inner) if isinstance(inner, dict) else {}
-        tree = inner
-    before = tree.get(parts[-1])
-    if isinstance(before, dict) and isinstance(value, dict):
-        for key, inner in value.items():
-            _put(before, (key,), inner)
-    else:
-        tree[parts[-1]] = value
-
-
-def _get(tree: Any, parts: Parts, default: Any = None) -> Any:
-    """Return what a tree has at a key."""
-    for part in parts:
-        if not isinstance(tree, dict) or part not in tree:
-            return default
-        tree = tree[part]
-    return tree
-
-
 def _drop_nulls(tree: Tree, section: Parts) -> None:
     """Take the names out that are null, so that an override removes what a file has."""
-    names = _get(tree, section, default=tree)
+    names = get(tree, section, default=tree)
     if names is None:
-        _put(tree, section, {})
+        put(tree, section, {})
     elif isinstance(names, dict) and names is not tree:
         for name in [name for name, value in names.items() if value is None]:
             del names[name]
@@ -360,7 +299,7 @@ def _resolved(tree: Tree, schema: type) -> Tree:
 def _null_names(line: Line, schema: type) -> Iterator[Parts]:
     """Yield the keys of optional names that the command line sets to null."""
     for parts, value in line:
-        hint, rule = _setting(schema, parts)
+        hint, rule = setting_at(schema, parts)
         if value is None and rule.name and type(None) in members_of(hint):
             yield parts
 
@@ -368,7 +307,7 @@ def _null_names(line: Line, schema: type) -> Iterator[Parts]:
 def _null_hint(line: Line, schema: type) -> str:
     """Return what to add to an error where an override has unset a text."""
     for parts, value in line:
-        if value is None and str in members_of(_setting(schema, parts)[0]):
+        if value is None and str in members_of(setting_at(schema, parts)[0]):
             quoted = "for the text null put it in quotes: \"'null'\""
             return f" ({'.'.join(parts)}=null leaves it unset; {quoted})"
     return ""

@@ -1,0 +1,82 @@
+"""Overrides ``key.sub=value`` of a command line → keys and values, and trees that they are put in."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from alignclip.config.setting import Rule, rule_of
+from alignclip.config.typed import convert_line, members_of, named_sections
+from alignclip.errors import UserError
+
+Tree = dict[str, Any]
+Parts = Sequence[str]  # of a key: data.streams in two
+Line = Sequence[tuple[Parts, Any]]  # the overrides: keys, and their values as trees
+
+
+def refuse_dashes(overrides: Sequence[str]) -> None:
+    """Refuse options, which people who come from open_clip may type."""
+    for item in overrides:
+        if item.startswith("-") and "=" in item:
+            raise UserError(f"override '{item}': write '{item.lstrip('-')}', without dashes")
+        if item.startswith("-"):
+            flags = "docs/migration.md says what open_clip's flags are here"
+            raise UserError(
+                f"override '{item}': settings are key.sub=value, without dashes; {flags}"
+            )
+
+
+def read_line(overrides: Sequence[str], schema: type) -> Iterator[tuple[Parts, Any]]:
+    """Yield the key of each override, in parts, and its value as the tree of a YAML."""
+    for item in overrides:
+        if "=" not in item:
+            raise UserError(f"override '{item}' is not of the form key.sub=value")
+        key, _, text = item.partition("=")
+        found = re.findall(r"\[[^\]]*\]|[^.\[\]]+", key.strip())
+        parts = tuple(part.strip("[]") for part in found)
+        if not parts:
+            raise UserError(f"override '{item}' has no key before the '='")
+        hint, rule = setting_at(schema, parts)
+        yield parts, convert_line(text, hint, key.strip(), is_path=rule.place)
+
+
+def setting_at(schema: Any, parts: Parts) -> tuple[Any, Rule]:
+    """Return the annotation and the rule of a key; Any where no schema says what the key holds."""
+    hint, rule = schema, Rule()
+    for part in parts:
+        section = next(filter(dataclasses.is_dataclass, members_of(hint)), None)
+        if section is None:
+            hint = named_sections(hint)
+        else:
+            fields = {one.name: one for one in dataclasses.fields(section)}
+            hint = typing.get_type_hints(section)[part] if part in fields else None
+            rule = rule_of(fields[part]) if part in fields else rule
+        if hint is None:
+            return Any, Rule()
+    return hint, rule
+
+
+def put(tree: Tree, parts: Parts, value: Any) -> None:
+    """Set a key below others; a section is added to what is there."""
+    for part in parts[:-1]:
+        inner = tree.get(part)
+        tree[part] = inner = dict(inner) if isinstance(inner, dict) else {}
+        tree = inner
+    before = tree.get(parts[-1])
+    if isinstance(before, dict) and isinstance(value, dict):
+        for key, inner in value.items():
+            put(before, (key,), inner)
+    else:
+        tree[parts[-1]] = value
+
+
+def get(tree: Any, parts: Parts, default: Any = None) -> Any:
+    """Return what a tree has at a key."""
+    for part in parts:
+        if not isinstance(tree, dict) or part not in tree:
+            return default
+        tree = tree[part]
+    return tree

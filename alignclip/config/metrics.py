@@ -21,7 +21,7 @@ MODES: dict[Better, str | None] = {"higher": "max", "lower": "min", "neither": N
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of an evaluation.
+    """A figure of an evaluation.
 
     Attributes:
         better: which way is better; ``neither`` where the figure describes and doesn't judge.

@@ -1,1 +1,1 @@
-"""What a model can do and how far apart its modalities are: pure functions of features."""
+"""Evaluation: tasks on sets, their metrics, and the command ``evaluate.py``."""

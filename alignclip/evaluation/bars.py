@@ -1,4 +1,4 @@
-"""What each checkpoint gets right, as bars: recall and accuracy, with what chance would score."""
+"""Bars of recall and accuracy, a colour a checkpoint, with what chance would score."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is the gap closing, and did it help: gap, margin and recall against the step, one PNG."""
+"""Gap, margin and recall against the step, one PNG: is the gap closing, and did it help?"""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Values = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluation of a run.
+    """An evaluation of a run.
 
     Attributes:
         batch: None for a model whose batch is not known, which is drawn as a level.
@@ -51,7 +51,7 @@ class Point:
 
     @property
     def collapsed(self) -> bool:
-        """Whether the verdict is a collapse."""
+        """Say whether the verdict is a collapse."""
         verdict = judge(self.metrics, self.chance) if self.metrics.keys() >= JUDGED else None
         return verdict is not None and verdict.collapsed
 

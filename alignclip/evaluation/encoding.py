@@ -97,9 +97,8 @@ class Encoder:
             UserError: on every rank, where one of them can't read or encode a sample.
         """
         count = len(samples)  # type: ignore[arg-type]
-        num_workers = min(
-            num_workers, os.cpu_count() or 1
-        )  # more only wait for one another, and PyTorch warns of them
+        # more only wait for one another, and PyTorch warns of them
+        num_workers = min(num_workers, os.cpu_count() or 1)
         share = -(-count // world_size())
         mine = [min(i, count - 1) for i in range(rank() * share, (rank() + 1) * share)]
         batch = batch_bytes(min(self.batch_size, share), self.image_size)

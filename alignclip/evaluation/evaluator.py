@@ -29,7 +29,7 @@ MetricFigures = dict[str, float]
 
 @dataclass
 class TaskResult:
-    """What a task found.
+    """The findings of a task.
 
     Attributes:
         metrics: the figures, by the names that the task's ``METRICS`` declares.

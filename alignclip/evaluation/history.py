@@ -16,7 +16,7 @@ EVALUATIONS = "evaluations.jsonl"
 
 
 class Record(TypedDict):
-    """One evaluator at one batch; a metric that is not finite is None."""
+    """The figures of an evaluator at a batch; a metric that is not finite is None."""
 
     batch: int
     evaluator: str

@@ -21,7 +21,7 @@ from alignclip.data.streams import (
 )
 from alignclip.data.transforms import center_crop
 from alignclip.errors import UserError, one_line
-from alignclip.ranks import raise_on_all_ranks
+from alignclip.ranks import errors_on_all_ranks, raise_on_all_ranks
 from alignclip.storage import StorageError, describe_storage_error, open_file
 
 HASH = "xxh64"  # our converters'
@@ -43,29 +43,20 @@ class OpenSets:
         if key in self._opened:
             return self._opened[key]
         remote, local, split = key
-        failure = None
-        hashes: list[str] = []
-        try:
+        with errors_on_all_ranks():  # the ranks open a set together
             shards = read_index("", stream, local)
-            hashes = [name for shard in shards[:1] for name in shard["hashes"]]
-        except UserError as error:
-            failure = error
-        raise_on_all_ranks(failure)  # the ranks open a set together
-        try:
-            # whichever hash it was written with is checked
-            checked = HASH if HASH in hashes else next(iter(hashes), None)
-            dataset = CachedDataset(
-                streams=[
-                    cached_stream(
-                        "evaluation", stream, remote=remote, split=split, validate_hash=checked
-                    ),
-                ],
-                batch_size=1,
-                shuffle=False,
-            )
-        except Exception as error:  # of the file system, or any cloud's
-            failure = UserError(f"the set {remote or local}: {describe_storage_error(error)}")
-        raise_on_all_ranks(failure)
+        hashes = [name for shard in shards[:1] for name in shard["hashes"]]
+        # whichever hash the set was written with is checked
+        checked = HASH if HASH in hashes else next(iter(hashes), None)
+        with errors_on_all_ranks():
+            try:
+                one = cached_stream(
+                    "evaluation", stream, remote=remote, split=split, validate_hash=checked
+                )
+                dataset = CachedDataset(streams=[one], batch_size=1, shuffle=False)
+            except Exception as error:  # of the file system, or any cloud's
+                why = describe_storage_error(error)
+                raise UserError(f"the set {remote or local}: {why}") from None
         self._opened[key] = dataset
         return dataset
 

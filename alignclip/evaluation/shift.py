@@ -41,7 +41,7 @@ def max_softmax(
 
 
 def out_of_distribution(in_scores: Tensor, out_scores: Tensor) -> dict[str, float]:
-    """How well a confidence tells samples of unknown classes (out) from those of known ones (in).
+    """Measure how well a confidence tells samples of unknown classes (out) from known ones (in).
 
     The positive class is *out*, detected by a low confidence, as for ImageNet-O
     (https://arxiv.org/abs/1907.07174, code: https://github.com/hendrycks/natural-adv-examples,

@@ -36,7 +36,7 @@ MetricValues = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one evaluator's figures mean.
+    """The meaning of an evaluator's figures.
 
     Attributes:
         success: whether the model does what the metrics are for: pairs find each other, classes are
@@ -69,30 +69,26 @@ def judge(
     """
     if "centroid_distance" in metrics:
         return _judge_gap(metrics, chance, before, when)
-    if any(name in metrics for name in RECALLS):
-        works, words = _retrieval(metrics, chance, before, when)
-        return Verdict(works, False, words)
+    if not metrics.keys().isdisjoint(RECALLS):
+        return _verdict(*_retrieval(metrics, chance, before, when))
     if "auroc" in metrics:
-        apart = metrics["auroc"] > TOLD_APART
-        how = "tells" if apart else "does not tell"
-        return Verdict(
-            apart,
-            False,
-            f"confidence {how} outliers from known classes (auroc {metrics['auroc']:.2f})",
-        )
+        auroc = metrics["auroc"]
+        how = "tells" if auroc > TOLD_APART else "does not tell"
+        text = f"confidence {how} outliers from known classes (auroc {auroc:.2f})"
+        return _verdict(auroc > TOLD_APART, text)
     if "top_class_share" in metrics:
         return _judge_classes(metrics, chance)
     if "spearman" in metrics:
         spearman = metrics["spearman"]
         if math.isnan(spearman):
-            return Verdict(False, True, "COLLAPSED: all sentence pairs are equally similar")
-        good = spearman > RELATED
-        return Verdict(
-            good,
-            False,
-            f"similarities {'follow' if good else 'say nothing of'} people's ({spearman:.2f})",
-        )
+            return _verdict(False, "all sentence pairs are equally similar", collapsed=True)
+        how = "follow" if spearman > RELATED else "say nothing of"
+        return _verdict(spearman > RELATED, f"similarities {how} people's ({spearman:.2f})")
     return None
+
+
+def _verdict(success: bool, text: str, collapsed: bool = False) -> Verdict:
+    return Verdict(success, collapsed, f"COLLAPSED: {text}" if collapsed else text)
 
 
 def _judge_gap(
@@ -106,19 +102,15 @@ def _judge_gap(
         signs.append(f"pairs are no closer than wrong pairs (margin {margin:.3f})")
     if axes < min(FEW_AXES, _pairs(chance) / 4):
         signs.append(f"the variance of one modality lies on {axes:.1f} axes")
-    if not any(name in metrics for name in RECALLS):
-        collapsed = closed and bool(signs)
-        words = "; ".join([gap, "retrieval was not measured", *signs])
-        return Verdict(
-            closed and not signs, collapsed, f"COLLAPSED: {words}" if collapsed else words
-        )
+    collapsed, success = closed and bool(signs), closed and not signs
+    if metrics.keys().isdisjoint(RECALLS):
+        return _verdict(success, "; ".join([gap, "retrieval was not measured", *signs]), collapsed)
     works, retrieval = _retrieval(metrics, chance, before, when)
     if works:
         warning = f"; near a collapse: {'; '.join(signs)}" if signs else ""
-        return Verdict(closed and not signs, False, f"{gap}, and {retrieval}{warning}")
-    collapsed = bool(signs) and closed
-    words = "; ".join([f"{gap}, but {retrieval}" if closed else f"{gap}, and {retrieval}", *signs])
-    return Verdict(False, collapsed, f"COLLAPSED: {words}" if collapsed else words)
+        return _verdict(success, f"{gap}, and {retrieval}{warning}")
+    words = f"{gap}, {'but' if closed else 'and'} {retrieval}"
+    return _verdict(False, "; ".join([words, *signs]), collapsed)
 
 
 def _gap(now: float, before: MetricValues | None, when: str) -> tuple[bool, str]:
@@ -129,10 +121,8 @@ def _gap(now: float, before: MetricValues | None, when: str) -> tuple[bool, str]
         return closed, f"the gap is {'closed' if closed else 'open'} ({now:.2f})"
     ratio = now / first
     if ratio < NARROWER and first - now >= VISIBLE:
-        return (
-            closed,
-            f"the gap {'closed' if closed else 'narrowed'} (from {first:.2f} at {when} to {now:.2f})",
-        )
+        how = "closed" if closed else "narrowed"
+        return closed, f"the gap {how} (from {first:.2f} at {when} to {now:.2f})"
     if closed:  # whichever way it went: no word of a movement
         return closed, f"the gap is small ({now:.2f}; {first:.2f} at {when})"
     if ratio > WIDER:
@@ -167,27 +157,15 @@ def _judge_classes(metrics: MetricValues, chance: MetricValues) -> Verdict:
     share, true = metrics["top_class_share"], chance.get("top_class_share", 0.0)
     recall, random = metrics["mean_per_class_recall"], chance.get("mean_per_class_recall", 0.0)
     if share >= ONE_CLASS and share > true + 0.05:
-        return Verdict(
-            False,
-            True,
-            f"COLLAPSED: {share:.0%} of the images get one class, which {true:.0%} have",
-        )
-    works = recall >= min(1.5 * random, random + SHARE * (1 - random))
-    if not works:
-        return Verdict(
-            False,
-            False,
-            f"classes are near chance (mean per class recall {recall:.3f}, chance {random:.3f})",
-        )
+        text = f"{share:.0%} of the images get one class, which {true:.0%} have"
+        return _verdict(False, text, collapsed=True)
+    if recall < min(1.5 * random, random + SHARE * (1 - random)):
+        figures = f"mean per class recall {recall:.3f}, chance {random:.3f}"
+        return _verdict(False, f"classes are near chance ({figures})")
+    text = f"classes are told apart (mean per class recall {recall / random:.1f} × chance)"
     if metrics["acc1"] <= chance.get("acc1", 0.0):
-        more = f"; the most frequent class alone would have acc1 {chance['acc1']:.3f}"
-    else:
-        more = ""
-    return Verdict(
-        True,
-        False,
-        f"classes are told apart (mean per class recall {recall / random:.1f} × chance){more}",
-    )
+        text += f"; the most frequent class alone would have acc1 {chance['acc1']:.3f}"
+    return _verdict(True, text)
 
 
 def _pairs(chance: MetricValues) -> float:

@@ -65,7 +65,7 @@ class History(LoggerDestination):
             self._keep(batch)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        """In a bucket: what goes on from this checkpoint finds the history up to it."""
+        """Upload the history to a bucket: a run that goes on from this checkpoint finds it."""
         if self._lines is None or not self._store.is_remote:
             return
         savers = (one for one in state.callbacks if isinstance(one, CheckpointSaver))
@@ -75,7 +75,7 @@ class History(LoggerDestination):
             self._file.write(self._lines)
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
-        """As :meth:`batch_checkpoint`."""
+        """See :meth:`batch_checkpoint`."""
         self.batch_checkpoint(state, logger)
 
     def close(self, state: State, logger: Logger) -> None:

@@ -75,7 +75,7 @@ class Evaluator:
         self.note: str | None = None
         self.classes: dict[str, tuple[list[str], list[str]]] = {}
         self._task: Any = plugged(TASKS, config.task, f"evaluators.{name}.task")
-        self.settings: Any = getattr(config, "settings", None) or self._task.Settings()
+        self.settings: Any = config.settings or self._task.Settings()
         column = self._task.COLUMN
         streams = sets_of(config) if column else {}
         self._sets = {

@@ -66,6 +66,7 @@ def identities(prefix: int) -> set[tuple[str, int]]:
     return found
 
 
+@pytest.mark.alone
 def test_the_dead_are_buried_and_the_living_left_alone(tmp_path: Path) -> None:
     write_set(str(tmp_path / "set"), 8)
     dead, dead_prefix = hold(tmp_path / "set")

@@ -41,8 +41,7 @@ from pathlib import Path
 from alignclip.conversion import inputs
 from alignclip.conversion.captions import find_encoder, load_encoder
 from alignclip.conversion.formats.declaration import CAPTION_LISTS, PAIR_COLUMNS
-from alignclip.conversion.images import CHECKS
-from alignclip.conversion.options import ConvertOptions
+from alignclip.conversion.options import ConvertOptions, check_numbers
 from alignclip.conversion.plan import PLAN, begin, check_free, holds_samples, planned_inputs
 from alignclip.conversion.records import (
     CARD_FILE,
@@ -62,7 +61,7 @@ from alignclip.conversion.report import (
 from alignclip.conversion.shards import is_current
 from alignclip.conversion.wording import are_them, counted, first_few, inputs_in_words
 from alignclip.conversion.workers import convert_all
-from alignclip.errors import UserError, check_place, nearest
+from alignclip.errors import UserError, check_place
 from alignclip.storage import leaving_nothing
 from alignclip.storage.copies import remove_stale_copies
 from alignclip.storage.staging import INDEX, VAL, OutputFolder, shown
@@ -92,8 +91,10 @@ def convert(options: ConvertOptions, executor: Executor | None = None) -> Counts
     for what, places in (("--out", [options.out]), ("--inputs", options.inputs)):
         for place in places:
             check_place(what, place)
-    _check_numbers(options)
-    names = _unique_names(inputs.expand(options.inputs, options.reading), options)
+    check_numbers(options)
+    names = inputs.unique_names(
+        inputs.expand(options.inputs, options.reading), [VAL] if options.held_out else []
+    )
     store = OutputFolder(options.out)
     # whether it can be reached, and is free; what is there counts once nobody else can change it
     check_free(store, store.listing(), names)
@@ -219,43 +220,6 @@ def _write_report(store: OutputFolder, done: dict[str, Counts], sources: dict[st
     """Write the report, also where nothing was left out: a reader looks for it."""
     with store.staged() as folder:
         (folder / REPORT).write_text(write_report(done, sources), encoding="utf-8")
-
-
-def _unique_names(shards: Sequence[str], options: ConvertOptions) -> dict[str, str]:
-    """Return the sub-folder of each input shard; two shards may not share one."""
-    names: dict[str, str] = {}
-    for shard in shards:
-        name = inputs.name_of(shard)
-        if not name:
-            raise UserError(f"{shard} is a hidden file; rename it to convert it")
-        if name in names:
-            raise UserError(
-                f"{names[name]} and {shard} would both become '{name}'; give each folder of inputs "
-                "an --out of its own (training takes several streams)"
-            )
-        if name == VAL and options.held_out:
-            raise UserError(
-                f"{shard} would become '{VAL}', which is the held-out split's name; rename it"
-            )
-        names[name] = shard
-    return names
-
-
-def _check_numbers(options: ConvertOptions) -> None:
-    images = options.images
-    for flag, value, low, high in (
-        ("--processes", options.processes, 1, None),
-        ("--held-out", options.held_out, 0, 0.5),
-        ("--max-bad", options.max_bad, 0, 1),
-        ("--quality", images.quality, 1, 100),
-        ("--min-side", images.min_side, 0, None),
-        ("--resize", 1 if images.resize is None else images.resize, 1, None),
-    ):
-        if not value >= low or (high is not None and not value <= high):  # NaN is neither
-            most = "" if high is None else f" and at most {high}"
-            raise UserError(f"{flag} must be at least {low}{most}, not {value}")
-    if images.check not in CHECKS:
-        raise UserError(f"--check {images.check} does not exist; {nearest(images.check, CHECKS)}")
 
 
 def _try_options(options: ConvertOptions) -> None:

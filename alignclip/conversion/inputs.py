@@ -91,6 +91,34 @@ def name_of(shard: str) -> str:
     return found.shard_name(place, part)
 
 
+def unique_names(shards: Sequence[str], taken: Sequence[str]) -> dict[str, str]:
+    """Return sub-folder -> input shard; two shards may not share a sub-folder.
+
+    Args:
+        shards: as :func:`expand` has them.
+        taken: the held-out split's sub-folder, where there is one.
+
+    Raises:
+        UserError: names the input that has to be renamed.
+    """
+    names: dict[str, str] = {}
+    for shard in shards:
+        name = name_of(shard)
+        if not name:
+            raise UserError(f"{shard} is a hidden file; rename it to convert it")
+        if name in names:
+            raise UserError(
+                f"{names[name]} and {shard} would both become '{name}'; give each folder of inputs "
+                "an --out of its own (training takes several streams)"
+            )
+        if name in taken:
+            raise UserError(
+                f"{shard} would become '{name}', which is the held-out split's name; rename it"
+            )
+        names[name] = shard
+    return names
+
+
 def input_columns(shards: Iterable[str], reading: Reading) -> dict[str, dict[str, str]]:
     """Return the columns of each input file that these shards are parts of."""
     places = {place: found for found, place, _ in map(split, shards)}

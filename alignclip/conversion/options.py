@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from alignclip.conversion.captions import DEFAULT_ENCODER
-from alignclip.conversion.images import ImageOptions
+from alignclip.conversion.images import CHECKS, ImageOptions
 from alignclip.conversion.samples import DEFAULT_READING, Reading
 from alignclip.conversion.text_tables import is_utf8
+from alignclip.errors import UserError, nearest
 
 
 @dataclass
@@ -71,3 +72,25 @@ class ConvertOptions:
         """Return how inputs are read; None for what early versions did."""
         how = {key: value or None for key, value in asdict(self.reading).items()}
         return how | {"encoding": None if is_utf8(self.reading.encoding) else self.reading.encoding}
+
+
+def check_numbers(options: ConvertOptions) -> None:
+    """Refuse numbers and choices that no conversion can have.
+
+    Raises:
+        UserError: names the option and its range.
+    """
+    images = options.images
+    for flag, value, low, high in (
+        ("--processes", options.processes, 1, None),
+        ("--held-out", options.held_out, 0, 0.5),
+        ("--max-bad", options.max_bad, 0, 1),
+        ("--quality", images.quality, 1, 100),
+        ("--min-side", images.min_side, 0, None),
+        ("--resize", 1 if images.resize is None else images.resize, 1, None),
+    ):
+        if not value >= low or (high is not None and not value <= high):  # NaN is neither
+            most = "" if high is None else f" and at most {high}"
+            raise UserError(f"{flag} must be at least {low}{most}, not {value}")
+    if images.check not in CHECKS:
+        raise UserError(f"--check {images.check} does not exist; {nearest(images.check, CHECKS)}")

@@ -1,9 +1,10 @@
-"""Folders and object stores alike: read, write, list and delete, in whole files, with errors in one line.
+"""Read, write, list and delete in folders and object stores alike, with errors in one line.
 
 A place is a path or a URL.
 
 - One small text file: :func:`read_text`.
-- A folder or a URL with its files: ``store = open_store(place)``, then ``read_bytes``, ``read_text``,
+- A folder or a URL with its files: ``store = open_store(place)``, then ``read_bytes``,
+  ``read_text``,
   ``read_optional`` (None where there is no such file), ``write_text``, ``put``, ``download``,
   ``names``, ``size``, ``delete`` and ``check_writable`` (:class:`Store`). :func:`open_file` gives
   the store and the name of a single file.

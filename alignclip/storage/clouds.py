@@ -1,10 +1,10 @@
 """Reach object stores: S3 by boto3, every other one by Streaming's clients.
 
-Streaming's classes are the right ones here. Training reads its sets by them, so what alignclip writes
-by them can be trained on, with the same URLs and credentials: Google's service accounts, Azure, Azure
-Data Lake, OCI, Hugging Face, DBFS, Alipan, SFTP. The packages of fsspec for these stores would be
-further dependencies, and s3fs holds botocore back. S3 has a client of its own, because Streaming's
-asks for the bucket itself, which needs the right to list.
+Streaming's classes are the right ones here. Training reads its sets by them, so what alignclip
+writes by them can be trained on, with the same URLs and credentials: Google's service accounts,
+Azure, Azure Data Lake, OCI, Hugging Face, DBFS, Alipan, SFTP. The packages of fsspec for
+these stores would be further dependencies, and s3fs holds botocore back. S3 has a client
+of its own, because Streaming's asks for the bucket itself, which needs the right to list.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class S3(Bucket):
         return boto3.Session().client("s3", config=Config(read_timeout=READ_TIMEOUT), **where)
 
     def _in_its_words(self, error: Any, name: str) -> Exception:
-        """Ask for the store's own word: HEAD, with which downloads begin, is answered without one."""
+        """Ask for the store's own word: HEAD, with which downloads begin, is answered without."""
         from botocore.exceptions import ClientError
 
         if str(error.response.get("Error", {}).get("Code")).isdecimal():

@@ -26,7 +26,7 @@ STALE = 3600.0  # seconds since a folder of a process that is gone was used
 
 
 def machine() -> str:
-    """Name this machine or container: process ids mean something there only, TMPDIR may be shared."""
+    """Name this machine or container, as only there a process id counts; TMPDIR may be shared."""
     namespace = Path("/proc/self/ns/pid")
     name = f"{socket.gethostname()} {namespace.readlink() if namespace.exists() else ''}"
     return hashlib.blake2b(name.encode(), digest_size=4).hexdigest()

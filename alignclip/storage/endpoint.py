@@ -13,10 +13,10 @@ CHECKSUM_SETTINGS = ("request_checksum_calculation", "response_checksum_validati
 def expect_plain_s3() -> None:
     """Have boto3 leave out the checksums that only Amazon's own servers are sure to know.
 
-    Since 1.36 boto3 sends a checksum with each upload, which many other servers answer with 501, 400 or
-    403. Where another endpoint is set, this makes boto3 send them only where S3 requires them. A person's
-    own setting stays. The environment is what ranks, data workers and uploaders inherit; call this before
-    any of them makes a client.
+    Since 1.36 boto3 sends a checksum with each upload, which many other servers answer with 501,
+    400 or 403. Where another endpoint is set, this makes boto3 send them only where S3 requires
+    them. A person's own setting stays. Ranks, data workers and uploaders inherit the environment;
+    call this before any of them makes a client.
     """
     if not is_foreign():
         return

@@ -17,7 +17,7 @@ from alignclip.storage.words import StorageError, cannot
 
 @contextmanager
 def new_folder(place: str, last: str) -> Iterator[Path]:
-    """Give an empty folder that becomes ``place`` when the block ends; after an error nothing is left.
+    """Give an empty folder that becomes ``place`` at the end of the block; an error leaves nothing.
 
     Args:
         place: a path or URL where nothing is.

@@ -2,12 +2,12 @@
 
 The protocol, by which a run that was killed goes on and nobody reads half a set:
 
-- A sub-folder has shards, ``index.json`` that names them, and ``counts.json``. It is complete where it
-  has both files: ``index.json`` is written after the shards, and ``counts.json`` last.
-- A sub-folder that is replaced loses its ``counts.json`` first. So it is incomplete after a kill. The
-  root's index must not name its shards any more by then.
-- A local sub-folder is made in a hidden folder beside its place, on the same file system. A rename is
-  all that is left to do then. What killed runs have left there goes with the next run.
+- A sub-folder has shards, ``index.json`` that names them, and ``counts.json``. It is complete
+  where it has both files: ``index.json`` is written after the shards, and ``counts.json`` last.
+- A sub-folder that is replaced loses its ``counts.json`` first. So it is incomplete after a kill.
+  The root's index must not name its shards any more by then.
+- A local sub-folder is made in a hidden folder beside its place, on the same file system. A rename
+  is all that is left to do then. What killed runs have left there goes with the next run.
 - One command at a time writes to a local folder: it holds a lock.
 """
 
@@ -98,7 +98,7 @@ class OutputFolder:
             held.release()
 
     def clear(self, names: Iterable[str], *files: str) -> None:
-        """Remove these sub-folders of a local ``out`` and of its held-out split, and these files."""
+        """Remove these sub-folders of a local ``out`` and its held-out split, and these files."""
         self.remove_partial()
         for name in names:
             for split in ("", VAL):
@@ -204,7 +204,7 @@ class OutputFolder:
         to_disk(place)
 
     def read_json(self, names: Sequence[str], broken: bool = False) -> list[Any]:
-        """Read these JSON files, in the same order; with ``broken``, None stands for one that is none.
+        """Read these JSON files, in this order; with ``broken``, None stands for what is no JSON.
 
         Raises:
             UserError: one of them cannot be fetched.

@@ -1,7 +1,7 @@
-"""Classify errors of storage: passing or for good, absent, refused, full; and find the missing right.
+"""Classify errors of storage: passing, absent, refused or full; and find the missing right.
 
-Each cloud's library has exceptions of its own, and which libraries are installed differs. So classes
-are known by their names, and answers by their HTTP status and the store's own code.
+Each cloud's library has exceptions of its own, and which libraries are installed differs. So
+classes are known by their names, and answers by their HTTP status and the store's own code.
 """
 
 from __future__ import annotations
@@ -139,8 +139,8 @@ def answer_in(error: BaseException) -> Answer:
 def is_passing(error: BaseException) -> bool:
     """Tell whether the same request may succeed later, though nobody does anything.
 
-    No connection passes, a server in trouble, too many requests, a body that broke on its way. What a
-    person has to change doesn't pass: a name, a key, a right, a quota. An answer of the store
+    No connection passes, a server in trouble, too many requests, a body that broke on its way. What
+    a person has to change doesn't pass: a name, a key, a right, a quota. An answer of the store
     outranks the exceptions that were raised around the answer.
     """
     if not isinstance(error, Exception):  # Ctrl-C, which Python links to what it interrupted
@@ -238,7 +238,7 @@ def right_of(error: BaseException) -> Right | None:
 
 
 def _is_for_good(error: BaseException) -> bool:
-    """Tell whether waiting is vain: a wrong certificate, no credentials, this machine's own files."""
+    """Tell whether waiting is vain: a wrong certificate, no credentials, this machine's files."""
     if isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
         return True  # botocore's has the text only
     if isinstance(error, LOCAL_ERRORS) and status_of(error) is None:

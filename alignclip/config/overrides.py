@@ -1,4 +1,4 @@
-"""Overrides ``key.sub=value`` of a command line → keys and values, and trees that they are put in."""
+"""Overrides ``key.sub=value`` of a command line → keys, values, and trees that hold both."""
 
 from __future__ import annotations
 

@@ -5,7 +5,8 @@ How to add a loss term or a task
 
 1. Write the module. It has a dataclass ``Settings``: the keys that a YAML may hold, with their defaults and, by
    :func:`alignclip.config.setting.setting`, their ranges and choices. Fields may be dataclasses, e.g. an
-   ``Optional[SetConfig]``. The module imports PyTorch, Composer and NumPy inside of functions only: reading a YAML
+   ``Optional[SetConfig]``. A task's field without a default is
+   a key that the task needs. The module imports PyTorch, Composer and NumPy inside of functions only: reading a YAML
    imports the module, and a typo shall be told within a second.
 2. Add a line to :data:`LOSS_TERMS` or :data:`TASKS`.
 

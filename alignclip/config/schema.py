@@ -1,7 +1,8 @@
 """Every setting of a run, typed, with its default.
 
-Keys are the argument names of Composer's Trainer, of Streaming's StreamingDataset and of open_clip's model
-configuration wherever these have one. :mod:`alignclip.config.reading` reads YAML files and command lines into them.
+Keys are the argument names of Composer's Trainer, of Streaming's StreamingDataset and of open_clip's
+model configuration wherever these have one. :mod:`alignclip.config.reading` reads YAML files and
+command lines into the dataclasses.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def _amount(default: Optional[float]) -> Any:
 
 @dataclass
 class VisionConfig:
-    """Image tower, in open_clip's ``vision_cfg`` names. ``timm_model_name`` replaces the ViT by a timm tower."""
+    """Image tower, in open_clip's ``vision_cfg`` names; ``timm_model_name`` replaces the ViT."""
 
     image_size: int = _count(224)
     patch_size: int = _count(16)
@@ -78,7 +79,7 @@ class TextConfig:
 
 @dataclass
 class SharedConfig:
-    """Which modules are one and the same for both modalities. Nothing shared is CLIP, everything is SharedCLIP."""
+    """Modules that both modalities share: nothing shared is CLIP, everything is SharedCLIP."""
 
     blocks: int = 0  # the last n transformer blocks; -1: all of them
     ln_final: bool = False  # the LayerNorm behind the blocks
@@ -87,7 +88,10 @@ class SharedConfig:
 
 @dataclass
 class ModelConfig:
-    """The encoders. ``encode_chunk_size`` > 0 encodes a rank's batch in recomputed chunks, with the same gradients."""
+    """The encoders.
+
+    ``encode_chunk_size`` > 0 encodes a rank's batch in recomputed chunks, with the same gradients.
+    """
 
     embed_dim: int = _count(512)
     vision_cfg: VisionConfig = field(default_factory=VisionConfig)
@@ -119,7 +123,7 @@ class LossConfig:
 
 @dataclass
 class SetConfig:
-    """Where an MDS set lies (``remote``) and is cached (``local``), in :class:`streaming.Stream`'s argument names."""
+    """Place of an MDS set (``remote``) and of its cache (``local``), as Streaming names both."""
 
     remote: Optional[str] = _place()
     local: Optional[str] = _place()
@@ -137,7 +141,7 @@ class StreamConfig(SetConfig):
 
 @dataclass
 class DataConfig:
-    """What is read and how: StreamingDataset's arguments, the training crop, and DataLoader's arguments."""
+    """Sets, StreamingDataset's arguments, the training crop, and DataLoader's arguments."""
 
     streams: dict[str, StreamConfig] = field(default_factory=dict)
     # StreamingDataset
@@ -145,8 +149,9 @@ class DataConfig:
     shuffle_algo: str = "py1e"
     shuffle_seed: int = _amount(17)
     shuffle_block_size: Optional[int] = None
-    # fixed, because the order of samples depends on it: a run goes on the same on any number of nodes that
-    # divides it (or is a multiple of it). Small sets want 1: each canonical node's share is filled up with repeats.
+    # fixed, because the order of samples depends on it: a run goes on the same on any number of
+    # nodes that divides it (or is a multiple of it). Small sets want 1: each canonical node's share
+    # is filled up with repeats.
     num_canonical_nodes: int = _count(64)
     predownload: Optional[int] = _amount(None)
     cache_limit: Optional[str] = None
@@ -174,9 +179,10 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
-    """``opt`` is any optimizer name of timm; the rest are its arguments. 1-D parameters are not decayed.
+    """An optimizer of timm (``opt``) and its arguments; 1-D parameters are not decayed.
 
-    ``layer_decay``, as timm calls it: each layer down from a tower's top has its ``lr`` multiplied by it once more.
+    ``layer_decay``, as timm calls it: each layer down from a tower's top has its ``lr`` multiplied
+    by it once more.
     """
 
     opt: str = "adamw"
@@ -247,7 +253,7 @@ class TrainerConfig:
 
 @dataclass
 class EvaluatorConfig(SetConfig):
-    """One evaluation: a task on a set; ``remote`` or ``local`` is the file itself where the task is ``sts``."""
+    """One evaluation: a task on a set; for ``sts``, ``remote`` or ``local`` is the file itself."""
 
     task: str = ""  # one of alignclip.config.plugged.TASKS
     interval: str = setting("1ep", time="interval", above=0)  # of a training run
@@ -278,8 +284,8 @@ class StartConfig:
     # whose numbers a shared module gets where the towers differ
     pretrained_shared_from: str = setting("text", choices=("text", "vision"))
     lock_image: bool = False
-    # from the top: projection, last block and norm, then a block each, patches; in timm's towers their own groups
-    # without the projection, which is always trained
+    # from the top: projection, last block and norm, then a block each, patches; in timm's towers
+    # their own groups without the projection, which is always trained
     lock_image_unlocked_groups: int = _amount(0)
     lock_image_freeze_bn_stats: bool = False
     lock_text: bool = False
@@ -288,7 +294,7 @@ class StartConfig:
 
 @dataclass
 class RunConfig(StartConfig, TrainerConfig):
-    """A pretraining run: what is trained, on what, how; and, at the top level, the Trainer's own arguments."""
+    """A pretraining run: model, data, optimization; the Trainer's arguments at the top level."""
 
     global_train_batch_size: int = _count(512)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -298,7 +304,7 @@ class RunConfig(StartConfig, TrainerConfig):
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     evaluators: dict[str, EvaluatorConfig] = field(default_factory=dict)
     keep_best: Optional[KeepBestConfig] = None
-    # Composer class name -> its arguments; checked against the class's signature (alignclip.training.plugins)
+    # class → its arguments; checked against the class's signature (alignclip.training.plugins)
     algorithms: dict[str, Optional[dict[str, Any]]] = setting(factory=dict, raw=True)
     callbacks: dict[str, Optional[dict[str, Any]]] = setting(factory=dict, raw=True)
     loggers: dict[str, Optional[dict[str, Any]]] = setting(factory=dict, raw=True)

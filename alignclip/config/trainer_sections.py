@@ -1,4 +1,4 @@
-"""Sections of a run's YAML that Composer's Trainer takes as objects: parallelism, compiling, profiling."""
+"""Sections of a run's YAML that Composer takes as objects: parallelism, compiling, profiling."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ class FSDP2Settings:
     reshard_after_forward: bool = True
     activation_checkpointing: bool = False
     activation_cpu_offload: bool = False
-    # FULL: parameters stay fp32 and autocast works as under DDP; DEFAULT casts all of them, logit_scale too
+    # FULL: parameters stay fp32 and autocast works as under DDP; DEFAULT casts all of them,
+    # logit_scale too
     mixed_precision: str = setting("FULL", choices=("FULL", "DEFAULT", "PURE"))
     verbose: bool = False
 
@@ -46,8 +47,9 @@ class CompileSettings:
 
 @dataclass
 class ProfilerSettings:
-    """Composer's profiler: traces of ``active`` batches after ``wait`` and ``warmup`` ones, ``repeat`` times an epoch.
+    """Composer's profiler.
 
+    Traces are of ``active`` batches after ``wait`` and ``warmup`` ones, ``repeat`` times an epoch.
     Names of :func:`composer.profiler.cyclic_schedule` and :class:`composer.Profiler`.
     """
 

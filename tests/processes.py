@@ -51,7 +51,7 @@ def warm_server() -> str:
             stdout=subprocess.DEVNULL,
         )
         atexit.register(folder.cleanup)
-        atexit.register(server.kill)
+        atexit.register(server.terminate)
     return os.environ[ADDRESS]
 
 

@@ -59,7 +59,7 @@ class Request:
 
 def serve(address: str) -> None:
     """Fork a process for each connection's request; answer with its number, and its exit status once it has ended."""
-    die_with_parent()
+    die_with_parent(signal.SIGTERM)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the test session's
     for name in STACK:
         importlib.import_module(name)
@@ -70,6 +70,14 @@ def serve(address: str) -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wakes)
     running: dict[int, Connection] = {}
+
+    def end_all(*_: object) -> None:
+        for pid in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, end_all)
     with Listener(address, "AF_UNIX", backlog=64) as listener:
         door = listener._listener._socket  # type: ignore[attr-defined]
         while True:
@@ -86,6 +94,7 @@ def serve(address: str) -> None:
                 request = connection.recv()
                 pid = os.fork()
                 if not pid:
+                    signal.signal(signal.SIGTERM, signal.SIG_DFL)
                     os.setsid()
                     for number in (door.fileno(), woken, wakes, connection.fileno()):
                         os.close(number)
@@ -107,10 +116,10 @@ def reap(running: dict[int, Connection]) -> None:
             connection.send(os.waitstatus_to_exitcode(status))
 
 
-def die_with_parent() -> None:
-    """Have this process killed as soon as its parent has ended."""
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Have this process get a signal as soon as its parent has ended."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def become(request: Request) -> NoReturn:

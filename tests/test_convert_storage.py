@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import http.server
 import json
@@ -28,7 +29,7 @@ from tarballs import (
 from alignclip.conversion.inputs import expand
 from alignclip.errors import UserError
 from alignclip.storage import copies, patience
-from alignclip.storage.staging import OutputFolder
+from alignclip.storage.staging import LOCK, OutputFolder
 
 
 def test_a_part_that_is_being_uploaded_again_is_incomplete(
@@ -245,3 +246,19 @@ def test_a_prefix_of_other_objects_is_no_output_and_a_set_there_is_read_by_its_i
     )
     with pytest.raises(UserError, match=message):
         quick([f"{bucket}/set"], tmp_path / "out")
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lustre without ``-o flock`` answers ENOSYS: a conversion goes on, and so does the next one."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    for _ in range(2):
+        with OutputFolder(str(tmp_path / "out")).locked():
+            assert (tmp_path / "out" / LOCK).exists()
+    assert not list((tmp_path / "out").iterdir())
+    (tmp_path / "out" / LOCK).touch()  # a killed conversion has left it
+    with OutputFolder(str(tmp_path / "out")).locked():
+        pass

@@ -13,17 +13,19 @@ The protocol, by which a run that was killed goes on and nobody reads half a set
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatch
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from alignclip.errors import UserError
 from alignclip.storage.clouds import open_store
@@ -77,25 +79,42 @@ class OutputFolder:
         if self.is_remote:
             yield
             return
-        from filelock import FileLock, Timeout
-
         lock = Path(self.out, LOCK)
         with cannot(f"write to {self.out}"):
             lock.parent.mkdir(parents=True, exist_ok=True)
-            lock.touch()
-        held = FileLock(lock, timeout=0)
+        with ExitStack() as stack:
+            while True:
+                with cannot(f"write to {self.out}"):
+                    file = stack.enter_context(lock.open("ab"))
+                if not self._is_ours(file) or self._is_still_there(file, lock):
+                    break  # a file system without locks, or the file that others will look at
+            try:
+                yield
+            finally:
+                with suppress(OSError):  # the set is complete; the next conversion takes the file
+                    lock.unlink()
+
+    def _is_ours(self, file: IO[bytes]) -> bool:
+        """Lock an open file; False where the file system has no locks, as Lustre may be mounted.
+
+        Raises:
+            UserError: another conversion has the lock.
+        """
         try:
-            held.acquire()
-        except Timeout:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             raise UserError(f"another conversion into {self.out} is running") from None
-        except (OSError, NotImplementedError):
-            pass  # a file system without locks
+        except OSError:
+            return False
+        return True
+
+    @staticmethod
+    def _is_still_there(file: IO[bytes], lock: Path) -> bool:
+        """Say whether a path is still this file: a conversion that ends removes its lock."""
         try:
-            yield
-        finally:
-            with suppress(OSError):  # the set is complete; the next conversion takes the file over
-                lock.unlink()
-            held.release()
+            return os.path.samestat(os.fstat(file.fileno()), lock.stat())
+        except FileNotFoundError:
+            return False
 
     def clear(self, names: Iterable[str], *files: str) -> None:
         """Remove these sub-folders of a local ``out`` and its held-out split, and these files."""

@@ -33,11 +33,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):  # one of several workers of pytest-xdist
+        config.option.seed = config.workerinput["seed"]
         return
     if config.option.seed is None:
         config.option.seed = random.SystemRandom().randrange(10**6) if config.option.full else 0
     if getattr(config.option, "numprocesses", None) and not config.option.collectonly:
         processes.warm_server()  # one for all workers
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Hand the seed to a worker of pytest-xdist, whose options are those of the command line."""
+    node.workerinput["seed"] = node.config.option.seed
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
+import importlib
 import importlib.util
 import re
 import shlex
@@ -14,6 +16,7 @@ from pathlib import Path
 import processes
 import pytest
 
+from alignclip.config.plugged import LOSS_TERMS
 from alignclip.config.reading import check_key, load, load_evaluation
 from alignclip.errors import UserError
 from alignclip.training import plugins
@@ -245,6 +248,15 @@ def test_files_that_are_named_are_there(path: Path) -> None:
         name for name in names if not (ROOT / name).exists() and not (path.parent / name).exists()
     }
     assert not missing
+
+
+@pytest.mark.parametrize("term", LOSS_TERMS)
+def test_the_document_has_every_loss_term(term: str) -> None:
+    module = importlib.import_module(LOSS_TERMS[term])
+    keys = ", ".join(f"`{one.name}`" for one in dataclasses.fields(module.Settings))
+    sentence = str(module.__doc__).partition("\n")[0].removesuffix(".")
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert f"| `{term}` | {keys} | {sentence} |" in page
 
 
 def test_a_key_that_is_not_there_would_be_found() -> None:

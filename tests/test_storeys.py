@@ -21,7 +21,7 @@ STOREYS["weights"] = GROUND | {"storage", "config", "data", "model"}
 STOREYS["evaluation"] = GROUND | {"storage", "config", "data", "losses", "model", "weights"}
 STOREYS["training"] = STOREYS["evaluation"] | {"evaluation"}
 STOREYS["conversion"] = GROUND | {"storage", "config", "data"}
-STOREYS["verification"] = GROUND | {"storage", "config", "data"}
+STOREYS["verification"] = GROUND | {"storage", "config", "data", "conversion"}
 STOREYS["search"] = STOREYS["quickstart"] = {*STOREYS} | {"search"}
 STOREYS["alignclip"] = {*STOREYS}  # its public names, imported when they are asked for
 

@@ -16,10 +16,8 @@ from PIL import Image
 from processes import python
 from streaming.base.hashing import get_hash
 
-from alignclip.conversion.formats import FORMATS
 from alignclip.verification import contact_sheet
 from alignclip.verification.command import main
-from alignclip.verification.index import INPUTS
 
 REPOSITORY = Path(__file__).parents[1]
 COLUMNS = {**PAIR, "semantic": "ndarray:float16:8"}
@@ -508,11 +506,6 @@ def test_what_is_there_instead(tmp_path: Path, verify: Verify) -> None:
     }.items():
         no_set = f"error: no MDS set at {tmp_path}/{place} (no index.json there)"
         assert verify(tmp_path / place) == (2, f"{no_set}{end}\n")
-
-
-def test_the_hint_knows_every_input_format() -> None:
-    """The verifier stands beside the converter, and may not import its formats."""
-    assert tuple(one.endings for one in FORMATS if one.endings) == INPUTS
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,9 @@ from types import ModuleType
 from alignclip.errors import UserError, nearest
 
 # the name in a YAML → the module
-LOSS_TERMS: dict[str, str] = {"cyclip": "alignclip.losses.cyclip"}
+LOSS_TERMS: dict[str, str] = {
+    "cyclip": "alignclip.losses.cyclip",
+}
 TASKS: dict[str, str] = {
     "zero_shot": "alignclip.evaluation.tasks.zero_shot",
     "out_of_distribution": "alignclip.evaluation.tasks.out_of_distribution",

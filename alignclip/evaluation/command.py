@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from alignclip.config.plugged import TASKS
 from alignclip.config.reading import load_evaluation
 from alignclip.config.schema import EvaluateConfig
 from alignclip.errors import UserError, one_line_errors
@@ -24,10 +25,7 @@ if TYPE_CHECKING:
     from alignclip.evaluation.plots import PairFeatures
     from alignclip.model.encoders import CLIP
 
-DESCRIPTION = (
-    "Evaluate checkpoints: zero-shot, retrieval, linear probe, clustering, text similarity, "
-    "modality gap."
-)
+DESCRIPTION = f"Evaluate checkpoints: {', '.join(TASKS)}."
 EVALUATE_EXAMPLES = """examples:
   composer evaluate.py yamls/evaluate.yaml checkpoint=runs/first \\
     evaluators.coco.remote=s3://my-bucket/eval/coco

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from alignclip.conversion.formats import FORMATS
 from alignclip.data.mds_index import (
     BROKEN_INPUT,
     CLASSES,
@@ -29,13 +30,6 @@ from alignclip.verification.findings import Problems, SetSummary, folder_of
 CONVERTER = "convert.json"
 SAYING = (DATASET, CLASSES, CONVERTER)  # what the set says of itself
 OURS = {INDEX, COUNTS, CONVERTER, DATASET, CLASSES, "report.md"}  # beside shards
-# endings of the files that convert/cc12m.py makes a set of, by format; a test compares its formats
-INPUTS = (
-    (".tar", ".tar.gz", ".tgz"),
-    (".parquet",),
-    (".csv", ".tsv"),
-    (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz"),
-)
 READERS = 16  # small files at a time
 
 
@@ -136,8 +130,8 @@ def _instead(store: Store) -> str:
     below = [name for name in below if not name.startswith(tuple(f"{one}/" for one in below))]
     if below:
         return f"; there is one in {', '.join(below[:3])}: --split {below[0]}"
-    for endings in INPUTS:
-        if inputs := sorted(n for n in names if "/" not in n and n.lower().endswith(endings)):
+    for one in FORMATS:
+        if inputs := one.among(name for name in names if "/" not in name):
             more = ", …" if inputs[1:] else ""
             return f"; it holds inputs ({inputs[0]}{more}), which convert/cc12m.py makes a set of"
     return ""

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from conversions import COMMAND
-from tarballs import cut, draw, items_of, pairs, quick, read_back, three_tars, write_tar
+from tarballs import cut, draw, items_of, pairs, quick, read_back, serve, three_tars, write_tar
 
 from alignclip.conversion import samples
 from alignclip.conversion.cc12m import main
-from alignclip.conversion.formats import FORMATS, columns, format_of
-from alignclip.conversion.inputs import expand, name_of
+from alignclip.conversion.formats import FORMATS, columns, format_of, json_lines
+from alignclip.conversion.inputs import expand, name_of, opened
 from alignclip.conversion.samples import Ignored, Sample, Skipped
 from alignclip.errors import UserError
 
@@ -100,6 +106,11 @@ def test_json_lines_and_what_is_wrong_with_some(images: Path) -> None:
         {"image": "images/2.jpg"},
         {"image": "images/2.jpg", "caption": ["one", "two"]},
         b'{"image": "images/2.jpg", "caption": "K\xe4se", "key": 7}',
+        {"image": "images/0.jpg", "caption": "half \ud800", "key": "\ud800"},
+        {"image": "images/\ud800.jpg", "caption": "an image of no name"},
+        {"image": "s3://bucket/\ud800.jpg", "caption": "nor has a bucket one"},
+        {"image": "file:///x.jpg", "caption": "no storage"},
+        {"image": "s3://[x/0.jpg", "caption": "no URL"},
     )
     found = items_of(path)
     assert found == [
@@ -114,9 +125,14 @@ def test_json_lines_and_what_is_wrong_with_some(images: Path) -> None:
         Skipped("images/2.jpg", samples.MISSING_CAPTION),
         Skipped("images/2.jpg", samples.MISSING_CAPTION),
         Sample("7", draw(2), "K\ufffdse"),
+        Sample("?", draw(0), "half ?"),
+        Skipped("images/?.jpg", samples.MISSING_IMAGE),
+        Skipped("s3://bucket/?.jpg", samples.MISSING_IMAGE),
+        Skipped("file:///x.jpg", samples.MISSING_IMAGE),
+        Skipped("s3://[x/0.jpg", samples.MISSING_IMAGE),
     ]
     counts = quick([path], images / "out", max_bad=0.9)
-    assert (counts.written, counts.bad) == (3, 8)
+    assert (counts.written, counts.bad) == (4, 12)
     report = (images / "out" / "report.md").read_text(encoding="utf-8")
     assert f"no file {images}/images/gone.jpg" in report
     assert "`a-00000000` in" in report
@@ -159,10 +175,11 @@ def test_json_lines_with_lists_of_captions(images: Path) -> None:
         {"image": "images/0.jpg", "caption": ["one", "two"]},
         {"image": "images/1.jpg", "caption": "alone"},
         {"image": "images/2.jpg", "caption": ["", "not empty"]},
+        {"image": "images/3.jpg", "caption": ["half \ud800"]},
     )
     quick([path], images / "out")
     got = [row["caption"] for row in read_back(None, images / "out").values()]
-    assert got == [["one", "two"], ["alone"], ["not empty"]]
+    assert got == [["one", "two"], ["alone"], ["not empty"], ["half ?"]]
     one = write_lines(images / "b.jsonl", {"image": "images/0.jpg", "caption": "one"})
     with pytest.raises(UserError, match=r"a\.jsonl has lists of captions, other inputs have one"):
         quick([path, one], images / "both")
@@ -197,6 +214,22 @@ def test_damaged_gzip_is_told(images: Path) -> None:
         quick([path], images / "out")
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a"])
+def test_files_that_cannot_be_opened_are_one_line(
+    images: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path, opens = write_lines(images / name, {"image": "images/0.jpg", "caption": "a"}), Path.open
+
+    def refuse(self: Path, *arguments: Any, **options: Any) -> Any:
+        if self == path:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opens(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)  # root may read everything
+    with pytest.raises(UserError, match=rf"^cannot read {path}: Permission denied$"):
+        quick([path], images / "out")
+
+
 def test_json_lines_in_a_bucket(s3: Any, images: Path, tmp_path: Path) -> None:
     """Images lie beside the file, in another bucket, or nowhere."""
     raw, other = s3.bucket(), s3.bucket()
@@ -214,6 +247,46 @@ def test_json_lines_in_a_bucket(s3: Any, images: Path, tmp_path: Path) -> None:
     got = read_back(None, tmp_path / "out")
     assert list(got) == ["images/0.jpg", "images/1.jpg", f"{other}/deep/3.jpg"]
     assert [row["image"] for row in got.values()] == [draw(0), draw(1), draw(3)]
+
+
+@pytest.mark.parametrize("files", ["aaaa", "aabb"])
+def test_threads_that_convert_pieces_of_files_in_a_bucket(
+    s3: Any, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: str
+) -> None:
+    """Each thread has its copy to the end, whatever the others copy meanwhile."""
+    bucket, fetched, copied = s3.bucket(), json_lines.fetched, list[str]()
+    image = str(images / "images" / "0.jpg")
+    lines = write_lines(tmp_path / "lines", {"image": image, "caption": "a"}).read_bytes()
+    for name in set(files):
+        put(s3, f"{bucket}/{name}.jsonl", lines)
+
+    def counted(url: str) -> Any:
+        copied.append(url)
+        return fetched(url)
+
+    monkeypatch.setattr(json_lines, "fetched", counted)
+    begun = threading.Barrier(len(files), timeout=60)
+
+    def read(name: str) -> list[Any]:
+        with opened(f"{bucket}/{name}.jsonl#0-1-0") as source:
+            begun.wait()
+            return list(source.items)
+
+    with ThreadPoolExecutor(len(files)) as pool:
+        assert list(pool.map(read, files)) == [[Sample(image, draw(0), "a")]] * len(files)
+    assert len(copied) == 1 or files != "aaaa"
+
+
+def test_json_lines_on_a_web_server(images: Path, tmp_path: Path) -> None:
+    names = ["a b.jpg", "ä.jpg", "c%20d.jpg", "gone.jpg"]
+    for i, name in enumerate(names[:3]):
+        (images / "images" / unquote(name)).write_bytes(draw(i))
+    write_lines(images / "a.jsonl", *({"image": f"images/{n}", "caption": n} for n in names))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(images))
+    with serve(handler) as url:
+        found = items_of(f"{url}/a.jsonl")
+    good = [Sample(f"images/{name}", draw(i), name) for i, name in enumerate(names[:3])]
+    assert found == [*good, Skipped("images/gone.jpg", samples.MISSING_IMAGE)]
 
 
 def put(s3: Any, url: str, data: bytes) -> None:
@@ -298,6 +371,53 @@ def test_folders_of_files_in_a_bucket(s3: Any, tmp_path: Path) -> None:
     local = items_of(f"{tmp_path}/in/00001/")
     assert items_of(places[1]) == [Ignored("notes", "file without an ending"), *local]
     assert quick([f"{bucket}/raw"], f"{bucket}/out").converted == 0
+
+
+def test_files_that_cannot_be_read_cost_their_pairs_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "00000"
+    folder.mkdir()
+    for name, data in pairs(0, 4):
+        if not name.endswith("json"):
+            (folder / name).write_bytes(data)
+    for name in ("00000.jpg", "00002.txt", "00004.jpg"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to("nowhere")
+    (folder / "00001.jpg").unlink()
+    os.mkfifo(folder / "00001.jpg")
+    counts = quick([f"{folder}/"], tmp_path / "out", max_bad=0.9)
+    assert counts.written == 1
+    assert counts.skipped == {samples.MISSING_IMAGE: 2, samples.MISSING_CAPTION: 1}
+    assert counts.ignored == {"file that can't be read": 4}
+    assert quick([f"{folder}/"], tmp_path / "out", max_bad=0.9).converted == 0
+
+
+def test_names_of_files_that_are_no_utf8(tmp_path: Path) -> None:
+    folder = tmp_path / "00000"
+    folder.mkdir()
+    for name, data in (("Käse.jpg", draw(0)), ("Käse.txt", b"cheese"), ("Käse", b"")):
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + name.encode("latin-1"))).write_bytes(data)
+    assert items_of(f"{folder}/") == [
+        Ignored("K\ufffdse", "file without an ending"),
+        Sample("K\ufffdse", draw(0), "cheese"),
+    ]
+    assert quick([f"{folder}/"], tmp_path / "out").written == 1
+
+
+def test_pairs_at_the_root_of_a_bucket(s3: Any, tmp_path: Path) -> None:
+    bucket = s3.bucket()
+    for name, data in pairs(0, 2):
+        put(s3, f"{bucket}/{name}", data)
+    assert quick([f"{bucket}/"], tmp_path / "out").written == 2
+    assert (tmp_path / "out" / bucket.removeprefix("s3://") / "counts.json").exists()
+
+
+def test_parquet_files_beside_folders_of_other_things(tmp_path: Path) -> None:
+    for name in ("00000", "00001"):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}.parquet").write_bytes(b"PAR1")
+    (tmp_path / "00000" / "notes.txt").write_text("")
+    (tmp_path / "00001" / "0.jpg").write_bytes(draw(0))
+    assert expand([str(tmp_path)]) == [f"{tmp_path}/00000.parquet"]
 
 
 def test_a_folder_of_tars_comes_first(tmp_path: Path) -> None:

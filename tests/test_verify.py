@@ -440,7 +440,7 @@ def spoil_entries(out: Path) -> None:
                 "00001/counts.json: can't be read: Expecting property name",
                 "00002/counts.json: says 6 written, and {out}/index.json names none of them",
             ],
-            "to mend it: delete {out}/00000, {out}/00001, {out}/00002, then",
+            "to mend it: delete {out}/00000 (and likewise 00001, 00002), then",
         ),
         (
             spoil_entries,
@@ -480,6 +480,10 @@ def test_what_the_set_says_of_itself(
         (None, r"no MDS set at {out} (no index.json there)"),
         ("[", "{out}/index.json is not JSON: Expecting value: line 1 column 2 (char 1)"),
         ('{"features": []}', "{out}/index.json is not a streaming index"),
+        (
+            "\ufeff{}",
+            "{out}/index.json is not JSON: Unexpected UTF-8 BOM (decode using utf-8-sig): line 1 column 1 (char 0)",
+        ),
         ('{"version": 1, "shards": []}', "{out}/index.json has version 1; Streaming reads 2"),
     ],
 )

@@ -267,7 +267,7 @@ def _decoded_images(
             disable=not progress,
         ) as bar,
         ThreadPoolExecutor(os.cpu_count()) as pool,
-    ):  # decoding and compressing run_converter without the GIL
+    ):  # decoding and compressing run without the GIL
         for first in range(0, len(samples), IN_MEMORY):
             for image in pool.map(image_bytes, samples[first : first + IN_MEMORY]):
                 yield image
@@ -285,7 +285,7 @@ def _summary(
         *(("note", note) for note in card["notes"]),
         ("size", f"{card['bytes'] / 2**20:,.1f} MiB"),
         ("where", out),
-        ("this run_converter", f"{seconds:,.1f} s"),
+        ("this run", f"{seconds:,.1f} s"),
     ]
     text = "\n".join(f"{name:<22}{value}" for name, value in rows)
     if unreadable:

@@ -1,4 +1,4 @@
-"""PublishedSizes of published evaluation sets, to tell a set that is not the one it is called."""
+"""Sizes of published evaluation sets, to tell a set that is not the one it is called."""
 
 from __future__ import annotations
 

@@ -86,10 +86,11 @@ def total_of(parts: Iterable[Counts]) -> Counts:
     """Add up the counts of input shards; examples stay with each."""
     total = Counts()
     for part in parts:
-        for name in ("written", "held_out", "bytes", "resumed", "sides"):
+        for name in ("written", "held_out", "bytes", "resumed"):
             setattr(total, name, getattr(total, name) + getattr(part, name))
         for name in ("skipped", "noted", "ignored", "texts", "endings"):
             getattr(total, name).update(getattr(part, name))
+        total.sides += part.sides  # in place: a sum of lists copies all of them for each input
     return total
 
 

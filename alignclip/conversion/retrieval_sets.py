@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from alignclip.conversion import flickr_lines, text_tables
 from alignclip.conversion.evaluation_sets import local_path, read_json
@@ -16,6 +16,7 @@ from alignclip.conversion.text_tables import Table
 from alignclip.conversion.wording import listing
 from alignclip.errors import UserError, nearest, one_line
 
+T = TypeVar("T")
 Captions = dict[str, list[str]]  # image name -> its captions, in the order of the annotations
 FLICKR_TABLE = {"raw", "split", "filename"}  # columns of Hugging Face's table of Flickr30k
 
@@ -64,17 +65,27 @@ class Wanted:
         text_tables.check_encoding(table, self.encoding)
         return table
 
-    def take(self, every: list[tuple[str, str, list[str]]]) -> Annotations:
-        """Take the images of the wanted splits from (split, image, captions) of all images.
+    def take(
+        self, every: Iterable[tuple[str, T]], read: Callable[[T], tuple[str, list[str]]]
+    ) -> Annotations:
+        """Take the images of the wanted splits.
+
+        Args:
+            every: split and entry of each image in the file.
+            read: from an entry to the image and its captions; other splits' entries may be odd.
 
         Raises:
             UserError: a wanted split is not in the file.
         """
         splits = set(self.split.split("+"))
-        there = Counter(split for split, _, _ in every)
+        there, wanted = Counter[str](), list[T]()
+        for split, entry in every:
+            there[split] += 1
+            if split in splits:
+                wanted.append(entry)
         if unknown := sorted(splits - there.keys()):
             raise UserError(f"{self} has no split '{unknown[0]}'; {nearest(unknown[0], there)}")
-        captions = {image: texts for split, image, texts in every if split in splits}
+        captions = dict(map(read, wanted))
         return Annotations(captions, {name: n for name, n in there.items() if name not in splits})
 
     def check_whole_file(self, captions: Captions, advice: str) -> Captions:
@@ -117,16 +128,12 @@ def read_coco(wanted: Wanted) -> Annotations:
     if "annotations" in content:
         advice = "the file otherwise, with a --split of your own"
         return Annotations(wanted.check_whole_file(_read_coco_api(content), advice))
-    return wanted.take(
-        [
-            (
-                image["split"],
-                "/".join(filter(None, (image.get("filepath"), image["filename"]))),
-                [text["raw"] for text in image["sentences"]],
-            )
-            for image in content["images"]
-        ]
-    )
+
+    def read(image: dict[str, Any]) -> tuple[str, list[str]]:
+        name = "/".join(filter(None, (image.get("filepath"), image["filename"])))
+        return name, [text["raw"] for text in image["sentences"]]
+
+    return wanted.take(((image["split"], image) for image in content["images"]), read)
 
 
 def _read_coco_api(content: dict[str, Any]) -> Captions:
@@ -154,7 +161,8 @@ def read_flickr(wanted: Wanted) -> Annotations:
         values = text_tables.rows_of(table, str(wanted))
         rows = (dict(zip(table.columns, row, strict=True)) for row in values)
         annotations = wanted.take(
-            [(row["split"], row["filename"], [*map(str, json.loads(row["raw"]))]) for row in rows]
+            ((row["split"], row) for row in rows),
+            lambda row: (row["filename"], [*map(str, json.loads(row["raw"]))]),
         )
     if wanted.split_file:
         raise UserError(f"{wanted} has splits of its own: give --split instead of --split-file")

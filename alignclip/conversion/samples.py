@@ -108,9 +108,12 @@ def caption_of(entries: Any, caption_key: str) -> str | None:
     caption = entries.get(caption_key) if isinstance(entries, Mapping) else None
     if not isinstance(caption, str):
         return None
-    return caption.encode("utf-8", errors="replace").decode(
-        "utf-8"
-    )  # JSON's \ud800 has no UTF-8 form
+    return as_utf8(caption)
+
+
+def as_utf8(text: str) -> str:
+    """Return a text with ``?`` for what UTF-8 has no form of, as JSON's ``\\ud800``."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def parse_json(data: bytes | None) -> Any:
@@ -157,7 +160,7 @@ def pairs(key: str, image: bytes | None, captions: Any) -> Sample | Skipped:
     """Make a sample of an image with several captions; leave out what :func:`pair` leaves out."""
     if not isinstance(captions, list) or not captions:
         return pair(key, image, None)
-    each = [pair(key, image, caption if isinstance(caption, str) else None) for caption in captions]
+    each = [pair(key, image, as_utf8(one) if isinstance(one, str) else None) for one in captions]
     good = [one for one in each if isinstance(one, Sample)]
     if not good:
         return each[0]

@@ -39,7 +39,7 @@ URL_LIST_CAPTIONS = ("caption", "text", "title", "txt", "TEXT", "CAPTION")  # of
 
 @dataclass(frozen=True)
 class Table:
-    """The look_at_table of a text table.
+    """The look of a text table.
 
     Attributes:
         path: the local file.

@@ -46,6 +46,22 @@ def open_store(place: str) -> Store:
     return S3(place) if scheme == "s3" or google_by_s3 else Streamed(place)
 
 
+def check_scheme(place: str) -> None:
+    """Refuse a URL of an unknown storage.
+
+    Raises:
+        ValueError: names the scheme, and the one that may be meant.
+    """
+    scheme = urlparse(place).scheme
+    if scheme == "s3":
+        return
+    from streaming.base.storage.download import DOWNLOADER_MAPPINGS
+
+    if scheme not in DOWNLOADER_MAPPINGS:
+        hint = nearest(scheme, filter(None, DOWNLOADER_MAPPINGS))
+        raise ValueError(f"no storage is known as '{scheme}'; {hint}")
+
+
 def open_file(place: str) -> tuple[Store, str]:
     """Open the store that the file at a path or URL lies in; give also the file's name there."""
     if "://" in place:
@@ -182,12 +198,8 @@ class Streamed(Bucket):
 
     def _get(self, name: str, path: Path) -> None:
         from streaming.base.storage import CloudDownloader
-        from streaming.base.storage.download import DOWNLOADER_MAPPINGS
 
-        scheme = urlparse(self.place).scheme
-        if scheme not in DOWNLOADER_MAPPINGS:
-            hint = nearest(scheme, filter(None, DOWNLOADER_MAPPINGS))
-            raise ValueError(f"no storage is known as '{scheme}'; {hint}")
+        check_scheme(self.place)
         CloudDownloader.direct_download(self.at(name), str(path), READ_TIMEOUT)
 
     def _put(self, path: Path, name: str) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from alignclip.data.image_files import EVALUATION_FORMATS, TRAINING_FORMATS
 from alignclip.data.mds_index import DATASET, dimension_of
-from alignclip.errors import UserError, check_place, few, one_line_errors
+from alignclip.errors import UserError, check_place, one_line_errors
 from alignclip.paths import option
 from alignclip.runtime import console
 from alignclip.runtime.arguments import Parser
@@ -109,7 +109,8 @@ def _mending(place: str, found: SetSummary) -> list[str]:
     # the converter makes the held-out part of an input together with the rest, in the folder above
     out = place.rpartition("/")[0] if found.is_held_out else place
     if parts := sorted(found.problems.parts - {""}):
-        delete = few(f"{out}/{part}" for part in parts)
+        others = ", ".join([*parts[1:4], *(["…"] if parts[4:] else [])])
+        delete = f"{out}/{parts[0]}" + (f" (and likewise {others})" if others else "")
         why = "it makes what is gone anew and leaves the rest"
     elif found.indexed.keys() <= {""}:
         delete, why = out, "it leaves a set that is there as it is"

@@ -51,6 +51,7 @@ def summarize(store: Store) -> SetSummary:
             usable.append(entry)
     named = {file for entry in usable for file in _files(entry)}
     everything, root = _list(store, found), {}
+    is_listed = everything is not None
     if everything is None:  # take for there what the set names
         root = _read_objects(store, SAYING, Problems())
         is_converted = "options" in root.get(DATASET, {})
@@ -71,6 +72,8 @@ def summarize(store: Store) -> SetSummary:
     ]
     _compare_entries(usable, found)
     planned = _take_dataset(root, found)
+    if not is_listed:  # an input without samples has no shard, so nothing shows that it is there
+        planned = {}
     _check_parts(store, names, planned, found)
     _check_held_out(store, found)
     _note_orphans(store, names - named, names, found)
@@ -103,17 +106,22 @@ def _list(store: Store, found: SetSummary) -> set[str] | None:
 def _read_entries(store: Store) -> list[Any]:
     """Read the ``shards`` of the index, which may be anything."""
     try:
-        index = json.loads(patiently(lambda: store.read_bytes(INDEX), store.place))
+        index = _parsed(patiently(lambda: store.read_bytes(INDEX), store.place))
         return listed_shards(index)
     except StorageError as error:
         why = f"cannot read {store.at(INDEX)}: {error.why}"
         if not store.is_remote and is_absent(error):
             why = f"no {INDEX} there"
         raise UserError(f"no MDS set at {store.place} ({why}){_instead(store)}") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{store.at(INDEX)} is not JSON: {one_line(error)}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{store.at(INDEX)} {one_line(error)}") from None
+
+
+def _parsed(data: bytes) -> Any:
+    """Parse JSON as training does: UTF-8 without a mark, where json.loads also takes UTF-16."""
+    return json.loads(data.decode("utf-8"))
 
 
 def _instead(store: Store) -> str:
@@ -191,7 +199,7 @@ def _read_objects(
 
     def read(name: str) -> Any:
         try:
-            return json.loads(patiently(lambda: store.read_bytes(name), store.place))
+            return _parsed(patiently(lambda: store.read_bytes(name), store.place))
         except (UserError, ValueError, RecursionError) as error:
             return error
 

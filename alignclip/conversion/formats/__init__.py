@@ -25,6 +25,7 @@ from alignclip.conversion.formats.json_lines import JsonLines
 from alignclip.conversion.formats.mds import Mds
 from alignclip.conversion.formats.parquet import Parquet
 from alignclip.conversion.formats.tars import Tars
+from alignclip.errors import UserError
 
 # A folder stands for the first of these formats that it holds: img2dataset puts a parquet file
 # beside each tar.
@@ -34,14 +35,21 @@ MAGIC_BYTES = 512  # bytes of a file by which a format is recognised
 
 
 def format_of(place: str) -> InputFormat:
-    """Return the format of a path or URL: by its name, else by its first bytes, else tar."""
+    """Return the format of a path or URL: by its name, else by its first bytes, else tar.
+
+    Raises:
+        UserError: the file can't be read.
+    """
     for one in FORMATS:
         if one.fits(place):
             return one
     path = Path(place)
     if "://" not in place and path.is_file():
-        with path.open("rb") as file:
-            head = file.read(MAGIC_BYTES)
+        try:
+            with path.open("rb") as file:
+                head = file.read(MAGIC_BYTES)
+        except OSError as error:
+            raise UserError(f"cannot read {place}: {error.strerror}") from None
         for one in FORMATS:
             if one.begins(head):
                 return one

@@ -11,6 +11,7 @@ from alignclip.conversion.samples import (
     MAX_IMAGE_BYTES,
     MISSING_IMAGE,
     Skipped,
+    as_utf8,
 )
 from alignclip.conversion.wording import listable, listing
 from alignclip.errors import UserError, nearest
@@ -88,9 +89,9 @@ def local_image(path: Path, key: str) -> bytes | Skipped:
     """Return the bytes of a local image, or why there are none."""
     try:
         if not path.is_file():
-            return Skipped(key, MISSING_IMAGE, f"no file {path}")
+            return Skipped(key, MISSING_IMAGE, f"no file {as_utf8(str(path))}")
         if (size := path.stat().st_size) > MAX_IMAGE_BYTES:
             return Skipped(key, IMAGE_TOO_LARGE, f"{size:,} bytes")
         return path.read_bytes()
     except OSError as error:  # a name too long, no permission
-        return Skipped(key, MISSING_IMAGE, f"{error.strerror}: {path}")
+        return Skipped(key, MISSING_IMAGE, f"{error.strerror}: {as_utf8(str(path))}")

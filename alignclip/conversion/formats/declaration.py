@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 from urllib.parse import urlparse
 
-from alignclip.conversion.samples import Item, Reading
+from alignclip.conversion.samples import IMAGE_EXTENSIONS, Item, Reading
 from alignclip.storage.copies import fetched
 
 PAIR_COLUMNS = {"key": "str", "image": "bytes", "caption": "str"}  # name -> how MDS stores it
@@ -35,6 +35,10 @@ class Listing:
     def at(self, name: str) -> str:
         """Return the path or URL of a file or sub-folder."""
         return f"{self.place}/{name}"
+
+    def holds_images(self, folder: str) -> bool:
+        """Say whether a sub-folder holds image files."""
+        return any(has_ending(name, IMAGE_EXTENSIONS) for name in self.names_in(folder))
 
 
 @dataclass(frozen=True)
@@ -104,8 +108,9 @@ class InputFormat:
         return PAIR_COLUMNS
 
     def shard_name(self, place: str, part: str) -> str:
-        """Return the name of the sub-folder: the file's up to the first dot."""
-        return path_of(place).rsplit("/", 1)[1].split(".")[0]
+        """Return the name of the sub-folder: the file's, or a bucket's, up to the first dot."""
+        name = path_of(place).rpartition("/")[2] or urlparse(place).netloc
+        return name.split(".")[0]
 
     def file_of(self, place: str, part: str) -> str:
         """Return the path or URL of the file that holds an input shard."""
@@ -141,6 +146,11 @@ class InputFormat:
         A format that overrides :meth:`opened` may do without.
         """
         raise NotImplementedError
+
+
+def has_ending(name: str, endings: tuple[str, ...]) -> bool:
+    """Say whether a file name ends in a dot and one of these, in capitals or not."""
+    return name.rpartition(".")[2].lower() in endings
 
 
 def path_of(place: str) -> str:

@@ -5,14 +5,20 @@ https://github.com/rom1504/img2dataset/blob/main/img2dataset/writer.py, ``FilesS
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from alignclip.conversion.formats.declaration import InputFormat, Listing, OpenInput
-from alignclip.conversion.formats.pairing import TEXT_EXTENSIONS, Pairing, kind_of_name
-from alignclip.conversion.formats.remote import read_ahead, read_object, store_at
+from alignclip.conversion.formats.declaration import InputFormat, Listing, OpenInput, has_ending
+from alignclip.conversion.formats.pairing import (
+    TEXT_EXTENSIONS,
+    Pairing,
+    kind_of_name,
+    name_in_utf8,
+)
+from alignclip.conversion.formats.remote import read_ahead, read_object
 from alignclip.conversion.samples import (
     IMAGE_EXTENSIONS,
     MAX_IMAGE_BYTES,
@@ -21,7 +27,9 @@ from alignclip.conversion.samples import (
     Reading,
 )
 from alignclip.errors import UserError
-from alignclip.storage import StorageError, patiently
+from alignclip.storage import StorageError, open_store, patiently
+
+UNREADABLE = "file that can't be read"
 
 
 class Files(InputFormat):
@@ -43,10 +51,12 @@ class Files(InputFormat):
     def in_folder(self, listing: Listing) -> list[str]:
         """Return the shards' folders; or the folder itself where it holds pairs."""
         numbered = sorted(name for name in listing.folders if name.isdecimal())
-        if any(_holds_images(listing.names_in(name)) for name in numbered):
+        if any(map(listing.holds_images, numbered)):
             return [listing.at(f"{name}/") for name in numbered]
-        stems = {name.partition(".")[0] for name in listing.files if _ends(name, TEXT_EXTENSIONS)}
-        images = (name for name in listing.files if _ends(name, IMAGE_EXTENSIONS))
+        stems = {
+            name.partition(".")[0] for name in listing.files if has_ending(name, TEXT_EXTENSIONS)
+        }
+        images = (name for name in listing.files if has_ending(name, IMAGE_EXTENSIONS))
         is_shard = any(name.partition(".")[0] in stems for name in images)
         return [f"{listing.place}/"] if is_shard else []
 
@@ -56,7 +66,7 @@ class Files(InputFormat):
 
     def stamp(self, path: Path) -> tuple[int, int]:
         """Return the bytes of all files, and when the last of them was changed."""
-        stats = [entry.stat() for entry in path.iterdir()]
+        stats = [stat for entry in path.iterdir() if (stat := _stat(entry))]
         return sum(one.st_size for one in stats), max((one.st_mtime_ns for one in stats), default=0)
 
     @contextmanager
@@ -65,7 +75,7 @@ class Files(InputFormat):
         folder, stamp = place.rstrip("/"), (0, 0)
         if "://" in place:
             try:
-                names = patiently(store_at(folder).names, folder)
+                names = patiently(open_store(folder).names, folder)
             except StorageError as error:
                 raise UserError(f"cannot fetch {place}: {error.why}") from error
         else:
@@ -80,38 +90,52 @@ def _pairs_of_files(folder: str, names: Iterable[str], pairing: Pairing) -> Iter
 
     Args:
         folder: path or URL, without a slash at the end.
-        names: of the files, relative to the folder; a sub-folder's has a slash.
+        names: of the files, relative to the folder, as the system has them; a sub-folder's has a
+            slash.
         pairing: puts the files together.
     """
     own = {name.partition("/")[0] + name.partition("/")[1] for name in names}
-    order = sorted((*(pairing.split(name) or ("", "")), name) for name in own)
+    order = sorted((*(pairing.split(name_in_utf8(name)) or ("", "")), name) for name in own)
     wanted = [name for _, ending, name in order if pairing.reads(ending)]
     contents = read_ahead(partial(_sized_content, f"{folder}/{name}") for name in wanted)
     for key, ending, name in order:
+        shown = name_in_utf8(name)
         if not key:
             is_folder = name.endswith("/")
-            yield Ignored(name.rstrip("/"), "folder" if is_folder else kind_of_name(name))
+            yield Ignored(shown.rstrip("/"), "folder" if is_folder else kind_of_name(shown))
+            continue
+        content = next(contents) if pairing.reads(ending) else (0, b"")
+        if content is None:
+            yield Ignored(shown, UNREADABLE)
             continue
         if pairing.is_complete(key, ending):
             yield from pairing.finish()
-        size, data = next(contents) if pairing.reads(ending) else (0, b"")
+        size, data = content
         pairing.add(key, ending, size, partial(bytes, data))
     yield from pairing.finish()
     yield from pairing.halves()
 
 
-def _sized_content(place: str) -> tuple[int, bytes]:
-    """Return the size of a file and its bytes, without the bytes of a file that is too large."""
+def _sized_content(place: str) -> tuple[int, bytes] | None:
+    """Return the size of a file and its bytes, without the bytes of a file that is too large.
+
+    Return None for a local file that can't be read: a link to nowhere, no permission, a pipe.
+    """
     if "://" in place:
         data = read_object(place)
         return len(data), data
-    size = Path(place).stat().st_size
-    return size, Path(place).read_bytes() if size <= MAX_IMAGE_BYTES else b""
+    path = Path(place)
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            return None
+        size = path.stat().st_size
+        return size, path.read_bytes() if size <= MAX_IMAGE_BYTES else b""
+    except OSError:
+        return None
 
 
-def _ends(name: str, endings: tuple[str, ...]) -> bool:
-    return name.rpartition(".")[2].lower() in endings
-
-
-def _holds_images(names: Iterable[str]) -> bool:
-    return any(_ends(name, IMAGE_EXTENSIONS) for name in names)
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError:  # a link to nowhere
+        return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import tempfile
+import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, cast
+from urllib.parse import quote
 
 from alignclip.conversion import text_tables
 from alignclip.conversion.formats import columns
@@ -29,6 +31,7 @@ from alignclip.conversion.samples import (
     Item,
     Reading,
     Skipped,
+    as_utf8,
     caption_of,
     pair,
     pairs,
@@ -39,7 +42,10 @@ from alignclip.errors import UserError, one_line
 from alignclip.storage.copies import TEMPORARY, fetched
 
 LONGEST_LINE = 2**24  # bytes; a longer line is no pair's
+IN_ADDRESSES = "/%?&=:@+,;~!$'()*"  # stay as they are in a web address
 LOOKED_AT = 100  # lines at the beginning, of which one has to be an object
+
+_copying = threading.Lock()
 
 
 class JsonLines(InputFormat):
@@ -73,21 +79,22 @@ class JsonLines(InputFormat):
             UserError: the file is no JSON lines, a list of web addresses, or damaged.
         """
         _temporary_copy.cache_clear()
-        path = _local_file(place)
-        _entry_names(path, place, reading)
         places, number, at = list[int](), 0, 0
-        with _damage_told(place), _open_lines(path) as file:
-            for line in _lines(file):
-                if line.strip():
-                    if number % columns.ROWS_A_PIECE == 0:
-                        places.append(at)
-                    number += 1
-                at += len(line)
+        with _local_file(place) as path:
+            _entry_names(path, place, reading)
+            with _damage_told(place), _open_lines(path) as file:
+                for line in _lines(file):
+                    if line.strip():
+                        if number % columns.ROWS_A_PIECE == 0:
+                            places.append(at)
+                        number += 1
+                    at += len(line)
         return columns.pieces(places, number)
 
     def columns(self, place: str, reading: Reading) -> dict[str, str]:
         """See the base class."""
-        names = _entry_names(_local_file(place), place, reading)
+        with _local_file(place) as path:
+            names = _entry_names(path, place, reading)
         return PAIR_COLUMNS | ({"caption": CAPTION_LISTS} if names.has_lists else {})
 
     def shard_name(self, place: str, part: str) -> str:
@@ -97,15 +104,15 @@ class JsonLines(InputFormat):
     @contextmanager
     def opened(self, place: str, part: str, reading: Reading) -> Iterator[OpenInput]:
         """See the base class; images' paths are relative to the folder of ``place``."""
-        path = _local_file(place)
-        names = _entry_names(path, place, reading)
         stem = super().shard_name(place, part)
         folder = place.rpartition("/")[0]
-        jobs = (
-            partial(_item, line, f"{stem}-{number:08}", names, folder)
-            for number, line in _piece(path, part)
-        )
-        yield OpenInput(*self.stamp(path), read_ahead(jobs))
+        with _local_file(place) as path:
+            names = _entry_names(path, place, reading)
+            jobs = (
+                partial(_item, line, f"{stem}-{number:08}", names, folder)
+                for number, line in _piece(path, part)
+            )
+            yield OpenInput(*self.stamp(path), read_ahead(jobs))
 
 
 @dataclass(frozen=True)
@@ -131,15 +138,28 @@ def _item(line: bytes, key: str, names: _Names, folder: str) -> Item:
         return Skipped(key, NO_OBJECT, line[:100].decode("utf-8", "replace").strip())
     name, own = row.get(names.image), row.get("key")
     key = next((str(one) for one in (own, name) if isinstance(one, (str, int)) and one != ""), key)
-    if not isinstance(name, str) or not name or text_tables.is_web_address(name):
-        return Skipped(key, MISSING_IMAGE, f"no path: {name!r}"[:100])
-    image = read_image(name if "://" in name or name.startswith("/") else f"{folder}/{name}", key)
+    key = as_utf8(key)
+    image = _image(name, key, folder)
     if isinstance(image, Skipped):
         return image
     if not names.has_lists:
         return pair(key, image, caption_of(row, names.caption))
     captions = row.get(names.caption)
     return pairs(key, image, captions if isinstance(captions, list) else [captions])
+
+
+def _image(name: object, key: str, folder: str) -> bytes | Skipped:
+    """Return the image that a line names, or why there is none."""
+    if not isinstance(name, str) or not name or text_tables.is_web_address(name):
+        return Skipped(key, MISSING_IMAGE, f"no path: {name!r}"[:100])
+    if "://" in name or name.startswith("/"):
+        place = name
+    else:
+        is_web = folder.startswith(("http://", "https://"))
+        place = f"{folder}/{quote(name, IN_ADDRESSES, errors='replace') if is_web else name}"
+    if "://" in place and as_utf8(name) != name:  # no storage has such a name
+        return Skipped(key, MISSING_IMAGE, f"no path: {name!r}"[:100])
+    return read_image(place, key)
 
 
 def _entry_names(path: Path, place: str, reading: Reading) -> _Names:
@@ -176,13 +196,24 @@ def _entry_names(path: Path, place: str, reading: Reading) -> _Names:
 def _damage_told(place: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, EOFError, zlib.error) as error:  # gzip's
+    except (OSError, EOFError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # gzip's own have no number
+            raise UserError(f"cannot read {place}: {error.strerror}") from None
         raise UserError(f"{place} is damaged: {one_line(error)}; fetch it again") from None
 
 
-def _local_file(place: str) -> Path:
-    """Return the file, or this process's copy of a remote one, of which it converts many pieces."""
-    return _temporary_copy(place)[1] if "://" in place else Path(place)
+@contextmanager
+def _local_file(place: str) -> Iterator[Path]:
+    """Give the file, or this process's copy of a remote one, of which it converts many pieces.
+
+    The copy of an earlier file goes when no thread uses the copy any more.
+    """
+    if "://" not in place:
+        yield Path(place)
+        return
+    with _copying:  # a thread waits for another's copy of the same file
+        held = _temporary_copy(place)
+    yield held[1]
 
 
 @lru_cache(1)

@@ -234,6 +234,11 @@ class Pairing:
         return self._pair(key, {end: os.pread(file, n, at) for end, (at, n) in places.items()}, {})
 
 
+def name_in_utf8(name: str) -> str:
+    """Return a file's name with U+FFFD for bytes that are no UTF-8, which come as surrogates."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def kind_of_name(name: str) -> str:
     """Say what a file is whose name can't be a part of a pair."""
     base = name.rpartition("/")[2]

@@ -34,9 +34,11 @@ class Parquet(InputFormat):
 
     def in_folder(self, listing: Listing) -> list[str]:
         """See the base class; img2dataset's list beside a folder of files is left alone."""
-        shards = {name for name in listing.folders if name.isdecimal()}
-        names = [name for name in listing.files if name.partition(".")[0] not in shards]
-        return [listing.at(name) for name in self.among(names)]
+        names = self.among(listing.files)
+        stems = {name.partition(".")[0] for name in names}
+        numbered = [name for name in listing.folders if name in stems and name.isdecimal()]
+        shards = [*filter(listing.holds_images, numbered)]
+        return [listing.at(name) for name in names if name.partition(".")[0] not in shards]
 
     def read(self, path: Path, part: str, reading: Reading) -> Iterator[Item]:
         """Yield the pairs of a file.

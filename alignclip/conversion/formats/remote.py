@@ -14,6 +14,7 @@ from alignclip.conversion.formats.columns import local_image
 from alignclip.conversion.samples import MISSING_IMAGE, Skipped
 from alignclip.errors import UserError
 from alignclip.storage import StorageError, Store, is_absent, is_denied, open_store, patiently
+from alignclip.storage.clouds import check_scheme
 from alignclip.storage.copies import fetched
 
 AT_ONCE = 16  # files read at a time, of which none is larger than MAX_IMAGE_BYTES
@@ -41,12 +42,16 @@ def read_object(place: str) -> bytes:
 
     Raises:
         UserError: the file can't be fetched; its cause is the storage's own exception.
+        ValueError: no storage is known by the URL's scheme.
     """
-    folder, _, name = place.rpartition("/")
     if place.startswith(("http://", "https://")):
         with fetched(place) as path:
             return path.read_bytes()
-    store = store_at(folder)
+    scheme, _, rest = place.partition("://")
+    bucket, _, key = rest.partition("/")
+    folder, slash, file = key.rpartition("/")
+    name = f"{folder.strip('/')}{slash}{file}".lstrip("/")
+    store = store_at(f"{scheme}://{bucket}")
     try:
         return patiently(lambda: store.read_bytes(name), place)
     except StorageError as error:
@@ -63,6 +68,8 @@ def read_image(place: str, key: str) -> bytes | Skipped:
         return local_image(Path(place), key)
     try:
         return read_object(place)
+    except ValueError as error:
+        return Skipped(key, MISSING_IMAGE, f"{error}: {place}")
     except UserError as error:
         # a store answers that access is denied instead of 404 to a key that may not list
         if is_absent(error) or is_denied(error):
@@ -71,6 +78,11 @@ def read_image(place: str, key: str) -> bytes | Skipped:
 
 
 @lru_cache(64)
-def store_at(folder: str) -> Store:
-    """Return the store of a folder; opening a client takes longer than reading a file."""
-    return open_store(folder)
+def store_at(bucket: str) -> Store:
+    """Return the store of a bucket's URL; opening a client takes longer than reading a file.
+
+    Raises:
+        ValueError: no storage is known by the URL's scheme.
+    """
+    check_scheme(bucket)
+    return open_store(bucket)

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from alignclip.conversion.formats.declaration import InputFormat
-from alignclip.conversion.formats.pairing import Pairing, kind_of_name
+from alignclip.conversion.formats.pairing import Pairing, kind_of_name, name_in_utf8
 from alignclip.conversion.samples import (
     BROKEN_INPUT,
     DEFAULT_READING,
@@ -92,9 +92,7 @@ def _members(tar: tarfile.TarFile, pairing: Pairing) -> Iterator[Item]:
         if tar.offset <= offset:
             raise tarfile.ReadError("its headers go round in a circle")
         offset = tar.offset
-        name = member.name
-        if not name.isascii():  # bytes that are no UTF-8 come as halves of characters
-            name = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        name = member.name if member.name.isascii() else name_in_utf8(member.name)
         if member.size < 0:
             raise tarfile.ReadError("a member of negative size")
         split = pairing.split(name)

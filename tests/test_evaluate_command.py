@@ -28,7 +28,9 @@ from alignclip.evaluation.history import (
 )
 from alignclip.evaluation.json_lines import text_of
 from alignclip.evaluation.report import ComparisonReport, table
+from alignclip.evaluation.tasks import clustering
 from alignclip.model.encoders import build_encoders
+from alignclip.weights.digest import weights_digest
 
 GAP = {
     "centroid_distance": 0.05, "alignment_score": 0.955, "wrong_pairs_cosine": 0.95, "margin": 0.005,
@@ -346,6 +348,27 @@ def test_an_evaluator_of_one_name_on_another_set_is_another_comparison(tmp_path:
     assert not (tmp_path / "earlier-2").exists()
 
 
+def test_settings_of_a_task_are_in_the_results(tmp_path: Path) -> None:
+    def entries(**settings: int) -> dict[str, Any]:
+        one = EvaluatorConfig(
+            task="clustering", local="x", settings=clustering.Settings(**settings)
+        )
+        config = EvaluateConfig(checkpoints={"a": "x"}, out=str(tmp_path))
+        config.evaluators = {"clusters": one}
+        ComparisonReport(config, {"a": "xxh3:x"}).add("a", "clusters", {"ari": 0.2}, {})
+        found: dict[str, Any] = content(tmp_path)["evaluators"]
+        return found
+
+    ours = {"task": "clustering", "remote": None, "local": "x", "split": None}
+    settings = {"n_init": 3, "random_state": 0}
+    assert entries(n_init=3) == {"clusters": ours | settings}
+    # earlier versions did not write the settings: the folder is of the same comparison
+    old = content(tmp_path) | {"evaluators": {"clusters": ours}}
+    (tmp_path / "results.json").write_text(json.dumps(old), encoding="utf-8")
+    assert entries(n_init=3) == {"clusters": ours | settings}
+    assert not (tmp_path / "earlier-1").exists()
+
+
 @pytest.mark.parametrize("text", ["", "not JSON", "[]", '{"results": {"model": {}}}'])
 def test_what_an_earlier_version_or_a_person_left_is_kept(tmp_path: Path, text: str) -> None:
     (tmp_path / "results.json").write_text(text, encoding="utf-8")
@@ -357,15 +380,17 @@ def test_what_an_earlier_version_or_a_person_left_is_kept(tmp_path: Path, text: 
 # --- checkpoints and evaluators that can't be used ----------------------------------------------------------------
 
 
-def test_one_checkpoint_at_a_time_is_in_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_each_checkpoint_is_read_once_and_its_memory_is_free_after_its_evaluation(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """A run may write over its latest checkpoint while others are evaluated."""
     from alignclip.weights import load
 
+    read: list[str] = []
     alive: set[str] = set()
 
     def open_encoders(place: str) -> Any:
-        assert not alive, "the one before is gone"
+        read.append(place)
         model = build_encoders(small_config())
         alive.add(place)
         weakref.finalize(model, alive.discard, place)
@@ -377,10 +402,12 @@ def test_one_checkpoint_at_a_time_is_in_memory(
     assert several.batches == {"a": 1, "b": 2}
     assert several.image_sizes == {"a": 32, "b": 32}
     assert len(set(several.digests.values())) == 2
-    for name in several.places:
-        assert several.load(name).visual.image_size is not None
-    only = Checkpoints({"a": "1"})
-    assert only.load("a") is only.load("a"), "read once"
+    for name, others in (("a", {"2"}), ("b", set())):
+        model = several.take(name)
+        assert weights_digest(model) == several.digests[name]
+        del model
+        assert alive == others
+    assert read == ["1", "2"]
 
 
 def test_a_missing_checkpoint_is_one_line(

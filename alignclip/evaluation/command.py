@@ -98,7 +98,7 @@ def run(config: EvaluateConfig, known: Mapping[str, str] | None = None) -> dict[
     evaluators = _open_evaluators(config, set(checkpoints.image_sizes.values()), report)
     pairs: dict[str, PairFeatures] = {}
     for name in checkpoints.places:
-        model = checkpoints.load(name).to(device)
+        model = checkpoints.take(name).to(device)
         encoder = Encoder(model, device, autocast_dtype(config.precision))
         for evaluator in evaluators[encoder.image_size]:
             encoder.batch_size = evaluator.config.batch_size
@@ -113,17 +113,18 @@ def run(config: EvaluateConfig, known: Mapping[str, str] | None = None) -> dict[
                 images, texts = result.pairs
                 pairs[f"{name} · {evaluator.name}"] = (images.cpu(), texts.cpu())
             report.add(name, evaluator.name, result.metrics, result.chance, result.note)
-        del model, encoder  # one checkpoint at a time is in memory
+        del model, encoder  # one checkpoint at a time is on the device
     run_on_rank_zero(lambda: finish(report, pairs))
     wait_for_all_ranks()
     return report.failed
 
 
 class Checkpoints:
-    """The checkpoints that are compared; one of them at a time is in memory.
+    """The checkpoints that are compared, each read once, at the beginning.
 
-    Each is read once at the beginning: a checkpoint that is not there should not be found out after
-    hours with the others. So several checkpoints are read twice.
+    A checkpoint that is not there should not be found out after hours with the others. A run may
+    write over its latest checkpoint, or remove an old one, while others are evaluated: the models
+    therefore wait in the CPU's memory, and digests and results are of the same weights.
 
     Attributes:
         places: paths and URLs, by the names that the checkpoints have in tables and plots.
@@ -145,19 +146,17 @@ class Checkpoints:
         self.image_sizes: dict[str, int] = {}
         self.batches: dict[str, int | None] = {}
         self.digests: dict[str, str] = {}
+        self._models: dict[str, CLIP] = {}
         for name, place in places.items():
             found = open_encoders(place)
             self.image_sizes[name] = image_size(found.model)
             self.batches[name] = found.batch
             self.digests[name] = weights_digest(found.model) if rank() == 0 else ""
-            self._only = found.model if len(places) == 1 else None
-            del found
+            self._models[name] = found.model
 
-    def load(self, name: str) -> CLIP:
-        """Read a checkpoint's model."""
-        from alignclip.weights.load import load_encoders
-
-        return load_encoders(self.places[name]) if self._only is None else self._only
+    def take(self, name: str) -> CLIP:
+        """Hand a checkpoint's model over, once: its memory is free after its evaluation."""
+        return self._models.pop(name)
 
 
 def _open_evaluators(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alignclip.config.metrics import arrow, better, metric_named, sets_of
-from alignclip.config.schema import EvaluateConfig, EvaluatorConfig
+from alignclip.config.schema import EvaluateConfig, EvaluatorConfig, SetConfig
 from alignclip.evaluation.history import Record, judge_against
 from alignclip.evaluation.json_lines import with_nan, without_nan
 from alignclip.evaluation.verdict import Verdict
@@ -59,7 +59,10 @@ class ComparisonReport:
         self.chance: dict[str, Scores] = {}
         self.notes: dict[str, str] = {}
         self.failed: dict[str, str] = {}
-        self._evaluators = {name: _sets(one) for name, one in config.evaluators.items()}
+        self._sets = {name: _sets(one) for name, one in config.evaluators.items()}
+        self._evaluators = {
+            name: self._sets[name] | _other_settings(one) for name, one in config.evaluators.items()
+        }
         self._opened = False
 
     def add(
@@ -162,7 +165,11 @@ class ComparisonReport:
             return "of other weights"
         if earlier.get("precision") != self.config.precision:
             return f"in {earlier.get('precision')}"
-        moved = [name for name, one in self._evaluators.items() if known.get(name, one) != one]
+        moved = [
+            name
+            for name, sets in self._sets.items()
+            if name in known and {key: known[name].get(key) for key in sets} != sets
+        ]
         return f"{moved[0]} was another set" if moved else ""
 
 
@@ -224,6 +231,12 @@ def _sets(evaluator: EvaluatorConfig) -> dict[str, Any]:
         for key, one in sets_of(evaluator).items()
     }
     return {"task": evaluator.task, **found.pop(""), **found}
+
+
+def _other_settings(evaluator: EvaluatorConfig) -> dict[str, Any]:
+    """Return the task's own settings that are no sets, e.g. how often k-means starts."""
+    own = vars(evaluator.settings) if evaluator.settings is not None else {}
+    return {key: value for key, value in own.items() if not isinstance(value, SetConfig)}
 
 
 def _earlier_results(path: Path) -> dict[str, Any] | None:

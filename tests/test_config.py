@@ -9,7 +9,7 @@ from composer import Trainer
 from runs import TINY
 
 from alignclip.config.plugged import TASKS
-from alignclip.config.reading import REFUSED, load, load_evaluation, to_yaml
+from alignclip.config.reading import REFUSED, evaluators_of, load, load_evaluation, to_yaml
 from alignclip.config.schema import RunConfig, TrainerConfig
 from alignclip.errors import UserError
 from alignclip.training import plugins
@@ -281,6 +281,9 @@ def test_overrides_win_and_the_resolved_file_reads_back(yaml: Path, tmp_path: Pa
             "model.text_cfg.width=32 is no multiple of model.text_cfg.heads=3",
         ),
         ("model.vision_cfg.layers=3", "model.shared.blocks=-1 needs equal towers, but"),
+        ("python_log_level=inf", "python_log_level=inf: did you mean 'info'?"),
+        ("data.streams=x", "'data.streams' holds names with settings below each, not 'x'"),
+        ("evaluators=5", "'evaluators' holds names with settings below each, not '5'"),
         ("model.vision_cfg.timm_model_name=resnet18", "nothing can be shared with timm's tower"),
         ("precision=amp_fp16", "precision=amp_fp16 needs a GPU; with device=cpu"),
         ("precision=amp", "precision=amp: did you mean 'amp_fp16'?"),  # open_clip's name of it
@@ -313,6 +316,18 @@ def test_bad_values_are_one_line(yaml: Path, override: str, says: str) -> None:
         load(yaml, [override])
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_settings_without_an_effect_may_have_any_value(yaml: Path) -> None:
+    assert load(yaml, ["python_log_level=Info"]).python_log_level == "Info"
+    timm = ["shared={blocks: 0, ln_final: false, projection: false}", "vision_cfg.patch_size=0"]
+    model = [f"model.{one}" for one in timm]
+    with pytest.raises(UserError, match="patch_size must be positive"):
+        load(yaml, model)
+    load(yaml, [*model, "model.vision_cfg.timm_model_name=resnet50"])
+    gap = {"task": "gap", "local": "x", "interval": 1000}
+    load_evaluation(EVALUATE, ["checkpoint=a", "evaluators.coco.interval=1000"])
+    assert evaluators_of({"gap": gap})["gap"].interval == "1000"
 
 
 def test_a_warm_up_that_can_not_end_before_the_run(yaml: Path) -> None:

@@ -75,7 +75,12 @@ def test_settings_are_typed_and_the_resolved_file_reads_back(yaml: Path) -> None
         (["loss.spread.weight=nan"], "loss.spread.weight must be a finite number"),
         (["loss.spread.side=imag"], "loss.spread.side=imag: did you mean 'image'?"),
         (["loss.spread=2"], "the command line: 'loss.spread' is a section"),
-        (["loss.terms={spread: {}}"], "unknown key 'loss.terms'"),
+        (["loss.terms={spread: {}}"], "unknown key 'loss.terms'; valid: "),
+        (
+            ["evaluators.s={task: gap, local: x, top: 3, other: {local: y}, n_init: 3}"],
+            "gap has no use for top",  # the first in the file
+        ),
+        (["model.depht=1", "model.embed_dims=1"], "unknown key 'model.depht'"),
         ([*SORTING, "evaluators.s.tpo=1"], "unknown key 'evaluators.s.tpo'; did you mean 'top'?"),
         ([*SORTING, "evaluators.s.intervall=1ep"], "did you mean 'interval'?"),
         ([*SORTING, "evaluators.s.top=0"], "evaluators.s.top must be at least 1, not 0"),

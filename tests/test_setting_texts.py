@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from models import FIXTURES
 from runs import TINY
 
 from alignclip.config.reading import (
@@ -19,7 +20,7 @@ from alignclip.config.schema import CLASSES, RunConfig
 from alignclip.config.yaml_text import Plain, dump, natural, parse
 from alignclip.errors import UserError
 from alignclip.training import plugins
-from alignclip.training.run_identity import identity_changes
+from alignclip.training.run_identity import changes, identity_changes, nested, with_defaults
 
 # what YAML 1.1, or Python, takes for a number, a boolean, a date or nothing
 TEXTS = (
@@ -269,11 +270,31 @@ def test_interpolation_is_omegaconfs(yaml: Path, monkeypatch: pytest.MonkeyPatch
         load(yaml, ["run_name=${nothing}"])
 
 
+def test_interpolation_finds_defaults_below_names(yaml: Path) -> None:
+    overrides = [
+        "evaluators.probe={task: gap, local: x}",
+        "evaluators.clusters={task: clustering, local: x, n_init: 3}",
+        "evaluators.coco={task: retrieval, local: '${evaluators.probe.local}'}",
+        "evaluators.coco.batch_size=${evaluators.probe.batch_size}",
+        "evaluators.clusters.num_workers=${evaluators.clusters.random_state}",
+        "data.streams.e.split=${data.streams.e.local}",
+        "data.streams.e.repeat=${data.streams.e.choose}",
+        "loss.cyclip.cross_modal=2",
+        "loss.beta=${loss.cyclip.cross_modal}",
+    ]
+    config = load(yaml, overrides)
+    coco, clusters = config.evaluators["coco"], config.evaluators["clusters"]
+    assert (coco.batch_size, coco.local, clusters.num_workers) == (256, "x", 0)
+    assert (config.data.streams["e"].split, config.data.streams["e"].repeat) == ("somewhere", None)
+    assert config.loss.beta == 2.0
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "run_name: !!python/object/apply:os.system [id]", "run_name: !!binary aGk=", "a: &a [*a]", "a: 1\na: 2",
-        "? [a]\n: b", "--- {}\n--- {}", "run_name: [", "<<: 3", "a: !x b",
+        "? [a]\n: b", "--- {}\n--- {}", "run_name: [", "<<: 3", "a: !x b", "a: !!seq 5", "a: !!map 5",
+        "a: !!str [b]", "a: !!null {}",
     ],
 )  # fmt: skip
 def test_what_is_no_plain_yaml_is_one_line(yaml: Path, text: str) -> None:
@@ -293,6 +314,34 @@ def test_anchors_and_tags_of_yaml_work(tmp_path: Path) -> None:
     }
     assert natural(parse(text)) == expected
     assert parse("") is None
+    nested_merges = "x: {<<: &m {<<: &b {k: 1}, k: 2}, z: *m}"
+    assert natural(parse(nested_merges)) == {"x": {"k": 2, "z": {"k": 2}}}
+    two = "a: &a {x: 1, y: 1}\nb: &b {y: 2}\nc: {<<: *a, <<: *b}"
+    assert natural(parse(two))["c"] == {"x": 1, "y": 2}
+    with pytest.raises(ValueError, match=r"^line 2: the key 'x' is there twice$"):
+        parse("x: 1\nx: 2")
+
+
+def test_an_override_changes_one_of_the_places_of_an_anchor(yaml: Path) -> None:
+    with yaml.open("a", encoding="utf-8") as file:
+        file.write("evaluators:\n  a: &a {task: gap, local: x}\n  b: *a\n")
+    evaluators = load(yaml, ["evaluators.a={local: y}"]).evaluators
+    assert (evaluators["a"].local, evaluators["b"].local) == ("y", "x")
+
+
+def test_what_is_below_a_task_or_term_has_its_types_on_the_line(yaml: Path) -> None:
+    probe = "evaluators.probe={task: linear_probe, local: x, train: {local: y}}"
+    train = "evaluators.probe.train"
+    for text, value in (("~", str(Path.home())), ("[a]", "[a]"), ("0123", "0123")):
+        config = load(
+            yaml, [probe, f"{train}.remote={text}" if text == "~" else f"{train}.split={text}"]
+        )
+        found = config.evaluators["probe"].settings.train
+        assert value in (found.remote, found.split)
+    assert load(yaml, ["loss.cyclip.cross_modal= 2 "]).loss.terms["cyclip"].cross_modal == 2.0
+    for override in (f"{train}.split=null", "data.streams.a={remote: x, split: null}"):
+        with pytest.raises(UserError, match="for the name null put it in quotes"):
+            load(yaml, [probe, override])
     assert parse("\ufeffa: 1") == {"a": "1"}
 
 
@@ -320,6 +369,39 @@ def test_a_run_of_an_earlier_version_is_the_same_run(yaml: Path) -> None:
     yaml.with_name("old.yaml").write_text(before, encoding="utf-8")
     assert load(yaml.with_name("old.yaml")).run_name == ".inf"
     assert identity_changes(natural(parse(before)), natural(parse(to_yaml(config)))) == []
+
+
+def test_the_configuration_that_an_earlier_version_left_is_read(tmp_path: Path) -> None:
+    """That version wrote null for the sets that an evaluator's task has no use for."""
+    old = FIXTURES / "config_ed913cd.yaml"
+    config = load(old)
+    assert [one.task for one in config.evaluators.values()] == [
+        "retrieval",
+        "linear_probe",
+        "out_of_distribution",
+    ]
+    before, now = nested(old.read_text()), nested(to_yaml(config))
+    assert identity_changes(before, now) == []
+    assert changes(with_defaults(before), with_defaults(now)) == []
+    other = load(old, ["evaluators.probe.task=zero_shot", "evaluators.probe.train=null"])
+    assert other.evaluators["probe"].task == "zero_shot"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "found"),
+    [
+        ({"a": None}, {}, []),
+        ({}, {"a": None}, []),
+        ({"a": None}, {"a": 3}, ["a: None → 3"]),
+        ({}, {"a": 3}, ["a: not set → 3"]),
+        # null leaves a class in
+        ({}, {"callbacks.LRMonitor": None}, ["callbacks.LRMonitor: not set → None"]),
+    ],
+)
+def test_null_is_the_same_as_no_such_key(
+    old: dict[str, Any], new: dict[str, Any], found: list[str]
+) -> None:
+    assert changes(old, new) == found
 
 
 def test_sections_of_classes_hold_classes_with_arguments(yaml: Path) -> None:

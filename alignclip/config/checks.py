@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 
 from alignclip.config.metrics import MODES, better, metrics_of, sets_of
-from alignclip.config.model_checks import check_model
+from alignclip.config.model_checks import check_model, unused_sizes
 from alignclip.config.plugged import TASKS
 from alignclip.config.schema import (
     VOCABULARY,
@@ -34,7 +34,7 @@ def validate(config: RunConfig) -> None:
     Raises:
         UserError: the first contradiction found.
     """
-    check_settings(config)
+    check_settings(config, unused=unused_sizes(config.model.vision_cfg))
     _check_warmup(config)
     check_evaluators(config.evaluators)
     _check_keep_best(config)
@@ -79,8 +79,13 @@ def validate_evaluation(config: EvaluateConfig) -> None:
             ),
         }
     )
-    check_settings(config)
+    check_settings(config, unused=intervals(config))
     check_evaluators(config.evaluators)
+
+
+def intervals(config: EvaluateConfig) -> set[str]:
+    """Return the keys of the evaluators' intervals, which a training run alone has a use for."""
+    return {f"evaluators.{name}.interval" for name in config.evaluators}
 
 
 def check_evaluators(evaluators: dict[str, EvaluatorConfig]) -> None:

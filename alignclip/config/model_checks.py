@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from alignclip.config.schema import ModelConfig
+from alignclip.config.schema import ModelConfig, VisionConfig
 from alignclip.config.setting import check_settings
 from alignclip.errors import UserError
 
@@ -13,7 +13,7 @@ def check_model(config: ModelConfig) -> None:
     Raises:
         UserError: the first contradiction found.
     """
-    check_settings(config, "model.")
+    check_settings(config, "model.", unused_sizes(config.vision_cfg))
     vision, text, shared = config.vision_cfg, config.text_cfg, config.shared
     _check_multiple("text_cfg.width", text.width, "text_cfg.heads", text.heads)
     if vision.timm_model_name is not None:
@@ -33,6 +33,12 @@ def check_model(config: ModelConfig) -> None:
     )
     _check_multiple("vision_cfg.width", vision.width, "vision_cfg.head_width", vision.head_width)
     _check_sharing(config)
+
+
+def unused_sizes(vision: VisionConfig) -> set[str]:
+    """Return the keys of our ViT's sizes, where a tower of timm's takes its place."""
+    sizes = ("patch_size", "width", "layers", "head_width", "mlp_ratio")
+    return {f"model.vision_cfg.{size}" for size in sizes if vision.timm_model_name is not None}
 
 
 def _check_multiple(key: str, value: int, of: str, divisor: int, hint: str = "") -> None:

@@ -8,6 +8,8 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from alignclip.config.plugged import LOSS_TERMS, TASKS, settings_of
+from alignclip.config.schema import EvaluatorConfig, LossConfig
 from alignclip.config.setting import Rule, rule_of
 from alignclip.config.typed import convert_line, members_of, named_sections
 from alignclip.errors import UserError
@@ -51,12 +53,24 @@ def setting_at(schema: Any, parts: Parts) -> tuple[Any, Rule]:
         if section is None:
             hint = named_sections(hint)
         else:
-            fields = {one.name: one for one in dataclasses.fields(section)}
-            hint = typing.get_type_hints(section)[part] if part in fields else None
-            rule = rule_of(fields[part]) if part in fields else rule
+            hint, rule = _settings(typing.cast(type, section)).get(part, (None, rule))
         if hint is None:
             return Any, Rule()
     return hint, rule
+
+
+def _settings(section: type) -> dict[str, tuple[Any, Rule]]:
+    """Return the annotation and the rule of each key of a section, plugged-in keys included."""
+    hints = typing.get_type_hints(section)
+    rules = {one.name: rule_of(one) for one in dataclasses.fields(section)}
+    found = {name: (hints[name], rule) for name, rule in rules.items() if not rule.plugged}
+    if section is LossConfig:
+        terms = {name: settings_of(LOSS_TERMS, name, "loss") for name in LOSS_TERMS}
+        return {name: (schema, Rule()) for name, schema in terms.items()} | found
+    if section is EvaluatorConfig:
+        for task in TASKS:
+            found = _settings(settings_of(TASKS, task, "task")) | found
+    return found
 
 
 def put(tree: Tree, parts: Parts, value: Any) -> None:
@@ -67,6 +81,7 @@ def put(tree: Tree, parts: Parts, value: Any) -> None:
         tree = inner
     before = tree.get(parts[-1])
     if isinstance(before, dict) and isinstance(value, dict):
+        tree[parts[-1]] = before = dict(before)  # an anchor of the YAML may stand in two places
         for key, inner in value.items():
             put(before, (key,), inner)
     else:

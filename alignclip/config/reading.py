@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from alignclip.config import yaml_text
-from alignclip.config.checks import check_evaluators, validate, validate_evaluation
+from alignclip.config.checks import check_evaluators, intervals, validate, validate_evaluation
+from alignclip.config.interpolation import resolved
 from alignclip.config.overrides import (
     Line,
     Parts,
@@ -106,7 +107,7 @@ def evaluators_of(
     with _errors_of(lambda key: "evaluators", EvaluateConfig):
         text = OmegaConf.to_yaml(OmegaConf.create({"evaluators": plain}))
         config = convert_section(yaml_text.parse(text), EvaluateConfig, "")
-    check_settings(config)
+    check_settings(config, unused=intervals(config))
     found: dict[str, EvaluatorConfig] = config.evaluators
     check_evaluators(found)
     return found
@@ -152,15 +153,17 @@ def plain_values(section: Any) -> Tree:
     values: Tree = {}
     for one in dataclasses.fields(section):
         value = getattr(section, one.name)
-        if isinstance(value, dict):
-            value = {
-                name: plain_values(inner) if dataclasses.is_dataclass(inner) else inner
-                for name, inner in value.items()
-            }
-        elif dataclasses.is_dataclass(value):
-            value = plain_values(value)
+        value = _plain(value)
         values |= (value or {}) if rule_of(one).plugged else {one.name: value}
     return values
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return plain_values(value)
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
 def check_key(key: str, schema: type = RunConfig) -> None:
@@ -206,7 +209,7 @@ def _read(
         return path if found is tree else ON_THE_LINE
 
     with _errors_of(where, schema):
-        config: T = convert_section(_resolved(tree, schema), schema, "")
+        config: T = convert_section(resolved(tree, schema), schema, "")
     try:
         check(config)
     except UserError as error:
@@ -241,9 +244,10 @@ def _unknown(error: UnknownKeyError, schema: type) -> str:
 
 def _all_keys(schema: type, prefix: str = "") -> Iterator[str]:
     """Yield every key of a dataclass and of those below it; not those below a person's names."""
-    for key, hint in typing.get_type_hints(schema).items():
+    hints = typing.get_type_hints(schema)
+    for key in [one.name for one in dataclasses.fields(schema) if not rule_of(one).plugged]:
         yield f"{prefix}{key}"
-        for member in members_of(hint):
+        for member in members_of(hints[key]):
             if dataclasses.is_dataclass(member):
                 yield from _all_keys(typing.cast(type, member), f"{prefix}{key}.")
 
@@ -284,30 +288,27 @@ def _drop_nulls(tree: Tree, section: Parts) -> None:
             del names[name]
 
 
-def _resolved(tree: Tree, schema: type) -> Tree:
-    """Replace ``${key}`` and ``${oc.env:NAME}`` by what OmegaConf finds; texts stay as they are."""
-    if "${" not in str(tree):
-        return tree
-    flags = {"allow_objects": True}
-    whole = OmegaConf.merge(
-        OmegaConf.create(plain_values(schema()), flags=flags), OmegaConf.create(tree, flags=flags)
-    )
-    found: Any = OmegaConf.to_container(whole, resolve=True)
-    return {key: value for key, value in found.items() if key in tree}
+def _nulls(line: Line) -> Iterator[Parts]:
+    """Yield the keys that the command line sets to null, also within a mapping."""
+    for parts, value in line:
+        if value is None:
+            yield parts
+        elif isinstance(value, dict):
+            yield from _nulls([((*parts, name), inner) for name, inner in value.items()])
 
 
 def _null_names(line: Line, schema: type) -> Iterator[Parts]:
     """Yield the keys of optional names that the command line sets to null."""
-    for parts, value in line:
+    for parts in _nulls(line):
         hint, rule = setting_at(schema, parts)
-        if value is None and rule.name and type(None) in members_of(hint):
+        if rule.name and type(None) in members_of(hint):
             yield parts
 
 
 def _null_hint(line: Line, schema: type) -> str:
     """Return what to add to an error where an override has unset a text."""
-    for parts, value in line:
-        if value is None and str in members_of(setting_at(schema, parts)[0]):
+    for parts in _nulls(line):
+        if str in members_of(setting_at(schema, parts)[0]):
             quoted = "for the text null put it in quotes: \"'null'\""
             return f" ({'.'.join(parts)}=null leaves it unset; {quoted})"
     return ""

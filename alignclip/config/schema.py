@@ -227,9 +227,7 @@ class TrainerConfig:
     log_traces: bool = False
     auto_log_hparams: bool = False
     profiler: Optional[ProfilerSettings] = None
-    python_log_level: Optional[str] = setting(
-        None, choices=(*_LOG_LEVELS, *map(str.upper, _LOG_LEVELS))
-    )
+    python_log_level: Optional[str] = setting(None, choices=_LOG_LEVELS, any_case=True)
     # checkpoints
     save_folder: Optional[str] = _place()
     save_interval: str = setting("1ep", time="interval", above=0)

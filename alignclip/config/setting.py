@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ class Rule:
         at_most: the largest value; ``below`` is larger than all values.
         or_all: -1 is a value, too, and means all.
         choices: the only values.
+        any_case: a choice may have capitals, too.
         time: the setting is a number with a unit: of the schedule, or of an interval.
         place: the setting is a path or URL, whose ``~`` is home.
         name: the setting is a name that a person chooses.
@@ -41,6 +42,7 @@ class Rule:
     below: float | None = None
     or_all: bool = False
     choices: Sequence[str] = ()
+    any_case: bool = False
     time: Time | None = None
     place: bool = False
     name: bool = False
@@ -74,14 +76,18 @@ def rule_of(one: dataclasses.Field[Any]) -> Rule:
 _ANYTHING = Rule()
 
 
-def check_settings(section: Any, prefix: str = "") -> None:
+def check_settings(section: Any, prefix: str = "", unused: Collection[str] = ()) -> None:
     """Check every setting of a dataclass, and of the dataclasses and names below it, by its rule.
+
+    ``unused``: keys that have no effect, and may have any value.
 
     Raises:
         UserError: the first value that is not finite, out of its range, none of its choices, no
             time, or a URL with one slash.
     """
     for key, value, rule in walk(section, prefix):
+        if key in unused:
+            continue
         if rule.time and value is not None:
             _check_time(key, value, rule)
             continue
@@ -92,7 +98,8 @@ def check_settings(section: Any, prefix: str = "") -> None:
                 raise UserError(f"{key} must be a finite number, not {one}")
             if isinstance(one, int | float) and not _is_in_range(one, rule):
                 raise UserError(f"{key}{_range_in_words(one, rule)}")
-            if rule.choices and one is not None and one not in rule.choices:
+            choice = one.lower() if rule.any_case and one else one
+            if rule.choices and choice is not None and choice not in rule.choices:
                 raise UserError(f"{key}={one}: {nearest(one, rule.choices)}")
 
 

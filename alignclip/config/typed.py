@@ -63,6 +63,8 @@ def convert(value: Any, hint: Any, key: str) -> Any:
             return None
         quoted = "; for the text null, put it in quotes: 'null'" if str in members else ""
         raise SettingError(key, f"{key}: null leaves it unset, and it must be set{quoted}")
+    if dataclasses.is_dataclass(value):  # converted before
+        return value
     if (schema := next(filter(dataclasses.is_dataclass, members), None)) is not None:
         return convert_section(value, schema, key)
     if isinstance(value, Mapping):
@@ -93,7 +95,7 @@ def convert_section(values: Any, schema: Any, key: str) -> Any:
     names = {name for name, rule in rules.items() if not rule.plugged}
     others = {name: value for name, value in values.items() if name not in names}
     found = _read_plugged(schema, others, values, key)
-    for name in values.keys() & names:
+    for name in filter(names.__contains__, values):
         full = _join(key, name)
         if rules[name].raw:
             _check_arguments(values[name], full)
@@ -141,11 +143,12 @@ def _task_settings(
     """
     hints = {one: typing.get_type_hints(settings_of(TASKS, one, f"{key}.task")) for one in TASKS}
     own = hints.get(task, {})
-    for name in others.keys() - own.keys():
+    for name in [name for name in others if name not in own]:
         owners = [one for one in TASKS if name in hints[one]]
         if not owners:
             raise UnknownKeyError(_join(key, name), [*names, *own])
-        if task in TASKS:  # alignclip.config.checks tells a wrong task
+        # earlier versions wrote null for the sets that other tasks have
+        if task in TASKS and others[name] is not None:  # alignclip.config.checks tells a wrong task
             words = f"has no use for {name}{_of_its_own(hints[owners[0]][name])}"
             raise UserError(f"{key}: {task} {words}")
     if task not in TASKS:
@@ -155,7 +158,8 @@ def _task_settings(
         is_needed = one.default is dataclasses.MISSING is one.default_factory
         if is_needed and others.get(one.name) is None:
             raise UserError(f"{key}: {task} needs {one.name}{_of_its_own(own[one.name])}")
-    return {"settings": convert_section(others, schema, key)}
+    values = {name: value for name, value in others.items() if name in own}
+    return {"settings": convert_section(values, schema, key)}
 
 
 def _of_its_own(hint: Any) -> str:
@@ -193,7 +197,7 @@ def members_of(hint: Any) -> tuple[Any, ...]:
 def named_sections(hint: Any) -> Any:
     """Return X of an annotation ``dict[str, X]``, also where it is optional; None of any other."""
     found = next((m for m in members_of(hint) if typing.get_origin(m) is dict), None)
-    return typing.get_args(found)[1] if found is not None else None
+    return (*typing.get_args(found), Any, Any)[1] if found is not None else None
 
 
 def _check_arguments(value: Any, key: str) -> None:
@@ -258,6 +262,9 @@ def _convert_scalar(value: str, members: Sequence[Any], key: str) -> Any:
             return number
     if str in members:
         return text
+    if any(dataclasses.is_dataclass(named_sections(member)) for member in members):
+        words = "holds names with settings below each, not"
+        raise SettingError(key, f"'{key}' {words} {text!r}")
     containers = any(_origin(member) in _CONTAINERS for member in members)
     if any(m in members for m in _WORDS) or (containers and not _takes_anything(members)):
         why = _why(stripped, members)

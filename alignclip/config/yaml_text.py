@@ -16,6 +16,7 @@ import yaml
 NULLS = ("", "~", "null", "Null", "NULL")
 _TAG = "tag:yaml.org,2002:"
 _PLAIN = "plain"
+_SCALARS = (_PLAIN, "merge", "str", "int", "float", "bool", "null")
 _INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _TRUE, _FALSE = ("true", "True", "TRUE"), ("false", "False", "FALSE")
@@ -37,7 +38,8 @@ def parse(text: str) -> Any:
             holds itself.
     """
     try:
-        return yaml.load(text, Loader=_Loader)
+        node = yaml.compose(text, Loader=_Loader)
+        return None if node is None else _Builder().build(node)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
 
@@ -114,43 +116,57 @@ class _Loader(yaml.SafeLoader):
         return str(super().resolve(kind, value, implicit))
 
 
-def _construct_plain(loader: _Loader, node: yaml.Node) -> Plain | None:
-    if not isinstance(node, yaml.ScalarNode):
-        raise yaml.constructor.ConstructorError(
-            None, None, "this tag is a scalar's", node.start_mark
-        )
-    is_null = node.tag == f"{_TAG}null" or (node.tag == _PLAIN and node.value in NULLS)
-    return None if is_null else Plain(node.value)
+class _Builder:
+    """Makes the value of each node, once: an anchor's value stands at all of its places."""
+
+    def __init__(self) -> None:
+        self._open: set[yaml.Node] = set()
+        self._values: dict[yaml.Node, Any] = {}
+
+    def build(self, node: yaml.Node) -> Any:
+        if node in self._open:
+            raise ValueError(f"{_line(node)}: an anchor that holds itself")
+        if node not in self._values:
+            self._open.add(node)
+            self._values[node] = self._value(node)
+            self._open.remove(node)
+        return self._values[node]
+
+    def _value(self, node: yaml.Node) -> Any:
+        kind = node.tag.removeprefix(_TAG)
+        if isinstance(node, yaml.SequenceNode) and kind == "seq":
+            return [self.build(item) for item in node.value]
+        if isinstance(node, yaml.MappingNode) and kind == "map":
+            return self._mapping(node)
+        if not isinstance(node, yaml.ScalarNode) or kind not in _SCALARS:
+            raise ValueError(f"{_line(node)}: the tag {node.tag} has no meaning here")
+        if kind == "str":
+            return str(node.value)
+        is_null = kind == "null" or (kind == _PLAIN and node.value in NULLS)
+        return None if is_null else Plain(node.value)
+
+    def _mapping(self, node: yaml.MappingNode) -> dict[str, Any]:
+        """Return a mapping, whose keys are texts; ``<<`` merges others into it."""
+        merged: dict[str, Any] = {}
+        own: dict[str, Any] = {}
+        for key, inner in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ValueError(f"{_line(key)}: a key must be a text")
+            value = self.build(inner)
+            if key.tag == f"{_TAG}merge":
+                for layer in reversed(value if isinstance(value, list) else [value]):
+                    if not isinstance(layer, dict):
+                        raise ValueError(f"{_line(key)}: << merges mappings only")
+                    merged |= layer
+            elif key.value in own:
+                raise ValueError(f"{_line(key)}: the key '{key.value}' is there twice")
+            else:
+                own[str(key.value)] = value
+        return merged | own
 
 
-def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
-    """Return a mapping, whose keys are texts; ``<<`` merges others into it."""
-    keys = set()
-    for key, _ in node.value:
-        if not isinstance(key, yaml.ScalarNode):
-            problem = "a key must be a text"
-        elif key.value in keys:
-            problem = f"the key '{key.value}' is there twice"
-        else:
-            keys.add(key.value)
-            continue
-        raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-    loader.flatten_mapping(node)
-    return {str(key.value): loader.construct_object(value, deep=True) for key, value in node.value}
-
-
-def _construct_list(loader: _Loader, node: yaml.SequenceNode) -> list[Any]:
-    return [loader.construct_object(item, deep=True) for item in node.value]
-
-
-_Loader.yaml_constructors = {
-    _PLAIN: _construct_plain,
-    **{f"{_TAG}{kind}": _construct_plain for kind in ("merge", "int", "float", "bool", "null")},
-    f"{_TAG}str": yaml.SafeLoader.construct_scalar,
-    f"{_TAG}seq": _construct_list,
-    f"{_TAG}map": _construct_mapping,
-    None: yaml.SafeLoader.construct_undefined,
-}
+def _line(node: yaml.Node) -> str:
+    return f"line {node.start_mark.line + 1}"
 
 
 class _Dumper(yaml.SafeDumper):

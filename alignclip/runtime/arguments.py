@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
             SystemExit: always, with status 2.
         """
         message = message.removeprefix("argument ")
-        if found := re.match(r"(.*): invalid choice: '(.*)' \(choose from (.*)\)", message):
+        if found := re.match(r"(.*): invalid choice: '?(.*?)'? \(choose from (.*)\)", message):
             choices = [choice.strip("' ") for choice in found[3].split(",")]
             message = f"{found[1]} {found[2]}: {nearest(found[2], choices)}"
         elif found := re.match(r"(.*): invalid (int|float) value: '(.*)'", message):

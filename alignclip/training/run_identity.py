@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from alignclip.config.reading import to_yaml
-from alignclip.config.schema import RunConfig, StartConfig
+from alignclip.config.schema import CLASSES, RunConfig, StartConfig
 from alignclip.config.yaml_text import natural, parse
 
 # sections and settings with which a rerun would be another run
@@ -20,7 +20,7 @@ FREE_SETTINGS = {
     "data.persistent_workers", "data.predownload", "data.cache_limit", "data.download_retry",
     "data.download_timeout", "data.validate_hash", "data.keep_zip",
 }  # fmt: skip
-UNSET = "not set"  # which null is not
+UNSET = "not set"
 
 
 def identity_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -39,10 +39,18 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """List the differences of two flat dicts, as ``key: old → new``.
 
     A text is the same with and without quotation marks: earlier versions took some texts for
-    numbers.
+    numbers. Null is the same as no such key, except of a class, which null leaves in.
     """
     pairs = {key: (old.get(key, UNSET), new.get(key, UNSET)) for key in sorted(old | new)}
-    return [f"{key}: {a} → {b}" for key, (a, b) in pairs.items() if a != b and str(a) != str(b)]
+    return [
+        f"{key}: {a} → {b}"
+        for key, (a, b) in pairs.items()
+        if a != b and str(a) != str(b) and not _is_unset(key, a, b)
+    ]
+
+
+def _is_unset(key: str, *values: Any) -> bool:
+    return key.split(".")[0] not in CLASSES and all(one is None or one == UNSET for one in values)
 
 
 def with_defaults(values: dict[str, Any]) -> dict[str, Any]:

@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 from runs import TINY
 
-from alignclip.config.reading import load
+from alignclip.config.reading import load, to_yaml
 from alignclip.errors import UserError
 from alignclip.training import plugins
 
 CODE = """
+import typing
+from dataclasses import dataclass
+
 from composer import Algorithm, Callback
+from composer.algorithms import EMA
 from composer.loggers import LoggerDestination
 
 class Counter(Callback):
@@ -29,6 +33,23 @@ class Sink(LoggerDestination):
 
 class Other:
     pass
+
+@dataclass
+class Pair:
+    width: int
+    height: int = 2
+
+class Sized(Callback):
+    def __init__(self, pair: Pair, more: typing.Optional[typing.List[Pair]] = None):
+        self.pair, self.more = pair, more
+
+class Loose(Callback):
+    def __init__(self, values: typing.Dict, other: "Nowhere.At.All" = 1):
+        self.values, self.other = values, other
+
+class Broken(Callback):
+    def __init__(self, size: "1 / 0" = 1):
+        raise RuntimeError("no such\\ndevice")
 """
 
 
@@ -61,6 +82,27 @@ def test_own_classes_are_built_with_typed_arguments(yaml: Path) -> None:
     assert [type(one).__name__ for one in plugins.build(config, "loggers")] == ["Sink"]
 
 
+def test_arguments_may_be_dataclasses(yaml: Path, tmp_path: Path) -> None:
+    overrides = [
+        "callbacks={own_parts.parts.Sized: {pair: {width: 3}, more: [{width: 4, height: 5}]}}",
+        "callbacks[own_parts.parts.Loose]={values: {a: 1}, other: 0123}",
+    ]
+    config = plugins.check(load(yaml, overrides))
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    for one in (config, plugins.check(config), plugins.check(load(tmp_path / "again.yaml"))):
+        built = {type(made).__name__: made for made in plugins.build(one, "callbacks")}
+        sized, loose = built["Sized"], built["Loose"]
+        assert (sized.pair.width, sized.pair.height, sized.more[0].height) == (3, 2, 5)
+        assert (loose.values, loose.other) == ({"a": 1}, "0123")
+
+
+def test_what_a_constructor_raises_is_one_line(yaml: Path) -> None:
+    config = plugins.check(load(yaml, ["callbacks={own_parts.parts.Broken: {size: 3}}"]))
+    with pytest.raises(UserError) as error:
+        plugins.build(config, "callbacks")
+    assert str(error.value) == "callbacks.own_parts.parts.Broken: RuntimeError: no such device"
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
@@ -79,6 +121,19 @@ def test_own_classes_are_built_with_typed_arguments(yaml: Path) -> None:
         ),
         ("loggers={own_prts.Sink: {}}", "loggers.own_prts.Sink: there is no module 'own_prts'; looked"),
         ("loggers={own_parts.prts.Sink: {}}", "there is no module 'own_parts.prts'; looked for in /"),
+        (
+            "callbacks={own_parts.parts.Sized: {pair: {height: 3}}}",
+            "callbacks.own_parts.parts.Sized.pair: TypeError: ",
+        ),
+        ("callbacks={own_parts.parts.Loose: {values: [1]}}", "values' holds names with values below"),
+        (
+            "algorithms={composer.algorithms.MixUp: {alpha: 0.2}}",
+            "algorithms: composer.algorithms.MixUp is Composer's: write it as MixUp",
+        ),
+        (
+            "algorithms={own_parts.parts.EMA: {half_life: 1ba}}",
+            "algorithms: own_parts.parts.EMA is Composer's: write it as EMA",
+        ),
         (
             "loggers={own_broken.Sink: {}}",
             "own_broken can't be imported: No module named 'nothing_of_that_name'",

@@ -89,7 +89,7 @@ def typed(where: str, cls: type, arguments: Arguments) -> Arguments:
     """
     try:
         hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
-    except (NameError, TypeError):  # names that the class imports for type checkers alone
+    except Exception:  # names for type checkers alone, and annotations that can't be evaluated
         hints = {name: p.annotation for name, p in inspect.signature(cls).parameters.items()}
     known = {
         name: hint
@@ -98,11 +98,20 @@ def typed(where: str, cls: type, arguments: Arguments) -> Arguments:
     }
     return {
         name: paths.expand_all(
-            convert(value, known[name], f"{where}.{name}") if name in known else natural(value),
+            _convert(value, known[name], f"{where}.{name}") if name in known else natural(value),
             f"{where}.{name}",
         )
         for name, value in arguments.items()
     }
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    try:
+        return convert(value, hint, key)
+    except UserError:
+        raise
+    except Exception as error:  # of a person's dataclass
+        raise UserError(f"{key}: {type(error).__name__}: {one_line(error)}") from None
 
 
 def build(config: RunConfig, section: str) -> list[Any]:
@@ -122,8 +131,13 @@ def build(config: RunConfig, section: str) -> list[Any]:
             raise UserError(
                 f"{section}.{name} needs a package that is not installed: {hint}"
             ) from None
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{section}.{name}: {' '.join(str(error).split())}") from None
+        except UserError:
+            raise
+        except Exception as error:  # a person's code raises anything
+            said = " ".join(str(error).split())
+            if not isinstance(error, TypeError | ValueError) or not said:
+                said = f"{type(error).__name__}: {said}"
+            raise UserError(f"{section}.{name}: {said}") from None
     return built
 
 
@@ -145,6 +159,9 @@ def find_class(section: str, name: str) -> type[Any]:
     if path:
         module = _import_module(path, f"{section}.{name}")
         found = getattr(module, class_name, None)
+        if isinstance(found, type) and found.__module__.startswith("composer."):
+            # what is known of Composer's classes is known by their short names
+            raise UserError(f"{section}: {name} is Composer's: write it as {found.__name__}")
         if isinstance(found, type) and issubclass(found, base):
             return found
         if isinstance(found, type):

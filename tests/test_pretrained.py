@@ -100,6 +100,18 @@ def test_a_training_checkpoint_of_open_clip(tmp_path: Path) -> None:
     assert model.logit_scale.shape == (1,)
 
 
+@pytest.mark.parametrize(
+    "beside",
+    ["foo: 1", "model: {arch: vit}", "a: [", "model: {quick_gelu: true, text_cfg: {heads: 1}}"],
+)
+def test_a_config_yaml_beside_open_clips_weights_says_nothing(tmp_path: Path, beside: str) -> None:
+    weights = stock(small_config()).state_dict()
+    path = saved({"state_dict": weights}, tmp_path / "epoch_1.pt")
+    (tmp_path / "config.yaml").write_text(beside, encoding="utf-8")
+    _, report = start(small_config(), path)
+    assert report == f"pretrained: {path}: loaded {len(weights)} of {len(weights)} tensors"
+
+
 def test_text_tower_of_its_own_and_half_precision(tmp_path: Path) -> None:
     """open_clip's CustomTextCLIP has ``text.`` before the names."""
     source = open_clip.CustomTextCLIP(**sections(small_config())).half()

@@ -65,16 +65,24 @@ class OpenClip(Format):
         return Weights(content, self, plain)
 
     def describe(self, weights: Weights) -> Description:
-        """Return what ``open_clip_config.json`` says, a run's ``config.yaml``, or the shapes."""
+        """Return what ``open_clip_config.json`` says, a run's ``config.yaml``, or the shapes.
+
+        The widths of heads and the activation come from ``open_clip_config.json`` alone: the
+        ``config.yaml`` beside weights of open_clip's training may be anybody's.
+        """
         content = weights.content
         given = content.json_beside(EXPORT_CONFIG).get("model_cfg") or content.known.get(
             "model_cfg"
         )
         if isinstance(given, dict):
             found = _described_by_export(given, content.place)
-        elif said := described_by_run(content):
-            return said
         else:
+            try:
+                said = described_by_run(content)
+            except UserError as error:
+                return Description(error)
+            if said:
+                return Description(said.config, said.source)
             found = _described_by_shapes(weights)
         config = found.config
         if isinstance(config, ModelConfig) and config.vision_cfg.timm_model_name is None:

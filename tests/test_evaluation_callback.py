@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 import threading
+from concurrent.futures import Future
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from alignclip.config.metrics import ARROWS, metrics_of
 from alignclip.config.schema import KeepBestConfig
 from alignclip.errors import UserError
 from alignclip.evaluation.history import EvaluationRecords, Record, history_beside, records_in
+from alignclip.evaluation.json_lines import RecordFile, lines_in
 from alignclip.storage import open_store
 from alignclip.training.best import BestCheckpoint
 from alignclip.training.save_folder import SaveFolder
@@ -198,6 +200,21 @@ def test_the_best_goes_into_a_bucket_beside_the_training(
     assert names == ["best-rank0.pt"]
 
 
+def test_an_upload_that_ends_while_it_is_asked_for_counts(tmp_path: Path) -> None:
+    class EndsMeanwhile(Future[bool]):
+        def done(self) -> bool:
+            was_done = super().done()
+            if not was_done:
+                self.set_result(True)
+            return was_done
+
+    folder = SaveFolder(config_for(tmp_path, str(tmp_path / "run")))
+    best = BestCheckpoint(KeepBestConfig("pairs/rmg", "min"), folder)
+    best._pending.append((0.5, EndsMeanwhile()))
+    assert best.state_dict()["value"] is None
+    assert best.state_dict()["value"] == 0.5
+
+
 def test_an_evaluation_that_fails_does_not_end_the_run(
     dataset: Path, tmp_path: Path, runs: EvaluatedRuns, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -303,6 +320,20 @@ def test_a_record_that_cannot_be_written_ends_no_run(
     (tmp_path / "file").write_text("no folder", encoding="utf-8")
     EvaluationRecords(open_store(str(tmp_path / "file" / "run"))).write()
     assert "could not write" in caplog.text
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_numbers_that_are_no_json_in_a_record_end_no_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, number: str
+) -> None:
+    lines = lines_in(f'{{"batch": 1, "lr": {number}}}')
+    file = RecordFile(open_store(str(tmp_path)), "history.jsonl", "could not keep")
+    file.write(lines)
+    file.finish()
+    if number == "1e999":
+        assert "could not keep" in caplog.text
+    else:
+        assert (tmp_path / "history.jsonl").read_text() == '{"batch": 1, "lr": null}\n'
 
 
 def test_a_mode_against_the_metric_is_told(

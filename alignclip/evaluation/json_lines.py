@@ -33,7 +33,9 @@ class RecordFile:
 
     def write(self, lines: Iterable[Line]) -> None:
         """Replace the file."""
-        text = text_of(lines)
+        self.reported(lambda: self._write_text(text_of(lines)))
+
+    def _write_text(self, text: str) -> None:
         written = self._writer.submit(self.reported, lambda: self.store.write_text(self.name, text))
         if not self.store.is_remote:
             written.result()
@@ -56,11 +58,14 @@ def text_of(lines: Iterable[Line]) -> str:
 
 
 def lines_in(text: str) -> list[dict[str, Any]]:
-    """Return the lines of a text that name a batch; one that a kill has cut off is left out."""
+    """Return the lines of a text that name a batch; one that a kill has cut off is left out.
+
+    NaN and Infinity, which are no JSON, are read as None.
+    """
     lines = []
     for line in text.splitlines():
         try:
-            read = json.loads(line)
+            read = json.loads(line, parse_constant=lambda _: None)
         except ValueError:
             continue
         if isinstance(read, dict) and isinstance(read.get("batch"), int):

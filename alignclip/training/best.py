@@ -103,10 +103,13 @@ class BestCheckpoint:
 
     def _settle(self) -> None:
         """Take over the values whose checkpoints have arrived."""
+        pending = []
         for value, future in self._pending:
-            if future.done() and future.result():
+            if not future.done():
+                pending.append((value, future))
+            elif future.result():
                 self.value = value
-        self._pending = [one for one in self._pending if not one[1].done()]
+        self._pending = pending
 
     def _keep(self, content: dict[str, Any], value: float) -> None:
         """Write a checkpoint, and put it where it belongs."""

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from composer.core import State
+from composer.loggers import Logger
 from composer.utils import get_device
 from golden import FOLDER, ROOT, Recorder, is_the_platform
 from models import FIXTURES
@@ -17,6 +19,7 @@ from models import FIXTURES
 import alignclip
 from alignclip.config import reading
 from alignclip.training.build import build_trainer
+from alignclip.training.composer_patches import ReshardAfterBackward
 from alignclip.training.save_folder import SaveFolder
 from alignclip.weights.export_command import Options, convert
 
@@ -93,3 +96,16 @@ def test_it_goes_on(run: Path) -> None:
             assert ours == (theirs if is_the_platform() else pytest.approx(theirs, rel=1e-3))
     assert (run / "ep1-ba8-rank0.pt").is_file()
     assert (run / "latest-rank0.pt").resolve().name == "ep1-ba8-rank0.pt"
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_callback_finds_its_state_under_its_earlier_name() -> None:
+    state = State(
+        model=torch.nn.Linear(1, 1),
+        rank_zero_seed=0,
+        run_name="old",
+        device=get_device("cpu"),
+        callbacks=[ReshardAfterBackward()],
+    )
+    states: dict[str, Any] = {"callbacks": {"WholeThroughBackward": {}}}
+    state.load_state_dict(states, Logger(state))

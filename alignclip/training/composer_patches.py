@@ -255,6 +255,9 @@ class ReshardAfterBackward(Callback):
     same blocks within the backward pass, where FSDP2 gathers nothing, so its parameters must stay.
     """
 
+    # Composer keeps a callback's state under this name: checkpoints of earlier versions have it
+    __qualname__ = "WholeThroughBackward"
+
     def fit_start(self, state: State, logger: Logger) -> None:
         """Keep parameters during the backward pass."""
         for module in self._sharded(state):

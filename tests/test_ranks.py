@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import pickle
+import pkgutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import processes
@@ -10,6 +13,7 @@ import pytest
 import torch
 from runs import write_config
 
+import alignclip
 from alignclip import ranks
 from alignclip.config.reading import load
 from alignclip.errors import NOT_SAVED, UserError
@@ -81,6 +85,31 @@ def flags() -> list[bool]:
 def test_the_exit_status_and_flags_reach_all() -> None:
     assert processes.run(2, status_on_all) == [NOT_SAVED] * 2
     assert processes.run(2, flags) == [[False, True]] * 2
+
+
+ARGUMENTS: dict[str, tuple[object, ...]] = {  # of errors that take more than a message
+    "SettingError": ("loss.beta", "loss.beta: Value 'x' is no float"),
+    "UnknownKeyError": ("loss.bet", ["beta", "rescale"]),
+    "StorageError": ("write", "/runs", "full"),
+}
+
+
+def kinds_of(error: type[UserError]) -> Iterator[type[UserError]]:
+    yield error
+    for kind in error.__subclasses__():
+        yield from kinds_of(kind)
+
+
+def test_every_error_can_be_sent_to_another_rank() -> None:
+    for module in pkgutil.walk_packages(alignclip.__path__, "alignclip."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    kinds = [kind for kind in kinds_of(UserError) if kind.__module__.startswith("alignclip.")]
+    assert ARGUMENTS.keys() < {kind.__name__ for kind in kinds}
+    for kind in kinds:
+        error = kind(*ARGUMENTS.get(kind.__name__, ("no",)))
+        sent = pickle.loads(pickle.dumps(error))
+        assert (type(sent), str(sent), vars(sent)) == (kind, str(error), vars(error))
 
 
 def start_of_a_broken_folder(yaml: Path) -> str:

@@ -39,8 +39,12 @@ class SettingError(UserError):
     """A value of another type than its setting's; ``key`` is the setting."""
 
     def __init__(self, key: str, message: str) -> None:
-        super().__init__(message)
-        self.key = key
+        # an exception is sent to another process as its arguments
+        super().__init__(key, message)
+        self.key, self.message = key, message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class UnknownKeyError(SettingError):
@@ -49,6 +53,7 @@ class UnknownKeyError(SettingError):
     def __init__(self, key: str, valid: Iterable[str]) -> None:
         self.valid = list(valid)
         super().__init__(key, f"unknown key '{key}'; {nearest(key.rpartition('.')[2], self.valid)}")
+        self.args = key, self.valid
 
 
 def convert(value: Any, hint: Any, key: str) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from s3 import S3Server
 from save_folders import LATEST, Damage, Place, config_for, content, flipped, name_of
 
 from alignclip.errors import UserError
+from alignclip.storage import StorageError
 from alignclip.training.resume import choose_checkpoint
 from alignclip.training.save_folder import SaveFolder
 from alignclip.weights import checkpoint_file, weight_files
@@ -215,6 +218,25 @@ def test_other_names_of_checkpoints_are_found(tmp_path: Path) -> None:
         checkpoint_file.save(content(batch), runs / f"a.b-step{batch}-of-0.pt")
     (runs / "aXb-step99-of-0.pt").write_bytes(b"another's")
     assert choose_checkpoint(folder, tmp_path / "download.pt") == "a.b-step10-of-0.pt"
+
+
+def test_the_first_level_of_a_local_folder_has_its_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> Iterator[Any]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(tmp_path / "runs"))
+
+    runs = tmp_path / "runs"
+    folder = SaveFolder(config_for(tmp_path, str(runs)))
+    monkeypatch.setattr(os, "walk", fail)  # data sets and logs may lie below
+    assert folder.checkpoints() == {}, "the folder isn't made yet"
+    (runs / "ep1-ba5").mkdir(parents=True)  # as Composer saves what is sharded
+    checkpoint_file.save(content(4), runs / name_of(4))
+    checkpoint_file.save(content(6), runs / "wandb" / name_of(6))
+    assert folder.checkpoints() == {"ep1-ba5": 5, name_of(4): 4}
+    monkeypatch.setattr(Path, "iterdir", fail)
+    with pytest.raises(StorageError, match=f"can't list {runs}: .*[Ii]nput/output error"):
+        folder.has_checkpoint()
 
 
 def test_latest_in_a_folder_of_its_own_is_a_link_from_the_first_save_on(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import resource
 import shutil
 import socket
 import ssl
+import time
 import urllib.error
 from collections.abc import Iterator
 from http.client import IncompleteRead, RemoteDisconnected
@@ -431,3 +432,12 @@ def test_a_folder_is_tried_before_it_is_needed(tmp_path: Path) -> None:
         open_store(str(tmp_path / "file" / "run")).check_writable()
     with pytest.raises(StorageError, match=r"^can't write /proc/run: "):
         open_store("/proc/run").check_writable()
+
+
+def test_what_a_process_has_left_that_died_while_it_tried_a_folder(tmp_path: Path) -> None:
+    for name in (dead := ".alignclip-probe-dead", live := ".alignclip-probe-live"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".file.partial").write_text("x")
+    os.utime(tmp_path / dead, (time.time() - 7200,) * 2)
+    open_store(str(tmp_path)).check_writable()
+    assert [path.name for path in tmp_path.iterdir()] == [live]

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +16,8 @@ from alignclip.storage.words import StorageError, why_not_written
 
 # A file in the making lies beside its place. A killed process leaves it to the next one.
 UNFINISHED = ".{name}.partial"
+PROBE = ".alignclip-probe-"  # begins the name of a folder that tries whether a place is writable
+STALE_PROBE = 3600.0  # seconds
 # Errors of fsync where the file system has none
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF}
 # Errors of a rename over a file, on network drives and in buckets that are mounted
@@ -100,8 +103,9 @@ def check_folder_writable(folder: Path) -> None:
     try:
         if not there.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, f"{there} is a file, not a folder")
+        _remove_stale_probes(there)
         with (
-            tempfile.TemporaryDirectory(prefix=".alignclip-", dir=there) as probe,
+            tempfile.TemporaryDirectory(prefix=PROBE, dir=there) as probe,
             write_whole(Path(probe, "file")) as file,
         ):
             file.write_bytes(b"\0" * 4096)  # a full disk makes empty files still
@@ -109,6 +113,14 @@ def check_folder_writable(folder: Path) -> None:
         cause = error.__cause__ if isinstance(error, StorageError) else error
         why = why_not_written(cause or error, there / "probe")
         raise StorageError("write", str(folder), why) from None
+
+
+def _remove_stale_probes(folder: Path) -> None:
+    """Remove the probes that killed processes have left; a probe of a live one is seconds old."""
+    for probe in folder.glob(f"{PROBE}*"):
+        with suppress(OSError):
+            if time.time() - probe.stat().st_mtime > STALE_PROBE:
+                shutil.rmtree(probe)
 
 
 def to_disk(path: Path) -> None:

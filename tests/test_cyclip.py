@@ -64,6 +64,28 @@ def test_aligned_features_in_fp32() -> None:
     assert float((single - exact).abs() / exact) < 1e-5
 
 
+@pytest.mark.parametrize("noise", [1e-2, 1e-3])
+@pytest.mark.parametrize("clusters", [1, 4])
+def test_collapsed_features_in_fp32(noise: float, clusters: int) -> None:
+    """Similarities of one modality are almost equal: the term is the small rest of large sums."""
+    v, t = (
+        F.normalize(one[:clusters].repeat(256 // clusters, 1) + noise * one, dim=1).float()
+        for one in features(256, 64)
+    )
+    v, t = (one.detach().requires_grad_() for one in (v, t))
+    found = computed(v, t, SETTINGS)["cyclip"]
+    exact = [one.detach().double().requires_grad_() for one in (v, t)]
+    in_modal = exact[0] @ exact[0].T - exact[1] @ exact[1].T
+    cross = exact[0] @ exact[1].T
+    sums = SETTINGS.in_modal * in_modal**2 + SETTINGS.cross_modal * (cross - cross.T) ** 2
+    expected = sums.sum() / len(v)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+    for one, other in zip(
+        torch.autograd.grad(found, [v, t]), torch.autograd.grad(expected, exact), strict=True
+    ):
+        assert float((one - other).norm() / other.norm()) < 1e-4
+
+
 def test_no_similarity_matrix_is_kept() -> None:
     matrices: set[int] = set()
     v, t = features(40)

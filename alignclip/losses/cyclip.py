@@ -41,19 +41,23 @@ def compute(features: GlobalFeatures, settings: Settings) -> Tensor:
 
     so both sums of squares come from A = Σ (d_i·p_j)² = tr(DᵀD PᵀP) and
     B = Σ (d_i·p_j)(d_j·p_i) = tr((DᵀP)²): they are ½ (A + B) and ½ (A − B). The products are d × d.
+
+    Where features have collapsed, the traces are small sums of large products. So the products are
+    in fp64, except on Apple's GPUs, which have none.
     """
+    import torch
+
     from alignclip.losses.precision import matmul_transposed
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return matmul_transposed(a.T, b.T, None if a.device.type == "mps" else torch.float64)
 
     difference, total = features.image - features.text, features.image + features.text
     all_difference = features.all_image - features.all_text
     all_total = features.all_image + features.all_text
-    squares = (
-        matmul_transposed(difference.T, difference.T) * matmul_transposed(all_total.T, all_total.T)
-    ).sum()
-    products = (
-        matmul_transposed(difference.T, total.T) * matmul_transposed(all_total.T, all_difference.T)
-    ).sum()
+    squares = (product(difference, difference) * product(all_total, all_total)).sum()
+    products = (product(difference, total) * product(all_total, all_difference)).sum()
     weighted = settings.in_modal * (squares + products) + settings.cross_modal * (
         squares - products
     )
-    return weighted / (2 * len(features.image))
+    return (weighted / (2 * len(features.image))).to(features.image.dtype)

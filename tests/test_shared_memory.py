@@ -9,18 +9,21 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
+from multiprocessing.shared_memory import SharedMemory as BuiltinSharedMemory
 from pathlib import Path
+from typing import Any
 
 import processes
 import pytest
 from composer.utils import get_device
 from processes import Forked, python
 from runs import write_config, write_set
+from streaming.base.constant import SHM_TO_CLEAN
 from streaming.base.shared.prefix import _pack_locals as pack_locals
 
 from alignclip.config.reading import load
 from alignclip.config.schema import DataConfig, StreamConfig
-from alignclip.data import shared_memory
+from alignclip.data import shared_memory, streaming_patches
 from alignclip.data.dataset import ImageTextDataset
 from alignclip.data.shared_memory import OWNER_NOTE, SHM
 from alignclip.training.build import build_data
@@ -143,6 +146,32 @@ def test_another_containers_memory_is_passed_over(tmp_path: Path) -> None:
         assert second._shm_prefix_int != prefix
     finally:
         note.write_text(json.dumps(owner), encoding="utf-8")
+
+
+def test_a_dataset_without_our_lock_may_take_the_prefix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_set(str(tmp_path / "set"), 8)
+    taken: list[BuiltinSharedMemory] = []
+    find = streaming_patches.prefix._check_and_find_retrying
+
+    def too_late(*arguments: Any) -> int:
+        number = find(*arguments)
+        if not taken and arguments[2] == SHM_TO_CLEAN[-1]:
+            data = pack_locals([str(tmp_path / "other")], number)
+            taken.append(BuiltinSharedMemory(f"{number:06}_locals", True, len(data)))
+            taken[0].buf[: len(data)] = data
+        return number
+
+    monkeypatch.setattr(streaming_patches.prefix, "_check_and_find_retrying", too_late)
+    try:
+        dataset = open_set(tmp_path / "set", tmp_path / "cache")
+        other = int(taken[0].name.partition("_")[0])
+        assert dataset._shm_prefix_int > other
+        assert not (SHM / f"{other:06}_{OWNER_NOTE}").exists(), "the prefix isn't ours"
+    finally:
+        taken[0].close()
+        taken[0].unlink()
 
 
 IDENTITY = shared_memory._identity(os.getpid()) or {}

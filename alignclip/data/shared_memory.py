@@ -68,12 +68,13 @@ def lock() -> Iterator[None]:
         yield
 
 
-def claim(prefix: int) -> None:
-    """Note this process as the owner of a prefix until it exits."""
+def claim(prefix: int) -> Path:
+    """Note this process as the owner of a prefix until it exits; return where the note lies."""
+    note = SHM / f"{prefix:06}_{OWNER_NOTE}"
     if SHM.is_dir():
-        note = SHM / f"{prefix:06}_{OWNER_NOTE}"
         note.write_text(json.dumps(_identity(os.getpid())), encoding="utf-8")
         atexit.register(_disclaim, note)
+    return note
 
 
 def is_another_containers(segment: str) -> bool:

@@ -74,21 +74,25 @@ def take_prefix(
 
     Raises:
         ValueError: another dataset, of a live run, has the same cache; on every rank.
+        FileExistsError: datasets without this patch took every prefix that was found free.
     """
     prefix._check_self(streams_local)
     number, memory, error = None, None, None
     if world.is_local_leader:
         try:
             with shared_memory.lock():
-                number = max(
-                    prefix._check_and_find_retrying(streams_local, streams_remote, name, retry)
-                    for name in SHM_TO_CLEAN
-                )
-                data = prefix._pack_locals(streams_local, number)
-                shared_memory.claim(number)
-                memory = SharedMemory(prefix._get_path(number, LOCALS), True, len(data))
-                memory.buf[: len(data)] = data
-        except ValueError as raised:
+                for left in reversed(range(1 + retry)):
+                    number = max(
+                        prefix._check_and_find_retrying(streams_local, streams_remote, name, retry)
+                        for name in SHM_TO_CLEAN
+                    )
+                    try:
+                        memory = _create_locals(streams_local, number)
+                        break
+                    except FileExistsError:
+                        if not left:
+                            raise
+        except (ValueError, FileExistsError) as raised:
             error = raised
     everybody = gather_objects([(world.node, number, error)])
     if first := next((error for _, _, error in everybody if error is not None), None):
@@ -97,6 +101,23 @@ def take_prefix(
     if memory is None:
         memory = SharedMemory(prefix._get_path(number, LOCALS), False)
     return number, memory
+
+
+def _create_locals(streams_local: list[str], number: int) -> SharedMemory:
+    """Create the first segment of a prefix, with the owner's note before the segment.
+
+    Raises:
+        FileExistsError: a dataset without this patch, and so without the lock, was faster.
+    """
+    data = prefix._pack_locals(streams_local, number)
+    note = shared_memory.claim(number)
+    try:
+        memory = SharedMemory(prefix._get_path(number, LOCALS), True, len(data))
+    except FileExistsError:
+        note.unlink(missing_ok=True)
+        raise
+    memory.buf[: len(data)] = data
+    return memory
 
 
 class CachedDataset(StreamingDataset):

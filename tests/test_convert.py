@@ -32,6 +32,7 @@ from alignclip.conversion.dataset import convert
 from alignclip.conversion.images import ImageOptions
 from alignclip.conversion.mds_writer import JoinedShardWriter
 from alignclip.conversion.options import ConvertOptions
+from alignclip.conversion.records import Counts, total_of
 from alignclip.conversion.shards import position
 from alignclip.errors import UserError
 from alignclip.storage.staging import OutputFolder
@@ -620,3 +621,13 @@ def test_the_report_of_what_was_mended_does_not_stay(tmp_path: Path) -> None:
         .read_text()
         .endswith("15 samples read from 3 inputs, 15 written, 0 skipped.\n")
     )
+
+
+def test_adding_inputs_up_copies_nothing_for_each() -> None:
+    class Sides(list[int]):
+        def __radd__(self, other: Any) -> Any:
+            raise AssertionError("the sides of all inputs before are copied")
+
+    parts = [Counts(written=1, sides=Sides([side])) for side in range(3)]
+    total = total_of(parts)
+    assert (total.written, total.sides, parts[0].sides) == (3, [0, 1, 2], [0])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,10 +21,11 @@ from tarballs import cut, draw, items_of, pairs, quick, read_back, serve, three_
 
 from alignclip.conversion import samples
 from alignclip.conversion.cc12m import main
-from alignclip.conversion.formats import FORMATS, columns, format_of, json_lines
+from alignclip.conversion.formats import FORMATS, columns, format_of, json_lines, remote
 from alignclip.conversion.inputs import expand, name_of, opened
 from alignclip.conversion.samples import Ignored, Sample, Skipped
 from alignclip.errors import UserError
+from alignclip.storage.clouds import S3
 
 PAGE = (COMMAND.parents[1] / "docs" / "convert.md").read_text(encoding="utf-8")
 
@@ -230,22 +233,41 @@ def test_files_that_cannot_be_opened_are_one_line(
         quick([path], images / "out")
 
 
-def test_json_lines_in_a_bucket(s3: Any, images: Path, tmp_path: Path) -> None:
+def counted_clients(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Collect the places of the clients of S3 that are opened from now on, each once."""
+    made, make = list[str](), S3._make_client
+
+    def make_counted(store: S3) -> Any:
+        if store.place not in made:  # threads may open one at the same time
+            made.append(store.place)
+        return make(store)
+
+    remote.store_at.cache_clear()
+    monkeypatch.setattr(S3, "_make_client", make_counted)
+    return made
+
+
+def test_json_lines_in_a_bucket(
+    s3: Any, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Images lie beside the file, in another bucket, or nowhere."""
     raw, other = s3.bucket(), s3.bucket()
     put(s3, f"{other}/deep/3.jpg", draw(3))
     for i in range(2):
-        put(s3, f"{raw}/set/images/{i}.jpg", draw(i))
+        put(s3, f"{raw}/set/images/{i}/0.jpg", draw(i))
     rows = [
-        *({"image": f"images/{i}.jpg", "caption": f"picture {i}"} for i in range(2)),
+        *({"image": f"images/{i}/0.jpg", "caption": f"picture {i}"} for i in range(2)),
         {"image": f"{other}/deep/3.jpg", "caption": "picture 3"},
         {"image": "images/gone.jpg", "caption": "gone"},
     ]
     put(s3, f"{raw}/set/a.jsonl", write_lines(tmp_path / "a.jsonl", *rows).read_bytes())
+    clients = counted_clients(monkeypatch)
+    assert len(items_of(f"{raw}/set/a.jsonl")) == 4
+    assert sorted(clients) == sorted([raw, other, f"{raw}/set"])  # the last for the file itself
     counts = quick([f"{raw}/set"], tmp_path / "out")
     assert (counts.written, counts.skipped) == (3, {samples.MISSING_IMAGE: 1})
     got = read_back(None, tmp_path / "out")
-    assert list(got) == ["images/0.jpg", "images/1.jpg", f"{other}/deep/3.jpg"]
+    assert list(got) == ["images/0/0.jpg", "images/1/0.jpg", f"{other}/deep/3.jpg"]
     assert [row["image"] for row in got.values()] == [draw(0), draw(1), draw(3)]
 
 
@@ -287,6 +309,20 @@ def test_json_lines_on_a_web_server(images: Path, tmp_path: Path) -> None:
         found = items_of(f"{url}/a.jsonl")
     good = [Sample(f"images/{name}", draw(i), name) for i, name in enumerate(names[:3])]
     assert found == [*good, Skipped("images/gone.jpg", samples.MISSING_IMAGE)]
+
+
+def test_nothing_waits_for_reads_after_ctrl_c() -> None:
+    code = """if True:
+        import os, signal, threading, time
+        from alignclip.conversion.formats.remote import read_ahead
+        threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        try:
+            list(read_ahead([lambda: time.sleep(300)] * 40))
+        except KeyboardInterrupt:
+            print("interrupted")
+    """
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
 
 
 def put(s3: Any, url: str, data: bytes) -> None:

@@ -576,6 +576,18 @@ def test_a_bucket(s3: Any, out: Path, verify: Verify) -> None:
     assert text.startswith(f"error: no MDS set at {bucket}/nothing ({why}")
 
 
+def test_a_bucket_that_must_not_be_listed(refusing: Any, out: Path, verify: Verify) -> None:
+    """An input without samples has no shard, so that only a listing would show its counts."""
+    plan(out)
+    update(out, "dataset.json", options={})
+    for path in filter(Path.is_file, out.rglob("*")):
+        refusing.objects["b", f"set/{path.relative_to(out)}"] = path.read_bytes()
+    refusing.without_right("list")
+    found = verify("s3://b/set")
+    assert problems(found) == []
+    assert "note: cannot reach s3://b/set: access denied" in found[1]
+
+
 # the contact sheet
 
 

@@ -90,7 +90,7 @@ def total_of(parts: Iterable[Counts]) -> Counts:
             setattr(total, name, getattr(total, name) + getattr(part, name))
         for name in ("skipped", "noted", "ignored", "texts", "endings"):
             getattr(total, name).update(getattr(part, name))
-        total.sides += part.sides  # in place: a sum of lists copies all of them for each input
+        total.sides.extend(part.sides)  # a sum of lists would copy all of them for each input
     return total
 
 

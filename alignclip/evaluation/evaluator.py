@@ -199,7 +199,7 @@ def evaluate_model(
         opened: the sets that this process has opened so far.
 
     Returns:
-        MetricFigures, chance and verdict by the names of the evaluators.
+        figures, chance and verdict by the names of the evaluators.
 
     Raises:
         UserError: a set is not there or not what its task needs, before anything is encoded; a

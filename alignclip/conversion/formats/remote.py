@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import TypeVar
 
 from alignclip.conversion.formats.columns import local_image
@@ -23,18 +25,42 @@ T = TypeVar("T")
 
 
 def read_ahead(jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """Yield what the jobs return, in their order; so many run at a time as :data:`AT_ONCE`."""
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        waiting = iter(jobs)
-        running: deque[Future[T]] = deque(pool.submit(job) for job in islice(waiting, AT_ONCE))
-        try:
-            while running:
-                result = running.popleft().result()
-                running.extend(pool.submit(job) for job in islice(waiting, 1))
-                yield result
-        finally:
-            for job in running:
-                job.cancel()
+    """Yield what the jobs return, in their order; so many run at a time as :data:`AT_ONCE`.
+
+    Nothing waits for jobs whose results nobody takes, as after Ctrl-C: a job may wait ten minutes
+    for its storage. So the threads are daemons, which an executor's are not.
+    """
+    todo: SimpleQueue[tuple[Future[T], Callable[[], T]] | None] = SimpleQueue()
+
+    def work() -> None:
+        while given := todo.get():
+            future, job = given
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(job())
+                except BaseException as error:
+                    future.set_exception(error)
+
+    def submit(job: Callable[[], T]) -> Future[T]:
+        future = Future[T]()
+        todo.put((future, job))
+        return future
+
+    waiting = iter(jobs)
+    running = deque(map(submit, islice(waiting, AT_ONCE)))
+    threads = len(running)
+    for _ in range(threads):
+        Thread(target=work, daemon=True).start()
+    try:
+        while running:
+            result = running.popleft().result()
+            running.extend(map(submit, islice(waiting, 1)))
+            yield result
+    finally:
+        for future in running:
+            future.cancel()
+        for _ in range(threads):
+            todo.put(None)
 
 
 def read_object(place: str) -> bytes:

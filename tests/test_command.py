@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from runs import PRETRAIN
 
+from alignclip.runtime.arguments import Parser
+
 HERE = """
 import sys
 from alignclip.training.command import main
@@ -113,3 +115,16 @@ def test_a_mistyped_flag_is_one_line(
     assert said.startswith("error: ")
     assert said.endswith(f"{says}\n")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("3", "--n 3: valid: 10, 200"), ("20", "--n 20: did you mean '200'?")]
+)
+def test_a_number_that_is_no_choice_is_told_with_the_nearest(
+    text: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = Parser("prog", None)
+    parser.add_argument("--n", type=int, choices=(10, 200))
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--n", text])
+    assert capsys.readouterr().err == f"error: {says}\n"

@@ -256,7 +256,7 @@ def test_what_a_run_may_change_stands_in_the_documents() -> None:
             "progress_bar", "log_to_console", "console_log_interval", "python_log_level", "load_progress_bar",
         },
         "checkpoints": {name for name in vars(RunConfig()) if name.startswith(("save_", "load_"))} | {"autoresume"},
-        "how it is computed": {
+        "how the run computes": {
             "device", "parallelism_config", "ddp_sync_strategy", "dist_timeout", "deterministic_mode",
             "compile_config", "spin_dataloaders",
         },

@@ -22,6 +22,8 @@ from alignclip.conversion.classification_sets import CLASSIFICATION_SETS
 from alignclip.conversion.evaluation_sets import (
     README,
     SetToWrite,
+    add_limit_option,
+    add_out_option,
     check_output,
     convert_set,
     fingerprint,
@@ -156,24 +158,13 @@ def parse(arguments: Sequence[str] | None = None) -> ClassificationOptions:
     add = parser.add_argument
     add("dataset", metavar="DATASET", help=", ".join(CLASSIFICATION_SETS))
     add("--root", type=option, metavar="FOLDER", help="where the set's files lie")
-    add(
-        "--out",
-        type=option,
-        required=True,
-        metavar="FOLDER",
-        help="local folder, or s3://, gs://, oci://, azure:// …",
-    )
+    add_out_option(parser)
     add(
         "--split",
         default="test",
         help="train, trainval, val, test, as far as the set has them (default: %(default)s)",
     )
-    add(
-        "--limit",
-        type=int,
-        metavar="N",
-        help="only N images, spread evenly over the set (default: all)",
-    )
+    add_limit_option(parser)
     add(
         "--classnames",
         type=option,

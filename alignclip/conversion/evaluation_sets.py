@@ -24,6 +24,8 @@ from alignclip.conversion.wording import first_few
 from alignclip.data.image_files import EVALUATION_FORMATS, is_whole
 from alignclip.errors import UserError, check_place, one_line_errors
 from alignclip.near import did_you_mean
+from alignclip.paths import option
+from alignclip.runtime.arguments import Parser
 from alignclip.storage.staging import INDEX, OutputFolder
 
 README = "convert/README.md says what to download"
@@ -295,3 +297,24 @@ def _summary(
     task = "zero_shot" if target == "label" else "retrieval"
     command = f"composer evaluate.py … evaluators.{name}.task={task} evaluators.{name}.{place}"
     return f"{text}\n\nnext: {command}"
+
+
+def add_out_option(parser: Parser) -> None:
+    """Add ``--out``, the place of the set."""
+    parser.add_argument(
+        "--out",
+        type=option,
+        required=True,
+        metavar="FOLDER",
+        help="local folder, or s3://, gs://, oci://, azure:// …",
+    )
+
+
+def add_limit_option(parser: Parser) -> None:
+    """Add ``--limit``, the number of images to write."""
+    parser.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="only N images, spread evenly over the set (default: all)",
+    )

@@ -15,6 +15,8 @@ from pathlib import Path
 from alignclip.conversion.evaluation_sets import (
     EvaluationSample,
     SetToWrite,
+    add_limit_option,
+    add_out_option,
     check_output,
     convert_set,
     fingerprint,
@@ -185,13 +187,7 @@ def parse(arguments: Sequence[str] | None = None) -> RetrievalOptions:
     add("dataset", metavar="DATASET", help=", ".join(RETRIEVAL_SETS))
     add("--images", type=option, metavar="FOLDER", help="where the images lie")
     add("--annotations", type=option, metavar="FILE", help="the captions")
-    add(
-        "--out",
-        type=option,
-        required=True,
-        metavar="FOLDER",
-        help="local folder, or s3://, gs://, oci://, azure:// …",
-    )
+    add_out_option(parser)
     add(
         "--split",
         help="of Karpathy's files: train, restval, val, test, or train+restval (default: test); "
@@ -208,12 +204,7 @@ def parse(arguments: Sequence[str] | None = None) -> RetrievalOptions:
         metavar="NAME",
         help="of the annotations, e.g. cp1252 (default: UTF-8, or by the file's mark)",
     )
-    add(
-        "--limit",
-        type=int,
-        metavar="N",
-        help="only N images, spread evenly over the set (default: all)",
-    )
+    add_limit_option(parser)
     add(
         "--skip-missing",
         action="store_true",

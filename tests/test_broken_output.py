@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import COMMANDS
 from processes import python
 from runs import PRETRAIN, TIMEOUT, write_config, write_set
-from test_console import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -9,23 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from commands import COMMANDS
 from composer.loggers import Logger
 
 from alignclip.config.schema import RunConfig
 from alignclip.runtime import console
 from alignclip.training import plugins
-
-COMMANDS = (
-    "alignclip.training.command",
-    "alignclip.evaluation.command",
-    "alignclip.search",
-    "alignclip.quickstart.__main__",
-    "alignclip.conversion.cc12m",
-    "alignclip.conversion.classification",
-    "alignclip.conversion.retrieval",
-    "alignclip.weights.export_command",
-    "alignclip.verification.command",
-)  # fmt: skip
 
 
 class Streams:

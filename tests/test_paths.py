@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import OPTION_COMMANDS
 from runs import TINY
 
 from alignclip import paths
@@ -33,15 +34,6 @@ NO_PATHS = {
     "save_metrics", "precision_config", "compile_config", "parallelism_config", "model.vision_cfg", "model.text_cfg",
     "separate_image", "save_num_checkpoints_to_keep",
 }  # fmt: skip
-COMMANDS = (
-    "alignclip.search",
-    "alignclip.quickstart.__main__",
-    "alignclip.conversion.cc12m",
-    "alignclip.conversion.classification",
-    "alignclip.conversion.retrieval",
-    "alignclip.weights.export_command",
-    "alignclip.verification.command",
-)  # fmt: skip
 NO_PATH_OPTIONS = {
     ("alignclip.conversion.cc12m", "held_out"),
     ("alignclip.weights.export_command", "to"),
@@ -73,7 +65,7 @@ def test_every_setting_that_is_a_path_is_marked_as_one(schema: type) -> None:
         assert marked == looks_so, key
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", OPTION_COMMANDS)
 def test_every_option_that_is_a_path_expands(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     parsers: list[argparse.ArgumentParser] = []
 

@@ -14,6 +14,7 @@ from PIL import Image
 import alignclip
 
 BATCH = 64  # images that are encoded at a time
+SUFFIXES = (".jpg", ".png")
 
 
 def main() -> None:
@@ -25,13 +26,15 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=5)
     options = parser.parse_args()
 
-    model, preprocess, _ = alignclip.load(options.model)
-    paths = sorted(path for path in options.folder.iterdir() if path.suffix in (".jpg", ".png"))
+    paths = sorted(path for path in options.folder.iterdir() if path.suffix in SUFFIXES)
+    if not paths:
+        parser.exit(2, f"error: {options.folder} holds no {' and no '.join(SUFFIXES)}\n")
+    model, _, _ = alignclip.load(options.model)
     features = []
     with torch.inference_mode():
         for first in range(0, len(paths), BATCH):
-            pixels = [preprocess(Image.open(path)) for path in paths[first : first + BATCH]]
-            features.append(model.encode_image(torch.stack(pixels), normalize=True))
+            pictures = [Image.open(path) for path in paths[first : first + BATCH]]
+            features.append(model.encode_image(pictures, normalize=True))
         text = model.encode_text(options.text, normalize=True)
     cosines = (torch.cat(features) @ text.T).squeeze(1)
     for index in cosines.argsort(descending=True)[: options.top].tolist():

@@ -15,6 +15,10 @@ from typing import Any
 
 import pytest
 
+from alignclip.conversion.class_names import benchmark_lists
+from alignclip.conversion.classification_sets import CLASSIFICATION_SETS
+from alignclip.errors import UserError
+
 
 @dataclass(frozen=True)
 class Function:
@@ -149,6 +153,16 @@ FUNCTIONS = [
         PATCHES,
     ),
     Function(f"{LOADER}._shutdown_workers", "self", "alignclip/evaluation/encoding.py"),
+    Function(
+        "clip_benchmark.metrics.zeroshot_classification.accuracy",
+        "output target topk",
+        "alignclip/evaluation/zero_shot.py",
+    ),
+    Function(
+        "clip_benchmark.metrics.zeroshot_retrieval.recall_at_k",
+        "scores positive_pairs k",
+        "alignclip/evaluation/retrieval.py",
+    ),
     Function(
         "timm.models._manipulate.group_with_matcher",
         "named_objects group_matcher return_values reverse",
@@ -287,6 +301,45 @@ def test_states_of_a_shard() -> None:
     from streaming.base.dataset import _ShardState
 
     assert {state.name for state in _ShardState} == {"INVALID", "REMOTE", "PREPARING", "LOCAL"}
+
+
+# clip_benchmark's file -> set -> how many class names or templates; alignclip/conversion looks
+# them up, and would take ImageNet's templates for a set whose name has changed
+BENCHMARK_LISTS = {
+    "en_classnames.json": {"imagenet1k": 1000, "flowers": 102, "pets": 37},
+    "en_zeroshot_classification_templates.json": {
+        "imagenet1k": 80,
+        "cifar10": 18,
+        "cifar100": 18,
+        "cars": 8,
+        "flowers": 1,
+        "food101": 1,
+        "pets": 1,
+    },
+}
+LISTS = [(file, name, count) for file, of in BENCHMARK_LISTS.items() for name, count in of.items()]
+
+
+@pytest.mark.parametrize(("file", "name", "count"), LISTS)
+def test_clip_benchmarks_lists(file: str, name: str, count: int) -> None:
+    look = f"datasets/{file} of clip_benchmark has changed: look at alignclip/conversion/class_names.py"
+    try:
+        found = benchmark_lists(file).get(name)
+    except (FileNotFoundError, UserError):
+        pytest.fail(look)
+    assert isinstance(found, list), f"{look}, at '{name}'"
+    assert len(found) == count, f"{look}, at '{name}'"
+    if "templates" in file:
+        assert all("{c}" in template for template in found), f"{look}, at '{name}'"
+
+
+def test_sets_that_clip_benchmark_has_no_templates_for() -> None:
+    """They get ImageNet's. A set of ours that is neither here nor above has templates to look at."""
+    known = BENCHMARK_LISTS["en_zeroshot_classification_templates.json"]
+    generic = {"fashion_mnist", "folder", "imagenetv2", "imagenet-sketch"}
+    generic |= {f"imagenet-{letter}" for letter in "aro"}
+    assert CLASSIFICATION_SETS.keys() == known.keys() | generic
+    assert generic.isdisjoint(benchmark_lists("en_zeroshot_classification_templates.json"))
 
 
 def test_timms_mark_of_a_parameter_that_belongs_to_the_block_before() -> None:

@@ -41,6 +41,13 @@ def test_search_prints_the_best_images_first(model: Path, tmp_path: Path) -> Non
     assert all(Path(path).parent == pictures for _, path in rows)
 
 
+def test_search_in_a_folder_without_pictures_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no picture")
+    done = python(EXAMPLES / "search.py", "no model is read", tmp_path, "a red bicycle")
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path} holds no .jpg and no .png\n"
+
+
 @pytest.mark.parametrize("several", [False, True], ids=["one caption", "several captions"])
 def test_embed_and_plot_measures_the_gap_and_draws(
     several: bool, model: Path, tmp_path: Path

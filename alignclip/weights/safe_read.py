@@ -197,13 +197,11 @@ def _read_old(file: BinaryIO, passed_over: tuple[str, ...]) -> Any:
         return storages[key]
 
     types = CheckpointTypes(storage, passed_over)
-    if Machine(types).run(file) != MAGIC or Machine(types).run(file) != PROTOCOL:
+    magic, protocol, system, content, keys = (Machine(types).run(file) for _ in range(5))
+    if (magic, protocol) != (MAGIC, PROTOCOL):
         raise ValueError("another format")
-    system = Machine(types).run(file)
     if system.get("little_endian") is not (sys.byteorder == "little"):
         raise WrongFile(BYTE_ORDER)
-    content = Machine(types).run(file)
-    keys = Machine(types).run(file)
     if type(keys) is not list or sorted(keys) != sorted(storages):
         raise WrongFile("is damaged: its storages are others than its tensors'")
     for key in keys:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 from alignclip.weights import safe_numpy
+from alignclip.weights.renaming import replace_prefix
 from alignclip.weights.safe_pickle import Maker, Refused, Unknown, Unread, check_key, check_numbers
 
 Make = Callable[..., Any]
@@ -28,21 +29,21 @@ Make = Callable[..., Any]
 MOST_DIMENSIONS = 64
 MOST_REPEATED = 2**20  # numbers of a tensor that repeats its storage's, as an expanded one does
 DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
-        torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool,
-        torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.float8_e4m3fnuz,
-        torch.float8_e5m2, torch.float8_e5m2fnuz,
+    name: getattr(torch, name)
+    for name in (
+        "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8",
+        "uint16", "uint32", "uint64", "bool", "complex64", "complex128", "float8_e4m3fn",
+        "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz",
     )
 }  # fmt: skip
 STORAGES = {
-    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool, "ComplexFloatStorage": torch.complex64,
-    "ComplexDoubleStorage": torch.complex128, "UntypedStorage": torch.uint8,
-    "QInt8Storage": torch.qint8, "QUInt8Storage": torch.quint8, "QInt32Storage": torch.qint32,
+    f"{kind}Storage": getattr(torch, dtype)
+    for kind, dtype in {
+        "Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16",
+        "Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8",
+        "Bool": "bool", "ComplexFloat": "complex64", "ComplexDouble": "complex128",
+        "Untyped": "uint8", "QInt8": "qint8", "QUInt8": "quint8", "QInt32": "qint32",
+    }.items()
 }  # fmt: skip
 SPECIAL_TENSORS = {  # tensors that are no plain numbers: a reader of weights passes over them
     "_rebuild_sparse_tensor": "a sparse tensor",
@@ -81,11 +82,12 @@ def tensor(
     size: Any,
     stride: Any,
     requires_grad: bool,
-    hooks: Any,
-    dtype: Any,
+    hooks: Any = None,
     metadata: Any = None,
+    *,
+    dtype: Any = None,
 ) -> Tensor:
-    """Return a view that lies within its storage, as ``torch._utils._rebuild_tensor_v3``."""
+    """Return a view that lies within its storage, as ``torch._utils._rebuild_tensor_v2``."""
     if not isinstance(storage, Storage) or not isinstance(dtype, torch.dtype | None):
         raise Refused("a tensor without a storage")
     kind = dtype or storage.dtype
@@ -108,17 +110,9 @@ def tensor(
     return found
 
 
-def untyped_tensor(
-    storage: Any,
-    offset: int,
-    size: Any,
-    stride: Any,
-    requires_grad: bool,
-    hooks: Any = None,
-    metadata: Any = None,
-) -> Tensor:
-    """Return a view under its storage's dtype, as ``torch._utils._rebuild_tensor_v2``."""
-    return tensor(storage, offset, size, stride, requires_grad, hooks, None, metadata)
+def tensor_of_dtype(*given: Any) -> Tensor:
+    """Return a view under another dtype, as ``torch._utils._rebuild_tensor_v3``."""
+    return tensor(*given[:6], *given[7:], dtype=given[6])
 
 
 def parameter(data: Any, requires_grad: bool, hooks: Any = None) -> nn.Parameter:
@@ -168,10 +162,17 @@ def called_with(function: Make, *kinds: type) -> Make:
     return make
 
 
+def path_class(name: str) -> type[pathlib.PurePath]:
+    """Return a class of paths; only the pure one of another system's can be made here."""
+    can_be_made = name.startswith("Pure") or name == type(pathlib.Path()).__name__
+    found: type[pathlib.PurePath] = getattr(pathlib, name if can_be_made else f"Pure{name}")
+    return found
+
+
 MOMENT = (int, float, bytes, datetime.timedelta, datetime.timezone)
 MAKERS: dict[str, Make] = {
-    "torch._utils._rebuild_tensor_v2": untyped_tensor,
-    "torch._utils._rebuild_tensor_v3": tensor,
+    "torch._utils._rebuild_tensor_v2": tensor,
+    "torch._utils._rebuild_tensor_v3": tensor_of_dtype,
     "torch._utils._rebuild_parameter": parameter,
     "torch.Size": shape,
     "torch.device": called_with(torch.device, str, int),
@@ -187,43 +188,37 @@ MAKERS: dict[str, Make] = {
         for kind in (datetime.timedelta, datetime.datetime, datetime.date, datetime.time,
                      datetime.timezone)
     },
+    **{
+        f"pathlib.{name}": called_with(path_class(name), str)
+        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+    },
     "numpy.ndarray": called_with(np.ndarray),  # is named, and never called
     "numpy.dtype": safe_numpy.dtype,
-}  # fmt: skip
-BUILTINS: dict[str, Make] = {
-    "set": lambda items=(): set(map(check_key, items)),
-    "frozenset": lambda items=(): frozenset(map(check_key, items)),
-    "bytes": called_with(bytes),  # protocol 2 writes others as a call of encode
-    "bytearray": lambda *content: bytearray(as_bytes(*content)),
-    "complex": called_with(complex, int, float),
-    **{kind.__name__: called_with(kind) for kind in (dict, list, int, float, str, bool)},
-}
-EMPTY = {  # classes of empty values, as a ``defaultdict`` makes them
-    "collections.OrderedDict": OrderedDict,
-    "collections.Counter": Counter,
-    "collections.deque": deque,
+    "numpy._core.multiarray._reconstruct": safe_numpy.empty_array,
+    "numpy._core.multiarray.scalar": safe_numpy.scalar,
+    "numpy._core.numeric._frombuffer": safe_numpy.array_of,
+    "builtins.set": lambda items=(): set(map(check_key, items)),
+    "builtins.frozenset": lambda items=(): frozenset(map(check_key, items)),
+    "builtins.bytearray": lambda *content: bytearray(as_bytes(*content)),
+    "builtins.complex": called_with(complex, int, float),
+    # called without arguments; protocol 2 writes bytes as a call of encode
     **{
-        f"{module}.{kind.__name__}": kind
-        for module in ("builtins", "__builtin__")
-        for kind in (set, bytes, dict, list, int, float, str, bool)
+        f"builtins.{kind.__name__}": called_with(kind)
+        for kind in (bytes, dict, list, int, float, str, bool)
     },
-    "__builtin__.long": int,  # Python 2's names, which protocol 2 keeps
-    "__builtin__.unicode": str,
+}  # fmt: skip
+# how names of the list begin elsewhere: in Python 2, which protocol 2 keeps, NumPy 1, Python 3.13
+RENAMED = {
+    "__builtin__.long": "builtins.int",
+    "__builtin__.unicode": "builtins.str",
+    "__builtin__.": "builtins.",
+    "numpy.core.": "numpy._core.",
+    "pathlib._local.": "pathlib.",
 }
-for _module in ("builtins", "__builtin__"):
-    MAKERS |= {f"{_module}.{name}": make for name, make in BUILTINS.items()}
-MAKERS |= {"__builtin__.long": called_with(int), "__builtin__.unicode": called_with(str)}
-for _core in ("numpy.core", "numpy._core"):  # numpy 2 has moved them
-    MAKERS |= {
-        f"{_core}.multiarray._reconstruct": safe_numpy.empty_array,
-        f"{_core}.multiarray.scalar": safe_numpy.scalar,
-        f"{_core}.numeric._frombuffer": safe_numpy.array_of,
-    }
-for _name in ("PosixPath", "WindowsPath"):
-    _here = _name if _name == type(pathlib.Path()).__name__ else f"Pure{_name}"
-    for _module in ("pathlib", "pathlib._local"):
-        MAKERS[f"{_module}.{_name}"] = called_with(getattr(pathlib, _here), str)
-        MAKERS[f"{_module}.Pure{_name}"] = called_with(getattr(pathlib, f"Pure{_name}"), str)
+EMPTY: dict[str, Callable[[], Any]] = {  # classes of empty values, as a defaultdict makes them
+    f"{kind.__module__}.{kind.__name__}": kind
+    for kind in (OrderedDict, Counter, deque, set, bytes, dict, list, int, float, str, bool)
+}
 
 
 class CheckpointTypes:
@@ -253,9 +248,10 @@ class CheckpointTypes:
             return DTYPES[name]
         if module in ("torch", "torch.storage") and name in STORAGES:
             return StorageKind(STORAGES[name])
-        if whole in MAKERS:
-            empty = whole.endswith("multiarray._reconstruct")
-            return Maker(whole, self._empty_array if empty else MAKERS[whole], EMPTY.get(whole))
+        known = replace_prefix(whole, RENAMED)
+        if known in MAKERS:
+            empty = MAKERS[known] is safe_numpy.empty_array
+            return Maker(known, self._empty_array if empty else MAKERS[known], EMPTY.get(known))
         if self.passed_over and module == "torch._utils" and name in SPECIAL_TENSORS:
             return Maker(whole, lambda *_: Unread(whole, SPECIAL_TENSORS[name]))
         if whole.startswith(self.passed_over):

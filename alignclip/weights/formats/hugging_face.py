@@ -32,35 +32,33 @@ from alignclip.weights.formats.base import (
     weights_of,
 )
 from alignclip.weights.locate import HF_CONFIG, HF_PREPROCESSOR
+from alignclip.weights.renaming import inverted, replace_prefix
 from alignclip.weights.weight_files import Content
 
-THEIR_NAMES = {  # theirs, of what is neither a block nor a projection -> ours
+BEGINNINGS = {  # of names: theirs → ours
     "logit_scale": "logit_scale",
-    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "text_model.embeddings.token_embedding.": "token_embedding.",
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "text_model.final_layer_norm.weight": "ln_final.weight",
-    "text_model.final_layer_norm.bias": "ln_final.bias",
-    "vision_model.embeddings.class_embedding": "visual.class_embedding",
-    "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
-    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-    "vision_model.pre_layrnorm.weight": "visual.ln_pre.weight",
-    "vision_model.pre_layrnorm.bias": "visual.ln_pre.bias",
-    "vision_model.post_layernorm.weight": "visual.ln_post.weight",
-    "vision_model.post_layernorm.bias": "visual.ln_post.bias",
-}
-PROJECTIONS = {
+    "text_model.encoder.layers.": "transformer.resblocks.",
+    "text_model.final_layer_norm.": "ln_final.",
     "text_projection.weight": "text_projection",
+    "vision_model.embeddings.class_embedding": "visual.class_embedding",
+    "vision_model.embeddings.patch_embedding.": "visual.conv1.",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "vision_model.pre_layrnorm.": "visual.ln_pre.",
+    "vision_model.encoder.layers.": "visual.transformer.resblocks.",
+    "vision_model.post_layernorm.": "visual.ln_post.",
     "visual_projection.weight": "visual.proj",
 }
-TOWERS = {
-    "text_model.encoder.layers.": "transformer.resblocks.",
-    "vision_model.encoder.layers.": "visual.transformer.resblocks.",
-}
 IN_BLOCK = {
-    "layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
-    "self_attn.out_proj": "attn.out_proj",
-}  # fmt: skip
-QKV = ("q_proj", "k_proj", "v_proj")  # in the order in which open_clip has them in one tensor
+    "layer_norm1.": "ln_1.",
+    "layer_norm2.": "ln_2.",
+    "mlp.fc1.": "mlp.c_fc.",
+    "mlp.fc2.": "mlp.c_proj.",
+    "self_attn.": "attn.",
+}
+PROJECTIONS = {"text_projection", "visual.proj"}  # in our words
+QKV = "qkv"  # the order in which open_clip has them in one tensor
 BUFFERS = {"text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"}  # of old
 SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")  # in transformers
 
@@ -154,49 +152,38 @@ class HuggingFace(Format):
 def our_tensors(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give a ``CLIPModel``'s tensors our names; one that has none keeps its own, to be told."""
     ours: dict[str, Tensor] = {}
-    parts: dict[str, dict[str, Tensor]] = {}  # our name -> query, key, value
-    for name, value in theirs.items():
-        block = re.fullmatch(r"(.+layers\.)(\d+)\.(.+)\.(weight|bias)", name)
-        if name in BUFFERS:
-            continue
-        if name in PROJECTIONS:
-            ours[PROJECTIONS[name]] = value.t().contiguous()
-        elif block is None:
-            ours[THEIR_NAMES.get(name, name)] = value
-        else:
-            tower, layer, module, kind = block.groups()
-            prefix, part = f"{TOWERS.get(tower, tower)}{layer}", module.removeprefix("self_attn.")
-            if part in QKV:
-                parts.setdefault(f"{prefix}.attn.in_proj_{kind}", {})[part] = value
-            else:
-                ours[f"{prefix}.{IN_BLOCK.get(module, module)}.{kind}"] = value
+    parts: dict[str, dict[str, Tensor]] = {}  # our name → query, key, value
+    for their_name, value in theirs.items():
+        name = _in_block(replace_prefix(their_name, BEGINNINGS), IN_BLOCK)
+        if part := re.fullmatch(r"(.+\.attn\.)([qkv])_proj\.(weight|bias)", name):
+            parts.setdefault(f"{part[1]}in_proj_{part[3]}", {})[part[2]] = value
+        elif their_name not in BUFFERS:
+            ours[name] = value.t().contiguous() if name in PROJECTIONS else value
     for name, values in parts.items():
-        if values.keys() >= set(QKV):  # with one missing, the whole is told as missing
+        if len(values) == len(QKV):  # with one missing, the whole is told as missing
             ours[name] = torch.cat([values[part] for part in QKV])
     return ours
 
 
 def their_tensors(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Undo :func:`our_tensors`, for the state dict of a plain ViT."""
-    names, towers, modules = (
-        {mine: name for name, mine in table.items()}
-        for table in (THEIR_NAMES | PROJECTIONS, TOWERS, IN_BLOCK)
-    )
     theirs: dict[str, Tensor] = {}
     for name, value in ours.items():
-        block = re.fullmatch(r"(.*resblocks\.)(\d+)\.(.+?)[._](weight|bias)", name)
-        if block is None:
-            value = value.t() if names[name] in PROJECTIONS else value
-            theirs[names[name]] = value.reshape(()) if name == "logit_scale" else value
-            continue
-        tower, layer, module, kind = block.groups()
-        prefix = f"{towers[tower]}{layer}"
-        if module == "attn.in_proj":
-            for part, rows in zip(QKV, value.chunk(3), strict=True):
-                theirs[f"{prefix}.self_attn.{part}.{kind}"] = rows
-        else:
-            theirs[f"{prefix}.{modules[module]}.{kind}"] = value
-    return {name: value.clone().contiguous() for name, value in theirs.items()}
+        parts = {name: value.t() if name in PROJECTIONS else value}
+        if whole := re.fullmatch(r"(.+\.attn\.)in_proj_(weight|bias)", name):
+            names = (f"{whole[1]}{part}_proj.{whole[2]}" for part in QKV)
+            parts = dict(zip(names, value.chunk(len(QKV)), strict=True))
+        for part, rows in parts.items():
+            their_name = replace_prefix(_in_block(part, inverted(IN_BLOCK)), inverted(BEGINNINGS))
+            theirs[their_name] = rows.clone().contiguous()
+    return theirs
+
+
+def _in_block(name: str, names: Mapping[str, str]) -> str:
+    """Replace the name of a module within a block."""
+    block = re.match(r"(.*resblocks\.\d+\.)?", name)
+    before = block[0] if block else ""
+    return before + replace_prefix(name.removeprefix(before), names)
 
 
 # --- transformers -----------------------------------------------------------------------------

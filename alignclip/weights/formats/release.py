@@ -24,6 +24,7 @@ from alignclip.weights.formats.base import (
     weights_of,
     write_model_section,
 )
+from alignclip.weights.renaming import replace_prefix
 from alignclip.weights.weight_files import Content
 
 Value = TypeVar("Value")
@@ -121,14 +122,12 @@ def their_weights(ours: Mapping[str, Value]) -> dict[str, Value]:
     What the release calls otherwise has a prefix in ours that no other name has.
     """
     theirs = {new: name for name, names in _SHARED.items() for new in names[:1]}
-    vision = tuple(new for names in _SHARED.values() for new in names[1:])
-    result = {}
-    for name, value in ours.items():
-        if name.startswith(vision):  # the same tensor as the text tower's
-            continue
-        prefix = next((new for new in theirs if name.startswith(new)), "")
-        result[theirs.get(prefix, "") + name.removeprefix(prefix)] = value
-    return result
+    vision = tuple(new for names in _SHARED.values() for new in names[1:])  # the text tower's again
+    return {
+        replace_prefix(name, theirs): value
+        for name, value in ours.items()
+        if not name.startswith(vision)
+    }
 
 
 def infer_config(weights: Mapping[str, Tensor]) -> ModelConfig:

@@ -73,35 +73,29 @@ def damage(path: Path) -> str | None:
     complete zip archive in which each record has the CRC that was written with it.
     """
     try:
+        if (is_right := has_right_checksum(path)) is not None:
+            return None if is_right else "its checksum is wrong"
         with path.open("rb") as file:
             size = file.seek(0, 2)
-            if not size:
-                return "it is empty"
-            file.seek(max(0, size - END_LENGTH - COMMENT))
+            file.seek(max(0, size - END_LENGTH))
             end = file.read()
-            comment = end[-COMMENT:]
-            length = COMMENT.to_bytes(2, "little")
-            if (
-                end.startswith(END_RECORD)
-                and end[:END_LENGTH].endswith(length)
-                and comment.startswith(TAG)
-            ):
-                file.seek(0)
-                found = _digest(file, size - DIGITS).encode()
-                return None if found == comment[-DIGITS:] else "its checksum is wrong"
-        if end[-END_LENGTH:].startswith(END_RECORD) and end.endswith(b"\0\0"):
+        if end.startswith(END_RECORD) and end.endswith(b"\0\0"):
             return _damaged_record(path)
-        return "it is only a part of a checkpoint, or none"
+        return "it is only a part of a checkpoint, or none" if size else "it is empty"
     except OSError as error:
         return f"{UNREADABLE}: {error.strerror or one_line(error)}"
 
 
-def has_checksum(path: Path) -> bool:
-    """Tell whether a file ends as :func:`save` ends it."""
+def has_right_checksum(path: Path) -> bool | None:
+    """Tell whether a file is as :func:`save` wrote it; None of a file without a checksum."""
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - COMMENT))
-        return file.read(len(TAG)) == TAG
+        comment = file.read()
+        if not comment.startswith(TAG):
+            return None
+        file.seek(0)
+        return _digest(file, size - DIGITS).encode() == comment[-DIGITS:]
 
 
 def _digest(file: BinaryIO, length: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from alignclip.config.yaml_text import natural, parse
-from alignclip.weights.figures import Figures
+from alignclip.weights.figures import Results, results_table
 from alignclip.weights.formats.base import Format, Loaded
 from alignclip.weights.licenses import License
 from alignclip.weights.publishing import is_url, public, public_place
@@ -33,7 +33,7 @@ def recipe_of(loaded: Loaded) -> dict[str, Any]:
 
 
 def write_card(
-    loaded: Loaded, place: str, license: License, figures: Figures | None, form: Format, out: str
+    loaded: Loaded, place: str, license: License, results: Results | None, form: Format, out: str
 ) -> str:
     """Write the text of a card.
 
@@ -41,7 +41,7 @@ def write_card(
         loaded: the model.
         place: where it was read.
         license: of the export.
-        figures: what evaluations of this model have measured.
+        results: what evaluations of this model have measured.
         form: of the export.
         out: where it will lie; of a folder of this machine the name is published.
     """
@@ -67,7 +67,7 @@ def write_card(
         "## Model\n",
         _table(_sizes(loaded)),
         f"## Training\n\n{_table(_training_rows(recipe))}" if recipe.get("data") else "",
-        f"## Metrics\n\n{figures.table()}\n" if figures else "",
+        f"## Metrics\n\n{results_table(results)}\n" if results else "",
         f"## Licence\n\n{notes}\n",
         f"Written by alignclip {importlib.metadata.version('alignclip')}.\n",
     ]

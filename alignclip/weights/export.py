@@ -22,8 +22,7 @@ from torch import Tensor
 from alignclip.config.reading import model_section
 from alignclip.config.schema import VOCABULARY, ModelConfig
 from alignclip.data.tokenizer import SimpleTokenizer
-from alignclip.errors import UserError, check_place, few, one_line
-from alignclip.storage import StorageError, check_folder_writable, open_store
+from alignclip.errors import UserError, one_line
 from alignclip.storage.new_folder import new_folder
 from alignclip.weights.card import recipe_of, write_card
 from alignclip.weights.digest import weights_digest
@@ -64,23 +63,22 @@ def export_model(options: Options) -> float:
     """Read, write, read again, compare; return the largest difference of a feature.
 
     Raises:
-        UserError: no such source, not a model, a format that it can't be written in, ``out`` is
-            there already, or an export that doesn't compute the same.
+        UserError: no such source, not a model, a format that it can't be written in, or an export
+            that doesn't compute the same.
     """
-    _check_out(options.out)  # before minutes of reading
     config = _model_config(options.model_config) if options.model_config else None
     figures = read_figures(options.metrics) if options.metrics else None
     loaded = open_model(options.source, config=config)
-    unsure = None
-    if figures is not None:
-        figures, unsure = figures.of(weights_digest(loaded.model), options.source)
+    results, unsure = (
+        figures.of(weights_digest(loaded.model), options.source) if figures else (None, None)
+    )
     recipe, given = recipe_of(loaded), options.license
     start = recipe.get("pretrained") or recipe.get("load_path")
     license = choose_license(
         loaded.card, loaded.format, options.source, given, str(start) if start else None
     )
     form = format_named(options.to)
-    card = write_card(loaded, options.source, license, figures, form, options.out.rstrip("/"))
+    card = write_card(loaded, options.source, license, results, form, options.out.rstrip("/"))
     try:
         with new_folder(options.out, form.last) as folder:
             worst = _write_checked(loaded, form, options, folder)
@@ -194,32 +192,4 @@ def compare_pixels(loaded: Loaded, prepare: Preprocess, name: str) -> None:
         raise UserError(
             f"--to {name}: read again, it prepares images otherwise: pixels differ by "
             f"{gap * 255:.1f} of 255 levels; nothing was written"
-        )
-
-
-# --- the place --------------------------------------------------------------------------------
-
-
-def _check_out(out: str) -> None:
-    """See that the export has a new place.
-
-    Raises:
-        UserError: it can't be reached or written, or there is something.
-    """
-    check_place("--out", out)
-    try:
-        if "://" not in out:
-            if Path(out).expanduser().exists():
-                raise UserError(f"--out {out} is there already; choose another or remove it")
-            check_folder_writable(Path(out).expanduser())
-            return
-        bucket = open_store(out)
-        there = bucket.names() if bucket.can_list else set()  # Azure can't be listed
-        bucket.check_writable()
-    except StorageError as error:
-        raise UserError(f"cannot write to {out}: {error.why}") from error
-    if there:
-        names = few(sorted(there))
-        raise UserError(
-            f"--out {out} holds files already ({names}); remove them, or choose another"
         )

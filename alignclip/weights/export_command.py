@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignclip.errors import UserError, check_place, one_line_errors
+from alignclip.errors import UserError, check_place, few, one_line_errors
 from alignclip.near import did_you_mean
 from alignclip.paths import option
 from alignclip.runtime import console
 from alignclip.runtime.arguments import Parser
+from alignclip.storage import StorageError, open_store
 from alignclip.weights import early
 from alignclip.weights.figures import read_figures
 from alignclip.weights.formats import FORMATS, format_named
@@ -92,16 +93,12 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
 
 
 def check_options(options: Options) -> None:
-    """Look at what is read and written, as far as that is quickly known.
+    """Look at what is read and written, as far as that is known without reading a model.
 
     Raises:
-        UserError: no such source or file, or ``out`` is there already.
+        UserError: no such source or file, or ``out`` is there already or can't be written.
     """
-    check_place("--out", options.out)
-    if "://" not in options.out:
-        if Path(options.out).expanduser().exists():
-            raise UserError(f"--out {options.out} is there already; choose another or remove it")
-        early.check_writable("--out", options.out)
+    _check_out(options.out)
     for flag, file in (("--metrics", options.metrics), ("--model-config", options.model_config)):
         if file and not Path(file).is_file():
             raise UserError(f"{flag} {file}: no such file{did_you_mean(file)}")
@@ -110,8 +107,37 @@ def check_options(options: Options) -> None:
     early.check_weights("source", options.source)
 
 
+def _check_out(out: str) -> None:
+    """See that the export has a new place.
+
+    Raises:
+        UserError: it can't be reached or written, or there is something.
+    """
+    check_place("--out", out)
+    store = open_store(out)
+    if not store.is_remote and Path(store.place).exists():
+        raise UserError(f"--out {out} is there already; choose another or remove it")
+    try:
+        # a new local folder has nothing to list, and Azure can't be listed
+        there = store.names() if store.is_remote and store.can_list else ()
+        store.check_writable()
+    except StorageError as error:
+        raise UserError(f"cannot write to {out}: {error.why}") from error
+    if there:
+        raise UserError(
+            f"--out {out} holds files already ({few(sorted(there))}); remove them, or choose "
+            "another"
+        )
+
+
 def convert(options: Options) -> float:
-    """Read, write, read again, compare: see :func:`alignclip.weights.export.export_model`."""
+    """Check the options, then read, write, read again and compare.
+
+    Returns:
+        the largest difference of a feature, see :func:`alignclip.weights.export.export_model`.
+    """
+    check_options(options)
+    console.loading("PyTorch")
     from alignclip.weights import export
 
     return export.export_model(options)
@@ -122,8 +148,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.prepare()
     options = parse(arguments)
     with one_line_errors():
-        check_options(options)
-        console.loading("PyTorch")
         worst = convert(options)
     print(f"{options.out}: read again, the features differ by at most {worst:.1e}")
     usage = format_named(options.to).usage_at(options.out.rstrip("/"))

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from alignclip.errors import UserError, one_line
 
-Measured = dict[str, float | None]  # metric → value; None is none that is finite
+# checkpoint → evaluator → metric → value; None is none that is finite
+Results = dict[str, dict[str, dict[str, float | None]]]
 
 
 @dataclass(frozen=True)
@@ -19,18 +20,18 @@ class Figures:
 
     Attributes:
         file: where this was read.
-        results: checkpoint → evaluator → metrics.
+        results: of all checkpoints.
         weights: checkpoint → digest of its weights; empty in files of versions that kept none.
         places: checkpoint → where it lay.
     """
 
     file: str
-    results: dict[str, dict[str, Measured]]
+    results: Results
     weights: dict[str, str]
     places: dict[str, str]
 
-    def of(self, digest: str, source: str) -> tuple[Figures, str | None]:
-        """Return the figures of these weights, and a sentence where nobody can tell.
+    def of(self, digest: str, source: str) -> tuple[Results, str | None]:
+        """Return the results of these weights, and a sentence where nobody can tell.
 
         Args:
             digest: :func:`alignclip.weights.finite.weights_digest` of the exported model.
@@ -40,7 +41,7 @@ class Figures:
             UserError: the figures are of other weights.
         """
         if not self.weights:
-            return self, (
+            return self.results, (
                 f"{self.file} is of an earlier version, which kept no digest of the weights: "
                 "nobody can tell whether its figures are this model's"
             )
@@ -58,23 +59,23 @@ class Figures:
         chosen = {name: self.results[name] for name in same if self.results.get(name)}
         if not chosen:
             raise UserError(f"--metrics {self.file} holds no figures of {source} yet; {again}")
-        name = next(iter(chosen))
-        return Figures(self.file, {name: chosen[name]}, {name: digest}, self.places), None
+        return dict(list(chosen.items())[:1]), None
 
-    def table(self) -> str:
-        """Write a row a metric and a column a checkpoint, in Markdown: recall@5, then recall@10."""
-        lines = [f"| | {' | '.join(self.results)} |", "|---" * (len(self.results) + 1) + "|"]
-        rows = {
-            (evaluator, metric)
-            for found in self.results.values()
-            for evaluator, metrics in found.items()
-            for metric in metrics
-        }
-        for evaluator, metric in sorted(rows, key=lambda row: (row[0], _natural(row[1]))):
-            values = [found.get(evaluator, {}).get(metric) for found in self.results.values()]
-            cells = " | ".join("" if value is None else f"{value:.4f}" for value in values)
-            lines.append(f"| {evaluator}: {metric} | {cells} |")
-        return "\n".join(lines)
+
+def results_table(results: Results) -> str:
+    """Write a row a metric and a column a checkpoint, in Markdown: recall@5, then recall@10."""
+    lines = [f"| | {' | '.join(results)} |", "|---" * (len(results) + 1) + "|"]
+    rows = {
+        (evaluator, metric)
+        for found in results.values()
+        for evaluator, metrics in found.items()
+        for metric in metrics
+    }
+    for evaluator, metric in sorted(rows, key=lambda row: (row[0], _natural(row[1]))):
+        values = [found.get(evaluator, {}).get(metric) for found in results.values()]
+        cells = " | ".join("" if value is None else f"{value:.4f}" for value in values)
+        lines.append(f"| {evaluator}: {metric} | {cells} |")
+    return "\n".join(lines)
 
 
 def read_figures(file: str) -> Figures:

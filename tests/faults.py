@@ -59,7 +59,7 @@ class Interruption:
             return False
         if event != "open" and event not in CHANGES:
             return False
-        path = arguments[0]
+        path = arguments[event == "os.symlink"]  # whose first argument is what the link names
         return isinstance(path, (str, bytes, os.PathLike)) and self.below in os.fsdecode(path)
 
 

@@ -241,9 +241,10 @@ def test_an_evaluator_on_training_data_is_known(
 
 
 def test_an_evaluator_on_training_data_is_told_at_the_start(dataset: Path, tmp_path: Path) -> None:
-    config = configuration(dataset, tmp_path, "run_name=told")
+    config = configuration(dataset, tmp_path, "run_name=told", "global_train_batch_size=64")
     trainer = build_trainer(config, get_device("cpu"), None)
     quiet = describe(config, trainer, None)
+    assert "64 samples, 1 batch of 64 an epoch, 40ba in all" in quiet
     config.evaluators = {"c": EvaluatorConfig(task="gap", local=str(dataset))}
     told = describe(config, trainer, None)
     trainer.close()

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from alignclip.config.differences import differences
 from alignclip.conversion.records import CARD_FILE
 from alignclip.conversion.wording import first_few
 from alignclip.data.image_files import EVALUATION_FORMATS, is_whole
@@ -205,14 +206,13 @@ def _complete(store: OutputFolder, identity: dict[str, Any]) -> dict[str, Any] |
     there: dict[str, Any] = store.read_json([CARD_FILE])[0] if CARD_FILE in listing else {}
     if not there.keys() >= identity.keys():
         raise UserError(f"{store.out} already holds another kind of data set; choose another --out")
-    for key, value in identity.items():
-        if there[key] != value:
-            other = "all" if there[key] is None else there[key]
-            shown = "" if key in ("dataset", "split") else f", {key} {other}"
-            raise UserError(
-                f"{store.out} already holds {there['dataset']} ({there['split']}{shown}): choose "
-                "another --out, or delete it first"
-            )
+    for key, (other, _) in differences(there, identity).items():
+        shown = f", {key} {'all' if other is None else other}"
+        shown = "" if key in ("dataset", "split") else shown
+        raise UserError(
+            f"{store.out} already holds {there['dataset']} ({there['split']}{shown}): choose "
+            "another --out, or delete it first"
+        )
     return there
 
 

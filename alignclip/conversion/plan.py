@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from alignclip.config.differences import differences
 from alignclip.conversion.options import ConvertOptions
 from alignclip.conversion.records import InputRecord, Plan
 from alignclip.conversion.wording import first_few, listing
@@ -79,12 +80,13 @@ def begin(
         return {}
     before, complete = _read_plan(store, there)
     written = any(record.samples for record in complete.values())
-    different = _different_settings(before, plan)
+    different = differences(before.settings, plan.settings, same=_same)
     if different and not written:
         _write_plan(store, plan)
         return {}
     if different:
-        was, is_now = (_as_flag(different, one.settings.get(different)) for one in (before, plan))
+        first = min(different, key=lambda key: key == "quality")  # of images, after their size
+        was, is_now = (_as_flag(first, value) for value in different[first])
         raise UserError(
             f"{store.out} was begun with {was}, this run has {is_now}: finish it with the same "
             f"options, choose another --out or delete {store.out} to start again"
@@ -92,8 +94,7 @@ def begin(
     if written and before.columns not in (None, columns):
         raise UserError(
             f"{store.out} was begun with the columns {before.columns}, this run would write "
-            f"{columns}; "
-            "choose another --out"
+            f"{columns}; choose another --out"
         )
     _check_inputs(store, complete, before.inputs, names)
     if names.items() - before.inputs.items():
@@ -169,23 +170,13 @@ def _write_plan(store: OutputFolder, plan: Plan) -> None:
         (folder / PLAN).write_text(plan.text())
 
 
-def _different_settings(before: Plan, plan: Plan) -> str | None:
-    """Return the first setting that differs; the quality of images comes after their size."""
-    different = [
-        key
-        for key, value in plan.settings.items()
-        if _comparable(key, before.settings.get(key)) != _comparable(key, value)
-    ]
-    return min(different, key=lambda key: key == "quality", default=None)
-
-
-def _comparable(key: str, value: Any) -> Any:
-    """Return what equal values have in common: 32mb are 33554432 bytes."""
-    if key == "size_limit" and isinstance(value, str):
+def _same(key: str, before: Any, now: Any) -> bool:
+    """Say whether two values of an option are the same: 32mb are 33554432 bytes."""
+    if key == "size_limit" and before is not None:
         from alignclip.conversion.mds_writer import bytes_of
 
-        return bytes_of(value)
-    return value
+        return bytes_of(before) == bytes_of(now)
+    return bool(before == now)
 
 
 def _as_flag(key: str, value: Any) -> str:

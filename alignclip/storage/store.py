@@ -6,8 +6,8 @@ import os
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from alignclip.errors import UserError
@@ -95,6 +95,11 @@ class Store(ABC):
             # some stores list folders; what is being written has no name yet
             return {name for name in self._names() if name and not name.endswith("/")}
 
+    def first_level(self) -> set[str]:
+        """List the names of the files right below the place; of a local folder's folders, too."""
+        with self._told("list"):
+            return {name for name in self._first_level() if "/" not in name}
+
     def size(self, name: str) -> int | None:
         """Give the bytes of a file that is there; None where this kind of store doesn't tell."""
         with self._told("read", name):
@@ -142,6 +147,9 @@ class Store(ABC):
     @abstractmethod
     def _names(self) -> Iterator[str]: ...
 
+    def _first_level(self) -> Iterable[str]:
+        return self.names()
+
     @abstractmethod
     def _size(self, name: str) -> int | None: ...
 
@@ -178,6 +186,12 @@ class Folder(Store):
         for parent, _, names in os.walk(self.path):
             for name in names:
                 yield Path(parent, name).relative_to(self.path).as_posix()
+
+    def _first_level(self) -> Iterable[str]:
+        """See :class:`Store`; what lies deeper, data sets and logs, is not looked at."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return [path.name for path in self.path.iterdir()]
+        return []
 
     def _size(self, name: str) -> int | None:
         return (self.path / name).stat().st_size

@@ -49,7 +49,8 @@ def run(config: RunConfig) -> int:
     total = total_batches(config, trainer.state.train_dataloader)
     if batch >= total:
         composer_patches.close(trainer)
-        print_once(f"run '{config.run_name}' is finished: {batch} of {total} batches are trained")
+        trained = f"{batch} of {total} {batches(total)} are trained"
+        print_once(f"run '{config.run_name}' is finished: {trained}")
         return 0
     if folder is not None:
         run_on_rank_zero(lambda: record_start(folder, trainer))
@@ -67,8 +68,13 @@ def run(config: RunConfig) -> int:
             f"stopped by a signal after batch {batch}{where}; the same command goes on from there"
         )
         return STOPPED
-    print_once(f"run '{trainer.state.run_name}' is done: {batch} batches{where}")
+    print_once(f"run '{trainer.state.run_name}' is done: {batch} {batches(batch)}{where}")
     return 0
+
+
+def batches(number: int) -> str:
+    """Return the noun for so many batches."""
+    return "batch" if number == 1 else "batches"
 
 
 def describe(config: RunConfig, trainer: Trainer, folder: SaveFolder | None) -> str:
@@ -81,8 +87,8 @@ def describe(config: RunConfig, trainer: Trainer, folder: SaveFolder | None) -> 
     assert isinstance(dataset, ImageTextDataset)
     start = f"goes on after batch {batch}, from the latest checkpoint" if batch else "starts"
     processes = f"{world_size()} × {state.device.name}"
-    batches = f"{len(state.train_dataloader):,} batches"  # type: ignore[arg-type]
-    batches += f" of {config.global_train_batch_size:,} an epoch"
+    number = len(state.train_dataloader)  # type: ignore[arg-type]
+    an_epoch = f"{number:,} {batches(number)} of {config.global_train_batch_size:,} an epoch"
     checkpoints = (
         f"{folder.uri}, every {config.save_interval}" if folder else "none (save_folder is not set)"
     )
@@ -93,7 +99,7 @@ def describe(config: RunConfig, trainer: Trainer, folder: SaveFolder | None) -> 
     )
     return (
         f"run '{state.run_name}' {start}: {size}, {processes}, {config.precision}\n"
-        f"  data: {dataset.size:,} samples, {batches}, {config.max_duration} in all\n"
+        f"  data: {dataset.size:,} samples, {an_epoch}, {config.max_duration} in all\n"
         f"  checkpoints: {checkpoints}{warnings}"
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from alignclip.config.differences import differences
 from alignclip.config.reading import to_yaml
 from alignclip.config.schema import CLASSES, RunConfig, StartConfig
 from alignclip.config.yaml_text import natural, parse
@@ -41,16 +42,15 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     A text is the same with and without quotation marks: earlier versions took some texts for
     numbers. Null is the same as no such key, except of a class, which null leaves in.
     """
-    pairs = {key: (old.get(key, UNSET), new.get(key, UNSET)) for key in sorted(old | new)}
-    return [
-        f"{key}: {a} → {b}"
-        for key, (a, b) in pairs.items()
-        if a != b and str(a) != str(b) and not _is_unset(key, a, b)
-    ]
 
+    def same(key: str, a: Any, b: Any) -> bool:
+        is_class = key.split(".")[0] in CLASSES
+        neither_is_set = all(value in (None, UNSET) for value in (a, b))
+        return str(a) == str(b) or a == b or (neither_is_set and not is_class)
 
-def _is_unset(key: str, *values: Any) -> bool:
-    return key.split(".")[0] not in CLASSES and all(one is None or one == UNSET for one in values)
+    every = dict.fromkeys(sorted(old | new), UNSET) | new
+    found = differences(old, every, UNSET, same)
+    return [f"{key}: {before} → {now}" for key, (before, now) in found.items()]
 
 
 def with_defaults(values: dict[str, Any]) -> dict[str, Any]:

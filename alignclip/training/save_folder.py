@@ -22,7 +22,6 @@ from alignclip.errors import UserError
 from alignclip.runtime.environment import Start
 from alignclip.storage import (
     StorageError,
-    describe_storage_error,
     is_absent,
     is_denied,
     open_store,
@@ -192,23 +191,13 @@ class SaveFolder:
             StorageError: the folder can't be listed.
         """
         try:
-            names = self.files.names() if self.remote else self._local_names()
+            names = self.files.first_level()
         except StorageError as error:
             if not is_denied(error):
                 raise
             return {}
         found = {name: self.batch_of(name) for name in names}
         return {name: batch for name, batch in found.items() if batch is not None}
-
-    def _local_names(self) -> set[str]:
-        """List the files and folders on the first level of a local folder, which need not exist."""
-        try:
-            return {path.name for path in Path(self.uri).iterdir()}
-        except (FileNotFoundError, NotADirectoryError):
-            return set()
-        except OSError as error:
-            why = describe_storage_error(error, "list")
-            raise StorageError("list", self.uri, why) from error
 
     def batch_of(self, name: str) -> int | None:
         """Read the batch in a name such as ``ep1-ba200-rank0.pt``; None for other names."""

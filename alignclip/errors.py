@@ -81,8 +81,10 @@ def check_place(what: str, place: str) -> None:
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(interrupted: str = "") -> Iterator[None]:
     """Print a :class:`UserError` as one line, and exit with its status.
+
+    ``interrupted``: what Ctrl-C prints, where the command ends without a stack trace then.
 
     Other exceptions keep their stack trace. Of several processes on a machine the first one speaks
     first: they all read the same input.
@@ -97,3 +99,8 @@ def one_line_errors() -> Iterator[None]:
                 raise SystemExit(error.status) from None
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(error.status) from None
+    except KeyboardInterrupt:
+        if not interrupted:
+            raise
+        print(interrupted, file=sys.stderr)
+        raise SystemExit(130) from None

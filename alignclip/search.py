@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from PIL import Image
 
+from alignclip.config.command_line import read_options
+from alignclip.config.setting import check_settings, setting
 from alignclip.data.image_files import SEARCH_FORMATS
 from alignclip.errors import UserError, one_line, one_line_errors
 from alignclip.near import did_you_mean
-from alignclip.paths import option, path_option
 from alignclip.runtime import console
-from alignclip.runtime.arguments import Parser
 from alignclip.runtime.threads import set_thread_defaults
 from alignclip.verification import contact_sheet
 from alignclip.weights import early
@@ -54,14 +54,30 @@ class SearchOptions:
     Without a model, that of the newest run here (:func:`newest_run`).
     """
 
-    folder: Path
-    text: str
-    model: str | None = None
-    top: int = 12
-    to: str | None = SHEET
-    device: str | None = None
-    batch_size: int = 64
-    num_workers: int = 4
+    folder: Path = setting(flags=("folder",), help="images; those in its sub-folders, too")
+    text: str = setting(flags=("text",), help='what to look for, e.g. "a red bicycle"')
+    model: str | None = setting(
+        None,
+        place=True,
+        metavar="PATH",
+        help="anything that alignclip.load takes: a run's folder, a checkpoint, an open_clip "
+        f"export; a path or a URL (default: the newest run in {' or '.join(RUNS)})",
+    )
+    top: int = setting(12, at_least=1, metavar="N", help="how many (default %(default)s)")
+    to: str | None = setting(
+        SHEET,
+        off=("--no-sheet", "draw none"),
+        place=True,
+        metavar="SHEET.png",
+        help="the picture that they are drawn on (default %(default)s)",
+    )
+    device: str | None = setting(
+        None, help="cpu, cuda, cuda:1, mps, … (default: cuda where there is one)"
+    )
+    batch_size: int = setting(64, at_least=1, metavar="N", help="default %(default)s")
+    num_workers: int = setting(
+        4, at_least=0, metavar="N", help="processes that decode (default %(default)s)"
+    )
 
 
 @dataclass(frozen=True)
@@ -118,51 +134,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> SearchOptions:
-    parser = Parser(
+    return read_options(
+        SearchOptions,
+        arguments,
         "python -m alignclip.search",
         "Rank the images of a folder by their similarity to a text.",
         EXAMPLES,
     )
-    default = SearchOptions(Path(), "")
-    parser.add_argument("folder", type=path_option, help="images; those in its sub-folders, too")
-    parser.add_argument("text", help='what to look for, e.g. "a red bicycle"')
-    parser.add_argument(
-        "--model",
-        type=option,
-        metavar="PATH",
-        help="anything that alignclip.load takes: a run's folder, a checkpoint, an open_clip export; a path or a URL "
-        f"(default: the newest run in {' or '.join(RUNS)})",
-    )
-    parser.add_argument(
-        "--top", type=int, default=default.top, metavar="N", help="how many (default %(default)s)"
-    )
-    sheet = parser.add_mutually_exclusive_group()
-    sheet.add_argument(
-        "--to",
-        type=option,
-        metavar="SHEET.png",
-        default=default.to,
-        help="the picture that they are drawn on (default %(default)s)",
-    )
-    sheet.add_argument("--no-sheet", dest="to", action="store_const", const=None, help="draw none")
-    parser.add_argument(
-        "--device", help="cpu, cuda, cuda:1, mps, … (default: cuda where there is one)"
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=default.batch_size,
-        metavar="N",
-        help="default %(default)s",
-    )
-    parser.add_argument(
-        "--num-workers",
-        type=int,
-        default=default.num_workers,
-        metavar="N",
-        help="processes that decode (default %(default)s)",
-    )
-    return SearchOptions(**vars(parser.parse_args(arguments)))
 
 
 def search(options: SearchOptions) -> tuple[list[Match], int]:
@@ -212,9 +190,7 @@ def search(options: SearchOptions) -> tuple[list[Match], int]:
 
 def _check(options: SearchOptions) -> None:
     """Refuse what can be seen to be wrong before anything is read."""
-    for name, least in (("top", 1), ("batch_size", 1), ("num_workers", 0)):
-        if (value := getattr(options, name)) < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    check_settings(options)
     if not options.text.strip():
         raise UserError("the text is empty; write what to look for")
     if options.to:

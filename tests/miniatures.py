@@ -33,7 +33,8 @@ def write(path: Path, data: bytes | str) -> Path:
 
 
 def quick(dataset: str, root: Path, out: Path | str, **changes: Any) -> str:
-    return convert(ClassificationOptions(dataset, str(root), str(out), progress=False, **changes))
+    places = {"root": str(root), "out": str(out)}
+    return convert(ClassificationOptions(dataset=dataset, **places, progress=False, **changes))
 
 
 def read_back(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:

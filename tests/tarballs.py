@@ -72,7 +72,7 @@ def items_of(path: Path, caption_key: str | None = None, **reading: Any) -> list
 def quick(
     tar_patterns: list[Any], out: str | Path, caption_key: str | None = None, **changes: Any
 ) -> Counts:
-    options: dict[str, Any] = {"semantic": False, "progress": False, **changes}
+    options: dict[str, Any] = {"semantic": False, "progress": False, "processes": 1, **changes}
     options["reading"] = replace(options.get("reading", DEFAULT_READING), caption_key=caption_key)
     return convert(ConvertOptions([str(pattern) for pattern in tar_patterns], str(out), **options))
 

@@ -25,9 +25,8 @@ def texts(number: int, captions: int = 5) -> list[str]:
 
 
 def quick(dataset: str, images: Path, annotations: Path, out: Path | str, **changes: Any) -> str:
-    return convert(
-        Options(dataset, str(images), str(annotations), str(out), progress=False, **changes)
-    )
+    places = {"images": str(images), "annotations": str(annotations), "out": str(out)}
+    return convert(Options(dataset=dataset, **places, progress=False, **changes))
 
 
 def read_back(folder: Path) -> tuple[dict[str, tuple[bytes, list[str]]], dict[str, Any]]:

@@ -180,7 +180,7 @@ def test_several_captions_an_image(tmp_path: Path, lengths: None) -> None:
         assert row["semantic"].dtype == np.float16
         assert row["semantic"].shape == (len(row["caption"]), Lengths.dimension)
         assert row["semantic"][:, 0].tolist() == [len(caption) for caption in row["caption"]]
-    assert verify(VerifyOptions(str(out), decode=1, progress=False))[1]
+    assert verify(VerifyOptions(str(out), decode=1, processes=1, progress=False))[1]
     assert json.loads((out / "dataset.json").read_text())["dimension"] == Lengths.dimension
     check_streams(DataConfig(streams={"x": StreamConfig(local=str(out))}), semantic=True)
 

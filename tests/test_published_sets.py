@@ -269,9 +269,8 @@ def karpathy(folder: Path, splits: dict[str, int], dataset: str = "coco") -> Pat
 def convert_captions(
     dataset: str, images: Path, annotations: Path, out: Path, **changes: object
 ) -> str:
-    given = retrieval.RetrievalOptions(
-        dataset, str(images), str(annotations), str(out), progress=False
-    )
+    places = {"images": str(images), "annotations": str(annotations), "out": str(out)}
+    given = retrieval.RetrievalOptions(dataset=dataset, **places, progress=False)
     return retrieval.convert(dataclasses.replace(given, **changes))  # type: ignore[arg-type]
 
 

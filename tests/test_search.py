@@ -224,7 +224,7 @@ def test_bad_input_is_one_line(
     for changes, words in (
         ((TEXT, "--top", "0"), "--top must be at least 1, not 0"),
         ((TEXT, "--batch-size", "0"), "--batch-size must be at least 1, not 0"),
-        ((TEXT, "--num-workers", "-1"), "--num-workers must be at least 0, not -1"),
+        ((TEXT, "--num-workers", "-1"), "--num-workers must not be negative, but is -1"),
         ((TEXT, "--to", "sheet.jpg"), "--to sheet.jpg must be a local .png file"),
         (
             (TEXT, "--to", "s.png", "--top", "5000"),

@@ -516,7 +516,7 @@ def test_what_is_there_instead(tmp_path: Path, verify: Verify) -> None:
     ("arguments", "message"),
     [
         (["s3:/bucket/x"], "set=s3:/bucket/x has one slash; did you mean 's3://bucket/x'?"),
-        (["x", "--decode", "2"], "--decode is a fraction between 0 and 1, not 2.0"),
+        (["x", "--decode", "2"], "--decode must lie in [0, 1], not 2.0"),
         (["x", "--sample", "0"], "--sample must be at least 1, not 0"),
         (["x", "--sample", "4", "--to", "a.jpg"], "--to a.jpg must be a local .png file"),
         (

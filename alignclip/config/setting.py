@@ -1,4 +1,7 @@
-"""What a dataclass's field says of a setting besides its type: its range, choices, unit of time, meaning."""
+"""Rules of settings, which a dataclass's field has besides its type.
+
+A rule says a setting's range, its choices, its unit of time, and its flag on a command line.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +37,12 @@ class Rule:
         name: the setting is a name that a person chooses.
         raw: the setting is kept as it was typed, for its texts are converted later.
         plugged: the field holds the settings of what is plugged in (:mod:`alignclip.config.plugged`).
+        help: what ``--help`` says of a command's option; a setting without it is no such option.
+        flags: how the option is spelt, the first as messages name it; a name without dashes has a
+            place among the arguments instead. Default: the field's name.
+        metavar: the option's value in ``--help``.
+        group: the title of the option and of those that follow in ``--help``.
+        off: the flag by which the option is None, and what ``--help`` says of it.
     """
 
     at_least: float | None = None
@@ -48,6 +57,11 @@ class Rule:
     name: bool = False
     raw: bool = False
     plugged: bool = False
+    help: str | None = None
+    flags: Sequence[str] = ()
+    metavar: str | None = None
+    group: str | None = None
+    off: tuple[str, str] | None = None
 
 
 def setting(
@@ -76,6 +90,11 @@ def rule_of(one: dataclasses.Field[Any]) -> Rule:
 _ANYTHING = Rule()
 
 
+def flags_of(one: dataclasses.Field[Any]) -> Sequence[str]:
+    """Return how a command's option is spelt."""
+    return rule_of(one).flags or [f"--{one.name.replace('_', '-')}"]
+
+
 def check_settings(section: Any, prefix: str = "", unused: Collection[str] = ()) -> None:
     """Check every setting of a dataclass, and of the dataclasses and names below it, by its rule.
 
@@ -91,9 +110,9 @@ def check_settings(section: Any, prefix: str = "", unused: Collection[str] = ())
         if rule.time and value is not None:
             _check_time(key, value, rule)
             continue
-        if rule.place:
-            check_place(key, value or "")
-        for one in value if isinstance(value, list) else [value]:
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if rule.place and one is not None:
+                check_place(key, str(one))
             if isinstance(one, float) and not math.isfinite(one):
                 raise UserError(f"{key} must be a finite number, not {one}")
             if isinstance(one, int | float) and not _is_in_range(one, rule):
@@ -106,7 +125,8 @@ def check_settings(section: Any, prefix: str = "", unused: Collection[str] = ())
 def walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Rule]]:
     """Yield the key, value and rule of every setting of a dataclass, at any depth."""
     for one in dataclasses.fields(section):
-        value, key, rule = getattr(section, one.name), f"{prefix}{one.name}", rule_of(one)
+        value, rule = getattr(section, one.name), rule_of(one)
+        key = flags_of(one)[0] if rule.help else f"{prefix}{one.name}"
         below = f"{prefix}" if rule.plugged else f"{key}."
         if dataclasses.is_dataclass(value):
             yield from walk(value, below)

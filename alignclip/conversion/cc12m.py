@@ -9,27 +9,17 @@ sentence encoder's embedding of the caption, float16).
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any
 
-from alignclip.conversion.captions import DEFAULT_ENCODER
+from alignclip.config.command_line import read_options
 from alignclip.conversion.dataset import convert
-from alignclip.conversion.formats import in_words
-from alignclip.conversion.images import CHECKS, ImageOptions
 from alignclip.conversion.next_step import next_step
 from alignclip.conversion.options import ConvertOptions
 from alignclip.conversion.records import Counts
 from alignclip.conversion.report import REPORT, ways_out
-from alignclip.conversion.samples import Reading
 from alignclip.conversion.wording import are_them, first_few, inputs_in_words
 from alignclip.errors import one_line_errors
-from alignclip.paths import option
 from alignclip.runtime import console
-from alignclip.runtime.arguments import Parser
 from alignclip.storage.staging import VAL, OutputFolder
 
 EXAMPLES = """examples:
@@ -56,157 +46,15 @@ and fetched again.
 """
 
 
-def _flag(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Return what :meth:`argparse.ArgumentParser.add_argument` takes."""
-    return names, settings
-
-
-# group -> its flags
-FLAGS = {
-    "input": [
-        _flag(
-            "--inputs",
-            "--tars",
-            type=option,
-            nargs="+",
-            required=True,
-            metavar="PATH",
-            help=f"{in_words()}, folders of them; paths or URLs; {{0..9}}, {{a,b}}, * and ? expand",
-        ),
-        _flag(
-            "--caption-key",
-            metavar="KEY",
-            help="of the json members, or the table's column (default: txt, or caption)",
-        ),
-        _flag(
-            "--encoding",
-            metavar="NAME",
-            help="of tables' text, as cp1252 (default: UTF-8, or by its mark)",
-        ),
-        _flag(
-            "--image-key",
-            metavar="KEY",
-            help="the images' ending in tars, as input.jpg, or the table's column of images",
-        ),
-        _flag(
-            "--last-dot",
-            action="store_true",
-            help="names in tars are cut at the last dot (default: the first)",
-        ),
-        _flag(
-            "--unsorted", action="store_true", help="join image and caption that lie apart in a tar"
-        ),
-    ],
-    "output": [
-        _flag(
-            "--out",
-            type=option,
-            required=True,
-            metavar="FOLDER",
-            help="local folder, or s3://, gs://, oci://, azure:// …",
-        ),
-        _flag(
-            "--held-out",
-            type=float,
-            default=0.0,
-            metavar="SHARE",
-            help=f"of the samples, by a hash of the key: split {VAL}",
-        ),
-        _flag(
-            "--size-limit", default="32mb", metavar="SIZE", help="of a shard (default: %(default)s)"
-        ),
-        _flag(
-            "--compression",
-            metavar="ALGO",
-            help="Streaming's, as zstd:7; JPEGs hardly shrink (default: none)",
-        ),
-        _flag(
-            "--hashes",
-            nargs="*",
-            default=["xxh64"],
-            metavar="ALGO",
-            help="of the shards (default: xxh64, which is checked)",
-        ),
-    ],
-    "caption embeddings": [
-        _flag(
-            "--encoder",
-            type=option,
-            default=DEFAULT_ENCODER,
-            metavar="NAME",
-            help="hub name or local folder (default: %(default)s); all-MiniLM-L6-v2 needs no hub",
-        ),
-        _flag("--no-semantic", dest="semantic", action="store_false", help="write none"),
-    ],
-    "images": [
-        _flag(
-            "--check",
-            default="decode",
-            metavar="HOW",
-            help=f"{', '.join(CHECKS)}: leave out bad ones (default: %(default)s)",
-        ),
-        _flag(
-            "--min-side",
-            type=int,
-            default=16,
-            metavar="PIXELS",
-            help="smaller are bad (default: %(default)s)",
-        ),
-        _flag(
-            "--resize",
-            type=int,
-            metavar="PIXELS",
-            help="shorter side of larger ones (default: untouched)",
-        ),
-        _flag(
-            "--quality",
-            type=int,
-            default=90,
-            metavar="N",
-            help="of resized JPEGs (default: %(default)s)",
-        ),
-        _flag(
-            "--max-bad",
-            type=float,
-            default=0.5,
-            metavar="SHARE",
-            help="bad samples at which to fail (default: %(default)s)",
-        ),
-    ],
-    "workers": [
-        _flag(
-            "--processes",
-            type=int,
-            default=os.cpu_count(),
-            metavar="N",
-            help="default: %(default)s",
-        ),
-        _flag(
-            "--scheduler",
-            metavar="ADDRESS",
-            help="a Dask cluster's, instead of processes: tcp://host:8786",
-        ),
-        # the quickstart's own
-        _flag("--no-next", dest="next_step", action="store_false", help=argparse.SUPPRESS),
-    ],
-}
-
-
 def parse(arguments: Sequence[str] | None = None) -> ConvertOptions:
     """Read the command line."""
-    parser = Parser(
+    return read_options(
+        ConvertOptions,
+        arguments,
         "convert/cc12m.py",
         "Convert image-caption pairs to MDS shards with caption embeddings.",
         EXAMPLES,
     )
-    for title, flags in FLAGS.items():
-        group = parser.add_argument_group(title)
-        for names, settings in flags:
-            group.add_argument(*names, **settings)
-    values = vars(parser.parse_args(arguments))
-    for name, kind in (("images", ImageOptions), ("reading", Reading)):
-        values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
-    return ConvertOptions(**values)
 
 
 def summary(counts: Counts, options: ConvertOptions) -> str:
@@ -252,10 +100,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Convert and print a summary; exit status 2 with one line for what the user can mend."""
     console.prepare()
     options = parse(arguments)
-    try:
-        with one_line_errors():
-            counts = convert(options)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
+    with one_line_errors(interrupted="interrupted; the same command goes on from here"):
+        counts = convert(options)
     print(summary(counts, options))

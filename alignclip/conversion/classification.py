@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from alignclip.config.command_line import read_options
+from alignclip.config.setting import check_settings, setting
 from alignclip.conversion.class_names import (
     benchmark_folder,
     choose_classnames,
@@ -22,22 +24,18 @@ from alignclip.conversion.classification_sets import CLASSIFICATION_SETS
 from alignclip.conversion.evaluation_sets import (
     README,
     SetToWrite,
-    add_limit_option,
-    add_out_option,
-    check_output,
     convert_set,
     fingerprint,
+    image_limit,
     local_path,
     missing_files,
-    run_converter,
     spread,
 )
+from alignclip.conversion.options import output_folder
 from alignclip.conversion.published import size_difference
 from alignclip.data.mds_index import CLASSES
-from alignclip.errors import UserError, nearest
-from alignclip.paths import option
+from alignclip.errors import UserError, nearest, one_line_errors
 from alignclip.runtime import console
-from alignclip.runtime.arguments import Parser
 
 EXAMPLES = """examples:
   # CIFAR-10's test images from data/cifar-10-batches-py
@@ -57,7 +55,7 @@ convert/README.md says where to download each set and which folders are expected
 """
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ClassificationOptions:
     """The settings of a conversion.
 
@@ -66,13 +64,28 @@ class ClassificationOptions:
     images, spread over the set.
     """
 
-    dataset: str
-    root: str | None
-    out: str
-    split: str = "test"
-    limit: int | None = None
-    classnames: str | None = None
-    templates: str | None = None
+    dataset: str = setting(
+        flags=("dataset",), metavar="DATASET", help=", ".join(CLASSIFICATION_SETS)
+    )
+    root: str | None = setting(None, place=True, metavar="FOLDER", help="where the set's files lie")
+    out: str = output_folder()
+    split: str = setting(
+        "test",
+        help="train, trainval, val, test, as far as the set has them (default: %(default)s)",
+    )
+    limit: int | None = image_limit()
+    classnames: str | None = setting(
+        None,
+        place=True,
+        metavar="FILE",
+        help="JSON list of names, or object from classes to names (default: the set's)",
+    )
+    templates: str | None = setting(
+        None,
+        place=True,
+        metavar="FILE",
+        help='JSON list of prompts such as "a photo of a {c}." (default: the set\'s)',
+    )
     progress: bool = True
 
 
@@ -84,7 +97,7 @@ def convert(options: ClassificationOptions) -> str:
             few or too many, the output holds another set or cannot be written, clip_benchmark is
             needed and not installed.
     """
-    check_output(options.out, options.limit)
+    check_settings(options)
     name, split = _name_and_split(options)
     root = str(Path(options.root or "").expanduser().resolve())
     identity = {
@@ -150,38 +163,18 @@ def _read_set(options: ClassificationOptions, name: str, split: str, root: str) 
 
 def parse(arguments: Sequence[str] | None = None) -> ClassificationOptions:
     """Read the command line."""
-    parser = Parser(
+    return read_options(
+        ClassificationOptions,
+        arguments,
         "convert/classification.py",
         "Convert an image classification set to MDS shards for evaluation.",
         EXAMPLES,
     )
-    add = parser.add_argument
-    add("dataset", metavar="DATASET", help=", ".join(CLASSIFICATION_SETS))
-    add("--root", type=option, metavar="FOLDER", help="where the set's files lie")
-    add_out_option(parser)
-    add(
-        "--split",
-        default="test",
-        help="train, trainval, val, test, as far as the set has them (default: %(default)s)",
-    )
-    add_limit_option(parser)
-    add(
-        "--classnames",
-        type=option,
-        metavar="FILE",
-        help="JSON list of names, or object from classes to names (default: the set's)",
-    )
-    add(
-        "--templates",
-        type=option,
-        metavar="FILE",
-        help='JSON list of prompts such as "a photo of a {c}." (default: the set\'s)',
-    )
-    return ClassificationOptions(**vars(parser.parse_args(arguments)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Convert and print a summary."""
     console.prepare()
     options = parse(arguments)
-    run_converter(lambda: convert(options))
+    with one_line_errors(interrupted="interrupted; nothing was written"):
+        print(convert(options))

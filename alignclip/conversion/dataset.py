@@ -38,10 +38,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from alignclip.config.setting import check_settings
 from alignclip.conversion import inputs
 from alignclip.conversion.captions import find_encoder, load_encoder
 from alignclip.conversion.formats.declaration import CAPTION_LISTS, PAIR_COLUMNS
-from alignclip.conversion.options import ConvertOptions, check_numbers
+from alignclip.conversion.options import ConvertOptions
 from alignclip.conversion.plan import PLAN, begin, check_free, holds_samples, planned_inputs
 from alignclip.conversion.records import (
     CARD_FILE,
@@ -61,7 +62,7 @@ from alignclip.conversion.report import (
 from alignclip.conversion.shards import is_current
 from alignclip.conversion.wording import are_them, counted, first_few, inputs_in_words
 from alignclip.conversion.workers import convert_all
-from alignclip.errors import UserError, check_place
+from alignclip.errors import UserError
 from alignclip.storage import leaving_nothing
 from alignclip.storage.copies import remove_stale_copies
 from alignclip.storage.staging import INDEX, VAL, OutputFolder, shown
@@ -88,10 +89,7 @@ def convert(options: ConvertOptions, executor: Executor | None = None) -> Counts
             options or from other files of the same names; no sample was written, or more than
             ``max_bad`` of them are bad.
     """
-    for what, places in (("--out", [options.out]), ("--inputs", options.inputs)):
-        for place in places:
-            check_place(what, place)
-    check_numbers(options)
+    check_settings(options)
     names = inputs.unique_names(
         inputs.expand(options.inputs, options.reading), [VAL] if options.held_out else []
     )

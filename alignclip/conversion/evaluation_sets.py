@@ -20,13 +20,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from alignclip.config.differences import differences
+from alignclip.config.setting import setting
 from alignclip.conversion.records import CARD_FILE
 from alignclip.conversion.wording import first_few
 from alignclip.data.image_files import EVALUATION_FORMATS, is_whole
-from alignclip.errors import UserError, check_place, one_line_errors
+from alignclip.errors import UserError, check_place
 from alignclip.near import did_you_mean
-from alignclip.paths import option
-from alignclip.runtime.arguments import Parser
 from alignclip.storage.staging import INDEX, OutputFolder
 
 README = "convert/README.md says what to download"
@@ -36,6 +35,12 @@ IN_MEMORY = 256  # images read at a time
 NAMED_UNREADABLE = 5  # unreadable images named in the summary
 
 T = TypeVar("T")
+
+
+def image_limit() -> Any:
+    """Make a field of the converters' options: ``--limit``, the number of images to write."""
+    text = "only N images, spread evenly over the set (default: all)"
+    return setting(None, at_least=1, metavar="N", help=text)
 
 
 @dataclass(frozen=True)
@@ -97,17 +102,6 @@ def convert_set(
         name = f"{identity['dataset']} ({identity['split']})"
         return f"{store.out} holds {name} already, {there['samples']:,} samples: nothing to do"
     return _write_set(store, identity, read(), progress)
-
-
-def check_output(out: str, limit: int | None) -> None:
-    """Refuse what can be seen to be wrong before a set is read.
-
-    Raises:
-        UserError: ``out`` is a URL with one slash, or the limit below 1.
-    """
-    check_place("--out", out)
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit must be at least 1, not {limit}")
 
 
 def local_path(flag: str, place: str | None, folder: bool = False) -> Path:
@@ -181,16 +175,6 @@ def image_bytes(sample: EvaluationSample) -> bytes | None:
     except (OSError, ValueError):  # ValueError: a path with a zero byte
         return None
     return data if is_whole(data, EVALUATION_FORMATS) else None
-
-
-def run_converter(convert: Callable[[], str]) -> None:
-    """Run a converter and print its summary; exit with 2 and one line for a user's mistake."""
-    try:
-        with one_line_errors():
-            print(convert())
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 def _complete(store: OutputFolder, identity: dict[str, Any]) -> dict[str, Any] | None:
@@ -297,24 +281,3 @@ def _summary(
     task = "zero_shot" if target == "label" else "retrieval"
     command = f"composer evaluate.py … evaluators.{name}.task={task} evaluators.{name}.{place}"
     return f"{text}\n\nnext: {command}"
-
-
-def add_out_option(parser: Parser) -> None:
-    """Add ``--out``, the place of the set."""
-    parser.add_argument(
-        "--out",
-        type=option,
-        required=True,
-        metavar="FOLDER",
-        help="local folder, or s3://, gs://, oci://, azure:// …",
-    )
-
-
-def add_limit_option(parser: Parser) -> None:
-    """Add ``--limit``, the number of images to write."""
-    parser.add_argument(
-        "--limit",
-        type=int,
-        metavar="N",
-        help="only N images, spread evenly over the set (default: all)",
-    )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from alignclip.config.setting import setting
 from alignclip.conversion.samples import IMAGE_TOO_LARGE
 from alignclip.data.image_files import TRAINING_FORMATS, decode_fully
 
@@ -61,10 +62,24 @@ class ImageOptions:
     ``quality``: of the JPEGs that ``resize`` writes, 1–100.
     """
 
-    check: str = "decode"
-    min_side: int = 16
-    resize: int | None = None
-    quality: int = 90
+    check: str = setting(
+        "decode",
+        choices=CHECKS,
+        metavar="HOW",
+        help=f"{', '.join(CHECKS)}: leave out bad ones (default: %(default)s)",
+    )
+    min_side: int = setting(
+        16, at_least=0, metavar="PIXELS", help="smaller are bad (default: %(default)s)"
+    )
+    resize: int | None = setting(
+        None,
+        at_least=1,
+        metavar="PIXELS",
+        help="shorter side of larger ones (default: untouched)",
+    )
+    quality: int = setting(
+        90, at_least=1, at_most=100, metavar="N", help="of resized JPEGs (default: %(default)s)"
+    )
 
 
 def prepare_image(data: bytes, options: ImageOptions) -> tuple[bytes, tuple[str, ...]]:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from alignclip.config.setting import setting
 from alignclip.conversion.captions import DEFAULT_ENCODER
-from alignclip.conversion.images import CHECKS, ImageOptions
+from alignclip.conversion.formats import in_words
+from alignclip.conversion.images import ImageOptions
 from alignclip.conversion.samples import DEFAULT_READING, Reading
 from alignclip.conversion.text_tables import is_utf8
-from alignclip.errors import UserError, nearest
+from alignclip.storage.staging import VAL
+
+
+def output_folder(**rule: Any) -> Any:
+    """Make a field of the converters' options: ``--out``, the place of the set."""
+    text = "local folder, or s3://, gs://, oci://, azure:// …"
+    return setting(place=True, metavar="FOLDER", help=text, **rule)
 
 
 @dataclass
@@ -29,22 +39,65 @@ class ConvertOptions:
         next_step: the summary ends with the command that trains on the set.
     """
 
-    inputs: Sequence[str]
-    out: str
-    encoder: str = DEFAULT_ENCODER
-    semantic: bool = True
-    reading: Reading = DEFAULT_READING
-    images: ImageOptions = field(default_factory=ImageOptions)
-    held_out: float = 0.0
+    inputs: Sequence[str] = setting(
+        group="input",
+        flags=("--inputs", "--tars"),
+        place=True,
+        metavar="PATH",
+        help=f"{in_words()}, folders of them; paths or URLs; {{0..9}}, {{a,b}}, * and ? expand",
+    )
+    reading: Reading = field(default=DEFAULT_READING, kw_only=True)
+    out: str = output_folder(group="output")
+    held_out: float = setting(
+        0.0,
+        at_least=0,
+        at_most=0.5,
+        metavar="SHARE",
+        help=f"of the samples, by a hash of the key: split {VAL}",
+    )
     # larger shards cost a third of the speed: the C library gives their memory back each time
-    size_limit: str | int = "32mb"
-    compression: str | None = None
-    hashes: Sequence[str] = ("xxh64",)  # what training validates
-    max_bad: float = 0.5
-    processes: int = 1
-    scheduler: str | None = None
+    size_limit: str | int = setting(
+        "32mb", metavar="SIZE", help="of a shard (default: %(default)s)"
+    )
+    compression: str | None = setting(
+        None, metavar="ALGO", help="Streaming's, as zstd:7; JPEGs hardly shrink (default: none)"
+    )
+    hashes: Sequence[str] = setting(
+        ("xxh64",),
+        metavar="ALGO",
+        help="of the shards (default: xxh64, which is checked)",  # by training
+    )
+    encoder: str = setting(
+        DEFAULT_ENCODER,
+        group="caption embeddings",
+        place=True,
+        metavar="NAME",
+        help="hub name or local folder (default: %(default)s); all-MiniLM-L6-v2 needs no hub",
+    )
+    semantic: bool = setting(True, flags=("--no-semantic",), help="write none")
+    images: ImageOptions = setting(factory=ImageOptions, group="images")
+    max_bad: float = setting(
+        0.5,
+        at_least=0,
+        at_most=1,
+        metavar="SHARE",
+        help="bad samples at which to fail (default: %(default)s)",
+    )
+    processes: int = setting(
+        os.cpu_count() or 1,
+        group="workers",
+        at_least=1,
+        metavar="N",
+        help="default: %(default)s",
+    )
+    scheduler: str | None = setting(
+        None,
+        metavar="ADDRESS",
+        help="a Dask cluster's, instead of processes: tcp://host:8786",
+    )
     progress: bool = True
-    next_step: bool = True
+    # the quickstart's own
+    next_step: bool = setting(True, flags=("--no-next",), help=argparse.SUPPRESS)
 
     def __post_init__(self) -> None:
         """Make local paths absolute: the same however they are written, wherever a worker runs."""
@@ -72,25 +125,3 @@ class ConvertOptions:
         """Return how inputs are read; None for what early versions did."""
         how = {key: value or None for key, value in asdict(self.reading).items()}
         return how | {"encoding": None if is_utf8(self.reading.encoding) else self.reading.encoding}
-
-
-def check_numbers(options: ConvertOptions) -> None:
-    """Refuse numbers and choices that no conversion can have.
-
-    Raises:
-        UserError: names the option and its range.
-    """
-    images = options.images
-    for flag, value, low, high in (
-        ("--processes", options.processes, 1, None),
-        ("--held-out", options.held_out, 0, 0.5),
-        ("--max-bad", options.max_bad, 0, 1),
-        ("--quality", images.quality, 1, 100),
-        ("--min-side", images.min_side, 0, None),
-        ("--resize", 1 if images.resize is None else images.resize, 1, None),
-    ):
-        if not value >= low or (high is not None and not value <= high):  # NaN is neither
-            most = "" if high is None else f" and at most {high}"
-            raise UserError(f"{flag} must be at least {low}{most}, not {value}")
-    if images.check not in CHECKS:
-        raise UserError(f"--check {images.check} does not exist; {nearest(images.check, CHECKS)}")

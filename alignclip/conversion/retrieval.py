@@ -12,20 +12,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from alignclip.config.command_line import read_options
+from alignclip.config.setting import check_settings, setting
 from alignclip.conversion.evaluation_sets import (
     EvaluationSample,
     SetToWrite,
-    add_limit_option,
-    add_out_option,
-    check_output,
     convert_set,
     fingerprint,
+    image_limit,
     local_path,
     missing_files,
-    run_converter,
     spread,
 )
 from alignclip.conversion.image_finder import ImageFinder
+from alignclip.conversion.options import output_folder
 from alignclip.conversion.published import size_difference
 from alignclip.conversion.retrieval_sets import (
     RETRIEVAL_SETS,
@@ -33,10 +33,8 @@ from alignclip.conversion.retrieval_sets import (
     Wanted,
     read_annotations,
 )
-from alignclip.errors import UserError, nearest
-from alignclip.paths import option
+from alignclip.errors import UserError, nearest, one_line_errors
 from alignclip.runtime import console
-from alignclip.runtime.arguments import Parser
 
 NO_CAPTION = "no caption"
 MISSING = "missing image"
@@ -66,7 +64,7 @@ convert/README.md says where to download each set.
 """
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RetrievalOptions:
     """The settings of a conversion.
 
@@ -75,15 +73,30 @@ class RetrievalOptions:
     ``limit``: that many images, spread over the set.
     """
 
-    dataset: str
-    images: str | None
-    annotations: str | None
-    out: str
-    split: str | None = None
-    split_file: str | None = None
-    encoding: str | None = None
-    limit: int | None = None
-    skip_missing: bool = False
+    dataset: str = setting(flags=("dataset",), metavar="DATASET", help=", ".join(RETRIEVAL_SETS))
+    images: str | None = setting(None, place=True, metavar="FOLDER", help="where the images lie")
+    annotations: str | None = setting(None, place=True, metavar="FILE", help="the captions")
+    out: str = output_folder()
+    split: str | None = setting(
+        None,
+        help="of Karpathy's files: train, restval, val, test, or train+restval (default: test); "
+        "else just a name",
+    )
+    split_file: str | None = setting(
+        None,
+        place=True,
+        metavar="FILE",
+        help="flickr30k without Karpathy's file: the split's images, one a line",
+    )
+    encoding: str | None = setting(
+        None,
+        metavar="NAME",
+        help="of the annotations, e.g. cp1252 (default: UTF-8, or by the file's mark)",
+    )
+    limit: int | None = image_limit()
+    skip_missing: bool = setting(
+        False, help="leave out images that are not there (default: an error)"
+    )
     progress: bool = True
 
 
@@ -94,7 +107,7 @@ def convert(options: RetrievalOptions) -> str:
         UserError: no such set or split, annotations of another layout, images missing, or the
             output holds another set or cannot be written.
     """
-    check_output(options.out, options.limit)
+    check_settings(options)
     name = options.dataset
     if name not in RETRIEVAL_SETS:
         raise UserError(f"unknown dataset '{name}'; {nearest(name, RETRIEVAL_SETS)}")
@@ -178,43 +191,18 @@ def _set_notes(name: str, split: str, annotations: Annotations) -> list[str]:
 
 def parse(arguments: Sequence[str] | None = None) -> RetrievalOptions:
     """Read the command line."""
-    parser = Parser(
+    return read_options(
+        RetrievalOptions,
+        arguments,
         "convert/retrieval.py",
         "Convert an image–caption set to MDS shards for retrieval.",
         EXAMPLES,
     )
-    add = parser.add_argument
-    add("dataset", metavar="DATASET", help=", ".join(RETRIEVAL_SETS))
-    add("--images", type=option, metavar="FOLDER", help="where the images lie")
-    add("--annotations", type=option, metavar="FILE", help="the captions")
-    add_out_option(parser)
-    add(
-        "--split",
-        help="of Karpathy's files: train, restval, val, test, or train+restval (default: test); "
-        "else just a name",
-    )
-    add(
-        "--split-file",
-        type=option,
-        metavar="FILE",
-        help="flickr30k without Karpathy's file: the split's images, one a line",
-    )
-    add(
-        "--encoding",
-        metavar="NAME",
-        help="of the annotations, e.g. cp1252 (default: UTF-8, or by the file's mark)",
-    )
-    add_limit_option(parser)
-    add(
-        "--skip-missing",
-        action="store_true",
-        help="leave out images that are not there (default: an error)",
-    )
-    return RetrievalOptions(**vars(parser.parse_args(arguments)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Convert and print a summary."""
     console.prepare()
     options = parse(arguments)
-    run_converter(lambda: convert(options))
+    with one_line_errors(interrupted="interrupted; nothing was written"):
+        print(convert(options))

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from alignclip.config.setting import setting
 from alignclip.conversion.wording import listable
 from alignclip.data.mds_index import BROKEN_INPUT as BROKEN_INPUT
 
@@ -42,19 +43,33 @@ class Reading:
     Attributes:
         caption_key: the captions' entry of ``json`` members, ending or column; None: the usual
             ones.
+        encoding: of texts; None: UTF-8, or what a table's beginning says.
         image_key: the images' ending in tars (``input.jpg``), or their column; None: the usual
             ones.
-        encoding: of texts; None: UTF-8, or what a table's beginning says.
         last_dot: a tar's key goes to the last dot of the file name; False: to the first, as
             webdataset has it.
         unsorted: put the halves of pairs together that lie apart in their tar.
     """
 
-    caption_key: str | None = None
-    image_key: str | None = None
-    encoding: str | None = None
-    last_dot: bool = False
-    unsorted: bool = False
+    caption_key: str | None = setting(
+        None,
+        metavar="KEY",
+        help="of the json members, or the table's column (default: txt, or caption)",
+    )
+    encoding: str | None = setting(
+        None,
+        metavar="NAME",
+        help="of tables' text, as cp1252 (default: UTF-8, or by its mark)",
+    )
+    image_key: str | None = setting(
+        None,
+        metavar="KEY",
+        help="the images' ending in tars, as input.jpg, or the table's column of images",
+    )
+    last_dot: bool = setting(
+        False, help="names in tars are cut at the last dot (default: the first)"
+    )
+    unsorted: bool = setting(False, help="join image and caption that lie apart in a tar")
 
 
 DEFAULT_READING = Reading()

@@ -10,13 +10,16 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from alignclip.config.command_line import read_options
 from alignclip.config.reading import load
 from alignclip.config.schema import RunConfig, SetConfig
+from alignclip.config.setting import setting
 from alignclip.errors import UserError, one_line_errors
 from alignclip.evaluation.encoding import Encoder
 from alignclip.evaluation.gap import modality_gap
@@ -24,10 +27,8 @@ from alignclip.evaluation.plots import embedding_maps
 from alignclip.evaluation.retrieval import recall
 from alignclip.evaluation.sets import EvaluationSet, OpenSets
 from alignclip.model.encoders import CLIP, build_encoders
-from alignclip.paths import path_option
 from alignclip.quickstart import scenes
 from alignclip.runtime import console
-from alignclip.runtime.arguments import Parser
 from alignclip.weights.load import load_encoders
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,18 +45,21 @@ ROWS = {
 }
 
 
+@dataclass
+class QuickstartOptions:
+    """The place of the quickstart, and the training's settings that replace the recipe's."""
+
+    folder: Path = setting(Path("quickstart-run"), help="where everything goes")
+    overrides: Sequence[str] = setting(
+        (), flags=("overrides",), metavar="key.sub=value", help="training settings to replace"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the quickstart in ``--folder``; further ``key.sub=value`` go to the training."""
     console.prepare()
-    parser = Parser("python -m alignclip.quickstart", __doc__)
-    parser.add_argument(
-        "--folder", type=path_option, default=Path("quickstart-run"), help="where everything goes"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="training settings to replace"
-    )
-    options = parser.parse_args(arguments)
-    folder: Path = options.folder
+    options = read_options(QuickstartOptions, arguments, "python -m alignclip.quickstart", __doc__)
+    folder = options.folder
     with one_line_errors():
         for split, count in SPLITS.items():
             make_set(folder, split, count)

@@ -7,18 +7,17 @@ wrong options).
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from alignclip.config.command_line import read_options
+from alignclip.config.setting import check_settings, setting
 from alignclip.data.image_files import EVALUATION_FORMATS, TRAINING_FORMATS
 from alignclip.data.mds_index import DATASET, dimension_of
-from alignclip.errors import UserError, check_place, one_line_errors
-from alignclip.paths import option
+from alignclip.errors import one_line_errors
 from alignclip.runtime import console
-from alignclip.runtime.arguments import Parser
 from alignclip.storage import open_store
 from alignclip.verification import contact_sheet
 from alignclip.verification.findings import SetSummary
@@ -57,14 +56,43 @@ class VerifyOptions:
         processes: shards that are read at a time.
     """
 
-    set: str
-    split: str | None = None
-    fast: bool = False
-    decode: float = 0.01
-    seed: int = 0
-    sample: int | None = None
-    to: str = "sample.png"
-    processes: int = 1
+    set: str = setting(
+        flags=("set",),
+        place=True,
+        metavar="SET",
+        help="local folder, or s3://, gs://, oci://, azure:// …",
+    )
+    split: str | None = setting(
+        None, metavar="NAME", help="check this sub-folder, which has an index.json of its own"
+    )
+    fast: bool = setting(
+        False, help="don't open shards: only the index, the files it names, and the counts"
+    )
+    decode: float = setting(
+        0.01,
+        at_least=0,
+        at_most=1,
+        metavar="X",
+        help="fraction of images to decode (default: %(default)s)",
+    )
+    seed: int = setting(
+        0, metavar="N", help="another one, other images are decoded (default: %(default)s)"
+    )
+    sample: int | None = setting(
+        None,
+        at_least=1,
+        metavar="N",
+        help="also draw N samples with their captions on a contact sheet",
+    )
+    to: str = setting(
+        "sample.png", place=True, metavar="FILE", help="the contact sheet (default: %(default)s)"
+    )
+    processes: int = setting(
+        os.cpu_count() or 1,
+        at_least=1,
+        metavar="N",
+        help="shards at a time (default: %(default)s)",
+    )
     progress: bool = True
 
 
@@ -122,14 +150,8 @@ def _mending(place: str, found: SetSummary) -> list[str]:
 
 def _check(options: VerifyOptions) -> None:
     """Refuse wrong options before the set is read."""
-    check_place("set", options.set)
-    if options.processes < 1:
-        raise UserError(f"--processes must be at least 1, not {options.processes}")
-    if not 0 <= options.decode <= 1:
-        raise UserError(f"--decode is a fraction between 0 and 1, not {options.decode}")
-    if options.sample is not None:
-        if options.sample < 1:
-            raise UserError(f"--sample must be at least 1, not {options.sample}")
+    check_settings(options)
+    if options.sample:
         contact_sheet.check_path(options.to)
 
 
@@ -252,39 +274,21 @@ def _number(number: int, what: str) -> str:
 
 def parse(arguments: Sequence[str] | None = None) -> VerifyOptions:
     """Read the command line."""
-    parser = Parser(
+    return read_options(
+        VerifyOptions,
+        arguments,
         "convert/verify.py",
         "Check an MDS set: files, hashes, samples, counts.",
         EXAMPLES,
     )
-    add, default = parser.add_argument, " (default: %(default)s)"
-    add("set", type=option, metavar="SET", help="local folder, or s3://, gs://, oci://, azure:// …")
-    add("--split", metavar="NAME", help="check this sub-folder, which has an index.json of its own")
-    text = "don't open shards: only the index, the files it names, and the counts"
-    add("--fast", action="store_true", help=text)
-    text = f"fraction of images to decode{default}"
-    add("--decode", type=float, default=0.01, metavar="X", help=text)
-    text = f"another one, other images are decoded{default}"
-    add("--seed", type=int, default=0, metavar="N", help=text)
-    text = "also draw N samples with their captions on a contact sheet"
-    add("--sample", type=int, metavar="N", help=text)
-    text = f"the contact sheet{default}"
-    add("--to", type=option, default="sample.png", metavar="FILE", help=text)
-    text = f"shards at a time{default}"
-    add("--processes", type=int, default=os.cpu_count(), metavar="N", help=text)
-    return VerifyOptions(**vars(parser.parse_args(arguments)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Check, print what was found, and exit with status 1 where there are problems."""
     console.prepare()
     options = parse(arguments)
-    try:
-        with one_line_errors():
-            text, sound = verify(options)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+    with one_line_errors(interrupted="interrupted"):
+        text, sound = verify(options)
     print(text)
     if not sound:
         raise SystemExit(1)

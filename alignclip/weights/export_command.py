@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignclip.errors import UserError, check_place, few, one_line_errors
+from alignclip.config.command_line import read_options
+from alignclip.config.setting import check_settings, setting
+from alignclip.errors import UserError, few, one_line_errors
 from alignclip.near import did_you_mean
-from alignclip.paths import option
 from alignclip.runtime import console
-from alignclip.runtime.arguments import Parser
 from alignclip.storage import StorageError, open_store
 from alignclip.weights import early
 from alignclip.weights.figures import read_figures
@@ -51,45 +51,43 @@ class Options:
             what model it is.
     """
 
-    source: str
-    to: str
-    out: str
-    onnx: bool = False
-    metrics: str | None = None
-    license: str | None = None
-    model_config: str | None = None
+    source: str = setting(
+        flags=("source",),
+        place=True,
+        help="a run's folder or checkpoint, an authors' release, an open_clip or Hugging Face "
+        "export: a path, a URL or hf-hub:ORG/NAME",
+    )
+    to: str = setting(choices=tuple(FORMATS), help="format to write")
+    out: str = setting(place=True, metavar="FOLDER", help="a new folder, or s3://, gs://, oci:// …")
+    onnx: bool = setting(False, help="write both encoders as ONNX graphs as well")
+    metrics: str | None = setting(
+        None,
+        place=True,
+        metavar="FILE",
+        help="results.json of evaluate.py on this model, for its card",
+    )
+    license: str | None = setting(
+        None,
+        metavar="ID",
+        help="as the Hub writes it, e.g. apache-2.0 (default: the source's)",
+    )
+    model_config: str | None = setting(
+        None,
+        place=True,
+        metavar="YAML",
+        help="a file with the model section, for sources without one",
+    )
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
     """Read the command line."""
-    parser = Parser(
+    return read_options(
+        Options,
+        arguments,
         "convert/checkpoint.py",
         "Convert a trained model to another format, and check the result.",
         EXAMPLES,
     )
-    add = parser.add_argument
-    add(
-        "source",
-        type=option,
-        help="a run's folder or checkpoint, an authors' release, an open_clip or Hugging Face "
-        "export: a path, a URL or hf-hub:ORG/NAME",
-    )
-    add("--to", required=True, choices=tuple(FORMATS), help="format to write")
-    add(
-        "--out",
-        type=option,
-        required=True,
-        metavar="FOLDER",
-        help="a new folder, or s3://, gs://, oci:// …",
-    )
-    add("--onnx", action="store_true", help="write both encoders as ONNX graphs as well")
-    metrics = "results.json of evaluate.py on this model, for its card"
-    add("--metrics", type=option, metavar="FILE", help=metrics)
-    license = "as the Hub writes it, e.g. apache-2.0 (default: the source's)"
-    add("--license", metavar="ID", help=license)
-    model_config = "a file with the model section, for sources without one"
-    add("--model-config", type=option, metavar="YAML", help=model_config)
-    return Options(**vars(parser.parse_args(arguments)))
 
 
 def check_options(options: Options) -> None:
@@ -98,6 +96,7 @@ def check_options(options: Options) -> None:
     Raises:
         UserError: no such source or file, or ``out`` is there already or can't be written.
     """
+    check_settings(options)
     _check_out(options.out)
     for flag, file in (("--metrics", options.metrics), ("--model-config", options.model_config)):
         if file and not Path(file).is_file():
@@ -113,7 +112,6 @@ def _check_out(out: str) -> None:
     Raises:
         UserError: it can't be reached or written, or there is something.
     """
-    check_place("--out", out)
     store = open_store(out)
     if not store.is_remote and Path(store.place).exists():
         raise UserError(f"--out {out} is there already; choose another or remove it")

@@ -273,12 +273,12 @@ def test_json_lines_in_a_bucket(
 
 @pytest.mark.parametrize("files", ["aaaa", "aabb"])
 def test_threads_that_convert_pieces_of_files_in_a_bucket(
-    s3: Any, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: str
+    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: str
 ) -> None:
     """Each thread has its copy to the end, whatever the others copy meanwhile."""
     bucket, fetched, copied = s3.bucket(), json_lines.fetched, list[str]()
-    image = str(images / "images" / "0.jpg")
-    lines = write_lines(tmp_path / "lines", {"image": image, "caption": "a"}).read_bytes()
+    lines = write_lines(tmp_path / "lines", {"image": "0.jpg", "caption": "a"}).read_bytes()
+    put(s3, f"{bucket}/0.jpg", draw(0))
     for name in set(files):
         put(s3, f"{bucket}/{name}.jsonl", lines)
 
@@ -295,8 +295,60 @@ def test_threads_that_convert_pieces_of_files_in_a_bucket(
             return list(source.items)
 
     with ThreadPoolExecutor(len(files)) as pool:
-        assert list(pool.map(read, files)) == [[Sample(image, draw(0), "a")]] * len(files)
+        assert list(pool.map(read, files)) == [[Sample("0.jpg", draw(0), "a")]] * len(files)
     assert len(copied) == 1 or files != "aaaa"
+
+
+def test_a_list_from_elsewhere_names_nothing_on_this_machine(s3: Any, images: Path) -> None:
+    """A stranger's list, in a bucket or on a web server, would put files of this machine into the set."""
+    bucket, secret = s3.bucket(), images / "images" / "0.jpg"
+    (images / "x:").mkdir()
+    names = [
+        str(secret),
+        f"/{secret}",
+        f"file://{secret}",
+        f"FILE://{secret}",
+        f" file://{secret}",
+        f"fi\tle://{secret}",
+        f"{images}/x://../images/0.jpg",  # Streaming takes this for a path
+        f"://{secret}",
+        f"..{secret}",
+        f"images/../{'../' * 20}{secret}",
+        "../0.jpg",
+        "..",
+    ]
+    rows = [{"image": name, "caption": "a", "key": f"{i}"} for i, name in enumerate(names)]
+    lines = write_lines(images / "a.jsonl", *rows)
+    put(s3, f"{bucket}/set/a.jsonl", lines.read_bytes())
+    expected = [Skipped(f"{i}", samples.MISSING_IMAGE) for i in range(len(names))]
+    with serve(partial(SimpleHTTPRequestHandler, directory=str(images))) as url:
+        for place in (f"{bucket}/set/a.jsonl", f"{url}/a.jsonl"):
+            found = items_of(place)
+            assert found == expected
+            for item, name in zip(found, names, strict=True):
+                why = "no storage is known as" if "://" in name else "names what lies below it, or"
+                assert why in item.detail
+    assert isinstance(items_of(lines)[0], Sample)  # a list of this machine may
+
+
+def test_images_whose_names_no_store_has_cost_their_pairs_alone(s3: Any, tmp_path: Path) -> None:
+    bucket = s3.bucket()
+    put(s3, f"{bucket}/0.jpg", draw(0))
+    names = [
+        "s3://a b/0.jpg",
+        "s3://A_/0.jpg",
+        "s3:///0.jpg",
+        "s3://not-there/0.jpg",
+        bucket,
+        f"{bucket}/../0.jpg",
+        "http://127.0.0.1:1/a b.jpg",
+        f"{bucket}/0.jpg",
+    ]
+    rows = [{"image": name, "caption": "a"} for name in names]
+    *skipped, last = items_of(write_lines(tmp_path / "a.jsonl", *rows))
+    assert skipped == [Skipped(name, samples.MISSING_IMAGE) for name in names[:-1]]
+    assert all(item.detail for item in skipped)
+    assert last == Sample(names[-1], draw(0), "a")
 
 
 def test_json_lines_on_a_web_server(images: Path, tmp_path: Path) -> None:
@@ -425,6 +477,24 @@ def test_files_that_cannot_be_read_cost_their_pairs_alone(tmp_path: Path) -> Non
     assert counts.skipped == {samples.MISSING_IMAGE: 2, samples.MISSING_CAPTION: 1}
     assert counts.ignored == {"file that can't be read": 4}
     assert quick([f"{folder}/"], tmp_path / "out", max_bad=0.9).converted == 0
+
+
+def test_files_that_a_bucket_refuses_cost_their_pairs_alone(refusing: Any, tmp_path: Path) -> None:
+    for name, data in pairs(0, 5):
+        refusing.objects["b", f"00000/{name}"] = data
+    denied = ["00000/00000.jpg", "00000/00001.txt", "00000/00002.jpg", "00000/00002.txt"]
+
+    def refuse(request: Any) -> Any:
+        return (403, "AccessDenied") if request.key in denied else None
+
+    refusing.refuse = refuse
+    counts = quick(["s3://b/00000/"], tmp_path / "out", max_bad=0.9)
+    assert (counts.written, counts.skipped) == (2, {samples.UNREADABLE: 3})
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert report.count("access denied: the key may not read it (s3:GetObject)") == 3
+    refusing.without_right("read")
+    with pytest.raises(UserError, match=r"The first: 00000: .*access denied: the key may not read"):
+        quick(["s3://b/00000/"], tmp_path / "none")
 
 
 def test_names_of_files_that_are_no_utf8(tmp_path: Path) -> None:

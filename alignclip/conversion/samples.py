@@ -28,6 +28,7 @@ FIRST_DOT = "key cut at its first dot"
 NO_EMBEDDING = "caption without an embedding"
 LIE_APART = "image and caption lie apart"
 NO_OBJECT = "line without a JSON object"
+UNREADABLE = "file that can't be read"
 
 HTML_ENTITIES = "caption: HTML entities"
 BAD_CAPTIONS = "caption: one of several left out"

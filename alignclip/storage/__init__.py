@@ -9,9 +9,9 @@ A place is a path or a URL.
   ``names``, ``size``, ``delete`` and ``check_writable`` (:class:`Store`). :func:`open_file` gives
   the store and the name of a single file.
 - Each of these raises :class:`StorageError`, a :class:`alignclip.errors.UserError` of one line.
-  Its ``why`` is the line without the place. :func:`is_absent`, :func:`is_denied` and
-  :func:`is_full` tell what the error means. :func:`describe_storage_error` puts any library's error
-  into words.
+  Its ``why`` is the line without the place. :func:`is_absent`, :func:`is_denied`,
+  :func:`is_about_name` and :func:`is_full` tell what the error means.
+  :func:`describe_storage_error` puts any library's error into words.
 - To wait while a store is away: ``patiently(lambda: store.put(path, name), store.place)``.
 - A local file that appears whole or not at all: :func:`write_whole`, :func:`write_text_whole`.
   Nothing else in the package writes beside a file's place and renames.
@@ -27,7 +27,13 @@ from alignclip.storage.clouds import open_file, open_store, read_text
 from alignclip.storage.endpoint import expect_plain_s3
 from alignclip.storage.patience import PATIENCE, TRAINING_PATIENCE, patiently
 from alignclip.storage.store import Store
-from alignclip.storage.trouble import is_absent, is_denied, is_full, is_passing
+from alignclip.storage.trouble import (
+    is_about_name,
+    is_absent,
+    is_denied,
+    is_full,
+    is_passing,
+)
 from alignclip.storage.whole import (
     check_folder_writable,
     leaving_nothing,
@@ -46,6 +52,7 @@ __all__ = [
     "check_folder_writable",
     "describe_storage_error",
     "expect_plain_s3",
+    "is_about_name",
     "is_absent",
     "is_denied",
     "is_full",

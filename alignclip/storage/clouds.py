@@ -57,8 +57,9 @@ def check_scheme(place: str) -> None:
         return
     from streaming.base.storage.download import DOWNLOADER_MAPPINGS
 
-    if scheme not in DOWNLOADER_MAPPINGS:
-        hint = nearest(scheme, filter(None, DOWNLOADER_MAPPINGS))
+    known = {*filter(None, DOWNLOADER_MAPPINGS)}  # without a scheme, Streaming copies a local file
+    if scheme not in known:
+        hint = nearest(scheme, known)
         raise ValueError(f"no storage is known as '{scheme}'; {hint}")
 
 

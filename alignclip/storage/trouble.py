@@ -65,6 +65,10 @@ ABSENT = _words("""
     NoSuchKey BlobNotFound PathNotFound ResourceNotFound ObjectNotFound FileNotFoundError
     NotADirectoryError ResourceNotFoundError NotFound EntryNotFoundError""")
 
+WRONG_NAME = _words("""
+    ParamValidationError InvalidBucketName InvalidURI InvalidURL KeyTooLongError
+    XMinioInvalidObjectName XMinioInvalidResourceName""")
+
 # Of a file system, local or mounted
 FULL_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 PASSING_ERRORS = {
@@ -174,6 +178,13 @@ def is_denied(error: BaseException) -> bool:
     said = answer_in(error)
     words = {code for code in said.codes if not code.isdecimal()}
     return bool(words & DENIED) or (not words and said.statuses[:1] == (403,))
+
+
+def is_about_name(error: BaseException) -> bool:
+    """Tell whether one name is refused, absent or impossible, and another one may be read."""
+    said = answer_in(error)
+    is_wrong = bool((said.codes | said.names) & (NO_BUCKET | WRONG_NAME))
+    return is_wrong or is_absent(error) or is_denied(error)
 
 
 def is_full(error: BaseException) -> bool:

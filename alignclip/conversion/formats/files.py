@@ -22,14 +22,14 @@ from alignclip.conversion.formats.remote import read_ahead, read_object
 from alignclip.conversion.samples import (
     IMAGE_EXTENSIONS,
     MAX_IMAGE_BYTES,
+    UNREADABLE,
     Ignored,
     Item,
     Reading,
+    Skipped,
 )
 from alignclip.errors import UserError
 from alignclip.storage import StorageError, open_store, patiently
-
-UNREADABLE = "file that can't be read"
 
 
 class Files(InputFormat):
@@ -110,20 +110,24 @@ def _pairs_of_files(folder: str, names: Iterable[str], pairing: Pairing) -> Iter
             continue
         if pairing.is_complete(key, ending):
             yield from pairing.finish()
-        size, data = content
-        pairing.add(key, ending, size, partial(bytes, data))
+        if isinstance(content, Skipped):
+            pairing.refuse(key, ending, UNREADABLE, content.detail)
+        else:
+            size, data = content
+            pairing.add(key, ending, size, partial(bytes, data))
     yield from pairing.finish()
     yield from pairing.halves()
 
 
-def _sized_content(place: str) -> tuple[int, bytes] | None:
+def _sized_content(place: str) -> tuple[int, bytes] | Skipped | None:
     """Return the size of a file and its bytes, without the bytes of a file that is too large.
 
     Return None for a local file that can't be read: a link to nowhere, no permission, a pipe.
+    Return the reason for an object that can't be had.
     """
     if "://" in place:
-        data = read_object(place)
-        return len(data), data
+        data = read_object(place, place)
+        return data if isinstance(data, Skipped) else (len(data), data)
     path = Path(place)
     try:
         if not path.is_file():  # a pipe would be waited for

@@ -13,7 +13,6 @@ from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, cast
-from urllib.parse import quote
 
 from alignclip.conversion import text_tables
 from alignclip.conversion.formats import columns
@@ -24,7 +23,7 @@ from alignclip.conversion.formats.declaration import (
     InputFormat,
     OpenInput,
 )
-from alignclip.conversion.formats.remote import read_ahead, read_image
+from alignclip.conversion.formats.remote import place_of, read_ahead, read_image
 from alignclip.conversion.samples import (
     MISSING_IMAGE,
     NO_OBJECT,
@@ -42,7 +41,6 @@ from alignclip.errors import UserError, one_line
 from alignclip.storage.copies import TEMPORARY, fetched
 
 LONGEST_LINE = 2**24  # bytes; a longer line is no pair's
-IN_ADDRESSES = "/%?&=:@+,;~!$'()*"  # stay as they are in a web address
 LOOKED_AT = 100  # lines at the beginning, of which one has to be an object
 
 _copying = threading.Lock()
@@ -57,7 +55,8 @@ class JsonLines(InputFormat):
         "an object a line: `image` (a path below the file's folder, an absolute one, or a "
         "bucket's URL), `caption` (a text, or a list of them: the first line says which), `key` "
         "where there is one; `--image-key` and `--caption-key` name other entries; 10,000 lines "
-        "at a time. In a bucket, images are read from beside the file",
+        "at a time. A list in a bucket or on a web server names images below its own folder, or in "
+        "a bucket; other pairs are left out",
     )
     flags = ("--caption-key", "--image-key")
     endings = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
@@ -139,27 +138,16 @@ def _item(line: bytes, key: str, names: _Names, folder: str) -> Item:
     name, own = row.get(names.image), row.get("key")
     key = next((str(one) for one in (own, name) if isinstance(one, (str, int)) and one != ""), key)
     key = as_utf8(key)
-    image = _image(name, key, folder)
+    try:
+        image = read_image(place_of(name, folder), key)
+    except ValueError as error:
+        image = Skipped(key, MISSING_IMAGE, f"{error}: {name!r}")
     if isinstance(image, Skipped):
         return image
     if not names.has_lists:
         return pair(key, image, caption_of(row, names.caption))
     captions = row.get(names.caption)
     return pairs(key, image, captions if isinstance(captions, list) else [captions])
-
-
-def _image(name: object, key: str, folder: str) -> bytes | Skipped:
-    """Return the image that a line names, or why there is none."""
-    if not isinstance(name, str) or not name or text_tables.is_web_address(name):
-        return Skipped(key, MISSING_IMAGE, f"no path: {name!r}"[:100])
-    if "://" in name or name.startswith("/"):
-        place = name
-    else:
-        is_web = folder.startswith(("http://", "https://"))
-        place = f"{folder}/{quote(name, IN_ADDRESSES, errors='replace') if is_web else name}"
-    if "://" in place and as_utf8(name) != name:  # no storage has such a name
-        return Skipped(key, MISSING_IMAGE, f"no path: {name!r}"[:100])
-    return read_image(place, key)
 
 
 def _entry_names(path: Path, place: str, reading: Reading) -> _Names:

@@ -53,14 +53,14 @@ class Group:
     Attributes:
         key: what the names of the files have in common.
         members: ending -> bytes of the files that are read.
-        too_large: ending -> size of the files that are too large to be read.
+        refused: ending -> reason and detail, of the files that can't be taken.
         others: endings of the files that are not read, as they are written.
         places: ending -> where the file is in the tar, of ``members``.
     """
 
     key: str = ""
     members: dict[str, bytes] = field(default_factory=dict)
-    too_large: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, tuple[str, str]] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
     places: dict[str, TarPlace] = field(default_factory=dict)
 
@@ -114,7 +114,7 @@ class Pairing:
     def is_complete(self, key: str, ending: str) -> bool:
         """Say whether a file begins another pair than the files that came last."""
         group, known = self._group, ending.lower()
-        return key != group.key or known in group.members or known in group.too_large
+        return key != group.key or known in group.members or known in group.refused
 
     def add(
         self, key: str, ending: str, size: int, read: Callable[[], bytes], place: TarPlace = (0, -1)
@@ -126,17 +126,23 @@ class Pairing:
         if limit is None:
             group.others.append(ending)
         elif size > limit:
-            group.too_large[known] = size
+            reason = IMAGE_TOO_LARGE if known in self._images else LONG_CAPTION
+            group.refused[known] = (reason, f"{known} member of {size:,} bytes")
         else:
             group.members[known] = read()
             group.places[known] = place
+
+    def refuse(self, key: str, ending: str, reason: str, detail: str) -> None:
+        """Take a file whose content can't be had; see :meth:`add`."""
+        self._group.key = key
+        self._group.refused[ending.lower()] = (reason, detail)
 
     def finish(self) -> Iterator[Item]:
         """Yield the pair of the files that came last, or what they are instead."""
         group, self._group = self._group, Group()
         if not group.key:
             return
-        item = self._pair(group.key, group.members, group.too_large)
+        item = self._pair(group.key, group.members, group.refused)
         if isinstance(item, Sample):
             for stem in _inner_pairs(group.others)[0]:
                 yield Ignored(f"{group.key}.{stem}", FURTHER_PAIR)
@@ -157,14 +163,13 @@ class Pairing:
             yield self._halves.pop(next(iter(self._halves))).item
 
     def _pair(
-        self, key: str, members: dict[str, bytes], too_large: dict[str, int]
+        self, key: str, members: dict[str, bytes], refused: dict[str, tuple[str, str]]
     ) -> Sample | Skipped:
         image = next((members[ending] for ending in self._images if ending in members), None)
-        text = self._text if self._text in members or self._text in too_large else "json"
-        large = [] if image is not None else [end for end in self._images if end in too_large]
-        for ending, reason in (*((end, IMAGE_TOO_LARGE) for end in large), (text, LONG_CAPTION)):
-            if ending in too_large:
-                return Skipped(key, reason, f"{ending} member of {too_large[ending]:,} bytes")
+        text = self._text if self._text in members or self._text in refused else "json"
+        for ending in (*(self._images if image is None else ()), text):
+            if ending in refused:
+                return Skipped(key, *refused[ending])
         if text in members and text == self._text:
             encoding = self._reading.encoding or "utf-8"
             return pair(key, image, members[text].decode(encoding, errors="replace"))

@@ -11,15 +11,19 @@ from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from typing import TypeVar
+from urllib.parse import quote
 
+from alignclip.conversion import text_tables
 from alignclip.conversion.formats.columns import local_image
-from alignclip.conversion.samples import MISSING_IMAGE, Skipped
+from alignclip.conversion.samples import MISSING_IMAGE, Skipped, as_utf8
 from alignclip.errors import UserError
-from alignclip.storage import StorageError, Store, is_absent, is_denied, open_store, patiently
+from alignclip.storage import Store, cannot, is_about_name, open_store, patiently
 from alignclip.storage.clouds import check_scheme
 from alignclip.storage.copies import fetched
 
 AT_ONCE = 16  # files read at a time, of which none is larger than MAX_IMAGE_BYTES
+WEB = ("http://", "https://")
+IN_ADDRESSES = "/%?&=:@+,;~!$'()*"  # stay as they are in a web address
 
 T = TypeVar("T")
 
@@ -63,42 +67,61 @@ def read_ahead(jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
             todo.put(None)
 
 
-def read_object(place: str) -> bytes:
-    """Read a file at a URL, and wait while the storage is away.
+def place_of(name: object, folder: str) -> str:
+    """Return the path or URL of an image that a list in a folder names.
+
+    A list that comes from elsewhere may be a stranger's. Such a list names no file of this machine.
+
+    Args:
+        name: as the list has it.
+        folder: path or URL of the list's folder, without a slash at its end.
 
     Raises:
-        UserError: the file can't be fetched; its cause is the storage's own exception.
-        ValueError: no storage is known by the URL's scheme.
+        ValueError: there is no such place, or the list may not name it.
     """
-    if place.startswith(("http://", "https://")):
-        with fetched(place) as path:
-            return path.read_bytes()
-    scheme, _, rest = place.partition("://")
-    bucket, _, key = rest.partition("/")
-    folder, slash, file = key.rpartition("/")
-    name = f"{folder.strip('/')}{slash}{file}".lstrip("/")
-    store = store_at(f"{scheme}://{bucket}")
-    try:
-        return patiently(lambda: store.read_bytes(name), place)
-    except StorageError as error:
-        raise UserError(f"cannot fetch {place}: {error.why}") from error
+    if not isinstance(name, str) or not name or text_tables.is_web_address(name):
+        raise ValueError("no path")
+    is_url, is_local_list = "://" in name, "://" not in folder
+    if is_local_list and not is_url:
+        return str(Path(folder, name))
+    if as_utf8(name) != name:
+        raise ValueError("no storage has such a name")
+    if is_url:
+        check_scheme(name)
+        return name
+    if name.startswith("/") or ".." in name.split("/"):
+        raise ValueError("a list that is no local file names what lies below it, or URLs")
+    return f"{folder}/{quote(name, IN_ADDRESSES) if folder.startswith(WEB) else name}"
 
 
 def read_image(place: str, key: str) -> bytes | Skipped:
-    """Return the bytes of an image at a path or URL, or why there are none.
+    """Return the bytes of an image at a path or URL, or why this image can't be had.
 
     Raises:
-        UserError: the storage is away.
+        UserError: the storage is away; see :func:`read_object`.
     """
-    if "://" not in place:
-        return local_image(Path(place), key)
+    return read_object(place, key) if "://" in place else local_image(Path(place), key)
+
+
+def read_object(place: str, key: str) -> bytes | Skipped:
+    """Read a file at a URL, and wait while the storage is away; say why one can't be had.
+
+    Raises:
+        UserError: no file can be fetched; its cause is the storage's own exception.
+    """
     try:
-        return read_object(place)
-    except ValueError as error:
-        return Skipped(key, MISSING_IMAGE, f"{error}: {place}")
+        with cannot(f"fetch {place}"):
+            if place.startswith(WEB):
+                with fetched(place) as path:
+                    return path.read_bytes()
+            scheme, _, rest = place.partition("://")
+            bucket, _, name = rest.partition("/")
+            folder, slash, file = name.rpartition("/")
+            name = f"{folder.strip('/')}{slash}{file}".lstrip("/")
+            store = store_at(f"{scheme}://{bucket}")
+            return patiently(lambda: store.read_bytes(name), place)
     except UserError as error:
-        # a store answers that access is denied instead of 404 to a key that may not list
-        if is_absent(error) or is_denied(error):
+        if is_about_name(error):
             return Skipped(key, MISSING_IMAGE, str(error))
         raise
 

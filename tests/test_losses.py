@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignclip.config.schema import LossConfig
 from alignclip.errors import UserError
-from alignclip.losses import AlignCLIPLoss
+from alignclip.losses import AlignCLIPLoss, tiles
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CASES = json.loads((FIXTURES / "losses_small_index.json").read_text())
@@ -258,6 +258,86 @@ def test_saved_matrices(settings: dict[str, Any], most: int) -> None:
     losses["total"].backward()
 
 
+# --- blocks of rows -----------------------------------------------------------------------------------------------
+
+TILED_SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"beta": 0.0},
+    {"rescale": False},
+    {"separate_text": False},
+    {"separate_image": False, "alpha": 2.0, "beta": 3.0},
+]
+
+
+def in_blocks(loss: AlignCLIPLoss, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Every loss, and the gradients of each loss that has some."""
+    losses = loss(**batch)
+    leaves = [batch[name] for name in ("image_features", "text_features", "logit_scale")]
+    gradients = [
+        gradient
+        for value in losses.values()
+        if value.requires_grad
+        for gradient in torch.autograd.grad(3 * value, leaves, retain_graph=True)
+    ]
+    return [*losses.values(), *gradients]
+
+
+@pytest.mark.parametrize("settings", TILED_SETTINGS, ids=str)
+@pytest.mark.parametrize(("n", "tile"), [(2, 1), (9, 18), (9, 80), (40, 640)])
+def test_blocks_of_rows_change_nothing(
+    settings: dict[str, Any], n: int, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, loss = random_batch(n), AlignCLIPLoss(**settings)
+    whole = in_blocks(loss, batch)
+    monkeypatch.setattr(tiles, "CPU_TILE", tile)
+    for ours, want in zip(in_blocks(loss, batch), whole, strict=True):
+        assert ours.shape == want.shape
+        torch.testing.assert_close(ours, want, rtol=1e-12, atol=1e-13)
+    with torch.no_grad():
+        assert torch.equal(loss(**batch)["total"], loss(**batch)["total"].detach())
+
+
+def test_blocks_of_rows_take_a_scalar_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "CPU_TILE", 20)
+    batch = random_batch(10)
+    scalar = batch["logit_scale"].detach()[0].requires_grad_()
+    AlignCLIPLoss()(**batch)["total"].backward()
+    AlignCLIPLoss()(**batch | {"logit_scale": scalar})["total"].backward()
+    assert scalar.grad is not None
+    assert batch["logit_scale"].grad is not None
+    assert float(scalar.grad) == float(batch["logit_scale"].grad)
+
+
+def test_blocks_of_rows_keep_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing as large as a block of logits is kept for the backward pass, and none is larger."""
+    n, tile = 64, 256
+    monkeypatch.setattr(tiles, "CPU_TILE", tile)
+    largest = 0
+
+    class WatchSizes(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            nonlocal largest
+            found = func(*args, **(kwargs or {}))
+            if isinstance(found, torch.Tensor):
+                largest = max(largest, found.numel())
+            return found
+
+    batch = random_batch(n, dim=2)
+    with WatchSizes():
+        AlignCLIPLoss()(**batch)["total"].backward()
+    assert largest == tile
+
+
+def test_a_small_batch_is_computed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError("in blocks")
+
+    monkeypatch.setattr(tiles._TiledCrossEntropy, "apply", never)
+    AlignCLIPLoss()(**random_batch(64))["total"].backward()
+
+
 # --- several processes --------------------------------------------------------------------------------------------
 
 DIST = torch.load(FIXTURES / "losses_dist2.pt", weights_only=True)
@@ -271,13 +351,16 @@ DIST_SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def distributed_losses() -> dict[str, dict[str, torch.Tensor]]:
-    """This rank's losses and gradients in every setting, and alone in a group of its own."""
+    """This rank's losses and gradients in every setting, and alone in a group of its own; all of it again in blocks."""
     rank, world = dist.get_rank(), dist.get_world_size()
     alone = [dist.new_group([r]) for r in range(world)][rank]
     settings = DIST_SETTINGS | {"alone": {"group": alone}}
-    return {
-        name: part_losses(AlignCLIPLoss(**kwargs), rank, world) for name, kwargs in settings.items()
-    }
+    found = {}
+    for suffix, tile in (("", tiles.CPU_TILE), (" in blocks", len(DIST["img"]))):
+        tiles.CPU_TILE = tile  # in blocks: a row each
+        for name, kwargs in settings.items():
+            found[name + suffix] = part_losses(AlignCLIPLoss(**kwargs), rank, world)
+    return found
 
 
 def part_losses(loss: AlignCLIPLoss, rank: int, world: int) -> dict[str, torch.Tensor]:
@@ -328,6 +411,15 @@ def test_two_ranks_average_to_one_process(name: str, on_two_ranks: list[Any]) ->
         torch.testing.assert_close(
             torch.cat([rank[key] for rank in ranks]) / 2, single[key], rtol=1e-11, atol=1e-13
         )
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("name", [*DIST_SETTINGS, "alone"])
+def test_two_ranks_in_blocks_of_rows(name: str, on_two_ranks: list[Any]) -> None:
+    for results in on_two_ranks:
+        whole, in_blocks = results[name], results[f"{name} in blocks"]
+        for key, value in whole.items():
+            torch.testing.assert_close(in_blocks[key], value, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.world_size(2)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from alignclip.config.plugged import LOSS_TERMS
 from alignclip.errors import UserError
+from alignclip.losses.captions import gather_captions
 from alignclip.losses.contrastive import contrastive_loss
 from alignclip.losses.features import gather_features
 from alignclip.losses.precision import full_precision
-from alignclip.losses.separation import caption_dissimilarity, separation_loss
+from alignclip.losses.separation import separation_loss
 
 
 class AlignCLIPLoss(nn.Module):
@@ -37,6 +38,9 @@ class AlignCLIPLoss(nn.Module):
     On W > 1 processes each computes its N/W rows and returns their mean. The mean over ranks is
     the loss of the global batch, and gradients averaged over ranks (what DDP and FSDP do) are those
     of a single process with all N samples. Every rank must hold the same number of samples.
+
+    Where an N/W × N matrix is large, the losses are computed in blocks of rows, and no matrix is
+    ever whole (:mod:`alignclip.losses.tiles`); values and gradients are the same.
 
     Args:
         alpha: weight of L_clip.
@@ -120,11 +124,11 @@ class AlignCLIPLoss(nn.Module):
             contrastive = contrastive_loss(features)
             separation = torch.zeros_like(contrastive)
             if separates:
-                dissimilarity = None
+                captions = None
                 if self.rescale and semantic_features is not None:
-                    dissimilarity = caption_dissimilarity(semantic_features.to(dtype), self.group)
+                    captions = gather_captions(semantic_features.to(dtype), self.group)
                 separation = separation_loss(
-                    features, dissimilarity, self.separate_image, self.separate_text
+                    features, captions, self.separate_image, self.separate_text
                 )
             total = self.alpha * contrastive + self.beta * separation
             losses = {"contrastive": contrastive, "separation": separation}

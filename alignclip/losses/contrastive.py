@@ -7,12 +7,15 @@ from torch import Tensor
 
 from alignclip.losses.features import GlobalFeatures
 from alignclip.losses.precision import matmul_transposed
+from alignclip.losses.tiles import IMAGE, TEXT, needs_tiles, tiled_cross_entropy
 
 
 def contrastive_loss(features: GlobalFeatures) -> Tensor:
     """Compute ½ [CE(s · v tᵀ) + CE(s · t vᵀ)] of this rank's rows: a scalar []."""
-    own = features.own
+    if needs_tiles(features):
+        return tiled_cross_entropy(features, [(IMAGE, TEXT), (TEXT, IMAGE)])
+    image, text, own = features.scaled_image, features.scaled_text, features.own
     return (
-        F.cross_entropy(matmul_transposed(features.scaled_image, features.all_text), own)
-        + F.cross_entropy(matmul_transposed(features.scaled_text, features.all_image), own)
+        F.cross_entropy(matmul_transposed(image, features.all_text), own)
+        + F.cross_entropy(matmul_transposed(text, features.all_image), own)
     ) / 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -25,9 +26,8 @@ class GlobalFeatures:
         text: ``[n, d]``, this rank's, L2-normalised; row i belongs to row i of the images.
         all_image: ``[N, d]``, of all ranks.
         all_text: ``[N, d]``, of all ranks.
-        scaled_image: ``[n, d]``, times the logit scale. Scaling features rather than similarities
-            saves autograd an n × N matrix each.
-        scaled_text: ``[n, d]``, times the logit scale.
+        scale: the logit scale s, ``[1]`` or ``[]``.
+        first: the column of this rank's first row.
         own: ``[n]``, the column of each row's own sample.
     """
 
@@ -35,9 +35,22 @@ class GlobalFeatures:
     text: Tensor
     all_image: Tensor
     all_text: Tensor
-    scaled_image: Tensor
-    scaled_text: Tensor
+    scale: Tensor
+    first: int
     own: Tensor
+
+    @cached_property
+    def scaled_image(self) -> Tensor:
+        """``[n, d]``, this rank's image features times the logit scale.
+
+        Scaling features rather than similarities saves autograd an n × N matrix.
+        """
+        return self.scale * self.image
+
+    @cached_property
+    def scaled_text(self) -> Tensor:
+        """``[n, d]``, this rank's text features times the logit scale."""
+        return self.scale * self.text
 
 
 def gather_features(
@@ -51,8 +64,9 @@ def gather_features(
             dist_nn.all_gather(torch.cat([image, text], dim=1), group or dist.group.WORLD)
         )
         all_image, all_text = pairs.tensor_split(2, dim=1)
-    own = torch.arange(len(image), device=image.device) + rank(group) * len(image)
-    return GlobalFeatures(image, text, all_image, all_text, scale * image, scale * text, own)
+    first = rank(group) * len(image)
+    own = torch.arange(len(image), device=image.device) + first
+    return GlobalFeatures(image, text, all_image, all_text, scale, first, own)
 
 
 def gather_without_gradient(share: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -1,7 +1,7 @@
 """``python -m alignclip.search images/ "a red bicycle"``: the images of a folder, ranked by a text.
 
-The model is ``--model``, or that of the newest run below the working directory, as the recipes and the quickstart save
-them. The best are also drawn on one picture.
+The model is ``--model``, or that of the newest run below the working directory, as the recipes and
+the quickstart save them. The best are also drawn on one picture.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -38,8 +39,10 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   python -m alignclip.search photos/ "a red bicycle"
   python -m alignclip.search photos/ "a red bicycle" --model s3://my-bucket/runs/first
-  python -m alignclip.search photos/ "a red bicycle" --model runs/first/latest-rank0.pt --top 30 --to found.png
-  python -m alignclip.search photos/ "a red bicycle" --model hf-hub:ORG/NAME --device cpu | cut -f3"""
+  python -m alignclip.search photos/ "a red bicycle" --model runs/first/latest-rank0.pt \\
+    --top 30 --to found.png
+  python -m alignclip.search photos/ "a red bicycle" --model hf-hub:ORG/NAME --device cpu | cut -f3\
+"""
 
 DRAWN = 1000  # images at most on a contact sheet
 TOLD = 3  # unreadable images by name
@@ -49,9 +52,14 @@ RUNS = ("runs/*", "quickstart-run/checkpoints")  # save folders of the recipes a
 
 @dataclass
 class SearchOptions:
-    """What is searched for, where, by which model; ``top``: how many are shown; ``to``: the contact sheet, if any.
+    """The settings of one search.
 
-    Without a model, that of the newest run here (:func:`newest_run`).
+    Attributes:
+        folder: with the images.
+        text: what is looked for.
+        model: anything that :func:`alignclip.load` takes; null takes the newest run here.
+        top: how many are shown.
+        to: the contact sheet, if any.
     """
 
     folder: Path = setting(flags=("folder",), help="images; those in its sub-folders, too")
@@ -107,9 +115,8 @@ class ImageFiles:
                 warnings.catch_warnings(),
                 Image.open(self.paths[index], formats=_readable()) as image,
             ):
-                warnings.simplefilter(
-                    "ignore"
-                )  # of odd EXIF and palettes: whatever can be read is searched
+                # of odd EXIF and palettes: whatever can be read is searched
+                warnings.simplefilter("ignore")
                 return self.preprocess(image), ""
         except Exception as error:  # PIL's decoders raise nearly anything on broken files
             return torch.zeros(3, self.image_size, self.image_size), one_line(error)
@@ -121,16 +128,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     set_thread_defaults()
     options = _parse(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="surrogateescape"
-        )  # file names are bytes, and come out as they are
+        # file names are bytes, and come out as they are
+        sys.stdout.reconfigure(errors="surrogateescape")
     with one_line_errors():
         matches, total = search(options)
         print("rank\tsimilarity\tpath")
         for rank, match in enumerate(matches, 1):
             print(f"{rank:>4}\t{match.similarity:>10.4f}\t{match.path}")
         if options.to:
-            draw(options, matches, total)
+            _draw_matches(options, matches, total)
 
 
 def _parse(arguments: Sequence[str] | None) -> SearchOptions:
@@ -152,7 +158,7 @@ def search(options: SearchOptions) -> tuple[list[Match], int]:
     Raises:
         UserError: no such folder or model, no images, none that can be read; impossible options.
     """
-    _check(options)
+    _check_options(options)
     paths = find(options.folder)
     place = options.model or newest_run()
     early.check_weights("--model", place)
@@ -165,30 +171,28 @@ def search(options: SearchOptions) -> tuple[list[Match], int]:
 
     device = find_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, preprocess, tokenizer = load(place, device)
-    if (length := len(tokenizer.encode(options.text)) + 2) > model.context_length:
-        print(
-            f"the text has {length} tokens, and is cut to {model.context_length}", file=sys.stderr
-        )
+    length, longest = len(tokenizer.encode(options.text)) + 2, model.context_length
+    if length > longest:
+        print(f"the text has {length} tokens, and is cut to {longest}", file=sys.stderr)
     dtype = torch.bfloat16 if device.type == "cuda" else None
     encoder = Encoder(model, device, dtype, options.batch_size)
     text = dataclasses.replace(encoder, progress=False).texts([options.text])
     files = cast("Dataset[Any]", ImageFiles(paths, preprocess, encoder.image_size))
     images, errors = encoder.images(files, options.num_workers)
     similarities = (images @ text[0]).tolist()
-    _tell_unreadable(
-        {path: error for path, error in zip(paths, errors, strict=True) if error}, len(paths)
-    )
-    matches = [
-        Match(s, path)
-        for s, path, error in zip(similarities, paths, errors, strict=True)
-        if not error
-    ]
+    matches, unreadable = [], []
+    for similarity, path, error in zip(similarities, paths, errors, strict=True):
+        if error:
+            unreadable.append(f"{path} ({error})")
+        else:
+            matches.append(Match(similarity, path))
+    _tell_unreadable(unreadable, len(paths))
     # what only the last bit tells apart is the same image
     matches.sort(key=lambda match: (-round(match.similarity, 6), match.path))
     return matches[: options.top], len(matches)
 
 
-def _check(options: SearchOptions) -> None:
+def _check_options(options: SearchOptions) -> None:
     """Refuse what can be seen to be wrong before anything is read."""
     check_settings(options)
     if not options.text.strip():
@@ -200,30 +204,27 @@ def _check(options: SearchOptions) -> None:
 
 
 def newest_run() -> str:
-    """The save folder below the working directory whose latest checkpoint is the newest, and says which it is.
+    """Find the run below the working directory with the newest checkpoint, and say which it is.
+
+    Returns:
+        its save folder.
 
     Raises:
         UserError: there is none.
     """
-    found = [
-        path / LATEST
-        for pattern in RUNS
-        for path in Path().glob(pattern)
-        if (path / LATEST).is_file()
-    ]
+    links = (path for pattern in RUNS for path in Path().glob(f"{pattern}/{LATEST}"))
+    found = [path for path in links if path.is_file()]
     if not found:
         raise UserError(
             f"no run in {' or '.join(RUNS)} here; name a model: --model PATH, or hf-hub:ORG/NAME"
         )
-    newest = max(found, key=lambda path: (path.stat().st_mtime, path))
-    print(
-        f"model: {newest.parent}, the newest run here; another one: --model PATH", file=sys.stderr
-    )
-    return str(newest.parent)
+    newest = max(found, key=lambda path: (path.stat().st_mtime, path)).parent
+    print(f"model: {newest}, the newest run here; another one: --model PATH", file=sys.stderr)
+    return str(newest)
 
 
 def find(folder: Path) -> list[Path]:
-    """The image files below a folder by their extensions, in the order of their paths; none that are hidden.
+    """Find the image files below a folder by their extensions, but hidden ones; in order.
 
     Raises:
         UserError: no such folder, or no images.
@@ -238,67 +239,52 @@ def find(folder: Path) -> list[Path]:
     found = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            Path(parent, n)
-            for n in names
-            if not n.startswith(".") and Path(n).suffix.lower() in suffixes
-        ]
+        paths = (Path(parent, name) for name in names if not name.startswith("."))
+        found += [path for path in paths if path.suffix.lower() in suffixes]
     if not found:
         raise UserError(f"{folder}: no images there; they end in {', '.join(sorted(suffixes))}")
     return sorted(found)
 
 
 def _readable() -> tuple[str, ...]:
-    """Of the formats, those that this PIL has."""
+    """Return those of the formats that this PIL has."""
     Image.init()
     return tuple(name for name in SEARCH_FORMATS if name in Image.OPEN)
 
 
-def _tell_unreadable(errors: dict[Path, str], total: int) -> None:
-    """How many images could not be read, and why the first of them.
+def _tell_unreadable(images: list[str], total: int) -> None:
+    """Tell how many images could not be read, and why the first of them.
 
     Raises:
         UserError: none could.
     """
-    if not errors:
-        return
-    first = "; ".join(f"{path} ({error})" for path, error in list(errors.items())[:TOLD])
-    more = f" and {len(errors) - TOLD:,} more" if len(errors) > TOLD else ""
-    if len(errors) == total:
-        raise UserError(f"none of the {total:,} images can be read: {first}{more}")
-    print(
-        f"{len(errors):,} of {total:,} images can't be read and are left out: {first}{more}",
-        file=sys.stderr,
-    )
+    said = "; ".join(images[:TOLD])
+    said += f" and {len(images) - TOLD:,} more" if len(images) > TOLD else ""
+    if len(images) == total:
+        raise UserError(f"none of the {total:,} images can be read: {said}")
+    if images:
+        count = f"{len(images):,} of {total:,} images"
+        print(f"{count} can't be read and are left out: {said}", file=sys.stderr)
 
 
-def draw(options: SearchOptions, matches: Sequence[Match], total: int) -> None:
-    """The matches on one picture: rank, similarity and path of each, the text above them.
+def _draw_matches(options: SearchOptions, matches: Sequence[Match], total: int) -> None:
+    """Draw the matches on one picture: rank, similarity and path of each, the text above them.
 
     Raises:
         UserError: the picture can't be written.
     """
     assert options.to
-    cells = [
-        contact_sheet.Cell(
-            f"{rank} · {match.similarity:.4f}",
-            _read(match.path),
-            str(match.path.relative_to(options.folder)),
-        )
-        for rank, match in enumerate(matches, 1)
-    ]
+    cells = []
+    for rank, match in enumerate(matches, 1):
+        image = b""
+        with suppress(OSError):  # the file went meanwhile
+            image = match.path.read_bytes()
+        name = str(match.path.relative_to(options.folder))
+        cells.append(contact_sheet.Cell(f"{rank} · {match.similarity:.4f}", image, name))
     title = f"“{options.text}”: {len(cells):,} of {total:,} images"
     path = contact_sheet.check_path(options.to)
     contact_sheet.save(contact_sheet.draw(cells, title, _readable()), path)
     print(f"drawn: {path}", file=sys.stderr)
-
-
-def _read(path: Path) -> bytes:
-    """The file, or nothing where it went meanwhile."""
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
 
 
 if __name__ == "__main__":

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from models import refused
 from runs import TINY, write_set
 from s3 import S3Server
 from streaming import MDSWriter
@@ -16,11 +19,14 @@ import alignclip
 from alignclip.config.reading import load
 from alignclip.config.schema import EvaluateConfig, EvaluatorConfig, RunConfig
 from alignclip.errors import UserError
+from alignclip.evaluation.command import without_name
 from alignclip.storage import leaving_nothing
 from alignclip.weights import early
 from alignclip.weights.locate import why_no_weights
 
-EVALUATE = "evaluators: {a: {task: gap, local: nowhere}, b: {task: sts, local: none.csv}}\nout: results/first\n"
+EVALUATE = (
+    "evaluators: {a: {task: gap, local: nowhere}, b: {task: sts, local: none.csv}}\nout: x/y\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +48,14 @@ def yaml(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def near(yaml: Path) -> None:
     """What was meant by the places that are mistyped below."""
-    for folder in ("runs/clipart", "eval/coco/val", "weights"):
-        Path(folder).mkdir(parents=True)
-    for file in (
-        "runs/clipart/best-rank0.pt",
-        "eval/coco/val/index.json",
-        "eval/sts-test.csv",
-        "weights/clip.pt",
-    ):
-        Path(file).touch()
+    files = "runs/clipart/best-rank0.pt eval/coco/val/index.json eval/sts-test.csv weights/x.pt"
+    for file in map(Path, files.split()):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+
+def names() -> list[str]:
+    return sorted(path.name for path in Path().iterdir())
 
 
 @pytest.mark.parametrize(
@@ -58,46 +63,32 @@ def near(yaml: Path) -> None:
     [
         ("pretrained=runs/clippart", "no such file: runs/clippart; did you mean 'runs/clipart'?"),
         ("pretrained=Runs/clippart/best.pt", "did you mean 'runs/clipart/best-rank0.pt'?"),
-        ("pretrained=./rnus/clippart/best", "did you mean 'runs/clipart/best-rank0.pt'?"),
-        (
-            "load_path=weigths/clip.pt",
-            "load_path=weigths/clip.pt: no such file: weigths/clip.pt; did you mean 'weig",
-        ),
-        (
-            "load_path=wholly/other.pt",
-            "load_path=wholly/other.pt: no such file: wholly/other.pt; no weights lie there",
-        ),
-        (
-            "data.streams.e.local=evil/cocoa/val",
-            "no MDS set at evil/cocoa/val (no index.json there); did you mean",
-        ),
+        ("checkpoint=./rnus/clippart/best", "did you mean 'runs/clipart/best-rank0.pt'?"),
+        ("load_path=weigths/x.pt", "load_path=weigths/x.pt: no such file: weigths/x.pt; did you"),
+        ("load_path=wholly/other.pt", "no such file: wholly/other.pt; no weights lie there"),
+        ("load_path=run.yaml", "load_path=run.yaml is no checkpoint"),
+        ("save_folder=run.yaml/{run_name}", "run.yaml is a file, not a folder"),
+        ("data.streams.e.split=val", "data.streams.e: no MDS set at"),
+        ("data.streams.e.local=evil/cocoa/val", "(no index.json there); did you mean"),
         ("data.streams.e.local=eval/coco", "(no index.json there); there is one in eval/coco/val"),
-        (
-            "data.streams.e.local=wholly/other",
-            "(no index.json there); set data.streams.e.remote or .local, or",
-        ),
-        (
-            "evaluators.x={task: gap, local: eval/cocco, split: val}",
-            "no MDS set at eval/cocco/val (no index.json there); d",
-        ),
-        (
-            "evaluators.x={task: sts, local: evl/sts_test.csv}",
-            "there is no evl/sts_test.csv; did you mean 'eval/sts-test.",
-        ),
+        ("data.streams.e.local=all/other", "; set data.streams.e.remote or .local, or take it out"),
+        ("evaluators.x={task: gap, local: eval/cocco, split: val}", "MDS set at eval/cocco/val ("),
+        ("evaluators.x={task: sts, local: evl/sts_test.csv}", "; did you mean 'eval/sts-test.csv'"),
+        ("evaluators.x={task: sts, local: s.csv}", "evaluators.x: there is no s.csv"),
     ],
 )
-def test_the_nearest_place_is_named(near: None, yaml: Path, override: str, says: str) -> None:
-    with pytest.raises(UserError) as error:
-        early.check_run(load(yaml, [override]))
-    assert says in str(error.value)
-
-
-@pytest.mark.parametrize("place", ["runs/clippart", "rnus/clipart", "runs/clippart/best"])
-def test_the_nearest_checkpoint_is_named(near: None, yaml: Path, place: str) -> None:
-    with pytest.raises(
-        UserError, match=rf"checkpoint: no such file: {place}; did you mean 'runs/clipart"
-    ):
-        early.check_evaluation(EvaluateConfig(checkpoint=place))
+def test_a_wrong_place_is_told_with_the_nearest(
+    near: None, yaml: Path, override: str, says: str
+) -> None:
+    early.check_run(load(yaml))
+    before = names()
+    key, _, place = override.partition("=")
+    with refused(re.escape(says)):
+        if key == "checkpoint":
+            early.check_evaluation(EvaluateConfig(checkpoint=place))
+        else:
+            early.check_run(load(yaml, [override]))
+    assert names() == before
 
 
 @pytest.mark.parametrize(
@@ -110,19 +101,14 @@ def test_a_file_that_holds_no_weights_offers_its_folder(yaml: Path, name: str) -
         (folder / file).touch()
     place, suffix = str(folder / name), Path(name).suffix.lower()
     says = f"{place} is no checkpoint, but a {suffix} file; did you mean its folder, 'runs/emoji'?"
-    with pytest.raises(UserError) as error:
+    with refused(f"^checkpoint: {re.escape(says)}$"):
         early.check_evaluation(EvaluateConfig(checkpoint=place))
-    assert str(error.value) == f"checkpoint: {says}"
-    with pytest.raises(UserError) as error:
+    with refused(f"^{re.escape(says)}$"):
         alignclip.load(place)
-    assert str(error.value) == says
-    with pytest.raises(
-        UserError,
-        match=r"is no checkpoint, or only a part of one; did you mean its folder, 'runs/emo",
-    ):
-        early.check_load_path(place)
+    with refused("is no checkpoint, or only a part of one; did you mean its folder, 'runs/emo"):
+        early.check_local_checkpoint(place)
     (folder / "latest-rank0.pt").unlink()  # nor has the folder anything to load
-    with pytest.raises(UserError, match=rf"is no checkpoint, but a {suffix} file$"):
+    with refused(rf"is no checkpoint, but a {suffix} file$"):
         early.check_weights("checkpoint", place)
 
 
@@ -152,38 +138,10 @@ def test_a_run_without_a_best_checkpoint_says_what_keeps_one(yaml: Path, name: s
     Path("runs/emoji").mkdir(parents=True)
     for file in ("latest-rank0.pt", "ep0-ba20-rank0.pt"):
         Path("runs/emoji", file).touch()
-    with pytest.raises(UserError) as error:
-        early.check_weights("checkpoint", f"runs/emoji/{name}")
     nearest = "latest" if name == "best" else "latest-rank0.pt"
-    says = f"checkpoint: no such file: runs/emoji/{name} (best needs keep_best in the run); did you mean '{nearest}'?"
-    assert str(error.value) == says
-
-
-def names() -> list[str]:
-    return sorted(path.name for path in Path().iterdir())
-
-
-@pytest.mark.parametrize(
-    ("override", "says"),
-    [
-        ("data.streams.e.local=nowhere", "data.streams.e: no MDS set at nowhere"),
-        ("data.streams.e.split=val", "data.streams.e: no MDS set at"),
-        ("load_path=nowhere.pt", "load_path=nowhere.pt: no such file"),
-        ("load_path=run.yaml", "load_path=run.yaml is no checkpoint"),
-        ("pretrained=nowhere.pt", "pretrained: no such file: nowhere.pt"),
-        ("save_folder=run.yaml/{run_name}", "run.yaml is a file, not a folder"),
-        ("evaluators.x={task: retrieval, local: nowhere}", "evaluators.x: no MDS set at nowhere"),
-        ("evaluators.x={task: sts, local: sts.csv}", "evaluators.x: there is no sts.csv"),
-        ("evaluators.x={task: zero_shot, local: data/set}", "evaluators.x: no MDS set at data/set"),
-    ],
-)
-def test_a_wrong_place_of_a_run(yaml: Path, override: str, says: str) -> None:
-    early.check_run(load(yaml))
-    with pytest.raises(UserError) as error:
-        early.check_run(load(yaml, [override]))
-    assert says in str(error.value)
-    assert "\n" not in str(error.value)
-    assert names() == ["run.yaml"]
+    said = f"no such file: runs/emoji/{name} (best needs keep_best in the run); did you mean "
+    with refused(re.escape(f"{said}'{nearest}'?")):
+        early.check_weights("checkpoint", f"runs/emoji/{name}")
 
 
 @pytest.mark.parametrize("place", ["local", "remote"])
@@ -191,9 +149,7 @@ def test_a_set_without_embeddings(yaml: Path, tmp_path: Path, place: str) -> Non
     """The look takes no import of Streaming, so that a person hears of it within seconds."""
     write_set(str(tmp_path / "plain"), count=4, columns="plain")
     stream = f"data.streams.e={{{place}: {tmp_path / 'plain'}}}"
-    with pytest.raises(
-        UserError, match=r"data.streams.e has no 'semantic' column, and loss.beta > 0 needs it"
-    ):
+    with refused("data.streams.e has no 'semantic' column, and loss.beta > 0 needs it"):
         early.check_run(load(yaml, [stream]))
     early.check_run(load(yaml, [stream, "loss.beta=0"]))
 
@@ -207,55 +163,35 @@ def test_of_several_machines_none_ends_before_the_others_can_hear(
         monkeypatch.setenv(name, value)
     early.check_run(wrong)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(UserError, match="no MDS set at nowhere"):
+    with refused("no MDS set at nowhere"):
         early.check_run(wrong)
+    monkeypatch.setenv("RANK", "1")  # of one machine's processes the first one speaks
+    early.check_run(wrong)
+    assert early.check_evaluation(EvaluateConfig(checkpoint="nowhere")) == {}
 
 
-def test_all_wrong_places_are_told_in_one_go(yaml: Path) -> None:
-    wrong = [
-        "data.streams.e.local=one",
-        "evaluators.x={task: gap, local: two}",
-        "pretrained=three.pt",
-    ]
-    with pytest.raises(UserError) as error:
-        early.check_run(load(yaml, [*wrong, "evaluators.y={task: sts, local: four}"]))
-    assert all(word in str(error.value) for word in ("one", "two", "three.pt", "four"))
-
-
-def test_sets_that_lack_what_their_task_reads(yaml: Path, data: Path) -> None:
-    good, wrong = (
-        EvaluatorConfig(local=str(data / "set"), task="gap"),
-        EvaluatorConfig(local=str(data / "set")),
-    )
-    early.check_evaluator("x", good, contents=True)
-    wrong.task = "zero_shot"
-    with pytest.raises(UserError, match=r"evaluators\.x lacks the columns \['label'\]"):
-        early.check_evaluator("x", wrong, contents=True)
+def test_sets_that_lack_what_their_task_reads(data: Path) -> None:
+    evaluator = EvaluatorConfig(local=str(data / "set"), task="gap")
+    early.check_evaluator("x", evaluator, contents=True)
+    evaluator.task = "zero_shot"
+    with refused(r"evaluators\.x lacks the columns \['label'\]"):
+        early.check_evaluator("x", evaluator, contents=True)
 
 
 PAIRS, LABELS = ("caption", "str"), ("label", "int")
+
+
+NO_PAIRS = "; the set has classes and no captions: zero_shot and linear_probe read classes"
 
 
 @pytest.mark.parametrize(
     ("task", "column", "says"),
     [
         ("zero_shot", PAIRS, "; the set has pairs and no classes: retrieval and gap read pairs"),
-        (
-            "retrieval",
-            LABELS,
-            "; the set has classes and no captions: zero_shot and linear_probe read classes",
-        ),
-        (
-            "gap",
-            LABELS,
-            "; the set has classes and no captions: zero_shot and linear_probe read classes",
-        ),
+        ("retrieval", LABELS, NO_PAIRS),
+        ("gap", LABELS, NO_PAIRS),
         ("zero_shot", LABELS, "there is no set/classes.json; convert/classification.py writes it"),
-        (
-            "zero_shot",
-            ("text", "str"),
-            "evaluators.x lacks the columns ['label']; it has ['image', 'text']",
-        ),
+        ("zero_shot", ("text", "str"), "x lacks the columns ['label']; it has ['image', 'text']"),
     ],
 )
 @pytest.mark.parametrize("remote", [False, True])
@@ -272,10 +208,8 @@ def test_a_set_of_the_other_kind_is_said_to_be_one(
         writer.write({"image": b"", column[0]: 1 if column == LABELS else "a dog"})
     Path("set/dataset.json").touch()  # looks like classes.json, and is something else
     evaluator = EvaluatorConfig(task=task, **{"remote" if remote else "local": "set"})  # type: ignore[arg-type]
-    with pytest.raises(UserError) as error:
+    with refused(f"{re.escape(says)}$"):
         early.check_evaluator("x", evaluator)
-    assert str(error.value).endswith(says)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +217,7 @@ def test_a_set_of_the_other_kind_is_said_to_be_one(
 )  # the second: latest was lost
 def test_what_a_run_starts_from_may_be_gone_when_it_goes_on(checkpoint: str, yaml: Path) -> None:
     config = load(yaml, ["pretrained=gone.pt"])
-    with pytest.raises(UserError, match="pretrained"):
+    with refused("pretrained"):
         early.check_run(config)
     folder = Path(str(early.save_folder(config)))
     folder.mkdir(parents=True)
@@ -291,42 +225,27 @@ def test_what_a_run_starts_from_may_be_gone_when_it_goes_on(checkpoint: str, yam
     early.check_run(config)
 
 
-def test_only_the_first_process_speaks(yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
-    early.check_run(load(yaml, ["data.streams.e.local=nowhere"]))
-    assert early.check_evaluation(EvaluateConfig(checkpoint="nowhere")) == {}
-
-
 def test_evaluators_that_cannot_be_run_are_told_and_the_others_run(
     yaml: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (yaml.parent / "model.pt").touch()
-    sets = {
-        "good": EvaluatorConfig(local=str(data / "set"), task="gap"),
-        "bad": EvaluatorConfig("none", task="gap"),
-    }
-    sets["bad"].local = "mistyped"
-    sets["bad"].remote = None
-    failed = early.check_evaluation(EvaluateConfig(checkpoint="model.pt", evaluators=sets))
+    bad = EvaluatorConfig(local="mistyped", task="gap")
+    sets = {"good": EvaluatorConfig(local=str(data / "set"), task="gap"), "bad": bad}
+
+    def check(**changes: Any) -> dict[str, str]:
+        given = {"checkpoint": "model.pt", "evaluators": sets} | changes
+        return early.check_evaluation(EvaluateConfig(**given))
+
+    failed = check()
     assert failed.keys() == {"bad"}
-    assert failed["bad"].startswith(
-        "no MDS set at mistyped"
-    )  # told again at the end, after the evaluator's name
+    assert failed["bad"].startswith("evaluators.bad: no MDS set at mistyped")
     assert "error: evaluators.bad: no MDS set at mistyped" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"nothing can be evaluated: evaluators\.bad"):
-        early.check_evaluation(
-            EvaluateConfig(checkpoint="model.pt", evaluators={"bad": sets["bad"]})
-        )
-    with pytest.raises(
-        UserError, match=r"checkpoints\.x: no such file: x\.pt.*; checkpoints\.y: no such file"
-    ):
-        early.check_evaluation(
-            EvaluateConfig(checkpoints={"x": "x.pt", "y": "y.pt"}, evaluators=sets)
-        )
-    with pytest.raises(UserError, match=r"out=run\.yaml/b"):
-        early.check_evaluation(
-            EvaluateConfig(checkpoint="model.pt", evaluators=sets, out="run.yaml/b")
-        )
+    with refused(r"nothing can be evaluated: evaluators\.bad"):
+        check(evaluators={"bad": bad})
+    with refused(r"checkpoints\.x: no such file: x\.pt.*; checkpoints\.y: no such file"):
+        check(checkpoint=None, checkpoints={"x": "x.pt", "y": "y.pt"})
+    with refused(r"out=run\.yaml/b"):
+        check(out="run.yaml/b")
 
 
 @pytest.mark.parametrize(
@@ -340,22 +259,17 @@ def test_evaluators_that_cannot_be_run_are_told_and_the_others_run(
     ],
 )
 def test_what_is_wrong_with_an_evaluator_whose_name_is_said(why: str, rest: str) -> None:
-    assert early.without_name("d", why) == rest
+    assert without_name("d", why) == rest
 
 
 def test_places_in_a_bucket(s3: S3Server, yaml: Path, data: Path) -> None:
+    """All that is wrong is told in one go."""
     bucket = s3.bucket()
-    missing = [f"data.streams.e.remote={bucket}/nowhere", "data.streams.e.local=cache"]
-    wrong = [
-        *missing,
-        f"pretrained={bucket}/none.pt",
-        f"evaluators.x={{task: sts, remote: {bucket}/none.csv}}",
-    ]
-    with pytest.raises(UserError) as error:
+    wrong = [f"data.streams.e.remote={bucket}/nowhere", "data.streams.e.local=cache"]
+    wrong += [f"pretrained={bucket}/none.pt", "evaluators.y={task: gap, local: two}"]
+    wrong += [f"evaluators.x={{task: sts, remote: {bucket}/none.csv}}"]
+    with refused(f"{bucket}/nowhere.*at two .*{bucket}/none.csv.*{bucket}/none.pt"):
         early.check_run(load(yaml, wrong))
-    assert all(
-        f"{bucket}/{name}" in str(error.value) for name in ("nowhere", "none.pt", "none.csv")
-    )
     assert not Path("cache").exists()
 
 
@@ -367,7 +281,7 @@ def test_a_link_in_a_bucket_stands_for_its_checkpoint(
         Bucket=bucket.split("/")[2], Key="run/latest-rank0.pt.symlink", Body=b"run/ep0-ba2-rank0.pt"
     )
     early.check_weights("checkpoint", f"{bucket}/run/latest-rank0.pt")
-    with pytest.raises(UserError, match=r"checkpoint: there is no .*/run/best-rank0\.pt"):
+    with refused(r"checkpoint: there is no .*/run/best-rank0\.pt"):
         early.check_weights("checkpoint", f"{bucket}/run/best-rank0.pt")
     goes_on = load(yaml, [f"save_folder={bucket}/run"])
     assert early._goes_on(goes_on, f"{bucket}/run")
@@ -377,8 +291,8 @@ def test_a_link_in_a_bucket_stands_for_its_checkpoint(
     early.check_weights("checkpoint", f"{bucket}/run/best-rank0.pt")
 
 
-def refused(place: Path, *files: str) -> None:
-    with leaving_nothing(str(place)):
+def fail_in(place: Path, *files: str) -> None:
+    with refused("wrong"), leaving_nothing(str(place)):
         place.mkdir(parents=True, exist_ok=True)
         for name in files:
             (place / name).touch()
@@ -386,17 +300,13 @@ def refused(place: Path, *files: str) -> None:
 
 
 def test_a_refused_command_leaves_no_empty_folder(tmp_path: Path) -> None:
-    place = tmp_path / "runs" / "deep" / "a"
-    with pytest.raises(UserError):
-        refused(place)
+    place, empty = tmp_path / "runs" / "deep" / "a", tmp_path / "empty"
+    fail_in(place)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(UserError):
-        refused(place, "config.yaml")
+    fail_in(place, "config.yaml")
     assert (place / "config.yaml").exists()
-    empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(UserError):
-        refused(empty)
+    fail_in(empty)
     assert empty.exists()  # it was there before
     with leaving_nothing(str(tmp_path / "kept")):
         (tmp_path / "kept").mkdir()
@@ -405,7 +315,7 @@ def test_a_refused_command_leaves_no_empty_folder(tmp_path: Path) -> None:
 
 CALL = """
 import sys
-from {module} import main
+from alignclip.{module} import main
 try:
     sys.exit(main(sys.argv[1:]))
 finally:
@@ -416,35 +326,29 @@ finally:
 @pytest.mark.parametrize(
     ("module", "arguments"),
     [
-        ("alignclip.training.command", ["run.yaml", "data.streams.e.local=nowhere"]),
-        (
-            "alignclip.training.command",
-            ["run.yaml", "pretrained=nowhere.pt", "save_folder=run.yaml/x"],
-        ),
-        ("alignclip.evaluation.command", ["evaluate.yaml", "checkpoint=nowhere.pt"]),
-        ("alignclip.evaluation.command", ["evaluate.yaml", "checkpoint=model.pt"]),
-        ("alignclip.search", ["nowhere", "a dog"]),
-        ("alignclip.search", [".", "a dog", "--model", "nowhere.pt"]),
-        ("alignclip.conversion.cc12m", ["--inputs", "nowhere", "--out", "out"]),
-        ("alignclip.conversion.classification", ["cifar10", "--root", "nowhere", "--out", "out"]),
-        (
-            "alignclip.conversion.retrieval",
-            ["coco", "--images", "nowhere", "--annotations", "nowhere", "--out", "out"],
-        ),
-        ("alignclip.verification.command", ["nowhere"]),
-        ("alignclip.weights.export_command", ["nowhere.pt", "--to", "open_clip", "--out", "out"]),
+        ("training.command", "run.yaml data.streams.e.local=nowhere"),
+        ("training.command", "run.yaml pretrained=nowhere.pt save_folder=run.yaml/x"),
+        ("evaluation.command", "evaluate.yaml checkpoint=nowhere.pt"),
+        ("evaluation.command", "evaluate.yaml checkpoint=model.pt"),
+        ("search", "nowhere dog"),
+        ("search", ". dog --model nowhere.pt"),
+        ("conversion.cc12m", "--inputs nowhere --out out"),
+        ("conversion.classification", "cifar10 --root nowhere --out out"),
+        ("conversion.retrieval", "coco --images nowhere --annotations nowhere --out out"),
+        ("verification.command", "nowhere"),
+        ("weights.export_command", "nowhere.pt --to open_clip --out out"),
     ],
 )
 def test_a_wrong_place_is_one_line_before_anything_large_is_imported(
-    yaml: Path, module: str, arguments: list[str]
+    yaml: Path, module: str, arguments: str
 ) -> None:
     (yaml.parent / "evaluate.yaml").write_text(EVALUATE, encoding="utf-8")
-    (yaml.parent / "model.pt").touch()
-    (yaml.parent / "a.png").touch()
+    for name in ("model.pt", "a.png"):
+        Path(name).touch()
     before = names()
     root = str(Path(__file__).resolve().parents[1])
     done = subprocess.run(
-        [sys.executable, "-c", CALL.format(module=module), *arguments],
+        [sys.executable, "-c", CALL.format(module=module), *arguments.split()],
         env={**os.environ, "PYTHONPATH": root},
         capture_output=True,
         encoding="utf-8",

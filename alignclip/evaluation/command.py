@@ -94,7 +94,8 @@ def run(config: EvaluateConfig, known: Mapping[str, str] | None = None) -> dict[
     run_on_rank_zero(lambda: _check_writable(config.out))
     checkpoints = Checkpoints(places(config))
     report = ComparisonReport(config, checkpoints.digests, _past(checkpoints), checkpoints.batches)
-    report.failed |= dict(gather_objects(list((known or {}).items())))
+    for name, why in gather_objects(list((known or {}).items())):
+        report.failed[name] = without_name(name, why)
     evaluators = _open_evaluators(config, set(checkpoints.image_sizes.values()), report)
     pairs: dict[str, PairFeatures] = {}
     for name in checkpoints.places:
@@ -199,10 +200,16 @@ def _without_failing(
             yield
     except UserError as error:
         what = f"{checkpoint} · {name}" if checkpoint else name
-        failed[what] = early.without_name(name, str(error))
+        failed[what] = without_name(name, str(error))
         if rank() == 0:
             said = f"error: {what}: {failed[what]}; without it: evaluators.{name}=null"
             print(said, file=sys.stderr, flush=True)
+
+
+def without_name(name: str, why: str) -> str:
+    """Return what is wrong with an evaluator, for a line that begins with its name."""
+    rest = why.removeprefix(f"evaluators.{name}")
+    return rest.lstrip(":. ") if rest[:1] in (":", ".", " ") else why
 
 
 def _check_writable(out: str) -> None:

@@ -64,7 +64,7 @@ def check_run(config: RunConfig) -> None:
         wrong += _wrong(check_evaluator, name, evaluator)
     if config.load_path and "://" not in config.load_path:
         place = config.load_path
-        wrong += _wrong(check_load_path, place)
+        wrong += _wrong(check_local_checkpoint, place)
     folder = save_folder(config)
     if config.pretrained and not (folder and _goes_on(config, folder)):
         place = config.pretrained
@@ -102,13 +102,7 @@ def check_evaluation(config: EvaluateConfig) -> dict[str, str]:
         raise UserError(f"nothing can be evaluated: {'; '.join(failed.values())}")
     for name, why_not in failed.items():
         print(f"error: {why_not}; without it: evaluators.{name}=null", file=sys.stderr, flush=True)
-    return {name: without_name(name, why_not) for name, why_not in failed.items()}
-
-
-def without_name(name: str, why: str) -> str:
-    """Return what is wrong with an evaluator, for a line that begins with its name."""
-    rest = why.removeprefix(f"evaluators.{name}")
-    return rest.lstrip(":. ") if rest[:1] in (":", ".", " ") else why
+    return failed
 
 
 def check_evaluator(name: str, evaluator: EvaluatorConfig, contents: bool = False) -> None:
@@ -157,7 +151,7 @@ def _set_columns(stream: SetConfig) -> list[dict[str, str]]:
     return found if all(isinstance(text, str) for text in texts) else []
 
 
-def check_load_path(place: str) -> None:
+def check_local_checkpoint(place: str) -> None:
     """There is such a checkpoint on this machine.
 
     Raises:

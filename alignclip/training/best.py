@@ -21,7 +21,7 @@ from alignclip.ranks import rank, run_on_rank_zero
 from alignclip.storage import describe_storage_error
 from alignclip.training.display import say
 from alignclip.training.save_folder import SaveFolder
-from alignclip.weights.checkpoint_file import save
+from alignclip.weights.checkpoint_file import write_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -127,11 +127,11 @@ class BestCheckpoint:
     def _write(self, content: dict[str, Any]) -> Path:
         """Write a checkpoint into the run's folder, or for a bucket into a folder of its own."""
         if not self.folder.remote:
-            save(content, path := Path(self.folder.uri, BEST))
+            write_checkpoint(content, path := Path(self.folder.uri, BEST))
             return path
         folder = tempfile.mkdtemp(prefix="alignclip-best-")
         try:
-            save(content, path := Path(folder, BEST))
+            write_checkpoint(content, path := Path(folder, BEST))
         except Exception:
             shutil.rmtree(folder, ignore_errors=True)
             raise

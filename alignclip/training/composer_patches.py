@@ -33,7 +33,7 @@ from alignclip.storage import (
     expect_plain_s3,
     patiently,
 )
-from alignclip.weights.checkpoint_file import save
+from alignclip.weights.checkpoint_file import write_checkpoint
 from alignclip.weights.safe_read import read_pickled
 
 PLAIN_DATA_HINT = "a run's own checkpoints hold plain data alone; go on from another one"
@@ -92,7 +92,7 @@ def write_checkpoint_file(state_dict: dict[str, Any], filename: str) -> None:
     a file there. An error waits for :func:`save_checkpoint`, in which all ranks meet.
     """
     try:
-        save(state_dict, Path(filename))
+        write_checkpoint(state_dict, Path(filename))
     except UserError as error:
         _failures.append(error)
 

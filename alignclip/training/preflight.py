@@ -81,7 +81,7 @@ def check_load_path(place: str) -> None:
         UserError: there is none, it can't be reached, or is something else.
     """
     if "://" not in place:
-        early.check_load_path(place)
+        early.check_local_checkpoint(place)
         return
     store, name = open_file(place.rstrip("/").removesuffix(".symlink"))
     names = (

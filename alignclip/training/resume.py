@@ -29,7 +29,7 @@ from alignclip.training import composer_patches
 from alignclip.training.display import print_once
 from alignclip.training.save_folder import SaveFolder
 from alignclip.weights import checkpoint_file
-from alignclip.weights.checkpoint_file import GONE, UNREADABLE
+from alignclip.weights.checkpoint_file import CANT_BE_READ, GONE
 from alignclip.weights.fetch import fetch
 from alignclip.weights.finite import check_finite
 
@@ -121,7 +121,7 @@ def choose_checkpoint(folder: SaveFolder, download: Path) -> str | None:
     passed = few(f"{name} ({why})" for name, why in reasons.items())
     # a key that may not list a bucket knows no other checkpoint than the one that `latest` names
     was_completed = bool(target) and (bool(names) or reasons[target] != GONE)
-    if was_completed or any(why.startswith(UNREADABLE) for why in reasons.values()):
+    if was_completed or any(why.startswith(CANT_BE_READ) for why in reasons.values()):
         raise UserError(
             f"no checkpoint in {folder.uri} is whole: {passed}; put a whole one there, "
             "or move these away to start anew"

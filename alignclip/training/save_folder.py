@@ -274,7 +274,7 @@ class SaveFolder:
         except FileNotFoundError:
             return checkpoint_file.GONE
         except OSError as error:
-            return f"{checkpoint_file.UNREADABLE}: {error.strerror}"
+            return f"{checkpoint_file.CANT_BE_READ}: {error.strerror}"
         now = (status.st_size, status.st_mtime_ns, status.st_ino)
         before, why = self._damages.get(name, (None, None))
         if now != before:

@@ -10,7 +10,7 @@ from alignclip.training.locking import lock_towers
 from alignclip.training.resume import StartingPoint
 from alignclip.training.save_folder import SaveFolder
 from alignclip.weights.licenses import card_of_run, named_license
-from alignclip.weights.locate import card_beside
+from alignclip.weights.locate import CARD, text_beside
 from alignclip.weights.start_from import load_pretrained
 
 
@@ -36,7 +36,7 @@ def load_starting_weights(
     if config.load_path and not start.goes_on:
         path = config.load_path
         run_on_rank_zero(
-            lambda: keep_license(config, folder, path, named_license(card_beside(path)))
+            lambda: keep_license(config, folder, path, named_license(text_beside(path, CARD)))
         )
     lock_towers(encoders, config, report)
 

@@ -32,7 +32,7 @@ COMMENT = len(TAG) + DIGITS
 CHUNK = 1 << 22  # bytes that are read at a time
 GOES_ON = "What was saved before is whole, and the same command goes on from there"
 GONE = "it is not there"
-UNREADABLE = "it can't be read"  # and may be whole
+CANT_BE_READ = "it can't be read"  # and may be whole
 LARGE = 1 << 16  # bytes from which a thread is worth its while
 
 
@@ -42,7 +42,7 @@ class NotSavedError(UserError):
     status = NOT_SAVED
 
 
-def save(content: dict[str, Any], path: Path) -> None:
+def write_checkpoint(content: dict[str, Any], path: Path) -> None:
     """Write a checkpoint with its checksum. The file is there as a whole or not at all.
 
     Raises:
@@ -83,11 +83,11 @@ def damage(path: Path) -> str | None:
             return _damaged_record(path)
         return "it is only a part of a checkpoint, or none" if size else "it is empty"
     except OSError as error:
-        return f"{UNREADABLE}: {error.strerror or one_line(error)}"
+        return f"{CANT_BE_READ}: {error.strerror or one_line(error)}"
 
 
 def has_right_checksum(path: Path) -> bool | None:
-    """Tell whether a file is as :func:`save` wrote it; None of a file without a checksum."""
+    """Tell whether a file is as :func:`write_checkpoint` wrote it; None of a file without a checksum."""
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - COMMENT))

@@ -45,7 +45,7 @@ from alignclip.weights.load import load, open_model
 from alignclip.weights.locate import CARD, UNUSED
 
 if TYPE_CHECKING:
-    from alignclip.weights.export_command import Options
+    from alignclip.weights.export_command import ExportOptions
 
 TOLERANCE = 1e-5  # of normalised features, and of exp(logit_scale) relative to itself
 # Both sides resize by PIL to the same of 256 levels; what is left is the rounding of float32
@@ -59,7 +59,7 @@ CHECKED_CAPTIONS = [
 ]
 
 
-def export_model(options: Options) -> float:
+def export_model(options: ExportOptions) -> float:
     """Read, write, read again, compare; return the largest difference of a feature.
 
     Raises:
@@ -101,7 +101,7 @@ def _model_config(path: str) -> ModelConfig:
         ) from None
 
 
-def _write_checked(loaded: Loaded, form: Format, options: Options, folder: Path) -> float:
+def _write_checked(loaded: Loaded, form: Format, options: ExportOptions, folder: Path) -> float:
     """Write everything but the card into an empty folder, and check it."""
     ours = encode_with(loaded.model)
     try:

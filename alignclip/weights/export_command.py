@@ -37,7 +37,7 @@ EXAMPLES = """examples:
 
 
 @dataclass
-class Options:
+class ExportOptions:
     """The settings of one conversion.
 
     Attributes:
@@ -79,10 +79,10 @@ class Options:
     )
 
 
-def parse(arguments: Sequence[str] | None = None) -> Options:
+def parse(arguments: Sequence[str] | None = None) -> ExportOptions:
     """Read the command line."""
     return read_options(
-        Options,
+        ExportOptions,
         arguments,
         "convert/checkpoint.py",
         "Convert a trained model to another format, and check the result.",
@@ -90,7 +90,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     )
 
 
-def check_options(options: Options) -> None:
+def check_options(options: ExportOptions) -> None:
     """Look at what is read and written, as far as that is known without reading a model.
 
     Raises:
@@ -128,7 +128,7 @@ def _check_out(out: str) -> None:
         )
 
 
-def convert(options: Options) -> float:
+def run_export(options: ExportOptions) -> float:
     """Check the options, then read, write, read again and compare.
 
     Returns:
@@ -136,9 +136,9 @@ def convert(options: Options) -> float:
     """
     check_options(options)
     console.loading("PyTorch")
-    from alignclip.weights import export
+    from alignclip.weights.export import export_model
 
-    return export.export_model(options)
+    return export_model(options)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.prepare()
     options = parse(arguments)
     with one_line_errors():
-        worst = convert(options)
+        worst = run_export(options)
     print(f"{options.out}: read again, the features differ by at most {worst:.1e}")
     usage = format_named(options.to).usage_at(options.out.rstrip("/"))
     print("\n".join(["next:", *(f"  {line}" for line in usage.splitlines() if line)]))

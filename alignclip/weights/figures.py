@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from alignclip.errors import UserError, one_line
 
@@ -95,16 +95,17 @@ def read_figures(file: str) -> Figures:
     return Figures(file, content["results"], weights, places)
 
 
-def _is_results(found: object) -> bool:
+def _is_results(found: Any) -> bool:
     """Tell whether it is checkpoint → evaluator → metric → number or null."""
-
-    def is_mapping(found: object, of: Callable[[object], bool]) -> bool:
-        return isinstance(found, dict) and all(map(of, found.values()))
-
-    def are_metrics(found: object) -> bool:
-        return is_mapping(found, lambda value: isinstance(value, int | float | None))
-
-    return is_mapping(found, lambda evaluators: is_mapping(evaluators, are_metrics))
+    try:
+        return all(
+            isinstance(value, int | float | None)
+            for evaluators in found.values()
+            for metrics in evaluators.values()
+            for value in metrics.values()
+        )
+    except AttributeError:  # a part of it is no mapping
+        return False
 
 
 def _only_texts(found: object) -> dict[str, str]:

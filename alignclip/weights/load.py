@@ -18,7 +18,7 @@ from alignclip.weights.finite import check_finite
 from alignclip.weights.formats import open_weights
 from alignclip.weights.formats.base import Loaded, Preprocess, Weights, preprocess_config
 from alignclip.weights.formats.open_clip import named
-from alignclip.weights.locate import CARD, RUN_CONFIG, UNUSED, find_beside
+from alignclip.weights.locate import CARD, RUN_CONFIG, UNUSED, text_beside
 from alignclip.weights.weight_files import check_tensors, read
 
 
@@ -123,7 +123,7 @@ def open_model(
         found, source = (given, "config=") if given is not None else _described(weights)
         model = _build_model(weights.tensors, found, place, source)
         check_finite(model.state_dict(), place)
-        recipe, card = (_optional_text(find_beside(file, name)) for name in (RUN_CONFIG, CARD))
+        recipe, card = (text_beside(str(file), name) for name in (RUN_CONFIG, CARD))
         unused = {name: value.clone() for name, value in unused.items()}
     preprocess = preprocess_config(pixels, place, found.vision_cfg.image_size)
     model = model.to(device).eval()
@@ -145,10 +145,6 @@ def _kept_apart(file: Path, place: str) -> dict[str, Tensor]:
     unused = read(path, what).values
     check_tensors(unused, what)
     return unused
-
-
-def _optional_text(path: Path | None) -> str | None:
-    return path.read_text(encoding="utf-8", errors="replace") if path else None
 
 
 def _build_model(tensors: dict[str, Tensor], config: ModelConfig, place: str, source: str) -> CLIP:
@@ -205,19 +201,18 @@ def _check_names_and_shapes(
     Raises:
         UserError: says what is missing, too much or of another kind, three names each.
     """
-    both = sorted(expected.keys() & weights.keys())
-    shapes = [(name, list(weights[name].shape), list(expected[name].shape)) for name in both]
-    kinds = [
-        name
-        for name in both
-        if weights[name].is_floating_point() != expected[name].is_floating_point()
-    ]
-    types = {name: str(weights[name].dtype).removeprefix("torch.") for name in kinds}
+    shapes, kinds = [], []
+    for name in sorted(expected.keys() & weights.keys()):
+        there, here = weights[name], expected[name]
+        if there.shape != here.shape:
+            shapes.append(f"{name} is {list(there.shape)}, not {list(here.shape)}")
+        if there.is_floating_point() != here.is_floating_point():
+            kinds.append(f"{name} is of {str(there.dtype).removeprefix('torch.')}")
     complaints = [
         ("it lacks {}", sorted(expected.keys() - weights.keys())),
         ("it has {} in addition", sorted(weights.keys() - expected.keys())),
-        ("{}", [f"{name} is {a}, not {b}" for name, a, b in shapes if a != b]),
-        ("{}", [f"{name} is of {kind}" for name, kind in types.items()]),
+        ("{}", shapes),
+        ("{}", kinds),
     ]
     if told := [words.format(few(names)) for words, names in complaints if names]:
         raise UserError(wrong + "; ".join(told))

@@ -84,23 +84,23 @@ def find_beside(file: Path, name: str) -> Path | None:
     return next((path for path in places if path.is_file()), None)
 
 
-def card_beside(place: str) -> str | None:
-    """Read the model card beside a file of weights, a path or a URL; None where there is none.
+def text_beside(place: str, name: str) -> str | None:
+    """Read a text file beside a file of weights, a path or a URL; None where there is none.
 
     Raises:
         UserError: the object store can't be reached.
     """
     if "://" not in place:
-        found = find_beside(_local(place), CARD)
+        found = find_beside(_local(place), name)
         return found.read_text(encoding="utf-8", errors="replace") if found else None
     store, _ = open_file(place)
     try:
-        card = store.read_optional(CARD)
+        content = store.read_optional(name)
     except StorageError as error:
         if is_about_kind(error):  # Composer knows schemes that Streaming doesn't
             return None
         raise
-    return None if card is None else card.decode("utf-8", errors="replace")
+    return None if content is None else content.decode("utf-8", errors="replace")
 
 
 def find_on_disk(place: str) -> Path:
@@ -119,7 +119,7 @@ def find_on_disk(place: str) -> Path:
     is_folder = path.is_dir() and not (path / ".metadata").is_file()
     if is_folder:
         path /= LATEST
-    elif path.name and not _is_there(path) and _is_there(by_name := _named(path)):
+    elif path.name and not _exists(path) and _exists(by_name := _named(path)):
         path = by_name
     pointer = _pointer(path)
     if not path.exists() and pointer.is_file():
@@ -139,10 +139,10 @@ def find_on_disk(place: str) -> Path:
         raise UserError(
             f"the folder {place} has neither a {LATEST} nor an export's {EXPORT_CONFIG}; {hint}"
         )
-    raise UserError(_why_not_there(place, path, beside))
+    raise UserError(_what_was_meant(place, path, beside))
 
 
-def _why_not_there(place: str, path: Path, beside: list[str]) -> str:
+def _what_was_meant(place: str, path: Path, beside: list[str]) -> str:
     """Say what may have been meant by a file that isn't there.
 
     Args:
@@ -186,10 +186,10 @@ def _named(path: Path) -> Path:
 
 def _could_hold_weights(path: Path) -> bool:
     """Tell whether a path is a folder, a file of weights or a link to one, or RUN/best."""
-    return path.is_dir() or (path.suffix in WEIGHT_FILES and _is_there(path))
+    return path.is_dir() or (path.suffix in WEIGHT_FILES and _exists(path))
 
 
-def _is_there(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     """Tell whether there is such a file or folder, if only as a link or as a bucket's link."""
     return path.is_symlink() or path.exists() or _pointer(path).is_file()
 

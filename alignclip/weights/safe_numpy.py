@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from alignclip.weights.safe_pickle import Maker, Refused, check_numbers
+from alignclip.weights.safe_pickle import Maker, Refused, check_sizes
 
 NumpyArray = np.ndarray[Any, Any]
 
@@ -41,7 +41,7 @@ def numbers(content: Any, kind: Any, shape: tuple[int, ...] = ()) -> bytes:
     content = content.encode("latin-1") if type(content) is str else content
     if not isinstance(kind, np.dtype) or type(content) not in (bytes, bytearray):
         raise Refused("a numpy array of objects")
-    check_numbers(*shape)
+    check_sizes(*shape)
     if type(shape) is not tuple or len(content) != math.prod(shape) * kind.itemsize:
         raise Refused("a numpy array of another size")
     if kind.kind == "b" and content and max(content) > 1:

@@ -42,7 +42,7 @@ COLLECTED: dict[str, Callable[[list[Any]], Any]] = {  # make one value of all ab
     "LIST": list,
     "TUPLE": tuple,
     "DICT": lambda items: dict(key_value_pairs(items)),
-    "FROZENSET": lambda items: frozenset(map(check_key, items)),
+    "FROZENSET": lambda items: frozenset(map(check_hashable, items)),
 }
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 FILLED: dict[str, tuple[type, ...]] = {  # add items to a container of these types
@@ -106,7 +106,7 @@ class Types(Protocol):
         """Give a freshly made value its state; return the value, or what takes its place."""
 
 
-def check_key(value: Any) -> Any:
+def check_hashable(value: Any) -> Any:
     """Return a key of a dict or an item of a set; a nested one could take for ever to hash."""
     flat = type(value) is tuple and all(type(item) in PLAIN for item in value)
     if type(value) in PLAIN or flat or isinstance(value, np.generic):
@@ -114,7 +114,7 @@ def check_key(value: Any) -> Any:
     raise Refused(f"a {type(value).__name__} as a key")
 
 
-def check_numbers(*values: Any) -> None:
+def check_sizes(*values: Any) -> None:
     """Refuse what is no whole number from 0 on that fits into 62 bits."""
     if not all(type(value) is int and 0 <= value < 2**62 for value in values):
         raise Refused("a size that is none")
@@ -122,7 +122,9 @@ def check_numbers(*values: Any) -> None:
 
 def key_value_pairs(items: list[Any]) -> list[tuple[Any, Any]]:
     """Return keys and values that alternate as pairs."""
-    return [(check_key(key), value) for key, value in zip(items[::2], items[1::2], strict=True)]
+    return [
+        (check_hashable(key), value) for key, value in zip(items[::2], items[1::2], strict=True)
+    ]
 
 
 class Machine:
@@ -211,7 +213,7 @@ class Machine:
         if isinstance(target, (list, deque)):
             target.extend(items)
         elif isinstance(target, set):
-            target.update(map(check_key, items))
+            target.update(map(check_hashable, items))
         else:  # update() of a Counter would add
             for key, value in key_value_pairs(items):
                 target[key] = value

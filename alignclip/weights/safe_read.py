@@ -30,6 +30,7 @@ MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # torch/serialization.py, its fo
 BYTE_ORDER = (
     "was written by a machine of another byte order; save it again on one of this machine's"
 )
+NUMPY_ARCHIVE = "is NumPy's (.npz), which isn't read; save its arrays with torch.save as tensors"
 SAVE_PLAIN_DATA = (
     "if you trust it, save what you need of it as plain data: "
     "torch.save({'state_dict': torch.load(FILE, weights_only=False)['state_dict']}, NEW)"
@@ -87,96 +88,87 @@ def read_pickled(
 def _read_checkpoint(path: Path, mapped: bool, passed_over: tuple[str, ...]) -> Any:
     if not path.stat().st_size:
         raise EOFError
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            return _Archive(path, archive, mapped, passed_over).read()
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return _read_old(content, passed_over)  # type: ignore[arg-type]  # reads as a file
+    if not zipfile.is_zipfile(path):
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
+            return _read_old(content, passed_over)  # type: ignore[arg-type]  # reads as a file
+    archive = _Archive(path, mapped)
+    if archive.read("byteorder") not in (b"", sys.byteorder.encode()):
+        raise WrongFile(BYTE_ORDER)
+    types = CheckpointTypes(archive.storage, passed_over)
+    found = Machine(types).run(io.BytesIO(archive.read("data.pkl")))
+    types.check_truths()
+    return found
 
 
 class _Archive:
-    """torch's zip format: a pickle, and a record for each storage.
+    """torch's zip format: a folder with a pickle, and a part for each storage.
 
     Args:
         path: the file.
-        archive: the same, open.
         mapped: see :func:`read_pickled`.
-        passed_over: see :func:`read_pickled`.
     """
 
-    def __init__(
-        self, path: Path, archive: zipfile.ZipFile, mapped: bool, passed_over: tuple[str, ...]
-    ) -> None:
-        self.archive, self.mapped, self.passed_over = archive, mapped, passed_over
+    def __init__(self, path: Path, mapped: bool) -> None:
+        self.mapped = mapped
         self.size = self.left = path.stat().st_size
         self.whole = torch.UntypedStorage.from_file(str(path), False, self.size)
-        self.records = {entry.filename: entry for entry in archive.infolist()}
-        self.storages: dict[str, torch.UntypedStorage] = {}
-        found = [
-            name for name in self.records if name.count("/") == 1 and name.endswith("/data.pkl")
-        ]
+        with zipfile.ZipFile(path) as archive:
+            self.parts = {entry.filename: entry for entry in archive.infolist()}
+        found = [name for name in self.parts if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if any(name.endswith(".npy") for name in self.parts):
+            raise WrongFile(NUMPY_ARCHIVE)
+        if not any(name.endswith("data.pkl") for name in self.parts):
+            raise WrongFile("is a zip archive; unpack it, and name the file of weights in it")
         if len(found) != 1:
             raise ValueError("no data.pkl")
         self.folder = found[0].removesuffix("data.pkl")
+        self.storages: dict[str, torch.UntypedStorage] = {}
 
-    def read(self) -> Any:
-        """Return what the pickle makes."""
-        order = self.records.get(f"{self.folder}byteorder")
-        if order is not None and self._bytes(order) != sys.byteorder.encode():
-            raise WrongFile(BYTE_ORDER)
-        types = CheckpointTypes(self._storage, self.passed_over)
-        content = Machine(types).run(
-            io.BytesIO(self._bytes(self.records[f"{self.folder}data.pkl"]))
-        )
-        types.check_truths()
-        return content
+    def read(self, name: str) -> bytes:
+        """Return the bytes of a small part; none of a part that isn't there."""
+        part = self.parts.get(f"{self.folder}{name}")
+        return _numbers(self._load(part)).numpy().tobytes() if part else b""
 
-    def _check_length(self, record: zipfile.ZipInfo) -> None:
-        """Refuse parts that take more memory than the file: packed ones, or ones read twice."""
-        if record.compress_type != zipfile.ZIP_STORED:
-            raise WrongFile("is refused: it is a compressed archive, which PyTorch doesn't write")
-        self.left -= record.file_size
-        if self.left < 0:
-            raise WrongFile("is damaged: its parts are longer than the file")
-
-    def _bytes(self, record: zipfile.ZipInfo) -> bytes:
-        self._check_length(record)
-        try:
-            return self.archive.read(record)
-        except zipfile.BadZipFile:
-            raise WrongFile(
-                f"is damaged: the checksum of its part {record.filename} doesn't match"
-            ) from None
-
-    def _storage(self, key: str, length: int) -> torch.UntypedStorage:
+    def storage(self, key: str, length: int) -> torch.UntypedStorage:
         """Return the bytes of a storage, which the file has to hold, all of them."""
-        record = self.records.get(f"{self.folder}data/{key}")
-        if record is None:
+        part = self.parts.get(f"{self.folder}data/{key}")
+        if part is None:
             raise WrongFile(f"is damaged: its storage {key[:20]} isn't there")
-        if record.file_size != length:
-            raise Refused(f"a storage of {length} bytes with {record.file_size} in the file")
+        if part.file_size != length:
+            raise Refused(f"a storage of {length} bytes with {part.file_size} in the file")
         if key not in self.storages:
-            self.storages[key] = self._load(record)
+            self.storages[key] = self._load(part)
         return self.storages[key]
 
-    def _load(self, record: zipfile.ZipInfo) -> torch.UntypedStorage:
-        self._check_length(record)
-        if not record.file_size:
+    def _load(self, part: zipfile.ZipInfo) -> torch.UntypedStorage:
+        """Return the bytes of a part; refuse parts that take more memory than the file."""
+        if part.compress_type != zipfile.ZIP_STORED:
+            raise WrongFile("is refused: it is a compressed archive, which PyTorch doesn't write")
+        self.left -= part.file_size
+        if self.left < 0:
+            raise WrongFile("is damaged: its parts are longer than the file")
+        if not part.file_size:
             return torch.UntypedStorage(0)
-        header = bytes(
-            self.whole[record.header_offset : record.header_offset + LOCAL_HEADER.size].tolist()
-        )
-        signature, name, extra = LOCAL_HEADER.unpack(header)
-        start = record.header_offset + LOCAL_HEADER.size + name + extra
-        if signature != b"PK\x03\x04" or start + record.file_size > self.size:
-            raise WrongFile(f"is damaged: its part {record.filename} isn't where it should be")
-        found: torch.UntypedStorage = self.whole[start : start + record.file_size]
+        start = part.header_offset + LOCAL_HEADER.size
+        header = bytes(self.whole[part.header_offset : start].tolist())
+        signature, *lengths = LOCAL_HEADER.unpack(header)
+        start += sum(lengths)
+        if signature != b"PK\x03\x04" or start + part.file_size > self.size:
+            raise WrongFile(f"is damaged: its part {part.filename} isn't where it should be")
+        found: torch.UntypedStorage = self.whole[start : start + part.file_size]
         if not self.mapped or start % ALIGNED:
             found = found.clone()
-        numbers = torch.empty(0, dtype=torch.uint8).set_(found)
-        if zlib.crc32(numbers.numpy().data) != record.CRC:
-            raise WrongFile(f"is damaged: the checksum of its part {record.filename} doesn't match")
+        if zlib.crc32(_numbers(found).numpy().data) != part.CRC:
+            raise WrongFile(f"is damaged: the checksum of its part {part.filename} doesn't match")
         return found
+
+
+def _numbers(storage: torch.UntypedStorage) -> torch.Tensor:
+    """Return the bytes of a storage as a tensor."""
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
 def _read_old(file: BinaryIO, passed_over: tuple[str, ...]) -> Any:
@@ -213,7 +205,6 @@ def _read_old(file: BinaryIO, passed_over: tuple[str, ...]) -> Any:
         ]:
             raise WrongFile("is damaged: it ends in the middle of its tensors")
         if held:
-            numbers = torch.empty(0, dtype=torch.uint8).set_(found)
-            numbers.copy_(torch.frombuffer(bytearray(held), dtype=torch.uint8))
+            _numbers(found).copy_(torch.frombuffer(bytearray(held), dtype=torch.uint8))
     types.check_truths()
     return content

@@ -22,7 +22,14 @@ from torch.torch_version import TorchVersion
 
 from alignclip.weights import safe_numpy
 from alignclip.weights.renaming import replace_prefix
-from alignclip.weights.safe_pickle import Maker, Refused, Unknown, Unread, check_key, check_numbers
+from alignclip.weights.safe_pickle import (
+    Maker,
+    Refused,
+    Unknown,
+    Unread,
+    check_hashable,
+    check_sizes,
+)
 
 Make = Callable[..., Any]
 
@@ -94,7 +101,7 @@ def tensor(
     if hooks or metadata or kind not in DTYPES.values():
         raise Refused("a tensor with hooks or of a kind of its own")
     size, stride = tuple(size), tuple(stride)
-    check_numbers(offset, *size, *stride)
+    check_sizes(offset, *size, *stride)
     if len(size) != len(stride) or len(size) > MOST_DIMENSIONS or type(requires_grad) is not bool:
         raise Refused("a tensor with sizes that don't fit its strides")
     held = storage.data.nbytes() // kind.itemsize
@@ -125,7 +132,7 @@ def parameter(data: Any, requires_grad: bool, hooks: Any = None) -> nn.Parameter
 def shape(values: Any) -> torch.Size:
     """Return a shape."""
     values = tuple(values)
-    check_numbers(*values)
+    check_sizes(*values)
     return torch.Size(values)
 
 
@@ -141,7 +148,7 @@ def as_bytes(content: Any = b"", encoding: str = "latin-1") -> bytes:
 def items_of(given: Any = ()) -> list[tuple[Any, Any]]:
     """Return the pairs that a dict is made of."""
     items = [*given.items()] if type(given) is dict else [*given]
-    return [(check_key(key), value) for key, value in items]
+    return [(check_hashable(key), value) for key, value in items]
 
 
 def default_dict(factory: Any = None) -> defaultdict[Any, Any]:
@@ -197,8 +204,8 @@ MAKERS: dict[str, Make] = {
     "numpy._core.multiarray._reconstruct": safe_numpy.empty_array,
     "numpy._core.multiarray.scalar": safe_numpy.scalar,
     "numpy._core.numeric._frombuffer": safe_numpy.array_of,
-    "builtins.set": lambda items=(): set(map(check_key, items)),
-    "builtins.frozenset": lambda items=(): frozenset(map(check_key, items)),
+    "builtins.set": lambda items=(): set(map(check_hashable, items)),
+    "builtins.frozenset": lambda items=(): frozenset(map(check_hashable, items)),
     "builtins.bytearray": lambda *content: bytearray(as_bytes(*content)),
     "builtins.complex": called_with(complex, int, float),
     # called without arguments; protocol 2 writes bytes as a call of encode
@@ -265,7 +272,7 @@ class CheckpointTypes:
         view = saved[5:] if fits else ()
         if not isinstance(kind, StorageKind) or type(key) is not str or view not in ((), (None,)):
             raise Refused("a reference to something else than a storage")
-        check_numbers(count)
+        check_sizes(count)
         self.storages.append(Storage(self.storage(key, count * kind.dtype.itemsize), kind.dtype))
         return self.storages[-1]
 

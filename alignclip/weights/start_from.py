@@ -19,7 +19,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,12 @@ from alignclip.weights.finite import check_finite
 from alignclip.weights.formats import open_weights
 from alignclip.weights.formats.base import Description, Weights, are_equal, preprocess_config
 from alignclip.weights.licenses import forbids_derivatives, license_of
-from alignclip.weights.locate import card_beside
+from alignclip.weights.locate import CARD, text_beside
 
+# what is told of tensors
+SHARED = {tower: f"shared modules from the {tower} tower" for tower in ("text", "vision")}
+MISSING, MISSHAPED = "not in the checkpoint", "of another shape"
+REPORTED = (*SHARED.values(), "resized", MISSING, MISSHAPED, "left over")
 LEAST_SHARE = 0.1  # of the model's tensors; with less, the file is of something else
 MOST_MODULES = 8  # in a line of the report
 
@@ -64,21 +68,17 @@ class StartReport:
 
 @dataclass
 class _Match:
-    """Names of this model's tensors by what happened to them; a shared one has its text name.
+    """What became of the tensors of a model. A shared tensor has its text name here.
 
     Attributes:
-        loaded: were in the checkpoint.
-        names: all names of the loaded ones.
-        missing: are not in the checkpoint.
-        misshaped: have another shape there.
-        shared: serve both towers here and differ there, by the tower that they came from.
+        total: how many there are.
+        loaded: all names of those that were loaded.
+        told: names by what is told of them, in the report's order.
     """
 
-    loaded: list[str] = field(default_factory=list)
-    names: set[str] = field(default_factory=set)
-    missing: list[str] = field(default_factory=list)
-    misshaped: list[str] = field(default_factory=list)
-    shared: dict[str, list[str]] = field(default_factory=lambda: {"text": [], "vision": []})
+    total: int
+    loaded: set[str]
+    told: dict[str, list[str]]
 
 
 def load_pretrained(model: CLIP, place: str, shared_from: str, config: ModelConfig) -> StartReport:
@@ -102,16 +102,16 @@ def load_pretrained(model: CLIP, place: str, shared_from: str, config: ModelConf
             source = _open_checkpoint(place, Path(downloads))
             description = source.format.describe(source)
             pixels = _other_pixels(source)
-            license = license_of(card_beside(str(source.content.file)), source.format)
+            license = license_of(text_beside(str(source.content.file), CARD), source.format)
             _check_heads(description, config)
         except UserError as error:
             raise UserError(f"pretrained: {error}") from None
         weights = dict(source.tensors)
         resized = _resize(weights, model)
         match = _copy(weights, model, shared_from)
-        loaded = {name: weights[name] for name in match.loaded if name in weights}
-        check_finite(loaded, f"pretrained: {place}")
-    lines = _tensor_lines(place, model, weights, match, resized)
+        match.told["resized"] = resized
+        check_finite(model.state_dict(), f"pretrained: {place}")
+        lines = _tensor_lines(place, model, weights, match)
     if license:
         lines.append(f"licence: {license}, which holds for what is trained from it, too")
         if forbids_derivatives(license):
@@ -125,7 +125,7 @@ def load_pretrained(model: CLIP, place: str, shared_from: str, config: ModelConf
         how, value = ("with", "true") if quick_gelu else ("without", "false")
         activation.append(f"it was trained {how} quick_gelu: set model.quick_gelu={value}")
     text = "\n  ".join([*lines, *activation, *pixels])
-    return StartReport(text, license, frozenset(match.names), pixels, activation)
+    return StartReport(text, license, frozenset(match.loaded), pixels, activation)
 
 
 # --- the checkpoint ---------------------------------------------------------------------------
@@ -245,7 +245,8 @@ def _copy(weights: Mapping[str, Tensor], model: CLIP, shared_from: str) -> _Matc
         for tower, name in names.items()
         if _fits(weights.get(name), tensor)
     )
-    match = _Match()
+    told: dict[str, list[str]] = {what: [] for what in REPORTED}
+    match = _Match(len(tensors), set(), told)
     for tensor, names in tensors.values():
         label = names.get("text") or names["vision"]
         # one tower for all of a shared block: one network's attention and another's MLP are none
@@ -255,16 +256,12 @@ def _copy(weights: Mapping[str, Tensor], model: CLIP, shared_from: str) -> _Matc
         value = weights.get(names[tower])
         if value is None or not _fits(value, tensor):
             there = [name for name in (names[tower], *names.values()) if name in weights]
-            if there:
-                match.misshaped.append(there[0])
-            else:
-                match.missing.append(label)
+            told[MISSHAPED if there else MISSING].append(there[0] if there else label)
             continue
         if not all(are_equal(value, weights.get(name)) for name in names.values()):
-            match.shared[tower].append(label)
+            told[SHARED[tower]].append(label)
         tensor.copy_(value.reshape(tensor.shape))
-        match.loaded.append(label)
-        match.names |= set(names.values())
+        match.loaded |= set(names.values())
     return match
 
 
@@ -286,35 +283,28 @@ def _fits(value: Tensor | None, tensor: Tensor) -> bool:
 
 
 def _tensor_lines(
-    place: str, model: CLIP, weights: Mapping[str, Tensor], match: _Match, resized: list[str]
+    place: str, model: CLIP, weights: Mapping[str, Tensor], match: _Match
 ) -> list[str]:
     """Return the lines about tensors.
 
     Raises:
         UserError: nearly nothing fits.
     """
-    expected = model.state_dict()
-    total = len(match.loaded) + len(match.missing) + len(match.misshaped)
-    lines = [f"pretrained: {place}: loaded {len(match.loaded)} of {total} tensors"]
+    expected, told = model.state_dict(), match.told
+    told["left over"] = sorted(weights.keys() - expected.keys())
+    loaded = match.total - len(told[MISSING]) - len(told[MISSHAPED])
+    lines = [f"pretrained: {place}: loaded {loaded} of {match.total} tensors"]
     shapes = {
         name: f"{list(weights[name].shape)}, not {list(expected[name].shape)}"
-        for name in match.misshaped
+        for name in told[MISSHAPED]
     }
-    parts = {
-        "shared modules from the text tower": _modules(match.shared["text"]),
-        "shared modules from the vision tower": _modules(match.shared["vision"]),
-        "resized": ", ".join(resized),
-        "not in the checkpoint": _modules(match.missing),
-        "of another shape": _modules(match.misshaped, shapes),
-        "left over": _modules(sorted(weights.keys() - expected.keys())),
-    }
-    lines += [f"{what}: {names}" for what, names in parts.items() if names]
-    if len(match.loaded) < max(1, LEAST_SHARE * total):
+    lines += [f"{what}: {_modules(names, shapes)}" for what, names in told.items() if names]
+    if loaded < max(1, LEAST_SHARE * match.total):
         raise UserError("; ".join([f"{lines[0]}, which is not this model", *lines[1:]]))
     return lines
 
 
-def _modules(names: Iterable[str], shapes: Mapping[str, str] | None = None) -> str:
+def _modules(names: Iterable[str], shapes: Mapping[str, str]) -> str:
     """Name the modules of tensors, blocks as ranges; a tensor that stands alone with its shapes."""
     groups: dict[str, list[str]] = {}
     blocks: dict[str, set[int]] = {}
@@ -327,7 +317,7 @@ def _modules(names: Iterable[str], shapes: Mapping[str, str] | None = None) -> s
             groups.setdefault(re.sub(ends, "", name), []).append(name)
     shown = []
     for group, members in groups.items():
-        shape = (shapes or {}).get(members[0]) if len(members) == 1 else None
+        shape = shapes.get(members[0]) if len(members) == 1 else None
         shown.append(f"{group}.{_ranges(blocks[group])}" if group in blocks else group)
         shown[-1] += f" ({shape})" if shape else ""
     more = len(shown) - MOST_MODULES
@@ -338,8 +328,8 @@ def _ranges(numbers: set[int]) -> str:
     """Write {0, 1, 2, 5} as ``0-2+5``."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1][1:] = [number]
         else:
-            runs.append([number, number])
-    return "+".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+            runs.append([number])
+    return "+".join("-".join(map(str, ends)) for ends in runs)

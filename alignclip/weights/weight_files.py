@@ -134,7 +134,10 @@ def read(file: Path, place: str) -> Content:
             raise UserError(
                 f"{place} is not a safetensors file, or only a part of one ({type(error).__name__})"
             ) from None
-    _check_archive(file, place)
+    if not zipfile.is_zipfile(file) and tarfile.is_tarfile(file):
+        raise UserError(f"{place} is a tar archive; unpack it, and name the file of weights in it")
+    if has_right_checksum(file) is False:
+        raise UserError(f"{place} is damaged: its checksum is wrong")
     content = read_pickled(file, what=place, mapped=True, passed_over=PASSED_OVER)
     if isinstance(content, Unread) and content.name.startswith(TORCH_SCRIPT):
         return Content(file, place, _of_torch_script(content), torch_script=True)
@@ -146,34 +149,6 @@ def read(file: Path, place: str) -> Content:
 def _is_safetensors(start: bytes, size: int) -> bool:
     """Tell whether a file begins as safetensors does: the length of a JSON header, the header."""
     return len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < size
-
-
-def _check_archive(file: Path, place: str) -> None:
-    """Refuse a damaged checkpoint, and archives of other programs.
-
-    Raises:
-        UserError: says what it is.
-    """
-    if not zipfile.is_zipfile(file):
-        if tarfile.is_tarfile(file):
-            raise UserError(
-                f"{place} is a tar archive; unpack it, and name the file of weights in it"
-            )
-        return
-    if has_right_checksum(file) is False:
-        raise UserError(f"{place} is damaged: its checksum is wrong")
-    try:
-        with zipfile.ZipFile(file) as archive:
-            names = archive.namelist()
-    except zipfile.BadZipFile:
-        return  # which the reader says
-    if any(name.endswith(".npy") for name in names):
-        raise UserError(
-            f"{place} is NumPy's (.npz), which isn't read; "
-            "save its arrays with torch.save as tensors"
-        )
-    if names and not any(name.endswith("data.pkl") for name in names):
-        raise UserError(f"{place} is a zip archive; unpack it, and name the file of weights in it")
 
 
 def _of_torch_script(module: Unread) -> dict[str, Any]:

@@ -16,12 +16,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from alignclip.config.reading import model_section
-from alignclip.config.schema import ModelConfig, SharedConfig
+from alignclip.config.schema import ModelConfig, SharedConfig, TextConfig, VisionConfig
 from alignclip.errors import UserError, one_line
 from alignclip.model.encoders import CLIP
 from alignclip.weights.locate import RUN_CONFIG, find_beside
 from alignclip.weights.weight_files import Content
 
+HEAD_WIDTH = 64  # of every published model: shapes don't tell how a width is cut into heads
 Preprocess = Callable[[Image.Image], Tensor]
 # images, tokens -> image features, text features, exp(logit_scale)
 Encode = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -268,6 +269,44 @@ def mlp_ratio(hidden: int, width: int) -> float:
     """
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
+
+
+def config_by_shapes(weights: Mapping[str, Tensor]) -> ModelConfig:
+    """Return the sizes of a plain ViT that weights under our names show, with heads of 64.
+
+    Raises:
+        UserError: a tensor that the sizes come from is missing or has other dimensions.
+    """
+
+    def shape(name: str, dimensions: int) -> tuple[int, ...]:
+        if name not in weights or weights[name].dim() != dimensions:
+            raise UserError(
+                f"it has no '{name}' of {dimensions} dimensions, which its sizes would come from"
+            )
+        return tuple(weights[name].shape)
+
+    def tower(blocks: str, width: int) -> dict[str, Any]:
+        hidden, _ = shape(f"{blocks}0.mlp.c_fc.weight", 2)
+        names = {name.removeprefix(blocks) for name in weights if name.startswith(blocks)}
+        layers = len({name.split(".")[0] for name in names})
+        return {"width": width, "layers": layers, "mlp_ratio": mlp_ratio(hidden, max(width, 1))}
+
+    width, _, patch_size, _ = shape("visual.conv1.weight", 4)
+    tokens, _ = shape("visual.positional_embedding", 2)  # a class token before the grid
+    context_length, text_width = shape("positional_embedding", 2)
+    vision = VisionConfig(
+        image_size=math.isqrt(tokens - 1) * patch_size if tokens else 0,
+        patch_size=patch_size,
+        head_width=HEAD_WIDTH,
+        **tower("visual.transformer.resblocks.", width),
+    )
+    text = TextConfig(
+        context_length=context_length,
+        vocab_size=shape("token_embedding.weight", 2)[0],
+        heads=text_width // HEAD_WIDTH,
+        **tower("transformer.resblocks.", text_width),
+    )
+    return ModelConfig(shape("text_projection", 2)[1], vision, text)
 
 
 # --- writing ----------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
+from copy import deepcopy
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -24,6 +26,7 @@ from alignclip.weights.formats.base import (
     Loaded,
     Reopened,
     Weights,
+    config_by_shapes,
     described_by_run,
     encode_with,
     head_widths,
@@ -212,13 +215,12 @@ def named(name: str) -> ModelConfig:
     Raises:
         UserError: there is none of that name, or our encoders can't be that one.
     """
-    if name not in open_clip.list_models():
-        raise UserError(
-            f"config={name} is none of open_clip's models; {nearest(name, _plain_models())}"
-        )
-    if name not in _plain_models():
+    plain = _plain_models()
+    if name in plain:
+        return deepcopy(plain[name])
+    if name in open_clip.list_models():
         raise UserError(f"config={name}: our encoders can't be that model; load it with open_clip")
-    return model_config(export_settings(open_clip.get_model_config(name))[0], f"config={name}")
+    raise UserError(f"config={name} is none of open_clip's models; {nearest(name, plain)}")
 
 
 def like(weights: Mapping[str, Tensor], run_name: str = "") -> list[str]:
@@ -231,56 +233,31 @@ def like(weights: Mapping[str, Tensor], run_name: str = "") -> list[str]:
         weights: under open_clip's names.
         run_name: of open_clip's training, which has the model's name in it.
     """
-    sizes = _sizes_of(weights)
-    found = [name for name, those in _plain_models().items() if those == sizes]
+    try:
+        sizes = _sizes(config_by_shapes(weights))
+    except UserError:
+        return []
+    found = [name for name, config in _plain_models().items() if _sizes(config) == sizes]
     trained = re.search(r"model_(.+?)-lr_", run_name)
     return [name for name in found if trained and name.replace("/", "-") == trained[1]] or found
 
 
-ModelSizes = list[int]
-
-
 @cache
-def _plain_models() -> dict[str, ModelSizes]:
-    """Return the sizes of each of open_clip's models that our encoders can be."""
-    known: dict[str, ModelSizes] = {}
+def _plain_models() -> dict[str, ModelConfig]:
+    """Return those of open_clip's models that our encoders can be."""
+    known = {}
     for name in open_clip.list_models():
         values, foreign = export_settings(open_clip.get_model_config(name))
-        vision, text = values["vision_cfg"], values["text_cfg"]
-        if foreign or vision["timm_model_name"] or type(vision["layers"]) is not int:
-            continue
-        known[name] = [
-            values["embed_dim"],
-            *(vision[key] for key in ("width", "patch_size", "layers")),
-            (vision["image_size"] // vision["patch_size"]) ** 2 + 1,
-            int(vision["width"] * vision["mlp_ratio"]),
-            *(text[key] for key in ("context_length", "vocab_size", "width", "layers")),
-            int(text["width"] * text["mlp_ratio"]),
-        ]
+        if not foreign and not values["vision_cfg"]["timm_model_name"]:
+            with suppress(UserError):  # a ResNet has a number of layers for each stage
+                known[name] = model_config(values, name)
     return known
 
 
-def _sizes_of(weights: Mapping[str, Tensor]) -> ModelSizes:
-    """Return the same sizes of a state dict; none where it is of no such model."""
-
-    def shape(name: str) -> list[int]:
-        return list(weights[name].shape)
-
-    def layers(prefix: str) -> int:
-        blocks = (name.removeprefix(prefix) for name in weights if name.startswith(prefix))
-        return len({name.split(".")[0] for name in blocks})
-
-    try:
-        width, _, patch, _ = shape("visual.conv1.weight")
-        return [
-            shape("text_projection")[1],
-            *(width, patch, layers("visual.transformer.resblocks.")),
-            shape("visual.positional_embedding")[0],
-            *shape("visual.transformer.resblocks.0.mlp.c_fc.bias"),
-            shape("positional_embedding")[0],
-            *shape("token_embedding.weight"),
-            layers("transformer.resblocks."),
-            *shape("transformer.resblocks.0.mlp.c_fc.bias"),
-        ]
-    except (KeyError, ValueError, IndexError):
-        return []
+def _sizes(config: ModelConfig) -> list[int]:
+    """Return the sizes that shapes show: all but the heads'."""
+    vision, text = config.vision_cfg, config.text_cfg
+    sizes = [config.embed_dim, vision.patch_size, vision.image_size // vision.patch_size]
+    for tower in (vision, text):
+        sizes += [tower.width, tower.layers, int(tower.width * tower.mlp_ratio)]
+    return [*sizes, text.context_length, text.vocab_size]

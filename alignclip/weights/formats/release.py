@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -10,17 +9,18 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from alignclip.config.schema import ModelConfig, SharedConfig, TextConfig, VisionConfig
+from alignclip.config.schema import ModelConfig, SharedConfig
 from alignclip.errors import UserError
 from alignclip.weights.formats.base import (
+    HEAD_WIDTH,
     Description,
     Format,
     Loaded,
     Weights,
     check_default_pixels,
     clones,
+    config_by_shapes,
     described_by_run,
-    mlp_ratio,
     weights_of,
     write_model_section,
 )
@@ -30,7 +30,6 @@ from alignclip.weights.weight_files import Content
 Value = TypeVar("Value")
 
 RELEASE_FILE = "release.pt"
-HEAD_WIDTH = 64  # of every published model: shapes don't tell how a width is cut into heads
 # a tensor of theirs that serves both towers, and the prefixes that it has in ours, the parameter's
 # own name first
 _SHARED = {
@@ -131,49 +130,17 @@ def their_weights(ours: Mapping[str, Value]) -> dict[str, Value]:
 
 
 def infer_config(weights: Mapping[str, Tensor]) -> ModelConfig:
-    """Tell by the shapes which model a state dict is of, everything shared.
-
-    Args:
-        weights: of a release, with our names.
+    """Tell by the shapes which model a release's weights are of, under our names.
 
     Raises:
-        UserError: a tensor that the sizes come from is missing or has other dimensions, or the
-            width is no multiple of 64, the published heads' width.
+        UserError: they don't say it, or the width is no multiple of the published heads' width.
     """
-
-    def shape(name: str, dimensions: int) -> tuple[int, ...]:
-        if name not in weights or weights[name].dim() != dimensions:
-            raise UserError(
-                f"it has no '{name}' of {dimensions} dimensions, which its sizes would come from"
-            )
-        return tuple(weights[name].shape)
-
-    width, _, patch_size, _ = shape("visual.conv1.weight", 4)
-    tokens, _ = shape("visual.positional_embedding", 2)  # a class token before the grid
-    vocab_size, _ = shape("token_embedding.weight", 2)
-    hidden, _ = shape("transformer.resblocks.0.mlp.c_fc.weight", 2)
+    config = config_by_shapes(weights)
+    width = config.text_cfg.width
     if width == 0 or width % HEAD_WIDTH:
         raise UserError(
             f"its width of {width} is no multiple of {HEAD_WIDTH}, as wide as all published heads; "
             "say how many heads it has with a config.yaml beside it, or config=ModelConfig(…)"
         )
-    blocks = (name for name in weights if name.startswith("transformer.resblocks."))
-    both = {
-        "width": width,
-        "layers": len({name.split(".")[2] for name in blocks}),
-        "mlp_ratio": mlp_ratio(hidden, width),
-    }
-    vision = VisionConfig(
-        image_size=math.isqrt(tokens - 1) * patch_size if tokens else 0,
-        patch_size=patch_size,
-        head_width=HEAD_WIDTH,
-        **both,  # type: ignore[arg-type]
-    )
-    text = TextConfig(
-        context_length=shape("positional_embedding", 2)[0],
-        vocab_size=vocab_size,
-        heads=width // HEAD_WIDTH,
-        **both,  # type: ignore[arg-type]
-    )
-    shared = SharedConfig(blocks=-1, ln_final=True, projection=True)
-    return ModelConfig(shape("text_projection", 2)[1], vision, text, shared)
+    config.shared = SharedConfig(blocks=-1, ln_final=True, projection=True)
+    return config

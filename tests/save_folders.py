@@ -63,7 +63,7 @@ class Place:
         return SaveFolder(self.config)
 
     def save(self, batch: int) -> None:
-        checkpoint_file.save(content(batch), self.made)
+        checkpoint_file.write_checkpoint(content(batch), self.made)
         self.files.put(self.made, name_of(batch))
 
     def damage(self, batch: int, how: Damage) -> None:

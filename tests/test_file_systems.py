@@ -110,7 +110,7 @@ def test_a_folder_that_moves_to_where_there_are_links(
 ) -> None:
     folder = SaveFolder(load(write_config(tmp_path, "set", str(tmp_path / "runs")), ["run_name=r"]))
     for batch in (2, 4):
-        checkpoint_file.save(CONTENT, tmp_path / "runs" / f"ep0-ba{batch}-rank0.pt")
+        checkpoint_file.write_checkpoint(CONTENT, tmp_path / "runs" / f"ep0-ba{batch}-rank0.pt")
     for links, batch in ((True, 2), (False, 4), (True, 2)):
         with monkeypatch.context() as patch:
             if not links:
@@ -135,7 +135,7 @@ def test_a_file_system_that_cannot_rename_over_a_file(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "ep0-ba2-rank0.pt"
-    checkpoint_file.save({"state": {"old": 1}}, path)
+    checkpoint_file.write_checkpoint({"state": {"old": 1}}, path)
 
     def replace(source: Any, target: Any) -> None:
         if Path(target).exists():
@@ -144,7 +144,7 @@ def test_a_file_system_that_cannot_rename_over_a_file(
 
     rename = os.rename
     monkeypatch.setattr(os, "replace", replace)
-    checkpoint_file.save(CONTENT, path)
+    checkpoint_file.write_checkpoint(CONTENT, path)
     assert checkpoint_file.damage(path) is None
     assert path.stat().st_size > 400_000
     assert [left.name for left in tmp_path.iterdir()] == [path.name]
@@ -191,7 +191,7 @@ def test_a_save_that_fails_leaves_what_was_there(
         with monkeypatch.context() as patch:
             full(patch, number, after)
             with pytest.raises(NotSavedError, match=says) as raised:
-                checkpoint_file.save(CONTENT, path)
+                checkpoint_file.write_checkpoint(CONTENT, path)
         text = str(raised.value)
         assert str(path) in text
         assert "\n" not in text
@@ -205,7 +205,7 @@ def test_a_save_that_fails_leaves_what_was_there(
 def test_a_limit_on_the_size_of_files(tmp_path: Path, small_files: Callable[[int], None]) -> None:
     small_files(100_000)
     with pytest.raises(NotSavedError, match="File too large"):
-        checkpoint_file.save(CONTENT, tmp_path / "a.pt")
+        checkpoint_file.write_checkpoint(CONTENT, tmp_path / "a.pt")
     assert not list(tmp_path.iterdir())
 
 

@@ -26,11 +26,8 @@ from huggingface_hub.utils import reset_sessions
 from models import (
     EVERYTHING,
     FIXTURES,
-    MODELS,
-    assert_equal_weights,
     config_of,
     drawn,
-    load_published,
     picture,
     reference,
     refused,
@@ -203,20 +200,6 @@ def test_only_the_model_section_of_the_configuration_matters(
 # --- releases of the authors ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_release_is_the_published_model(name: str) -> None:
-    """Its features are looked at in test_encoders.py."""
-    published = reference(name)
-    config = config_of(published["config"], **EVERYTHING)
-    model, preprocess, tokenizer = alignclip.load(FIXTURES / f"model_{name}.pt", config=config)
-    assert model.visual.proj is model.text_projection
-    assert_equal_weights(model, load_published(published).state_dict())
-    torch.testing.assert_close(model.logit_scale.detach().exp()[0], published["logit_scale"])
-    assert preprocess(picture()).shape == (3, 32, 32)
-    if name == "micro":
-        assert torch.equal(tokenizer(published["captions"]), published["tokens"])
-
-
 def test_the_sizes_of_a_release_are_read_off_its_shapes(tmp_path: Path) -> None:
     """As the published loop saves it, of several processes; and bare, in half precision."""
     source, path = drawn(widths_of_64(**EVERYTHING)), tmp_path / "epoch_30.pt"
@@ -294,18 +277,15 @@ def test_an_export_is_what_open_clip_makes_of_it(tmp_path: Path, shared: dict[st
 def test_where_an_export_may_lie(tmp_path: Path) -> None:
     source = stock(small_config())
     folder = write_export(tmp_path / "export", small_config(), source.state_dict())
-    safe, bare, packed = (folder / name for name in ("open_clip_model.safetensors", "1.pt", "2.pt"))
-    torch.save(source.state_dict(), bare)
-    torch.save({"epoch": 1, "state_dict": source.state_dict()}, packed)
-    tokens = small_batch()[1]
+    safe, alone = folder / "open_clip_model.safetensors", tmp_path / "alone.pt"
+    torch.save(source.state_dict(), alone)
     expected = load_encoders(folder)
-    for path in (f"local-dir:{folder}", safe, bare, packed):
-        assert_same(load_encoders(path), expected, tokens)
+    for path in (f"local-dir:{folder}", safe):
+        assert_same(load_encoders(path), expected, small_batch()[1])
     safe.unlink()
     assert_refused({folder: r"no open_clip_model\.safetensors or open_clip_pytorch_model\.bin"})
-    bare.rename(folder / "open_clip_pytorch_model.bin")
+    shutil.copy(alone, folder / "open_clip_pytorch_model.bin")
     load_encoders(folder)
-    alone = shutil.copy(folder / "open_clip_pytorch_model.bin", tmp_path / "alone.pt")
     assert_refused({alone: r"no open_clip_config\.json with a model_cfg beside it"})
     load_encoders(alone, config=small_config())
 
@@ -325,31 +305,22 @@ def test_exports_that_are_not_our_model(tmp_path: Path) -> None:
     load_encoders(folder)
     foreign = text | {"hf_model_name": "x", "pool_type": "last"}
     for key, value, words in (
-        (
-            "multimodal_cfg",
-            {"width": 8},
-            "don't have its model_cfg's multimodal_cfg; load it with o",
-        ),
+        ("multimodal_cfg", {"width": 8}, "don't have its model_cfg's multimodal_cfg; load it wi"),
         ("text_cfg", foreign, "text_cfg.hf_model_name, text_cfg.pool_type"),
         ("embed_dim", "many", "could not be converted"),
         ("vision_cfg", vision | {"width": 48}, r"visual.class_embedding is \[32\], not \[48\]"),
         ("vision_cfg", vision | {"head_width": 24}, "vision_cfg.width=32 is no multiple"),
         ("vision_cfg", "ViT-B-16", "its vision_cfg is a str, not a section"),
         ("text_cfg", [text], "its text_cfg is a list, not a section"),
-        (
-            "vision_cfg",
-            vision | {"image_size": -32},
-            "vision_cfg.image_size must be positive, not -32",
-        ),
+        ("vision_cfg", vision | {"image_size": -32}, "vision_cfg.image_size must be positive, not"),
     ):
         write(**{key: value})
         assert_refused({folder: words})
     for broken in ("{", "[" * 100_000, '{"a":' * 100_000):
         path.write_text(broken)
         assert_refused({folder: "is not JSON"})
-    one_channel, few = {"mean": "x"}, {"mean": [0.5, 0.5]}
-    others = [{"std": []}, {"std": 0}, {"mode": "L"}, {"resize_mode": "no"}, [1], 3]
-    for wrong in (one_channel, few, *others):
+    means: list[Any] = [{"mean": "x"}, {"mean": [0.5, 0.5]}]
+    for wrong in (*means, {"std": []}, {"std": 0}, {"mode": "L"}, {"resize_mode": "no"}, [1], 3):
         write(preprocess=wrong)
         assert_refused({folder: "its images can't be prepared as it says"})
     write(preprocess={"mean": 0.5, "std": 0.25})
@@ -477,8 +448,7 @@ def test_no_code_of_a_file_runs(run: tuple[Path, CLIP], tmp_path: Path, kind: st
     if kind == "checkpoint":
         shutil.copy(folder / "config.yaml", tmp_path)
         whole = torch.load(folder / "latest-rank0.pt", weights_only=False)
-        whole["state"]["callbacks"] = content
-        content = whole
+        whole["state"]["callbacks"], content = content, whole
     elif kind == "state dict":
         content = {"state_dict": model.state_dict(), "x": content}
     if kind == "pickle":
@@ -493,18 +463,16 @@ def test_no_code_of_a_file_runs(run: tuple[Path, CLIP], tmp_path: Path, kind: st
 
 
 def test_files_that_are_no_models(run: tuple[Path, CLIP], tmp_path: Path) -> None:
-    folder, model = run
+    folder, _ = run
     export = write_export(tmp_path / "export", small_config(), drawn(small_config()).state_dict())
     whole = (export / "open_clip_model.safetensors").read_bytes()
     cut = export / "cut.safetensors"
     cut.write_bytes(whole[: len(whole) // 2])
     (tmp_path / "cut.pt").write_bytes((folder / "latest-rank0.pt").read_bytes()[:100_000])
-    (tmp_path / "text.pt").write_text("no weights")
-    (tmp_path / "empty.pt").write_text("")
     other = {"state": {"model": {"backbone.weight": torch.zeros(1)}}, "rng": []}
     near = {"state": {"model": {"encoders.x": torch.zeros(1)}}, "rng": []}
     numbers = dict.fromkeys("abcd", 1)
-    contents = {"list": [1, 2], "dict": numbers, "other": other, "near": near, "module": model}
+    contents = {"list": [1, 2], "dict": numbers, "other": other, "near": near}
     for name, content in contents.items():
         torch.save(content, tmp_path / f"{name}.pt")
     sharded = tmp_path / "ep1-ba5"
@@ -512,24 +480,18 @@ def test_files_that_are_no_models(run: tuple[Path, CLIP], tmp_path: Path) -> Non
     (sharded / ".metadata").write_text("")
     (tmp_path / "dangling.pt").symlink_to(tmp_path / "gone.pt")
     (tmp_path / "nothing").mkdir()
-    part, no_folder = (
-        "is not a PyTorch checkpoint",
-        "neither a latest-rank0.pt nor an export's open_",
-    )
+    no_folder = "neither a latest-rank0.pt nor an export's open_clip_config.json; its weights:"
     files = {
         "cut.pt": "cut.pt is not a PyTorch checkpoint, or only a part of one",
-        "text.pt": part,
-        "empty.pt": part,
         "list.pt": "holds a list, not a model's weights",
         "dict.pt": "is not a model's weights; it holds a, b, c and 1 more",
         "other.pt": "is a Composer checkpoint, but not of a model of ours",
         "near.pt": "no config.yaml beside it",
-        "module.pt": "CLIP', which could run code",
         "dangling.pt": "gone.pt, which is not there",
         "lits.pt": "no such file: .*; did you mean 'list.pt'",
         "nowhere/x.pt": "no such file: .*; no weights lie there",
-        "nothing": f"{no_folder}clip_config.json; its weights: none",
-        "": f"{no_folder}clip_config.json; its weights: cut.pt, .* more",
+        "nothing": f"{no_folder} none",
+        "": f"{no_folder} cut.pt, .* more",
     }
     assert_refused({tmp_path / name: words for name, words in files.items()})
     assert_refused(

@@ -10,7 +10,7 @@ import pytest
 from models import EVERYTHING, drawn, refused, small_config, write_run
 
 from alignclip.weights.digest import weights_digest
-from alignclip.weights.export_command import Options, convert
+from alignclip.weights.export_command import ExportOptions, run_export
 from alignclip.weights.figures import read_figures
 from alignclip.weights.load import load_encoders
 from alignclip.weights.publishing import public, public_place
@@ -33,16 +33,15 @@ def write_results(path: Path, runs: dict[str, Path], with_digests: bool = True) 
         },
     }
     if with_digests:
-        content["weights"] = {
-            name: weights_digest(load_encoders(run)) for name, run in runs.items()
-        }
+        digests = {name: weights_digest(load_encoders(run)) for name, run in runs.items()}
+        content["weights"] = digests
     path.write_text(json.dumps(content), encoding="utf-8")
     return str(path)
 
 
 def exported(run: Path, out: Path, metrics: str) -> str:
     """Return the model card of an export."""
-    convert(Options(str(run), "open_clip", str(out), metrics=metrics))
+    run_export(ExportOptions(str(run), "open_clip", str(out), metrics=metrics))
     return (out / "README.md").read_text(encoding="utf-8")
 
 
@@ -125,18 +124,9 @@ def test_what_of_a_place_is_published(place: str, shown: str) -> None:
 
 
 def test_places_anywhere_in_a_setting() -> None:
-    given = {
-        "a": ["/home/ada/x.json", "s3://k:s@b/x"],
-        "n": 1,
-        "opt": "adamw",
-        "b": {"c": "~ada", "d": None},
-    }
-    assert public(given) == {
-        "a": ["x.json", "s3://b/x"],
-        "n": 1,
-        "opt": "adamw",
-        "b": {"c": "ada", "d": None},
-    }
+    given = {"a": ["/home/ada/x.json", "s3://k:s@b/x"], "b": {"c": "~ada", "d": None}, "n": "adamw"}
+    shown = {"a": ["x.json", "s3://b/x"], "b": {"c": "ada", "d": None}, "n": "adamw"}
+    assert public(given) == shown
 
 
 @pytest.mark.parametrize("to", ["open_clip", "huggingface", "release", "composer"])
@@ -148,34 +138,31 @@ def test_an_export_names_nothing_of_the_machine(
     for variable in ("USER", "LOGNAME", "HOSTNAME"):
         monkeypatch.setenv(variable, "adalovelace")
     home = tmp_path / "users" / "adalovelace"
+    streams = {
+        "here": {"remote": None, "local": str(home / "set")},
+        "mounted": {"remote": str(home / "set"), "local": "/tmp/adalovelace"},
+        "there": {"remote": "s3://adalovelace:secret@bucket/set", "local": str(home / "cache")},
+    }
     recipe = {
         "run_name": "first",
         "pretrained": str(home / "weights" / "start.pt"),
         "algorithms": {"some.Algorithm": {"table": str(home / "table.json")}},
-        "data": {
-            "streams": {
-                "here": {"remote": None, "local": str(home / "set")},
-                "mounted": {"remote": str(home / "set"), "local": "/tmp/adalovelace"},
-                "there": {
-                    "remote": "s3://adalovelace:secret@bucket/set",
-                    "local": str(home / "cache"),
-                },
-            }
-        },
+        "data": {"streams": streams},
     }
     run = run_of(home / "run", **recipe)
     metrics = write_results(home / "results.json", {"model": run})
-    convert(Options(str(run), to, str(home / "exports" / "first"), onnx=True, metrics=metrics))
-    files = list((home / "exports" / "first").iterdir())
+    out = home / "exports" / "first"
+    run_export(ExportOptions(str(run), to, str(out), onnx=True, metrics=metrics))
+    files = list(out.iterdir())
     assert len(files) >= 4
     for file in files:
         content = file.read_bytes()
         for word in ("adalovelace", str(tmp_path), str(Path(__file__).parent.parent)):
             assert word.encode() not in content, (file.name, word)
-    card = (home / "exports" / "first" / "README.md").read_text(encoding="utf-8")
-    streams = {"here": "not published", "mounted": "not published", "there": "s3://bucket/set"}
-    for row in (f"| data: {name} | {shown} |" for name, shown in streams.items()):
-        assert row in card
+    card = (out / "README.md").read_text(encoding="utf-8")
+    shown = {"here": "not published", "mounted": "not published", "there": "s3://bucket/set"}
+    for name, place in shown.items():
+        assert f"| data: {name} | {place} |" in card
     assert "| pretrained | start.pt |" in card
     assert "this model started from start.pt, whose licence" in card
     assert "table.json" in card

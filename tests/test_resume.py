@@ -108,7 +108,7 @@ def poisoned(path: Path, mark: Path, where: str, sealed: bool) -> None:
     else:
         state[where] = Payload(mark)
     if sealed:
-        checkpoint_file.save(state, path)
+        checkpoint_file.write_checkpoint(state, path)
     else:
         torch.save(state, path)
 
@@ -145,7 +145,7 @@ def test_an_algorithm_that_changes_the_model_is_still_applied(
 ) -> None:
     """Composer adds to a run what its ``load_path`` was trained with; a plain call is harmless."""
     state = {"algorithms": [("BlurPool", {"repr": text})]}
-    checkpoint_file.save({"state": state}, tmp_path / "a.pt")
+    checkpoint_file.write_checkpoint({"state": state}, tmp_path / "a.pt")
     if is_plain:
         assert composer_patches.read_checkpoint(tmp_path / "a.pt", "a.pt")["state"] == state
         return

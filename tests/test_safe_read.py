@@ -11,9 +11,9 @@ import pathlib
 import pickle
 import random
 import struct
-import warnings
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +72,11 @@ def aliases(content: Any, at: str = "") -> dict[int, list[str]]:
     return found
 
 
-def old_format(content: Any, path: Path) -> None:
-    torch.save(content, path, _use_new_zipfile_serialization=False)
-
-
 FORMATS: dict[str, Callable[[Any, Path], None]] = {
-    "zip": lambda content, path: torch.save(content, path),
-    "zip, protocol 4": lambda content, path: torch.save(content, path, pickle_protocol=4),
-    "zip, protocol 5": lambda content, path: torch.save(content, path, pickle_protocol=5),
-    "old": old_format,
+    "zip": torch.save,
+    "zip, protocol 4": partial(torch.save, pickle_protocol=4),
+    "zip, protocol 5": partial(torch.save, pickle_protocol=5),
+    "old": partial(torch.save, _use_new_zipfile_serialization=False),
 }
 
 
@@ -98,9 +94,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_runs_checkpoint_is_what_torch_reads(checkpoint: Path, mapped: bool) -> None:
     ours = read_pickled(checkpoint, mapped=mapped)
     theirs = torch.load(checkpoint, weights_only=False)
-    assert {"model", "optimizers", "schedulers", "algorithms", "callbacks", "timestamp"} <= set(
-        ours["state"]
-    )
+    parts = {"model", "optimizers", "schedulers", "algorithms", "callbacks", "timestamp"}
+    assert parts <= ours["state"].keys()
     assert {name for name, _ in ours["state"]["algorithms"]} == {"GradientClipping", "EMA"}
     assert_same(ours, theirs)
     places, expected = (
@@ -113,20 +108,12 @@ def test_a_runs_checkpoint_is_what_torch_reads(checkpoint: Path, mapped: bool) -
 @pytest.mark.parametrize("format", list(FORMATS))
 def test_what_people_have_beside_weights(tmp_path: Path, format: str) -> None:
     base = torch.arange(24, dtype=torch.float32)
-    dtypes = (
-        torch.float64,
-        torch.float16,
-        torch.bfloat16,
-        torch.int64,
-        torch.uint8,
-        torch.bool,
-        torch.complex64,
-    )
+    dtypes = "float64 float16 bfloat16 int64 uint8 bool complex64"
     content = {
         "weights": collections.OrderedDict(
             a=base[4:12].view(2, 4).t(), b=base, c=nn.Parameter(torch.ones(2))
         ),
-        "dtypes": [torch.tensor([0, 1]).to(dtype) for dtype in dtypes],
+        "dtypes": [torch.tensor([0, 1]).to(getattr(torch, name)) for name in dtypes.split()],
         "others": [torch.tensor([1, 2], dtype=torch.uint16), torch.ones(2).to(torch.float8_e4m3fn)],
         "empty": [torch.zeros(0, 3), torch.tensor(1.5)],
         "numbers": [np.float32(1), np.float64(2), np.int64(3), np.bool_(True), np.array(1.0)],
@@ -142,19 +129,7 @@ def test_what_people_have_beside_weights(tmp_path: Path, format: str) -> None:
         "c": collections.Counter("aab"),
         "sets": [{1, 2}, frozenset("a")],
         "bytes": [b"\x00\xff", bytearray(b"ab")],
-        "numbers of Python": [
-            1,
-            -1,
-            2**40,
-            2**200,
-            1.5,
-            float("inf"),
-            1j,
-            True,
-            None,
-            (),
-            (1, (2,)),
-        ],
+        "Python's": [1, -1, 2**40, 2**200, 1.5, float("inf"), 1j, True, None, (), (1, (2,))],
         "torch": [torch.float32, torch.Size([1, 2]), torch.device("cuda", 1), torch.device("cpu")],
         "when": [datetime.timedelta(1, 2, 3), datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)],
         "state": [random.Random(0).getstate(), np.random.get_state(), torch.random.get_rng_state()],
@@ -166,10 +141,8 @@ def test_what_people_have_beside_weights(tmp_path: Path, format: str) -> None:
     FORMATS[format](content, tmp_path / "x.pt")
     ours = read_pickled(tmp_path / "x.pt")
     assert_same(ours, torch.load(tmp_path / "x.pt", weights_only=False))
-    assert (
-        ours["weights"]["a"].untyped_storage().data_ptr()
-        == ours["weights"]["b"].untyped_storage().data_ptr()
-    )
+    a, b = (ours["weights"][name].untyped_storage() for name in "ab")
+    assert a.data_ptr() == b.data_ptr()
 
 
 def test_names_of_numpy_1(tmp_path: Path) -> None:
@@ -265,12 +238,10 @@ def test_hostile_pickles_get_a_line(tmp_path: Path, what: str, format: str) -> N
 
 def test_the_line_says_what_was_refused_and_the_way_out(tmp_path: Path) -> None:
     torch.save({"x": Calls(os.mkdir, "made")}, tmp_path / "x.pt")
-    with pytest.raises(UserError) as error:
+    said = "the checkpoint is refused: beside weights it holds "
+    said += f"'{os.mkdir.__module__}.mkdir', which could run code; ask its author"
+    with refused(f"^{said}$"):
         read_pickled(tmp_path / "x.pt", what="the checkpoint", way_out="ask its author")
-    module = os.mkdir.__module__
-    assert str(error.value) == (
-        f"the checkpoint is refused: beside weights it holds '{module}.mkdir', which could run code; ask its author"
-    )
 
 
 def long(value: int) -> bytes:
@@ -362,7 +333,7 @@ def test_the_crafted_pickles_differ_from_a_good_one_by_what_they_say(tmp_path: P
 def test_truth_values_that_are_none(tmp_path: Path) -> None:
     torch.save({"a": torch.tensor([True, False])}, tmp_path / "x.pt")
     rewrite(tmp_path / "x.pt", lambda _: b"\x01\x07", "data/0")
-    with pytest.raises(UserError, match="truth values that are neither 0 nor 1"):
+    with refused("truth values that are neither 0 nor 1"):
         read_pickled(tmp_path / "x.pt")
 
 
@@ -375,9 +346,7 @@ def test_a_flipped_bit_of_a_weight_is_found(tmp_path: Path) -> None:
     content[content.index(struct.pack("<f", 1.0) * 1000) + 2000] ^= 1
     (tmp_path / "x.pt").write_bytes(content)
     for mapped in (False, True):
-        with pytest.raises(
-            UserError, match=r"x\.pt is damaged: the checksum of its part x/data/0 doesn't match"
-        ):
+        with refused(r"x\.pt is damaged: the checksum of its part x/data/0 doesn't match"):
             read_pickled(tmp_path / "x.pt", mapped=mapped)
 
 
@@ -400,9 +369,8 @@ def test_a_file_cut_anywhere(tmp_path: Path, format: str) -> None:
     whole = path.read_bytes()
     for length in {0, 1, 10, *range(20, len(whole) - 1, 37), len(whole) - 1}:
         path.write_bytes(whole[:length])
-        with pytest.raises(UserError) as error:
+        with refused(""):
             read_pickled(path)
-        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("format", ["zip", "old"])
@@ -411,17 +379,15 @@ def test_any_changed_bytes_give_a_value_or_a_line(tmp_path: Path, format: str) -
     path = tmp_path / "x.pt"
     small(path, format)
     whole = path.read_bytes()
-    with (
-        zipfile.ZipFile(io.BytesIO(whole))
-        if format == "zip"
-        else warnings.catch_warnings() as archive
-    ):
-        pickled = archive.read("x/data.pkl") if archive else b""
+    pickled = b""
+    if format == "zip":
+        with zipfile.ZipFile(path) as archive:
+            pickled = archive.read("x/data.pkl")
     draw = random.Random(0)
     lines = []
     for _ in range(400):
-        content = bytearray(pickled if format == "zip" and draw.random() < 0.7 else whole)
-        in_pickle = len(content) == len(pickled)
+        in_pickle = bool(pickled) and draw.random() < 0.7
+        content = bytearray(pickled if in_pickle else whole)
         for _ in range(draw.choice([1, 1, 2, 5])):
             content[draw.randrange(len(content))] = draw.randrange(256)
         path.write_bytes(whole)

@@ -20,10 +20,9 @@ from alignclip.storage.staging import OutputFolder, list_remote
 from alignclip.training import composer_patches
 from alignclip.training.preflight import check_load_path
 from alignclip.training.save_folder import SaveFolder
-from alignclip.weights.export_command import Options
-from alignclip.weights.export_command import convert as export
+from alignclip.weights.export_command import ExportOptions, run_export
 from alignclip.weights.fetch import fetch
-from alignclip.weights.locate import card_beside
+from alignclip.weights.locate import CARD, text_beside
 
 RUN = {
     "config.yaml": b"model: {}",
@@ -63,7 +62,7 @@ def test_a_model_is_opened_by_a_key_that_may_only_read(
         downloads.mkdir()
         assert fetch(place, downloads).read_bytes() == b"weights"
         assert (downloads / "config.yaml").is_file() is ("runs" in place)
-    assert card_beside("s3://b/runs/r/ep1-ba5-rank0.pt") is None
+    assert text_beside("s3://b/runs/r/ep1-ba5-rank0.pt", CARD) is None
     assert read_text("s3://b/runs/r/config.yaml") == "model: {}"
 
 
@@ -141,7 +140,7 @@ def test_an_output_is_tried_before_the_work_begins(
     write_tar(tmp_path / "in" / "a.tar", pairs(0, 4))
     commands: dict[str, Callable[[], object]] = {
         "conversion": lambda: quick([tmp_path / "in"], "s3://b/out"),
-        "export": lambda: export(Options("nothing", "open_clip", "s3://b/out")),
+        "export": lambda: run_export(ExportOptions("nothing", "open_clip", "s3://b/out")),
     }
     refusing.without_right(right)
     for work in ("conversion.dataset.convert_all", "weights.export.open_model"):
@@ -154,7 +153,7 @@ def test_an_output_is_tried_before_the_work_begins(
 def test_an_export_tries_a_local_output_first(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"^cannot write to .*/file/out: "):
-        export(Options("nothing", "open_clip", str(tmp_path / "file" / "out")))
+        run_export(ExportOptions("nothing", "open_clip", str(tmp_path / "file" / "out")))
 
 
 def test_a_conversion_needs_no_right_to_delete(refusing: RefusingS3, tmp_path: Path) -> None:

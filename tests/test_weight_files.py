@@ -54,13 +54,8 @@ def trained(weights: Weights) -> dict[str, Any]:
     optimizer = torch.optim.AdamW([parameter])
     parameter.sum().backward()
     optimizer.step()
-    return {
-        "epoch": 3,
-        "name": "x",
-        "state_dict": weights,
-        "optimizer": optimizer.state_dict(),
-        "scaler": {"scale": 1.0},
-    }
+    beside = {"epoch": 3, "name": "x", "scaler": {"scale": 1.0}}
+    return beside | {"state_dict": weights, "optimizer": optimizer.state_dict()}
 
 
 class Attributes(dict[str, Any]):
@@ -152,40 +147,27 @@ def test_torch_script(folder: Path, weights: Weights) -> None:
         alignclip.load(folder / "x.pt")
 
 
-def hugging_face_folder(folder: Path, weights: Weights) -> Path:
-    """A ``CLIPModel`` in two files and an index."""
-    folder.mkdir()
-    settings = hugging_face_settings.their_config(small_config())
-    (folder / "config.json").write_text(
-        json.dumps({"model_type": "clip"} | settings), encoding="utf-8"
-    )
-    theirs = hugging_face.their_tensors(weights)
-    names = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(theirs)}
+def in_two(weights: Weights, folder: Path) -> Path:
+    """Write a model in two files; return their index."""
+    folder.mkdir(exist_ok=True)
+    names = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(weights)}
     for file in set(names.values()):
-        save_file(
-            {name: value for name, value in theirs.items() if names[name] == file}, folder / file
-        )
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": names}), encoding="utf-8"
-    )
-    return folder
+        held = {name: value.clone() for name, value in weights.items() if names[name] == file}
+        save_file(held, folder / file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}), encoding="utf-8")
+    return index
 
 
 def test_several_files_and_an_index(folder: Path, weights: Weights) -> None:
-    names = sorted(weights)
-    parts = {
-        "model-00001-of-00002.safetensors": names[:20],
-        "model-00002-of-00002.safetensors": names[20:],
-    }
-    for file, held in parts.items():
-        save_file({name: weights[name].clone() for name in held}, folder / file)
-    index = folder / "model.safetensors.index.json"
-    listed = {name: file for file, held in parts.items() for name in held}
-    index.write_text(json.dumps({"weight_map": listed}), encoding="utf-8")
+    index = in_two(weights, folder)
     check_same(index, weights)
-    check_same(hugging_face_folder(folder / "theirs", weights), weights)
-    (folder / "model-00002-of-00002.safetensors").unlink()
-    with refused(r"lists model-00002-of-00002\.safetensors, which isn't there"):
+    clip_model = in_two(hugging_face.their_tensors(weights), folder / "theirs").parent
+    settings = {"model_type": "clip"} | hugging_face_settings.their_config(small_config())
+    (clip_model / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    check_same(clip_model, weights)
+    (folder / "part-1.safetensors").unlink()
+    with refused(r"lists part-1\.safetensors, which isn't there"):
         alignclip.load(index)
     for name in ("../x.safetensors", "/etc/passwd", "x.txt", 3):
         index.write_text(json.dumps({"weight_map": {"a": name}}), encoding="utf-8")

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from models import refused
 from refusing import RefusingS3
 from s3 import S3Server
 from save_folders import LATEST, Damage, Place, config_for, content, flipped, name_of
 
-from alignclip.errors import UserError
 from alignclip.storage import StorageError
 from alignclip.training.resume import choose_checkpoint
 from alignclip.training.save_folder import SaveFolder
@@ -70,7 +70,7 @@ def damaged(path: Path, positions: range, lengths: Any) -> Iterator[tuple[int, b
 
 def test_every_byte_counts(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
-    checkpoint_file.save(content(1), path)
+    checkpoint_file.write_checkpoint(content(1), path)
     data = path.read_bytes()
     size = len(data)
     lengths = [*range(0, size, 13), *range(size - 120, size)]
@@ -97,10 +97,10 @@ def test_every_byte_of_an_earlier_versions_tensors_counts(tmp_path: Path) -> Non
 def test_what_is_damaged_is_not_loaded(tmp_path: Path) -> None:
     """By ``alignclip.load`` and whatever else reads weights."""
     path = tmp_path / "a.pt"
-    checkpoint_file.save(content(1), path)
+    checkpoint_file.write_checkpoint(content(1), path)
     assert weight_files.read(path, "a.pt").values["rng"] == [1, 2.5]
     path.write_bytes(flipped(path.read_bytes(), path.stat().st_size // 3))
-    with pytest.raises(UserError, match=r"a\.pt is damaged: its checksum is wrong"):
+    with refused(r"a\.pt is damaged: its checksum is wrong"):
         weight_files.read(path, "a.pt")
 
 
@@ -119,35 +119,30 @@ def test_the_newest_whole_checkpoint_is_used(
     assert choose() == (name_of(4), ""), "once more: nothing is left to say"
 
 
-def test_two_damaged_ones_are_passed_over(place: Place, choose: Any) -> None:
-    place.damage(6, DAMAGES["truncated"])
-    place.damage(4, DAMAGES["empty"])
+@pytest.mark.parametrize(
+    ("damages", "latest", "chosen", "told"),
+    [
+        ({6: "truncated", 4: "empty"}, name_of(6), 2, f"{name_of(4)} (it is empty)"),
+        ({6: "flipped in a tensor"}, None, 4, ""),
+        ({6: "empty"}, "ep9-ba99-rank0.pt", 4, "passed over ep9-ba99-rank0.pt (it is not there)"),
+        ({}, name_of(2), 2, ""),  # latest was turned back
+    ],
+)
+def test_the_newest_whole_one_wherever_latest_points(
+    place: Place, choose: Any, damages: dict[int, str], latest: str | None, chosen: int, told: str
+) -> None:
+    for batch, how in damages.items():
+        place.damage(batch, DAMAGES[how])
+    place.point(latest)
     name, said = choose()
-    assert name == name_of(2)
-    assert f"{name_of(4)} (it is empty)" in said
-
-
-def test_without_latest_the_newest_whole_one_is_used(place: Place, choose: Any) -> None:
-    place.point(None)
-    place.damage(6, DAMAGES["flipped in a tensor"])
-    assert choose()[0] == place.latest() == name_of(4)
-    place.point("ep9-ba99-rank0.pt")  # which was never there
-    name, said = choose()
-    assert name == name_of(4)
-    assert "passed over ep9-ba99-rank0.pt (it is not there)" in said
-
-
-def test_a_latest_that_was_turned_back_is_followed(place: Place, choose: Any) -> None:
-    place.point(name_of(2))
-    assert choose()[0] == name_of(2)
+    assert name == place.latest() == name_of(chosen)
+    assert told in said
 
 
 def test_no_whole_checkpoint_is_one_line(place: Place, choose: Any) -> None:
     for batch in (2, 4, 6):
         place.damage(batch, DAMAGES["truncated"])
-    with pytest.raises(
-        UserError, match=r"no checkpoint in .* is whole: ep0-ba6-rank0.pt \(.*start anew"
-    ):
+    with refused(r"no checkpoint in .* is whole: ep0-ba6-rank0.pt \(.*start anew"):
         choose()
     place.point(None)  # as a run of an earlier version leaves it that was killed in its first save
     name, said = choose()
@@ -166,16 +161,14 @@ def test_a_run_with_a_damaged_latest_never_starts_anew(
 ) -> None:
     """A key that may not list the bucket sees no older checkpoint; starting anew would save over them."""
     path = tmp_path / "made.pt"
-    checkpoint_file.save(content(4), path)
+    checkpoint_file.write_checkpoint(content(4), path)
     refusing.objects |= {
         ("b", f"r/{LATEST}.symlink"): f"r/{name_of(4)}".encode(),
         ("b", f"r/{name_of(4)}"): flipped(path.read_bytes(), path.stat().st_size // 3),
     }
     refusing.without_right("list")
     folder = SaveFolder(config_for(tmp_path, "s3://b/r"))
-    with pytest.raises(
-        UserError, match=r"no checkpoint in s3://b/r is whole: ep0-ba4-rank0.pt \(its checksum"
-    ):
+    with refused(r"no checkpoint in s3://b/r is whole: ep0-ba4-rank0.pt \(its checksum"):
         choose_checkpoint(folder, tmp_path / "download.pt")
 
 
@@ -185,7 +178,7 @@ def test_what_cannot_be_read_may_be_whole(tmp_path: Path, monkeypatch: pytest.Mo
     place.point(None)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_file, "_digest", lambda *_: (tmp_path / "gone").read_text())
-        with pytest.raises(UserError, match=r"ep0-ba4-rank0.pt \(it can't be read"):
+        with refused(r"ep0-ba4-rank0.pt \(it can't be read"):
             choose_checkpoint(place.folder(), tmp_path / "download.pt")
 
 
@@ -215,7 +208,7 @@ def test_other_names_of_checkpoints_are_found(tmp_path: Path) -> None:
     runs, pattern = tmp_path / "runs", "save_filename='{run_name}-step{batch}-of-{epoch}.pt'"
     folder = SaveFolder(config_for(tmp_path, str(runs), "run_name=a.b", pattern))
     for batch in (9, 10):
-        checkpoint_file.save(content(batch), runs / f"a.b-step{batch}-of-0.pt")
+        checkpoint_file.write_checkpoint(content(batch), runs / f"a.b-step{batch}-of-0.pt")
     (runs / "aXb-step99-of-0.pt").write_bytes(b"another's")
     assert choose_checkpoint(folder, tmp_path / "download.pt") == "a.b-step10-of-0.pt"
 
@@ -231,8 +224,8 @@ def test_the_first_level_of_a_local_folder_has_its_checkpoints(
     monkeypatch.setattr(os, "walk", fail)  # data sets and logs may lie below
     assert folder.checkpoints() == {}, "the folder isn't made yet"
     (runs / "ep1-ba5").mkdir(parents=True)  # as Composer saves what is sharded
-    checkpoint_file.save(content(4), runs / name_of(4))
-    checkpoint_file.save(content(6), runs / "wandb" / name_of(6))
+    checkpoint_file.write_checkpoint(content(4), runs / name_of(4))
+    checkpoint_file.write_checkpoint(content(6), runs / "wandb" / name_of(6))
     assert folder.checkpoints() == {"ep1-ba5": 5, name_of(4): 4}
     monkeypatch.setattr(Path, "iterdir", fail)
     with pytest.raises(StorageError, match=f"can't list {runs}: .*[Ii]nput/output error"):
@@ -242,7 +235,7 @@ def test_the_first_level_of_a_local_folder_has_its_checkpoints(
 def test_latest_in_a_folder_of_its_own_is_a_link_from_the_first_save_on(tmp_path: Path) -> None:
     name = "save_latest_filename='links/latest-rank{rank}.pt'"
     folder = SaveFolder(config_for(tmp_path, str(tmp_path / "runs"), name))
-    checkpoint_file.save(content(4), tmp_path / "runs" / name_of(4))
+    checkpoint_file.write_checkpoint(content(4), tmp_path / "runs" / name_of(4))
     folder.point_latest(name_of(4))
     assert (tmp_path / "runs" / "links" / LATEST).is_symlink()
     assert folder.latest_target() == name_of(4)
@@ -252,7 +245,7 @@ def test_a_folder_that_was_copied_with_its_links_followed(tmp_path: Path) -> Non
     runs = tmp_path / "runs"
     folder = SaveFolder(config_for(tmp_path, str(runs)))
     for name in (name_of(4), name_of(5), LATEST):
-        checkpoint_file.save(content(5), runs / name)
+        checkpoint_file.write_checkpoint(content(5), runs / name)
     assert choose_checkpoint(folder, tmp_path / "download.pt") == LATEST
     (runs / LATEST).write_bytes(b"half a copy")
     assert choose_checkpoint(folder, tmp_path / "download.pt") == name_of(5)

@@ -158,7 +158,7 @@ def search(options: SearchOptions) -> tuple[list[Match], int]:
     Raises:
         UserError: no such folder or model, no images, none that can be read; impossible options.
     """
-    _check_options(options)
+    _check_search(options)
     paths = find(options.folder)
     place = options.model or newest_run()
     early.check_weights("--model", place)
@@ -192,7 +192,7 @@ def search(options: SearchOptions) -> tuple[list[Match], int]:
     return matches[: options.top], len(matches)
 
 
-def _check_options(options: SearchOptions) -> None:
+def _check_search(options: SearchOptions) -> None:
     """Refuse what can be seen to be wrong before anything is read."""
     check_settings(options)
     if not options.text.strip():

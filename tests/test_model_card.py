@@ -45,16 +45,23 @@ def exported(run: Path, out: Path, metrics: str) -> str:
     return (out / "README.md").read_text(encoding="utf-8")
 
 
-def test_figures_of_other_weights_are_refused(tmp_path: Path) -> None:
-    mine, other = run_of(tmp_path / "mine"), run_of(tmp_path / "other", seed=1)
-    third = run_of(tmp_path / "third", seed=2)
-    metrics = write_results(tmp_path / "results.json", {"a": other, "b": third})
-    words = r"figures are of .*/other and .*/third, not of the weights in .*/mine; "
-    with refused(words) as told:
-        exported(mine, tmp_path / "out", metrics)
-    way_out = f"(composer evaluate.py … checkpoint={mine}), or leave --metrics out"
-    assert str(told.value).endswith(way_out)
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(
+    ("digest", "words"),
+    [
+        ("xxh3:0", "its figures are of runs/a and runs/b, not of the weights in runs/c; "),
+        ("xxh3:1", "holds no figures of runs/c yet; "),
+    ],
+)
+def test_figures_of_other_weights_or_none_yet_are_refused(
+    tmp_path: Path, digest: str, words: str
+) -> None:
+    runs = {"a": "runs/a", "b": "runs/b"}
+    weights = {"a": "xxh3:1", "b": "xxh3:2"}
+    content = {"weights": weights, "checkpoints": runs, "results": {"a": {}, "b": {}}}
+    (tmp_path / "results.json").write_text(json.dumps(content), encoding="utf-8")
+    way_out = r"evaluate it first \(.*checkpoint=runs/c\), or leave --metrics out$"
+    with refused(words + way_out):
+        read_figures(str(tmp_path / "results.json")).of(digest, "runs/c")
 
 
 def test_of_several_checkpoints_the_one_that_is_exported(
@@ -80,14 +87,6 @@ def test_figures_of_an_earlier_version(tmp_path: Path, capsys: pytest.CaptureFix
     assert line.endswith(
         "kept no digest of the weights: nobody can tell whether its figures are this model's"
     )
-
-
-def test_a_checkpoint_that_is_not_measured_yet(tmp_path: Path) -> None:
-    content = {"weights": {"a": "xxh3:1"}, "checkpoints": {"a": "runs/a"}, "results": {"a": {}}}
-    (tmp_path / "results.json").write_text(json.dumps(content), encoding="utf-8")
-    figures = read_figures(str(tmp_path / "results.json"))
-    with refused(r"holds no figures of runs/a yet; evaluate it first"):
-        figures.of("xxh3:1", "runs/a")
 
 
 @pytest.mark.parametrize(

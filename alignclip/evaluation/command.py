@@ -47,7 +47,9 @@ def main(arguments: Sequence[str]) -> int:
     with one_line_errors():
         launcher.settle()
         settings = load_evaluation(config, overrides)
-        known = early.check_evaluation(settings)
+        known = {
+            name: without_name(name, why) for name, why in early.check_evaluation(settings).items()
+        }
         console.loading("PyTorch and Composer")
         with leaving_nothing(settings.out):
             failed = run(settings, known)
@@ -94,8 +96,7 @@ def run(config: EvaluateConfig, known: Mapping[str, str] | None = None) -> dict[
     run_on_rank_zero(lambda: _check_writable(config.out))
     checkpoints = Checkpoints(places(config))
     report = ComparisonReport(config, checkpoints.digests, _past(checkpoints), checkpoints.batches)
-    for name, why in gather_objects(list((known or {}).items())):
-        report.failed[name] = without_name(name, why)
+    report.failed |= dict(gather_objects(list((known or {}).items())))
     evaluators = _open_evaluators(config, set(checkpoints.image_sizes.values()), report)
     pairs: dict[str, PairFeatures] = {}
     for name in checkpoints.places:

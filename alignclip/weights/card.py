@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from alignclip.config.yaml_text import natural, parse
-from alignclip.weights.figures import Results, results_table
+from alignclip.weights.figures import Measured, results_table
 from alignclip.weights.formats.base import Format, Loaded
 from alignclip.weights.licenses import License
 from alignclip.weights.publishing import is_url, public, public_place
@@ -33,7 +33,7 @@ def recipe_of(loaded: Loaded) -> dict[str, Any]:
 
 
 def write_card(
-    loaded: Loaded, place: str, license: License, results: Results | None, form: Format, out: str
+    loaded: Loaded, place: str, license: License, results: Measured | None, form: Format, out: str
 ) -> str:
     """Write the text of a card.
 

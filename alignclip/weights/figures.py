@@ -11,7 +11,7 @@ from typing import Any
 from alignclip.errors import UserError, one_line
 
 # checkpoint → evaluator → metric → value; None is none that is finite
-Results = dict[str, dict[str, dict[str, float | None]]]
+Measured = dict[str, dict[str, dict[str, float | None]]]
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Figures:
     """
 
     file: str
-    results: Results
+    results: Measured
     weights: dict[str, str]
     places: dict[str, str]
 
-    def of(self, digest: str, source: str) -> tuple[Results, str | None]:
+    def of(self, digest: str, source: str) -> tuple[Measured, str | None]:
         """Return the results of these weights, and a sentence where nobody can tell.
 
         Args:
@@ -62,7 +62,7 @@ class Figures:
         return dict(list(chosen.items())[:1]), None
 
 
-def results_table(results: Results) -> str:
+def results_table(results: Measured) -> str:
     """Write a row a metric and a column a checkpoint, in Markdown: recall@5, then recall@10."""
     lines = [f"| | {' | '.join(results)} |", "|---" * (len(results) + 1) + "|"]
     rows = {

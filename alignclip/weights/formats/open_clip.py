@@ -234,10 +234,10 @@ def like(weights: Mapping[str, Tensor], run_name: str = "") -> list[str]:
         run_name: of open_clip's training, which has the model's name in it.
     """
     try:
-        sizes = _sizes(config_by_shapes(weights))
+        sizes = _visible_sizes(config_by_shapes(weights))
     except UserError:
         return []
-    found = [name for name, config in _plain_models().items() if _sizes(config) == sizes]
+    found = [name for name, config in _plain_models().items() if _visible_sizes(config) == sizes]
     trained = re.search(r"model_(.+?)-lr_", run_name)
     return [name for name in found if trained and name.replace("/", "-") == trained[1]] or found
 
@@ -254,7 +254,7 @@ def _plain_models() -> dict[str, ModelConfig]:
     return known
 
 
-def _sizes(config: ModelConfig) -> list[int]:
+def _visible_sizes(config: ModelConfig) -> list[int]:
     """Return the sizes that shapes show: all but the heads'."""
     vision, text = config.vision_cfg, config.text_cfg
     sizes = [config.embed_dim, vision.patch_size, vision.image_size // vision.patch_size]

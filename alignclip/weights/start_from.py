@@ -35,7 +35,8 @@ from alignclip.model.encoders import CLIP
 from alignclip.weights.fetch import fetch
 from alignclip.weights.finite import check_finite
 from alignclip.weights.formats import open_weights
-from alignclip.weights.formats.base import Description, Weights, are_equal, preprocess_config
+from alignclip.weights.formats.base import Description, Weights, preprocess_config
+from alignclip.weights.formats.by_tensors import are_equal
 from alignclip.weights.licenses import forbids_derivatives, license_of
 from alignclip.weights.locate import CARD, text_beside
 

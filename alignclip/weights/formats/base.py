@@ -16,13 +16,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from alignclip.config.reading import model_section
-from alignclip.config.schema import ModelConfig, SharedConfig, TextConfig, VisionConfig
+from alignclip.config.schema import ModelConfig
 from alignclip.errors import UserError, one_line
 from alignclip.model.encoders import CLIP
 from alignclip.weights.locate import RUN_CONFIG, find_beside
 from alignclip.weights.weight_files import Content
 
-HEAD_WIDTH = 64  # of every published model: shapes don't tell how a width is cut into heads
 Preprocess = Callable[[Image.Image], Tensor]
 # images, tokens -> image features, text features, exp(logit_scale)
 Encode = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -170,13 +169,9 @@ class Format(ABC):
 
 def described(config: ModelConfig, source: str) -> Description:
     """Return what a whole configuration says."""
-    heads = head_widths(config.vision_cfg.head_width, config.text_cfg.width, config.text_cfg.heads)
+    text = config.text_cfg
+    heads = {"vision": config.vision_cfg.head_width, "text": text.width // max(text.heads, 1)}
     return Description(config, source, heads, config.quick_gelu)
-
-
-def head_widths(vision: int, text: int, text_heads: int) -> dict[str, int]:
-    """Return the width of a head of each tower."""
-    return {"vision": vision, "text": text // max(text_heads, 1)}
 
 
 def described_by_run(content: Content) -> Description | None:
@@ -198,38 +193,6 @@ def described_by_run(content: Content) -> Description | None:
             f"{content.place}: no model can be read from the {RUN_CONFIG} beside it: "
             f"{one_line(error)}"
         ) from None
-
-
-def shared_in(weights: Mapping[str, Tensor], config: ModelConfig) -> SharedConfig:
-    """Tell which modules of the two towers hold equal numbers: in training they were one."""
-    vision, text = config.vision_cfg, config.text_cfg
-
-    def same(one: str, other: str) -> bool:
-        names = [name for name in weights if name.startswith(one)]
-        return bool(names) and all(
-            are_equal(weights[name], weights.get(other + name.removeprefix(one))) for name in names
-        )
-
-    if vision.width != text.width:
-        return SharedConfig()
-    blocks = 0
-    if text.width == text.heads * vision.head_width:
-        while blocks < min(vision.layers, text.layers) and same(
-            f"transformer.resblocks.{text.layers - 1 - blocks}.",
-            f"visual.transformer.resblocks.{vision.layers - 1 - blocks}.",
-        ):
-            blocks += 1
-    return SharedConfig(
-        -1 if blocks == vision.layers == text.layers else blocks,
-        same("ln_final.", "visual.ln_post."),
-        same("text_projection", "visual.proj"),
-    )
-
-
-def are_equal(one: Tensor, other: Tensor | None) -> bool:
-    """Tell whether two tensors have one shape, one type and the same numbers."""
-    alike = other is not None and one.shape == other.shape and one.dtype == other.dtype
-    return alike and torch.equal(one, other)  # type: ignore[arg-type]
 
 
 def preprocess_config(given: Any, place: str, image_size: int) -> PreprocessCfg:
@@ -257,56 +220,6 @@ def preprocess_config(given: Any, place: str, image_size: int) -> PreprocessCfg:
             f"{place}: its images can't be prepared as it says: {one_line(error)}"
         ) from None
     return found
-
-
-def mlp_ratio(hidden: int, width: int) -> float:
-    """Return the ratio from which open_clip, which rounds down, gets ``hidden`` again.
-
-    The quotient itself may be too small.
-
-    Raises:
-        ZeroDivisionError: no width.
-    """
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
-
-
-def config_by_shapes(weights: Mapping[str, Tensor]) -> ModelConfig:
-    """Return the sizes of a plain ViT that weights under our names show, with heads of 64.
-
-    Raises:
-        UserError: a tensor that the sizes come from is missing or has other dimensions.
-    """
-
-    def shape(name: str, dimensions: int) -> tuple[int, ...]:
-        if name not in weights or weights[name].dim() != dimensions:
-            raise UserError(
-                f"it has no '{name}' of {dimensions} dimensions, which its sizes would come from"
-            )
-        return tuple(weights[name].shape)
-
-    def tower(blocks: str, width: int) -> dict[str, Any]:
-        hidden, _ = shape(f"{blocks}0.mlp.c_fc.weight", 2)
-        names = {name.removeprefix(blocks) for name in weights if name.startswith(blocks)}
-        layers = len({name.split(".")[0] for name in names})
-        return {"width": width, "layers": layers, "mlp_ratio": mlp_ratio(hidden, max(width, 1))}
-
-    width, _, patch_size, _ = shape("visual.conv1.weight", 4)
-    tokens, _ = shape("visual.positional_embedding", 2)  # a class token before the grid
-    context_length, text_width = shape("positional_embedding", 2)
-    vision = VisionConfig(
-        image_size=math.isqrt(tokens - 1) * patch_size if tokens else 0,
-        patch_size=patch_size,
-        head_width=HEAD_WIDTH,
-        **tower("visual.transformer.resblocks.", width),
-    )
-    text = TextConfig(
-        context_length=context_length,
-        vocab_size=shape("token_embedding.weight", 2)[0],
-        heads=text_width // HEAD_WIDTH,
-        **tower("transformer.resblocks.", text_width),
-    )
-    return ModelConfig(shape("text_projection", 2)[1], vision, text)
 
 
 # --- writing ----------------------------------------------------------------------------------

@@ -28,9 +28,9 @@ from alignclip.weights.formats.base import (
     Weights,
     described,
     preprocess_config,
-    shared_in,
     weights_of,
 )
+from alignclip.weights.formats.by_tensors import shared_in
 from alignclip.weights.locate import HF_CONFIG, HF_PREPROCESSOR
 from alignclip.weights.renaming import inverted, replace_prefix
 from alignclip.weights.weight_files import Content

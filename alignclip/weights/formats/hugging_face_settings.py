@@ -10,7 +10,7 @@ from open_clip.transform import PreprocessCfg
 
 from alignclip.config.schema import VOCABULARY, ModelConfig, TextConfig, VisionConfig
 from alignclip.errors import UserError, nearest
-from alignclip.weights.formats.base import mlp_ratio
+from alignclip.weights.formats.by_tensors import mlp_ratio
 
 # sizes of a tower: our name, their name, transformers' default, which transformers leaves out
 VISION = (

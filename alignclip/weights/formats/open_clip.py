@@ -26,13 +26,12 @@ from alignclip.weights.formats.base import (
     Loaded,
     Reopened,
     Weights,
-    config_by_shapes,
+    described,
     described_by_run,
     encode_with,
-    head_widths,
-    shared_in,
     weights_of,
 )
+from alignclip.weights.formats.by_tensors import config_by_shapes, shared_in
 from alignclip.weights.locate import EXPORT_CONFIG, EXPORT_WEIGHTS
 from alignclip.weights.weight_files import ANCHORS, Content
 
@@ -129,21 +128,17 @@ def _described_by_export(given: Mapping[str, Any], place: str) -> Description:
         values, foreign = export_settings(given)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    config: ModelConfig | UserError
     try:
-        config = model_config(values, where)
+        found = described(model_config(values, where), f"its {EXPORT_CONFIG}")
     except UserError as error:
-        config = error
+        found = Description(error)
+    found.foreign = foreign
     if foreign:
-        config = UserError(
+        found.config = UserError(
             f"{place}: our encoders don't have its model_cfg's {few(foreign)}; "
             "load it with open_clip"
         )
-    vision, text = values["vision_cfg"], values["text_cfg"]
-    sizes = vision["head_width"], text["width"], text["heads"]
-    heads = head_widths(*sizes) if all(type(size) is int for size in sizes) else {}
-    quick_gelu = bool(values.get("quick_gelu", False))
-    return Description(config, f"its {EXPORT_CONFIG}", heads, quick_gelu, foreign)
+    return found
 
 
 def _described_by_shapes(weights: Weights) -> Description:

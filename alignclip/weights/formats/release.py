@@ -12,18 +12,17 @@ from torch import Tensor
 from alignclip.config.schema import ModelConfig, SharedConfig
 from alignclip.errors import UserError
 from alignclip.weights.formats.base import (
-    HEAD_WIDTH,
     Description,
     Format,
     Loaded,
     Weights,
     check_default_pixels,
     clones,
-    config_by_shapes,
     described_by_run,
     weights_of,
     write_model_section,
 )
+from alignclip.weights.formats.by_tensors import HEAD_WIDTH, config_by_shapes
 from alignclip.weights.renaming import replace_prefix
 from alignclip.weights.weight_files import Content
 

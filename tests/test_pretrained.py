@@ -138,13 +138,10 @@ def test_an_export_that_we_could_not_load(tmp_path: Path) -> None:
     four = small_config(text={"heads": 4})
     start_refused(four, folder, "with model.text_cfg.heads=4 they are 8")
     # settings that are none
-    for changed, words in (
-        ({"preprocess_cfg": ["mean"]}, "images can't be prepared"),
-        ({"preprocess_cfg": {"mean": [0.5, 0.5]}}, "mean has 2 numbers, not 3"),
-        ({"model_cfg": {"vision_cfg": "ViT-B-16"}}, "its vision_cfg is a str, not a section"),
-    ):
-        write(**changed)
-        start_refused(config, folder, words)
+    write(model_cfg={"vision_cfg": "ViT-B-16"})
+    start_refused(config, folder, "its vision_cfg is a str, not a section")
+    write(preprocess_cfg={"mean": [0.5, 0.5]})
+    start_refused(config, folder, "mean has 2 numbers, not 3")
 
 
 def test_open_clip_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from alignclip.config import reading
 from alignclip.training.build import build_trainer
 from alignclip.training.composer_patches import ReshardAfterBackward
 from alignclip.training.save_folder import SaveFolder
-from alignclip.weights.export_command import Options, convert
+from alignclip.weights.export_command import ExportOptions, run_export
 
 OVERRIDES = [
     "max_duration=8ba",
@@ -74,7 +74,7 @@ def check_features(place: Path, run: Path) -> None:
 @pytest.mark.parametrize("to", ["open_clip", "huggingface", "release", "composer"])
 def test_it_is_loaded_and_exported(run: Path, to: str) -> None:
     check_features(run, run)
-    convert(Options("run", to, "out"))
+    run_export(ExportOptions("run", to, "out"))
     check_features(Path("out", {"release": "release.pt", "composer": "model.pt"}.get(to, "")), run)
 
 

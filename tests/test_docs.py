@@ -1,4 +1,6 @@
-"""The documents: every key, command and file that they name is there, and docs/migration.md forgets no flag."""
+"""The documents: every key, command and file that they name is there, and docs/migration.md forgets
+no flag.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,10 @@ from pathlib import Path
 import processes
 import pytest
 
+from alignclip.config.keys import keys_of
 from alignclip.config.plugged import LOSS_TERMS
-from alignclip.config.reading import check_key, load, load_evaluation
+from alignclip.config.reading import check_setting_key, load, load_evaluation
+from alignclip.config.schema import EvaluatorConfig
 from alignclip.errors import UserError
 from alignclip.training import plugins
 
@@ -28,16 +32,19 @@ READERS: dict[str, Callable[[Path, list[str]], object]] = {
     "evaluate.py": load_evaluation,
 }
 
-# Of main/params.py of https://github.com/sarahESL/AlignCLIP at commit a18e805, besides those that open_clip has, too.
+# Of main/params.py of https://github.com/sarahESL/AlignCLIP at commit a18e805, besides those that
+# open_clip has, too.
 PUBLISHED = """
-alpha beta cifar10 cifar100 clip-inModality-loss clip-loss flickr flickr-annot flowers-102 food-101 imagenet-a
-imagenet-o imagenet-r imagenet-sketch imagenet-train linear_probe_num_epochs linear_probing ms-coco ms-coco-annot
-nl_semantic_supervision separate_image separate_text stanford
+alpha beta cifar10 cifar100 clip-inModality-loss clip-loss flickr flickr-annot flowers-102
+food-101 imagenet-a imagenet-o imagenet-r imagenet-sketch imagenet-train linear_probe_num_epochs
+linear_probing ms-coco ms-coco-annot nl_semantic_supervision separate_image separate_text stanford
 """
 
 
 def tables() -> dict[str, list[tuple[str, ...]]]:
-    """The rows of each section's table, as cells, without its head and the rows that are headings."""
+    """The rows of each section's table, as cells, without its head and the rows that are
+    headings.
+    """
     found: dict[str, list[tuple[str, ...]]] = {}
     section = ""
     for line in MIGRATION.read_text().splitlines():
@@ -59,17 +66,15 @@ def flags(rows: list[tuple[str, ...]]) -> set[str]:
 
 
 def open_clips_flags() -> set[str]:
-    """What open_clip's parser is given, read from its source: it builds the parser and parses in one function."""
+    """What open_clip's parser is given, read from its source: it builds the parser and parses in
+    one function.
+    """
     spec = importlib.util.find_spec("open_clip_train.params")
     assert spec is not None
     assert spec.origin is not None
     tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    adds = [
-        call
-        for call in calls
-        if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument"
-    ]
+    adds = [call for call in calls if ast.unparse(call.func).endswith(".add_argument")]
     return {ast.literal_eval(call.args[0]).removeprefix("--") for call in adds}
 
 
@@ -113,7 +118,10 @@ def check_command(code: str) -> None:
 
 @pytest.mark.parametrize("row", [*OWN, *OPEN_CLIP], ids=lambda row: row[0])
 def test_keys_exist_and_values_are_taken(row: tuple[str, ...]) -> None:
-    """``key=value`` of a row are read together, over the recipe; of other keys it is enough that they are there."""
+    """``key=value`` of a row are read together, over the recipe.
+
+    Of other keys it is enough that they are there.
+    """
     where, overrides = row[1], []
     if where == "not kept":
         assert row[2]
@@ -126,20 +134,13 @@ def test_keys_exist_and_values_are_taken(row: tuple[str, ...]) -> None:
         elif "=" in code:
             overrides.append(code)
         else:
-            check_key(code)
+            check_setting_key(code)
     if any(override.startswith("evaluators.") for override in overrides):
         evaluated = overrides[0].split(".")[1]
-        more = {
-            "retrieval": [],
-            "zero_shot": [],
-            "linear_probe": ["train"],
-            "out_of_distribution": ["outliers"],
-        }
         task = next((o.partition("=")[2] for o in overrides if ".task=" in o), "retrieval")
-        sets = [
-            f"evaluators.{evaluated}.{part}local=x"
-            for part in ("", *(f"{key}." for key in more[task]))
-        ]
+        keys = keys_of(EvaluatorConfig, task).items()
+        needed = [f"{name}." for name, key in keys if key.default() is dataclasses.MISSING]
+        sets = [f"evaluators.{evaluated}.{part}local=x" for part in ("", *needed)]
         overrides += [f"evaluators.{evaluated}.task={task}", *sets]
     config = load(ROOT / "yamls" / "alignclip.yaml", overrides)
     plugins.check(config)
@@ -167,7 +168,9 @@ each_document = pytest.mark.parametrize(
 
 
 def commands(path: Path) -> list[str]:
-    """Lines of the fenced shell blocks, joined where they go on, and what stands in backticks and is a command."""
+    """Lines of the fenced shell blocks, joined where they go on, and what stands in backticks and
+    is a command.
+    """
     text = path.read_text(encoding="utf-8")
     blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
@@ -217,9 +220,8 @@ SCRIPTS = [
 def test_examples_of_the_help_can_be_given(script: str) -> None:
     """In an example a trailing backslash joins two lines; ``#`` begins a remark."""
     text = help_of((sys.executable, str(ROOT / script)))
-    assert (
-        max(map(len, text.splitlines())) <= 120
-    )  # a backslash that Python ate leaves one long line
+    # a backslash that Python ate leaves one long line
+    assert max(map(len, text.splitlines())) <= 120
     lines = text.partition("examples:\n")[2].replace("\\\n", " ").splitlines()
     examples = [line.strip() for line in lines if re.match(r"\s+(composer|python) ", line)]
     assert examples
@@ -233,7 +235,7 @@ def test_keys_in_the_text_exist(path: Path) -> None:
     for code in CODE.findall(text):
         key = re.match(rf"({SECTIONS})(\.\w[\w-]*)+(?=$|=|:)", code)
         if key:
-            check_key(key[0])
+            check_setting_key(key[0])
 
 
 @each_document
@@ -261,4 +263,4 @@ def test_the_document_has_every_loss_term(term: str) -> None:
 
 def test_a_key_that_is_not_there_would_be_found() -> None:
     with pytest.raises(UserError, match="did you mean 'lr'"):
-        check_key("optimizer.lrr")
+        check_setting_key("optimizer.lrr")

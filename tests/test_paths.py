@@ -15,7 +15,7 @@ from commands import OPTION_COMMANDS
 from runs import TINY
 
 from alignclip import paths
-from alignclip.config import typed
+from alignclip.config import keys
 from alignclip.config.reading import load, load_evaluation
 from alignclip.config.schema import CLASSES, EvaluateConfig, RunConfig
 from alignclip.config.setting import rule_of
@@ -23,16 +23,18 @@ from alignclip.errors import UserError
 from alignclip.runtime.arguments import Parser
 from alignclip.training import plugins
 
-# words in the name of a setting or option that holds a path; and those that hold such a word and are none
+# words in the name of a setting or option that holds a path; and those that hold such a word and
+# are none
 PATH_WORDS = (
-    "path", "folder", "file", "dir", "local", "remote", "checkpoint", "checkpoints", "out", "pretrained", "root",
-    "images", "annotations", "metrics", "set", "source", "inputs", "encoder", "config", "classnames",
-    "templates", "sheet",
+    "path", "folder", "file", "dir", "local", "remote", "checkpoint", "checkpoints", "out",
+    "pretrained", "root", "images", "annotations", "metrics", "set", "source", "inputs", "encoder",
+    "config", "classnames", "templates", "sheet",
 )  # fmt: skip
 NO_PATHS = {
-    "data.streams.*.split", "save_filename", "save_latest_filename", "profiler", "model", "pretrained_shared_from",
-    "save_metrics", "precision_config", "compile_config", "parallelism_config", "model.vision_cfg", "model.text_cfg",
-    "separate_image", "save_num_checkpoints_to_keep",
+    "data.streams.*.split", "save_filename", "save_latest_filename", "profiler", "model",
+    "pretrained_shared_from", "save_metrics", "precision_config", "compile_config",
+    "parallelism_config", "model.vision_cfg", "model.text_cfg", "separate_image",
+    "save_num_checkpoints_to_keep",
 }  # fmt: skip
 NO_PATH_OPTIONS = {
     ("alignclip.conversion.cc12m", "held_out"),
@@ -51,8 +53,8 @@ def settings(schema: Any, prefix: str = "") -> Iterator[tuple[str, bool]]:
     for f in dataclasses.fields(schema):
         hint = typing.get_type_hints(schema)[f.name]
         yield f"{prefix}{f.name}", rule_of(f).place
-        names = typed.named_sections(hint)
-        for inner in filter(dataclasses.is_dataclass, typed.members_of(names or hint)):
+        names = keys.named_sections(hint)
+        for inner in filter(dataclasses.is_dataclass, keys.members_of(names or hint)):
             yield from settings(inner, f"{prefix}{f.name}." + ("*." if names else ""))
 
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from alignclip.config.plugged import LOSS_TERMS, TASKS, settings_of
-from alignclip.config.schema import EvaluatorConfig, LossConfig
-from alignclip.config.setting import Rule, rule_of
-from alignclip.config.typed import convert_line, members_of, named_sections
+from alignclip.config.keys import keys_of, named_sections, section_of
+from alignclip.config.setting import Rule
+from alignclip.config.typed import convert_line
+from alignclip.config.yaml_text import Tree
 from alignclip.errors import UserError
 
-Tree = dict[str, Any]
 Parts = Sequence[str]  # of a key: data.streams in two
-Line = Sequence[tuple[Parts, Any]]  # the overrides: keys, and their values as trees
+OverrideLine = Sequence[tuple[Parts, Any]]  # the overrides: keys, and their values as trees
 
 
 def refuse_dashes(overrides: Sequence[str]) -> None:
@@ -49,28 +46,15 @@ def setting_at(schema: Any, parts: Parts) -> tuple[Any, Rule]:
     """Return the annotation and the rule of a key; Any where no schema says what the key holds."""
     hint, rule = schema, Rule()
     for part in parts:
-        section = next(filter(dataclasses.is_dataclass, members_of(hint)), None)
-        if section is None:
+        if (section := section_of(hint)) is None:
             hint = named_sections(hint)
+        elif part in (keys := keys_of(section)):
+            hint, rule = keys[part].hint, keys[part].rule
         else:
-            hint, rule = _settings(typing.cast(type, section)).get(part, (None, rule))
+            hint = None
         if hint is None:
             return Any, Rule()
     return hint, rule
-
-
-def _settings(section: type) -> dict[str, tuple[Any, Rule]]:
-    """Return the annotation and the rule of each key of a section, plugged-in keys included."""
-    hints = typing.get_type_hints(section)
-    rules = {one.name: rule_of(one) for one in dataclasses.fields(section)}
-    found = {name: (hints[name], rule) for name, rule in rules.items() if not rule.plugged}
-    if section is LossConfig:
-        terms = {name: settings_of(LOSS_TERMS, name, "loss") for name in LOSS_TERMS}
-        return {name: (schema, Rule()) for name, schema in terms.items()} | found
-    if section is EvaluatorConfig:
-        for task in TASKS:
-            found = _settings(settings_of(TASKS, task, "task")) | found
-    return found
 
 
 def put(tree: Tree, parts: Parts, value: Any) -> None:

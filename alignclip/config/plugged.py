@@ -1,30 +1,19 @@
 """Loss terms and evaluation tasks: a file of code each, found by the name that it has in a YAML.
 
-How to add a loss term or a task
---------------------------------
+CONTRIBUTING.md shows how to add one. A module has a dataclass ``Settings``: the keys that a YAML
+may hold, with defaults, and by :func:`alignclip.config.setting.setting` with ranges and choices.
+The reader (:mod:`alignclip.config.reading`) takes these keys as strictly as all others. The module
+imports PyTorch, Composer and NumPy inside of functions only: reading a YAML imports the module, and
+a typo shall be told within a second.
 
-1. Write the module. It has a dataclass ``Settings``: the keys that a YAML may hold, with their defaults and, by
-   :func:`alignclip.config.setting.setting`, their ranges and choices. Fields may be dataclasses, e.g. an
-   ``Optional[SetConfig]``. A task's field without a default is
-   a key that the task needs. The module imports PyTorch, Composer and NumPy inside of functions only: reading a YAML
-   imports the module, and a typo shall be told within a second.
-2. Add a line to :data:`LOSS_TERMS` or :data:`TASKS`.
-
-The reader (:mod:`alignclip.config.reading`) then takes the keys as strictly as all others: an unknown key is told with
-the nearest one, values are converted to the annotations' types, ranges are checked, ``~`` in places is home.
-
-- A loss term is a mapping below ``loss`` by the term's name: ``loss: {alpha: 1, cyclip: {weight: 0.5}}``. The instance
-  of the term's ``Settings`` is ``config.loss.terms["cyclip"]``. A term that no file names, or that is null, is off and
-  not in ``terms``.
-- The keys of a task stand beside the keys that every evaluator has: ``evaluators: {probe: {task: linear_probe, remote:
-  …, train: {remote: …}}}``. The instance of the task's ``Settings`` is ``config.evaluators["probe"].settings``; it is
-  None where the task has no module here.
-
-A task's module also has
-
-- ``METRICS: dict[str, Metric]``: what it measures (:class:`alignclip.config.metrics.Metric`);
-- ``COLUMN: str | None``: the column that its sets have besides ``image``: ``caption`` or ``label``; None where
-  ``remote`` or ``local`` is no set but the file itself.
+- A loss term is a mapping below ``loss`` by the term's name: ``loss: {alpha: 1, cyclip: {}}``. The
+  term's ``Settings`` are ``config.loss.terms["cyclip"]``. A term that no file names, or that is
+  null, is off and not in ``terms``.
+- A task's keys stand beside the keys that every evaluator has: ``evaluators: {probe: {task:
+  linear_probe, remote: …, train: {remote: …}}}``. The task's ``Settings`` are
+  ``config.evaluators["probe"].settings``. A field without a default is a key that the task needs.
+  The module also has ``METRICS`` (:class:`alignclip.config.metrics.Metric`) and ``COLUMN``, the
+  column of its sets besides ``image``; None where ``remote`` or ``local`` is no set but a file.
 """
 
 from __future__ import annotations
@@ -66,7 +55,7 @@ def plugged(table: Mapping[str, str], name: str, where: str) -> ModuleType:
     return importlib.import_module(table[name])
 
 
-def settings_of(table: Mapping[str, str], name: str, where: str) -> type:
+def plugged_settings(table: Mapping[str, str], name: str, where: str) -> type:
     """Return the ``Settings`` of a loss term or task.
 
     Raises:

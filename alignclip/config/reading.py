@@ -6,7 +6,6 @@ An unknown key or a wrong type is an error that names the place.
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 from alignclip.config import yaml_text
 from alignclip.config.checks import check_evaluators, intervals, validate, validate_evaluation
 from alignclip.config.interpolation import resolved
+from alignclip.config.keys import keys_of, members_of, section_of
 from alignclip.config.overrides import (
-    Line,
+    OverrideLine,
     Parts,
-    Tree,
     get,
     put,
     read_line,
@@ -34,8 +33,8 @@ from alignclip.config.typed import (
     SettingError,
     UnknownKeyError,
     convert_section,
-    members_of,
 )
+from alignclip.config.yaml_text import Tree
 from alignclip.errors import UserError, check_place, nearest, one_line
 from alignclip.paths import expand
 from alignclip.storage import read_text
@@ -53,7 +52,8 @@ REFUSED = {
     "accumulate_train_batch_on_tokens": "a contrastive loss sees the whole batch at once; set "
     "model.encode_chunk_size",
     "eval_interval": "each of the evaluators has its own: evaluators.NAME.interval",
-    "scale_schedule_ratio": "the schedule follows max_duration and scheduler.t_warmup; change these",
+    "scale_schedule_ratio": "the schedule follows max_duration and scheduler.t_warmup; change "
+    "these",
     "data.batch_size": "set global_train_batch_size, the batch over all ranks",
     "data.local": "name the set under data.streams, e.g. data.streams.cc12m.local=/tmp/cc12m",
     "data.remote": "name the set under data.streams, e.g. "
@@ -78,7 +78,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         UserError: no such file, not YAML, an unknown key (with the nearest one), a wrong type or
             range.
     """
-    return _read(path, overrides, RunConfig, validate)
+    return _read_config(path, overrides, RunConfig, validate)
 
 
 def load_evaluation(path: str | Path, overrides: Sequence[str] = ()) -> EvaluateConfig:
@@ -87,7 +87,7 @@ def load_evaluation(path: str | Path, overrides: Sequence[str] = ()) -> Evaluate
     Raises:
         UserError: as :func:`load`.
     """
-    return _read(path, overrides, EvaluateConfig, validate_evaluation)
+    return _read_config(path, overrides, EvaluateConfig, validate_evaluation)
 
 
 def evaluators_of(
@@ -124,17 +124,8 @@ def model_section(text: str) -> ModelConfig:
     section = content.get("model") if isinstance(content, dict) else None
     if not isinstance(section, dict):
         raise ValueError("there is no model section")
-    return build(ModelConfig, section)
-
-
-def build(schema: type[T], values: Tree) -> T:
-    """Make the dataclass ``schema`` of plain values; a missing value is its default.
-
-    Raises:
-        ValueError: an unknown key, or a value of another type.
-    """
     try:
-        config: T = convert_section(values, schema, "model")
+        config: ModelConfig = convert_section(section, ModelConfig, "model")
     except UserError as error:
         raise ValueError(one_line(error)) from None
     return config
@@ -149,24 +140,24 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def plain_values(section: Any) -> Tree:
-    """Return a dataclass as the nested dicts that a YAML has: what is plugged in has its own keys."""
+    """Return a dataclass as the nested dicts that a YAML has; what is plugged in has own keys."""
     values: Tree = {}
     for one in dataclasses.fields(section):
         value = getattr(section, one.name)
-        value = _plain(value)
+        value = _plain_value(value)
         values |= (value or {}) if rule_of(one).plugged else {one.name: value}
     return values
 
 
-def _plain(value: Any) -> Any:
+def _plain_value(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return plain_values(value)
     if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list) else value
+        return {name: _plain_value(inner) for name, inner in value.items()}
+    return [_plain_value(item) for item in value] if isinstance(value, list) else value
 
 
-def check_key(key: str, schema: type = RunConfig) -> None:
+def check_setting_key(key: str, schema: type = RunConfig) -> None:
     """Refuse a key ``a.b.c`` that a configuration doesn't have.
 
     Raises:
@@ -182,7 +173,7 @@ def check_key(key: str, schema: type = RunConfig) -> None:
         pass
 
 
-def _read(
+def _read_config(
     path: str | Path, overrides: Sequence[str], schema: type[T], check: Callable[[T], None]
 ) -> T:
     path = expand(str(path), "config file")
@@ -244,12 +235,10 @@ def _unknown(error: UnknownKeyError, schema: type) -> str:
 
 def _all_keys(schema: type, prefix: str = "") -> Iterator[str]:
     """Yield every key of a dataclass and of those below it; not those below a person's names."""
-    hints = typing.get_type_hints(schema)
-    for key in [one.name for one in dataclasses.fields(schema) if not rule_of(one).plugged]:
-        yield f"{prefix}{key}"
-        for member in members_of(hints[key]):
-            if dataclasses.is_dataclass(member):
-                yield from _all_keys(typing.cast(type, member), f"{prefix}{key}.")
+    for name, key in keys_of(schema).items():
+        yield f"{prefix}{name}"
+        if (section := section_of(key.hint)) is not None:
+            yield from _all_keys(section, f"{prefix}{name}.")
 
 
 def _read_file(path: str) -> Tree:
@@ -288,7 +277,7 @@ def _drop_nulls(tree: Tree, section: Parts) -> None:
             del names[name]
 
 
-def _nulls(line: Line) -> Iterator[Parts]:
+def _nulls(line: OverrideLine) -> Iterator[Parts]:
     """Yield the keys that the command line sets to null, also within a mapping."""
     for parts, value in line:
         if value is None:
@@ -297,7 +286,7 @@ def _nulls(line: Line) -> Iterator[Parts]:
             yield from _nulls([((*parts, name), inner) for name, inner in value.items()])
 
 
-def _null_names(line: Line, schema: type) -> Iterator[Parts]:
+def _null_names(line: OverrideLine, schema: type) -> Iterator[Parts]:
     """Yield the keys of optional names that the command line sets to null."""
     for parts in _nulls(line):
         hint, rule = setting_at(schema, parts)
@@ -305,7 +294,7 @@ def _null_names(line: Line, schema: type) -> Iterator[Parts]:
             yield parts
 
 
-def _null_hint(line: Line, schema: type) -> str:
+def _null_hint(line: OverrideLine, schema: type) -> str:
     """Return what to add to an error where an override has unset a text."""
     for parts in _nulls(line):
         if str in members_of(setting_at(schema, parts)[0]):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Union
+from typing import Any
 
-from alignclip.config.plugged import LOSS_TERMS, TASKS, settings_of
+from alignclip.config.keys import Key, keys_of, members_of, named_sections, section_of
+from alignclip.config.plugged import LOSS_TERMS, TASKS, plugged_settings
 from alignclip.config.schema import EvaluatorConfig, LossConfig, SetConfig
-from alignclip.config.setting import rule_of
 from alignclip.config.yaml_text import (
     NULLS,
     Plain,
@@ -70,7 +69,7 @@ def convert(value: Any, hint: Any, key: str) -> Any:
         raise SettingError(key, f"{key}: null leaves it unset, and it must be set{quoted}")
     if dataclasses.is_dataclass(value):  # converted before
         return value
-    if (schema := next(filter(dataclasses.is_dataclass, members), None)) is not None:
+    if (schema := section_of(hint)) is not None:
         return convert_section(value, schema, key)
     if isinstance(value, Mapping):
         return _convert_mapping(value, members, key)
@@ -95,80 +94,52 @@ def convert_section(values: Any, schema: Any, key: str) -> Any:
     if not isinstance(values, Mapping):
         words = "is a section with keys of its own, not the value"
         raise SettingError(key, f"'{key}' {words} {values!r}")
-    hints = typing.get_type_hints(schema)
-    rules = {one.name: rule_of(one) for one in dataclasses.fields(schema)}
-    names = {name for name, rule in rules.items() if not rule.plugged}
-    others = {name: value for name, value in values.items() if name not in names}
-    found = _read_plugged(schema, others, values, key)
-    for name in filter(names.__contains__, values):
+    task = None
+    if schema is EvaluatorConfig:
+        task = str(values.get("task"))
+        _check_task(values, task, key)
+    keys, found = keys_of(schema, task), {}
+    for name, value in values.items():
         full = _join(key, name)
-        if rules[name].raw:
-            _check_arguments(values[name], full)
-            found[name] = values[name]
-            continue
-        inner = convert(values[name], hints[name], full)
-        found[name] = _expand(inner, full) if rules[name].place else inner
+        if name in keys:
+            found[name] = _convert_key(value, keys[name], full)
+        elif name not in keys_of(schema):
+            raise UnknownKeyError(full, keys)
+    if schema is LossConfig:
+        terms = {name: found.pop(name) for name in [*found] if name in LOSS_TERMS}
+        found["terms"] = {name: term for name, term in terms.items() if term is not None}
+    if task in TASKS:
+        settings = plugged_settings(TASKS, task, f"{key}.task")
+        own = found.keys() & keys_of(settings)
+        found["settings"] = settings(**{name: found.pop(name) for name in own})
     return schema(**found)
 
 
-def _read_plugged(
-    schema: type, others: Mapping[str, Any], values: Mapping[str, Any], key: str
-) -> dict[str, Any]:
-    """Convert the keys that are no fields of a section: of its loss terms, or of its task.
-
-    Raises:
-        UserError: a key that nothing plugged in has.
-    """
-    names = [one.name for one in dataclasses.fields(schema) if not rule_of(one).plugged]
-    if schema is LossConfig:
-        for name in others:
-            if name not in LOSS_TERMS:
-                raise UnknownKeyError(_join(key, name), [*names, *LOSS_TERMS])
-        return {
-            "terms": {
-                name: convert_section(value, settings_of(LOSS_TERMS, name, key), _join(key, name))
-                for name, value in others.items()
-                if value is not None
-            }
-        }
-    if schema is EvaluatorConfig:
-        return _task_settings(str(values.get("task")), others, key, names)
-    for name in others:
-        raise UnknownKeyError(_join(key, name), names)
-    return {}
+def _convert_key(value: Any, key: Key, full: str) -> Any:
+    if key.rule.raw:
+        _check_classes(value, full)
+        return value
+    found = convert(value, key.hint, full)
+    return _expand(found, full) if key.rule.place else found
 
 
-def _task_settings(
-    task: str, others: Mapping[str, Any], key: str, names: list[str]
-) -> dict[str, Any]:
-    """Convert an evaluator's keys that are its task's own; none where the task is unknown.
-
-    Raises:
-        UserError: a key that the task doesn't have, or a key that the task needs is missing.
-    """
-    hints = {one: typing.get_type_hints(settings_of(TASKS, one, f"{key}.task")) for one in TASKS}
-    own = hints.get(task, {})
-    for name in [name for name in others if name not in own]:
-        owners = [one for one in TASKS if name in hints[one]]
-        if not owners:
-            raise UnknownKeyError(_join(key, name), [*names, *own])
-        # earlier versions wrote null for the sets that other tasks have
-        if task in TASKS and others[name] is not None:  # alignclip.config.checks tells a wrong task
-            words = f"has no use for {name}{_of_its_own(hints[owners[0]][name])}"
-            raise UserError(f"{key}: {task} {words}")
-    if task not in TASKS:
-        return {}
-    schema = settings_of(TASKS, task, f"{key}.task")
-    for one in dataclasses.fields(schema):
-        is_needed = one.default is dataclasses.MISSING is one.default_factory
-        if is_needed and others.get(one.name) is None:
-            raise UserError(f"{key}: {task} needs {one.name}{_of_its_own(own[one.name])}")
-    values = {name: value for name, value in others.items() if name in own}
-    return {"settings": convert_section(values, schema, key)}
+def _check_task(values: Mapping[str, Any], task: str, key: str) -> None:
+    """Refuse keys that an evaluator's task has no use for, and a task without what it needs."""
+    if task not in TASKS:  # alignclip.config.checks tells a wrong task
+        return
+    own, all_keys = keys_of(EvaluatorConfig, task), keys_of(EvaluatorConfig)
+    # earlier versions wrote null for the sets that other tasks have
+    given = [name for name, value in values.items() if value is not None]
+    for name in given:
+        if name in all_keys and name not in own:
+            raise UserError(f"{key}: {task} has no use for {name}{_of_its_own(all_keys[name])}")
+    for name, one in own.items():
+        if one.default() is dataclasses.MISSING and name not in given:
+            raise UserError(f"{key}: {task} needs {name}{_of_its_own(one)}")
 
 
-def _of_its_own(hint: Any) -> str:
-    return ", a set of its own" if SetConfig in members_of(hint) else ""
+def _of_its_own(key: Key) -> str:
+    return ", a set of its own" if SetConfig in members_of(key.hint) else ""
 
 
 def convert_line(text: str, hint: Any, key: str, is_path: bool = False) -> Any:
@@ -192,20 +163,7 @@ def convert_line(text: str, hint: Any, key: str, is_path: bool = False) -> Any:
         raise UserError(f"{key}={text} is not YAML: {error}") from None
 
 
-def members_of(hint: Any) -> tuple[Any, ...]:
-    """Return the alternatives of a union, NoneType among them; anything else alone."""
-    if typing.get_origin(hint) in (Union, types.UnionType):
-        return tuple(member for part in typing.get_args(hint) for member in members_of(part))
-    return (hint,)
-
-
-def named_sections(hint: Any) -> Any:
-    """Return X of an annotation ``dict[str, X]``, also where it is optional; None of any other."""
-    found = next((m for m in members_of(hint) if typing.get_origin(m) is dict), None)
-    return (*typing.get_args(found), Any, Any)[1] if found is not None else None
-
-
-def _check_arguments(value: Any, key: str) -> None:
+def _check_classes(value: Any, key: str) -> None:
     """Refuse anything but names of classes, each with its arguments by their names, or null."""
     if not isinstance(value, dict):
         words = "holds names of classes with arguments below each, not"
@@ -263,7 +221,10 @@ def _convert_scalar(value: str, members: Sequence[Any], key: str) -> Any:
         integer = as_integer(stripped) if int in members else None
         if integer is not None and abs(integer) < _LARGEST:
             return integer
-        if float in members and (number := _number(stripped, key, str in members)) is not None:
+        if (
+            float in members
+            and (number := _finite_number(stripped, key, str in members)) is not None
+        ):
             return number
     if str in members:
         return text
@@ -277,7 +238,7 @@ def _convert_scalar(value: str, members: Sequence[Any], key: str) -> Any:
     return natural(value)
 
 
-def _number(text: str, key: str, or_text: bool) -> float | None:
+def _finite_number(text: str, key: str, or_text: bool) -> float | None:
     """Return the number that a text is, NaN and infinity by their names included."""
     if text.lower().lstrip("+-").removeprefix(".") in ("inf", "nan"):
         return None if or_text else float(text.lower().replace(".", ""))

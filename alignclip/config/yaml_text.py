@@ -13,17 +13,17 @@ from typing import Any
 
 import yaml
 
+Tree = dict[str, Any]  # a section: texts, lists and sections by their keys
 NULLS = ("", "~", "null", "Null", "NULL")
 _TAG = "tag:yaml.org,2002:"
 _PLAIN = "plain"
-_SCALARS = (_PLAIN, "merge", "str", "int", "float", "bool", "null")
 _INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _TRUE, _FALSE = ("true", "True", "TRUE"), ("false", "False", "FALSE")
 
 
 class Plain(str):
-    """A scalar without quotation marks: the text itself, or the number or boolean that it looks like."""
+    """A scalar without quotation marks: a text, or the number or boolean that it looks like."""
 
     __slots__ = ()
 
@@ -38,8 +38,7 @@ def parse(text: str) -> Any:
             holds itself.
     """
     try:
-        node = yaml.compose(text, Loader=_Loader)
-        return None if node is None else _Builder().build(node)
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
 
@@ -71,7 +70,7 @@ def unquoted(text: str) -> str:
 
 
 def natural(value: Any) -> Any:
-    """Replace plain scalars by the decimal numbers and booleans that they look like, at any depth."""
+    """Replace plain scalars, at any depth, by the numbers and booleans that they look like."""
     if isinstance(value, dict):
         return {key: natural(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -116,57 +115,49 @@ class _Loader(yaml.SafeLoader):
         return str(super().resolve(kind, value, implicit))
 
 
-class _Builder:
-    """Makes the value of each node, once: an anchor's value stands at all of its places."""
-
-    def __init__(self) -> None:
-        self._open: set[yaml.Node] = set()
-        self._values: dict[yaml.Node, Any] = {}
-
-    def build(self, node: yaml.Node) -> Any:
-        if node in self._open:
-            raise ValueError(f"{_line(node)}: an anchor that holds itself")
-        if node not in self._values:
-            self._open.add(node)
-            self._values[node] = self._value(node)
-            self._open.remove(node)
-        return self._values[node]
-
-    def _value(self, node: yaml.Node) -> Any:
-        kind = node.tag.removeprefix(_TAG)
-        if isinstance(node, yaml.SequenceNode) and kind == "seq":
-            return [self.build(item) for item in node.value]
-        if isinstance(node, yaml.MappingNode) and kind == "map":
-            return self._mapping(node)
-        if not isinstance(node, yaml.ScalarNode) or kind not in _SCALARS:
-            raise ValueError(f"{_line(node)}: the tag {node.tag} has no meaning here")
-        if kind == "str":
-            return str(node.value)
-        is_null = kind == "null" or (kind == _PLAIN and node.value in NULLS)
-        return None if is_null else Plain(node.value)
-
-    def _mapping(self, node: yaml.MappingNode) -> dict[str, Any]:
-        """Return a mapping, whose keys are texts; ``<<`` merges others into it."""
-        merged: dict[str, Any] = {}
-        own: dict[str, Any] = {}
-        for key, inner in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise ValueError(f"{_line(key)}: a key must be a text")
-            value = self.build(inner)
-            if key.tag == f"{_TAG}merge":
-                for layer in reversed(value if isinstance(value, list) else [value]):
-                    if not isinstance(layer, dict):
-                        raise ValueError(f"{_line(key)}: << merges mappings only")
-                    merged |= layer
-            elif key.value in own:
-                raise ValueError(f"{_line(key)}: the key '{key.value}' is there twice")
-            else:
-                own[str(key.value)] = value
-        return merged | own
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
+    """Return a mapping, whose keys are texts; ``<<`` merges others into it."""
+    merged: dict[str, Any] = {}
+    own: dict[str, Any] = {}
+    for key, inner in node.value:
+        line = f"line {key.start_mark.line + 1}"
+        if not isinstance(key, yaml.ScalarNode):
+            raise ValueError(f"{line}: a key must be a text")
+        value = loader.construct_object(inner, deep=True)
+        if key.tag == f"{_TAG}merge":
+            for layer in reversed(value if isinstance(value, list) else [value]):
+                if not isinstance(layer, dict):
+                    raise ValueError(f"{line}: << merges mappings only")
+                merged |= layer
+        elif key.value in own:
+            raise ValueError(f"{line}: the key '{key.value}' is there twice")
+        else:
+            own[str(key.value)] = value
+    return merged | own
 
 
-def _line(node: yaml.Node) -> str:
-    return f"line {node.start_mark.line + 1}"
+def _sequence(loader: _Loader, node: yaml.SequenceNode) -> list[Any]:
+    return list(loader.construct_sequence(node, deep=True))
+
+
+def _quoted_scalar(loader: _Loader, node: yaml.ScalarNode) -> str:
+    return str(loader.construct_scalar(node))
+
+
+def _plain_scalar(loader: _Loader, node: yaml.ScalarNode) -> Plain | None:
+    text = _quoted_scalar(loader, node)
+    is_null = node.tag == f"{_TAG}null" or (node.tag == _PLAIN and text in NULLS)
+    return None if is_null else Plain(text)
+
+
+_Loader.yaml_constructors = {
+    None: yaml.SafeLoader.construct_undefined,
+    f"{_TAG}map": _mapping,
+    f"{_TAG}seq": _sequence,
+    f"{_TAG}str": _quoted_scalar,
+    _PLAIN: _plain_scalar,
+    **{f"{_TAG}{kind}": _plain_scalar for kind in ("merge", "int", "float", "bool", "null")},
+}
 
 
 class _Dumper(yaml.SafeDumper):
@@ -188,7 +179,7 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
 
 
 def _represent_plain(dumper: yaml.SafeDumper, text: Plain) -> yaml.Node:
-    """As it was typed, and not quoted."""
+    """Write a scalar as it was typed, and not quoted."""
     return dumper.represent_scalar(
         dumper.resolve(yaml.ScalarNode, str(text), (True, False)), str(text)
     )

@@ -17,49 +17,40 @@ from runs import PRETRAIN, TIMEOUT, write_config, write_set
 from alignclip.errors import UserError
 from alignclip.runtime import launcher
 
-WHOLE = {
-    "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0",
-    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29499",
-}  # fmt: skip
+
+def variables(text: str) -> dict[str, str]:
+    """``A=1 B=2`` → a dict."""
+    return dict(pair.split("=") for pair in text.split())
 
 
-def clean(**variables: str) -> dict[str, str]:
+WHOLE = variables(
+    "RANK=1 WORLD_SIZE=2 LOCAL_RANK=1 LOCAL_WORLD_SIZE=2 NODE_RANK=0 MASTER_ADDR=127.0.0.1 "
+    "MASTER_PORT=29499"
+)
+
+
+def clean(**more: str) -> dict[str, str]:
     """The environment without any launcher's variables, and with these."""
-    names = (*launcher.NUMBERS, *launcher.MEETING)
-    return {k: v for k, v in os.environ.items() if k not in names} | variables
+    names = (*launcher.RANK_NUMBERS, *launcher.MEETING)
+    return {k: v for k, v in os.environ.items() if k not in names} | more
 
 
 @pytest.mark.parametrize(
-    "environ",
+    "given",
     [
-        {},
-        {"WORLD_SIZE": "1"},
-        {"RANK": "0"},
-        {"LOCAL_RANK": "0", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1"},
-        {"WORLD_SIZE": "", "RANK": ""},
-        {
-            "WORLD_SIZE": "1",
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "LOCAL_WORLD_SIZE": "1",
-            "NODE_RANK": "0",
-        },
-        {
-            "SLURM_PROCID": "0",
-            "SLURM_NTASKS": "4",
-            "SLURM_LOCALID": "0",
-            "SLURM_NODEID": "0",
-        },  # a batch script
-        {
-            "SLURM_PROCID": "0",
-            "SLURM_STEP_NUM_TASKS": "1",
-            "SLURM_LOCALID": "0",
-            "SLURM_NODEID": "0",
-        },
-        {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
+        "",
+        "WORLD_SIZE=1",
+        "RANK=0",
+        "LOCAL_RANK=0 MASTER_ADDR=10.0.0.1 MASTER_PORT=1",
+        "WORLD_SIZE= RANK=",
+        "WORLD_SIZE=1 RANK=0 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 NODE_RANK=0",
+        "SLURM_PROCID=0 SLURM_NTASKS=4 SLURM_LOCALID=0 SLURM_NODEID=0",  # a batch script
+        "SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1 SLURM_LOCALID=0 SLURM_NODEID=0",
+        "OMPI_COMM_WORLD_SIZE=1 OMPI_COMM_WORLD_RANK=0",
     ],
 )
-def test_what_says_a_single_process_is_one(environ: dict[str, str]) -> None:
+def test_what_says_a_single_process_is_one(given: str) -> None:
+    environ = variables(given)
     launcher.settle(environ)
     assert environ.get("WORLD_SIZE", "1") == "1"
     assert "" not in environ.values()
@@ -69,23 +60,21 @@ def test_what_says_a_single_process_is_one(environ: dict[str, str]) -> None:
     ("environ", "says"),
     [
         (
-            {"WORLD_SIZE": "2", "RANK": "0"},
-            "LOCAL_RANK, LOCAL_WORLD_SIZE, NODE_RANK, MASTER_ADDR, MASTER_PORT are not set",
+            variables("WORLD_SIZE=2 RANK=0"),
+            "LOCAL_RANK, LOCAL_WORLD_SIZE, NODE_RANK, MASTER_ADDR, MASTER_PORT are not set; "
+            "if an earlier job or launcher has left them: unset RANK WORLD_SIZE, for a single "
+            "process; for several: composer -n 2",
         ),
-        (
-            {"WORLD_SIZE": "2", "RANK": "0"},
-            "unset RANK WORLD_SIZE, for a single process; for several: composer -n 2",
-        ),
-        ({"WORLD_SIZE": "8"}, "WORLD_SIZE=8: that is one of 8 processes"),
-        ({"RANK": "3"}, "RANK=3 contradict"),
-        ({"LOCAL_RANK": "1"}, "unset LOCAL_RANK"),
-        ({"LOCAL_WORLD_SIZE": "4"}, "unset LOCAL_WORLD_SIZE"),
-        ({"WORLD_SIZE": "0"}, "contradict"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is no whole number"),
-        ({"WORLD_SIZE": "-1"}, "unset WORLD_SIZE"),
-        ({**WHOLE, "RANK": "2"}, "contradict"),
-        ({**WHOLE, "LOCAL_RANK": "2"}, "contradict"),
-        ({**WHOLE, "MASTER_PORT": "x"}, "MASTER_PORT=x"),
+        (variables("WORLD_SIZE=8"), "WORLD_SIZE=8: that is one of 8 processes"),
+        (variables("RANK=3"), "RANK=3 contradict"),
+        (variables("LOCAL_RANK=1"), "unset LOCAL_RANK"),
+        (variables("LOCAL_WORLD_SIZE=4"), "unset LOCAL_WORLD_SIZE"),
+        (variables("WORLD_SIZE=0"), "contradict"),
+        (variables("WORLD_SIZE=two"), "WORLD_SIZE=two is no whole number"),
+        (variables("WORLD_SIZE=-1"), "unset WORLD_SIZE"),
+        (WHOLE | {"RANK": "2"}, "contradict"),
+        (WHOLE | {"LOCAL_RANK": "2"}, "contradict"),
+        (WHOLE | {"MASTER_PORT": "x"}, "MASTER_PORT=x"),
         ({k: v for k, v in WHOLE.items() if k != "MASTER_ADDR"}, "MASTER_ADDR is not set"),
     ],
 )
@@ -93,7 +82,7 @@ def test_variables_that_are_left_over_are_named_in_one_line(
     environ: dict[str, str], says: str
 ) -> None:
     with pytest.raises(UserError) as error:
-        launcher.settle(environ, patience=0)
+        launcher.settle(dict(environ), patience=0)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -109,21 +98,14 @@ def test_torchruns_variables_are_enough() -> None:
 
 
 def test_mpiruns_variables_are_enough() -> None:
-    for names in (
-        (
-            "OMPI_COMM_WORLD_SIZE",
-            "OMPI_COMM_WORLD_RANK",
-            "OMPI_COMM_WORLD_LOCAL_SIZE",
-            "OMPI_COMM_WORLD_LOCAL_RANK",
-        ),
-        ("PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
-    ):
+    open_mpi = [f"OMPI_COMM_WORLD_{name}" for name in ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")]
+    for names in (open_mpi, ["PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"]):
         environ = dict(zip(names, ("4", "3", "1", "0"), strict=True))
         with pytest.raises(UserError, match="MASTER_ADDR, MASTER_PORT are not set"):
             launcher.settle(environ)
         environ |= {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
         launcher.settle(environ)
-        assert [environ[name] for name in launcher.NUMBERS] == ["3", "4", "0", "1", "3"]
+        assert [environ[name] for name in launcher.RANK_NUMBERS] == ["3", "4", "0", "1", "3"]
         alone = dict(zip(names, ("2", "1", "2", "1"), strict=True))
         with pytest.raises(UserError, match="no other one runs"):
             launcher.settle(alone, patience=0)
@@ -131,13 +113,13 @@ def test_mpiruns_variables_are_enough() -> None:
 
 
 def test_sruns_variables_are_enough() -> None:
-    step = {
-        "SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_NODEID": "2",
-        "SLURM_STEP_TASKS_PER_NODE": "1(x3)", "SLURM_STEP_NODELIST": "gpu-a[007-009],gpu-b1", "SLURM_JOB_ID": "77",
-    }  # fmt: skip
+    step = variables(
+        "SLURM_STEP_NUM_TASKS=3 SLURM_PROCID=2 SLURM_LOCALID=0 SLURM_NODEID=2 SLURM_JOB_ID=77 "
+        "SLURM_STEP_TASKS_PER_NODE=1(x3) SLURM_STEP_NODELIST=gpu-a[007-009],gpu-b1"
+    )
     environ = dict(step)
     launcher.settle(environ)
-    assert [environ[name] for name in launcher.NUMBERS] == ["2", "3", "0", "1", "2"]
+    assert [environ[name] for name in launcher.RANK_NUMBERS] == ["2", "3", "0", "1", "2"]
     assert environ["MASTER_ADDR"] == "gpu-a007"
     other = step | {"SLURM_PROCID": "0", "SLURM_NODEID": "0"}
     launcher.settle(other)
@@ -190,27 +172,16 @@ def tiny(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_torchrun_trains_on_two_processes(tiny: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
-    arguments = [
-        PRETRAIN,
-        tiny,
-        "run_name=elastic",
-        "max_duration=2ba",
-        "scheduler.t_warmup=1ba",
-        "data.num_workers=0",
-    ]
+    torchrun = f"-m torch.distributed.run --nproc_per_node 2 --master_port {free_port()}"
+    settings = "run_name=elastic max_duration=2ba scheduler.t_warmup=1ba data.num_workers=0"
     done = subprocess.run(
-        [*command, *map(str, arguments)], cwd=tiny.parent, env=clean(OMP_NUM_THREADS="1"), capture_output=True,
-        encoding="utf-8", timeout=2 * TIMEOUT,
-    )  # fmt: skip
+        [sys.executable, *torchrun.split(), str(PRETRAIN), str(tiny), *settings.split()],
+        cwd=tiny.parent,
+        env=clean(OMP_NUM_THREADS="1"),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=2 * TIMEOUT,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 × cpu" in done.stdout
 

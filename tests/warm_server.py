@@ -1,9 +1,11 @@
-"""A process that has imported the stack, and forks the commands of the tests: ``python tests/warm_server.py SOCKET``.
+"""A process that has imported the stack, and forks the commands of the tests: ``python
+tests/warm_server.py SOCKET``.
 
-Importing the stack takes ten seconds, a fork a few milliseconds. Each command runs as the interpreter would run it: in
-a session, a folder and an environment of its own, with ``__main__``, ``sys.argv`` and an exit status. The ranks of
-``composer`` are forked by the launcher, and what a command starts by multiprocessing's "spawn" is forked from a copy of
-the command that was made before the command began. Nothing of alignclip is imported before the fork.
+Importing the stack takes ten seconds, a fork a few milliseconds. Each command runs as the
+interpreter would run it: in a session, a folder and an environment of its own, with ``__main__``,
+``sys.argv`` and an exit status. The ranks of ``composer`` are forked by the launcher, and what a
+command starts by multiprocessing's "spawn" is forked from a copy of the command that was made
+before the command began. Nothing of alignclip is imported before the fork.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ import spawned
 
 STACK = (
     "torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torchvision", "composer",
-    "composer.cli.launcher", "streaming", "open_clip", "timm", "boto3", "pyarrow.parquet", "scipy.stats",
-    "sklearn.linear_model", "matplotlib.pyplot", "sentence_transformers",
+    "composer.cli.launcher", "streaming", "open_clip", "timm", "boto3", "pyarrow.parquet",
+    "scipy.stats", "sklearn.linear_model", "matplotlib.pyplot", "sentence_transformers",
 )  # fmt: skip
 PR_SET_PDEATHSIG = 1
 
@@ -44,7 +46,8 @@ class Request:
     """What a client wants to run.
 
     Attributes:
-        command: ``python script.py …``, ``python -m module …``, ``python -c code …`` or ``composer …``, as words.
+        command: ``python script.py …``, ``python -m module …``, ``python -c code …`` or ``composer
+            …``, as words.
         cwd, environment, path: of the process; ``path`` is its ``sys.path``.
         stdout, stderr: files that its output is appended to.
     """
@@ -58,7 +61,10 @@ class Request:
 
 
 def serve(address: str) -> None:
-    """Fork a process for each connection's request; answer with its number, and its exit status once it has ended."""
+    """Fork a process for each connection's request.
+
+    Answer with its number, and its exit status once it has ended.
+    """
     die_with_parent(signal.SIGTERM)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the test session's
     for name in STACK:
@@ -146,7 +152,8 @@ def run_python(arguments: list[str]) -> NoReturn:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.set_wakeup_fd(-1)
     unbuffered = bool(os.environ.get("PYTHONUNBUFFERED"))
-    sys.stdout.reconfigure(line_buffering=unbuffered, write_through=unbuffered)  # type: ignore[union-attr]
+    output: Any = sys.stdout
+    output.reconfigure(line_buffering=unbuffered, write_through=unbuffered)
     tempfile.tempdir = None
     import numpy as np
     import torch
@@ -172,7 +179,9 @@ def run_python(arguments: list[str]) -> NoReturn:
 
 
 def end(program: Any) -> NoReturn:
-    """Call, and end this process as the interpreter ends: threads, exit functions, the exit status."""
+    """Call, and end this process as the interpreter ends: threads, exit functions, the exit
+    status.
+    """
     status = 1
     try:
         try:
@@ -237,11 +246,12 @@ class Rank:
 
 
 def show_siblings() -> None:
-    """Ranks look for one another in /proc, which shows the environment that a forked process began with."""
+    """Ranks look for one another in /proc, which shows the environment that a forked process began
+    with.
+    """
     from alignclip.runtime import launcher
 
-    local = {str(rank) for rank in range(int(os.environ["LOCAL_WORLD_SIZE"]))}
-    launcher._local_ranks = lambda environ: local
+    launcher.siblings = lambda environ, patience=0.0: int(environ["LOCAL_WORLD_SIZE"])
 
 
 def launch() -> None:

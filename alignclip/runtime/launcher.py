@@ -1,9 +1,9 @@
 """The variables by which launchers tell each process of a run its number.
 
-Composer's launcher sets all of :data:`NUMBERS` and :data:`MEETING`. torchrun, srun and mpirun set
-other variables, and this module derives ours from them. Variables that an earlier job or launcher
-has left in a shell would make a single process wait for others that never come: a person is told
-which variables.
+Composer's launcher sets all of :data:`RANK_NUMBERS` and :data:`MEETING`. torchrun, srun and mpirun
+set other variables, and this module derives ours from them. Variables that an earlier job or
+launcher has left in a shell would make a single process wait for others that never come: a person
+is told which variables.
 """
 
 from __future__ import annotations
@@ -18,19 +18,24 @@ from typing import Any
 
 from alignclip.errors import UserError
 
-NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK")
+RANK_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK")
 MEETING = ("MASTER_ADDR", "MASTER_PORT")  # where rank 0 waits for the others
 END_TIMEOUT = 5.0  # seconds within which ranks end once one has failed
 SIBLINGS_START = 10.0  # seconds within which a launcher has started all processes of a machine
-# Launchers' own names: total, rank, local total, local rank
+# our names -> the launchers' own: Open MPI's; MPICH's and Intel MPI's
 _MPI = (
-    (
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-    ),
-    ("PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
+    {
+        "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
+        "RANK": "OMPI_COMM_WORLD_RANK",
+        "LOCAL_WORLD_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE",
+        "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
+    },
+    {
+        "WORLD_SIZE": "PMI_SIZE",
+        "RANK": "PMI_RANK",
+        "LOCAL_WORLD_SIZE": "MPI_LOCALNRANKS",
+        "LOCAL_RANK": "MPI_LOCALRANKID",
+    },
 )
 
 
@@ -47,34 +52,34 @@ def settle(
         UserError: variables that contradict one another, too few of them, or no other process on
             this machine.
     """
-    for name in (*NUMBERS, *MEETING):
+    for name in (*RANK_NUMBERS, *MEETING):
         if environ.get(name) == "":
             del environ[name]
     _from_mpi(environ)
     _from_slurm(environ)
     if "GROUP_RANK" in environ and "TORCHELASTIC_RUN_ID" in environ:  # torchrun's name of it
         environ.setdefault("NODE_RANK", environ["GROUP_RANK"])
-    numbers = {name: _number(environ, name) for name in NUMBERS if name in environ}
+    numbers = {name: _whole_number(environ, name) for name in RANK_NUMBERS if name in environ}
     world = numbers.get("WORLD_SIZE", 1)
     rank, local_rank = numbers.get("RANK", 0), numbers.get("LOCAL_RANK", 0)
     local_world = numbers.get("LOCAL_WORLD_SIZE", local_rank + 1 if world > 1 else 1)
     if not (
         rank < max(world, 1) and local_rank < max(local_world, 1) and 1 <= local_world <= world
     ):
-        raise UserError(f"{_shown(environ)} contradict one another; {_way_out(environ, world)}")
+        raise UserError(f"{_in_words(environ)} contradict one another; {_way_out(environ, world)}")
     if world == 1:
         return
     if {"LOCAL_WORLD_SIZE", "RANK"} <= numbers.keys() and "NODE_RANK" not in numbers:
         environ["NODE_RANK"] = str(rank // local_world)
-    if missing := [name for name in (*NUMBERS, *MEETING) if name not in environ]:
+    if missing := [name for name in (*RANK_NUMBERS, *MEETING) if name not in environ]:
         raise UserError(
-            f"{_shown(environ)}: that is one of {world} processes, but {', '.join(missing)} "
+            f"{_in_words(environ)}: that is one of {world} processes, but {', '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} not set; {_way_out(environ, world)}"
         )
-    _number(environ, "MASTER_PORT")
+    _whole_number(environ, "MASTER_PORT")
     if local_world > 1 and siblings(environ, patience) == 1:
         raise UserError(
-            f"{_shown(environ)}: that is one of {local_world} processes of this machine, "
+            f"{_in_words(environ)}: that is one of {local_world} processes of this machine, "
             f"and no other one runs; {_way_out(environ, world)}"
         )
 
@@ -87,9 +92,10 @@ def siblings(environ: Mapping[str, str], patience: float = 0.0) -> int | None:
     deadline = time.monotonic() + patience
     expected = int(environ["LOCAL_WORLD_SIZE"])
     while True:
-        found = _local_ranks(environ)
-        if found is None or len(found) >= expected or time.monotonic() >= deadline:
-            return None if found is None else len(found)
+        others = _local_processes(environ)
+        found = None if others is None else len({environ["LOCAL_RANK"], *others.values()})
+        if found is None or found >= expected or time.monotonic() >= deadline:
+            return found
         time.sleep(0.2)
 
 
@@ -115,12 +121,6 @@ def is_ended_by_launcher() -> bool:
     return signal.sigtimedwait({signal.SIGTERM}, END_TIMEOUT) is not None
 
 
-def _local_ranks(environ: Mapping[str, str]) -> set[str] | None:
-    """Return the numbers of this machine's ranks that run; None where the system hides them."""
-    others = _local_processes(environ)
-    return None if others is None else {environ["LOCAL_RANK"], *others.values()}
-
-
 def _local_processes(environ: Mapping[str, str]) -> dict[Any, str] | None:
     """Find the other ranks' processes on this machine, with their LOCAL_RANK; None where hidden."""
     import psutil
@@ -142,34 +142,20 @@ def _local_processes(environ: Mapping[str, str]) -> dict[Any, str] | None:
 
 
 def _from_mpi(environ: MutableMapping[str, str]) -> None:
-    """mpirun: OpenMPI, MPICH and Intel MPI."""
-    for total, rank, local_total, local_rank in _MPI:
-        names = {
-            "WORLD_SIZE": total,
-            "RANK": rank,
-            "LOCAL_WORLD_SIZE": local_total,
-            "LOCAL_RANK": local_rank,
-        }
-        if (
-            "RANK" not in environ
-            and environ.get(total, "1") != "1"
-            and all(n in environ for n in names.values())
-        ):
-            _derive(environ, {ours: environ[theirs] for ours, theirs in names.items()})
-            if environ[total] == environ[local_total]:
-                job = (
-                    environ.get("PMIX_NAMESPACE")
-                    or environ.get("OMPI_MCA_ess_base_jobid")
-                    or str(os.getppid())
-                )
-                _derive(
-                    environ,
-                    {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _port(job)},
-                )
+    """Derive the variables of a process that mpirun has started."""
+    for names in _MPI:
+        found = {ours: environ[theirs] for ours, theirs in names.items() if theirs in environ}
+        if "RANK" in environ or len(found) < len(names) or found["WORLD_SIZE"] == "1":
+            continue
+        if found["WORLD_SIZE"] == found["LOCAL_WORLD_SIZE"]:
+            job = environ.get("PMIX_NAMESPACE") or environ.get("OMPI_MCA_ess_base_jobid")
+            port = _port(job or str(os.getppid()))
+            found |= {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        _derive(environ, found)
 
 
 def _from_slurm(environ: MutableMapping[str, str]) -> None:
-    """srun: a step with several tasks, of which this is one."""
+    """Derive the variables of a process of srun: one of a step with several tasks."""
     step = [
         environ.get(f"SLURM_{name}") for name in ("STEP_NUM_TASKS", "PROCID", "LOCALID", "NODEID")
     ]
@@ -189,7 +175,7 @@ def _from_slurm(environ: MutableMapping[str, str]) -> None:
 
 
 def _slurm_counts(text: str) -> list[int]:
-    """``2(x3),1`` → [2, 2, 2, 1]."""
+    """Return the tasks of each node: ``2(x3),1`` → [2, 2, 2, 1]."""
     found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
     return [int(count) for count, times in found for _ in range(int(times or 1))]
 
@@ -200,23 +186,25 @@ def _derive(environ: MutableMapping[str, str], derived: Mapping[str, str]) -> No
 
 
 def _port(job: str) -> str:
-    """A port that all processes of a job find alike."""
+    """Return a port that all processes of a job find alike."""
     return str(20000 + zlib.crc32(job.encode()) % 10000)
 
 
-def _number(environ: Mapping[str, str], name: str) -> int:
+def _whole_number(environ: Mapping[str, str], name: str) -> int:
     text = environ[name]
     if not re.fullmatch(r"[0-9]{1,9}", text):
         raise UserError(f"the environment variable {name}={text} is no whole number; unset {name}")
     return int(text)
 
 
-def _shown(environ: Mapping[str, str]) -> str:
-    return " ".join(f"{name}={environ[name]}" for name in (*NUMBERS, *MEETING) if name in environ)
+def _in_words(environ: Mapping[str, str]) -> str:
+    return " ".join(
+        f"{name}={environ[name]}" for name in (*RANK_NUMBERS, *MEETING) if name in environ
+    )
 
 
 def _way_out(environ: Mapping[str, str], world: Any) -> str:
-    names = " ".join(name for name in (*NUMBERS, *MEETING) if name in environ)
+    names = " ".join(name for name in (*RANK_NUMBERS, *MEETING) if name in environ)
     several = f"; for several: composer -n {max(int(world), 2)} …" if int(world) < 1000 else ""
     return (
         f"if an earlier job or launcher has left them: unset {names}, for a single process{several}"

@@ -68,7 +68,9 @@ def read_arguments(
     """Return the YAML file and the overrides, also overrides that begin with dashes."""
     set_thread_defaults()  # before torch is imported
     parser = Parser(prog, description, examples)
-    parser.add_argument("config", help="YAML file, or its URL; README.md says what it holds")
+    parser.add_argument(
+        "config", help="YAML file, or its URL; docs/configuration.md says what it holds"
+    )
     parser.add_argument(
         "overrides",
         nargs="*",

@@ -1,4 +1,4 @@
-"""Evaluate checkpoints: ``composer evaluate.py yamls/evaluate.yaml checkpoint=… key.sub=value …``."""
+"""Evaluate checkpoints: ``composer evaluate.py yamls/evaluate.yaml checkpoint=… key=value …``."""
 
 import sys
 

@@ -3,8 +3,9 @@
 The method is AlignCLIP's: "Mitigate the Gap: Improving Cross-Modal Alignment in CLIP", ICLR 2025,
 https://arxiv.org/abs/2406.17639.
 
-``alignclip.load(path)`` gives a trained model with its image transform and tokenizer, ``alignclip.evaluate(model, …)``
-its metrics, and ``alignclip.dataset(path)`` the samples of a set to look at.
+``alignclip.load(path)`` gives a trained model with its image transform and tokenizer,
+``alignclip.evaluate(model, …)`` its metrics, and ``alignclip.dataset(path)`` the samples of a set
+to look at.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-# Where each public name lives. Each module is imported when the name is asked for: torch takes seconds, and a typo in
-# a command line should not.
+# Where each public name lives. Each module is imported when the name is asked for: torch takes
+# seconds, and a typo in a command line should not.
 _HOMES = {
     "CLIP": "model.encoders",
     "AlignCLIPLoss": "losses",

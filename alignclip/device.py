@@ -12,9 +12,10 @@ AUTOCAST = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 
 
 def choose_device(name: str | None) -> torch.device:
-    """Return this process's device: ``cpu``, ``gpu`` or ``mps``; by default a GPU where there is one.
+    """Return this process's device: ``cpu``, ``gpu`` or ``mps``; a GPU is the default.
 
-    As under Composer, matrix products on a GPU may use TF32, but where the loss and the metrics say otherwise.
+    As under Composer, matrix products on a GPU may use TF32, but where the loss and the metrics say
+    otherwise.
 
     Raises:
         UserError: there is no such device here.

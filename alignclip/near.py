@@ -12,7 +12,9 @@ _CHOICES = 3  # of a part of the path that isn't there: the nearest one needn't 
 
 
 def nearest_path(place: str | Path, fits: Callable[[Path], bool] = Path.exists) -> Path | None:
-    """The existing path that differs least, part by part, from one that isn't there; None where none is close.
+    """Return the existing path that differs least, part by part, from one that isn't there.
+
+    None where no path is close.
 
     Args:
         place: the path that isn't there.
@@ -26,7 +28,7 @@ def nearest_path(place: str | Path, fits: Callable[[Path], bool] = Path.exists) 
 
 
 def did_you_mean(place: str | Path, fits: Callable[[Path], bool] = Path.exists) -> str:
-    """The end of the sentence that a path isn't there: the nearest one that is, or nothing."""
+    """End the sentence that a path isn't there with the nearest path; say nothing where none is."""
     near = nearest_path(place, fits)
     return "" if near is None else f"; did you mean '{near}'?"
 
@@ -45,7 +47,7 @@ def _follow(folder: Path, parts: tuple[str, ...], fits: Callable[[Path], bool]) 
 
 
 def _names_like(name: str, folder: Path) -> list[str]:
-    """The name itself where there is such a file or folder, and those that look like it, the nearest first."""
+    """Return the names of a folder that look like a name, the name itself and the nearest first."""
     try:
         there = [path.name for path in itertools.islice(folder.iterdir(), _LOOKED_AT)]
     except OSError:  # it may not be listed; what lies in it may be there

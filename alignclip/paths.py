@@ -14,7 +14,7 @@ LOCAL_DIR = "local-dir:"  # open_clip's prefix of a folder
 
 
 def expand(place: str, what: str = "path") -> str:
-    """A path with ``~`` and ``~user`` replaced by these home folders, without ``file://``; a URL as it is.
+    """Replace ``~`` and ``~user`` by home folders, and take ``file://`` away; a URL stays as it is.
 
     Args:
         place: path or URL.
@@ -29,7 +29,8 @@ def expand(place: str, what: str = "path") -> str:
         place = urllib.parse.unquote(place.removeprefix("file://").removeprefix("localhost"))
     if not place.startswith("~"):
         return place
-    expanded = os.path.expanduser(place)  # noqa: PTH111  # pathlib raises where this leaves ~nobody as it is
+    # pathlib raises where this leaves ~nobody as it is
+    expanded = os.path.expanduser(place)  # noqa: PTH111
     if expanded.startswith("~"):
         user = place[1:].partition("/")[0]
         why = (
@@ -42,7 +43,7 @@ def expand(place: str, what: str = "path") -> str:
 
 
 def option(place: str) -> str:
-    """:func:`expand`, as the ``type`` of a command's option that is a path or URL."""
+    """Expand a command's option that is a path or URL; argparse calls it as the option's type."""
     try:
         return expand(place)
     except UserError as error:
@@ -50,12 +51,12 @@ def option(place: str) -> str:
 
 
 def path_option(place: str) -> Path:
-    """As :func:`option`, of an option that is a path on this machine."""
+    """Expand an option that is a path on this machine, as :func:`option`."""
     return Path(option(place))
 
 
 def expand_all(value: Any, what: str) -> Any:
-    """Paths among a class's arguments, whatever their names: texts that are ``~`` or begin with ``~/``, expanded."""
+    """Expand the paths among a class's arguments: all texts that are ``~`` or begin with ``~/``."""
     if isinstance(value, dict):
         return {key: expand_all(inner, f"{what}.{key}") for key, inner in value.items()}
     if isinstance(value, list):

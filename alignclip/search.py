@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from alignclip.weights.load import Preprocess
 
-EXAMPLES = """examples:
+SEARCH_EXAMPLES = """examples:
   python -m alignclip.search photos/ "a red bicycle"
   python -m alignclip.search photos/ "a red bicycle" --model s3://my-bucket/runs/first
   python -m alignclip.search photos/ "a red bicycle" --model runs/first/latest-rank0.pt \\
@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Search as the arguments say; exit status 2 is bad input."""
     console.prepare()
     set_thread_defaults()
-    options = _parse(arguments)
+    options = parse(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # file names are bytes, and come out as they are
         sys.stdout.reconfigure(errors="surrogateescape")
@@ -139,13 +139,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _draw_matches(options, matches, total)
 
 
-def _parse(arguments: Sequence[str] | None) -> SearchOptions:
+def parse(arguments: Sequence[str] | None = None) -> SearchOptions:
+    """Read the command line."""
     return read_options(
         SearchOptions,
         arguments,
         "python -m alignclip.search",
         "Rank the images of a folder by their similarity to a text.",
-        EXAMPLES,
+        SEARCH_EXAMPLES,
     )
 
 

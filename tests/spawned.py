@@ -1,8 +1,9 @@
-"""Stand-ins for what multiprocessing spawns: processes that are forked from a server which has imported the stack.
+"""Stand-ins for what multiprocessing spawns: processes that are forked from a server which has
+imported the stack.
 
-A spawned process imports everything anew, which takes ten seconds. Python's own "forkserver" is as fresh, and cheap
-where the server is warm. These processes get besides what ``exec`` would hand on: environment, output, blocked and
-ignored signals.
+A spawned process imports everything anew, which takes ten seconds. Python's own "forkserver" is as
+fresh, and cheap where the server is warm. These processes get besides what ``exec`` would hand on:
+environment, output, blocked and ignored signals.
 """
 
 from __future__ import annotations
@@ -62,7 +63,10 @@ def listen(name: str) -> socket.socket:
 
 
 def serve(listener: socket.socket, alive: int) -> None:
-    """Fork such processes, until the other end of the pipe is closed. Only the main thread may run."""
+    """Fork such processes, until the other end of the pipe is closed.
+
+    Only the main thread may run.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)  # a group's are not for this one
     spawn.prepare = prepare
     with contextlib.suppress(SystemExit):

@@ -38,8 +38,8 @@ def unread(*command: str | Path, cwd: Path | None = None) -> tuple[int, str]:
     os.close(read)
     try:
         done = subprocess.run(
-            [sys.executable, *command], stdout=write, stderr=subprocess.PIPE, text=True, cwd=cwd, env=ENVIRONMENT,
-            timeout=TIMEOUT,
+            [sys.executable, *command], stdout=write, stderr=subprocess.PIPE, text=True, cwd=cwd,
+            env=ENVIRONMENT, timeout=TIMEOUT,
         )  # fmt: skip
     finally:
         os.close(write)
@@ -71,8 +71,8 @@ def test_a_terminal_that_was_closed() -> None:
     ours, theirs = pty.openpty()
     script = SAYS.replace("console.prepare()", "console.prepare(); sys.stdin.read()")
     process = subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=theirs, stderr=subprocess.PIPE, text=True,
-        env=ENVIRONMENT,
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=theirs,
+        stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
     )  # fmt: skip
     os.close(theirs)
     os.close(ours)
@@ -114,7 +114,9 @@ def test_a_run_and_an_evaluation_that_nobody_reads_lose_nothing(tmp_path: Path) 
     assert "Traceback" not in done.stderr
     latest = tmp_path / "runs" / "latest-rank0.pt"
     assert latest.resolve().name == "ep0-ba6-rank0.pt"
-    sets = "evaluators: {pairs: {task: gap, local: set, num_workers: 0}}\ndevice: cpu\nprecision: fp32\n"
+    sets = (
+        "evaluators: {e: {task: gap, local: set, num_workers: 0}}\ndevice: cpu\nprecision: fp32\n"
+    )
     (tmp_path / "evaluate.yaml").write_text(sets)
     for count, name in enumerate(
         ("one", "two")

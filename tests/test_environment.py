@@ -76,7 +76,9 @@ def test_a_start_names_the_commit_of_this_code() -> None:
 def test_nothing_of_a_repository_is_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, below: str, owner: str
 ) -> None:
-    """What git would start for a repository's configuration, in one above an environment and in the project's own."""
+    """What git would start for a repository's configuration, in one above an environment and in the
+    project's own.
+    """
     foreign, ran = tmp_path / "repository", tmp_path / "ran"
     code = foreign / {"somebody's": ".venv/src/alignclip", "installed": ".venv/alignclip"}.get(
         below, "alignclip"
@@ -158,7 +160,10 @@ def test_every_start_is_recorded(
 
 @pytest.mark.slow
 def test_a_run_is_run_again_from_what_it_left_in_the_bucket(s3: S3Server, tmp_path: Path) -> None:
-    """Settings of the command line and of the file alike; the second one's losses are the first one's to the bit."""
+    """Settings of the command line and of the file alike.
+
+    The second one's losses are the first one's to the bit.
+    """
     dataset, runs = f"{s3.bucket()}/pairs", f"{s3.bucket()}/runs"
     write_set(dataset, 64)
     config = write_config(tmp_path, dataset, f"{runs}/{{run_name}}")
@@ -204,7 +209,9 @@ def test_a_configuration_in_a_bucket(s3: S3Server, tmp_path: Path) -> None:
     s3.client.put_object(Bucket=name, Key="a.yaml", Body=b"model: [")
     s3.client.put_object(Bucket=name, Key="weights.pt", Body=b"\xff\xfe\x00")
     for url, words in {
-        f"{bucket}/none.yaml": "can't read s3://.*/none.yaml: not found; check the bucket and the path",
+        f"{bucket}/none.yaml": (
+            "can't read s3://.*/none.yaml: not found; check the bucket and the path"
+        ),
         f"{bucket}/a.yaml": "a.yaml is not a YAML file",
         f"{bucket}/weights.pt": "weights.pt is no text file",
         f"s3:/{name}/tiny.yaml": f"has one slash; did you mean '{bucket}/tiny.yaml'",
@@ -251,14 +258,19 @@ def test_what_a_run_may_change_stands_in_the_documents() -> None:
         "`max_duration`": {"max_duration"},
         "`precision`": {"precision", "precision_config"},
         "evaluators": {"evaluators", "keep_best"},
-        "callbacks and loggers": {"callbacks", "loggers", "auto_log_hparams", "log_traces", "profiler", "save_metrics"},
-        "what is shown": {
-            "progress_bar", "log_to_console", "console_log_interval", "python_log_level", "load_progress_bar",
+        "callbacks and loggers": {
+            "callbacks", "loggers", "auto_log_hparams", "log_traces", "profiler", "save_metrics",
         },
-        "checkpoints": {name for name in vars(RunConfig()) if name.startswith(("save_", "load_"))} | {"autoresume"},
+        "what is shown": {
+            "progress_bar", "log_to_console", "console_log_interval", "python_log_level",
+            "load_progress_bar",
+        },
+        "checkpoints": {"autoresume"} | {
+            name for name in vars(RunConfig()) if name.startswith(("save_", "load_"))
+        },
         "how the run computes": {
-            "device", "parallelism_config", "ddp_sync_strategy", "dist_timeout", "deterministic_mode",
-            "compile_config", "spin_dataloaders",
+            "device", "parallelism_config", "ddp_sync_strategy", "dist_timeout",
+            "deterministic_mode", "compile_config", "spin_dataloaders",
         },
     }  # fmt: skip
     for words in named:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from models import FIXTURES
-from runs import TINY
 
 from alignclip.config.reading import (
     load,
@@ -24,25 +23,15 @@ from alignclip.training.run_identity import changes, identity_changes, nested, w
 
 # what YAML 1.1, or Python, takes for a number, a boolean, a date or nothing
 TEXTS = (
-    "1e400000", "7e999999", "12e5407", "0123", "1_000", "2024-11-05", "2024-11-05 10:00:00", "1:30", "12.50", "0x1F",
-    "0o17", "no", "yes", "on", "off", "y", "N", "True", ".inf", "-.inf", ".nan", "inf", "nan", "+1", ".5", "5.", "1e5",
-    "1E-3", "16", "-0", "=", "<<", "é ü 你好", "0b11",
+    "1e400000", "7e999999", "12e5407", "0123", "1_000", "2024-11-05", "2024-11-05 10:00:00", "1:30",
+    "12.50", "0x1F", "0o17", "no", "yes", "on", "off", "y", "N", "True", ".inf", "-.inf", ".nan",
+    "inf", "nan", "+1", ".5", "5.", "1e5", "1E-3", "16", "-0", "=", "<<", "é ü 你好", "0b11",
 )  # fmt: skip
 # what only a command line can hold without quotation marks
 LINE_TEXTS = (
-    "a #b", "a: b", "a, b", "[a", "{run_name}x", "&a", "*a", "!x", "- a", "a=b", "'a' b", " a ", "%a", "@a", "`a", "|",
+    "a #b", "a: b", "a, b", "[a", "{run_name}x", "&a", "*a", "!x", "- a", "a=b", "'a' b", " a ",
+    "%a", "@a", "`a", "|",
 )  # fmt: skip
-
-
-@pytest.fixture
-def yaml(tmp_path: Path) -> Path:
-    path = tmp_path / "run.yaml"
-    path.write_text(
-        TINY.replace("data: {", "data: {streams: {e: {local: somewhere}}, ")
-        + "autoresume: false\n",
-        encoding="utf-8",
-    )
-    return path
 
 
 @pytest.mark.parametrize("text", [*TEXTS, *LINE_TEXTS])
@@ -65,7 +54,8 @@ def test_a_text_on_the_line_stays_as_it_was_typed(yaml: Path, text: str) -> None
 def test_a_text_in_a_file_stays_as_it_was_typed(yaml: Path, text: str) -> None:
     with yaml.open("a", encoding="utf-8") as file:
         file.write(
-            f"run_name: {text}\nsave_ignore_keys: [{text}, a]\nloggers: {{FileLogger: {{filename: {text}}}}}\n"
+            f"run_name: {text}\nsave_ignore_keys: [{text}, a]\nloggers: "
+            f"{{FileLogger: {{filename: {text}}}}}\n"
         )
         file.write(f"evaluators:\n  {text}: {{task: gap, local: {text}}}\n")
     config = plugins.check(load(yaml))
@@ -129,7 +119,8 @@ def test_arguments_that_were_not_converted_are_written_as_they_were_typed(
     yaml: Path, tmp_path: Path
 ) -> None:
     overrides = [
-        "loggers.WandBLogger={project: 0123, init_kwargs: {a: 0123, b: '5', c: 5, d: no, e: true, f: null}}"
+        "loggers.WandBLogger={project: 0123, init_kwargs: {a: 0123, b: '5', c: 5, d: no, e: true, "
+        "f: null}}"
     ]
     config = load(yaml, overrides)
     (tmp_path / "again.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -166,7 +157,8 @@ def test_arguments_of_classes_are_what_their_annotations_say(yaml: Path) -> None
     [
         (
             "callbacks.SpeedMonitor.window_size=017",
-            "SpeedMonitor.window_size: Value '017' is no whole number: write it in decimal digits, without leading "
+            "SpeedMonitor.window_size: Value '017' is no whole number: write it in decimal digits, "
+            "without leading "
             "zeros, as in 17",
         ),
         (
@@ -292,9 +284,9 @@ def test_interpolation_finds_defaults_below_names(yaml: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "run_name: !!python/object/apply:os.system [id]", "run_name: !!binary aGk=", "a: &a [*a]", "a: 1\na: 2",
-        "? [a]\n: b", "--- {}\n--- {}", "run_name: [", "<<: 3", "a: !x b", "a: !!seq 5", "a: !!map 5",
-        "a: !!str [b]", "a: !!null {}",
+        "run_name: !!python/object/apply:os.system [id]", "run_name: !!binary aGk=", "a: &a [*a]",
+        "a: 1\na: 2", "? [a]\n: b", "--- {}\n--- {}", "run_name: [", "<<: 3", "a: !x b",
+        "a: !!seq 5", "a: !!map 5", "a: !!str [b]", "a: !!null {}",
     ],
 )  # fmt: skip
 def test_what_is_no_plain_yaml_is_one_line(yaml: Path, text: str) -> None:

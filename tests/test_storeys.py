@@ -34,7 +34,9 @@ NOT_YET: set[tuple[str, str]] = set()
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Every module that a file imports, anywhere in it, names that are modules themselves included."""
+    """Every module that a file imports, anywhere in it, names that are modules themselves
+    included.
+    """
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -57,7 +59,9 @@ FILES = sorted((ROOT / "alignclip").rglob("*.py"))
 
 
 def upward() -> set[tuple[str, str]]:
-    """Every import of ours that isn't allowed: the file's module, and the storey that it reaches for."""
+    """Every import of ours that isn't allowed: the file's module, and the storey that it reaches
+    for.
+    """
     found = set()
     for path in FILES:
         own = storey(module_of(path))

@@ -1,4 +1,6 @@
-"""The files of yamls/: models that can be built, recipes that differ in what their comments say and in nothing else."""
+"""The files of yamls/: models that can be built, recipes that differ in what their comments say and
+in nothing else.
+"""
 
 from __future__ import annotations
 

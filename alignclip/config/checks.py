@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 
-from alignclip.config.metrics import MODES, better, metrics_of, sets_of
+from alignclip.config.metrics import KEEP_BEST_MODES, better, metrics_of, sets_of
 from alignclip.config.model_checks import check_model, unused_sizes
 from alignclip.config.plugged import TASKS
 from alignclip.config.schema import (
@@ -21,9 +21,9 @@ from alignclip.config.setting import check_settings
 from alignclip.errors import UserError, nearest
 
 FILENAME_PARTS = (
-    "run_name", "rank", "local_rank", "world_size", "local_world_size", "node_rank", "epoch", "batch",
-    "batch_in_epoch", "sample", "sample_in_epoch", "token", "token_in_epoch", "total_wct", "epoch_wct", "batch_wct",
-    "iteration", "epoch_in_iteration", "token_in_iteration",
+    "run_name", "rank", "local_rank", "world_size", "local_world_size", "node_rank",
+    "epoch", "batch", "batch_in_epoch", "sample", "sample_in_epoch", "token", "token_in_epoch",
+    "total_wct", "epoch_wct", "batch_wct", "iteration", "epoch_in_iteration", "token_in_iteration",
 )  # fmt: skip
 _NO_BRACES = "may hold {run_name}, and no other braces"
 
@@ -47,8 +47,8 @@ def validate(config: RunConfig) -> None:
             "loss.separate_text to true": loss.beta
             and not loss.rescale
             and not (loss.separate_image and loss.separate_text),
-            "algorithms.EMA averages in pieces under parallelism_config.fsdp2, and checkpoints would "
-            "hold the first rank's alone; use one or the other": (
+            "algorithms.EMA averages in pieces under parallelism_config.fsdp2, and checkpoints "
+            "would hold the first rank's alone; use one or the other": (
                 config.parallelism_config.fsdp2 is not None and "EMA" in config.algorithms
             ),
             f"run_name={config.run_name} must not hold a '/'": "/" in config.run_name,
@@ -170,11 +170,6 @@ def _check_model(model: ModelConfig) -> None:
             f"model.text_cfg.vocab_size={model.text_cfg.vocab_size}: CLIP's tokenizer has "
             f"{VOCABULARY} tokens"
         )
-    if abs(model.init_logit_scale) > 20:
-        raise UserError(
-            f"model.init_logit_scale={model.init_logit_scale} must lie in [-20, 20]: it is the "
-            f"logarithm of the scale, which training keeps in [0, {math.log(100):.4f}]"
-        )
 
 
 def _check_start(config: RunConfig) -> None:
@@ -260,7 +255,7 @@ def _check_keep_best(config: RunConfig) -> None:
         ends = [one for one in metrics if metric and one.endswith(metric)]
         hint = f"did you mean '{ends[0]}'?" if ends else nearest(best.metric, metrics)
         raise UserError(f"keep_best.metric={best.metric} is no metric of {task}; {hint}")
-    if (best.mode or MODES[better(metric)]) is None:
+    if (best.mode or KEEP_BEST_MODES[better(metric)]) is None:
         raise UserError(
             f"keep_best.metric={best.metric} is better neither way; name keep_best.mode: max or min"
         )

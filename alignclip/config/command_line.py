@@ -44,7 +44,7 @@ def read_options(
 
 
 def _add_options(kind: Any, parser: Parser, group: _Group) -> _Group:
-    """Add the options of a dataclass, and of the dataclasses in its fields; return the last group."""
+    """Add the options of a dataclass and of its fields' dataclasses; return the last group."""
     hints = typing.get_type_hints(kind)
     for one in dataclasses.fields(kind):
         rule, hint = rule_of(one), hints[one.name]
@@ -65,28 +65,23 @@ def _add_option(one: dataclasses.Field[Any], rule: Rule, hint: Any, group: _Grou
         return
     # str, X | None, Sequence[X]: the first type that isn't None, and of a sequence its members'
     value, *_ = [inner for inner in (*typing.get_args(hint), hint) if inner is not NoneType]
-    how: dict[str, Any] = {"type": _reader(value, rule), "metavar": rule.metavar, "help": rule.help}
-    how["default"] = None if is_required else one.default
-    if rule.choices:
-        how["choices"] = tuple(rule.choices)
-    if typing.get_origin(hint) is Sequence:
-        how["nargs"] = "+" if is_required else "*"
+    several = "+" if is_required else "*"
+    how: dict[str, Any] = {
+        "type": paths.path_option if value is Path else paths.option if rule.place else value,
+        "nargs": several if typing.get_origin(hint) is Sequence else None,
+        "choices": rule.choices or None,
+        "default": None if is_required else one.default,
+        "metavar": rule.metavar,
+        "help": rule.help,
+    }
     if flags[0].startswith("-"):
         how |= {"dest": one.name, "required": is_required}
-    if rule.off is None:
-        group.add_argument(*flags, **how)
-        return
-    either = group.add_mutually_exclusive_group()
-    either.add_argument(*flags, **how)
-    flag, text = rule.off
-    either.add_argument(flag, dest=one.name, action="store_const", const=None, help=text)
-
-
-def _reader(value: type, rule: Rule) -> Any:
-    """Return the function that makes an option's value of its text."""
-    if value is Path:
-        return paths.path_option
-    return paths.option if rule.place else value
+    if rule.off is not None:
+        group = group.add_mutually_exclusive_group()
+    group.add_argument(*flags, **how)
+    if rule.off is not None:
+        flag, text = rule.off
+        group.add_argument(flag, dest=one.name, action="store_const", const=None, help=text)
 
 
 def _filled(kind: type[T], values: dict[str, Any]) -> T:

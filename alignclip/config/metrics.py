@@ -16,7 +16,7 @@ from alignclip.config.schema import EvaluatorConfig, SetConfig
 Better = Literal["higher", "lower", "neither"]
 ARROWS: dict[Better, str] = {"higher": "↑", "lower": "↓", "neither": " "}
 # of ``keep_best``
-MODES: dict[Better, str | None] = {"higher": "max", "lower": "min", "neither": None}
+KEEP_BEST_MODES: dict[Better, str | None] = {"higher": "max", "lower": "min", "neither": None}
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,6 @@ def _check_sharing(config: ModelConfig) -> None:
     """Refuse to share a module that has another size in the other tower."""
     vision, text, shared = config.vision_cfg, config.text_cfg, config.shared
     what = f"model.shared.blocks={shared.blocks}"
-    if shared.blocks < -1:
-        raise UserError(f"{what} must be a number of blocks, or -1 for all of them")
     wanted = {
         what: bool(shared.blocks),
         "model.shared.ln_final=true": shared.ln_final,

@@ -1,8 +1,8 @@
 """Every setting of a run, typed, with its default.
 
-Keys are the argument names of Composer's Trainer, of Streaming's StreamingDataset and of open_clip's
-model configuration wherever these have one. :mod:`alignclip.config.reading` reads YAML files and
-command lines into the dataclasses.
+Keys are the argument names of Composer's Trainer, of Streaming's StreamingDataset and of
+open_clip's model configuration wherever these have one. :mod:`alignclip.config.reading` reads YAML
+files and command lines into the dataclasses.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _place(default: Optional[str] = None) -> Any:
     return setting(default, place=True)
 
 
-def _name(default: Optional[str] = None) -> Any:
+def _chosen_name(default: Optional[str] = None) -> Any:
     return setting(default, name=True)
 
 
@@ -81,7 +81,8 @@ class TextConfig:
 class SharedConfig:
     """Modules that both modalities share: nothing shared is CLIP, everything is SharedCLIP."""
 
-    blocks: int = 0  # the last n transformer blocks; -1: all of them
+    # the last n transformer blocks
+    blocks: int = setting(0, at_least=0, or_all=True)
     ln_final: bool = False  # the LayerNorm behind the blocks
     projection: bool = False  # the projection into the embedding
 
@@ -99,7 +100,8 @@ class ModelConfig:
     shared: SharedConfig = field(default_factory=SharedConfig)
     # x · sigmoid(1.702 x) in place of GELU, as OpenAI's models were trained
     quick_gelu: bool = False
-    init_logit_scale: float = math.log(1 / 0.07)
+    # the logarithm of the scale, which training keeps in [0, ln 100]
+    init_logit_scale: float = setting(math.log(1 / 0.07), at_least=-20, at_most=20)
     encode_chunk_size: int = _amount(0)
 
 
@@ -127,7 +129,7 @@ class SetConfig:
 
     remote: Optional[str] = _place()
     local: Optional[str] = _place()
-    split: Optional[str] = _name()
+    split: Optional[str] = _chosen_name()
 
 
 @dataclass
@@ -195,7 +197,7 @@ class OptimizerConfig:
 
 @dataclass
 class SchedulerConfig:
-    """lr · (t + 1) / t_warmup while warming up, then a cosine to lr · alpha_f at the end of the run."""
+    """The learning rate: lr · (t + 1) / t_warmup, then a cosine to lr · alpha_f at the end."""
 
     t_warmup: str = setting("10000ba", time="schedule")
     alpha_f: float = _amount(0.0)
@@ -206,7 +208,7 @@ class TrainerConfig:
     """The arguments of :class:`composer.Trainer` that a YAML can hold, under their own names."""
 
     max_duration: str = setting("30ep", time="schedule", above=0)
-    run_name: str = _name("")
+    run_name: str = _chosen_name("")
     seed: int = _amount(17)
     precision: str = setting("amp_bf16", choices=("fp32", "amp_fp16", "amp_bf16", "amp_fp8"))
     precision_config: Optional[dict[str, Any]] = None

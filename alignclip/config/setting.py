@@ -36,7 +36,7 @@ class Rule:
         place: the setting is a path or URL, whose ``~`` is home.
         name: the setting is a name that a person chooses.
         raw: the setting is kept as it was typed, for its texts are converted later.
-        plugged: the field holds the settings of what is plugged in (:mod:`alignclip.config.plugged`).
+        plugged: the field holds settings of what is plugged in (:mod:`alignclip.config.plugged`).
         help: what ``--help`` says of a command's option; a setting without it is no such option.
         flags: how the option is spelt, the first as messages name it; a name without dashes has a
             place among the arguments instead. Default: the field's name.

@@ -22,7 +22,7 @@ from alignclip.errors import one_line_errors
 from alignclip.runtime import console
 from alignclip.storage.staging import VAL, OutputFolder
 
-EXAMPLES = """examples:
+CC12M_EXAMPLES = """examples:
   # 1243 tars of img2dataset into a bucket (S3_ENDPOINT_URL and the AWS variables as for Streaming)
   python convert/cc12m.py --inputs 'cc12m/{00000..01242}.tar' --out s3://bucket/cc12m --processes 8
 
@@ -53,7 +53,7 @@ def parse(arguments: Sequence[str] | None = None) -> ConvertOptions:
         arguments,
         "convert/cc12m.py",
         "Convert image-caption pairs to MDS shards with caption embeddings.",
-        EXAMPLES,
+        CC12M_EXAMPLES,
     )
 
 

@@ -37,7 +37,7 @@ from alignclip.data.mds_index import CLASSES
 from alignclip.errors import UserError, nearest, one_line_errors
 from alignclip.runtime import console
 
-EXAMPLES = """examples:
+CLASSIFICATION_EXAMPLES = """examples:
   # CIFAR-10's test images from data/cifar-10-batches-py
   python convert/classification.py cifar10 --root data --out /data/eval/cifar10
 
@@ -168,7 +168,7 @@ def parse(arguments: Sequence[str] | None = None) -> ClassificationOptions:
         arguments,
         "convert/classification.py",
         "Convert an image classification set to MDS shards for evaluation.",
-        EXAMPLES,
+        CLASSIFICATION_EXAMPLES,
     )
 
 

@@ -39,7 +39,7 @@ from alignclip.runtime import console
 NO_CAPTION = "no caption"
 MISSING = "missing image"
 
-EXAMPLES = """examples:
+RETRIEVAL_EXAMPLES = """examples:
   # COCO, Karpathy's test split: 5,000 images below coco/val2014
   python convert/retrieval.py coco --images coco --annotations dataset_coco.json \\
     --out s3://bucket/eval/coco
@@ -196,7 +196,7 @@ def parse(arguments: Sequence[str] | None = None) -> RetrievalOptions:
         arguments,
         "convert/retrieval.py",
         "Convert an image–caption set to MDS shards for retrieval.",
-        EXAMPLES,
+        RETRIEVAL_EXAMPLES,
     )
 
 

@@ -12,7 +12,8 @@ from alignclip.runtime import broken_output
 # our own typography where the terminal hasn't got it; other characters are shown as escapes
 _ASCII = {
     "…": "...", "→": "->", "×": "x", "·": "-", "–": "-", "—": "-", "“": '"', "”": '"', "‘": "'",
-    "’": "'", "≥": ">=", "≤": "<=", "⇄": "<->", "±": "+-", "α": "alpha", "β": "beta", "²": "^2", "½": "1/2",
+    "’": "'", "≥": ">=", "≤": "<=", "⇄": "<->", "±": "+-", "α": "alpha", "β": "beta", "²": "^2",
+    "½": "1/2",
 }  # fmt: skip
 _HANDLER = "alignclip.readable"
 

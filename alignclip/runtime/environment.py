@@ -57,7 +57,7 @@ class Start:
 
 
 def versions() -> dict[str, str]:
-    """Names → versions of what is installed here."""
+    """Return the versions of what is installed here, by the packages' names."""
     import torch  # has been imported where anything runs
 
     found = {"python": platform.python_version()}
@@ -72,7 +72,7 @@ def versions() -> dict[str, str]:
 
 
 def checkout(package: Path) -> Git | None:
-    """The git checkout that a package belongs to: the folder above it, with its ``pyproject.toml``.
+    """Return the git checkout that a package belongs to: the folder of its ``pyproject.toml``.
 
     None where the package is installed, where git doesn't know its files, or where there is no git.
     An environment may lie inside of somebody else's repository: git is told nothing that would have

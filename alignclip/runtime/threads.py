@@ -25,7 +25,7 @@ def set_thread_defaults() -> None:
         return
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if "OMP_NUM_THREADS" not in os.environ:
-        ranks = _number(os.environ.get("LOCAL_WORLD_SIZE", "1")) or 1
+        ranks = _integer(os.environ.get("LOCAL_WORLD_SIZE", "1")) or 1
         os.environ["OMP_NUM_THREADS"] = str(max(1, available_cores() // ranks))
 
 
@@ -52,11 +52,11 @@ def _quota() -> float | None:
             period = (folder / "cpu.cfs_period_us").read_text(encoding="utf-8")
     except (OSError, ValueError):
         return None
-    quota, whole = _number(used), _number(period)
+    quota, whole = _integer(used), _integer(period)
     return quota / whole if quota and whole and quota > 0 else None
 
 
-def _number(text: str) -> int | None:
+def _integer(text: str) -> int | None:
     try:
         return int(text)
     except ValueError:  # "max", or what somebody has typed

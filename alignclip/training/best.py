@@ -13,7 +13,7 @@ from typing import Any
 from composer.core import State
 from composer.utils import reproducibility
 
-from alignclip.config.metrics import MODES, better
+from alignclip.config.metrics import KEEP_BEST_MODES, better
 from alignclip.config.schema import KeepBestConfig
 from alignclip.errors import UserError, nearest
 from alignclip.evaluation.evaluator import MetricFigures
@@ -39,7 +39,7 @@ class BestCheckpoint:
     def __init__(self, config: KeepBestConfig, folder: SaveFolder) -> None:
         self.config, self.folder = config, folder
         metric = config.metric.partition("/")[2]
-        better_mode = MODES[better(metric)]
+        better_mode = KEEP_BEST_MODES[better(metric)]
         self.mode = config.mode or better_mode or "max"
         if better_mode not in (None, self.mode):
             _print_once(

@@ -11,7 +11,7 @@ from alignclip.runtime.arguments import read_arguments
 from alignclip.storage import leaving_nothing
 from alignclip.weights import early
 
-EXAMPLES = """examples:
+PRETRAIN_EXAMPLES = """examples:
   composer pretrain.py yamls/alignclip.yaml data.streams.cc12m.remote=s3://my-bucket/cc12m run_name=first
   composer -n 2 pretrain.py yamls/quickstart.yaml run_name=small save_folder=runs/{run_name} \\
     data.streams.scenes=null data.streams.mine.local=/data/mine
@@ -30,7 +30,10 @@ def main(arguments: Sequence[str]) -> int:
     """
     console.prepare()
     config, overrides = read_arguments(
-        arguments, "composer pretrain.py", "Pretrain CLIP, SharedCLIP or AlignCLIP.", EXAMPLES
+        arguments,
+        "composer pretrain.py",
+        "Pretrain CLIP, SharedCLIP or AlignCLIP.",
+        PRETRAIN_EXAMPLES,
     )
     with one_line_errors():
         launcher.settle()

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 SHEET_SHARDS = 8  # fetched for a sheet, if their samples are enough
 T = TypeVar("T")
 
-EXAMPLES = """examples:
+VERIFY_EXAMPLES = """examples:
   # everything: sizes, hashes, keys, captions, embeddings, counts; one image in a hundred is decoded
   python convert/verify.py s3://bucket/cc12m --processes 8
 
@@ -279,7 +279,7 @@ def parse(arguments: Sequence[str] | None = None) -> VerifyOptions:
         arguments,
         "convert/verify.py",
         "Check an MDS set: files, hashes, samples, counts.",
-        EXAMPLES,
+        VERIFY_EXAMPLES,
     )
 
 

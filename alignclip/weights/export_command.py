@@ -19,7 +19,7 @@ from alignclip.weights.formats import FORMATS, format_named
 # PyTorch is imported where a model is read: that takes seconds, and a wrong place should be told
 # before.
 
-EXAMPLES = """examples:
+EXPORT_EXAMPLES = """examples:
   # the latest checkpoint of a run → open_clip, with its metrics in the model card
   python convert/checkpoint.py s3://bucket/runs/first --to open_clip --out exports/first \\
     --metrics evaluation/results.json --license apache-2.0
@@ -86,7 +86,7 @@ def parse(arguments: Sequence[str] | None = None) -> ExportOptions:
         arguments,
         "convert/checkpoint.py",
         "Convert a trained model to another format, and check the result.",
-        EXAMPLES,
+        EXPORT_EXAMPLES,
     )
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import atexit
 import os
 import random
+import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_configure_node(node: Any) -> None:
     """Hand the seed to a worker of pytest-xdist, whose options are those of the command line."""
     node.workerinput["seed"] = node.config.option.seed
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput"):
+        processes.remove_leftovers()
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -127,6 +133,14 @@ def yaml(tmp_path: Path) -> Path:
     from runs import write_config
 
     return write_config(tmp_path, "somewhere")
+
+
+@pytest.fixture
+def small_files() -> Iterator[Callable[[int], None]]:
+    """A limit on the size of files, as ``ulimit -f`` sets it; Python has the signal ignored."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture

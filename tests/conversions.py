@@ -18,7 +18,7 @@ from PIL import Image
 from processes import Forked, python
 from tarballs import quick, read_back, write_tar
 
-from alignclip.storage.clouds import PROBE
+from alignclip.storage.clouds import BUCKET_PROBE
 
 COMMAND = Path(__file__).parent.parent / "convert" / "cc12m.py"
 SIZE_LIMIT = "80kb"  # of a shard: a few pictures
@@ -170,7 +170,7 @@ class Command:
         """Until so many files have come or gone since now, besides the one that tries whether the place is writable."""
 
         def written() -> set[str]:
-            return {name for name in listing() if not name.startswith(PROBE)}
+            return {name for name in listing() if not name.startswith(BUCKET_PROBE)}
 
         before = written()
 

@@ -25,8 +25,11 @@ from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
 import spawned
 from warm_server import Request
+
+from alignclip.data import shared_memory
 
 ADDRESS = (
     "ALIGNCLIP_TESTS_WARM_SERVER"  # the socket of the session's server, for all pytest workers
@@ -232,6 +235,21 @@ def fork_what_this_process_would_spawn() -> None:
         return spawned.Popen(process)
 
     context.SpawnProcess._Popen = staticmethod(start)  # type: ignore[attr-defined]
+
+
+def remove_leftovers() -> None:
+    """Remove from shared memory what dead processes have left there.
+
+    Tests kill a process together with Python's own cleaner of shared memory, and fork processes
+    that end without cleaning. Left are Streaming's segments, and semaphores that processes were to
+    share. joblib, once it is imported, puts the number of the process that made one into its name.
+    """
+    shared_memory.remove_stale()
+    for path in shared_memory.SHM.glob("sem.*-*-*"):
+        maker = path.name.split("-")[1]
+        if maker.isdecimal() and not psutil.pid_exists(int(maker)):
+            with suppress(OSError):  # another session's tests remove them, too
+                path.unlink()
 
 
 def run(n: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:

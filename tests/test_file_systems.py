@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -148,14 +147,6 @@ def test_a_file_system_that_cannot_rename_over_a_file(
     assert checkpoint_file.damage(path) is None
     assert path.stat().st_size > 400_000
     assert [left.name for left in tmp_path.iterdir()] == [path.name]
-
-
-@pytest.fixture
-def small_files() -> Iterator[Callable[[int], None]]:
-    """A limit on the size of files, as ``ulimit -f`` sets it; Python has the signal ignored."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def full(monkeypatch: pytest.MonkeyPatch, number: int, after: int, only: str = "") -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from processes import run
+from processes import remove_leftovers, run
 
 
 def rank_sum(value: torch.Tensor) -> tuple[torch.Tensor, str]:
@@ -47,3 +49,19 @@ def test_a_failing_rank_is_an_error_with_its_traceback() -> None:
 def test_a_rank_that_hangs_is_ended() -> None:
     with pytest.raises(RuntimeError, match=r"still ran after 4 s"):
         run(2, sleep_on_first_rank, timeout=4)
+
+
+def test_semaphores_of_the_dead_go_and_those_of_the_living_stay() -> None:
+    import joblib  # noqa: F401  # names semaphores
+
+    spawn = multiprocessing.get_context("spawn")
+    mine = spawn.Lock()
+    if not (child := os.fork()):
+        kept = spawn.Lock()
+        os._exit(not kept)
+    os.waitpid(child, 0)
+    names = "sem.loky-{}-*"
+    assert len([*Path("/dev/shm").glob(names.format(child))]) == 1
+    remove_leftovers()
+    assert not [*Path("/dev/shm").glob(names.format(child))]
+    assert Path(f"/dev/shm/sem.{mine._semlock.name.strip('/')}").exists()

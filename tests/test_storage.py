@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import pickle
-import resource
 import shutil
 import socket
 import ssl
 import time
 import urllib.error
-from collections.abc import Iterator
+from collections.abc import Callable
 from http.client import IncompleteRead, RemoteDisconnected
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from alignclip.storage import (
     write_text_whole,
     write_whole,
 )
+from alignclip.storage.clouds import S3
 
 OPERATIONS = {
     "list": "ListObjectsV2",
@@ -174,27 +175,33 @@ def test_which_errors_pass(error: BaseException) -> None:
     assert is_passing(error) is (error in PASSING)
 
 
+# S3's answers by status and code, each to a request that needs the last word's right -> what is said
+SAID = {
+    "403 AccessDenied list": "may not list (s3:ListBucket)",
+    "403 AccessDenied write": "may not write (s3:PutObject)",
+    "403 AccessDenied delete": "may not delete (s3:DeleteObject)",
+    "403 AccessDenied read": "may not read it (s3:GetObject), or it isn't there",
+    "403 403 read": "or it isn't there and the key may not list (s3:ListBucket)",
+    "400 ExpiredToken write": "the key has expired",
+    "403 RequestTimeTooSkewed write": "clock",
+    "403 InvalidAccessKeyId write": "AWS_ACCESS_KEY_ID",
+    "403 SignatureDoesNotMatch write": "AWS_SECRET_ACCESS_KEY",
+    "400 InvalidToken write": "AWS_SESSION_TOKEN",
+    "401 401 write": "doesn't accept these credentials",
+    "404 NoSuchBucket write": "no such bucket",
+    "404 NoSuchKey read": "not found",
+    "403 QuotaExceeded write": "quota is used up (QuotaExceeded)",
+    "507 InsufficientStorage write": "quota is used up",
+    "501 NotImplemented write": f"set {CHECKSUMS}=when_required",
+    "411 MissingContentLength write": f"set {CHECKSUMS}=when_required",
+    "503 SlowDown write": "the store is busy or in trouble (SlowDown)",
+}
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (answer("403 AccessDenied", "list"), "may not list (s3:ListBucket)"),
-        (answer("403 AccessDenied", "write"), "may not write (s3:PutObject)"),
-        (answer("403 AccessDenied", "delete"), "may not delete (s3:DeleteObject)"),
-        (answer("403 AccessDenied", "read"), "may not read it (s3:GetObject), or it isn't there"),
-        (answer("403 403", "read"), "or it isn't there and the key may not list (s3:ListBucket)"),
-        (answer("400 ExpiredToken"), "the key has expired"),
-        (answer("403 RequestTimeTooSkewed"), "clock"),
-        (answer("403 InvalidAccessKeyId"), "AWS_ACCESS_KEY_ID"),
-        (answer("403 SignatureDoesNotMatch"), "AWS_SECRET_ACCESS_KEY"),
-        (answer("400 InvalidToken"), "AWS_SESSION_TOKEN"),
-        (answer("401"), "doesn't accept these credentials"),
-        (answer("404 NoSuchBucket"), "no such bucket"),
-        (answer("404 NoSuchKey", "read"), "not found"),
-        (answer("403 QuotaExceeded"), "quota is used up (QuotaExceeded)"),
-        (answer("507 InsufficientStorage"), "quota is used up"),
-        (answer("501 NotImplemented"), f"set {CHECKSUMS}=when_required"),
-        (answer("411 MissingContentLength"), f"set {CHECKSUMS}=when_required"),
-        (answer("503 SlowDown"), "the store is busy or in trouble (SlowDown)"),
+        *((answer(*text.rsplit(" ", 1)), words) for text, words in SAID.items()),
         (S3UploadFailedError(PUT_FAILED.format("AccessDenied")), "may not write"),
         (google.Forbidden("x does not have storage.objects.list access"), "may not list"),
         (azure_error(403, "AuthorizationPermissionMismatch"), "access denied"),
@@ -248,6 +255,33 @@ def test_a_store(place: str, tmp_path: Path) -> None:
     assert str(again) == "can't read a: why"
 
 
+def test_stores_share_a_client_that_no_forked_process_inherits(
+    refusing: RefusingS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = (open_store(f"s3://{name}/runs") for name in ("a", "b"))
+    assert isinstance(one, S3)
+    assert isinstance(two, S3)
+    one.write_text("x", "parent")
+    client = one._client
+    assert two._client is client
+
+    def act() -> None:
+        assert one._client is not client
+        assert one._client is two._client
+        for _ in range(20):
+            assert one.read_text("x") == "parent"
+
+    child = multiprocessing.get_context("fork").Process(target=act)
+    child.start()
+    for _ in range(20):
+        assert one.read_text("x") == "parent"
+    child.join(60)
+    assert child.exitcode == 0
+    assert one._client is client
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")  # a notebook's user mends the key
+    assert one._client is not client
+
+
 def _binary(folder: Path) -> Path:
     path = folder / "binary"
     path.write_bytes(b"\xff\xfe\x00")
@@ -279,25 +313,6 @@ def test_each_missing_right_is_named(refusing: RefusingS3, right: str) -> None:
             store.check_writable()
     else:
         store.check_writable()
-
-
-@pytest.mark.parametrize(
-    ("status", "code", "words"),
-    [
-        (400, "ExpiredToken", "expired"),
-        (403, "RequestTimeTooSkewed", "clock"),
-        (403, "InvalidAccessKeyId", "key"),
-    ],
-)
-def test_the_key_is_blamed_though_head_has_no_words(
-    refusing: RefusingS3, status: int, code: str, words: str
-) -> None:
-    """boto3's downloads begin with a HEAD request, which is answered without a word."""
-    refusing.answer(status, code)
-    store = open_store("s3://b/runs")
-    for read in (store.read_text, store.read_text_optional, store.size):
-        with pytest.raises(StorageError, match=words):
-            read("config.yaml")
 
 
 def test_only_a_passing_refusal_is_tried_again(
@@ -374,19 +389,13 @@ def test_kinds_of_store_that_streaming_reaches(
         open_store("ftp://host/x").read_text("a")
 
 
-@pytest.fixture
-def full_disk() -> Iterator[None]:
-    """Files of this process may have 100,000 bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("writer", ["python", "torch"])
-def test_a_disk_that_fills_in_the_middle(tmp_path: Path, full_disk: None, writer: str) -> None:
+def test_a_disk_that_fills_in_the_middle(
+    tmp_path: Path, small_files: Callable[[int], None], writer: str
+) -> None:
     path = tmp_path / "run" / "latest.pt"
     write_text_whole(path, "whole")
+    small_files(100_000)
 
     def write() -> None:
         with write_whole(path) as partial:

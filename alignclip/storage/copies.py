@@ -19,22 +19,42 @@ from urllib.parse import urlparse
 from alignclip.errors import UserError
 from alignclip.storage.clouds import open_file
 from alignclip.storage.patience import patiently
-from alignclip.storage.words import describe_storage_error
+from alignclip.storage.words import cannot, describe_storage_error
 
 HTTP_TIMEOUT = 60.0  # seconds without a byte, from the web
 STALE = 3600.0  # seconds since a folder of a process that is gone was used
 
 
-def machine() -> str:
+def _this_machine() -> str:
     """Name this machine or container, as only there a process id counts; TMPDIR may be shared."""
     namespace = Path("/proc/self/ns/pid")
     name = f"{socket.gethostname()} {namespace.readlink() if namespace.exists() else ''}"
     return hashlib.blake2b(name.encode(), digest_size=4).hexdigest()
 
 
-HOST = machine()
+HOST = _this_machine()
 # Begins the names of folders in TMPDIR, which a process that is killed can't remove
 TEMPORARY = f"alignclip-{HOST}-{os.getpid()}-"
+
+
+@contextmanager
+def temporary_folder(below: Path | None = None, prefix: str = TEMPORARY) -> Iterator[Path]:
+    """Give an empty folder that goes when the block ends.
+
+    Args:
+        below: the folder that it is made in, and that is made before; TMPDIR where it isn't given.
+            On one file system, a rename is all that is left to do.
+        prefix: begins its name.
+
+    Raises:
+        UserError: the folder can't be made.
+    """
+    with cannot(f"write to {below or tempfile.gettempdir()}"):
+        if below:
+            below.mkdir(parents=True, exist_ok=True)
+        made = tempfile.TemporaryDirectory(prefix=prefix, dir=below, ignore_cleanup_errors=True)
+    with made as folder:
+        yield Path(folder)
 
 
 @contextmanager
@@ -47,8 +67,8 @@ def fetched(place: str) -> Iterator[Path]:
     if "://" not in place:
         yield Path(place)
         return
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
-        path = Path(folder, place.rsplit("/", 1)[1] or "file")
+    with temporary_folder() as folder:
+        path = folder / (place.rsplit("/", 1)[1] or "file")
         try:
             patiently(lambda: _fetch(place, path), place)
         except Exception as error:  # every provider has its own
@@ -95,19 +115,11 @@ def check_web(urls: Iterable[str]) -> None:
 
 def remove_stale_copies() -> None:
     """Remove the temporary folders of this machine's killed processes, an hour after their use."""
+    import psutil
+
     for folder in Path(tempfile.gettempdir()).glob(f"alignclip-{HOST}-*-*"):
         pid = folder.name.split("-")[2]
         with suppress(OSError):
             is_old = time.time() - folder.stat().st_mtime > STALE
-            if pid.isdecimal() and is_old and not _is_alive(int(pid)):
+            if pid.isdecimal() and is_old and not psutil.pid_exists(int(pid)):
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        pass
-    return True

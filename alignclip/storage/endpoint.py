@@ -1,4 +1,4 @@
-"""Which S3 server is talked to, and what other servers than Amazon's need."""
+"""Tell which S3 server is talked to, and set what other servers than Amazon's need."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def expect_plain_s3() -> None:
 
 
 def is_foreign() -> bool:
-    """Whether S3 is told to be another server than Amazon's, or is Google's S3 interface."""
+    """Return whether S3 is told to be another server than Amazon's, or is Google's S3 interface."""
     hosts = [
         urlparse(os.environ[name]).hostname or "" for name in ENDPOINTS if os.environ.get(name)
     ]
@@ -36,10 +36,9 @@ def is_foreign() -> bool:
 
 
 def _in_profile(setting: str) -> bool:
-    """Whether ``~/.aws/config`` has it."""
-    with suppress(
-        Exception
-    ):  # no botocore, or a profile that isn't there: told where a client is made
+    """Return whether ``~/.aws/config`` has the setting."""
+    # no botocore, or a profile that isn't there: told where a client is made
+    with suppress(Exception):
         from botocore.session import get_session
 
         return setting in get_session().get_scoped_config()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -10,9 +9,10 @@ from pathlib import Path
 
 from alignclip.errors import UserError, few
 from alignclip.storage.clouds import open_store
+from alignclip.storage.copies import temporary_folder
 from alignclip.storage.patience import patiently
 from alignclip.storage.store import Store
-from alignclip.storage.words import StorageError, cannot
+from alignclip.storage.words import StorageError
 
 
 @contextmanager
@@ -29,14 +29,9 @@ def new_folder(place: str, last: str) -> Iterator[Path]:
     """
     store = open_store(place)
     target = Path(store.place)
-    parent = None if store.is_remote else target.resolve().parent
-    with cannot(f"write to {parent}"):
-        if parent is not None:
-            parent.mkdir(parents=True, exist_ok=True)
-        # on the same file system, so that a rename makes the whole appear
-        made = tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=parent)
-    with made as around:
-        folder = Path(around, "new")
+    below = None if store.is_remote else target.resolve().parent
+    with temporary_folder(below, f".{target.name}-") as around:
+        folder = around / "new"
         folder.mkdir()
         yield folder
         if store.is_remote:

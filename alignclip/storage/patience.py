@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 import threading
 import time
@@ -54,42 +55,32 @@ def patiently(work: Callable[[], Result], place: str, patience: float | None = N
         Exception: the last one of ``work``.
     """
     limit = PATIENCE if patience is None else patience
-    try:
-        return work()
-    except Exception as error:
-        if not is_passing(error):
-            raise
-        why = describe_storage_error(error)
-        _say(f"{place} can't be reached ({why}); waiting, up to {limit / 60:.0f} minutes", 1)
-    from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential_jitter
-
-    since, answers = time.monotonic(), 0
-    began = since
-
-    def try_begins(_: RetryCallState) -> None:
-        nonlocal began
+    since: float | None = None
+    answers, pause = 0, FIRST_PAUSE
+    while True:
         began = time.monotonic()
-
-    def is_away_too_long(_: RetryCallState) -> bool:
-        nonlocal since, answers
-        now = time.monotonic()
-        # A long try has transferred something, so that another outage begins. A server that never
-        # answers looks the same, and must not be waited for without end.
-        if now - began > LONGEST_PAUSE and answers < ANSWERS:
-            since, answers = now, answers + 1
-        return now - since > limit
-
-    time.sleep(FIRST_PAUSE)
-    result = Retrying(
-        retry=retry_if_exception(is_passing),
-        wait=wait_exponential_jitter(initial=FIRST_PAUSE, max=LONGEST_PAUSE),
-        before=try_begins,
-        stop=is_away_too_long,
-        sleep=lambda seconds: time.sleep(seconds),  # found when it is called: tests replace it
-        reraise=True,
-    )(work)
-    _say(f"{place} is back", 0)
-    return result
+        try:
+            result = work()
+        except Exception as error:
+            if not is_passing(error):
+                raise
+            now = time.monotonic()
+            if since is None:
+                since = now
+            # A long try has transferred something, so that another outage begins. A server that
+            # never answers looks the same, and must not be waited for without end.
+            elif now - began > LONGEST_PAUSE and answers < ANSWERS:
+                since, answers = now, answers + 1
+            if now - since > limit:
+                raise
+            why = describe_storage_error(error)
+            _say(f"{place} can't be reached ({why}); waiting, up to {limit / 60:.0f} minutes", 1)
+            time.sleep(min(pause * random.uniform(1, 2), LONGEST_PAUSE))
+            pause *= 2
+        else:
+            if since is not None:
+                _say(f"{place} is back", 0)
+            return result
 
 
 def _say(message: str, outage: int) -> None:

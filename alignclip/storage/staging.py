@@ -29,7 +29,7 @@ from typing import IO, Any
 
 from alignclip.errors import UserError
 from alignclip.storage.clouds import open_store
-from alignclip.storage.copies import TEMPORARY
+from alignclip.storage.copies import TEMPORARY, temporary_folder
 from alignclip.storage.patience import patiently
 from alignclip.storage.store import Store
 from alignclip.storage.trouble import is_passing
@@ -148,14 +148,14 @@ class OutputFolder:
     def listing(self) -> set[str]:
         """List the files in ``out`` and two folders below, relative to ``out``.
 
-        Nothing is found in storage that can't be listed, Azure's. There all is written again.
+        Nothing is found in Azure, which can't be listed. There all is written again.
 
         Raises:
             UserError: ``out`` cannot be reached.
         """
         if self.is_remote:
             with cannot(f"reach {self.out}"):
-                return self.files.names() if self.files.can_list else set()
+                return self.files.names()
         root = Path(self.out)
         paths = chain.from_iterable(root.glob(depth) for depth in ("*", "*/*", "*/*/*"))
         names = {path.relative_to(root).as_posix() for path in paths if path.is_file()}
@@ -183,21 +183,13 @@ class OutputFolder:
         Raises:
             UserError: ``out`` cannot be reached or written.
         """
-        with self._new_folder(name) as made:
-            folder = Path(made)
+        below, prefix = None, TEMPORARY
+        if not self.is_remote:
+            below, prefix = Path(self.out), f"{PARTIAL}{name.replace('/', '-')}-"
+        with temporary_folder(below, prefix) as folder:
             yield folder
             publish = self._upload if self.is_remote else self._move
             publish(folder, open_store(f"{self.out}/{name}"), replace=bool(name) and replace)
-
-    def _new_folder(self, name: str) -> tempfile.TemporaryDirectory[str]:
-        if self.is_remote:
-            return tempfile.TemporaryDirectory(prefix=TEMPORARY)
-        with cannot(f"write to {self.out}"):
-            Path(self.out).mkdir(parents=True, exist_ok=True)
-            prefix = f"{PARTIAL}{name.replace('/', '-')}-"
-            return tempfile.TemporaryDirectory(
-                prefix=prefix, dir=self.out, ignore_cleanup_errors=True
-            )
 
     def _upload(self, folder: Path, target: Store, replace: bool) -> None:
         with cannot(f"write to {target.place}"):
@@ -227,22 +219,19 @@ class OutputFolder:
 
         Raises:
             UserError: one of them cannot be fetched.
-            OSError: one is not in the local folder.
             ValueError: one is no JSON.
         """
 
-        def fetch(name: str) -> Any:
+        def read(name: str) -> Any:
             with cannot(f"read {self.files.at(name)}"):
                 content = patiently(lambda: self.files.read_bytes(name), self.out)
-            return _parse(content, broken)
+            return _parsed_json(content, broken)
 
-        if not self.is_remote:
-            return [_parse(Path(self.out, name).read_bytes(), broken) for name in names]
         with ThreadPoolExecutor(16) as pool:
-            return list(pool.map(fetch, names))
+            return list(pool.map(read, names))
 
 
-def _parse(content: bytes, broken: bool) -> Any:
+def _parsed_json(content: bytes, broken: bool) -> Any:
     try:
         return json.loads(content.decode("utf-8"))
     except ValueError:
@@ -258,7 +247,7 @@ def _check_whole(folder: Path) -> None:
         UserError: names a file that another process has removed.
     """
     path = folder / INDEX
-    index = _parse(path.read_bytes(), broken=True) if path.exists() else None
+    index = _parsed_json(path.read_bytes(), broken=True) if path.exists() else None
     for shard in (index or {}).get("shards", []):
         name = (shard.get("zip_data") or shard["raw_data"])["basename"]
         if "/" not in name and not (folder / name).exists():
@@ -272,8 +261,6 @@ def _remove_ours(store: Store) -> None:
 
     Elsewhere, or where the key may not delete, they stay and are overwritten or named by no index.
     """
-    if not store.can_list:
-        return
     names = _ours(store.names())
     try:
         for name in names:

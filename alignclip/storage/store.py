@@ -36,7 +36,7 @@ class Store(ABC):
 
     @property
     def can_list(self) -> bool:
-        """Whether this kind of store can be listed; whether the key may is another question."""
+        """Return whether this kind of store can be listed, whatever the key may do."""
         return True
 
     def at(self, name: str) -> str:
@@ -90,7 +90,9 @@ class Store(ABC):
             self._put(path, name)
 
     def names(self) -> set[str]:
-        """List the names of all files below the place."""
+        """List the names of all files below the place; none where :attr:`can_list` is false."""
+        if not self.can_list:
+            return set()
         with self._told("list"):
             # some stores list folders; what is being written has no name yet
             return {name for name in self._names() if name and not name.endswith("/")}

@@ -117,7 +117,7 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a store has said, found in an error and its causes.
+    """A store's answer, found in an error and its causes.
 
     Attributes:
         codes: the store's own words for what is wrong.

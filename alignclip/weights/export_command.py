@@ -116,8 +116,7 @@ def _check_out(out: str) -> None:
     if not store.is_remote and Path(store.place).exists():
         raise UserError(f"--out {out} is there already; choose another or remove it")
     try:
-        # a new local folder has nothing to list, and Azure can't be listed
-        there = store.names() if store.is_remote and store.can_list else ()
+        there = store.names()
         store.check_writable()
     except StorageError as error:
         raise UserError(f"cannot write to {out}: {error.why}") from error

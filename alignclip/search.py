@@ -284,7 +284,7 @@ def _draw_matches(options: SearchOptions, matches: Sequence[Match], total: int) 
         cells.append(contact_sheet.Cell(f"{rank} · {match.similarity:.4f}", image, name))
     title = f"“{options.text}”: {len(cells):,} of {total:,} images"
     path = contact_sheet.check_path(options.to)
-    contact_sheet.save(contact_sheet.draw(cells, title, _readable()), path)
+    contact_sheet.save_sheet(contact_sheet.draw_sheet(cells, title, _readable()), path)
     print(f"drawn: {path}", file=sys.stderr)
 
 

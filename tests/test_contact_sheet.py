@@ -5,29 +5,22 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
+from tarballs import draw
 
 from alignclip.errors import UserError
 from alignclip.verification import contact_sheet
 
 
-def picture(seed: int, image_format: str = "JPEG", size: tuple[int, int] = (60, 40)) -> bytes:
-    colour = tuple(int(value) for value in np.random.default_rng(seed).integers(0, 256, 3))
-    file = io.BytesIO()
-    Image.new("RGB", size, colour).save(file, image_format)
-    return file.getvalue()
-
-
 def test_a_sheet_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    sheet = contact_sheet.draw([contact_sheet.Cell("k", picture(0), "t")], "title", ("JPEG",))
+    sheet = contact_sheet.draw_sheet([contact_sheet.Cell("k", draw(0), "t")], "title", ("JPEG",))
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(UserError, match=r"--to .*folder\.png is a folder"):
         contact_sheet.check_path(str(tmp_path / "folder.png"))
     with pytest.raises(UserError, match=r"cannot write --to .*folder\.png: Is a directory"):
-        contact_sheet.save(sheet, tmp_path / "folder.png")
-    contact_sheet.save(sheet, contact_sheet.check_path(str(tmp_path / "sheet.png")))
+        contact_sheet.save_sheet(sheet, tmp_path / "folder.png")
+    contact_sheet.save_sheet(sheet, contact_sheet.check_path(str(tmp_path / "sheet.png")))
     with Image.open(tmp_path / "sheet.png") as read:
         assert read.size == contact_sheet.size(1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.png", "sheet.png"]
@@ -43,12 +36,12 @@ def test_a_sheet_of_anything() -> None:
         "w " * 400,
     ]
     images = [
-        picture(0),
-        picture(1, size=(1, 900)),
-        picture(2, "PNG", (3, 2)),
+        draw(0),
+        draw(1, size=(1, 900)),
+        draw(2, "PNG", (3, 2)),
         b"",
-        picture(4)[:-9],
-        picture(5, size=(900, 1)),
+        draw(4)[:-9],
+        draw(5, size=(900, 1)),
     ]
     transparent = io.BytesIO()
     Image.new("RGBA", (30, 30), (0, 0, 0, 0)).save(transparent, "PNG")
@@ -56,7 +49,7 @@ def test_a_sheet_of_anything() -> None:
         contact_sheet.Cell(text, image, text) for text, image in zip(texts, images, strict=True)
     ]
     cells += [contact_sheet.Cell("key", transparent.getvalue(), "seen through")]
-    sheet = contact_sheet.draw(cells, texts[1], ("JPEG", "PNG"))
+    sheet = contact_sheet.draw_sheet(cells, texts[1], ("JPEG", "PNG"))
     assert sheet.size == contact_sheet.size(7)
     box = contact_sheet.BOX
     left, top = (

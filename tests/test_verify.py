@@ -91,7 +91,7 @@ def verify(capsys: pytest.CaptureFixture[str]) -> Verify:
     def run(*arguments: str | Path) -> tuple[int, str]:
         status = 0
         try:
-            main([str(argument) for argument in (*arguments, "--processes", 1)])
+            main(["--processes", "1", "--decode", "1", *map(str, arguments)])
         except SystemExit as end:
             status = int(end.code or 0)
         captured = capsys.readouterr()
@@ -124,7 +124,7 @@ def problems(found: tuple[int, str]) -> list[str]:
 @pytest.mark.parametrize("options", [{}, {"compression": "zstd:3"}])
 def test_a_sound_set(tmp_path: Path, verify: Verify, options: dict[str, str]) -> None:
     out = write_set(tmp_path / "out", **options)
-    found = verify(out, "--decode", 1)
+    found = verify(out)
     assert problems(found) == []
     size = sum((shard["zip_data"] or shard["raw_data"])["bytes"] for shard in shards_of(out))
     norms = [np.linalg.norm(row_of(i)["semantic"].astype(np.float64)) for i in range(18)]
@@ -134,7 +134,7 @@ shards 9
 samples 18
 size {size / 2**20:,.1f} MiB
 columns {", ".join(f"{name} {encoding}" for name, encoding in sorted(COLUMNS.items()))}
-images decoded 18
+images decoded 18 of 18
 embeddings 18 of 8 dimensions
 norm {shown} (min / mean / max)
 read from source 21
@@ -150,7 +150,10 @@ sound"""
 
 def test_a_fraction_of_the_images_is_decoded(tmp_path: Path, verify: Verify) -> None:
     out = write_set(tmp_path / "out", lambda number, row: row.update(image=b"no image"))
-    assert verify(out, "--decode", 0)[0] == 0
+    status, text = verify(out, "--decode", 0)
+    assert status == 0
+    assert "images decoded 0 of 18\n" in text
+    assert text.endswith("\n\nno problems; no image was decoded (--decode 0)")
     numbers = set()
     for seed in range(4):
         chosen, again = (problems(verify(out, "--decode", 0.5, "--seed", seed)) for _ in range(2))
@@ -172,11 +175,11 @@ def test_a_classification_set(tmp_path: Path, verify: Verify) -> None:
         write_json(folder / "dataset.json", dataset)
         return folder
 
-    found = verify(write("sound", 0, 1, 1, 0), "--decode", 1)
+    found = verify(write("sound", 0, 1, 1, 0))
     assert problems(found) == []
     assert "read from source 6\nwritten 4\nskipped 2\nunreadable image 2\n" in found[1]
     assert "note" not in found[1]
-    assert verify(tmp_path, "--split", "sound", "--decode", 1) == found
+    assert verify(tmp_path, "--split", "sound") == found
 
     found = verify(write("broken", 0, 1, 2, -1))
     label = "shard.00001.mds: sample {} (key {}): label is none of the classes"
@@ -347,7 +350,7 @@ def test_damaged_samples(
     tmp_path: Path, verify: Verify, changes: dict[int, Row], expected: list[str]
 ) -> None:
     out = write_set(tmp_path / "out", lambda number, row: row.update(changes.get(number, {})))
-    found = verify(out, "--decode", 1)
+    found = verify(out)
     assert problems(found) == expected
     assert "note" not in found[1]
 
@@ -364,7 +367,7 @@ def test_keys_that_come_in_several_inputs_are_a_note(tmp_path: Path, verify: Ver
 
 def test_many_problems_are_cut_short(tmp_path: Path, verify: Verify) -> None:
     rows = [{"key": "the same", "image": b"no image", "caption": "a"} for _ in range(30)]
-    found = verify(write_rows(tmp_path / "out", rows, each=2), "--decode", 1)
+    found = verify(write_rows(tmp_path / "out", rows, each=2))
     lines = problems(found)
     assert len(lines) == 42
     assert "\n59 problems:\n" in found[1]
@@ -554,7 +557,7 @@ def test_a_bucket(s3: Any, out: Path, verify: Verify) -> None:
 
     for path in filter(Path.is_file, out.rglob("*")):
         put(path)
-    found = verify(f"{place}/", "--decode", 1)
+    found = verify(f"{place}/")
     assert problems(found) == []
     assert f"set {place}\nshards 9\nsamples 18\n" in found[1]
 

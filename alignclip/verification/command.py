@@ -20,7 +20,7 @@ from alignclip.errors import one_line_errors
 from alignclip.runtime import console
 from alignclip.storage import open_store
 from alignclip.verification import contact_sheet
-from alignclip.verification.findings import SetSummary
+from alignclip.verification.findings import SetSummary, folder_of
 from alignclip.verification.index import summarize
 
 if TYPE_CHECKING:
@@ -105,37 +105,37 @@ def verify(options: VerifyOptions) -> tuple[str, bool]:
     Raises:
         UserError: wrong options, no such set, or it can't be reached.
     """
-    _check(options)
+    _refuse_wrong(options)
     place = options.set if "://" in options.set else str(Path(options.set).expanduser().resolve())
     store = open_store("/".join([place.rstrip("/"), *([options.split] if options.split else [])]))
     found = summarize(store)
-    reports = None if options.fast else _read(store.place, found, options)
+    reports = [] if options.fast else _check_shards(found, options)
     rows = [("set", store.place), *_index_rows(found)]
-    rows += [] if reports is None else _sample_rows(found, reports)
+    rows += [] if options.fast else _sample_rows(found, reports)
     rows += _count_rows(found)
     if options.sample:
-        rows.append(("contact sheet", _draw(store.place, found, options)))
+        rows.append(("contact sheet", _draw_sheet(found, options)))
     paragraphs = ["\n".join(f"{name:<22}{value}" for name, value in rows)]
     if found.notes:
         paragraphs.append("\n".join(f"note: {note}" for note in found.notes))
-    problems = found.problems
-    number = problems.numbers.total()
-    if number:
-        paragraphs.append(f"{_number(number, 'problem')}:\n{problems.text()}")
-        paragraphs += _mending(store.place, found)
+    if number := found.problems.numbers.total():
+        paragraphs.append(f"{_counted(number, 'problem')}:\n{found.problems.text()}")
+        paragraphs += _mending(found)
     elif options.fast:
         paragraphs.append("no problems; shards were not opened (--fast)")
+    elif "image" in found.columns and not any(report.decoded for report in reports):
+        paragraphs.append(f"no problems; no image was decoded (--decode {options.decode:g})")
     else:
         paragraphs.append("sound")
     return "\n\n".join(paragraphs), not number
 
 
-def _mending(place: str, found: SetSummary) -> list[str]:
+def _mending(found: SetSummary) -> list[str]:
     """Say what to do about the problems, where converting again helps."""
     if not found.problems.parts:
         return []
     # the converter makes the held-out part of an input together with the rest, in the folder above
-    out = place.rpartition("/")[0] if found.is_held_out else place
+    out = folder_of(found.store.place) if found.is_held_out else found.store.place
     if parts := sorted(found.problems.parts - {""}):
         others = ", ".join([*parts[1:4], *(["…"] if parts[4:] else [])])
         delete = f"{out}/{parts[0]}" + (f" (and likewise {others})" if others else "")
@@ -148,7 +148,7 @@ def _mending(place: str, found: SetSummary) -> list[str]:
     return [f"to mend it: {first}run the convert command again; {why}"]
 
 
-def _check(options: VerifyOptions) -> None:
+def _refuse_wrong(options: VerifyOptions) -> None:
     """Refuse wrong options before the set is read."""
     check_settings(options)
     if options.sample:
@@ -161,52 +161,56 @@ def _formats(found: SetSummary) -> tuple[str, ...]:
     return EVALUATION_FORMATS if is_evaluation_set else TRAINING_FORMATS
 
 
-def _read(place: str, found: SetSummary, options: VerifyOptions) -> list[ShardReport]:
+def _check_shards(found: SetSummary, options: VerifyOptions) -> list[ShardReport]:
     """Open all shards, and add their problems to those found before."""
     from alignclip.verification.shards import (
         SampleRules,
         add_duplicates,
         add_outliers,
-        read_shards,
+        check_shards,
     )
 
     stored, said = dimension_of(found.columns), found.dataset.get("dimension")
     if stored and said and stored != said:
         text = f"says embeddings have {said} dimensions, the column has {stored}"
         found.problems.add("dimensions differ", DATASET, text)
-    classes = None if found.classes is None else len(found.classes)
     rules = SampleRules(
-        place, options.decode, options.seed, _formats(found), classes, stored or said
+        found.store.place,
+        options.decode,
+        options.seed,
+        _formats(found),
+        None if found.classes is None else len(found.classes),
+        stored or said,
     )
-    reports = read_shards(found.entries, rules, options.processes, options.progress)
+    reports = check_shards(found.entries, rules, options.processes, options.progress)
     for report in reports:
         found.problems.merge(report.problems)
-    add_outliers(reports, found.entries, found)
-    add_duplicates(reports, found.entries, place, found)
+    add_outliers(reports, found)
+    add_duplicates(reports, found)
     return reports
 
 
-def _draw(place: str, found: SetSummary, options: VerifyOptions) -> str:
-    """Draw samples at even distances, from as few shards as have enough; return where."""
+def _draw_sheet(found: SetSummary, options: VerifyOptions) -> str:
+    """Draw samples at even distances, of few shards where these have enough; return where."""
     from alignclip.verification.shards import samples_at
 
     assert options.sample
-    number, positions = SHEET_SHARDS, list[tuple[int, int]]()
-    while len(positions) < options.sample and number < 2 * len(found.entries) + SHEET_SHARDS:
-        shards = _spread(range(len(found.entries)), number)
-        positions = [(shard, i) for shard in shards for i in range(found.entries[shard]["samples"])]
-        number *= 2
+    counts = [entry["samples"] for entry in found.entries]
+    shards = _spread(range(len(counts)), SHEET_SHARDS)
+    if sum(counts[shard] for shard in shards) < options.sample:
+        shards = [*range(len(counts))]
+    positions = [(shard, i) for shard in shards for i in range(counts[shard])]
     cells = []
-    for _, sample in samples_at(_spread(positions, options.sample), found.entries, place):
+    for _, sample in samples_at(_spread(positions, options.sample), found):
         image, key = sample.get("image"), str(sample.get("key", ""))
         content = image if isinstance(image, bytes) else b""
         cells.append(contact_sheet.Cell(key, content, _text(sample, found.classes or [])))
     if not cells:
         return "no sample can be read"
-    title = f"{place}: {len(cells):,} of {found.samples:,} samples"
+    title = f"{found.store.place}: {len(cells):,} of {found.samples:,} samples"
     path = contact_sheet.check_path(options.to)
-    contact_sheet.save(contact_sheet.draw(cells, title, _formats(found)), path)
-    return f"{path} ({_number(len(cells), 'sample')})"
+    contact_sheet.save_sheet(contact_sheet.draw_sheet(cells, title, _formats(found)), path)
+    return f"{path} ({_counted(len(cells), 'sample')})"
 
 
 def _spread(items: Sequence[T], number: int) -> list[T]:
@@ -245,7 +249,8 @@ def _sample_rows(found: SetSummary, reports: Sequence[ShardReport]) -> list[tupl
     if (read := sum(report.samples for report in reports)) != found.samples:
         rows.append(("samples read", f"{read:,}"))
     if "image" in found.columns:
-        rows.append(("images decoded", f"{sum(report.decoded for report in reports):,}"))
+        decoded = sum(report.decoded for report in reports)
+        rows.append(("images decoded", f"{decoded:,} of {read:,}"))
     if len(norms := sound_norms(reports)):
         dimension = next(report.dimension for report in reports if report.dimension)
         shown = f"{norms.min():.4f} / {norms.mean(dtype=float):.4f} / {norms.max():.4f}"
@@ -268,7 +273,7 @@ def _count_rows(found: SetSummary) -> list[tuple[str, str]]:
     return [(name, f"{number:,}") for name, number in numbers]
 
 
-def _number(number: int, what: str) -> str:
+def _counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 

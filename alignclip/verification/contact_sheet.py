@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import math
-from bisect import bisect_right
+import textwrap
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,14 +22,17 @@ GAP = 20
 TITLE = 44  # above the cells
 LINE = 17
 KEY_SIZE, TEXT_SIZE, TITLE_SIZE = 11, 13, 17
-# lines and columns
+# lines of a cell's text, cells of a row
 TEXT_LINES = 4
-COLUMNS = 8  # at most
+MOST_ACROSS = 8
 
 # PIL's own font has not even umlauts and dashes; the first of these that is installed
 FONTS = ("NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "DejaVuSans.ttf")
 
 PAPER, MAT, INK, GREY = "#ffffff", "#f1f1ef", "#1b1b1b", "#757575"
+LONGEST_TEXT = 500  # letters
+NARROWEST = 3  # pixels of a letter, about
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 CELL = (BOX, BOX + 6 + LINE * (TEXT_LINES + 1))
 
 
@@ -59,7 +62,7 @@ def check_path(to: str) -> Path:
     return path
 
 
-def save(sheet: Image.Image, path: Path) -> None:
+def save_sheet(sheet: Image.Image, path: Path) -> None:
     """Write the PNG, complete or not at all.
 
     Raises:
@@ -74,7 +77,7 @@ def save(sheet: Image.Image, path: Path) -> None:
 
 def columns(number: int) -> int:
     """Return how many of ``number`` cells stand side by side."""
-    return min(COLUMNS, math.ceil(math.sqrt(number)))
+    return min(MOST_ACROSS, math.ceil(math.sqrt(number)))
 
 
 def size(number: int) -> tuple[int, int]:
@@ -84,7 +87,7 @@ def size(number: int) -> tuple[int, int]:
     return GAP + across * (CELL[0] + GAP), TITLE + down * (CELL[1] + GAP)
 
 
-def draw(cells: Sequence[Cell], title: str, formats: tuple[str, ...]) -> Image.Image:
+def draw_sheet(cells: Sequence[Cell], title: str, formats: tuple[str, ...]) -> Image.Image:
     """Draw the sheet, row by row.
 
     An image that is broken or none of PIL's ``formats`` leaves its place grey.
@@ -100,22 +103,19 @@ def draw(cells: Sequence[Cell], title: str, formats: tuple[str, ...]) -> Image.I
     for i, cell in enumerate(cells):
         left = GAP + i % across * (CELL[0] + GAP)
         top = TITLE + i // across * (CELL[1] + GAP)
-        pen.rectangle((left, top, left + BOX - 1, top + BOX - 1), MAT)
-        picture = thumbnail(cell.image, formats)
-        if picture is None:
+        if (picture := tile(cell.image, formats)) is None:
+            pen.rectangle((left, top, left + BOX - 1, top + BOX - 1), MAT)
             pen.text((left + half, top + half), "can't be decoded", GREY, plain, anchor="mm")
         else:
-            margins = (BOX - picture.width) // 2, (BOX - picture.height) // 2
-            sheet.paste(picture, (left + margins[0], top + margins[1]))
+            sheet.paste(picture, (left, top))
         below = top + BOX + 6
-        for key in wrap(cell.key, small, BOX, 1):
-            pen.text((left, below), key, GREY, small)
+        pen.text((left, below), "".join(wrap(cell.key, small, BOX, 1)), GREY, small)
         for number, line in enumerate(wrap(cell.text, plain, BOX, TEXT_LINES), 1):
             pen.text((left, below + number * LINE), line, INK, plain)
     return sheet
 
 
-def load_font(pixels: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def load_font(pixels: int) -> Font:
     """Load a font with many letters: the system's, matplotlib's, or else PIL's own."""
     plots = importlib.util.find_spec("matplotlib")
     folders = plots.submodule_search_locations if plots else None
@@ -126,8 +126,8 @@ def load_font(pixels: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(pixels)
 
 
-def thumbnail(image: bytes, formats: tuple[str, ...]) -> Image.Image | None:
-    """Scale an image to the box; return None where the image can't be decoded."""
+def tile(image: bytes, formats: tuple[str, ...]) -> Image.Image | None:
+    """Scale an image into the box; return None where the image can't be decoded."""
     try:
         with Image.open(io.BytesIO(image), formats=formats) as picture:
             picture.draft("RGB", (BOX * 2, BOX * 2))
@@ -135,42 +135,28 @@ def thumbnail(image: bytes, formats: tuple[str, ...]) -> Image.Image | None:
             shape = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
             # pixels of a tiny image stay squares
             how = Image.Resampling.NEAREST if scale > 2 else Image.Resampling.LANCZOS
-            # through alpha, so that what is transparent takes the mat's colour
             small = picture.convert("RGBA").resize(shape, how)
     except Exception:  # PIL's decoders raise nearly anything on broken files
         return None
-    return Image.alpha_composite(Image.new("RGBA", shape, MAT), small).convert("RGB")
+    box = Image.new("RGBA", (BOX, BOX), MAT)  # shows through where an image is transparent
+    box.alpha_composite(small, ((BOX - shape[0]) // 2, (BOX - shape[1]) // 2))
+    return box.convert("RGB")
 
 
-def wrap(
-    text: str,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-    width: int,
-    limit: int,
-    longest: int = 500,
-) -> list[str]:
+def wrap(text: str, font: Font, width: int, limit: int) -> list[str]:
     """Break a text into at most ``limit`` lines of ``width`` pixels, at spaces where there are any.
 
-    What is left over, or beyond the ``longest`` characters, becomes an ellipsis.
+    What is left over becomes an ellipsis.
     """
     if isinstance(font, ImageFont.ImageFont):  # the font of a PIL without FreeType: Latin-1 only
         text = text.encode("latin-1", "replace").decode("latin-1")
-    words = "".join(letter if letter.isprintable() else " " for letter in text[:longest]).split()
-    rest = " ".join(words) + ("…" if len(text) > longest else "")
+    plain = "".join(letter if letter.isprintable() else " " for letter in text[:LONGEST_TEXT])
     lines: list[str] = []
-
-    def fitting(line: str, room: float) -> int:
-        lengths = range(len(line) + 1)
-        return bisect_right(lengths, room, key=lambda length: font.getlength(line[:length])) - 1
-
-    while rest and len(lines) < limit:
-        end = fitting(rest, width)
-        if end < len(rest):
-            space = rest.rfind(" ", 1, end + 1)
-            end = space if space > 0 else max(1, end)
-        lines.append(rest[:end])
-        rest = rest[end:].strip()
-    if rest:
-        last = f"{lines[-1]} {rest}"
-        lines[-1] = last[: fitting(last, width - font.getlength("…"))].rstrip() + "…"
+    for letters in range(1 + width // NARROWEST, 0, -1):
+        lines = textwrap.wrap(" ".join(plain.split()), letters)
+        if len(lines) > limit:
+            last = lines[limit - 1][: letters - 1].rstrip()
+            lines = [*lines[: limit - 1], f"{last}…"]
+        if all(font.getlength(line) <= width for line in lines):
+            break
     return lines

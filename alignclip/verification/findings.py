@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alignclip.data.mds_index import ShardEntry
+from alignclip.storage import Store
 
-SHOWN = 20  # problems of a kind
+LINES_A_KIND = 20  # problems of a kind that are printed
 
 
 def folder_of(name: str) -> str:
@@ -21,7 +22,7 @@ class Problems:
     """Problems by kind.
 
     Attributes:
-        lines: kind -> lines to print, at most :data:`SHOWN`.
+        lines: kind -> lines to print, at most :data:`LINES_A_KIND`.
         numbers: kind -> the number of all problems.
         parts: the sub-folders that converting them again would mend, "" being the set's own folder.
     """
@@ -32,18 +33,15 @@ class Problems:
 
     def add(self, kind: str, file: str, text: str | None = None, mend: bool = True) -> None:
         """Add a problem of ``file``; ``text`` is the kind unless it says more."""
-        self.numbers[kind] += 1
-        if len(lines := self.lines.setdefault(kind, [])) < SHOWN:
-            lines.append(f"{file}: {text or kind}")
-        if mend:
-            self.parts.add(folder_of(file))
+        parts = {folder_of(file)} if mend else set()
+        self.merge(Problems({kind: [f"{file}: {text or kind}"]}, Counter([kind]), parts))
 
     def merge(self, other: Problems) -> None:
         """Add the problems of another shard."""
         self.numbers.update(other.numbers)
         self.parts |= other.parts
         for kind, lines in other.lines.items():
-            self.lines[kind] = [*self.lines.get(kind, []), *lines][:SHOWN]
+            self.lines[kind] = [*self.lines.get(kind, []), *lines][:LINES_A_KIND]
 
     def text(self) -> str:
         """Return a line for each problem, and one for the problems of a kind that aren't shown."""
@@ -60,6 +58,9 @@ class SetSummary:
     """A set as far as it is known without opening a shard.
 
     Attributes:
+        store: where it lies.
+        names: its files, without those of other sets below; as the set names them where the store
+            can't be listed.
         entries: of the shards that hold samples and can be read, as far as index and listing tell.
         shards, samples, bytes: numbers of the index; ``bytes`` of the files as they are stored.
         indexed: samples by sub-folder, "" being the set's own.
@@ -67,11 +68,13 @@ class SetSummary:
         dataset: the contents of ``dataset.json``, empty where there is none.
         classes: the class names of ``classes.json``, None where there is none.
         written, held_out, skipped: the converter's counts; ``written`` is None where there are
-        none.
+            none.
         is_held_out: whether the set is the split that the converter has taken from another one.
         notes: what is worth knowing and no problem.
     """
 
+    store: Store
+    names: set[str] = field(default_factory=set)
     entries: list[ShardEntry] = field(default_factory=list)
     shards: int = 0
     samples: int = 0

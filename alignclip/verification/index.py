@@ -15,6 +15,7 @@ from alignclip.data.mds_index import (
     CLASSES,
     DATASET,
     INDEX,
+    IndexedFile,
     ShardEntry,
     columns_of,
     listed_shards,
@@ -39,68 +40,40 @@ def summarize(store: Store) -> SetSummary:
     Raises:
         UserError: there is no set, or it can't be reached or read.
     """
-    entries = _read_entries(store)
-    found = SetSummary()
-    usable: list[ShardEntry] = []
-    if not entries:
-        found.problems.add("no shards", INDEX, "names no shards")
-    for number, entry in enumerate(entries):
-        if why := why_unusable(entry):
-            found.problems.add("entries that can't be read", INDEX, f"shard {number} {why}")
-        else:
-            usable.append(entry)
-    named = {file for entry in usable for file in _files(entry)}
-    everything, root = _list(store, found), {}
-    is_listed = everything is not None
-    if everything is None:  # take for there what the set names
-        root = _read_objects(store, SAYING, Problems())
-        is_converted = "options" in root.get(DATASET, {})
-        counts = {f"{folder_of(name)}/{COUNTS}" for name in named if is_converted and "/" in name}
-        everything = {INDEX, *named, *root, *counts}
-    else:
-        root = _read_objects(store, everything.intersection(SAYING), found.problems)
-    names = everything
-    if others := _other_sets(everything):
+    found = SetSummary(store)
+    usable = _usable(_read_entries(store), found.problems)
+    named = {file for entry in usable for file in _file_names(entry)}
+    if is_listed := _list(found):
+        said = _read_objects(store, found.names.intersection(SAYING), found.problems)
+    else:  # take for there what the set names
+        said = _read_objects(store, SAYING)
+        parts = filter(None, map(folder_of, named)) if "options" in said.get(DATASET, {}) else ()
+        found.names = {INDEX, *named, *said, *(f"{part}/{COUNTS}" for part in parts)}
+    _take_entries(usable, found)
+    if others := _other_sets(found.names):
         found.notes.append(f"below are other sets, to be checked with --split: {', '.join(others)}")
         below = tuple(f"{folder}/" for folder in others)
-        names = {name for name in everything if not name.startswith(below)}
-    _add_up(usable, found)
-    found.entries = [
-        entry
-        for entry in usable
-        if _is_there(entry, store, everything, found.problems) and entry["samples"]
-    ]
-    _compare_entries(usable, found)
-    planned = _take_dataset(root, found)
-    if not is_listed:  # an input without samples has no shard, so nothing shows that it is there
-        planned = {}
-    _check_parts(store, names, planned, found)
-    _check_held_out(store, found)
-    _note_orphans(store, names - named, names, found)
+        found.names = {name for name in found.names if not name.startswith(below)}
+    planned = _take_dataset(said, found)
+    # an input without samples has no shard, so only a listing shows that it is there
+    _check_parts(planned if is_listed else {}, found)
+    _check_held_out(found)
+    _note_orphans(named, found)
     return found
 
 
-def list_files(store: Store) -> set[str]:
-    """Return the names of all files of a set that aren't hidden.
-
-    Raises:
-        StorageError: the set can't be reached, or must not be listed.
-    """
-    return shown(store.names()) if store.can_list else set()
-
-
-def _list(store: Store, found: SetSummary) -> set[str] | None:
-    """List a set; note where that can't be done, and return None."""
-    unknown = "which files are there is not known"
+def _list(found: SetSummary) -> bool:
+    """List a set's files that aren't hidden; note where that can't be done, and return False."""
+    store, unknown = found.store, "which files are there is not known"
     try:
-        names = list_files(store)
+        found.names = shown(store.names())
     except StorageError as error:
         found.notes.append(f"cannot reach {store.place}: {error.why}: {unknown}")
-        return None
-    if INDEX not in names:  # Azure's can't be listed
+        return False
+    if INDEX not in found.names:  # Azure's can't be listed
         found.notes.append(f"this storage can't be listed: {unknown}")
-        return None
-    return names
+        return False
+    return True
 
 
 def _read_entries(store: Store) -> list[Any]:
@@ -129,7 +102,7 @@ def _instead(store: Store) -> str:
     if not store.is_remote and not Path(store.place).exists():
         return did_you_mean(store.place, lambda path: (path / INDEX).is_file())
     try:
-        names = list_files(store)
+        names = shown(store.names())
     except StorageError:
         return ""
     if CONVERTER in names:
@@ -145,57 +118,72 @@ def _instead(store: Store) -> str:
     return ""
 
 
-def _files(entry: ShardEntry) -> list[str]:
+def _usable(entries: list[Any], problems: Problems) -> list[ShardEntry]:
+    """Choose the entries that can be read; add the others to the problems."""
+    if not entries:
+        problems.add("no shards", INDEX, "names no shards")
+    usable = []
+    for number, entry in enumerate(entries):
+        if why := why_unusable(entry):
+            problems.add("entries that can't be read", INDEX, f"shard {number} {why}")
+        else:
+            usable.append(entry)
+    return usable
+
+
+def _file_names(entry: ShardEntry) -> list[str]:
     """Name a shard's files; reading a local compressed set leaves the raw file beside the other."""
     return [file["basename"] for file in (entry["raw_data"], entry["zip_data"]) if file]
 
 
-def _is_there(entry: ShardEntry, store: Store, names: set[str], problems: Problems) -> bool:
+def _take_entries(usable: list[ShardEntry], found: SetSummary) -> None:
+    """Add the numbers of the entries up; compare the entries with the files and one another."""
+    add, columns = found.problems.add, [*map(columns_of, usable)]
+    most = Counter(tuple(one.items()) for one in columns).most_common(1)
+    found.columns = dict(most[0][0]) if most else {}
+    empty, unhashed, times = 0, 0, Counter[str]()
+    for entry, own in zip(usable, columns, strict=True):
+        file, samples = stored_file(entry), entry["samples"]
+        name = file["basename"]
+        times[name] += 1
+        found.shards += 1
+        found.samples += samples
+        found.bytes += file["bytes"]
+        found.indexed[folder_of(name)] += samples
+        empty += not samples
+        unhashed += not file["hashes"]
+        if _is_whole(file, found) and samples:
+            found.entries.append(entry)
+        if own != found.columns:
+            text = ", ".join(f"{column} {encoding}" for column, encoding in own.items())
+            add("other columns", name, f"its columns are others: {text}")
+    for name, number in times.items():
+        if number > 1:
+            add("named more than once", name, f"the index names it {number} times")
+    if empty:
+        found.notes.append(f"shards without samples: {empty:,}")
+    if unhashed:
+        what = "shards without hashes, where a flipped bit is found by chance only"
+        found.notes.append(f"{what}: {unhashed:,}")
+
+
+def _is_whole(file: IndexedFile, found: SetSummary) -> bool:
     """Return whether a shard's file is there, and, of a local one, has its size."""
-    name, size = stored_file(entry)["basename"], stored_file(entry)["bytes"]
-    path = Path(store.place, name)
-    if not (name in names if store.is_remote else path.is_file()):
-        problems.add("missing", name)
-    elif not store.is_remote and (has := path.stat().st_size) != size:
-        problems.add("size differs", name, f"{has:,} bytes, the index says {size:,}")
+    name, size, is_remote = file["basename"], file["bytes"], found.store.is_remote
+    path = Path(found.store.place, name)
+    if not (name in found.names if is_remote else path.is_file()):
+        found.problems.add("missing", name)
+    elif not is_remote and (has := path.stat().st_size) != size:
+        found.problems.add("size differs", name, f"{has:,} bytes, the index says {size:,}")
     else:
         return True
     return False
 
 
-def _add_up(usable: Iterable[ShardEntry], found: SetSummary) -> None:
-    """Add the numbers of the entries up."""
-    for entry in usable:
-        found.shards += 1
-        found.samples += entry["samples"]
-        found.bytes += stored_file(entry)["bytes"]
-        found.indexed[folder_of(stored_file(entry)["basename"])] += entry["samples"]
-
-
-def _compare_entries(usable: list[ShardEntry], found: SetSummary) -> None:
-    """Compare the entries with one another."""
-    files, columns = [stored_file(entry) for entry in usable], [*map(columns_of, usable)]
-    most = Counter(tuple(one.items()) for one in columns).most_common(1)
-    found.columns = dict(most[0][0]) if most else {}
-    for file, own in zip(files, columns, strict=True):
-        if own != found.columns:
-            text = ", ".join(f"{name} {encoding}" for name, encoding in own.items())
-            found.problems.add("other columns", file["basename"], f"its columns are others: {text}")
-    unhashed = "shards without hashes, where a flipped bit is found by chance only"
-    for note, number in (
-        ("shards without samples", sum(not entry["samples"] for entry in usable)),
-        (unhashed, sum(not file["hashes"] for file in files)),
-    ):
-        found.notes += [f"{note}: {number:,}"] if number else []
-    for name, number in Counter(file["basename"] for file in files).items():
-        if number > 1:
-            found.problems.add("named more than once", name, f"the index names it {number} times")
-
-
 def _read_objects(
-    store: Store, names: Iterable[str], problems: Problems
+    store: Store, names: Iterable[str], problems: Problems | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Read JSON objects, side by side; add the files that can't be read to the problems."""
+    """Read JSON objects, side by side; add the files that can't be read to ``problems``."""
 
     def read(name: str) -> Any:
         try:
@@ -207,30 +195,32 @@ def _read_objects(
     objects: dict[str, dict[str, Any]] = {}
     with ThreadPoolExecutor(READERS) as pool:
         for name, content in zip(names, pool.map(read, names), strict=True):
+            why = "is no object"
             if isinstance(content, dict):
                 objects[name] = content
                 continue
-            why = "is no object"
             if isinstance(content, Exception):
                 why = "is missing" if is_absent(content) else f"can't be read: {one_line(content)}"
-            problems.add("counts that can't be read", name, why)
+            if problems is not None:
+                problems.add("counts that can't be read", name, why)
     return objects
 
 
-def _take_dataset(root: dict[str, dict[str, Any]], found: SetSummary) -> dict[str, Any]:
+def _take_dataset(said: dict[str, dict[str, Any]], found: SetSummary) -> dict[str, Any]:
     """Take what the files beside the index say; return the inputs that were planned, by part."""
-    found.dataset = root.get(DATASET, {})
-    if isinstance(classes := root.get(CLASSES, {}).get("classnames"), list):
+    found.dataset = said.get(DATASET, {})
+    if isinstance(classes := said.get(CLASSES, {}).get("classnames"), list):
         found.classes = [str(name) for name in classes]
     if (samples := found.dataset.get("samples", found.samples)) != found.samples:
         text = f"says {samples} samples, the index has {found.samples}"
         found.problems.add("counts differ", DATASET, text)
-    planned = root.get(CONVERTER, {}).get("inputs")
+    planned = said.get(CONVERTER, {}).get("inputs")
     return planned if isinstance(planned, dict) else {}
 
 
-def _check_parts(store: Store, names: set[str], planned: dict[str, Any], found: SetSummary) -> None:
+def _check_parts(planned: dict[str, Any], found: SetSummary) -> None:
     """Compare every sub-folder's ``counts.json`` with the index and with the converter's plan."""
+    names = found.names
     counted = {name for name in names if name.endswith(f"/{COUNTS}")}
     is_converted = bool(counted) or CONVERTER in names
     found.is_held_out = is_converted and not {CONVERTER, DATASET} & names
@@ -250,11 +240,11 @@ def _check_parts(store: Store, names: set[str], planned: dict[str, Any], found: 
         text = f"{planned[part]} was not converted"
         found.problems.add("inputs that were not converted", CONVERTER, text)
     found.written = 0
-    for name, counts in _read_objects(store, sorted(counted), found.problems).items():
-        _add_counts(name, counts, store.at(INDEX), found)
+    for name, counts in _read_objects(found.store, sorted(counted), found.problems).items():
+        _add_counts(name, counts, found)
 
 
-def _add_counts(name: str, counts: dict[str, Any], index: str, found: SetSummary) -> None:
+def _add_counts(name: str, counts: dict[str, Any], found: SetSummary) -> None:
     """Add a sub-folder's counts to the set's, and compare them with the index."""
     written, held_out = counts.get("written", 0), counts.get("held_out", 0)
     skipped, add = counts.get("skipped"), found.problems.add
@@ -270,7 +260,7 @@ def _add_counts(name: str, counts: dict[str, Any], index: str, found: SetSummary
         add("truncated inputs", name, text, mend=False)
     part = folder_of(name)
     if written and part not in found.indexed:
-        text = f"says {written} written, and {index} names none of them"
+        text = f"says {written} written, and {found.store.at(INDEX)} names none of them"
         add("not in the index", name, text)
     elif written != found.indexed[part]:
         text = f"says {written} written, the index has {found.indexed[part]}"
@@ -281,13 +271,13 @@ def _are_counts(numbers: Any) -> TypeGuard[dict[str, int]]:
     return isinstance(numbers, dict) and all(isinstance(one, int) for one in numbers.values())
 
 
-def _check_held_out(store: Store, found: SetSummary) -> None:
+def _check_held_out(found: SetSummary) -> None:
     """Check that the split that was held out is there, with as many samples."""
     held_out = found.dataset.get("held_out") or found.held_out
     if not isinstance(held_out, int) or not held_out or found.is_held_out:
         return
     name = f"{VAL}/{INDEX}"
-    index = _read_objects(store, [name], Problems()).get(name)
+    index = _read_objects(found.store, [name]).get(name)
     try:
         samples = sum(shard["samples"] for shard in (index or {})["shards"])
     except (KeyError, TypeError):
@@ -306,14 +296,14 @@ def _other_sets(names: set[str]) -> list[str]:
     return sorted(found - {""})
 
 
-def _note_orphans(store: Store, unnamed: set[str], names: set[str], found: SetSummary) -> None:
+def _note_orphans(named: set[str], found: SetSummary) -> None:
     """Note the files that no index names; only a sub-folder's index names its empty shards."""
-    orphans = {name for name in unnamed if name.rpartition("/")[2] not in OURS}
-    indexes = {f"{folder_of(name)}/{INDEX}" for name in orphans} & names
-    for index, content in _read_objects(store, sorted(indexes), Problems()).items():
+    orphans = {name for name in found.names - named if name.rpartition("/")[2] not in OURS}
+    indexes = {f"{folder_of(name)}/{INDEX}" for name in orphans} & found.names
+    for index, content in _read_objects(found.store, sorted(indexes)).items():
         for entry in content.get("shards", ()):
             if not why_unusable(entry):
-                orphans -= {f"{folder_of(index)}/{file}" for file in _files(entry)}
+                orphans -= {f"{folder_of(index)}/{file}" for file in _file_names(entry)}
     if orphans:
         some = ", ".join(sorted(orphans)[:3]) + (", …" if len(orphans) > 3 else "")
         found.notes.append(f"files that no index names: {len(orphans):,} ({some})")

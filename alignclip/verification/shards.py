@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -26,18 +24,20 @@ from alignclip.data.image_files import is_whole
 from alignclip.data.mds_index import ShardEntry, stored_file
 from alignclip.data.mds_reader import DamagedShard, open_shard
 from alignclip.errors import UserError, one_line
-from alignclip.storage import Store, describe_storage_error, is_full, open_store, patiently
-from alignclip.storage.copies import TEMPORARY
-from alignclip.verification.findings import SHOWN, Problems, SetSummary, folder_of
+from alignclip.storage import describe_storage_error, is_full, open_store, patiently
+from alignclip.storage.copies import temporary_folder
+from alignclip.verification.findings import LINES_A_KIND, Problems, SetSummary, folder_of
 
 if TYPE_CHECKING:
     from alignclip.data.mds_reader import MDSReader
 
-UNREADABLE = 0  # instead of the hash of a key
+NO_KEY = 0  # instead of the hash of a key
 SHARDS_A_PROCESS = 8  # at least: starting one takes as long as checking a few shards
 UNUSUAL = 10.0  # times the median norm, or its inverse: no sentence encoder's norms differ so much
 NO_NORMS = np.empty(0, np.float32)
+NO_KEYS = np.empty(0, np.uint64)
 TWICE = "key is there twice"
+Position = tuple[int, int]  # of a sample: its shard, and its place there
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class ShardReport:
     samples: int = 0
     decoded: int = 0
     dimension: int | None = None
-    keys: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    keys: np.ndarray = field(default_factory=lambda: NO_KEYS)
     norms: np.ndarray = field(default_factory=lambda: NO_NORMS)
     norm_at: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint32))
 
@@ -87,7 +87,7 @@ def sound_norms(reports: Sequence[ShardReport]) -> np.ndarray:
     return norms[np.isfinite(norms) & (norms > 0)]
 
 
-def read_shards(
+def check_shards(
     entries: Sequence[ShardEntry], rules: SampleRules, processes: int, progress: bool
 ) -> list[ShardReport]:
     """Check all shards, several side by side under one progress bar.
@@ -139,12 +139,12 @@ def _executor(processes: int) -> Executor:
 def check_shard(entry: ShardEntry, rules: SampleRules) -> ShardReport:
     """Fetch a shard, compare its file with the index and read every sample."""
     report, file = ShardReport(), stored_file(entry)["basename"]
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
-        reader = _open_fetched(entry, rules.place, Path(folder), report.problems)
+    with temporary_folder() as folder:
+        reader = _open_fetched(entry, rules.place, folder, report.problems)
         if reader is None:
             return report
         report.samples = reader.samples
-        keys, norms = np.full(reader.samples, UNREADABLE, np.uint64), [NO_NORMS] * reader.samples
+        keys, norms = np.full(reader.samples, NO_KEY, np.uint64), [NO_NORMS] * reader.samples
         for i in range(reader.samples):
             try:
                 sample = reader.get_item(i)
@@ -152,10 +152,11 @@ def check_shard(entry: ShardEntry, rules: SampleRules) -> ShardReport:
                 text = f"sample {i} can't be read: {one_line(error)}"
                 report.problems.add("can't be read", file, text)
                 continue
-            name = f"sample {i} (key {sample['key']})" if "key" in sample else f"sample {i}"
             keys[i] = _hash(str(sample.get("key") or f"{file}/{i}"), rules.seed)
             norms[i] = _norms(sample)
-            for problem in _problems_of(sample, int(keys[i]), norms[i], rules, report):
+            name = f"sample {i} (key {sample['key']})" if "key" in sample else f"sample {i}"
+            is_chosen = int(keys[i]) < rules.decode * 2**64
+            for problem in _problems_of(sample, norms[i], is_chosen, rules, report):
                 report.problems.add(problem, file, f"{name}: {problem}")
     report.norms = np.concatenate([NO_NORMS, *norms])
     report.norm_at = np.repeat(np.arange(len(norms), dtype=np.uint32), [*map(len, norms)])
@@ -177,7 +178,7 @@ def _open_fetched(
     try:
         if "://" in place:
             path = folder / "stored"
-            patiently(lambda: _bucket(place).download(file, path), place)
+            patiently(lambda: open_store(place).download(file, path), place)
         return open_shard(entry, path, folder)
     except DamagedShard as error:
         problems.add(error.kind, file, str(error))
@@ -189,20 +190,19 @@ def _open_fetched(
     return None
 
 
-@lru_cache(1)  # a new connection for every shard would take a quarter of a second
-def _bucket(place: str) -> Store:
-    return open_store(place)
-
-
 def _hash(text: str, seed: int) -> int:
     key = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode())
     return int.from_bytes(key.digest(), "little")
 
 
 def _problems_of(
-    sample: dict[str, Any], key: int, norms: np.ndarray, rules: SampleRules, report: ShardReport
+    sample: dict[str, Any],
+    norms: np.ndarray,
+    is_chosen: bool,
+    rules: SampleRules,
+    report: ShardReport,
 ) -> Iterator[str]:
-    """Yield what is wrong with a sample; decode its image where its key's hash is low enough."""
+    """Yield what is wrong with a sample; decode its image where it ``is_chosen``."""
     if "key" in sample and not str(sample["key"]).strip():
         yield "key is empty"
     if "caption" in sample:
@@ -221,7 +221,7 @@ def _problems_of(
         image = sample["image"]
         if not image or not isinstance(image, bytes):
             yield "image is empty or no file"
-        elif key < rules.decode * 2**64:
+        elif is_chosen:
             report.decoded += 1
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large, and whole
@@ -261,72 +261,73 @@ def _norms(sample: dict[str, Any]) -> np.ndarray:
 
 
 def samples_at(
-    positions: Iterable[tuple[int, int]], entries: Sequence[ShardEntry], place: str
-) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
-    """Yield the samples at (shard, sample) positions, in order, without those that can't be read.
+    positions: Iterable[Position], found: SetSummary
+) -> Iterator[tuple[Position, dict[str, Any]]]:
+    """Yield the samples at these positions, in order, without those that can't be read.
 
     Each shard is fetched once.
     """
     for shard, group in groupby(sorted(positions), key=itemgetter(0)):
-        with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
-            reader = _open_fetched(entries[shard], place, Path(folder), Problems())
+        with temporary_folder() as folder:
+            entry = found.entries[shard]
+            reader = _open_fetched(entry, found.store.place, folder, Problems())
             if reader is not None:
                 for position in group:
                     with suppress(Exception):  # check_shard says so
                         yield position, reader.get_item(position[1])
 
 
-def add_outliers(
-    reports: Sequence[ShardReport], entries: Sequence[ShardEntry], found: SetSummary
-) -> None:
+def add_outliers(reports: Sequence[ShardReport], found: SetSummary) -> None:
     """Name the embeddings whose norm is far from the median."""
     sound = sound_norms(reports)
     median = float(np.median(sound)) if len(sound) else 0.0
-    for report, entry in zip(reports, entries, strict=True):
+    for report, entry in zip(reports, found.entries, strict=True):
         norms = report.norms
         far = (norms > UNUSUAL * median) | (norms < median / UNUSUAL)
         for i in np.flatnonzero(far & np.isfinite(norms) & (norms > 0)):
-            text = f"embedding has the norm {norms[i]:.3g}, where {median:.3g} is usual"
             found.problems.add(
                 "embedding's norm is unusual",
                 stored_file(entry)["basename"],
-                f"sample {report.norm_at[i]}: {text}",
+                f"sample {report.norm_at[i]}: embedding has the norm {norms[i]:.3g}, "
+                f"where {median:.3g} is usual",
             )
 
 
-def add_duplicates(
-    reports: Sequence[ShardReport], entries: Sequence[ShardEntry], place: str, found: SetSummary
-) -> None:
+def add_duplicates(reports: Sequence[ShardReport], found: SetSummary) -> None:
     """Count the samples whose key an earlier sample has already.
 
     The converter looks for them within an input, so that they are a problem there. Between inputs,
     whose keys may well be numbered alike, they are a note.
     """
-    lengths = [len(report.keys) for report in reports]
-    shard = np.repeat(np.arange(len(reports)), lengths)
-    sample = np.concatenate([np.empty(0, int), *map(np.arange, lengths)])
-    hashes = np.concatenate([np.empty(0, np.uint64), *(report.keys for report in reports)])
+    begins = np.cumsum([0, *(len(report.keys) for report in reports)])
+    hashes = np.concatenate([NO_KEYS, *(report.keys for report in reports)])
     order = np.argsort(hashes, kind="stable")
     hashes = hashes[order]
-    later = 1 + np.flatnonzero((hashes[1:] == hashes[:-1]) & (hashes[1:] != UNREADABLE))
-    pairs = sorted(zip(order[later].tolist(), order[later - 1].tolist(), strict=True))
-    files = [stored_file(entry)["basename"] for entry in entries]
-    folders = [folder_of(file) for file in files]
 
-    def lines(chosen: list[tuple[int, int]]) -> Iterator[tuple[str, str]]:
+    def position(number: int) -> Position:
+        shard = int(np.searchsorted(begins, number, "right")) - 1
+        return shard, number - int(begins[shard])
+
+    again = np.flatnonzero((hashes[1:] == hashes[:-1]) & (hashes[1:] != NO_KEY))
+    pairs = sorted(zip(order[again + 1].tolist(), order[again].tolist(), strict=True))
+    files = [stored_file(entry)["basename"] for entry in found.entries]
+    within: list[tuple[Position, Position]] = []
+    elsewhere: list[tuple[Position, Position]] = []
+    for new, old in ((position(later), position(earlier)) for later, earlier in pairs):
+        is_within = folder_of(files[new[0]]) == folder_of(files[old[0]])
+        (within if is_within else elsewhere).append((new, old))
+
+    def lines(pairs: list[tuple[Position, Position]]) -> Iterator[tuple[str, str]]:
         """Yield of each pair the file, and which of its samples repeats which."""
-        positions = [(int(shard[new]), int(sample[new])) for new, _ in chosen]
-        there = dict(samples_at(positions, entries, place))
-        for (_, old), position in zip(chosen, positions, strict=True):
-            key = f" ({there[position]['key']})" if position in there else ""
-            earlier = f"sample {sample[old]} in {files[shard[old]]}{key}"
-            yield files[position[0]], f"sample {position[1]} has the key of {earlier}"
+        there = dict(samples_at([new for new, _ in pairs], found))
+        for new, old in pairs:
+            key = f" ({there[new]['key']})" if new in there else ""
+            text = f"sample {new[1]} has the key of sample {old[1]} in {files[old[0]]}{key}"
+            yield files[new[0]], text
 
-    within = [pair for pair in pairs if folders[shard[pair[0]]] == folders[shard[pair[1]]]]
-    elsewhere = [pair for pair in pairs if folders[shard[pair[0]]] != folders[shard[pair[1]]]]
-    for file, text in lines(within[:SHOWN]):
+    for file, text in lines(within[:LINES_A_KIND]):
         found.problems.add(TWICE, file, text, mend=False)
-    found.problems.numbers[TWICE] += max(len(within) - SHOWN, 0)
+    found.problems.numbers[TWICE] += max(len(within) - LINES_A_KIND, 0)
     for file, text in lines(elsewhere[:1]):
         number = f"{len(elsewhere):,} (the first: {file}, {text})"
         found.notes.append(f"keys that come in several inputs: {number}")

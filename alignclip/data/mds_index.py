@@ -119,13 +119,13 @@ def why_unusable(entry: Any) -> str | None:
     if not isinstance(entry, dict):
         return "is no object"
     if "format" in entry and entry["format"] != "mds":
-        return f"has the format {_shown(entry['format'])}, not mds"
+        return f"has the format {_printable(entry['format'])}, not mds"
     if missing := sorted(FIELDS - entry.keys()):
         return f"lacks {', '.join(missing)}"
     if unknown := sorted(entry.keys() - FIELDS):
-        return f"has {_shown(unknown[0])}, which no MDS shard has"
+        return f"has {_printable(unknown[0])}, which no MDS shard has"
     if entry["version"] != VERSION:
-        return f"has version {_shown(entry['version'])}; Streaming reads {VERSION}"
+        return f"has version {_printable(entry['version'])}; Streaming reads {VERSION}"
     return _why_not_files(entry) or _why_not_columns(entry)
 
 
@@ -136,15 +136,15 @@ def why_not_plain(name: Any) -> str | None:
     (``..``, absolute paths, drives and backslashes of Windows), and what no file can be called.
     """
     if not isinstance(name, str) or not name:
-        return f"names no file: {_shown(name)}"
+        return f"names no file: {_printable(name)}"
     parts, windows = name.split("/"), PureWindowsPath(name)
     if name[0] == "/" or "\\" in name or windows.drive or windows.root or ".." in parts:
-        return f"names a file outside the set: {_shown(name)}"
+        return f"names a file outside the set: {_printable(name)}"
     # half of a surrogate pair is not printable, and can't be encoded
     if not name.isprintable() or not all(
         part != "." and 0 < len(part.encode()) <= LONGEST_NAME for part in parts
     ):
-        return f"names no file: {_shown(name)}"
+        return f"names no file: {_printable(name)}"
     return None
 
 
@@ -153,10 +153,10 @@ def _why_not_files(entry: Mapping[str, Any]) -> str | None:
     raw, compressed, samples = entry["raw_data"], entry["zip_data"], entry["samples"]
     for file in (raw,) if compressed is None else (raw, compressed):
         if not isinstance(file, dict) or IndexedFile.__annotations__.keys() != file.keys():
-            return f"has no file with a basename, bytes and hashes: {_shown(file)}"
+            return f"has no file with a basename, bytes and hashes: {_printable(file)}"
         if why := why_not_plain(file["basename"]):
             return why
-        name, size, hashes = _shown(file["basename"]), file["bytes"], file["hashes"]
+        name, size, hashes = _printable(file["basename"]), file["bytes"], file["hashes"]
         if file["basename"].rpartition("/")[2] == INDEX:
             return f"names the index as a shard: {name}"
         is_size = _is_count(size) and size <= LARGEST_SHARD
@@ -165,9 +165,9 @@ def _why_not_files(entry: Mapping[str, Any]) -> str | None:
     if bool(entry["compression"]) != bool(compressed):
         return "is compressed and has no zip_data, or the other way round"
     if compressed and compressed["basename"] == raw["basename"]:
-        return f"has one name for two files: {_shown(raw['basename'])}"
+        return f"has one name for two files: {_printable(raw['basename'])}"
     if not _is_count(samples):
-        return f"has {_shown(samples)} samples"
+        return f"has {_printable(samples)} samples"
     if samples * LEAST_BYTES > raw["bytes"]:
         return f"has {samples:,} samples in {raw['bytes']:,} bytes"
     return None
@@ -183,18 +183,17 @@ def _why_not_columns(entry: Mapping[str, Any]) -> str | None:
     if not len({*names}) == len(names) == len(encodings) == len(sizes):
         return "has not one name, encoding and size for each column"
     for name, encoding, size in zip(names, encodings, sizes, strict=True):
-        stores = f"stores the column {_shown(name)}"
+        stores = f"stores the column {_printable(name)}"
         if why := _why_not_encoding(encoding):
-            return f"{stores} as {_shown(encoding)}, which {why}"
+            return f"{stores} as {_printable(encoding)}, which {why}"
         if size is not None and (not _is_count(size) or not size):
-            return f"{stores} in {_shown(size)} bytes"
+            return f"{stores} in {_printable(size)} bytes"
     compression = entry["compression"]
     is_known = isinstance(compression, str) and is_compression(compression)
     if compression is not None and not is_known:
-        return f"is compressed with {_shown(compression)}, which Streaming can't read"
-    if not isinstance(entry["hashes"], list):
-        return "has no list of hashes, or no size limit"
-    if not isinstance(entry["size_limit"], int | str | None):
+        return f"is compressed with {_printable(compression)}, which Streaming can't read"
+    is_limit = isinstance(entry["size_limit"], int | str | None)
+    if not is_limit or not isinstance(entry["hashes"], list):
         return "has no list of hashes, or no size limit"
     return None
 
@@ -221,7 +220,7 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
-def _shown(value: Any) -> str:
+def _printable(value: Any) -> str:
     """Make what a file says safe to print: short, in one line, without control characters."""
     text = value if isinstance(value, str) and value.isprintable() and value else ascii(value)
     return text if len(text) <= 80 else f"{text[:77]}…"

@@ -55,7 +55,7 @@ class ShardCache:
             return
         # a file without a note stays: that is the safe side
         with suppress(OSError), (self.folder / NOTE).open("ab", buffering=0) as note:
-            note.write(_line(name, seal).encode())  # in one piece: other processes write, too
+            note.write(_note_line(name, seal).encode())  # in one piece: other processes write, too
 
     def may_delete(self, name: str, made_from: str | None = None) -> bool:
         """Return whether this program has put a file there and can put it there again.
@@ -77,7 +77,7 @@ class ShardCache:
         kept = {name: seal for name, seal in self._seals.items() if self._seal(name) == seal}
         if kept == self._seals:
             return
-        lines = "".join(_line(name, seal) for name, seal in kept.items())
+        lines = "".join(_note_line(name, seal) for name, seal in kept.items())
         partial = self.folder / f"{NOTE}.{os.getpid()}"
         with suppress(OSError):
             partial.write_text(lines, encoding="utf-8")
@@ -117,7 +117,7 @@ class ShardCache:
             return False
 
 
-def _line(name: str, seal: Seal) -> str:
+def _note_line(name: str, seal: Seal) -> str:
     return json.dumps([name, *seal]) + "\n"
 
 

@@ -2,7 +2,8 @@
 
 - A failed download, a cache without room and an evicted shard end in a run that stands still, or in
   a short epoch without a word: :class:`CachedDataset`.
-- Two runs can take the same shared memory, and nobody knows whose memory it is: :func:`install`.
+- Two runs can take the same shared memory, and nobody knows whose memory it is:
+  :func:`install_patches`.
 
 Streaming's insides are used here and in :mod:`alignclip.data.shard_cache` alone.
 ``tests/test_contracts.py`` says whether an upgrade has changed one of the names.
@@ -34,7 +35,7 @@ from alignclip.ranks import gather_objects
 LONGEST_STARVATION = 60.0  # seconds that a shard waits for room in the cache
 
 
-def install() -> None:
+def install_patches() -> None:
     """Replace how a dataset finds its shared memory; a second call changes nothing."""
     prefix.SharedMemory = GlimpsedMemory  # type: ignore[misc]
     streaming.base.dataset.get_shm_prefix = take_prefix
@@ -136,7 +137,7 @@ class CachedDataset(StreamingDataset):
     epoch = 0
 
     def __init__(self, **arguments: Any) -> None:
-        install()
+        install_patches()
         self._locks: dict[int, FileLock] = {}  # by the process, because a lock can't be inherited
         super().__init__(**arguments)
         for stream in self.streams:  # forked workers must not share a connection to the bucket

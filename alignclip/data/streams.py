@@ -188,17 +188,17 @@ def check_task_columns(where: str, shards: Iterable[dict[str, str]], column: str
 
 def evaluated_on_training_data(config: RunConfig) -> dict[str, str]:
     """Return the evaluators whose set is one of the run's own streams: evaluator -> stream."""
-    streams = [(name, _places(stream)) for name, stream in config.data.streams.items()]
+    streams = [(name, _reads_from(stream)) for name, stream in config.data.streams.items()]
     found = {}
     for name, evaluator in config.evaluators.items():
-        read = _places(evaluator)[:1]  # a remote set, whatever folder caches it
+        read = _reads_from(evaluator)[:1]  # a remote set, whatever folder caches it
         stream = next((stream for stream, places in streams if {*read} & {*places}), None)
         if stream is not None:
             found[name] = stream
     return found
 
 
-def _places(stream: SetConfig) -> list[str]:
+def _reads_from(stream: SetConfig) -> list[str]:
     """Return the URL of a set, and the folder where it lies or is cached, each with its split."""
     split = stream.split or ""
     remote = [f"{stream.remote.rstrip('/')}/{split}".rstrip("/")] if stream.remote else []

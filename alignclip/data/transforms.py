@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, image_transform
@@ -36,16 +37,11 @@ def decode_image(data: bytes) -> Tensor:
         OSError: neither decoder can read it.
     """
     if data.startswith(JPEG_MAGIC):
-        try:
-            image = decode_jpeg(
-                torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.UNCHANGED
-            )
-        except RuntimeError:
-            image = None
-        if image is not None and image.shape[0] == 3:
-            return image
-        if image is not None and image.shape[0] == 1:
-            return image.expand(3, -1, -1)
+        with suppress(RuntimeError):
+            content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            image = decode_jpeg(content, mode=ImageReadMode.UNCHANGED)
+            if image.shape[0] in (1, 3):
+                return image.expand(3, -1, -1)
     try:
         with Image.open(io.BytesIO(data), formats=TRAINING_FORMATS) as picture:
             return pil_to_tensor(picture.convert("RGB"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -105,7 +106,8 @@ class Request(BaseHTTPRequestHandler):
             self._answer(200, data, headers)
 
     def _list(self, prefix: str) -> None:
-        every = sorted(key for bucket, key in self.server.objects if bucket == self.bucket)
+        there = list(self.server.objects)  # other threads add to them
+        every = sorted(key for bucket, key in there if bucket == self.bucket)
         keys = [key for key in every if key.startswith(prefix)]
         rows = "".join(f"<Contents><Key>{key}</Key><Size>1</Size></Contents>" for key in keys)
         count = f"<IsTruncated>false</IsTruncated><KeyCount>{len(keys)}</KeyCount>"
@@ -114,7 +116,7 @@ class Request(BaseHTTPRequestHandler):
     def _multipart(self, query: dict[str, list[str]]) -> None:
         parts = self.server.parts
         if "uploads" in query:
-            upload = f"u{len(parts)}"
+            upload = uuid.uuid4().hex
             parts[upload] = {}
             kind = "InitiateMultipartUploadResult"
             self._answer(200, f"<{kind}><UploadId>{upload}</UploadId></{kind}>".encode())
@@ -150,7 +152,7 @@ class RefusingS3(ThreadingHTTPServer):
         """A client that leaves early is no trouble."""
 
     def keys(self, prefix: str = "") -> list[str]:
-        return sorted(key for _, key in self.objects if key.startswith(prefix))
+        return sorted(key for _, key in list(self.objects) if key.startswith(prefix))
 
     def without_right(self, *rights: str) -> None:
         """Have the key lack these rights.
@@ -188,7 +190,7 @@ class RefusingS3(ThreadingHTTPServer):
 def refusing_s3() -> Iterator[RefusingS3]:
     """A running server that the environment points at."""
     with RefusingS3() as server, pytest.MonkeyPatch.context() as patch:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         for name in ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"):
             patch.setenv(name, "")  # so that what a test's code sets is taken back
             patch.delenv(name)

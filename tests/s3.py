@@ -71,20 +71,9 @@ class S3Server:
         self._meta = f"sqlite3://{folder / 'meta.db'}"
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "meta.db").exists():
-            options = [
-                "--no-update",
-                "--storage",
-                "file",
-                "--bucket",
-                f"{folder / 'data'}/",
-                "--trash-days",
-                "0",
-            ]
-            subprocess.run(
-                [_binary(), "format", *options, self._meta, "tests"],
-                check=True,
-                capture_output=True,
-            )
+            options = ["--no-update", "--storage", "file", "--trash-days", "0", "--bucket"]
+            command = [_binary(), "format", *options, f"{folder / 'data'}/", self._meta, "tests"]
+            subprocess.run(command, check=True, capture_output=True)
         for _ in range(5):  # somebody else may take the port between the look and the start
             self.port = _free_port()
             with suppress(ChildProcessError):

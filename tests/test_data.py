@@ -8,7 +8,6 @@ import textwrap
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -20,31 +19,22 @@ import torch
 from mds_sets import PAIR, edit, pair_rows, shards_of, write_rows
 from runs import write_set
 from s3 import S3Server
+from streaming import StreamingDataLoader
 
 from alignclip.config.schema import DataConfig, StreamConfig
 from alignclip.data.dataset import ImageTextDataset, build_dataloader
 from alignclip.data.streams import check_streams
 from alignclip.errors import UserError
 
-Build = Callable[..., ImageTextDataset]
+
+def build(config: DataConfig, batch_size: int = 8, semantic: bool = True) -> ImageTextDataset:
+    return ImageTextDataset(
+        config, batch_size=batch_size, image_size=32, context_length=20, semantic=semantic
+    )
 
 
-@pytest.fixture
-def build() -> Iterator[Build]:
-    """Datasets of this process; their shared memory goes with the test."""
-    made: list[ImageTextDataset] = []
-
-    def build(config: DataConfig, batch_size: int = 8, semantic: bool = True) -> ImageTextDataset:
-        made.append(
-            ImageTextDataset(
-                config, batch_size=batch_size, image_size=32, context_length=20, semantic=semantic
-            )
-        )
-        return made[-1]
-
-    yield build
-    for dataset in made:
-        dataset._locals_shm.cleanup()
+def loader_of(config: DataConfig, **settings: Any) -> StreamingDataLoader:
+    return build_dataloader(build(config, **settings), config, pin_memory=False)
 
 
 def config_for(*folders: Path | str, **settings: object) -> DataConfig:
@@ -63,9 +53,8 @@ def local_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_batches(local_set: Path, build: Build) -> None:
-    config = config_for(local_set)
-    loader = build_dataloader(build(config), config, pin_memory=False)
+def test_batches(local_set: Path) -> None:
+    loader = loader_of(config_for(local_set))
     one, two = (list(loader) for _ in range(2))
     assert len(one) == len(loader) == 8
     shapes = {name: (tuple(part.shape), part.dtype) for name, part in one[0].items()}
@@ -80,11 +69,11 @@ def test_batches(local_set: Path, build: Build) -> None:
     assert not torch.equal(first, second)
 
 
-def test_no_embeddings_where_none_are_needed(local_set: Path, build: Build) -> None:
+def test_no_embeddings_where_none_are_needed(local_set: Path) -> None:
     assert build(config_for(local_set), semantic=False)[0].keys() == {"image", "text", "sample"}
 
 
-def test_a_sample_depends_on_seed_epoch_and_id_alone(local_set: Path, build: Build) -> None:
+def test_a_sample_depends_on_seed_epoch_and_id_alone(local_set: Path) -> None:
     dataset = build(config_for(local_set, scale=[0.3, 1.0]))
     first = dataset[5]["image"]
     torch.manual_seed(123)
@@ -95,7 +84,7 @@ def test_a_sample_depends_on_seed_epoch_and_id_alone(local_set: Path, build: Bui
     assert not torch.equal(other[5]["image"], first)
 
 
-def test_two_streams_with_proportions(local_set: Path, tmp_path: Path, build: Build) -> None:
+def test_two_streams_with_proportions(local_set: Path, tmp_path: Path) -> None:
     write_set(str(tmp_path / "b"), 64, seed=1)
     config = config_for(local_set, tmp_path / "b", epoch_size="80")
     config.streams["s0"].proportion, config.streams["s1"].proportion = 0.75, 0.25
@@ -105,7 +94,7 @@ def test_two_streams_with_proportions(local_set: Path, tmp_path: Path, build: Bu
     assert sum(i < 64 for i in drawn) == 60
 
 
-def test_several_captions_draw_one_with_its_embedding(tmp_path: Path, build: Build) -> None:
+def test_several_captions_draw_one_with_its_embedding(tmp_path: Path) -> None:
     captions = [f"caption number {i}" for i in range(4)]
     semantic = np.arange(4, dtype=np.float16)[:, None].repeat(3, axis=1)
     rows = [{**row, "caption": captions, "semantic": semantic} for row in pair_rows(24)]
@@ -120,7 +109,7 @@ def test_several_captions_draw_one_with_its_embedding(tmp_path: Path, build: Bui
     assert drawn == {0, 1, 2, 3}
 
 
-def test_an_unreadable_image_is_replaced_and_said(tmp_path: Path, build: Build) -> None:
+def test_an_unreadable_image_is_replaced_and_said(tmp_path: Path) -> None:
     rows = pair_rows(3)
     rows[1]["image"] = b"\xff\xd8\xff broken"
     dataset = build(config_for(write_rows(tmp_path / "m", rows)), semantic=False)
@@ -129,10 +118,16 @@ def test_an_unreadable_image_is_replaced_and_said(tmp_path: Path, build: Build) 
     assert torch.equal(sample["text"], dataset.tokenizer("number 2")[0])
 
 
-def test_fewer_samples_than_a_batch(local_set: Path, build: Build) -> None:
-    config = config_for(local_set)
-    with pytest.raises(UserError, match="the set has 64 samples, fewer than one batch"):
-        build_dataloader(build(config, batch_size=65), config, pin_memory=False)
+@pytest.mark.parametrize(
+    ("epoch_size", "says"),
+    [
+        (None, "the set has 64 samples, fewer than one batch; lower global_train_batch_size to 64"),
+        ("10", r"an epoch \(data.epoch_size, .*\) has 10 samples, .* to 10 or less \(it is 65"),
+    ],
+)
+def test_fewer_samples_than_a_batch(local_set: Path, epoch_size: str | None, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        loader_of(config_for(local_set, epoch_size=epoch_size), batch_size=65)
 
 
 class Remote:
@@ -162,19 +157,13 @@ def remote(s3: S3Server, tmp_path: Path) -> Remote:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_shard_that_is_gone_is_an_error_with_its_cause(
-    remote: Remote, build: Build, workers: int
-) -> None:
+def test_a_shard_that_is_gone_is_an_error_with_its_cause(remote: Remote, workers: int) -> None:
     remote.remove(remote.shards[1])
-    config = remote.config(num_workers=workers)
-    loader = build_dataloader(build(config), config, pin_memory=False)
     with pytest.raises(RuntimeError, match=rf"reading s3://.*{Path(remote.shards[1]).name}"):
-        list(loader)
+        list(loader_of(remote.config(num_workers=workers)))
 
 
-def test_both_download_threads_may_fail(
-    remote: Remote, build: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_both_download_threads_may_fail(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first is slow to tell that it failed, so the second tries the same shard: an error, and no hang."""
     remote.remove(*remote.shards)
     failures: list[BaseException | None] = []
@@ -204,17 +193,6 @@ def test_both_download_threads_may_fail(
     thread.join(60)
     assert not thread.is_alive()
     assert (len(raised), len(failures), None in failures) == (1, 2, False)
-
-
-def test_a_broken_shard_is_an_error(remote: Remote, build: Build) -> None:
-    place = {"Bucket": remote.bucket, "Key": remote.shards[0]}
-    body = bytearray(remote.client.get_object(**place)["Body"].read())
-    body[len(body) // 2] ^= 1
-    remote.client.put_object(**place, Body=bytes(body))
-    config = remote.config()
-    loader = build_dataloader(build(config), config, pin_memory=False)
-    with pytest.raises(RuntimeError, match="Checksum failure"):
-        list(loader)
 
 
 def test_an_outage_is_waited_for(s3: S3Server, tmp_path: Path) -> None:
@@ -294,14 +272,6 @@ def test_streams_have_one_sentence_encoder(tmp_path: Path, other: Any, says: str
         check_streams(config, semantic=True)
 
 
-def test_a_short_epoch_is_not_taken_for_a_short_set(tmp_path: Path, build: Build) -> None:
-    write_set(str(tmp_path), 70)
-    config = config_for(tmp_path, epoch_size="10", num_workers=0)
-    match = r"an epoch \(data.epoch_size, .*\) has 10 samples, .* to 10 or less \(it is 16"
-    with pytest.raises(UserError, match=match):
-        build_dataloader(build(config, batch_size=16), config, pin_memory=False)
-
-
 def refusal(config: DataConfig, semantic: bool = False) -> str:
     """What checking the streams says: one line."""
     with pytest.raises(UserError) as error:
@@ -353,7 +323,6 @@ def test_algorithms_are_looked_up_before_the_first_epoch(
 
 def test_more_workers_than_cores_are_said_in_one_line_with_the_key(
     local_set: Path,
-    build: Build,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -75,11 +75,8 @@ def test_mds_sets_of_something_else(tmp_path: Path, columns: dict[str, str], mes
         quick([write_rows(tmp_path / "in", [row], columns) / "index.json"], tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{}", "[1]", '{"shards": [{}]}', '{"shards": [{"samples": 1}]}', "[" * 10_000]
-)
-def test_what_is_no_index(tmp_path: Path, text: str) -> None:
-    (tmp_path / "index.json").write_text(text)
+def test_what_is_no_index(tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text('{"shards": [{"samples": 1}]}')
     with pytest.raises(UserError, match=r"index\.json is not a streaming index$"):
         quick([tmp_path / "index.json"], tmp_path / "out")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -131,21 +132,8 @@ def test_an_entry_without_a_field(whole: Entry) -> None:
 
 
 def test_any_value_in_any_place_is_told_and_never_raised(whole: Entry) -> None:
-    values = [
-        None,
-        True,
-        -1,
-        1e308,
-        10**30,
-        "",
-        "../x",
-        [],
-        [None],
-        {},
-        {"basename": "x"},
-        [[["pkl"]]],
-    ]
-    for value in values:
+    files: list[Any] = [{}, {"basename": "x"}, [], [None], [[["pkl"]]]]
+    for value in (None, True, -1, 1e308, 10**30, "", "../x", *files):
         assert why_unusable(value) is not None
         for name in whole:
             why_unusable({**whole, name: value})
@@ -183,58 +171,46 @@ class Touch:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("where", ["local", "remote"])
+def convert_set(stream: SetConfig) -> None:
+    place = stream.remote or stream.local
+    convert(["--inputs", f"{place}/index.json", "--out", f"{place}/out", "--no-semantic"])
+
+
+READERS: dict[str, Callable[[StreamConfig], Any]] = {
+    "training": lambda stream: check_streams(DataConfig(streams={"a": stream}), semantic=False),
+    "evaluation": lambda stream: OpenSets().open(stream),
+    "verifier": lambda stream: verify([str(stream.remote or stream.local)]),
+    "converter": convert_set,
+}
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
 @pytest.mark.parametrize("what", ["name", "pickle"])
-def test_training_and_evaluation_refuse_a_strangers_set(
-    tmp_path: Path, where: str, what: str
+@pytest.mark.parametrize("reader", READERS)
+def test_a_strangers_set_is_refused(
+    tmp_path: Path, reader: str, what: str, is_remote: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, cache = tmp_path / "deep/er/set", tmp_path / "cache/a/b"
     entries = write(folder)
+    shard = folder / entries[0]["raw_data"]["basename"]
     if what == "name":
-        (folder / entries[0]["raw_data"]["basename"]).rename(tmp_path / "deep/escaped.mds")
+        why = "names a file outside the set"
+        shard.rename(tmp_path / "deep/escaped.mds")
         entries[0]["raw_data"]["basename"] = "../../escaped.mds"
     else:
-        entries[1]["column_encodings"][0] = "pkl"
+        why = "executes code when it is read"
+        shard.write_bytes(pickle.dumps(Touch(tmp_path / "touched")))
+        entries[0]["column_encodings"][0] = "pkl"
     index(folder, entries)
     cache.mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
-    stream = (
-        StreamConfig(remote=str(folder), local=str(cache))
-        if where == "remote"
-        else StreamConfig(local=str(folder))
-    )
-    why = "names a file outside the set" if what == "name" else "executes code when it is read"
-    with pytest.raises(
-        UserError, match=rf"index.json can't be used: shard \d {why}|shard \d stores .* {why}"
-    ):
-        check_streams(DataConfig(streams={"mine": stream}), semantic=False)
-    with pytest.raises(UserError, match=why):
-        OpenSets().open(SetConfig(remote=stream.remote, local=stream.local))
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-@pytest.mark.parametrize("what", ["name", "pickle"])
-def test_verifier_and_converter_refuse_a_strangers_set(
-    tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder, touched = tmp_path / "deep/er/set", tmp_path / "touched"
-    entries = write(folder)
-    if what == "name":
-        entries[0]["raw_data"]["basename"] = "../../escaped.mds"
-        (tmp_path / "deep/escaped.mds").write_bytes(b"secret")
-    else:
-        entries[0]["column_encodings"][2] = "pkl"
-        (folder / "shard.00000.mds").write_bytes(pickle.dumps(Touch(touched)))
-    index(folder, entries)
-    before = sorted(tmp_path.rglob("*"))
-    why = "names a file outside the set" if what == "name" else "executes code when it is read"
-    with pytest.raises(SystemExit):
-        verify([str(folder)])
+    places = {"remote": str(folder), "local": str(cache)} if is_remote else {"local": str(folder)}
+    with pytest.raises((UserError, SystemExit)) as raised:
+        READERS[reader](StreamConfig(**places))
     said = capsys.readouterr()
-    assert why in said.out + said.err
-    with pytest.raises(SystemExit):
-        convert(["--inputs", f"{folder}/index.json", "--out", f"{tmp_path}/out", "--no-semantic"])
-    assert why in capsys.readouterr().err
+    text = f"{raised.value}{said.out}{said.err}"
+    assert "shard 0 " in text
+    assert why in text
     assert sorted(tmp_path.rglob("*")) == before
 
 

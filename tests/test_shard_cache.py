@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ MOST_SHARDS = (
     6 + IN_FLIGHT
 )  # of the sets here, with the fixture's limit: the last shard of a set is a small one
 Contents = dict[str, bytes]
-Read = Callable[..., ImageTextDataset]
 
 
 def write(folder: Path, compression: str | None = None, seed: int = 0) -> Path:
@@ -57,66 +55,60 @@ def raw_sizes(folder: Path) -> list[int]:
     return [entry["raw_data"]["bytes"] for entry in shards_of(folder)]
 
 
-@pytest.fixture
-def read() -> Iterator[Read]:
+def read(*streams: StreamConfig, epochs: int = 2, **settings: Any) -> ImageTextDataset:
     """Read streams for some epochs, by a config's settings; every sample is seen."""
-    made: list[ImageTextDataset] = []
-
-    def read(*streams: StreamConfig, epochs: int = 2, **settings: Any) -> ImageTextDataset:
-        config = DataConfig(
-            streams={f"s{i}": stream for i, stream in enumerate(streams)},
-            num_canonical_nodes=1,
-            num_workers=0,
-            download_retry=1,
-            **settings,
-        )
-        check_streams(config, semantic=False)
-        dataset = ImageTextDataset(
-            config, batch_size=8, image_size=16, context_length=12, semantic=False
-        )
-        made.append(dataset)
+    config = DataConfig(
+        streams={f"s{i}": stream for i, stream in enumerate(streams)},
+        num_canonical_nodes=1,
+        num_workers=0,
+        download_retry=1,
+        **settings,
+    )
+    check_streams(config, semantic=False)
+    dataset = ImageTextDataset(
+        config, batch_size=8, image_size=16, context_length=12, semantic=False
+    )
+    try:
         loader = build_dataloader(dataset, config, pin_memory=False)
         for _ in range(epochs):
             assert sum(len(batch["image"]) for batch in loader) == SAMPLES * len(streams)
-        dataset._locals_shm.cleanup()
-        return dataset
-
-    yield read
-    for dataset in made:
-        dataset._locals_shm.cleanup()
+    finally:
+        dataset._locals_shm.cleanup()  # or the next one has "another's" cache
+    return dataset
 
 
-@pytest.fixture
-def limit(tmp_path: Path) -> str:
+@pytest.fixture(scope="module")
+def limit(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Room for five shards and two indexes."""
-    folder = write(tmp_path / "measured")
+    folder = write(tmp_path_factory.mktemp("measured"))
     return str(5 * max(raw_sizes(folder)) + 2 * (folder / "index.json").stat().st_size)
 
 
-def test_a_stream_without_a_remote_is_never_evicted(tmp_path: Path, limit: str, read: Read) -> None:
-    mine, other, cache = (
-        write(tmp_path / "mine"),
-        write(tmp_path / "other", seed=1),
-        tmp_path / "cache",
-    )
+def test_a_stream_without_a_remote_is_never_evicted(tmp_path: Path, limit: str) -> None:
+    mine, other = write(tmp_path / "mine"), write(tmp_path / "other", seed=1)
     before = contents(mine)
-    read(
-        only(mine),
-        cached(other, cache),
-        cache_limit=limit,
-    )
+    read(only(mine), cached(other, tmp_path / "cache"), cache_limit=limit)
     assert contents(mine) == before
-    assert (
-        0 < shards_in(cache) <= MOST_SHARDS
-    )  # the limit holds for the cache, and the other set doesn't use it up
+    # the limit holds for the cache, and the other set doesn't use it up
+    assert 0 < shards_in(tmp_path / "cache") <= MOST_SHARDS
 
 
-@pytest.mark.parametrize("spelling", ["same", "slash", "dots", "link", "relative", "split"])
+# remote, local and split of the set {0}/sets/mine
+SPELLINGS = {
+    "same": ("{0}/sets/mine", "{0}/sets/mine", None),
+    "slash": ("{0}/sets/mine/", "{0}/sets/mine", None),
+    "dots": ("{0}/sets/mine", "{0}/sets/mine/../mine", None),
+    "link": ("{0}/sets/mine", "{0}/link", None),
+    "relative": ("sets/mine", "{0}/sets/mine", None),
+    "split": ("{0}/sets", "{0}/./sets", "mine"),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("compression", [None, "zstd"])
 def test_a_remote_that_is_the_same_folder(
     tmp_path: Path,
     limit: str,
-    read: Read,
     spelling: str,
     compression: str | None,
     monkeypatch: pytest.MonkeyPatch,
@@ -125,24 +117,10 @@ def test_a_remote_that_is_the_same_folder(
     other = write(tmp_path / "other", seed=1)
     (tmp_path / "link").symlink_to(folder)
     monkeypatch.chdir(tmp_path)
-    split = None
-    remote, local = str(folder), str(folder)
-    if spelling == "slash":
-        remote += "/"
-    elif spelling == "dots":
-        local = f"{folder}/../mine"
-    elif spelling == "link":
-        local = str(tmp_path / "link")
-    elif spelling == "relative":
-        remote = "sets/mine"
-    elif spelling == "split":
-        remote, local, split = str(tmp_path / "sets"), f"{tmp_path}/./sets", "mine"
+    remote, local, split = SPELLINGS[spelling]
+    mine = StreamConfig(remote.format(tmp_path), local.format(tmp_path), split)
     before = contents(folder)
-    read(
-        StreamConfig(remote=remote, local=local, split=split),
-        cached(other, tmp_path / "cache"),
-        cache_limit=limit,
-    )
+    read(mine, cached(other, tmp_path / "cache"), cache_limit=limit, epochs=1)
     after = contents(folder)
     assert before.items() <= after.items()
     assert compression or after == before
@@ -151,7 +129,7 @@ def test_a_remote_that_is_the_same_folder(
 @pytest.mark.parametrize("compression", [None, "zstd"])
 @pytest.mark.parametrize("keep_zip", [False, True])
 def test_a_copy_that_was_there_before_is_not_a_cache(
-    tmp_path: Path, limit: str, read: Read, compression: str | None, keep_zip: bool
+    tmp_path: Path, limit: str, compression: str | None, keep_zip: bool
 ) -> None:
     remote = write(tmp_path / "remote", compression)
     mine = tmp_path / "mine"
@@ -166,7 +144,7 @@ def test_a_copy_that_was_there_before_is_not_a_cache(
 
 
 def test_decompressed_copies_of_a_compressed_set_are_evicted_and_the_set_is_not(
-    tmp_path: Path, limit: str, read: Read
+    tmp_path: Path, limit: str
 ) -> None:
     mine = write(tmp_path / "mine", "zstd")
     before = contents(mine)
@@ -176,9 +154,7 @@ def test_decompressed_copies_of_a_compressed_set_are_evicted_and_the_set_is_not(
     assert 0 < shards_in(mine) <= MOST_SHARDS
 
 
-def test_raw_shards_whose_compressed_files_are_gone_are_the_only_copy(
-    tmp_path: Path, read: Read
-) -> None:
+def test_raw_shards_whose_compressed_files_are_gone_are_the_only_copy(tmp_path: Path) -> None:
     mine = write(tmp_path / "mine", "zstd")
     read(only(mine), epochs=1)
     for path in mine.glob("*.zstd"):
@@ -191,29 +167,19 @@ def test_raw_shards_whose_compressed_files_are_gone_are_the_only_copy(
 
 
 @pytest.mark.parametrize("keep_zip", [False, True])
-def test_a_cache_keeps_to_its_limit_over_starts(
-    tmp_path: Path, limit: str, read: Read, keep_zip: bool
-) -> None:
+def test_a_cache_keeps_to_its_limit_over_starts(tmp_path: Path, limit: str, keep_zip: bool) -> None:
     remote, cache = write(tmp_path / "remote", "zstd"), tmp_path / "cache"
     size = 2 * int(limit)
     for _ in range(3):
-        read(
-            cached(remote, cache),
-            cache_limit=str(size),
-            keep_zip=keep_zip,
-            epochs=1,
-        )
-        assert (
-            0
-            < sum(map(len, contents(cache).values()))
-            <= size + IN_FLIGHT * 2 * max(raw_sizes(remote))
-        )
+        read(cached(remote, cache), cache_limit=str(size), keep_zip=keep_zip, epochs=1)
+        used = sum(map(len, contents(cache).values()))
+        assert 0 < used <= size + IN_FLIGHT * 2 * max(raw_sizes(remote))
         assert bool(list(cache.glob("*.zstd"))) == keep_zip
     assert len((cache / NOTE).read_text().splitlines()) <= 2 * 3 * SAMPLES
 
 
 def test_what_was_copied_over_the_cache_stays(
-    tmp_path: Path, limit: str, read: Read, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, limit: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     remote, cache = write(tmp_path / "remote"), tmp_path / "cache"
     read(cached(remote, cache), epochs=1)
@@ -231,9 +197,7 @@ def test_what_was_copied_over_the_cache_stays(
     assert said in capsys.readouterr().err
 
 
-def test_a_cache_whose_remote_was_taken_out_is_the_only_copy(
-    tmp_path: Path, limit: str, read: Read
-) -> None:
+def test_a_cache_whose_remote_was_taken_out_is_the_only_copy(tmp_path: Path, limit: str) -> None:
     remote, cache = write(tmp_path / "remote"), tmp_path / "cache"
     read(cached(remote, cache), epochs=1)
     before = contents(cache)
@@ -253,7 +217,7 @@ def test_evaluation_deletes_nothing_of_a_set(tmp_path: Path) -> None:
     assert before.items() <= contents(folder).items()
 
 
-def test_a_limit_that_is_too_small_is_one_line(tmp_path: Path, read: Read) -> None:
+def test_a_limit_that_is_too_small_is_one_line(tmp_path: Path) -> None:
     remote = write(tmp_path / "remote")
     with pytest.raises(ValueError, match="too low"):
         read(cached(remote, tmp_path / "cache"), cache_limit="9kb")
@@ -264,19 +228,14 @@ def test_two_streams_in_one_folder(tmp_path: Path) -> None:
     one, two = write(tmp_path / "one"), write(tmp_path / "two", seed=1)
     (tmp_path / "cache").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "cache")
-    streams = {
-        "a": cached(one, tmp_path / "cache"),
-        "b": cached(two, tmp_path / "link"),
-    }
+    streams = {"a": cached(one, tmp_path / "cache"), "b": cached(two, tmp_path / "link")}
     with pytest.raises(
         UserError, match=r"data\.streams\.a and data\.streams\.b have one local folder"
     ):
         check_streams(DataConfig(streams=streams), semantic=False)
 
 
-def test_a_shard_that_fails_its_hash_is_not_taken_for_whole_by_the_next_run(
-    tmp_path: Path, read: Read
-) -> None:
+def test_a_shard_that_fails_its_hash_is_not_taken_for_whole_by_the_next_run(tmp_path: Path) -> None:
     remote, cache = write(tmp_path / "remote"), tmp_path / "cache"
     broken = sorted(remote.glob("*.mds"))[0]
     whole = broken.read_bytes()
@@ -292,9 +251,7 @@ def test_a_shard_that_fails_its_hash_is_not_taken_for_whole_by_the_next_run(
     read(cached(remote, cache), epochs=1)
 
 
-def test_nothing_is_written_through_links_that_lead_out_of_a_set(
-    tmp_path: Path, read: Read
-) -> None:
+def test_nothing_is_written_through_links_that_lead_out_of_a_set(tmp_path: Path) -> None:
     mine, target = write(tmp_path / "mine", "zstd"), tmp_path / "target"
     target.write_text("precious")
     first = sorted(mine.glob("*.zstd"))[0]
@@ -334,7 +291,7 @@ def test_a_compression_bomb_is_refused_before_it_fills_the_memory(algorithm: str
         decompress_to(30_000_000, algorithm, bomb[: len(bomb) // 2])
 
 
-def test_the_threads_of_a_process_have_one_lock(tmp_path: Path, read: Read) -> None:
+def test_the_threads_of_a_process_have_one_lock(tmp_path: Path) -> None:
     dataset = read(only(write(tmp_path / "mine")), epochs=1)
     lock = dataset._cache_filelock
     with lock:

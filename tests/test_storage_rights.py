@@ -15,7 +15,7 @@ from alignclip.conversion.inputs import expand
 from alignclip.data.streams import read_index
 from alignclip.errors import UserError
 from alignclip.evaluation.sets import read_classes
-from alignclip.storage import StorageError, read_text
+from alignclip.storage import StorageError, open_store, read_text
 from alignclip.storage.staging import OutputFolder, list_remote
 from alignclip.training import composer_patches
 from alignclip.training.preflight import check_load_path
@@ -92,6 +92,7 @@ def test_a_model_that_is_not_there_or_may_not_be_read(
 READERS: dict[str, Callable[[Path], Any]] = {
     "model": lambda path: fetch("s3://b/set", path),
     "config": lambda path: read_text("s3://b/set/config.yaml"),
+    "config, if any": lambda path: open_store("s3://b/set").read_text_optional("config.yaml"),
     "set": lambda path: read_index(
         "data.streams.a", SetConfig(remote="s3://b/set", local=str(path)), str(path)
     ),

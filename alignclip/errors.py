@@ -1,4 +1,4 @@
-"""One line for what a person has to change."""
+"""Errors that a person can mend, told in one line."""
 
 from __future__ import annotations
 

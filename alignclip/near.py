@@ -1,4 +1,4 @@
-"""What a person may have meant by a path that isn't there."""
+"""The path that a person may have meant by one that isn't there."""
 
 from __future__ import annotations
 

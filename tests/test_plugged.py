@@ -11,7 +11,7 @@ import pytest
 from runs import write_config
 
 from alignclip.config import plugged
-from alignclip.config.reading import check_setting_key, evaluators_of, load, to_yaml
+from alignclip.config.reading import evaluators_of, load, to_yaml
 from alignclip.config.schema import SetConfig
 from alignclip.errors import UserError
 
@@ -107,9 +107,6 @@ def test_settings_are_as_strict_as_all_others(yaml: Path, overrides: list[str], 
     assert says in str(error.value)
 
 
-def test_keys_of_documents(yaml: Path) -> None:
-    check_setting_key("loss.spread.weight")
-    with pytest.raises(UserError, match="did you mean 'spread'"):
-        check_setting_key("loss.spredd.weight")
+def test_a_task_that_is_not_there_is_told_with_the_nearest(yaml: Path) -> None:
     with pytest.raises(UserError, match=r"a\.task=sort: did you mean 'sorting'\?"):
         plugged.plugged(plugged.TASKS, "sort", "a.task")

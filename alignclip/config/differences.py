@@ -1,4 +1,4 @@
-"""One comparison of settings: is this the same run, the same conversion, the same set?"""
+"""The comparison of settings: is this the same run, the same conversion, the same set?"""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from alignclip.config.setting import Rule, rule_of
 
 @dataclass(frozen=True)
 class Key:
-    """One key of a section.
+    """A key of a section.
 
     Attributes:
         hint: the annotation of the value.

@@ -157,22 +157,6 @@ def _plain_value(value: Any) -> Any:
     return [_plain_value(item) for item in value] if isinstance(value, list) else value
 
 
-def check_setting_key(key: str, schema: type = RunConfig) -> None:
-    """Refuse a key ``a.b.c`` that a configuration doesn't have.
-
-    Raises:
-        UserError: names the nearest key.
-    """
-    tree: Tree = {}
-    put(tree, key.split("."), None)
-    try:
-        convert_section(tree, schema, "")
-    except UnknownKeyError as error:
-        raise UserError(_unknown(error, schema)) from None
-    except SettingError:  # of the value
-        pass
-
-
 def _read_config(
     path: str | Path, overrides: Sequence[str], schema: type[T], check: Callable[[T], None]
 ) -> T:

@@ -119,7 +119,7 @@ class LossConfig:
 
     @property
     def needs_semantic(self) -> bool:
-        """Whether the loss reads the caption embeddings (the ``semantic`` column)."""
+        """Say whether the loss reads the caption embeddings (the ``semantic`` column)."""
         return self.beta != 0 and self.rescale and (self.separate_image or self.separate_text)
 
 
@@ -134,7 +134,7 @@ class SetConfig:
 
 @dataclass
 class StreamConfig(SetConfig):
-    """One set to train on, in :class:`streaming.Stream`'s argument names."""
+    """A set to train on, in :class:`streaming.Stream`'s argument names."""
 
     proportion: Optional[float] = _amount(None)
     repeat: Optional[float] = _amount(None)
@@ -253,7 +253,7 @@ class TrainerConfig:
 
 @dataclass
 class EvaluatorConfig(SetConfig):
-    """One evaluation: a task on a set; for ``sts``, ``remote`` or ``local`` is the file itself."""
+    """An evaluation: a task on a set; for ``sts``, ``remote`` or ``local`` is the file itself."""
 
     task: str = ""  # one of alignclip.config.plugged.TASKS
     interval: str = setting("1ep", time="interval", above=0)  # of a training run
@@ -274,7 +274,7 @@ class KeepBestConfig:
 
 @dataclass
 class StartConfig:
-    """What a new run starts from and what of it stays as it is, in the names of open_clip's flags.
+    """The weights that a new run starts from, and which of them stay, named as open_clip's flags.
 
     See :mod:`alignclip.weights.start_from` for what ``pretrained`` may be and
     :mod:`alignclip.training.locking` for the locks.

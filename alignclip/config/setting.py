@@ -24,7 +24,7 @@ _UNITS: dict[Time, dict[str, str]] = {"schedule": _SCHEDULE, "interval": _INTERV
 
 @dataclass(frozen=True)
 class Rule:
-    """What a setting may be.
+    """The values that a setting may have, and its flag on a command line.
 
     Attributes:
         at_least: the smallest value; ``above`` is smaller than all values.

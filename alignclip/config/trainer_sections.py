@@ -25,7 +25,7 @@ class FSDP2Settings:
 
 @dataclass
 class ParallelismSettings:
-    """How the model is spread: nothing here is DDP."""
+    """The way in which the model is spread: nothing here is DDP."""
 
     fsdp2: Optional[FSDP2Settings] = None
 

@@ -274,6 +274,6 @@ def _origin(member: Any) -> Any:
 
 
 def _takes_anything(members: Sequence[Any]) -> bool:
-    """Whether an alternative is no type of a YAML's own, e.g. a class of Composer's."""
+    """Say whether an alternative is no type of a YAML's own, e.g. a class of Composer's."""
     known = {*_WORDS, *_CONTAINERS, type(None)}
     return any(_origin(member) not in known for member in members)

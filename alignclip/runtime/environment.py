@@ -1,4 +1,4 @@
-"""What a run was started with: the commit of this code, versions, machine and command line."""
+"""The record of a run's start: the commit of this code, versions, machine and command line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Git:
 
 @dataclass
 class Start:
-    """One start of a run.
+    """A start of a run.
 
     Attributes:
         batch: how many it had trained.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from models import EVERYTHING, small_config
@@ -22,6 +23,26 @@ from alignclip.model.encoders import CLIP, build_encoders
 
 CLASSES = ["dog", "red car", "a tree in the snow"]
 WORDS = ["red", "blue", "dog", "car", "on", "the", "left", "of", "a", "tree"]
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that are saved meanwhile."""
+    from matplotlib.figure import Figure
+
+    saved: list[Any] = []
+    save = Figure.savefig
+
+    def savefig(figure: Any, *arguments: Any, **options: Any) -> None:
+        saved.append(figure)
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return saved
+
+
+def legend(figure: Any) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 def small_model(**shared: Any) -> CLIP:

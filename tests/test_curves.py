@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+from evaluations import figures, legend
+
+from alignclip.evaluation.frame import DASHED, DOTTED, OKABE_ITO
 from alignclip.evaluation.history import EVALUATIONS, Record
 from alignclip.evaluation.json_lines import text_of
 from alignclip.storage import open_store
-from alignclip.training.curve_page import ABOVE, BOTTOM, CHANCE, CURVE_COLOURS, LEFT, RIGHT, page
+from alignclip.training.curve_page import page
 from alignclip.training.history import History
 
+__all__ = ["figures"]
 NAMES = ("pairs/image_retrieval_recall@5", "pairs/text_retrieval_recall@5")
 
 
@@ -38,47 +42,66 @@ def evaluations(chances: list[float]) -> list[dict[str, Any]]:
     return found
 
 
-def curves(html: str) -> list[tuple[str, str]]:
-    """Colour and dashes of the curves in the order in which they are drawn: the last is on top."""
-    return re.findall('<polyline[^>]* stroke="([^"]*)"[^>]* stroke-dasharray="([^"]*)"', html)
+def lines_of(figure: Any) -> list[Any]:
+    """The curves in the order in which they are drawn: the last is on top."""
+    lines = [line for line in figure.axes[0].lines if line.get_color() in OKABE_ITO]
+    return sorted(lines, key=lambda line: line.get_zorder())
 
 
-def legend(html: str) -> list[str]:
-    return re.findall("</svg> ([^<]*)</div>", html)
+def chances_of(figure: Any) -> list[Any]:
+    return [line for line in figure.axes[0].lines if line._unscaled_dash_pattern == DOTTED]
 
 
-def test_a_curve_on_another_one_is_dashed_above_it_and_said() -> None:
-    html = page("run", losses(beta=0))
-    total, contrastive, separation = CURVE_COLOURS[:3]
-    assert curves(html) == [(total, ""), (separation, ""), (contrastive, ABOVE)]
-    assert legend(html) == [
-        "total: 3 at batch 12", "contrastive: 3 at batch 12, on the line of total", "separation: 0 at batch 12",
-    ]  # fmt: skip
+def test_a_curve_on_another_one_is_dashed_above_it_and_said(figures: list[Any]) -> None:
+    html = page("a < b", losses(beta=0))
+    total, contrastive, separation = OKABE_ITO[:3]
+    *below, above = lines_of(figures[0])
+    assert [line.get_color() for line in below] == [total, separation]
+    assert {line.get_linestyle() for line in below} == {"-"}
+    assert above.get_color() == contrastive
+    assert above._unscaled_dash_pattern == DASHED
+    words = [
+        "total: 3 at batch 12",
+        "contrastive: 3 at batch 12, on the line of total",
+        "separation: 0 at batch 12",
+    ]
+    assert legend(figures[0]) == words
+    assert all(
+        one in html for one in ("a &lt; b: learning curves to batch 12", "<h2>Loss</h2>", *words)
+    )
+    assert html.count("<svg") == html.count("</svg>") == 1
+    assert "<!DOCTYPE svg" not in html
     # and the dots of the one below are seen around those above
-    dots = re.findall('r="([0-9.]*)" fill="([^"]*)"', html)
-    radii = {colour: float(radius) for radius, colour in dots}
-    assert radii[contrastive] < radii[total]
+    assert above.get_markersize() < below[0].get_markersize()
     # curves that can be told apart are whole, and nothing is said
-    html = page("run", losses(beta=0.5))
-    assert [dash for _, dash in curves(html)] == ["", "", ""]
-    assert not any("on the line" in entry for entry in legend(html))
+    page("run", losses(beta=0.5))
+    assert {line.get_linestyle() for line in lines_of(figures[1])} == {"-"}
+    assert not any("on the line" in entry for entry in legend(figures[1]))
 
 
-def test_chance_is_a_dotted_line_and_in_the_legend() -> None:
+def test_chance_is_a_dotted_line_and_in_the_legend(figures: list[Any]) -> None:
     html = page("run", evaluations([0.02, 0.02]))
-    # once for both directions
-    (height,) = re.findall(rf'<path d="M{LEFT} ([0-9.]+)H{RIGHT}" {CHANCE}/>', html)
-    points = re.findall('points="([^"]*)"', html)[0].split()
-    # below the curve, and in the chart
-    assert max(float(place.split(",")[1]) for place in points) < float(height) < BOTTOM
-    assert all(entry.endswith(", chance 0.02") for entry in legend(html))
+    (chance,) = chances_of(figures[0])  # once for both directions
+    assert list(chance.get_xdata()) == [0, 1]  # from side to side
+    assert chance.get_ydata() == pytest.approx([0.02, 0.02])
+    assert all(entry.endswith(", chance 0.02") for entry in legend(figures[0]))
     assert "Dotted: chance." in html
     # one that changes follows the evaluations
-    html = page("run", evaluations([0.02, 0.04]))
-    assert len(re.findall(rf'<path d="M[0-9. ]+ L[0-9. ]+" {CHANCE}/>', html)) == 1
+    page("run", evaluations([0.02, 0.04]))
+    (chance,) = chances_of(figures[1])
+    assert list(chance.get_xdata()) == [10, 20]
+    assert chance.get_ydata() == pytest.approx([0.02, 0.04])
     for line in (without := evaluations([0.02])):
         line.pop("chance", None)
-    assert CHANCE not in page("run", without)
+    page("run", without)
+    assert not chances_of(figures[2])
+
+
+def test_starts_that_went_on_are_grey_lines(figures: list[Any]) -> None:
+    html = page("run", [{"batch": 0, "start": True}, {"batch": 6, "start": True}, *losses(0.5)])
+    assert "after batch 6." in html
+    assert [line.get_xdata()[0] for line in figures[0].axes[0].lines[:2]] == [6, 1]
+    assert "Nothing was trained yet" in page("run", [{"batch": 0, "start": True}])
 
 
 def test_the_page_of_a_run_has_the_chance_of_its_record(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import weakref
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,18 +17,17 @@ from models import small_config
 from alignclip.config.schema import EvaluateConfig, EvaluatorConfig
 from alignclip.device import autocast_dtype, choose_device
 from alignclip.errors import UserError
-from alignclip.evaluation.command import Checkpoints, _without_failing, finish, main
+from alignclip.evaluation.command import _without_failing, finish, main, read_checkpoints
 from alignclip.evaluation.curves import gap_curves
 from alignclip.evaluation.history import (
     EvaluationRecords,
     Record,
-    first_before,
     history_beside,
     records_in,
     run_folder,
 )
 from alignclip.evaluation.json_lines import text_of
-from alignclip.evaluation.report import ComparisonReport, table
+from alignclip.evaluation.report import Compared, ComparisonReport, table
 from alignclip.evaluation.tasks import clustering
 from alignclip.model.encoders import build_encoders
 from alignclip.weights.digest import weights_digest
@@ -45,13 +45,26 @@ GOOD |= dict.fromkeys(RECALL, 0.5)
 
 
 def report(
-    out: Path, checkpoints: dict[str, str], evaluators: tuple[str, ...] = ("gap",), **more: Any
+    out: Path,
+    checkpoints: dict[str, str],
+    evaluators: tuple[str, ...] | dict[str, EvaluatorConfig] = ("gap",),
+    batches: tuple[int | None, ...] = (),
+    **more: Any,
 ) -> ComparisonReport:
-    """A comparison whose weights are called as their places are."""
-    tasks = {name: EvaluatorConfig(task="gap", local=f"sets/{name}") for name in evaluators}
-    weights = more.pop("weights", {name: f"xxh3:{place}" for name, place in checkpoints.items()})
-    config = EvaluateConfig(checkpoints=checkpoints, evaluators=tasks, out=str(out), **more)
-    return ComparisonReport(config, weights)
+    """A comparison whose weights are called as their places are, of what is in their folders."""
+    if not isinstance(evaluators, dict):
+        evaluators = {
+            name: EvaluatorConfig(task="gap", local=f"sets/{name}") for name in evaluators
+        }
+    weights = more.pop("weights", {})
+    compared = {
+        name: Compared(place, weights.get(name, f"xxh3:{place}"), batch, history_beside(place))
+        for (name, place), batch in zip_longest(checkpoints.items(), batches)
+    }
+    return ComparisonReport(
+        EvaluateConfig(checkpoints=checkpoints, evaluators=evaluators, out=str(out), **more),
+        compared,
+    )
 
 
 def content(out: Path) -> dict[str, Any]:
@@ -60,12 +73,14 @@ def content(out: Path) -> dict[str, Any]:
     return found
 
 
-def keep_history(run: Path, *batches: int, more: str = "") -> list[Record]:
+def keep_history(
+    run: Path, *batches: int, more: str = "", figures: dict[str, float] = GAP | CHANCE
+) -> list[Record]:
     """A run's record of its evaluations, as training writes it."""
     run.mkdir(parents=True)
     history = EvaluationRecords(None)
     for batch in batches:
-        history.add(batch, "gap", GAP | CHANCE | {"rmg": math.nan}, CHANCE)
+        history.add(batch, "gap", figures | {"rmg": math.nan}, CHANCE)
     (run / "evaluations.jsonl").write_text(text_of(history.records) + more, encoding="utf-8")
     return history.records
 
@@ -140,9 +155,8 @@ def test_the_verdict_is_against_the_first_evaluation_of_the_run(
     tmp_path: Path, chance: dict[str, float], words: str
 ) -> None:
     before = GAP | {"centroid_distance": 1.1, "margin": 0.0} | CHANCE
-    first = EvaluationRecords(None).add(10, "gap", before, CHANCE)
-    config = EvaluateConfig(checkpoint="x", out=str(tmp_path))
-    one = ComparisonReport(config, {"model": "w"}, {"model": {"gap": first}})
+    keep_history(tmp_path / "run", 10, figures=before)
+    one = report(tmp_path, {"model": f"{tmp_path}/run"}, batches=(20,))
     one.add("model", "gap", GOOD, chance)
     verdict = one.verdicts()["model"]["gap"]
     assert verdict.text.startswith(words)
@@ -153,10 +167,8 @@ def test_the_verdict_is_against_the_first_evaluation_of_the_run(
 def test_a_checkpoint_is_compared_with_an_earlier_evaluation_alone(
     tmp_path: Path, batch: int | None, first: int | None
 ) -> None:
-    found = first_before(keep_history(tmp_path / "run", 5, 10), batch)
-    assert [record["batch"] for record in found.values()] == ([] if first is None else [first])
-    config = EvaluateConfig(checkpoint=str(tmp_path / "run" / "best"), out=str(tmp_path))
-    one = ComparisonReport(config, {"model": "w"}, {"model": found})
+    keep_history(tmp_path / "run", 5, 10)
+    one = report(tmp_path, {"model": f"{tmp_path}/run/best"}, batches=(batch,))
     one.add("model", "gap", GAP | RECALL, CHANCE)
     assert ("at batch 5" in one.verdicts()["model"]["gap"].text) == (first is not None)
 
@@ -188,19 +200,20 @@ def test_what_is_particular_about_a_set_is_said_below_the_table_and_kept(tmp_pat
 # --- curves and plots ---------------------------------------------------------------------------------------------
 
 
-def test_curves_are_of_runs_and_of_checkpoints_whose_names_tell_the_batch(tmp_path: Path) -> None:
+def test_curves_are_of_runs_and_of_checkpoints_whose_batch_is_known(tmp_path: Path) -> None:
     places = {
         "x": "s3:/b/runs/first/ep1-ba200-rank0.pt",
         "y": "runs/first/latest-rank0.pt",
         "z": "ep0-ba7-rank0.pt",
     }
-    one = report(tmp_path, places)
+    one = report(tmp_path, places, batches=(200, None, 7))
     for name in places:
         one.add(name, "coco", GAP, {})
         one.add(name, "cifar10", {"acc1": 0.5}, {})
     assert batches_of(one) == {"x (first) · coco": [200], "y · coco": [None], "z (.) · coco": [7]}
     # runs of one name in two places are two curves
-    two = report(tmp_path, {name: f"{name}/runs/first/ep1-ba20-rank0.pt" for name in ("a", "b")})
+    of_one_name = {name: f"{name}/runs/first/latest-rank0.pt" for name in ("a", "b")}
+    two = report(tmp_path, of_one_name, batches=(20, 20))
     for name in ("a", "b"):
         two.add(name, "gap", GAP, {})
     assert gap_curves(two).keys() == {"a (a/runs/first) · gap", "b (b/runs/first) · gap"}
@@ -215,8 +228,7 @@ def test_of_checkpoints_some_of_which_were_not_evaluated_in_training_all_are_dra
         "alignclip": f"{tmp_path}/second",
         "openai": "hf-hub:a/b",
     }
-    one = report(tmp_path / "out", places)
-    one.batches = {"clip": 30, "alignclip": 10, "openai": None}
+    one = report(tmp_path / "out", places, batches=(30, 10, None))
     for name in places:
         one.add(name, "gap", GAP, CHANCE)
     # in the order, and so in the colours, of the other plots
@@ -229,8 +241,7 @@ def test_of_checkpoints_some_of_which_were_not_evaluated_in_training_all_are_dra
 
 def test_an_evaluator_of_one_name_on_another_set_is_another_curve(tmp_path: Path) -> None:
     keep_history(tmp_path / "run", 5, 10)
-    one = report(tmp_path / "out", {"model": f"{tmp_path}/run"})
-    one.batches = {"model": 10}
+    one = report(tmp_path / "out", {"model": f"{tmp_path}/run"}, batches=(10,))
     one.add("model", "gap", GAP, RECALL)
     assert batches_of(one) == {"gap": [5, 10], "gap on another set (2)": [10]}
 
@@ -256,7 +267,7 @@ def test_everything_is_written_and_a_plot_that_fails_takes_nothing_with_it(
 ) -> None:
     places = {f"ba{batch}": f"runs/first/ep0-ba{batch}-rank0.pt" for batch in (10, 20)}
     images, texts = torch.randn(2, 30, 8)
-    one = report(tmp_path, places)
+    one = report(tmp_path, places, batches=(10, 20))
     for name in places:
         one.add(name, "gap", GAP, {})
         one.add(name, "coco", RECALL, CHANCE)
@@ -322,7 +333,7 @@ def test_results_of_another_comparison_are_kept_elsewhere(
     capsys.readouterr()
     one = report(tmp_path, **({"checkpoints": {"a": "x"}} | now))
     assert content(tmp_path) == before, "nothing is touched before there are results"
-    (name,) = one.weights
+    (name,) = one.checkpoints
     one.add(name, "gap", {"rmg": 0.2}, {})
     said = capsys.readouterr().out
     earlier = tmp_path / "earlier-1"
@@ -341,9 +352,9 @@ def test_an_evaluator_of_one_name_on_another_set_is_another_comparison(tmp_path:
     report(tmp_path, {"a": "x"}).add("a", "gap", {"rmg": 0.1}, {})
     # where a remote set is cached makes no difference
     for cache in ("cache", "elsewhere"):
-        config = EvaluateConfig(checkpoints={"a": "x"}, out=str(tmp_path))
-        config.evaluators = {"gap": EvaluatorConfig(task="gap", remote="s3://b/c", local=cache)}
-        ComparisonReport(config, {"a": "xxh3:x"}).add("a", "gap", {"rmg": 0.2}, {})
+        of_a_bucket = {"gap": EvaluatorConfig(task="gap", remote="s3://b/c", local=cache)}
+        again = report(tmp_path, {"a": "x"}, evaluators=of_a_bucket)
+        again.add("a", "gap", {"rmg": 0.2}, {})
     assert content(tmp_path / "earlier-1")["results"] == {"a": {"gap": {"rmg": 0.1}}}
     assert not (tmp_path / "earlier-2").exists()
 
@@ -353,9 +364,8 @@ def test_settings_of_a_task_are_in_the_results(tmp_path: Path) -> None:
         one = EvaluatorConfig(
             task="clustering", local="x", settings=clustering.Settings(**settings)
         )
-        config = EvaluateConfig(checkpoints={"a": "x"}, out=str(tmp_path))
-        config.evaluators = {"clusters": one}
-        ComparisonReport(config, {"a": "xxh3:x"}).add("a", "clusters", {"ari": 0.2}, {})
+        again = report(tmp_path, {"a": "x"}, evaluators={"clusters": one})
+        again.add("a", "clusters", {"ari": 0.2}, {})
         found: dict[str, Any] = content(tmp_path)["evaluators"]
         return found
 
@@ -398,14 +408,12 @@ def test_each_checkpoint_is_read_once_and_its_memory_is_free_after_its_evaluatio
 
     monkeypatch.setattr(load, "open_encoders", open_encoders)
     monkeypatch.setattr(load, "load_encoders", lambda place: open_encoders(place).model)
-    several = Checkpoints({"a": "1", "b": "2"})
-    assert several.batches == {"a": 1, "b": 2}
-    assert several.image_sizes == {"a": 32, "b": 32}
-    assert len(set(several.digests.values())) == 2
+    models, compared = read_checkpoints({"a": "1", "b": "2"})
+    assert [one.batch for one in compared.values()] == [1, 2]
+    assert len({one.digest for one in compared.values()}) == 2
+    assert all(weights_digest(models[name]) == compared[name].digest for name in models)
     for name, others in (("a", {"2"}), ("b", set())):
-        model = several.take(name)
-        assert weights_digest(model) == several.digests[name]
-        del model
+        del models[name]
         assert alive == others
     assert read == ["1", "2"]
 

@@ -12,8 +12,8 @@ import numpy as np
 from alignclip.evaluation.frame import (
     DASHED,
     GREY,
-    SQUARES,
     chance_entry,
+    entries,
     new_panels,
     save_figure,
     style,
@@ -24,6 +24,7 @@ from alignclip.evaluation.frame import (
 Results = Mapping[str, Mapping[str, Mapping[str, float]]]
 Chance = Mapping[str, Mapping[str, float]]  # evaluator → metric → value
 
+SQUARES: dict[str, Any] = {"marker": "s", "linestyle": "none", "markersize": 8}
 PER_CLASS = "mean_per_class_recall"
 RECALL_TICKS = {
     f"{found}_retrieval_recall@{k}": f"{query} → {found}\nR@{k}"
@@ -48,18 +49,18 @@ def recall_bars(results: Results, path: str | Path, chance: Chance | None = None
         ValueError: no evaluator has recalls, or one is not in [0, 1]: which.
         UserError: matplotlib is not installed.
     """
-    evaluators = _percents(results, tuple(RECALL_TICKS))
-    distinct: dict[str, list[str]] = {}
-    for evaluator, bars in evaluators.items():
-        distinct.setdefault(str(bars), []).append(evaluator)
-    names = _drawn(results, evaluators)
-    panels = new_panels(names, 9.5, 3.2 * len(distinct), len(distinct))[:, 0]
-    for panel, same in zip(panels, distinct.values(), strict=True):
-        of_chance = _in_percent((chance or {}).get(same[0], {}), tuple(RECALL_TICKS))
-        _draw_bars(panel, names, evaluators[same[0]], list(RECALL_TICKS.values()), of_chance)
+    names, evaluators, percents = _table(results, chance, list(RECALL_TICKS))
+    same: dict[bytes, list[int]] = {}  # figures → where evaluators have them
+    for column in range(len(evaluators)):
+        same.setdefault(percents[:-1, column].tobytes(), []).append(column)
+    panels = new_panels(names, 9.5, 3.2 * len(same), len(same))[:, 0]
+    for panel, columns in zip(panels, same.values(), strict=True):
+        _draw_bars(panel, percents[:, columns[0]], list(RECALL_TICKS.values()))
         panel.set_ylabel("recall, %")
-        panel.set_title(wrapped(", ".join(same), 90), fontsize=11)
-    save_figure(panels[0].figure, path, names, SQUARES, chance_entry(chance))
+        sharing = ", ".join(evaluators[column] for column in columns)
+        panel.set_title(wrapped(sharing, 90), fontsize=11)
+    shown = entries(names, **SQUARES) + chance_entry(chance)
+    save_figure(panels[0].figure, path, shown)
 
 
 def accuracy_bars(results: Results, path: str | Path, chance: Chance | None = None) -> None:
@@ -69,71 +70,55 @@ def accuracy_bars(results: Results, path: str | Path, chance: Chance | None = No
     classes are; a dashed grey line is that number. Arguments and errors: those of
     :func:`recall_bars`.
     """
-    evaluators = _percents(results, (PER_CLASS,))
-    names = _drawn(results, evaluators)
-    bars = {
-        name: [of_name.get(name, [math.nan])[0] for of_name in evaluators.values()]
-        for name in names
-    }
-    of_chance = [
-        _in_percent((chance or {}).get(evaluator, {}), (PER_CLASS,))[0] for evaluator in evaluators
-    ]
+    names, evaluators, percents = _table(results, chance, [PER_CLASS])
     panel = new_panels(names, max(6.0, 1.5 + 1.1 * len(evaluators)), 3.6)[0, 0]
-    _draw_bars(panel, names, bars, [wrapped(evaluator, 14) for evaluator in evaluators], of_chance)
+    _draw_bars(panel, percents[:, :, 0], [wrapped(evaluator, 14) for evaluator in evaluators])
     panel.set_ylabel("mean per class recall, %")
-    save_figure(panel.figure, path, names, SQUARES, chance_entry(chance))
+    save_figure(panel.figure, path, entries(names, **SQUARES) + chance_entry(chance))
 
 
-def _draw_bars(
-    panel: Any,
-    names: Sequence[str],
-    bars: Mapping[str, Sequence[float]],
-    ticks: Sequence[str],
-    chance: Sequence[float],
-) -> None:
-    """Draw groups of bars in percent, a colour a name, and a line at each group's chance."""
-    width = 0.84 / len(names)
+def _draw_bars(panel: Any, percents: np.ndarray, ticks: Sequence[str]) -> None:
+    """Draw a group of bars a column, a colour a row; the last row is chance, a line a column."""
+    *rows, chance = percents
+    width = 0.84 / len(rows)
     groups = np.arange(len(ticks))
-    for index, name in enumerate(names):
-        values = bars.get(name, [math.nan] * len(ticks))
-        x = groups + (index - (len(names) - 1) / 2) * width
+    for index, values in enumerate(rows):
+        x = groups + (index - (len(rows) - 1) / 2) * width
         drawn = panel.bar(x, values, 0.92 * width, color=style(index)["color"])
-        if len(names) <= 4:
+        if len(rows) <= 4:
             texts = ["" if math.isnan(value) else f"{value:.1f}" for value in values]
             panel.bar_label(drawn, texts, fontsize=8, padding=1)
-    for group, value in enumerate(chance):
-        if math.isfinite(value):
-            ends = [group - 0.46, group + 0.46]
-            panel.plot(ends, [value, value], color=GREY, linestyle=DASHED, linewidth=1.2)
+    for group in np.flatnonzero(np.isfinite(chance)):
+        ends, level = [group - 0.46, group + 0.46], chance[group]
+        panel.plot(ends, [level, level], color=GREY, linestyle=DASHED, linewidth=1.2)
     panel.set_xticks(groups, ticks)
-    panel.set_ylim(0, max(1.0, 1.1 * np.nanmax([*bars.values(), chance])))
+    panel.set_ylim(0, max(1.0, 1.1 * np.nanmax(percents)))
 
 
-def _in_percent(found: Mapping[str, float], metrics: Sequence[str]) -> list[float]:
-    return [100 * found.get(name, math.nan) for name in metrics]
+def _table(
+    results: Results, chance: Chance | None, metrics: Sequence[str]
+) -> tuple[list[str], list[str], np.ndarray]:
+    """Return the checkpoints and evaluators that have any of the metrics, and their percents.
 
-
-def _drawn(results: Results, evaluators: Mapping[str, Mapping[str, object]]) -> list[str]:
-    """Return the checkpoints that have bars."""
-    return [name for name in results if any(name in bars for bars in evaluators.values())]
-
-
-def _percents(results: Results, metrics: Sequence[str]) -> dict[str, dict[str, list[float]]]:
-    """Return evaluator → checkpoint → percent by metrics, NaN where one is missing.
+    The percents are [checkpoints + 1, evaluators, metrics], NaN where one is missing; the last row
+    is what chance would score.
 
     Raises:
         ValueError: a figure is not in [0, 1]; no evaluator has any of the metrics.
     """
-    evaluators: dict[str, dict[str, list[float]]] = {}
+    found: dict[str, dict[str, Mapping[str, float]]] = {}  # checkpoint → evaluator → figures
     for checkpoint, of_checkpoint in results.items():
-        for evaluator, found in of_checkpoint.items():
-            known = {name: found[name] for name in metrics if name in found}
-            for name, value in known.items():
-                if not 0 <= value <= 1:
+        for evaluator, figures in of_checkpoint.items():
+            for name in figures.keys() & metrics:
+                if not 0 <= figures[name] <= 1:
                     where = f"{checkpoint}, {evaluator}"
-                    raise ValueError(f"{where}: {name} must be in [0, 1], not {value}")
-            if known:
-                evaluators.setdefault(evaluator, {})[checkpoint] = _in_percent(known, metrics)
-    if not evaluators:
+                    raise ValueError(f"{where}: {name} must be in [0, 1], not {figures[name]}")
+                found.setdefault(checkpoint, {})[evaluator] = figures
+    if not found:
         raise ValueError(f"no evaluator has any of {', '.join(metrics)}")
-    return evaluators
+    evaluators = list(dict.fromkeys(name for figures in found.values() for name in figures))
+    shares = [
+        [[of_row.get(name, {}).get(metric, math.nan) for metric in metrics] for name in evaluators]
+        for of_row in (*found.values(), chance or {})
+    ]
+    return list(found), evaluators, 100 * np.array(shares)

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,8 @@ from alignclip.config.plugged import TASKS
 from alignclip.config.reading import load_evaluation
 from alignclip.config.schema import EvaluateConfig
 from alignclip.errors import UserError, one_line_errors
-from alignclip.evaluation.history import Record, first_before, history_beside
-from alignclip.evaluation.report import RESULTS, ComparisonReport, places, table
+from alignclip.evaluation.history import history_beside
+from alignclip.evaluation.report import RESULTS, Compared, ComparisonReport, places, table
 from alignclip.runtime import console, launcher
 from alignclip.runtime.arguments import read_arguments
 from alignclip.storage import check_folder_writable, leaving_nothing
@@ -79,7 +80,7 @@ def run(config: EvaluateConfig, known: Mapping[str, str] | None = None) -> dict[
     """
     from alignclip.data import shared_memory
     from alignclip.device import autocast_dtype, choose_device
-    from alignclip.evaluation.encoding import Encoder
+    from alignclip.evaluation.encoding import Encoder, image_size
     from alignclip.ranks import (
         gather_objects,
         local_rank,
@@ -94,20 +95,19 @@ def run(config: EvaluateConfig, known: Mapping[str, str] | None = None) -> dict[
     if local_rank() == 0:
         shared_memory.remove_stale()
     run_on_rank_zero(lambda: _check_writable(config.out))
-    checkpoints = Checkpoints(places(config))
-    report = ComparisonReport(config, checkpoints.digests, _past(checkpoints), checkpoints.batches)
+    models, compared = read_checkpoints(places(config))
+    report = ComparisonReport(config, compared)
     report.failed |= dict(gather_objects(list((known or {}).items())))
-    evaluators = _open_evaluators(config, set(checkpoints.image_sizes.values()), report)
+    sizes = {image_size(model) for model in models.values()}
+    evaluators = _open_evaluators(config, sizes, report.failed)
     pairs: dict[str, PairFeatures] = {}
-    for name in checkpoints.places:
-        model = checkpoints.take(name).to(device)
+    for name in compared:
+        model = models.pop(name).to(device)
         encoder = Encoder(model, device, autocast_dtype(config.precision))
         for evaluator in evaluators[encoder.image_size]:
-            encoder.batch_size = evaluator.config.batch_size
             result = None
-            with _without_failing(
-                report.failed, evaluator.name, name if len(checkpoints.places) > 1 else None
-            ):
+            of_several = name if len(compared) > 1 else None
+            with _without_failing(report.failed, evaluator.name, of_several):
                 result = evaluator(encoder)
             if result is None or rank() != 0:
                 continue
@@ -121,48 +121,39 @@ def run(config: EvaluateConfig, known: Mapping[str, str] | None = None) -> dict[
     return report.failed
 
 
-class Checkpoints:
-    """The checkpoints that are compared, each read once, at the beginning.
+def read_checkpoints(
+    places: Mapping[str, str],
+) -> tuple[dict[str, CLIP], dict[str, Compared]]:
+    """Read the checkpoints that are compared, each once, at the beginning.
 
     A checkpoint that is not there should not be found out after hours with the others. A run may
     write over its latest checkpoint, or remove an old one, while others are evaluated: the models
     therefore wait in the CPU's memory, and digests and results are of the same weights.
 
-    Attributes:
-        places: paths and URLs, by the names that the checkpoints have in tables and plots.
-        image_sizes: pixels a side, by name.
-        batches: how many batches each run had trained, where the file says so.
-        digests: of the weights; empty on other ranks than 0.
+    Returns:
+        The models, and what rank 0 reports of them, by name.
 
     Raises:
         UserError: one is not there, or is no checkpoint of a CLIP.
     """
+    from alignclip.ranks import rank
+    from alignclip.weights.digest import weights_digest
+    from alignclip.weights.load import open_encoders
 
-    def __init__(self, places: Mapping[str, str]) -> None:
-        from alignclip.evaluation.encoding import image_size
-        from alignclip.ranks import rank
-        from alignclip.weights.digest import weights_digest
-        from alignclip.weights.load import open_encoders
-
-        self.places = dict(places)
-        self.image_sizes: dict[str, int] = {}
-        self.batches: dict[str, int | None] = {}
-        self.digests: dict[str, str] = {}
-        self._models: dict[str, CLIP] = {}
-        for name, place in places.items():
-            found = open_encoders(place)
-            self.image_sizes[name] = image_size(found.model)
-            self.batches[name] = found.batch
-            self.digests[name] = weights_digest(found.model) if rank() == 0 else ""
-            self._models[name] = found.model
-
-    def take(self, name: str) -> CLIP:
-        """Hand a checkpoint's model over, once: its memory is free after its evaluation."""
-        return self._models.pop(name)
+    models: dict[str, CLIP] = {}
+    compared: dict[str, Compared] = {}
+    for name, place in places.items():
+        found = open_encoders(place)
+        models[name] = found.model
+        compared[name] = Compared(place, "", found.batch)
+        if rank() == 0:
+            compared[name].digest = weights_digest(found.model)
+            compared[name].history = history_beside(place)
+    return models, compared
 
 
 def _open_evaluators(
-    config: EvaluateConfig, sizes: Iterable[int], report: ComparisonReport
+    config: EvaluateConfig, sizes: Iterable[int], failed: dict[str, str]
 ) -> dict[int, list[Evaluator]]:
     """Open the evaluators that can be run, by image size; tell what is wrong with the others."""
     from alignclip.evaluation.evaluator import Evaluator
@@ -172,18 +163,10 @@ def _open_evaluators(
     evaluators: dict[int, list[Evaluator]] = {size: [] for size in sizes}
     for name, evaluator in config.evaluators.items():
         for size, ready in evaluators.items():
-            if name not in report.failed:
-                with _without_failing(report.failed, name):
+            if name not in failed:
+                with _without_failing(failed, name):
                     ready.append(Evaluator(name, evaluator, size, opened))
     return evaluators
-
-
-def _past(checkpoints: Checkpoints) -> dict[str, dict[str, Record]]:
-    """Return the first evaluations of each checkpoint's run, earlier than the checkpoint."""
-    return {
-        name: first_before(history_beside(place), checkpoints.batches[name])
-        for name, place in checkpoints.places.items()
-    }
 
 
 @contextmanager
@@ -256,19 +239,15 @@ def _drawings(
     results, chance = report.results, report.chance
     measured = {name for _, _, metrics in report.measured() for name in metrics}
     curves = gap_curves(report)
-    moves = any(len({point.batch for point in points}) > 1 for points in curves.values())
-    drawings: dict[str, tuple[object, Callable[[Path], None]]] = {
-        "cosines": (pairs, lambda path: plots.cosine_histograms(pairs, path)),
-        "embeddings": (pairs, lambda path: plots.embedding_maps(pairs, path)),
-        "spectra": (pairs, lambda path: plots.spectra(pairs, path)),
-        "recall": (
-            "image_retrieval_recall@1" in measured,
-            lambda path: bars.recall_bars(results, path, chance),
-        ),
-        "classes": (
-            bars.PER_CLASS in measured,
-            lambda path: bars.accuracy_bars(results, path, chance),
-        ),
-        "gap": (moves, lambda path: draw_curves(curves, path)),
-    }
-    return {name: draw for name, (wanted, draw) in drawings.items() if wanted}
+    drawings: dict[str, Callable[[Path], None]] = {}
+    if pairs:
+        drawings["cosines"] = partial(plots.cosine_histograms, pairs)
+        drawings["embeddings"] = partial(plots.embedding_maps, pairs)
+        drawings["spectra"] = partial(plots.spectra, pairs)
+    if "image_retrieval_recall@1" in measured:
+        drawings["recall"] = partial(bars.recall_bars, results, chance=chance)
+    if bars.PER_CLASS in measured:
+        drawings["classes"] = partial(bars.accuracy_bars, results, chance=chance)
+    if any(len({point.batch for point in points}) > 1 for points in curves.values()):
+        drawings["gap"] = partial(draw_curves, curves)
+    return drawings

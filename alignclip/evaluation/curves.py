@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from alignclip.evaluation.frame import (
     DASH_DOTTED,
     DASHED,
     DOTTED,
+    count_batches,
+    entries,
     new_panels,
     save_figure,
     style,
 )
-from alignclip.evaluation.history import Record, history_beside, run_folder
-from alignclip.evaluation.json_lines import with_nan, without_nan
-from alignclip.evaluation.report import ComparisonReport, places
-from alignclip.evaluation.verdict import RECALLS, judge
+from alignclip.evaluation.history import Record, run_folder
+from alignclip.evaluation.json_lines import with_nan
+from alignclip.evaluation.report import ComparisonReport
+from alignclip.evaluation.verdict import RECALLS, judge, mean_recall
 
 DISTANCE = "centroid_distance"
 JUDGED = {DISTANCE, "margin", "effective_rank_image", "effective_rank_text"}
@@ -47,7 +50,7 @@ class Point:
     @property
     def recall(self) -> float:
         """Recall@5, the mean over both directions; NaN where neither was measured."""
-        return _mean_recall(self.metrics)
+        return mean_recall(self.metrics)
 
     @property
     def collapsed(self) -> bool:
@@ -56,6 +59,7 @@ class Point:
         return verdict is not None and verdict.collapsed
 
 
+Evaluated = tuple[str, Point]  # by an evaluator
 Curves = dict[str, list[Point]]  # by run and evaluator
 
 
@@ -65,66 +69,49 @@ def gap_curves(report: ComparisonReport) -> Curves:
     Each of several checkpoints is a point of its run's curve. A checkpoint whose batch is not known
     is a level. Both are called as in the table.
     """
-    compared = places(report.config)
-    runs: dict[str, list[Record]] = {}
-    members: dict[str, list[str]] = {}  # of each run: the names of its checkpoints
-    levels: dict[str, Curves] = {}
-    for name, place in compared.items():
-        batch = report.batches.get(name)
-        batch = _batch_named(place) if batch is None else batch
-        results = report.results.get(name, {})
-        own = records_of(batch or 0, results, report.chance)
-        past = history_beside(place)
-        if batch is None and len(compared) > 1:
-            levels[name] = {
-                curve: [replace(point, batch=None) for point in points]
-                for curve, points in curves_of(own, name).items()
-            }
-        own = [] if batch is None else own
-        if own or past:
-            folder = run_folder(place)
-            members.setdefault(folder, []).append(name)
-            runs[folder] = [*runs.get(folder, past), *own]
-    found = dict(levels)
-    for folder, records in runs.items():
-        run = _run_name(folder, members, list(runs)) if len(compared) > 1 else ""
-        first = members[folder][0]
-        found[first] = found.get(first, {}) | curves_of(records, run)
-    return {curve: points for name in compared for curve, points in found.get(name, {}).items()}
+    own: dict[str, list[Evaluated]] = {}
+    runs: dict[str, list[str]] = {}  # folder → the names of its checkpoints
+    for name, one in report.checkpoints.items():
+        own[name] = [
+            (evaluator, Point(one.batch, metrics, report.chance.get(evaluator, {})))
+            for evaluator, metrics in report.results[name].items()
+        ]
+        if one.history or (own[name] and one.batch is not None):
+            runs.setdefault(run_folder(one.place), []).append(name)
+    curves: Curves = {}
+    several = len(report.checkpoints) > 1
+    for name, one in report.checkpoints.items():
+        if one.batch is None and several:
+            curves |= curves_of(own[name], name)
+        folder = run_folder(one.place)
+        members = runs.get(folder, [])
+        if members[:1] == [name]:
+            found = of_records(one.history)
+            known = [member for member in members if report.checkpoints[member].batch is not None]
+            for member in known:
+                found += own[member]
+            curves |= curves_of(found, _run_name(folder, members, [*runs]) if several else "")
+    return curves
 
 
-def _batch_named(place: str) -> int | None:
-    """Return the batch that a kept checkpoint's name tells, as in ``ep1-ba200-rank0.pt``."""
-    named = re.search(r"(?:^|/)ep\d+-ba(\d+)[^/]*$", place)
-    return int(named[1]) if named else None
+def of_records(history: Sequence[Record]) -> list[Evaluated]:
+    """Return the evaluations of a run as points of curves."""
+    return [
+        (one["evaluator"], Point(one["batch"], with_nan(one["metrics"]), one["chance"]))
+        for one in history
+    ]
 
 
-def _run_name(folder: str, members: Mapping[str, Sequence[str]], folders: Sequence[str]) -> str:
+def _run_name(folder: str, members: Sequence[str], folders: Sequence[str]) -> str:
     """Return a run's folder, with the name of its checkpoint before it, where there is but one."""
     short = [one.rpartition("/")[2] for one in folders]
     # runs of one name in several places are told apart by the whole place
     run = folder.rpartition("/")[2] if len(set(short)) == len(short) else folder
-    first, *others = members[folder]
+    first, *others = members
     return run if others or first == run else f"{first} ({run})"
 
 
-def records_of(
-    batch: int, results: Mapping[str, Values], chance: Mapping[str, Values]
-) -> list[Record]:
-    """Return the results of a checkpoint as records of its run, by evaluator."""
-    return [
-        Record(
-            batch=batch,
-            evaluator=evaluator,
-            metrics=without_nan(metrics),
-            chance=dict(chance.get(evaluator, {})),
-            verdict=None,
-        )
-        for evaluator, metrics in results.items()
-    ]
-
-
-def curves_of(history: Sequence[Record], run: str = "") -> Curves:
+def curves_of(evaluated: Sequence[Evaluated], run: str = "") -> Curves:
     """Choose the evaluations of a run that can be drawn, a curve an evaluator.
 
     An evaluator of retrieval on the pairs of another one, which measures the gap as well, has no
@@ -132,22 +119,21 @@ def curves_of(history: Sequence[Record], run: str = "") -> Curves:
     on another set, which other chances show, it is another curve.
 
     Args:
-        history: of the run, in any order.
+        evaluated: by the run, in any order.
         run: what to call the run; nothing where there is but one.
     """
     sets: dict[str, list[Values]] = {}
     found: dict[str, dict[int, Point]] = {}
-    for record in history:
-        if record["metrics"].keys().isdisjoint((DISTANCE, *RECALLS)):
+    for evaluator, point in evaluated:
+        if point.metrics.keys().isdisjoint((DISTANCE, *RECALLS)):
             continue
-        known = sets.setdefault(record["evaluator"], [])
-        if record["chance"] not in known:
-            known.append(record["chance"])
-        number = known.index(record["chance"])
-        parts = [run, record["evaluator"]] if run else [record["evaluator"]]
-        name = " · ".join(parts) + (f" on another set ({number + 1})" if number else "")
-        point = Point(record["batch"], with_nan(record["metrics"]), record["chance"])
-        found.setdefault(name, {})[record["batch"]] = point
+        known = sets.setdefault(evaluator, [])
+        if point.chance not in known:
+            known.append(point.chance)
+        number = known.index(point.chance)
+        name = f"{run} · {evaluator}" if run else evaluator
+        name += f" on another set ({number + 1})" if number else ""
+        found.setdefault(name, {})[point.batch or 0] = point
     curves = {name: [points[batch] for batch in sorted(points)] for name, points in found.items()}
     gaps = [points for points in curves.values() if DISTANCE in points[0].metrics]
     return {
@@ -183,13 +169,13 @@ def draw_curves(curves: Mapping[str, Sequence[Point]], path: str | Path) -> None
     gap, margin, recall = panels = new_panels(curves, 12, 4, columns=3, sharex=True)[0]
     for index, points in enumerate(curves.values()):
         points = sorted(points, key=lambda point: point.batch or 0)
-        _draw_marked(gap, points, [point.metrics.get(DISTANCE) for point in points], index)
-        _draw_marked(margin, points, [point.metrics.get("margin") for point in points], index)
-        aligned = [point.metrics.get("alignment_score") for point in points]
-        _draw_line(margin, points, aligned, index, DASHED)
-        _draw_marked(recall, points, [100 * point.recall for point in points], index)
-        chances = [100 * _mean_recall(point.chance) for point in points]
-        _draw_line(recall, points, chances, index, DOTTED)
+        drawn = _Drawn(points, style(index))
+        drawn.marked(gap, [point.metrics.get(DISTANCE, math.nan) for point in points])
+        drawn.marked(margin, [point.metrics.get("margin", math.nan) for point in points])
+        aligned = [point.metrics.get("alignment_score", math.nan) for point in points]
+        drawn.line(margin, aligned, DASHED)
+        drawn.marked(recall, [100 * point.recall for point in points])
+        drawn.line(recall, [100 * mean_recall(point.chance) for point in points], DOTTED)
     titles = (
         "gap: distance of the two means\n↓ lower is better",
         "margin over wrong pairs (solid)\n↑ higher is better; dashed: alignment of pairs",
@@ -198,55 +184,43 @@ def draw_curves(curves: Mapping[str, Sequence[Point]], path: str | Path) -> None
     for panel, title in zip(panels, titles, strict=True):
         panel.set_title(title, fontsize=10.5)
         _axes(panel)
-    save_figure(gap.figure, path, [_label(name, points) for name, points in curves.items()])
+    labels = [_label(name, points) for name, points in curves.items()]
+    save_figure(gap.figure, path, entries(labels))
 
 
-def _known(
-    points: Sequence[Point], values: Sequence[float | None]
-) -> tuple[list[Point], list[float]]:
-    """Leave out what was not measured."""
-    pairs = [
-        (point, value)
-        for point, value in zip(points, values, strict=True)
-        if value is not None and not math.isnan(value)
-    ]
-    return [point for point, _ in pairs], [value for _, value in pairs]
+class _Drawn:
+    """The curve of some points, in its colour, on any panel; what was not measured is left out."""
 
+    def __init__(self, points: Sequence[Point], look: dict[str, Any]) -> None:
+        self.level = any(point.batch is None for point in points)
+        self.batches = np.array([point.batch or 0 for point in points])
+        self.collapsed = np.array([point.collapsed for point in points])
+        self.look = look
 
-def _draw_marked(
-    panel: Any, points: Sequence[Point], values: Sequence[float | None], index: int
-) -> None:
-    """Draw a solid line with markers, which are hollow where the space has collapsed."""
-    if any(point.batch is None for point in points):
-        _draw_line(panel, points, values, index, DASH_DOTTED)
-        return
-    points, numbers = _known(points, values)
-    look = style(index)
-    steps = [point.batch for point in points]
-    panel.plot(steps, numbers, color=look["color"], linewidth=1.5)
-    look |= {"markersize": 5 if len(points) > MANY else 7, "linestyle": "none"}
-    hollow = {
-        "markerfacecolor": "white",
-        "markeredgecolor": look["color"],
-        "markeredgewidth": 1.2,
-    }
-    for collapsed, more in ((False, {}), (True, hollow)):
-        rows = [i for i, point in enumerate(points) if point.collapsed == collapsed]
-        panel.plot([steps[i] for i in rows], [numbers[i] for i in rows], **{**look, **more})
+    def marked(self, panel: Any, values: Sequence[float]) -> None:
+        """Draw a solid line with markers, which are hollow where the space has collapsed."""
+        if self.level:
+            self.line(panel, values, DASH_DOTTED)
+            return
+        self._plot(panel, values, ~np.isnan(values), color=self.look["color"], linewidth=1.5)
+        look = {**self.look, "markersize": 5 if len(values) > MANY else 7, "linestyle": "none"}
+        self._plot(panel, values, ~self.collapsed, **look)
+        look |= {"markerfacecolor": "white", "markeredgecolor": self.look["color"]}
+        self._plot(panel, values, self.collapsed, **look | {"markeredgewidth": 1.2})
 
+    def line(self, panel: Any, values: Sequence[float], dashes: Any) -> None:
+        """Draw a line without markers: of one point a dash, of a level a line across the panel."""
+        look = {"color": self.look["color"], "linewidth": 1.4, "linestyle": dashes}
+        known = ~np.isnan(values)
+        if self.level:
+            for value in np.array(values)[known]:
+                panel.axhline(value, **look)
+        else:
+            lone = {"marker": "_", "markersize": 12} if known.sum() == 1 else {}
+            self._plot(panel, values, known, **look, **lone)
 
-def _draw_line(
-    panel: Any, points: Sequence[Point], values: Sequence[float | None], index: int, dashes: Any
-) -> None:
-    """Draw a line without markers: of one point a dash, of a level a line across the panel."""
-    points, numbers = _known(points, values)
-    look = {"color": style(index)["color"], "linewidth": 1.4, "linestyle": dashes}
-    if any(point.batch is None for point in points):
-        for number in numbers:
-            panel.axhline(number, **look)
-    elif points:
-        lone = {"marker": "_", "markersize": 12} if len(points) == 1 else {}
-        panel.plot([point.batch for point in points], numbers, **look, **lone)
+    def _plot(self, panel: Any, values: Sequence[float], rows: np.ndarray, **look: Any) -> None:
+        panel.plot(self.batches[rows], np.array(values)[rows], **look)
 
 
 def _label(name: str, points: Sequence[Point]) -> str:
@@ -259,22 +233,13 @@ def _label(name: str, points: Sequence[Point]) -> str:
 
 
 def _axes(panel: Any) -> None:
-    from matplotlib.ticker import EngFormatter, MaxNLocator
-
-    panel.set_xlabel("batch")
     # 0 is in view: a small change looks small; and above the highest marker there is room for it
     low, high = panel.dataLim.intervaly
     if math.isfinite(low) and math.isfinite(high):
         panel.set_ylim(min(1.08 * low, 0), max(1.08 * high, 0) or 1.0)
     else:
         panel.text(0.5, 0.5, "not measured", transform=panel.transAxes, ha="center", color="0.4")
-    panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-
-
-def _mean_recall(metrics: Values) -> float:
-    known = [metrics[name] for name in RECALLS if name in metrics]
-    return sum(known) / len(known) if known else math.nan
+    count_batches(panel)
 
 
 def _check_points(curves: Mapping[str, Sequence[Point]]) -> None:

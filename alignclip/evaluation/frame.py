@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,8 @@ MARKERS = "osD^vPX<>"
 GREY = "0.45"
 DASHED, DOTTED, DASH_DOTTED = (0, (3, 1.5)), (0, (1, 1.5)), (0, (6, 1.5, 1.5, 1.5))
 DPI = 130
-SQUARES: Mapping[str, Any] = {"marker": "s", "linestyle": "none", "markersize": 8}  # of bars
 
-Look = Mapping[str, Any]
+Entry = tuple[str, dict[str, Any]]  # of a legend: the words, and how the line looks
 
 
 def new_panels(
@@ -67,41 +66,50 @@ def style(index: int) -> dict[str, Any]:
     }
 
 
-def save_figure(
-    figure: Any,
-    path: str | Path,
-    names: Collection[str],
-    look: Look | None = None,
-    more: Sequence[tuple[str, Look]] = (),
-    side: str = "center",
-) -> None:
-    """Add the legend below the panels, where the figure grows, and write the PNG.
+def entries(names: Iterable[str], **look: Any) -> list[Entry]:
+    """Return the legend's entries of checkpoints: their :func:`style`, but for ``look``."""
+    return [(name, style(index) | look) for index, name in enumerate(names)]
+
+
+def chance_entry(chance: object) -> list[Entry]:
+    """Return the legend's entry of dashed grey lines, where there is a chance to draw."""
+    return [("chance", {"color": GREY, "linestyle": DASHED})] if chance else []
+
+
+def add_legend(figure: Any, shown: Sequence[Entry], side: str = "center") -> None:
+    """Add the legend below the panels, where the figure grows.
 
     Args:
         figure: with its panels drawn.
-        path: the PNG to write.
-        names: the entries of the legend, in the colours and with the markers of :func:`style`.
-        look: how the entries' marks differ from :func:`style`.
-        more: further entries, and how their lines look.
+        shown: the entries.
         side: where below the panels the legend is.
     """
     line = library("matplotlib.lines").Line2D
-    handles = [line([], [], **{**style(index), **(look or {})}) for index in range(len(names))]
-    handles += [line([], [], **drawn) for _, drawn in more]
-    labels = [wrapped(name, 90) for name in [*names, *(name for name, _ in more)]]
+    labels = [wrapped(name, 90) for name, _ in shown]
     longest = max(len(part) for label in labels for part in label.split("\n"))
     columns = max(1, min(4, int(figure.get_figwidth() / (0.6 + 0.085 * longest))))
     rows = math.ceil(sum(1 + label.count("\n") for label in labels) / columns)
     figure.set_figheight(figure.get_figheight() + 0.2 + 0.2 * rows)
-    place = f"outside lower {side}"
-    figure.legend(handles, labels, loc=place, ncols=columns, frameon=False, fontsize=9)
+    place = {"loc": f"outside lower {side}", "ncols": columns}
+    handles = [line([], [], **look) for _, look in shown]
+    figure.legend(handles, labels, **place, frameon=False, fontsize=9)
     for panel in figure.axes:
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=9)
+
+
+def save_figure(
+    figure: Any, path: str | Path, shown: Sequence[Entry], side: str = "center"
+) -> None:
+    """Add the legend, and write the PNG."""
+    add_legend(figure, shown, side)
     with write_whole(Path(path), durable=False) as partial:
         figure.savefig(partial, dpi=DPI, format="png", backend="agg")
 
 
-def chance_entry(chance: object) -> list[tuple[str, Look]]:
-    """Return the legend's entry of dashed grey lines, where there is a chance to draw."""
-    return [("chance", {"color": GREY, "linestyle": DASHED})] if chance else []
+def count_batches(panel: Any) -> None:
+    """Have whole batches on the horizontal axis, few enough to be read."""
+    ticker = library("matplotlib.ticker")
+    panel.set_xlabel("batch")
+    panel.xaxis.set_major_locator(ticker.MaxNLocator(nbins=6, integer=True))
+    panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -66,7 +67,7 @@ def modality_gap(
     images, texts = unit_pairs(image_features, text_features)
     with torch.autocast(images.device.type, enabled=False):
         gap = {
-            **_alignment(images, texts),
+            **alignment(images, texts),
             **_uniformities(images.float(), texts.float(), block, progress),
             "rmg": _relative_modality_gap(images, texts),
             "effective_rank_image": effective_rank(images),
@@ -77,17 +78,18 @@ def modality_gap(
     return gap
 
 
-def _alignment(images: Tensor, texts: Tensor) -> dict[str, float]:
-    """Measure the cosines of pairs and the distance of the two means."""
+def alignment(images: Tensor, texts: Tensor) -> dict[str, float]:
+    """Measure the cosines of pairs of unit vectors, and the distance of the two means."""
     image_mean, text_mean = images.mean(0), texts.mean(0)
     cosines = (images * texts).sum(-1)
-    alignment, wrong = cosines.mean(), wrong_pairs_cosine(images, texts)
+    of_pairs = cosines.cpu().numpy()  # torch.quantile takes 16 million values at the most
+    mean, wrong = cosines.mean(), wrong_pairs_cosine(images, texts)
     return {
-        "alignment_score": alignment.item(),
+        "alignment_score": mean.item(),
         "wrong_pairs_cosine": wrong.item(),
-        "margin": (alignment - wrong).item(),
+        "margin": (mean - wrong).item(),
         "alignment_std": cosines.std(correction=0).item(),
-        **{f"alignment_q{q:02}": _quantile(cosines, q / 100) for q in (5, 50, 95)},
+        **{f"alignment_q{q:02}": float(np.percentile(of_pairs, q)) for q in (5, 50, 95)},
         "centroid_distance": (image_mean - text_mean).norm().item(),
         "centroid_angle": _angle(image_mean, text_mean),
     }
@@ -99,14 +101,6 @@ def _uniformities(images: Tensor, texts: Tensor, block: int, progress: bool) -> 
     return {
         f"uniformity_{name}": _uniformity(*side, block, progress) for name, side in sides.items()
     }
-
-
-def _quantile(values: Tensor, share: float) -> float:
-    """Interpolate as NumPy does; ``torch.quantile`` takes 16 million values at the most."""
-    ordered = values.sort().values
-    at = share * (len(ordered) - 1)
-    low = ordered[math.floor(at)]
-    return (low + (at - math.floor(at)) * (ordered[math.ceil(at)] - low)).item()
 
 
 def _angle(a: Tensor, b: Tensor) -> float:

@@ -11,13 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alignclip.evaluation.frame import DASHED, OKABE_ITO, new_panels, save_figure, style, wrapped
+from alignclip.evaluation.frame import (
+    DASHED,
+    OKABE_ITO,
+    entries,
+    new_panels,
+    save_figure,
+    style,
+    wrapped,
+)
+from alignclip.evaluation.gap import alignment
 from alignclip.evaluation.geometry import (
     effective_rank,
     pair_cosines,
     spectrum,
     unit_pairs,
-    wrong_pairs_cosine,
 )
 
 Numbers = np.ndarray
@@ -25,6 +33,7 @@ PairFeatures = tuple[Tensor, Tensor]  # of images and of texts
 
 LINES, MOST_PAIRS = 60, 1500  # pairs of a map that are joined by a line, and that are drawn at all
 BINS = 80
+MOST_PEAK = 8  # times the flattest checkpoint's peak; a higher one would flatten the others
 NBSP = "\N{NO-BREAK SPACE}"
 FLOOR = 1e-8  # a share of the variance below it is rounding
 
@@ -67,9 +76,9 @@ def embedding_maps(pairs: Mapping[str, PairFeatures], path: str | Path) -> None:
     for panel in panels.flat[len(pairs) - columns : len(pairs)]:  # the lowest of each column
         panel.set_xlabel("first principal component")
         panel.tick_params(labelbottom=True)
-    dots = {"marker": "o", "linestyle": "none"}
-    lines = [(f"pairs, {LINES} at most", {"color": "0.6", "linewidth": 0.8})]
-    save_figure(panels[0, 0].figure, path, ["image", "text"], dots, lines, side="right")
+    dots = entries(["image", "text"], marker="o", linestyle="none")
+    lines = (f"pairs, {LINES} at most", {"color": "0.6", "linewidth": 0.8})
+    save_figure(panels[0, 0].figure, path, [*dots, lines], side="right")
 
 
 def _draw_map(panel: Any, title: str, images: Tensor, texts: Tensor) -> float:
@@ -86,11 +95,10 @@ def _draw_map(panel: Any, title: str, images: Tensor, texts: Tensor) -> float:
     colours = np.array(OKABE_ITO)[order % 2]
     dots = points.reshape(-1, 2)[order].T
     panel.scatter(*dots, s=9, c=colours, alpha=0.7, linewidths=0, zorder=2)
-    gap = (images.mean(0) - texts.mean(0)).norm()
-    alignment = (images * texts).sum(-1).mean()
-    margin = alignment - wrong_pairs_cosine(images, texts)
-    figures = f"gap {gap:.2f}, alignment {alignment:.2f}, margin {margin:.2f}"
-    panel.set_title(f"{title}\n{figures}", fontsize=10)
+    found = alignment(images, texts)
+    said = [f"gap {found['centroid_distance']:.2f}"]
+    said += [f"alignment {found['alignment_score']:.2f}", f"margin {found['margin']:.2f}"]
+    panel.set_title(f"{title}\n{', '.join(said)}", fontsize=10)
     panel.set_aspect("equal")
     return extent
 
@@ -108,26 +116,29 @@ def cosine_histograms(pairs: Mapping[str, PairFeatures], path: str | Path) -> No
     # rounding may leave [-1, 1], where the bins end
     cosines = [[x.clamp(-1, 1).numpy() for x in pair_cosines(*unit)] for unit in units.values()]
     edges = _edges([values for both in cosines for values in both])
-    curves = [[_density(values, edges) for values in both] for both in cosines]
-    peaks = [max(curve.max() for curve in both) for both in curves]
-    top = _top(curves)
+    curves = [[np.histogram(values, edges, density=True)[0] for values in both] for both in cosines]
+    peaks = [max(float(curve.max()) for curve in both) for both in curves]
+    limit = MOST_PEAK * min(peaks)
+    heights = [float(curve.max()) for both in curves for curve in both]
+    top = 1.08 * max(height for height in heights if height <= limit)
     labels = []
     for index, (name, unit) in enumerate(units.items()):
-        cut = f" (peak of {peaks[index]:.0f} cut)" if peaks[index] > top else ""
-        alignment = cosines[index][0].mean()
-        margin = alignment - wrong_pairs_cosine(*unit).item()
-        labels.append(f"{name}: alignment{NBSP}{alignment:.2f}, margin{NBSP}{margin:.2f}{cut}")
-        look = style(index)
+        color = style(index)["color"]
         for values, curve, line in zip(cosines[index], curves[index], ("-", DASHED), strict=True):
-            panel.stairs(curve, edges, color=look["color"], linestyle=line, linewidth=1.5)
+            panel.stairs(curve, edges, color=color, linestyle=line, linewidth=1.5)
             mean = values.mean()
-            row = np.clip(np.searchsorted(edges, mean, side="right") - 1, 0, BINS - 1)
-            panel.plot(mean, min(curve[row], top), **look, linestyle="none", clip_on=False)
+            height = curve[np.searchsorted(edges[1:-1], mean, side="right")]
+            mark = {**style(index), "linestyle": "none", "clip_on": False}
+            panel.plot(mean, min(height, top), **mark)
+        found = alignment(*unit)
+        cut = f" (peak of {peaks[index]:.0f} cut)" if peaks[index] > top else ""
+        said = f"alignment{NBSP}{found['alignment_score']:.2f}, margin{NBSP}{found['margin']:.2f}"
+        labels.append(f"{name}: {said}{cut}")
     panel.margins(x=0.01)
     panel.set(ylim=(0, top), xlabel="cosine of image and text", ylabel="density")
     title = "cosines of pairs (solid) and of wrong pairs (dashed); markers: their means"
     panel.set_title(title, fontsize=11, pad=10)
-    save_figure(panel.figure, path, labels)
+    save_figure(panel.figure, path, entries(labels))
 
 
 def spectra(pairs: Mapping[str, PairFeatures], path: str | Path) -> None:
@@ -156,7 +167,7 @@ def spectra(pairs: Mapping[str, PairFeatures], path: str | Path) -> None:
     panel.set(yscale="log", **axes)
     title = "spectra of images (solid) and of texts (dashed): early falls are few axes"
     panel.set_title(title, fontsize=11)
-    save_figure(panel.figure, path, labels)
+    save_figure(panel.figure, path, entries(labels))
 
 
 def _unit_pairs_of(name: str, features: PairFeatures) -> PairFeatures:
@@ -187,16 +198,3 @@ def _edges(cosines: Sequence[Numbers]) -> Numbers:
     if high - low < 1e-3:  # all but constant: bins that can be told apart
         low, high = max(-1.0, low - 0.01), min(1.0, high + 0.01)
     return np.linspace(low, high, BINS + 1)
-
-
-def _density(values: Numbers, edges: Numbers) -> Numbers:
-    """[BINS] heights of a histogram of area 1."""
-    heights: Numbers = np.histogram(values, edges, density=True)[0]
-    return heights
-
-
-def _top(curves: Sequence[Sequence[Numbers]]) -> float:
-    """Choose where the y axis ends: above all peaks but those that would flatten the others."""
-    peaks = [[float(np.max(curve)) for curve in both] for both in curves]
-    limit = 8 * min(max(both) for both in peaks)
-    return 1.08 * max(peak for both in peaks for peak in both if peak <= limit)

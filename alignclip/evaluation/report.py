@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alignclip.config.metrics import arrow, better, metric_named, sets_of
 from alignclip.config.schema import EvaluateConfig, EvaluatorConfig, SetConfig
-from alignclip.evaluation.history import Record, judge_against
+from alignclip.evaluation.history import Record, first_before, judge_against
 from alignclip.evaluation.json_lines import with_nan, without_nan
 from alignclip.evaluation.verdict import Verdict
 from alignclip.runtime.environment import versions
@@ -30,6 +30,23 @@ KEY = (
 Scores = dict[str, float]
 
 
+@dataclass
+class Compared:
+    """A checkpoint of a comparison.
+
+    Attributes:
+        place: its path or URL.
+        digest: of the weights.
+        batch: how many batches its run had trained, where that is known.
+        history: the evaluations of its run in training.
+    """
+
+    place: str
+    digest: str
+    batch: int | None = None
+    history: Sequence[Record] = ()
+
+
 class ComparisonReport:
     """The results of one comparison, and the folder ``out`` that they are written to. Rank 0 alone.
 
@@ -39,31 +56,21 @@ class ComparisonReport:
 
     Args:
         config: what is evaluated.
-        weights: a digest of the weights by the names of the checkpoints.
-        before: checkpoint → evaluator → the first evaluation of its run, earlier than the
-            checkpoint.
-        batches: how many batches the checkpoints' runs had trained, where that is known.
+        checkpoints: by the names that they have in tables and plots.
     """
 
-    def __init__(
-        self,
-        config: EvaluateConfig,
-        weights: dict[str, str],
-        before: Mapping[str, Mapping[str, Record]] | None = None,
-        batches: Mapping[str, int | None] | None = None,
-    ) -> None:
-        self.config, self.weights = config, weights
-        self.before, self.batches = before or {}, batches or {}
+    def __init__(self, config: EvaluateConfig, checkpoints: Mapping[str, Compared]) -> None:
+        self.config, self.checkpoints = config, checkpoints
         self.out = Path(config.out)
-        self.results: dict[str, dict[str, Scores]] = {name: {} for name in weights}
+        self.results: dict[str, dict[str, Scores]] = {name: {} for name in checkpoints}
         self.chance: dict[str, Scores] = {}
         self.notes: dict[str, str] = {}
         self.failed: dict[str, str] = {}
+        self._weights = {name: one.digest for name, one in checkpoints.items()}
         self._sets = {name: _sets(one) for name, one in config.evaluators.items()}
         self._evaluators = {
             name: self._sets[name] | _other_settings(one) for name, one in config.evaluators.items()
         }
-        self._opened = False
 
     def add(
         self,
@@ -77,8 +84,7 @@ class ComparisonReport:
 
         ``note``: in what the evaluator's set differs from the one that published figures are of.
         """
-        if not self._opened:
-            self._opened = True
+        if not any(self.results.values()):
             self._look_at_earlier()
         if note:
             self.notes[evaluator] = note
@@ -96,7 +102,8 @@ class ComparisonReport:
         """Return checkpoint → evaluator → what its figures mean."""
         verdicts: dict[str, dict[str, Verdict]] = {}
         for checkpoint, name, metrics in self.measured():
-            chance, first = self.chance.get(name, {}), self.before.get(checkpoint, {}).get(name)
+            compared, chance = self.checkpoints[checkpoint], self.chance.get(name, {})
+            first = first_before(compared.history, compared.batch).get(name)
             if first is not None and first["chance"] != chance:
                 first = None  # of another set
             if (verdict := judge_against(first, metrics, chance)) is not None:
@@ -107,20 +114,20 @@ class ComparisonReport:
         """Write ``results.json``; NaN is null there. ``complete``: nothing will be added."""
         self.out.mkdir(parents=True, exist_ok=True)
         names = sorted({name for _, _, metrics in self.measured() for name in metrics})
-        results: dict[str, Any] = {checkpoint: {} for checkpoint in self.results}
-        for checkpoint, evaluator, metrics in self.measured():
-            results[checkpoint][evaluator] = without_nan(metrics)
         content = {
             "complete": complete,
             "checkpoints": places(self.config),
-            "weights": self.weights,
+            "weights": self._weights,
             "precision": self.config.precision,
             "evaluators": self._evaluators,
-            "results": results,
+            "results": {
+                checkpoint: {name: without_nan(metrics) for name, metrics in found.items()}
+                for checkpoint, found in self.results.items()
+            },
             "chance": self.chance,
             "better": {name: better(name) for name in names},
             "verdicts": {
-                checkpoint: {name: dataclasses.asdict(one) for name, one in found.items()}
+                checkpoint: {name: vars(one) for name, one in found.items()}
                 for checkpoint, found in self.verdicts().items()
             },
             "notes": self.notes,
@@ -154,14 +161,12 @@ class ComparisonReport:
 
     def _difference(self, earlier: dict[str, Any]) -> str:
         """Say why a folder's results are of another comparison; empty: they are of this one."""
-        weights, known = earlier.get("weights"), earlier.get("evaluators")
-        if not all(isinstance(one, dict) for one in (weights, known, earlier.get("chance"))):
+        weights, known, chance = (earlier.get(key) for key in ("weights", "evaluators", "chance"))
+        if not (isinstance(weights, dict) and isinstance(known, dict) and isinstance(chance, dict)):
             return "of an earlier version"
-        assert weights is not None
-        assert known is not None
-        if weights.keys() != self.weights.keys():
+        if weights.keys() != self._weights.keys():
             return f"of {', '.join(weights)}"
-        if weights != self.weights:
+        if weights != self._weights:
             return "of other weights"
         if earlier.get("precision") != self.config.precision:
             return f"in {earlier.get('precision')}"

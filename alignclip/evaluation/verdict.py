@@ -135,7 +135,7 @@ def _retrieval(
 ) -> tuple[bool, str]:
     """Judge the mean of both directions: does retrieval work, did it not fall; and a sentence."""
     known = [name for name in RECALLS if name in metrics]
-    now = sum(metrics[name] for name in known) / len(known)
+    now = mean_recall(metrics)
     random = sum(chance.get(name, 0.0) for name in known) / len(known)
     enough = min(WORKS * random, random + SHARE * (1 - random))
     times = f"{now / random:.1f} × chance" if random else "chance unknown"
@@ -151,6 +151,12 @@ def _retrieval(
         return False, f"retrieval fell ({numbers}, {first:.3f} at {when})"
     how = "rose" if now > first + noise else "stayed"
     return True, f"retrieval {how} ({numbers}, {first:.3f} at {when})"
+
+
+def mean_recall(metrics: MetricValues) -> float:
+    """Return recall@5, the mean over the directions that were measured; NaN where none was."""
+    known = [metrics[name] for name in RECALLS if name in metrics]
+    return sum(known) / len(known) if known else math.nan
 
 
 def _judge_classes(metrics: MetricValues, chance: MetricValues) -> Verdict:

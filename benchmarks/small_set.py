@@ -1,7 +1,8 @@
-"""What the weight of the separation does on a small set: retrieval, gap and margin by beta and batches.
+"""The weight of the separation on a small set: retrieval, gap and margin by beta and batches.
 
-Trains the model of ``yamls/quickstart.yaml`` with each beta, evaluates its checkpoints on a held-out set, and prints
-a table. The sets are MDS sets of ``convert/cc12m.py``, the training set with caption embeddings.
+Trains the model of ``yamls/quickstart.yaml`` with each beta, evaluates its checkpoints on a
+held-out set, and prints a table. The sets are MDS sets of ``convert/cc12m.py``, the training set
+with caption embeddings.
 
     python benchmarks/small_set.py --train data/train --test data/test
 """
@@ -9,29 +10,24 @@ a table. The sets are MDS sets of ``convert/cc12m.py``, the training set with ca
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = ("centroid_distance", "alignment_score", "margin", "effective_rank_image")
 RECALL = ("image_retrieval_recall@5", "text_retrieval_recall@5")
 EXAMPLES = """examples:
   python benchmarks/small_set.py --train data/train --test data/test
-  python benchmarks/small_set.py --train data/train --test data/test --beta 0.5 --batch 64 256 --warmup 20 100"""
+  python benchmarks/small_set.py --train data/train --test data/test --beta 0.5 \\
+    --batch 64 256 --warmup 20 100"""
 
 
-@dataclass(frozen=True)
-class Run:
-    """One training run.
-
-    Attributes:
-        beta: weight of the separation.
-        batch: samples a step.
-        warmup: steps of warm-up.
-    """
+class Variant(NamedTuple):
+    """A training run: weight of the separation, samples a step, steps of warm-up."""
 
     beta: float
     batch: int
@@ -39,7 +35,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Name of the run and of its rows."""
+        """Name of the run."""
         return f"beta{self.beta:g}-batch{self.batch}-warmup{self.warmup}"
 
 
@@ -47,17 +43,16 @@ def main() -> None:
     """Train, evaluate, print."""
     options = parse()
     rows = []
-    for beta in options.beta:
-        for batch in options.batch:
-            for warmup in options.warmup:
-                run = Run(beta, batch, warmup)
-                train(run, options)
-                rows += [(run, step, evaluate(run, step, options)) for step in options.batches]
+    for each in itertools.product(options.beta, options.batch, options.warmup):
+        run = Variant(*each)
+        train(run, options)
+        rows += [(run, step, evaluate(run, step, options)) for step in options.batches]
+    shown = (*RECALL, *SHOWN)
     print(f"{'beta':>5} {'batch':>6} {'warm-up':>8} {'batches':>8}", end="")
-    print("".join(f" {name:>{len(name) + 1}}" for name in (*RECALL, *SHOWN)))
+    print("".join(f" {name:>{len(name) + 1}}" for name in shown))
     for run, step, found in rows:
         print(f"{run.beta:5g} {run.batch:6} {run.warmup:8} {step:8}", end="")
-        print("".join(f" {found[name]:>{len(name) + 1}.3f}" for name in (*RECALL, *SHOWN)))
+        print("".join(f" {found[name]:>{len(name) + 1}.3f}" for name in shown))
 
 
 def parse() -> argparse.Namespace:
@@ -82,7 +77,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def train(run: Run, options: argparse.Namespace) -> None:
+def train(run: Variant, options: argparse.Namespace) -> None:
     """Train a run to the last of the steps, keeping a checkpoint of each."""
     interval = options.batches[0]
     call(
@@ -101,17 +96,24 @@ def train(run: Run, options: argparse.Namespace) -> None:
     )
 
 
-def evaluate(run: Run, step: int, options: argparse.Namespace) -> dict[str, float]:
+def evaluate(run: Variant, step: int, options: argparse.Namespace) -> dict[str, float]:
     """Return the metrics of a run's checkpoint after ``step`` batches."""
     (checkpoint,) = (options.out / run.name).glob(f"ep*-ba{step}-rank0.pt")
     out = options.out / run.name / f"evaluation-ba{step}"
-    keys = {"retrieval": "task=retrieval", "gap": "task=gap"}
-    test = [f"evaluators.{name}.{key}" for name, key in keys.items()]
-    test += [f"evaluators.{name}.local={options.test}" for name in keys]
-    call("evaluate.py", ROOT / "yamls" / "evaluate.yaml", f"checkpoint={checkpoint}", "evaluators=null", *test,
-         "device=cpu", "precision=fp32", f"out={out}")  # fmt: skip
-    (model,) = json.loads((out / "results.json").read_text(encoding="utf-8"))["results"].values()
-    return {name: value for task in ("retrieval", "gap") for name, value in model[task].items()}
+    call(
+        "evaluate.py",
+        ROOT / "yamls" / "evaluate.yaml",
+        f"checkpoint={checkpoint}",
+        "evaluators=null",
+        "evaluators.pairs.task=gap",  # retrieval is part of the task
+        f"evaluators.pairs.local={options.test}",
+        "device=cpu",
+        "precision=fp32",
+        f"out={out}",
+    )
+    content = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    found: dict[str, float] = content["results"]["model"]["pairs"]
+    return found
 
 
 def call(script: str, *arguments: object) -> None:

@@ -1,7 +1,8 @@
-"""What waiting threads cost where cores are shared: a step of a small ViT beside busy processes.
+"""The cost of waiting threads where cores are shared: a step of a small ViT beside busy processes.
 
-libgomp's threads spin while they wait; ``OMP_WAIT_POLICY=PASSIVE``, which the commands set, has them sleep.
-Every figure is a process of its own, the variants in turn; what is shown are medians over the rounds.
+libgomp's threads spin while they wait; ``OMP_WAIT_POLICY=PASSIVE``, which the commands set, has
+them sleep. Every figure is a process of its own, the variants in turn; what is shown are medians
+over the rounds.
 
     python benchmarks/threads.py                 # alone, and beside 2 busy processes a core
     python benchmarks/threads.py --busy 0 4 16 --rounds 5

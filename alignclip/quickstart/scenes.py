@@ -1,16 +1,18 @@
 """Captioned scenes that are drawn here: a data set of image–text pairs that needs no network.
 
-A scene is either a group (one to four equal things) or two things in a relation, on a plain background. Its caption
-names everything that was drawn, in one of many wordings: ``a big crimson disc above a small blue star, on black`` and
-``on a black background, a little blue star below a large red circle`` are one scene, said twice.
+A scene is either a group (one to four equal things) or two things in a relation, on a plain
+background. Its caption names everything that was drawn, in one of many wordings: ``a big crimson
+disc above a small blue star, on black`` and ``on a black background, a little blue star below a
+large red circle`` are one scene, said twice.
 
-What is held out: of the 64 pairs (colour, shape), the 16 of :data:`HELD_OUT`, two for each colour and two for each
-shape. No thing in a training scene is such a pair; each test scene holds at least one. Colours and shapes are
-therefore all seen in training, but what the test asks for is put together anew. Test scenes are unique in meaning (no
-two have the same :attr:`Scene.meaning`), and so are their captions.
+Of the 64 pairs (colour, shape), the 16 of :data:`HELD_OUT` are held out, two for each colour and
+two for each shape. No thing in a training scene is such a pair; each test scene holds at least one.
+Colours and shapes are therefore all seen in training, but what the test asks for is put together
+anew. Test scenes are unique in meaning (no two have the same :attr:`Scene.meaning`), and so are
+their captions.
 
-Files are tars as img2dataset (https://github.com/rom1504/img2dataset) writes them: ``key.jpg``, ``key.txt``,
-``key.json``; the same arguments write the same bytes.
+Files are tars as img2dataset (https://github.com/rom1504/img2dataset) writes them: ``key.jpg``,
+``key.txt``, ``key.json``; the same arguments write the same bytes.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ PIXELS = 64
 SUPERSAMPLING = 4  # drawn this many times larger, then averaged: smooth edges
 PER_TAR = 500
 
+Polygon = list[tuple[float, float]]
+
 COLOURS = {
     "red": (215, 25, 35),
     "orange": (250, 135, 10),
@@ -47,7 +51,38 @@ BACKGROUNDS = {
     "black": (10, 10, 10),
     "brown": (95, 60, 35),
 }
-SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "ring", "crescent")
+
+
+def _arc(radius: float, start: float, stop: float, dx: float = 0.0) -> Polygon:
+    """Return points of a circle about (dx, 0) between two angles in degrees."""
+    angles = [math.radians(start + (stop - start) * step / 40) for step in range(41)]
+    return [(dx + radius * math.cos(a), radius * math.sin(a)) for a in angles]
+
+
+def _star() -> Polygon:
+    tips = [(1.05, 0.43)[i % 2] for i in range(10)]
+    return [
+        (radius * math.sin(math.pi * i / 5), -radius * math.cos(math.pi * i / 5))
+        for i, radius in enumerate(tips)
+    ]
+
+
+# The polygons of each shape inside the unit circle, y downwards
+OUTLINES: dict[str, list[Polygon]] = {
+    "circle": [_arc(1.0, 0.0, 360.0)],
+    "square": [[(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)]],
+    "triangle": [[(0.0, -1.0), (0.95, 0.8), (-0.95, 0.8)]],
+    "star": [_star()],
+    "cross": [
+        [(-1.0, -0.32), (1.0, -0.32), (1.0, 0.32), (-1.0, 0.32)],
+        [(-0.32, -1.0), (0.32, -1.0), (0.32, 1.0), (-0.32, 1.0)],
+    ],
+    "diamond": [[(0.0, -1.05), (0.75, 0.0), (0.0, 1.05), (-0.75, 0.0)]],
+    # two halves, there along the outer edge, back along the inner one; they overlap a little
+    "ring": [_arc(1.0, at, at + 190.0) + _arc(0.55, at + 190.0, at) for at in (-5.0, 175.0)],
+    "crescent": [_arc(1.0, 50.0, 310.0) + _arc(0.8, 285.0, 75.0, dx=0.43)],
+}
+SHAPES = tuple(OUTLINES)
 RADIUS = {"small": 6.5, "large": 12.5}  # pixels
 RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
@@ -101,7 +136,7 @@ FRAMES = (
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawn object, by its canonical words."""
+    """A drawn object, by its canonical words."""
 
     size: str
     colour: str
@@ -110,7 +145,10 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. A group is one thing with a count; two things have a relation (first to second)."""
+    """The content of a picture.
+
+    A group is one thing with a count; two things have a relation (first to second).
+    """
 
     things: tuple[Thing, ...]
     count: int
@@ -119,22 +157,23 @@ class Scene:
 
     @property
     def meaning(self) -> tuple[object, ...]:
-        """A key that is equal for scenes that show the same: a left of b is b right of a."""
+        """Return what is equal for scenes that show the same: a left of b is b right of a."""
         if self.relation in ("right of", "below"):
             return (self.things[::-1], self.count, RELATIONS[self.relation], self.background)
         return (self.things, self.count, self.relation, self.background)
 
     @property
     def held_out(self) -> bool:
-        """Whether any of its things is a (colour, shape) that training never shows."""
+        """Say whether any of its things is a (colour, shape) that training never shows."""
         return any((thing.colour, thing.shape) in HELD_OUT for thing in self.things)
 
 
 def scenes(split: str, seed: int = 0) -> Iterator[tuple[Scene, str, random.Random]]:
-    """Scenes without end, each with its caption and the generator that places it.
+    """Yield scenes without end, each with its caption and the generator that places it.
 
     Args:
-        split: ``train`` (no held-out pair) or ``test`` (a held-out pair in each scene, no meaning or caption twice).
+        split: ``train`` (no held-out pair) or ``test`` (a held-out pair in each scene, no meaning
+            or caption twice).
         seed: another seed, other scenes.
 
     Raises:
@@ -159,7 +198,7 @@ def scenes(split: str, seed: int = 0) -> Iterator[tuple[Scene, str, random.Rando
 
 
 def _random_scene(rng: random.Random) -> Scene:
-    """Groups and pairs alike often."""
+    """Draw groups and pairs alike often."""
     things = tuple(_random_thing(rng) for _ in range(rng.choice((1, 2))))
     background = rng.choice(tuple(BACKGROUNDS))
     if len(things) == 1:
@@ -174,17 +213,16 @@ def _random_thing(rng: random.Random) -> Thing:
 
 
 def describe(scene: Scene, rng: random.Random) -> str:
-    """One of the scene's captions: everything that is drawn is named, the wording is drawn from ``rng``."""
+    """Name everything that a scene shows, in a wording that is drawn from ``rng``."""
     first = _name(scene.things[0], scene.count, rng)
-    if scene.relation is None:
-        what = first
-    else:
-        what = f"{first} {rng.choice(WORDS[scene.relation])} {_name(scene.things[1], 1, rng)}"
+    what = first
+    if scene.relation is not None:
+        what += f" {rng.choice(WORDS[scene.relation])} {_name(scene.things[1], 1, rng)}"
     return rng.choice(FRAMES).format(what=what, ground=rng.choice(WORDS[scene.background]))
 
 
 def _name(thing: Thing, count: int, rng: random.Random) -> str:
-    """``a big red disc``, ``three tiny blue boxes``."""
+    """Name a thing: ``a big red disc``, ``three tiny blue boxes``."""
     size, colour, noun = (
         rng.choice(WORDS[word]) for word in (thing.size, thing.colour, thing.shape)
     )
@@ -194,7 +232,7 @@ def _name(thing: Thing, count: int, rng: random.Random) -> str:
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """The scene as an RGB picture of :data:`PIXELS` squared; places, tilts and shades vary with ``rng``."""
+    """Draw a scene, :data:`PIXELS` squared in RGB; places, tilts and shades vary with ``rng``."""
     edge = PIXELS * SUPERSAMPLING
     image = Image.new("RGB", (edge, edge), _shade(BACKGROUNDS[scene.background], 5, rng))
     pen = ImageDraw.Draw(image)
@@ -203,7 +241,7 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
         radius = RADIUS[thing.size] * rng.uniform(0.92, 1.08) * SUPERSAMPLING
         tilt = math.radians(rng.uniform(-8, 8))
         right, down = radius * math.cos(tilt), radius * math.sin(tilt)
-        for outline in _outlines(thing.shape):
+        for outline in OUTLINES[thing.shape]:
             turned = [(u * right - v * down, u * down + v * right) for u, v in outline]
             pen.polygon(
                 [(x * SUPERSAMPLING + a, y * SUPERSAMPLING + b) for a, b in turned], fill=colour
@@ -217,7 +255,10 @@ def _shade(colour: tuple[int, int, int], spread: int, rng: random.Random) -> tup
 
 
 def _places(scene: Scene, rng: random.Random) -> list[tuple[float, float]]:
-    """The centre of each thing, in pixels from the top left. Things of a group have a quarter of the picture each."""
+    """Return the centre of each thing, in pixels from the top left.
+
+    Things of a group have a quarter of the picture each.
+    """
     near, far = PIXELS / 4, PIXELS * 3 / 4
     if scene.relation is None and scene.count == 1:
         return [(rng.uniform(near, far), rng.uniform(near, far))]
@@ -232,54 +273,12 @@ def _places(scene: Scene, rng: random.Random) -> list[tuple[float, float]]:
     return [(x + rng.uniform(-1, 1), y + rng.uniform(-1, 1)) for x, y in centres]
 
 
-def _arc(
-    radius: float, start: float = 0.0, stop: float = 360.0, dx: float = 0.0
-) -> list[tuple[float, float]]:
-    """Points of a circle about (dx, 0) between two angles in degrees."""
-    angles = [math.radians(start + (stop - start) * step / 40) for step in range(41)]
-    return [(dx + radius * math.cos(a), radius * math.sin(a)) for a in angles]
-
-
-def _outlines(shape: str) -> list[list[tuple[float, float]]]:
-    """The polygons of a shape inside the unit circle, y downwards."""
-    if shape == "circle":
-        return [_arc(1.0)]
-    if shape == "square":
-        return [[(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)]]
-    if shape == "triangle":
-        return [[(0.0, -1.0), (0.95, 0.8), (-0.95, 0.8)]]
-    if shape == "star":
-        radii = (1.05, 0.43)
-        return [
-            [
-                (
-                    radii[i % 2] * math.sin(math.pi * i / 5),
-                    -radii[i % 2] * math.cos(math.pi * i / 5),
-                )
-                for i in range(10)
-            ]
-        ]
-    if shape == "cross":
-        return [
-            [(-1.0, -0.32), (1.0, -0.32), (1.0, 0.32), (-1.0, 0.32)],
-            [(-0.32, -1.0), (0.32, -1.0), (0.32, 1.0), (-0.32, 1.0)],
-        ]
-    if shape == "diamond":
-        return [[(0.0, -1.05), (0.75, 0.0), (0.0, 1.05), (-0.75, 0.0)]]
-    if (
-        shape == "ring"
-    ):  # two halves, there along the outer edge, back along the inner one; they overlap a little
-        return [_arc(1.0, at, at + 190.0) + _arc(0.55, at + 190.0, at) for at in (-5.0, 175.0)]
-    if shape == "crescent":
-        return [_arc(1.0, 50.0, 310.0) + _arc(0.8, 285.0, 75.0, dx=0.43)]
-    raise ValueError(f"no shape {shape!r}")
-
-
 def write(folder: str | Path, split: str, count: int, seed: int = 0) -> list[Path]:
-    """Draw ``count`` scenes of a split into ``folder/00000.tar``, ``00001.tar``, … of :data:`PER_TAR` each.
+    """Draw scenes of a split into ``folder/00000.tar``, ``00001.tar``, … of :data:`PER_TAR` each.
 
     Returns:
-        The tars, in order. The same arguments write the same bytes; a file that is there is replaced.
+        The tars, in order. The same arguments write the same bytes; a file that is there is
+        replaced.
 
     Raises:
         ValueError: a split other than ``train`` or ``test``.
@@ -306,26 +305,8 @@ def write(folder: str | Path, split: str, count: int, seed: int = 0) -> list[Pat
 
 def _files(key: str, scene: Scene, caption: str, rng: random.Random) -> dict[str, bytes]:
     jpeg = io.BytesIO()
-    draw(scene, rng).save(
-        jpeg, "JPEG", quality=95, subsampling=0
-    )  # full colour resolution: things are small
-    record = {
-        "key": key,
-        "status": "success",
-        "caption": caption,
-        "width": PIXELS,
-        "height": PIXELS,
-    }
-    record["scene"] = asdict(scene)
+    # full colour resolution: things are small
+    draw(scene, rng).save(jpeg, "JPEG", quality=95, subsampling=0)
+    said = {"key": key, "status": "success", "caption": caption}
+    record = {**said, "width": PIXELS, "height": PIXELS, "scene": asdict(scene)}
     return {"jpg": jpeg.getvalue(), "txt": caption.encode(), "json": json.dumps(record).encode()}
-
-
-def contact_sheet(
-    path: str | Path, split: str = "test", seed: int = 0, columns: int = 8, rows: int = 6
-) -> None:
-    """One PNG of a split's first scenes in a grid, without captions, to look at."""
-    sheet = Image.new("RGB", (columns * (PIXELS + 4), rows * (PIXELS + 4)), (255, 0, 255))
-    for index, (scene, _, rng) in zip(range(columns * rows), scenes(split, seed), strict=False):
-        place = (index % columns * (PIXELS + 4) + 2, index // columns * (PIXELS + 4) + 2)
-        sheet.paste(draw(scene, rng), place)
-    sheet.save(path)

@@ -96,6 +96,7 @@ class Evaluator:
             Interrupted: as ``encoder.interrupted`` says.
         """
         self.encoder, failure = encoder, None
+        encoder.batch_size = self.config.batch_size
         try:
             result: TaskResult = self._task.run(self)
         except Interrupted:
@@ -211,11 +212,7 @@ def evaluate_model(
     tasks = [
         Evaluator(name, config, encoder.image_size, opened) for name, config in evaluators.items()
     ]
-    results = {}
-    for task in tasks:
-        encoder.batch_size = task.config.batch_size
-        results[task.name] = task(encoder)
-    return results
+    return {task.name: task(encoder) for task in tasks}
 
 
 def _captions(value: Any) -> list[str]:

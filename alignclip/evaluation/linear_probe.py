@@ -12,9 +12,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from alignclip.evaluation.packages import check_two_features, library
-from alignclip.evaluation.zero_shot import accuracy_of_ranks, target_ranks
+from alignclip.evaluation.ranking import best_ranks
+from alignclip.evaluation.zero_shot import accuracy_of_ranks
 
-FEW_NUMBERS = 2**21  # numbers in the features
+# Numbers in the features. Of a smaller set's products, threads cost more than they bring, the more
+# so where others use the cores
+FEW_NUMBERS = 2**21
 STRENGTHS = tuple(10.0**exponent for exponent in range(-6, 7))
 
 
@@ -63,7 +66,10 @@ def linear_probe(
     """
     _check_targets_of_both(train_features, train_targets, test_features, test_targets)
     _check_options(validation_fraction, strengths)
-    x, x_test, variance = _scaled(train_features, test_features)
+    x, x_test = (_unit(one) for one in (train_features, test_features))
+    mean = x.mean(dim=0)
+    variance = (x - mean).square().mean().item() or 1.0  # all alike: there is nothing to scale
+    x, x_test = ((one - mean) / variance**0.5 for one in (x, x_test))
     # targets as positions in the sorted classes, which is how scikit-learn orders its scores
     classes, y = train_targets.cpu().unique(return_inverse=True)
     y_test = torch.searchsorted(classes, test_targets.cpu())
@@ -73,64 +79,48 @@ def linear_probe(
     )
     probe = library("sklearn.linear_model").LogisticRegression(max_iter=max_iter)
     fits = len(strengths) + 1
-    with tqdm(total=fits, desc="linear probe", unit="fit", disable=not progress) as bar:
-        best = _fit(probe, x, y, split, sorted(strengths), variance, bar)
+    with (
+        library("threadpoolctl").threadpool_limits(1 if x.numel() < FEW_NUMBERS else None),
+        tqdm(total=fits, desc="linear probe", unit="fit", disable=not progress) as bar,
+    ):
+        best = _best_strength(probe, split, sorted(strengths), variance, bar)
+        probe.set_params(C=best * variance, warm_start=False).fit(x.numpy(), y.numpy())
+        bar.update()
     scores = torch.as_tensor(probe.decision_function(x_test.numpy()))
     if len(classes) == 2:  # a single column, the second class's
         scores = torch.stack([-scores, scores], dim=1)
-    found = accuracy_of_ranks(target_ranks(scores, y_test), y_test, scores.argmax(1))
+    found = accuracy_of_ranks(best_ranks(scores, y_test[:, None]), y_test, scores.argmax(1))
     return {**found, "C": best}
 
 
-def _scaled(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Normalise features, centre and scale them by the training set's, and return its variance."""
-    x, x_test = (F.normalize(one.detach().double().cpu(), dim=-1) for one in (train, test))
-    mean = x.mean(dim=0)
-    variance = (x - mean).square().mean().item() or 1.0  # all alike: there is nothing to scale
-    return (x - mean) / variance**0.5, (x_test - mean) / variance**0.5, variance
+def _unit(features: Tensor) -> Tensor:
+    return F.normalize(features.detach().double().cpu(), dim=-1)
 
 
-def _fit(
-    probe: Any,
-    x: Tensor,
-    y: Tensor,
-    split: Any,
-    strengths: Sequence[float],
-    variance: float,
-    bar: tqdm,
+def _best_strength(
+    probe: Any, split: Any, strengths: Sequence[float], variance: float, bar: tqdm
 ) -> float:
-    """Fit ``probe`` with the strength that is best on the held-out part, and return it.
-
-    Of equal ones the strongest regularisation is taken.
+    """Return the strength that is best on the held-out part; of equal ones the strongest.
 
     Args:
         probe: scikit-learn's regression.
-        x: [N, d] all features.
-        y: [N] all targets.
-        split: of them the features to fit and held out, and the targets to fit and held out.
+        split: features to fit and held out, and targets to fit and held out.
         strengths: values of C in ascending order.
         variance: of the features before they were scaled, which C is scaled with.
         bar: gets a step for each fit.
     """
     x_fit, x_held, y_fit, y_held = split
     accuracies = []
-    # of a small set's products, threads cost more than they bring, the more so where others use the
-    # cores
-    few = 1 if x.numel() < FEW_NUMBERS else None
-    with library("threadpoolctl").threadpool_limits(few):
-        probe.set_params(warm_start=True)  # each fit starts at the last solution
-        for strength in strengths:
-            with warnings.catch_warnings():
-                # the weakest regularisations need not converge; only the final fit's warning matters
-                warnings.simplefilter("ignore", library("sklearn.exceptions").ConvergenceWarning)
-                probe.set_params(C=strength * variance).fit(x_fit, y_fit)
-            accuracies.append(float((probe.predict(x_held) == y_held).mean()))
-            bar.set_postfix(C=f"{strength:g}", held_out_acc1=f"{accuracies[-1]:.4f}")
-            bar.update()
-        best = strengths[accuracies.index(max(accuracies))]
-        probe.set_params(C=best * variance, warm_start=False).fit(x.numpy(), y.numpy())
+    probe.set_params(warm_start=True)  # each fit starts at the last solution
+    for strength in strengths:
+        with warnings.catch_warnings():
+            # the weakest regularisations need not converge; only the final fit's warning matters
+            warnings.simplefilter("ignore", library("sklearn.exceptions").ConvergenceWarning)
+            probe.set_params(C=strength * variance).fit(x_fit, y_fit)
+        accuracies.append(float(probe.score(x_held, y_held)))
+        bar.set_postfix(C=f"{strength:g}", held_out_acc1=f"{accuracies[-1]:.4f}")
         bar.update()
-    return best
+    return strengths[accuracies.index(max(accuracies))]
 
 
 def _check_options(fraction: float, strengths: Sequence[float]) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from alignclip.evaluation.packages import check_two_features
+from alignclip.evaluation.ranking import best_ranks, score_blocks
 
 CUTOFFS = (1, 5, 10)
 
@@ -29,9 +29,9 @@ def recall(
 
     ``image_retrieval_recall@k`` is the fraction of texts whose image is among the k images most
     similar to it; ``text_retrieval_recall@k`` is the fraction of images for which at least one of
-    their texts is among the k most similar texts. Ties follow one rule: an item's rank is the
-    number of items with a greater similarity plus the number with an equal one and a lower index.
-    Features that have all collapsed into one therefore score chance.
+    their texts is among the k most similar texts. Ties follow the rule of
+    :func:`alignclip.evaluation.ranking.best_ranks`: features that have all collapsed into one score
+    chance.
 
     Args:
         image_features: [N, d], need not be normalised.
@@ -49,22 +49,24 @@ def recall(
             features that are not finite (they would compare as the best of all), a k below 1.
     """
     _check_pairs(image_features, text_features, image_of_text, ks)
-    images = F.normalize(image_features.float(), dim=-1)
-    texts = F.normalize(text_features.float(), dim=-1)
-    owner = image_of_text.to(images.device).long()
-    queries = len(texts) + len(images)
-    bar = tqdm(total=queries, desc="recall", unit="query", leave=False, disable=not progress)
-    with torch.autocast(images.device.type, enabled=False), bar:
-        of_images = _texts_of_images(owner, len(images))
-        ranks = {
-            "image": _best_ranks(texts, images, owner[:, None], max(ks), block, bar),
-            "text": _best_ranks(images, texts, of_images, max(ks), block, bar),
-        }
-    return {
-        f"{found}_retrieval_recall@{k}": (best < k).double().mean().item()
-        for found, best in ranks.items()
-        for k in ks
+    owner = image_of_text.to(image_features.device).long()
+    ways = {
+        "image": (text_features, image_features, owner[:, None]),
+        "text": (image_features, text_features, _texts_of_images(owner, len(image_features))),
     }
+    queries = len(text_features) + len(image_features)
+    recalls = {}
+    with tqdm(total=queries, desc="recall", unit="query", leave=False, disable=not progress) as bar:
+        for found, way in ways.items():
+            ranks = []
+            for scores, positives in score_blocks(*way, block):
+                ranks.append(best_ranks(scores, positives))
+                bar.update(len(scores))
+            best = torch.cat(ranks)
+            for k in ks:
+                share = (best < k).double().mean().item()
+                recalls[f"{found}_retrieval_recall@{k}"] = share
+    return recalls
 
 
 def recall_chance(image_of_text: Tensor, ks: Sequence[int] = CUTOFFS) -> dict[str, float]:
@@ -90,41 +92,12 @@ def recall_chance(image_of_text: Tensor, ks: Sequence[int] = CUTOFFS) -> dict[st
     return chance
 
 
-def _best_ranks(
-    queries: Tensor, items: Tensor, positives: Tensor, most: int, block: int, bar: tqdm
-) -> Tensor:
-    """[queries] ranks, from 0, of the best-ranked of each query's positives; exact below ``most``.
-
-    ``positives``: [queries, any] rows of ``items`` in ascending order, filled up with -1.
-    """
-    ranks = []
-    index = torch.arange(len(items), device=items.device)
-    for rows, mine in zip(queries.split(block), positives.split(block), strict=True):
-        scores = rows @ items.T
-        own = scores.gather(1, mine.clamp_min(0)).masked_fill(mine < 0, -torch.inf)
-        best = own.amax(1, keepdim=True)
-        top = scores.topk(min(most, len(items))).values
-        rank = (top > best).sum(1)
-        # where others are equal, the order decides; that is rare, and only those rows are looked at
-        # as a whole
-        tied = (((top == best).sum(1) > 1) | (top[:, -1:] == best).squeeze(1)).nonzero().squeeze(1)
-        first = mine.masked_fill(own < best, len(items))[tied].amin(1, keepdim=True)
-        rank[tied] += ((scores[tied] == best[tied]) & (index < first)).sum(1)
-        ranks.append(rank)
-        bar.update(len(rows))
-    return torch.cat(ranks)
-
-
 def _texts_of_images(image_of_text: Tensor, images: int) -> Tensor:
     """[images, most] the rows of each image's texts in ascending order, filled up with -1."""
     order = image_of_text.argsort(stable=True)
     counts = image_of_text.bincount(minlength=images)
-    # a text's place among those of its image: its position in the sorted list less where its image
-    # begins
-    place = (
-        torch.arange(len(order), device=order.device)
-        - (counts.cumsum(0) - counts)[image_of_text[order]]
-    )
+    before = (counts.cumsum(0) - counts).repeat_interleave(counts)  # texts of earlier images
+    place = torch.arange(len(order), device=order.device) - before
     texts = order.new_full((images, int(counts.max())), -1)
     texts[image_of_text[order], place] = order
     return texts

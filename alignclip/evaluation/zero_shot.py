@@ -10,6 +10,7 @@ from torch import Tensor
 
 from alignclip.errors import UserError
 from alignclip.evaluation.packages import check_two_features
+from alignclip.evaluation.ranking import best_ranks, score_blocks
 
 Template = str | Callable[[str], str]
 
@@ -66,9 +67,8 @@ def accuracy(
     """Measure zero-shot accuracy by cosine similarity, as clip_benchmark defines it.
 
     Source: https://github.com/LAION-AI/CLIP_benchmark, ``metrics/zeroshot_classification.py``. Ties
-    follow one rule: a class's rank is the number of classes with a greater similarity plus the
-    number with an equal one and a lower index. Features that have all collapsed into one therefore
-    score chance.
+    follow the rule of :func:`alignclip.evaluation.ranking.best_ranks`: features that have all
+    collapsed into one score chance.
 
     Args:
         image_features: [N, d], need not be normalised.
@@ -92,15 +92,11 @@ def accuracy(
         image_features, classifier, "[N, d] and the classifier [C, d]", "features or classifier"
     )
     _check_targets(targets, len(image_features), len(classifier))
-    images = F.normalize(image_features.float(), dim=-1)
-    classes = F.normalize(classifier.float(), dim=-1)
-    targets = targets.to(images.device).long()
+    targets = targets.to(image_features.device).long()
     ranks, predicted = [], []
-    with torch.autocast(images.device.type, enabled=False):
-        for rows, labels in zip(images.split(block), targets.split(block), strict=True):
-            scores = rows @ classes.T
-            ranks.append(target_ranks(scores, labels))
-            predicted.append(scores.argmax(1))
+    for scores, right in score_blocks(image_features, classifier, targets[:, None], block):
+        ranks.append(best_ranks(scores, right))
+        predicted.append(scores.argmax(1))
     return accuracy_of_ranks(torch.cat(ranks), targets, torch.cat(predicted))
 
 
@@ -111,13 +107,6 @@ def _check_targets(targets: Tensor, samples: int, classes: int) -> None:
     if targets.min() < 0 or targets.max() >= classes:
         found = f"[{targets.min()}, {targets.max()}]"
         raise ValueError(f"targets lie in {found}, but there are {classes} classes")
-
-
-def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
-    """Rank each row's target among scores [N, C], from 0; of equal ones the lower index is first."""
-    own = scores.gather(1, targets[:, None])
-    earlier = torch.arange(scores.shape[1], device=scores.device) < targets[:, None]
-    return (scores > own).sum(1) + ((scores == own) & earlier).sum(1)
 
 
 def accuracy_of_ranks(ranks: Tensor, targets: Tensor, predicted: Tensor) -> dict[str, float]:

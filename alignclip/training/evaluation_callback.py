@@ -127,7 +127,6 @@ class EvaluationCallback(Callback):
     def _evaluate(
         self, evaluator: Evaluator, encoder: Encoder, batch: int, logger: Logger
     ) -> MetricFigures:
-        encoder.batch_size = evaluator.config.batch_size
         try:
             result = evaluator(encoder)
         except UserError as error:  # on every rank alike

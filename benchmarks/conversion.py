@@ -41,22 +41,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measuring import Measured, in_a_process, machine, parser_of, timed
+from measuring import Timing, in_a_process, parser_of, this_machine, timed
 from PIL import Image
 
 from alignclip.conversion.images import ImageOptions
 from alignclip.conversion.options import ConvertOptions
 from alignclip.conversion.shards import convert_shard
 
-COLUMNS = {"key": "str", "image": "bytes", "caption": "str"}
+MDS_COLUMNS = {"key": "str", "image": "bytes", "caption": "str"}
 SIDE, QUALITY = 256, 90  # of re-encoding
 MOST_MEMORY = 400  # MB
-NUMBERS = {
+CONVERSION_FLAGS = {
     "repeats": (5, "of each run"),
     "samples": (4000, "in a tar"),
     "large-tar": (4096, "of the memory's part, MiB"),
 }
-EXAMPLES = """examples:
+CONVERSION_EXAMPLES = """examples:
   python benchmarks/conversion.py
   python benchmarks/conversion.py --only speed --samples 500 --repeats 1      # does it run?
   python benchmarks/conversion.py --only processes"""
@@ -157,7 +157,7 @@ def bare(tar_path: Path, folder: Path, kind: str) -> None:
 def naive(tar_path: Path, folder: Path, kind: str) -> None:
     from streaming import MDSWriter
 
-    columns = {**COLUMNS, "image": "jpeg"}
+    columns = {**MDS_COLUMNS, "image": "jpeg"}
     with MDSWriter(columns=columns, out=str(folder / "mds"), hashes=["xxh64"]) as writer:
         sample: dict[str, Any] = {}
         for key, extension, data in members(tar_path):
@@ -172,7 +172,7 @@ def ours(tar_path: Path, folder: Path, kind: str = DECODE) -> None:
     options = ConvertOptions(
         [str(tar_path)], str(folder), semantic=False, images=KINDS[kind][0], progress=False
     )
-    convert_shard(str(tar_path), tar_path.stem, COLUMNS, options, lambda written, skipped: None)
+    convert_shard(str(tar_path), tar_path.stem, MDS_COLUMNS, options, lambda written, skipped: None)
 
 
 WAYS = {"bare": bare, "ours": ours, "naive": naive}
@@ -181,7 +181,7 @@ WAYS = {"bare": bare, "ours": ours, "naive": naive}
 # the measurement
 
 
-def measure(way: str, tar_path: Path, small: Path | None, kind: str) -> Measured:
+def measure_conversion(way: str, tar_path: Path, small: Path | None, kind: str) -> Timing:
     """Measure a way in this process, warmed up on the tar ``small`` where there is one."""
     import streaming  # noqa: F401  # before what is resident then is looked at, as PIL's formats
 
@@ -209,7 +209,7 @@ def speed(options: Namespace, folder: Path) -> bool:
         seconds: dict[str, list[float]] = {way: [] for way in WAYS}
         for i in range(options.repeats):
             for way, done in seconds.items():
-                done.append(in_a_process(measure, way, tar_path, small, kind).cpu)
+                done.append(in_a_process(measure_conversion, way, tar_path, small, kind).cpu)
             print(f"{kind} {i + 1}/{options.repeats}", file=sys.stderr, flush=True)
         rates = "".join(
             f"{options.samples / statistics.median(done):>10,.0f}" for done in seconds.values()
@@ -259,7 +259,7 @@ def memory(options: Namespace, folder: Path) -> bool:
     print(f"\nmemory above imports: a tar of {tar_path.stat().st_size / 2**20:,.0f} MiB, {what}")
     good = True
     for kind in KINDS:
-        run = in_a_process(measure, "ours", tar_path, None, kind)
+        run = in_a_process(measure_conversion, "ours", tar_path, None, kind)
         good &= run.peak <= MOST_MEMORY * 1e6
         rate = f"({samples / run.cpu:,.1f} images a CPU second)"
         print(f"{kind:<18}{run.peak / 1e6:>8,.0f} MB, at most {MOST_MEMORY} MB {rate}", flush=True)
@@ -276,12 +276,12 @@ def main() -> int:
         0, or 1 where a number is not what we hold ourselves to.
     """
     description = "Speed and memory of conversion beside the bare loop and the naive way."
-    parser = parser_of("conversion.py", description, EXAMPLES, NUMBERS)
+    parser = parser_of("conversion.py", description, CONVERSION_EXAMPLES, CONVERSION_FLAGS)
     parser.add_argument("--only", choices=list(PARTS), help="one of them (default: all)")
     size = {"type": int, "nargs": 2, "metavar": "N", "default": (480, 360)}
     parser.add_argument("--size", help="of the images, pixels (default: 480 360)", **size)
     options = parser.parse_args()
-    print(f"pillow {Image.__version__} on {machine()}", flush=True)
+    print(f"pillow {Image.__version__} on {this_machine()}", flush=True)
     good = True
     for name in [options.only] if options.only else PARTS:
         with tempfile.TemporaryDirectory() as folder:

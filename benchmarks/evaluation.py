@@ -17,7 +17,7 @@ programs run at the same time. Peak memory is what a run adds to its process aft
 inputs and warm-up: resident memory on the CPU, with what the C library keeps of freed memory;
 PyTorch's allocations on a GPU.
 
-    python benchmarks/evaluation.py                     # a few minutes on 2 cores, 20 of the classes
+    python benchmarks/evaluation.py                     # a few minutes on 2 cores, 20 classes
     python benchmarks/evaluation.py --classes 1000      # ImageNet's whole classifier
 """
 
@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring import Measured, in_a_process, machine, parser_of, timed
+from measuring import Timing, in_a_process, parser_of, this_machine, timed
 from torch import Tensor
 
 from alignclip.conversion.class_names import benchmark_lists, choose_templates
@@ -41,10 +41,10 @@ from alignclip.conversion.class_names import benchmark_lists, choose_templates
 
 CAPTIONS = 5  # an image
 DIM = 512  # of the features in retrieval
-CUTOFFS = (1, 5, 10)
+RECALL_AT = (1, 5, 10)
 # bf16 rounds to three digits, a little differently in another batch
 LIMIT = {"fp32": 1e-5, "amp_bf16": 1e-2}
-NUMBERS = {
+EVALUATION_FLAGS = {
     "repeats": (3, "runs of each way"),
     "classes": (20, "of ImageNet's 1,000"),
     "width": (256, "of the text tower, k × 64"),
@@ -53,7 +53,7 @@ NUMBERS = {
     "images": (5000, "in retrieval, 5 captions each"),
     "block": (256, "rows at a time, ours"),
 }
-EXAMPLES = """examples:
+COST_EXAMPLES = """examples:
   python benchmarks/evaluation.py
   python benchmarks/evaluation.py --only classifier --classes 1000 --width 512 --layers 12 \\
     --precision amp_bf16
@@ -118,7 +118,7 @@ def prepare_retrieval(options: Namespace, ours: bool) -> Work:
     texts = 6 * torch.randn(options.images, CAPTIONS, DIM, generator=generator) + images[:, None]
     owner = torch.arange(options.images).repeat_interleave(CAPTIONS)
     features = [one.to(options.device) for one in (images, texts.flatten(0, 1), owner)]
-    compute = partial(recall, ks=CUTOFFS, block=options.block) if ours else whole_matrix_recall
+    compute = partial(recall, ks=RECALL_AT, block=options.block) if ours else whole_matrix_recall
     few = [features[0][:10], *(one[: 10 * CAPTIONS] for one in features[1:])]
     return partial(compute, *few), partial(compute, *features)
 
@@ -128,7 +128,7 @@ def whole_matrix_recall(images: Tensor, texts: Tensor, image_of_text: Tensor) ->
     """Compute :func:`alignclip.evaluation.retrieval.recall` from the whole similarity matrix."""
     scores = F.normalize(texts, dim=-1) @ F.normalize(images, dim=-1).T
     nearest_images, nearest_texts = (
-        matrix.topk(min(max(CUTOFFS), matrix.shape[1]), dim=1).indices
+        matrix.topk(min(max(RECALL_AT), matrix.shape[1]), dim=1).indices
         for matrix in (scores, scores.T)
     )
     rows = torch.arange(len(images), device=images.device)
@@ -139,32 +139,32 @@ def whole_matrix_recall(images: Tensor, texts: Tensor, image_of_text: Tensor) ->
     return {
         f"{way}_retrieval_recall@{k}": found[:, :k].any(1).double().mean().item()
         for way, found in right.items()
-        for k in CUTOFFS
+        for k in RECALL_AT
     }
 
 
 PREPARE = {"classifier": prepare_classifier, "retrieval": prepare_retrieval}
 
 
-def measure(task: str, ours: bool, options: Namespace) -> Measured:
+def measure_task(task: str, ours: bool, options: Namespace) -> Timing:
     """Measure one way of a task, in this process."""
     warm_up, work = PREPARE[task](options, ours)
     warm_up()
     return timed(work, options.device)
 
 
-def alternate(task: str, options: Namespace) -> tuple[list[Measured], list[Measured]]:
+def alternate(task: str, options: Namespace) -> tuple[list[Timing], list[Timing]]:
     """Our runs and the plain ones, in turn, each in a fresh process."""
-    runs: dict[bool, list[Measured]] = {True: [], False: []}
+    runs: dict[bool, list[Timing]] = {True: [], False: []}
     for i in range(options.repeats):
         for ours, done in runs.items():
-            done.append(in_a_process(measure, task, ours, options))
+            done.append(in_a_process(measure_task, task, ours, options))
             what = f"{task} {i + 1}/{options.repeats}, {'ours' if ours else 'plain'}"
             print(f"{what}: {done[-1].seconds:.2f} s", file=sys.stderr, flush=True)
     return runs[True], runs[False]
 
 
-def print_table(rate: str, items: float, ways: dict[str, list[Measured]]) -> None:
+def print_table(rate: str, items: float, ways: dict[str, list[Timing]]) -> None:
     """Print medians of ours and of the plain way, and ours in relation to it.
 
     ``items`` a second are the rate.
@@ -215,9 +215,9 @@ def compare_retrieval(options: Namespace) -> bool:
     # a pair counts once, though both directions look at it
     print_table("M pairs/s", options.images * captions / 1e6, ways)
     expected = plain[0].result
-    print("recall@k        " + "".join(f"{k:>8}" for k in CUTOFFS))
+    print("recall@k        " + "".join(f"{k:>8}" for k in RECALL_AT))
     for way in ("image", "text"):
-        recalls = [expected[f"{way}_retrieval_recall@{k}"] for k in CUTOFFS]
+        recalls = [expected[f"{way}_retrieval_recall@{k}"] for k in RECALL_AT]
         print(f"{way + ' retrieval':<16}" + "".join(f"{recall:>8.4f}" for recall in recalls))
     equal = all(run.result == expected for run in ours + plain)
     print("the two are equal" if equal else f"NOT EQUAL: ours {ours[0].result}, plain {expected}")
@@ -236,7 +236,7 @@ def main() -> int:
     description = (
         "Time and memory of a zero-shot classifier and of retrieval, and of the plain way."
     )
-    parser = parser_of("evaluation.py", description, EXAMPLES, NUMBERS)
+    parser = parser_of("evaluation.py", description, COST_EXAMPLES, EVALUATION_FLAGS)
     devices = ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
     parser.add_argument("--only", choices=list(COMPARE), help="one of the two (default: both)")
     parser.add_argument("--device", choices=devices, default=devices[-1], help="default: a GPU")
@@ -248,7 +248,7 @@ def main() -> int:
         parser.error(f"--width {options.width} is no multiple of 64")
     if options.classes > 1000:
         parser.error(f"--classes {options.classes} is more than ImageNet's 1,000")
-    print(f"torch {torch.__version__} on {machine(options.device)}", flush=True)
+    print(f"torch {torch.__version__} on {this_machine(options.device)}", flush=True)
     agree = [COMPARE[task](options) for task in COMPARE if options.only in (None, task)]
     return 0 if all(agree) else 1
 

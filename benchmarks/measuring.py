@@ -19,8 +19,8 @@ from alignclip.runtime.arguments import Parser
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One timed run.
+class Timing:
+    """The cost of a timed run.
 
     Attributes:
         seconds: by the clock.
@@ -35,7 +35,7 @@ class Measured:
     result: Any = None
 
 
-def timed(work: Callable[[], Any], device: str = "cpu") -> Measured:
+def timed(work: Callable[[], Any], device: str = "cpu") -> Timing:
     """Run ``work``, and measure it."""
     cuda = device == "cuda"
     if cuda:
@@ -50,7 +50,7 @@ def timed(work: Callable[[], Any], device: str = "cpu") -> Measured:
         torch.cuda.synchronize()
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     peak = torch.cuda.max_memory_allocated() if cuda else _highest_resident()
-    return Measured(seconds, cpu, peak - before, result)
+    return Timing(seconds, cpu, peak - before, result)
 
 
 def _highest_resident() -> int:
@@ -59,13 +59,13 @@ def _highest_resident() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
-def in_a_process(function: Callable[..., Measured], *arguments: Any) -> Measured:
+def in_a_process(function: Callable[..., Timing], *arguments: Any) -> Timing:
     """Call the function in a fresh process."""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         return process.submit(function, *arguments).result()
 
 
-def machine(device: str = "cpu") -> str:
+def this_machine(device: str = "cpu") -> str:
     """Name the processor, how many threads PyTorch has, and the load."""
     if device == "cuda":
         return torch.cuda.get_device_name(device)

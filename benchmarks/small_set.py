@@ -17,10 +17,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-SHOWN = ("centroid_distance", "alignment_score", "margin", "effective_rank_image")
+CHECKOUT = Path(__file__).resolve().parents[1]
+GAP_FIGURES = ("centroid_distance", "alignment_score", "margin", "effective_rank_image")
 RECALL = ("image_retrieval_recall@5", "text_retrieval_recall@5")
-EXAMPLES = """examples:
+SMALL_SET_EXAMPLES = """examples:
   python benchmarks/small_set.py --train data/train --test data/test
   python benchmarks/small_set.py --train data/train --test data/test --beta 0.5 \\
     --batch 64 256 --warmup 20 100"""
@@ -40,14 +40,14 @@ class Variant(NamedTuple):
 
 
 def main() -> None:
-    """Train, evaluate, print."""
+    """Train, figures_of, print."""
     options = parse()
     rows = []
     for each in itertools.product(options.beta, options.batch, options.warmup):
         run = Variant(*each)
         train(run, options)
-        rows += [(run, step, evaluate(run, step, options)) for step in options.batches]
-    shown = (*RECALL, *SHOWN)
+        rows += [(run, step, figures_of(run, step, options)) for step in options.batches]
+    shown = (*RECALL, *GAP_FIGURES)
     print(f"{'beta':>5} {'batch':>6} {'warm-up':>8} {'batches':>8}", end="")
     print("".join(f" {name:>{len(name) + 1}}" for name in shown))
     for run, step, found in rows:
@@ -58,7 +58,9 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog=SMALL_SET_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--train", required=True, type=Path, help="MDS set with embeddings")
@@ -80,9 +82,9 @@ def parse() -> argparse.Namespace:
 def train(run: Variant, options: argparse.Namespace) -> None:
     """Train a run to the last of the steps, keeping a checkpoint of each."""
     interval = options.batches[0]
-    call(
+    run_script(
         "pretrain.py",
-        ROOT / "yamls" / "quickstart.yaml",
+        CHECKOUT / "yamls" / "quickstart.yaml",
         f"run_name={run.name}",
         f"save_folder={options.out}/{run.name}",
         "data.streams.scenes=null",
@@ -96,13 +98,13 @@ def train(run: Variant, options: argparse.Namespace) -> None:
     )
 
 
-def evaluate(run: Variant, step: int, options: argparse.Namespace) -> dict[str, float]:
+def figures_of(run: Variant, step: int, options: argparse.Namespace) -> dict[str, float]:
     """Return the metrics of a run's checkpoint after ``step`` batches."""
     (checkpoint,) = (options.out / run.name).glob(f"ep*-ba{step}-rank0.pt")
     out = options.out / run.name / f"evaluation-ba{step}"
-    call(
+    run_script(
         "evaluate.py",
-        ROOT / "yamls" / "evaluate.yaml",
+        CHECKOUT / "yamls" / "figures_of.yaml",
         f"checkpoint={checkpoint}",
         "evaluators=null",
         "evaluators.pairs.task=gap",  # retrieval is part of the task
@@ -116,9 +118,9 @@ def evaluate(run: Variant, step: int, options: argparse.Namespace) -> dict[str, 
     return found
 
 
-def call(script: str, *arguments: object) -> None:
+def run_script(script: str, *arguments: object) -> None:
     """Run one of the project's commands."""
-    words = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    words = [sys.executable, str(CHECKOUT / script), *map(str, arguments)]
     subprocess.run(words, check=True, stdout=sys.stderr)
 
 

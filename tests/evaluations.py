@@ -45,6 +45,18 @@ def legend(figure: Any) -> list[str]:
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Numbers drawn from a seed of their own."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def unit(features: torch.Tensor) -> np.ndarray:
+    """Features of length 1, by NumPy."""
+    values = features.double().numpy()
+    found: np.ndarray = values / np.linalg.norm(values, axis=-1, keepdims=True)
+    return found
+
+
 def small_model(**shared: Any) -> CLIP:
     torch.manual_seed(0)
     text = {"context_length": 32, "vocab_size": 49408}
@@ -59,13 +71,15 @@ def evaluator_of(task: str, place: Any, opened: OpenSets | None = None, **more: 
     """An evaluator named ``e`` of a set in a folder, or in a bucket with its cache."""
     where = {"remote": str(place)} if "://" in str(place) else {"local": str(place)}
     keys = {"task": task, "num_workers": 0, "batch_size": 4, **where, **more}
-    return Evaluator("e", evaluators_of({"e": keys})["e"], 32, opened or OpenSets())
+    return Evaluator("e", evaluators_of({"e": keys})["e"], opened or OpenSets())
 
 
 def images_of(
     stream: Any, encoder: Encoder, column: str = "label"
 ) -> tuple[torch.Tensor, list[Any]]:
-    return encoder.images(EvaluationSet(stream, encoder.image_size, column, OpenSets()))
+    samples = EvaluationSet(stream, column, OpenSets())
+    samples.image_size = encoder.image_size
+    return encoder.images(samples)
 
 
 def write(out: Any, rows: list[dict[str, Any]], columns: dict[str, str], **more: Any) -> None:

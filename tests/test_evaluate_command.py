@@ -17,7 +17,9 @@ from models import small_config
 from alignclip.config.schema import EvaluateConfig, EvaluatorConfig
 from alignclip.device import autocast_dtype, choose_device
 from alignclip.errors import UserError
-from alignclip.evaluation.command import _without_failing, finish, main, read_checkpoints
+from alignclip.evaluation import comparison, plots
+from alignclip.evaluation.command import main
+from alignclip.evaluation.comparison import _without_failing, finish, read_checkpoints
 from alignclip.evaluation.curves import gap_curves
 from alignclip.evaluation.history import (
     EvaluationRecords,
@@ -27,7 +29,7 @@ from alignclip.evaluation.history import (
     run_folder,
 )
 from alignclip.evaluation.json_lines import text_of
-from alignclip.evaluation.report import Compared, ComparisonReport, table
+from alignclip.evaluation.report import PLOTS, Compared, ComparisonReport, table
 from alignclip.evaluation.tasks import clustering
 from alignclip.model.encoders import build_encoders
 from alignclip.weights.digest import weights_digest
@@ -261,28 +263,35 @@ def test_evaluations_made_in_training_are_in_the_plot(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "gap.png").exists()
 
 
-@pytest.mark.parametrize("factor", [1.0, math.nan])
+@pytest.mark.parametrize("drawn", [True, False])
 def test_everything_is_written_and_a_plot_that_fails_takes_nothing_with_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], factor: float
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    drawn: bool,
 ) -> None:
+    def full(*_: Any) -> None:
+        raise UserError("the disk is full")
+
     places = {f"ba{batch}": f"runs/first/ep0-ba{batch}-rank0.pt" for batch in (10, 20)}
-    images, texts = torch.randn(2, 30, 8)
+    pairs = dict.fromkeys(places, tuple(torch.randn(2, 30, 8)))
     one = report(tmp_path, places, batches=(10, 20))
     for name in places:
         one.add(name, "gap", GAP, {})
         one.add(name, "coco", RECALL, CHANCE)
         one.add(name, "cifar10", {"mean_per_class_recall": 0.5}, {})
     one.failed["cars"] = "no MDS set"
-    finish(one, dict.fromkeys(places, (images * factor, texts)))
-    plots = {"recall.png", "gap.png", "classes.png"}
-    of_features = {"cosines.png", "embeddings.png", "spectra.png"}
+    if not drawn:
+        monkeypatch.setattr(plots, "cosine_histograms", full)
+    finish(one, pairs)
     written = {path.name for path in tmp_path.iterdir()} - {"results.json"}
-    assert written == plots | (of_features if factor == 1 else set())
+    pictures = {f"{name}.png" for name in PLOTS}
+    assert written == (pictures if drawn else pictures - {"cosines.png"})
     found = content(tmp_path)
     assert (found["results"], found["failed"]) == (one.results, {"cars": "no MDS set"})
     assert found["complete"] is True
     said = capsys.readouterr().out
-    assert ("cosines.png could not be drawn" in said) == (factor != 1)
+    assert ("cosines.png could not be drawn: the disk is full" in said) != drawn
     assert "not evaluated: cars: no MDS set" in said
 
 
@@ -394,8 +403,6 @@ def test_each_checkpoint_is_read_once_and_its_memory_is_free_after_its_evaluatio
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A run may write over its latest checkpoint while others are evaluated."""
-    from alignclip.weights import load
-
     read: list[str] = []
     alive: set[str] = set()
 
@@ -406,8 +413,7 @@ def test_each_checkpoint_is_read_once_and_its_memory_is_free_after_its_evaluatio
         weakref.finalize(model, alive.discard, place)
         return SimpleNamespace(model=model, batch=int(place))
 
-    monkeypatch.setattr(load, "open_encoders", open_encoders)
-    monkeypatch.setattr(load, "load_encoders", lambda place: open_encoders(place).model)
+    monkeypatch.setattr(comparison, "open_encoders", open_encoders)
     models, compared = read_checkpoints({"a": "1", "b": "2"})
     assert [one.batch for one in compared.values()] == [1, 2]
     assert len({one.digest for one in compared.values()}) == 2

@@ -88,6 +88,8 @@ def fail_on_a_rank(folder: str, what: str) -> str:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nand more")
 
         encoder.model.encode_text = out_of_memory  # type: ignore[method-assign]
+    if what == "finite" and rank() == 1:
+        encoder.model.visual.conv1.weight.data.fill_(torch.nan)
     with pytest.raises(UserError) as error:
         evaluator_of("retrieval", folder)(encoder)
     return str(error.value)
@@ -98,6 +100,7 @@ def fail_on_a_rank(folder: str, what: str) -> str:
     ("what", "says"),
     [
         ("read", "the image of sample 6 'k6'"),
+        ("finite", "e: images: features hold NaN or infinity"),
         ("encode", "e: captions: OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB"),
     ],
 )
@@ -317,22 +320,22 @@ def test_another_set_in_the_cache_is_refused(s3: S3Server, tmp_path: Path) -> No
     remote = f"{s3.bucket()}/replaced"
     stream = SetConfig(remote=remote, local=str(tmp_path / "cache"))
     write_captioned(remote, 4)
-    EvaluationSet(stream, 32, "caption", OpenSets())
+    EvaluationSet(stream, "caption", OpenSets())
     for key in s3.keys(remote):
         s3.client.delete_object(Bucket=remote.removeprefix("s3://").split("/")[0], Key=key)
     write_captioned(remote, 6)
     with pytest.raises(UserError, match="holds another set"):
-        EvaluationSet(stream, 32, "caption", OpenSets())
+        EvaluationSet(stream, "caption", OpenSets())
 
 
 def test_wrong_sets_are_one_line(tmp_path: Path) -> None:
     stream = SetConfig(local=str(tmp_path))
     write(tmp_path, [{"label": 0}], {"label": "int"})
     with pytest.raises(UserError, match=r"^no MDS set at .*nowhere \(no index\.json there\)$"):
-        EvaluationSet(SetConfig(local=str(tmp_path / "nowhere")), 16, "label", OpenSets())
+        EvaluationSet(SetConfig(local=str(tmp_path / "nowhere")), "label", OpenSets())
     lacks = r"lacks the columns \['caption'\]; it has \['image', 'key', 'label'\]"
     with pytest.raises(UserError, match=lacks):
-        EvaluationSet(stream, 16, "caption", OpenSets())
+        EvaluationSet(stream, "caption", OpenSets())
     with pytest.raises(UserError, match=r"can't read .*classes.json: No such file or directory"):
         read_classes(stream)
     for wrong in ({"classnames": []}, {"classnames": "cat"}, {"templates": None}):

@@ -155,15 +155,6 @@ def test_progress_goes_to_the_number_of_fits(capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x, y, xt, yt: (x, y, xt[:, :3], yt), "features must be"),
-        (lambda x, y, xt, yt: (x[0], y, xt, yt), "features must be"),
-        (lambda x, y, xt, yt: (x, y[1:], xt, yt), "targets must be 160 integers"),
-        (
-            lambda x, y, xt, yt: (x, y, xt, yt.float()),
-            "targets must be 160 integers, not torch.float32",
-        ),
-        (lambda x, y, xt, yt: (x, y, xt[:0], yt[:0]), "targets must be 0 integers"),
-        (lambda x, y, xt, yt: (x, y, xt / 0, yt), "NaN or infinity"),
         (lambda x, y, xt, yt: (x, y * 0, xt, yt * 0), "a single class"),
         (
             lambda x, y, xt, yt: (x, y.index_fill(0, torch.tensor([5]), 77), xt, yt),
@@ -179,14 +170,6 @@ def test_progress_goes_to_the_number_of_fits(capsys):
 def test_bad_input_is_an_error(change, message):
     with pytest.raises(ValueError, match=message):
         linear_probe(*change(*blobs()), progress=False)
-
-
-@pytest.mark.parametrize(
-    "options", [{"validation_fraction": 0}, {"validation_fraction": 1}, {"strengths": ()}]
-)
-def test_bad_options_are_errors(options):
-    with pytest.raises(ValueError, match="a fraction in"):
-        linear_probe(*blobs(), **options)
 
 
 def test_a_missing_library_is_one_line_with_the_extra(monkeypatch):

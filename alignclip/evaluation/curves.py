@@ -162,10 +162,9 @@ def draw_curves(curves: Mapping[str, Sequence[Point]], path: str | Path) -> None
         path: the PNG to write; its folder must exist.
 
     Raises:
-        ValueError: no curves, or a figure that is not finite: which.
+        ValueError: no curves.
         UserError: matplotlib is not installed.
     """
-    _check_points(curves)
     gap, margin, recall = panels = new_panels(curves, 12, 4, columns=3, sharex=True)[0]
     for index, points in enumerate(curves.values()):
         points = sorted(points, key=lambda point: point.batch or 0)
@@ -240,14 +239,3 @@ def _axes(panel: Any) -> None:
     else:
         panel.text(0.5, 0.5, "not measured", transform=panel.transAxes, ha="center", color="0.4")
     count_batches(panel)
-
-
-def _check_points(curves: Mapping[str, Sequence[Point]]) -> None:
-    if not any(curves.values()):
-        raise ValueError("no checkpoints to draw")
-    for name, points in curves.items():
-        for point in points:
-            for metric in (DISTANCE, "alignment_score", "margin", *RECALLS):
-                if not math.isfinite(value := point.metrics.get(metric, 0.0)):
-                    where = f"{name}, batch {point.batch}"
-                    raise ValueError(f"{where}: {metric} must be finite, not {value}")

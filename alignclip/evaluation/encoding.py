@@ -196,8 +196,11 @@ class Encoder:
                         parts.clear()
         finally:
             self.model.train(was_training)
+        features = torch.cat(parts) if failure is None else torch.empty(0)
+        if not features.isfinite().all():  # they would compare as the best of all
+            failure = UserError(f"{name}: features hold NaN or infinity")
         raise_on_all_ranks(failure)
-        return torch.cat(parts)
+        return features
 
 
 def _end_workers(batches: Any) -> None:

@@ -68,9 +68,7 @@ class Evaluator:
 
     encoder: Encoder
 
-    def __init__(
-        self, name: str, config: EvaluatorConfig, image_size: int, opened: OpenSets
-    ) -> None:
+    def __init__(self, name: str, config: EvaluatorConfig, opened: OpenSets) -> None:
         self.name, self.config = name, config
         self.note: str | None = None
         self.classes: dict[str, tuple[list[str], list[str]]] = {}
@@ -78,10 +76,7 @@ class Evaluator:
         self.settings: Any = config.settings or self._task.Settings()
         column = self._task.COLUMN
         streams = sets_of(config) if column else {}
-        self._sets = {
-            key: EvaluationSet(stream, image_size, column, opened)
-            for key, stream in streams.items()
-        }
+        self._sets = {key: EvaluationSet(stream, column, opened) for key, stream in streams.items()}
         if column == "label":  # after all ranks have opened all sets, which they do together
             self.classes = {key: read_classes(stream) for key, stream in streams.items()}
         prepare = getattr(self._task, "prepare", None)
@@ -113,16 +108,16 @@ class Evaluator:
             [N, d] features, and N labels or captions.
         """
         one, label = self._sets[key], f"{self.name}: images" + (f" ({key})" if key else "")
+        one.image_size = self.encoder.image_size
         if one.key not in self.encoder.known:
             try:
-                self.encoder.known[one.key] = self.encoder.images(
-                    one, self.config.num_workers, label
-                )
+                found = self.encoder.images(one, self.config.num_workers, label)
+                self.encoder.known[one.key] = found
             except UserError:
                 one.recover()
                 raise
-        found: tuple[Tensor, list[Any]] = self.encoder.known[one.key]
-        return found
+        known: tuple[Tensor, list[Any]] = self.encoder.known[one.key]
+        return known
 
     def labelled_images(self, key: str = "") -> tuple[Tensor, Tensor]:
         """Encode the images of a set with labels: [N, d] features and [N] integers on the CPU."""
@@ -209,9 +204,7 @@ def evaluate_model(
     encoder = Encoder(model, model.logit_scale.device, dtype, progress=progress)
     opened = OpenSets() if opened is None else opened
     # all of them first: one that is not there should not be found out after the others
-    tasks = [
-        Evaluator(name, config, encoder.image_size, opened) for name, config in evaluators.items()
-    ]
+    tasks = [Evaluator(name, config, opened) for name, config in evaluators.items()]
     return {task.name: task(encoder) for task in tasks}
 
 

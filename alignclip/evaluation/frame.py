@@ -15,7 +15,7 @@ from alignclip.storage import write_whole
 # Blue and orange differ in grey as well; eight greys don't: hence the markers
 OKABE_ITO = ("#0072B2", "#E69F00", "#000000", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#A89A00")
 MARKERS = "osD^vPX<>"
-GREY = "0.45"
+MID_GREY = "0.45"
 DASHED, DOTTED, DASH_DOTTED = (0, (3, 1.5)), (0, (1, 1.5)), (0, (6, 1.5, 1.5, 1.5))
 DPI = 130
 
@@ -73,7 +73,7 @@ def entries(names: Iterable[str], **look: Any) -> list[Entry]:
 
 def chance_entry(chance: object) -> list[Entry]:
     """Return the legend's entry of dashed grey lines, where there is a chance to draw."""
-    return [("chance", {"color": GREY, "linestyle": DASHED})] if chance else []
+    return [("chance", {"color": MID_GREY, "linestyle": DASHED})] if chance else []
 
 
 def add_legend(figure: Any, shown: Sequence[Entry], side: str = "center") -> None:

@@ -62,12 +62,12 @@ def modality_gap(
 
     Raises:
         UserError: scikit-learn is not installed.
-        ValueError: shapes that differ, fewer than two pairs, features that are not finite.
+        ValueError: fewer than two pairs.
     """
     images, texts = unit_pairs(image_features, text_features)
     with torch.autocast(images.device.type, enabled=False):
         gap = {
-            **alignment(images, texts),
+            **pair_figures(images, texts),
             **_uniformities(images.float(), texts.float(), block, progress),
             "rmg": _relative_modality_gap(images, texts),
             "effective_rank_image": effective_rank(images),
@@ -78,7 +78,7 @@ def modality_gap(
     return gap
 
 
-def alignment(images: Tensor, texts: Tensor) -> dict[str, float]:
+def pair_figures(images: Tensor, texts: Tensor) -> dict[str, float]:
     """Measure the cosines of pairs of unit vectors, and the distance of the two means."""
     image_mean, text_mean = images.mean(0), texts.mean(0)
     cosines = (images * texts).sum(-1)

@@ -11,9 +11,7 @@ from typing import Any
 
 from alignclip.storage import Store, describe_storage_error
 
-log = logging.getLogger(__name__)
-
-Line = Mapping[str, Any]
+RecordLine = Mapping[str, Any]
 
 
 class RecordFile:
@@ -31,7 +29,7 @@ class RecordFile:
         self.store, self.name, self._complaint = store, name, complaint
         self._writer = ThreadPoolExecutor(1)  # one at a time, so that the last one stays
 
-    def write(self, lines: Iterable[Line]) -> None:
+    def write(self, lines: Iterable[RecordLine]) -> None:
         """Replace the file."""
         self.reported(lambda: self._write_text(text_of(lines)))
 
@@ -49,10 +47,11 @@ class RecordFile:
         try:
             action()
         except Exception as error:  # of the file system, or any cloud's
-            log.warning(f"{self._complaint}: {describe_storage_error(error)}")
+            said = f"{self._complaint}: {describe_storage_error(error)}"
+            logging.getLogger(__name__).warning(said)
 
 
-def text_of(lines: Iterable[Line]) -> str:
+def text_of(lines: Iterable[RecordLine]) -> str:
     """Return the lines as text; their numbers must be finite, see :func:`without_nan`."""
     return "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
 
@@ -73,9 +72,11 @@ def lines_in(text: str) -> list[dict[str, Any]]:
     return lines
 
 
-def without_nan(values: Mapping[str, float]) -> dict[str, float | None]:
-    """Return numbers as JSON has them: one that is not finite is None."""
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+def without_nan(value: Any) -> Any:
+    """Return a value as JSON has it: numbers that are not finite are None, also inside."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(one) for key, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def with_nan(values: Mapping[str, float | None]) -> dict[str, float]:

@@ -20,7 +20,7 @@ from alignclip.evaluation.frame import (
     style,
     wrapped,
 )
-from alignclip.evaluation.gap import alignment
+from alignclip.evaluation.gap import pair_figures
 from alignclip.evaluation.geometry import (
     effective_rank,
     pair_cosines,
@@ -47,13 +47,12 @@ def embedding_maps(pairs: Mapping[str, PairFeatures], path: str | Path) -> None:
     pairs, of which 1,500 at most are drawn.
 
     Args:
-        pairs: image and text features by checkpoint, [N, d] each, row i of both being pair i; need
-            not be normalised.
+        pairs: image and text features by checkpoint, [N ≥ 2, d] each, on the CPU, row i of both
+            being pair i; need not be normalised.
         path: the PNG to write; its folder must exist.
 
     Raises:
-        ValueError: no checkpoints; features of one that are not two of [N ≥ 2, d ≥ 2], or not
-            finite: which.
+        ValueError: no checkpoints.
         UserError: matplotlib is not installed.
     """
     columns = max(1, min(3, len(pairs)))
@@ -64,8 +63,8 @@ def embedding_maps(pairs: Mapping[str, PairFeatures], path: str | Path) -> None:
     shape = (side * columns, height, len(rows), columns)
     panels = new_panels(titles, *shape, sharex=True, sharey=True)
     extents = [
-        _draw_map(panel, title, *_unit_pairs_of(name, features))
-        for panel, title, (name, features) in zip(panels.flat, titles, pairs.items(), strict=False)
+        _draw_map(panel, title, *unit_pairs(*features))
+        for panel, title, features in zip(panels.flat, titles, pairs.values(), strict=False)
     ]
     extent = max(1e-6, *extents)
     panels[0, 0].set(xlim=(-extent, extent), ylim=(-extent, extent))
@@ -95,7 +94,7 @@ def _draw_map(panel: Any, title: str, images: Tensor, texts: Tensor) -> float:
     colours = np.array(OKABE_ITO)[order % 2]
     dots = points.reshape(-1, 2)[order].T
     panel.scatter(*dots, s=9, c=colours, alpha=0.7, linewidths=0, zorder=2)
-    found = alignment(images, texts)
+    found = pair_figures(images, texts)
     said = [f"gap {found['centroid_distance']:.2f}"]
     said += [f"alignment {found['alignment_score']:.2f}", f"margin {found['margin']:.2f}"]
     panel.set_title(f"{title}\n{', '.join(said)}", fontsize=10)
@@ -112,7 +111,7 @@ def cosine_histograms(pairs: Mapping[str, PairFeatures], path: str | Path) -> No
     Arguments and errors: those of :func:`embedding_maps`.
     """
     panel = new_panels(pairs, 8.5, 4.6)[0, 0]
-    units = {name: _unit_pairs_of(name, features) for name, features in pairs.items()}
+    units = {name: unit_pairs(*features) for name, features in pairs.items()}
     # rounding may leave [-1, 1], where the bins end
     cosines = [[x.clamp(-1, 1).numpy() for x in pair_cosines(*unit)] for unit in units.values()]
     edges = _edges([values for both in cosines for values in both])
@@ -130,7 +129,7 @@ def cosine_histograms(pairs: Mapping[str, PairFeatures], path: str | Path) -> No
             height = curve[np.searchsorted(edges[1:-1], mean, side="right")]
             mark = {**style(index), "linestyle": "none", "clip_on": False}
             panel.plot(mean, min(height, top), **mark)
-        found = alignment(*unit)
+        found = pair_figures(*unit)
         cut = f" (peak of {peaks[index]:.0f} cut)" if peaks[index] > top else ""
         said = f"alignment{NBSP}{found['alignment_score']:.2f}, margin{NBSP}{found['margin']:.2f}"
         labels.append(f"{name}: {said}{cut}")
@@ -152,7 +151,7 @@ def spectra(pairs: Mapping[str, PairFeatures], path: str | Path) -> None:
     panel = new_panels(pairs, 8.5, 4.6)[0, 0]
     labels = []
     for index, (name, features) in enumerate(pairs.items()):
-        unit = _unit_pairs_of(name, features)
+        unit = unit_pairs(*features)
         ranks = [effective_rank(one) for one in unit]
         still = [kind for kind, rank in zip(("images", "texts"), ranks, strict=True) if not rank]
         said = f": effective ranks {ranks[0]:.1f} and {ranks[1]:.1f}"
@@ -168,17 +167,6 @@ def spectra(pairs: Mapping[str, PairFeatures], path: str | Path) -> None:
     title = "spectra of images (solid) and of texts (dashed): early falls are few axes"
     panel.set_title(title, fontsize=11)
     save_figure(panel.figure, path, entries(labels))
-
-
-def _unit_pairs_of(name: str, features: PairFeatures) -> PairFeatures:
-    """Return the features of a checkpoint L2-normalised, on the CPU, in fp64."""
-    try:
-        images, texts = unit_pairs(*features)
-        if images.shape[1] < 2:
-            raise ValueError("features must have two dimensions at least, not 1")
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    return images.cpu(), texts.cpu()
 
 
 def _project(images: Tensor, texts: Tensor) -> tuple[Numbers, Numbers]:

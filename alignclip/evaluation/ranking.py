@@ -12,7 +12,7 @@ from torch import Tensor
 def score_blocks(
     queries: Tensor, items: Tensor, positives: Tensor, block: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the cosines of ``block`` queries at a time with all items, and these queries' positives.
+    """Yield cosines of ``block`` queries at a time with all items, and these queries' positives.
 
     Args:
         queries: [N, d], need not be normalised.

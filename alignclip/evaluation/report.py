@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alignclip.config.metrics import arrow, better, metric_named, sets_of
-from alignclip.config.schema import EvaluateConfig, EvaluatorConfig, SetConfig
+from alignclip.config.schema import EvaluateConfig, EvaluatorConfig
 from alignclip.evaluation.history import Record, first_before, judge_against
 from alignclip.evaluation.json_lines import with_nan, without_nan
 from alignclip.evaluation.verdict import Verdict
@@ -67,10 +67,7 @@ class ComparisonReport:
         self.notes: dict[str, str] = {}
         self.failed: dict[str, str] = {}
         self._weights = {name: one.digest for name, one in checkpoints.items()}
-        self._sets = {name: _sets(one) for name, one in config.evaluators.items()}
-        self._evaluators = {
-            name: self._sets[name] | _other_settings(one) for name, one in config.evaluators.items()
-        }
+        self._evaluators = {name: _about(one) for name, one in config.evaluators.items()}
 
     def add(
         self,
@@ -116,14 +113,11 @@ class ComparisonReport:
         names = sorted({name for _, _, metrics in self.measured() for name in metrics})
         content = {
             "complete": complete,
-            "checkpoints": places(self.config),
+            "checkpoints": checkpoint_places(self.config),
             "weights": self._weights,
             "precision": self.config.precision,
             "evaluators": self._evaluators,
-            "results": {
-                checkpoint: {name: without_nan(metrics) for name, metrics in found.items()}
-                for checkpoint, found in self.results.items()
-            },
+            "results": self.results,
             "chance": self.chance,
             "better": {name: better(name) for name in names},
             "verdicts": {
@@ -134,7 +128,8 @@ class ComparisonReport:
             "failed": self.failed,
             "versions": versions(),
         }
-        write_text_whole(self.out / RESULTS, json.dumps(content, indent=2, allow_nan=False))
+        text = json.dumps(without_nan(content), indent=2, allow_nan=False)
+        write_text_whole(self.out / RESULTS, text)
 
     def _look_at_earlier(self) -> None:
         """Look at what the folder holds already, and say what becomes of it."""
@@ -149,12 +144,11 @@ class ComparisonReport:
         kept = [name for name in known if name not in mine]
         again = [name for name in known if name in mine]
         self._evaluators = known | mine
-        chance, notes = earlier["chance"], earlier.get("notes") or {}
-        self.chance = {name: chance[name] for name in [*kept, *again] if name in chance}
+        self.chance = dict(earlier["chance"])
+        notes = earlier.get("notes") or {}
         self.notes = {name: notes[name] for name in kept if name in notes}
         for checkpoint, found in earlier["results"].items():
-            for name, metrics in found.items():
-                self.results[checkpoint][name] = with_nan(metrics)
+            self.results[checkpoint] = {name: with_nan(figures) for name, figures in found.items()}
         said = [(kept, "kept"), (again, "measured again")]
         words = ", ".join(f"{' and '.join(names)} {what}" for names, what in said if names)
         print(f"{self.out} holds results of the same weights: {words}", flush=True)
@@ -170,15 +164,13 @@ class ComparisonReport:
             return "of other weights"
         if earlier.get("precision") != self.config.precision:
             return f"in {earlier.get('precision')}"
-        moved = [
-            name
-            for name, sets in self._sets.items()
-            if name in known and {key: known[name].get(key) for key in sets} != sets
-        ]
-        return f"{moved[0]} was another set" if moved else ""
+        for name, about in self._evaluators.items():
+            if name in known and _sets_in(known[name]) != _sets_in(about):
+                return f"{name} was another set"
+        return ""
 
 
-def places(config: EvaluateConfig) -> dict[str, str]:
+def checkpoint_places(config: EvaluateConfig) -> dict[str, str]:
     """Return the checkpoints to evaluate, by the names that they have in tables and plots."""
     return {"model": config.checkpoint} if config.checkpoint else config.checkpoints
 
@@ -194,8 +186,8 @@ def table(report: ComparisonReport) -> str:
             mark = "*" if metric_named(metric).watch else " "
             values = [report.results[name].get(evaluator, {}).get(metric) for name in names]
             chance = report.chance.get(evaluator, {}).get(metric)
-            cells = [_shown(value) for value in values]
-            cells.append("" if chance is None else _shown(chance))
+            cells = [_four_decimals(value) for value in values]
+            cells.append("" if chance is None else _four_decimals(chance))
             rows.append([f"{mark} {arrow(metric)} {metric}", *cells])
     first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
     lines = []
@@ -215,7 +207,7 @@ def table(report: ComparisonReport) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _shown(value: float | None) -> str:
+def _four_decimals(value: float | None) -> str:
     """Show four decimals, or two digits of a figure that four decimals would make 0."""
     if value is None:
         return "–"
@@ -224,9 +216,13 @@ def _shown(value: float | None) -> str:
     return f"{value:.4f}" if abs(value) < 1e3 else f"{value:g}"
 
 
-def _sets(evaluator: EvaluatorConfig) -> dict[str, Any]:
-    """Return the task and the sets of an evaluator; how fast they are read is no part of it."""
-    found = {
+def _about(evaluator: EvaluatorConfig) -> dict[str, Any]:
+    """Describe an evaluator by its task, its sets and the task's own settings.
+
+    How fast a set is read is no part of the description.
+    """
+    own = vars(evaluator.settings) if evaluator.settings is not None else {}
+    sets = {
         key: {
             "remote": one.remote,
             # where a set is cached says nothing of the set
@@ -235,13 +231,13 @@ def _sets(evaluator: EvaluatorConfig) -> dict[str, Any]:
         }
         for key, one in sets_of(evaluator).items()
     }
-    return {"task": evaluator.task, **found.pop(""), **found}
+    return {"task": evaluator.task, **own, **sets.pop(""), **sets}
 
 
-def _other_settings(evaluator: EvaluatorConfig) -> dict[str, Any]:
-    """Return the task's own settings that are no sets, e.g. how often k-means starts."""
-    own = vars(evaluator.settings) if evaluator.settings is not None else {}
-    return {key: value for key, value in own.items() if not isinstance(value, SetConfig)}
+def _sets_in(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the task and the sets of a description; earlier versions wrote nothing else."""
+    own = {"task", "remote", "local", "split"}
+    return {key: one for key, one in about.items() if key in own or isinstance(one, dict)}
 
 
 def _earlier_results(path: Path) -> dict[str, Any] | None:
@@ -257,11 +253,8 @@ def _earlier_results(path: Path) -> dict[str, Any] | None:
 
 def _move_away(out: Path) -> Path:
     """Move the results of a folder and their plots into its first free ``earlier-N``."""
-    folder = next(
-        path
-        for path in (out / f"earlier-{number}" for number in itertools.count(1))
-        if not path.exists()
-    )
+    places = (out / f"earlier-{number}" for number in itertools.count(1))
+    folder = next(place for place in places if not place.exists())
     folder.mkdir()
     for name in (RESULTS, *(f"{plot}.png" for plot in PLOTS)):
         if (out / name).exists():

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from alignclip.evaluation.packages import check_two_features
 from alignclip.evaluation.ranking import best_ranks, score_blocks
 
 CUTOFFS = (1, 5, 10)
@@ -36,19 +35,15 @@ def recall(
     Args:
         image_features: [N, d], need not be normalised.
         text_features: [M, d], on the same device.
-        image_of_text: [M] integers, the row of the image that a text belongs to.
-        ks: the cut-offs; one beyond the number of items counts everything as found.
+        image_of_text: [M] integers, the row of the image that a text belongs to; every image has a
+            text.
+        ks: the cut-offs, from 1; one beyond the number of items counts everything as found.
         block: rows of the similarity matrix held at a time.
         progress: show a bar.
 
     Returns:
         ``image_retrieval_recall@k`` and ``text_retrieval_recall@k`` for each k, in [0, 1].
-
-    Raises:
-        ValueError: shapes that don't fit, an image index out of range, an image without a text,
-            features that are not finite (they would compare as the best of all), a k below 1.
     """
-    _check_pairs(image_features, text_features, image_of_text, ks)
     owner = image_of_text.to(image_features.device).long()
     ways = {
         "image": (text_features, image_features, owner[:, None]),
@@ -101,16 +96,3 @@ def _texts_of_images(image_of_text: Tensor, images: int) -> Tensor:
     texts = order.new_full((images, int(counts.max())), -1)
     texts[image_of_text[order], place] = order
     return texts
-
-
-def _check_pairs(images: Tensor, texts: Tensor, image_of_text: Tensor, ks: Sequence[int]) -> None:
-    check_two_features(images, texts)
-    if image_of_text.shape != texts.shape[:1] or image_of_text.is_floating_point():
-        found = list(image_of_text.shape)
-        raise ValueError(f"image_of_text must hold {len(texts)} integers, one a text, not {found}")
-    if not len(texts) or image_of_text.min() < 0 or image_of_text.max() >= len(images):
-        raise ValueError(f"image_of_text must name rows of the {len(images)} images")
-    if without := len(images) - len(image_of_text.unique()):
-        raise ValueError(f"{without} of {len(images)} images have no text")
-    if not ks or min(ks) < 1:
-        raise ValueError(f"ks must be at least 1, not {list(ks)}")

@@ -22,7 +22,7 @@ from alignclip.data.streams import (
 from alignclip.data.transforms import center_crop
 from alignclip.errors import UserError, one_line
 from alignclip.ranks import errors_on_all_ranks, raise_on_all_ranks
-from alignclip.storage import StorageError, describe_storage_error, open_file
+from alignclip.storage import StorageError, describe_storage_error, read_text
 
 HASH = "xxh64"  # our converters'
 
@@ -34,7 +34,7 @@ class OpenSets:
         self._opened: dict[tuple[str | None, str, str | None], CachedDataset] = {}
 
     def open(self, stream: SetConfig) -> CachedDataset:
-        """The samples of a set by index.
+        """Open a set, whose samples then are read by index.
 
         Raises:
             UserError: it isn't there or can't be read.
@@ -66,22 +66,25 @@ class EvaluationSet(Dataset[tuple[Tensor, Any]]):
 
     Args:
         stream: where it lies and is cached.
-        image_size: pixels a side of what the model takes.
         column: ``label`` (int) or ``caption`` (text, or a list of texts).
         opened: the sets of this process.
+
+    Attributes:
+        image_size: pixels a side of what the model takes; set before the samples are read.
 
     Raises:
         UserError: it isn't there, can't be read, or has no such column.
     """
 
-    def __init__(self, stream: SetConfig, image_size: int, column: str, opened: OpenSets) -> None:
+    image_size: int
+
+    def __init__(self, stream: SetConfig, column: str, opened: OpenSets) -> None:
         self.name = stream.remote or stream.local
-        self.key = (str(self.name), str(stream.split), column, str(image_size))
+        self.key = (str(self.name), str(stream.split), column)
         self._dataset = opened.open(stream)
         shards: list[Any] = list(self._dataset.shards)
         columns = (dict(zip(s.column_names, s.column_encodings, strict=True)) for s in shards)
         check_task_columns(f"evaluation set {self.name}", columns, column)
-        self.image_size = image_size
         self.column = column
 
     def __len__(self) -> int:
@@ -113,15 +116,14 @@ class EvaluationSet(Dataset[tuple[Tensor, Any]]):
 
 
 def read_classes(stream: SetConfig) -> tuple[list[str], list[str]]:
-    """The class names and the prompt templates of a classification set.
+    """Read the class names and the prompt templates of a classification set.
 
     Raises:
         UserError: no such file beside the index, or not one of ``convert/classification.py``.
     """
     where = place_of(stream, CLASSES)
     try:
-        store, file = open_file(where)
-        values = json.loads(store.read_text(file))
+        values = json.loads(read_text(where))
         names, templates = _list_of_texts(values["classnames"]), _list_of_texts(values["templates"])
         classes = values.get("classes", len(names))
     except StorageError:
@@ -137,11 +139,12 @@ def read_classes(stream: SetConfig) -> tuple[list[str], list[str]]:
 
 
 def _list_of_texts(values: Any) -> list[str]:
-    """ValueError where this is no list of texts."""
-    if (
-        not isinstance(values, list)
-        or not values
-        or not all(isinstance(v, str) and v.strip() for v in values)
-    ):
+    """Return the values where these are a list of texts.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    texts = isinstance(values, list) and [isinstance(one, str) and one.strip() for one in values]
+    if not texts or not all(texts):
         raise ValueError("no list of texts")
-    return values
+    return list(values)

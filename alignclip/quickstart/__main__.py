@@ -1,4 +1,4 @@
-"""The whole path at laptop size, ``python -m alignclip.quickstart``: draw, convert, train, evaluate.
+"""The whole path at laptop size: draw, convert, train, evaluate.
 
 Every step is the command that a real run uses; each is printed before it runs. Run again, it goes
 on where it was.
@@ -29,8 +29,8 @@ from alignclip.quickstart import scenes
 from alignclip.runtime import console
 from alignclip.weights.load import load_encoders
 
-ROOT = Path(__file__).resolve().parents[2]
-CONFIG = ROOT / "yamls" / "quickstart.yaml"
+PROJECT = Path(__file__).resolve().parents[2]
+CONFIG = PROJECT / "yamls" / "quickstart.yaml"
 SPLITS = {"train": 6000, "test": 600}
 # what the table shows, and which way is better
 ROWS = {
@@ -66,8 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"save_folder={folder / 'checkpoints'}",
             *options.overrides,
         ]
-        call(Path(sys.executable).with_name("composer"), ROOT / "pretrain.py", CONFIG, *overrides)
-        evaluate(load(CONFIG, overrides), folder)
+        show_and_run(
+            Path(sys.executable).with_name("composer"), PROJECT / "pretrain.py", CONFIG, *overrides
+        )
+        compare_models(load(CONFIG, overrides), folder)
     print(next_steps(folder))
 
 
@@ -78,9 +80,9 @@ def make_set(folder: Path, split: str, count: int) -> None:
         return
     scenes.write(tars, split, count)
     encoder = sentence_encoder()
-    call(
+    show_and_run(
         sys.executable,
-        ROOT / "convert" / "cc12m.py",
+        PROJECT / "convert" / "cc12m.py",
         "--inputs",
         tars,
         "--out",
@@ -101,7 +103,7 @@ def sentence_encoder() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
-def call(*command: object) -> None:
+def show_and_run(*command: object) -> None:
     """Show a command and run it."""
     words = [str(word) for word in command]
     print(f"\n$ {shlex.join(words)}", flush=True)
@@ -110,7 +112,7 @@ def call(*command: object) -> None:
         raise UserError(f"the command above ended with status {status}")
 
 
-def evaluate(config: RunConfig, folder: Path) -> None:
+def compare_models(config: RunConfig, folder: Path) -> None:
     """Compare the untrained and the trained model on the held-out scenes: a table and a picture."""
     torch.manual_seed(config.seed)  # as training starts
     models = {
@@ -141,13 +143,20 @@ def evaluate(config: RunConfig, folder: Path) -> None:
 
 def next_steps(folder: Path) -> str:
     """Return what a person would run now."""
+    sets = (
+        f"data.streams.scenes.local={folder / 'mds' / 'train'} save_folder={folder / 'sharedclip'}"
+    )
+    pictures = f"open {folder / 'embeddings.png'} and the tars under {folder / 'tars'}"
+    clip = "composer pretrain.py yamls/quickstart.yaml run_name=sharedclip loss.beta=0"
+    convert = "python convert/cc12m.py --inputs 'my/{00000..00099}.tar' --out s3://bucket/my-set"
+    recipe = "composer pretrain.py yamls/alignclip.yaml data.streams.cc12m.remote=s3://bucket/cc12m"
     return f"""
 What next:
-  look at what it learnt from    open {folder / "embeddings.png"} and the tars under {folder / "tars"}
-  compare with plain CLIP loss   composer pretrain.py yamls/quickstart.yaml run_name=sharedclip loss.beta=0 \\
-                                   data.streams.scenes.local={folder / "mds/train"} save_folder={folder / "sharedclip"}
-  your own pairs                 python convert/cc12m.py --inputs 'my/{{00000..00099}}.tar' --out s3://bucket/my-set
-  the published recipe           composer pretrain.py yamls/alignclip.yaml data.streams.cc12m.remote=s3://bucket/cc12m
+  look at what it learnt from    {pictures}
+  compare with plain CLIP loss   {clip} \\
+                                   {sets}
+  your own pairs                 {convert}
+  the published recipe           {recipe}
 README.md goes through CC12M step by step."""
 
 

@@ -121,7 +121,7 @@ WORDS = {
     "above": ("above", "over", "on top of"),
     "below": ("below", "under", "beneath"),
 }
-NUMBERS = {2: ("two", "2", "a pair of"), 3: ("three", "3"), 4: ("four", "4")}
+COUNT_WORDS = {2: ("two", "2", "a pair of"), 3: ("three", "3"), 4: ("four", "4")}
 PLURALS = {"box": "boxes", "cross": "crosses", "rhombus": "rhombuses"}
 FRAMES = (
     "{what} on a {ground} background",
@@ -188,7 +188,7 @@ def scenes(split: str, seed: int = 0) -> Iterator[tuple[Scene, str, random.Rando
         scene = _random_scene(rng)
         if scene.held_out != (split == "test"):
             continue
-        caption = describe(scene, rng)
+        caption = describe_scene(scene, rng)
         if split == "test":
             if scene.meaning in meanings or caption in captions:
                 continue
@@ -212,31 +212,31 @@ def _random_thing(rng: random.Random) -> Thing:
     return Thing(rng.choice(tuple(RADIUS)), rng.choice(tuple(COLOURS)), rng.choice(SHAPES))
 
 
-def describe(scene: Scene, rng: random.Random) -> str:
+def describe_scene(scene: Scene, rng: random.Random) -> str:
     """Name everything that a scene shows, in a wording that is drawn from ``rng``."""
-    first = _name(scene.things[0], scene.count, rng)
+    first = _noun_phrase(scene.things[0], scene.count, rng)
     what = first
     if scene.relation is not None:
-        what += f" {rng.choice(WORDS[scene.relation])} {_name(scene.things[1], 1, rng)}"
+        what += f" {rng.choice(WORDS[scene.relation])} {_noun_phrase(scene.things[1], 1, rng)}"
     return rng.choice(FRAMES).format(what=what, ground=rng.choice(WORDS[scene.background]))
 
 
-def _name(thing: Thing, count: int, rng: random.Random) -> str:
+def _noun_phrase(thing: Thing, count: int, rng: random.Random) -> str:
     """Name a thing: ``a big red disc``, ``three tiny blue boxes``."""
     size, colour, noun = (
         rng.choice(WORDS[word]) for word in (thing.size, thing.colour, thing.shape)
     )
     if count == 1:
         return f"a {size} {colour} {noun}"
-    return f"{rng.choice(NUMBERS[count])} {size} {colour} {PLURALS.get(noun, noun + 's')}"
+    return f"{rng.choice(COUNT_WORDS[count])} {size} {colour} {PLURALS.get(noun, noun + 's')}"
 
 
-def draw(scene: Scene, rng: random.Random) -> Image.Image:
+def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
     """Draw a scene, :data:`PIXELS` squared in RGB; places, tilts and shades vary with ``rng``."""
     edge = PIXELS * SUPERSAMPLING
     image = Image.new("RGB", (edge, edge), _shade(BACKGROUNDS[scene.background], 5, rng))
     pen = ImageDraw.Draw(image)
-    for thing, (x, y) in zip(scene.things * scene.count, _places(scene, rng), strict=True):
+    for thing, (x, y) in zip(scene.things * scene.count, _centres(scene, rng), strict=True):
         colour = _shade(COLOURS[thing.colour], 10, rng)
         radius = RADIUS[thing.size] * rng.uniform(0.92, 1.08) * SUPERSAMPLING
         tilt = math.radians(rng.uniform(-8, 8))
@@ -254,7 +254,7 @@ def _shade(colour: tuple[int, int, int], spread: int, rng: random.Random) -> tup
     return red, green, blue
 
 
-def _places(scene: Scene, rng: random.Random) -> list[tuple[float, float]]:
+def _centres(scene: Scene, rng: random.Random) -> list[tuple[float, float]]:
     """Return the centre of each thing, in pixels from the top left.
 
     Things of a group have a quarter of the picture each.
@@ -294,7 +294,7 @@ def write(folder: str | Path, split: str, count: int, seed: int = 0) -> list[Pat
             for index in range(min(PER_TAR, count - start)):
                 scene, caption, rng = next(source)
                 key = f"{number:05d}{index:04d}"  # img2dataset's: tar and place
-                for suffix, content in _files(key, scene, caption, rng).items():
+                for suffix, content in _sample_files(key, scene, caption, rng).items():
                     entry = tarfile.TarInfo(f"{key}.{suffix}")
                     entry.size = len(content)
                     tar.addfile(entry, io.BytesIO(content))
@@ -303,10 +303,10 @@ def write(folder: str | Path, split: str, count: int, seed: int = 0) -> list[Pat
     return paths
 
 
-def _files(key: str, scene: Scene, caption: str, rng: random.Random) -> dict[str, bytes]:
+def _sample_files(key: str, scene: Scene, caption: str, rng: random.Random) -> dict[str, bytes]:
     jpeg = io.BytesIO()
     # full colour resolution: things are small
-    draw(scene, rng).save(jpeg, "JPEG", quality=95, subsampling=0)
+    draw_scene(scene, rng).save(jpeg, "JPEG", quality=95, subsampling=0)
     said = {"key": key, "status": "success", "caption": caption}
     record = {**said, "width": PIXELS, "height": PIXELS, "scene": asdict(scene)}
     return {"jpg": jpeg.getvalue(), "txt": caption.encode(), "json": json.dumps(record).encode()}

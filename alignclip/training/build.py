@@ -251,7 +251,6 @@ def build_evaluation(
         EvaluationCallback(
             config.evaluators,
             model.encoders,
-            config.model.vision_cfg.image_size,
             autocast_dtype(config.precision),
             show_progress(config),
             best,

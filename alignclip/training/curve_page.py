@@ -14,7 +14,7 @@ from alignclip.config.metrics import arrow, metric_named
 from alignclip.evaluation.frame import (
     DASHED,
     DOTTED,
-    GREY,
+    MID_GREY,
     Entry,
     add_legend,
     count_batches,
@@ -23,7 +23,7 @@ from alignclip.evaluation.frame import (
 )
 from alignclip.evaluation.packages import library
 
-TOLD_APART = 0.005  # of the chart's height: curves that are nearer look like one
+NEARER = 0.005  # of the chart's height: curves that are nearer look like one
 MOST_DOTS = 40  # points that get a dot each
 STYLE = (
     "body{font:14px/1.45 system-ui,sans-serif;margin:24px;color:#222;max-width:1240px}"
@@ -122,7 +122,7 @@ def _figure(chart: Chart, starts: Iterable[int]) -> str:
     panel = new_panels(chart.curves, 5.8, 2.9)[0, 0]
     panel.grid(axis="y", color="0.9", linewidth=0.8)
     for batch in starts:
-        panel.axvline(batch, color=GREY, linestyle=DASHED, linewidth=0.8)
+        panel.axvline(batch, color=MID_GREY, linestyle=DASHED, linewidth=0.8)
     # once where several curves have the same chance, but for the last digits
     rounded = {tuple((b, round(v, 6)) for b, v in curve) for curve in chart.chance.values()}
     for level in sorted(rounded):
@@ -145,7 +145,7 @@ def _figure(chart: Chart, starts: Iterable[int]) -> str:
 
 def _draw_chance(panel: Any, curve: Sequence[tuple[int, float]]) -> None:
     """Draw a dotted line: across the chart where chance is the same at every evaluation."""
-    look = {"color": GREY, "linestyle": DOTTED, "linewidth": 1.4}
+    look = {"color": MID_GREY, "linestyle": DOTTED, "linewidth": 1.4}
     batches, values = zip(*curve, strict=True)
     if len(set(values)) == 1:
         panel.axhline(values[0], **look)
@@ -156,7 +156,7 @@ def _draw_chance(panel: Any, curve: Sequence[tuple[int, float]]) -> None:
 def _beneath(curves: Mapping[str, Curve]) -> dict[str, str]:
     """Return the curves that can't be told from an earlier one, and the earlier one's name."""
     values = [value for curve in curves.values() for _, value in curve]
-    apart = TOLD_APART * (max(values) - min(values))
+    apart = NEARER * (max(values) - min(values))
     found: dict[str, str] = {}
     for name, curve in curves.items():
         for earlier in [one for one in curves if one not in found]:

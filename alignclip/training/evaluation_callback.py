@@ -43,7 +43,6 @@ class EvaluationCallback(Callback):
     Args:
         evaluators: by name.
         encoders: the model's, as they were before DDP or FSDP wrapped them.
-        image_size: pixels a side.
         dtype: of autocast while encoding; None runs in the model's own.
         progress: show bars.
         best: what keeps the best checkpoint, if anything should.
@@ -57,7 +56,6 @@ class EvaluationCallback(Callback):
         self,
         evaluators: dict[str, EvaluatorConfig],
         encoders: CLIP,
-        image_size: int,
         dtype: torch.dtype | None,
         progress: bool,
         best: BestCheckpoint | None = None,
@@ -72,7 +70,7 @@ class EvaluationCallback(Callback):
             with (
                 errors_on_all_ranks()
             ):  # a file that is missing on one machine is everybody's trouble
-                evaluator = Evaluator(name, config, image_size, opened)
+                evaluator = Evaluator(name, config, opened)
             if evaluator.note and rank() == 0:
                 say(f"evaluators.{name}: {evaluator.note}")
             is_due = create_interval_scheduler(

@@ -14,7 +14,7 @@ from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
 from alignclip.evaluation.history import EVALUATIONS, records_in
-from alignclip.evaluation.json_lines import Line, RecordFile, lines_in, text_of, without_nan
+from alignclip.evaluation.json_lines import RecordFile, RecordLine, lines_in, text_of, without_nan
 from alignclip.training.curve_page import page
 from alignclip.training.evaluation_callback import EvaluationCallback
 from alignclip.training.save_folder import SaveFolder
@@ -46,7 +46,7 @@ class History(LoggerDestination):
         self._file = RecordFile(self._store, HISTORY, complaint)
         self._every = max(1, total // POINTS)
         self._values: dict[str, float] = {}
-        self._lines: list[Line] | None = None  # as long as the training goes on
+        self._lines: list[RecordLine] | None = None  # as long as the training goes on
         self._uploaded: Time | None = None
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -91,7 +91,7 @@ class History(LoggerDestination):
 
     def _begin(self, batch: int) -> None:
         earlier = lines_in(self._store.read_text_optional(HISTORY) or "")
-        lines: list[Line] = [line for line in earlier if line["batch"] <= batch]
+        lines: list[RecordLine] = [line for line in earlier if line["batch"] <= batch]
         lines.append({"batch": batch, "start": True})
         if not self._store.is_remote:
             self._store.write_text(HISTORY, text_of(lines))
@@ -100,9 +100,10 @@ class History(LoggerDestination):
     def _keep(self, batch: int) -> None:
         if not self._values or self._lines is None:
             return
-        values, self._values = without_nan(self._values), {}
+        values, self._values = self._values, {}
         losses = {k.removeprefix(LOSS): v for k, v in values.items() if k.startswith(LOSS)}
-        line = {"batch": batch, "losses": losses, **{k: values[k] for k in KEPT if k in values}}
+        kept = {k: values[k] for k in KEPT if k in values}
+        line = without_nan({"batch": batch, "losses": losses, **kept})
         self._lines.append(line)
         if not self._store.is_remote:
             self._file.reported(lambda: self._append(text_of([line])))
@@ -111,11 +112,11 @@ class History(LoggerDestination):
         with Path(self._store.at(HISTORY)).open("a", encoding="utf-8") as file:
             file.write(text)
 
-    def _draw(self, state: State, lines: list[Line]) -> None:
+    def _draw(self, state: State, lines: list[RecordLine]) -> None:
         text = page(str(state.run_name), [*lines, *self._evaluations(state)])
         self._store.write_text(PAGE, text)
 
-    def _evaluations(self, state: State) -> list[Line]:
+    def _evaluations(self, state: State) -> list[RecordLine]:
         """Return what this start's evaluators, or else earlier ones, have found."""
         callback = next((c for c in state.callbacks if isinstance(c, EvaluationCallback)), None)
         if callback is not None:

@@ -19,7 +19,7 @@ import sys
 
 import torch
 
-VARIANTS = {  # name -> variables
+WAIT_POLICIES = {  # name -> variables
     "libgomp's default": {},
     "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
     "OMP_NUM_THREADS=1": {"OMP_NUM_THREADS": "1"},
@@ -58,13 +58,13 @@ def main() -> None:
         ]
         try:
             for _ in range(options.rounds):
-                for name in VARIANTS:
-                    found.setdefault((name, busy), []).append(step(VARIANTS[name]))
+                for name in WAIT_POLICIES:
+                    found.setdefault((name, busy), []).append(step(WAIT_POLICIES[name]))
         finally:
             for process in spinning:
                 process.kill()
                 process.wait()
-    for name in VARIANTS:
+    for name in WAIT_POLICIES:
         medians = [statistics.median(found[name, busy]) for busy in options.busy]
         print(f"{name:26}" + "".join(f"{seconds:12.2f}" for seconds in medians))
 

@@ -21,7 +21,7 @@ from alignclip.evaluation.frame import (
 )
 
 # checkpoint → evaluator → metric → value
-Results = Mapping[str, Mapping[str, Mapping[str, float]]]
+ByCheckpoint = Mapping[str, Mapping[str, Mapping[str, float]]]
 Chance = Mapping[str, Mapping[str, float]]  # evaluator → metric → value
 
 SQUARES: dict[str, Any] = {"marker": "s", "linestyle": "none", "markersize": 8}
@@ -33,7 +33,7 @@ RECALL_TICKS = {
 }
 
 
-def recall_bars(results: Results, path: str | Path, chance: Chance | None = None) -> None:
+def recall_bars(results: ByCheckpoint, path: str | Path, chance: Chance | None = None) -> None:
     """Draw recall@1, 5 and 10 in both directions: a panel an evaluator, a colour a checkpoint.
 
     Evaluators of the same figures, as the gap and the retrieval of one set are, share a panel. Up
@@ -63,7 +63,7 @@ def recall_bars(results: Results, path: str | Path, chance: Chance | None = None
     save_figure(panels[0].figure, path, shown)
 
 
-def accuracy_bars(results: Results, path: str | Path, chance: Chance | None = None) -> None:
+def accuracy_bars(results: ByCheckpoint, path: str | Path, chance: Chance | None = None) -> None:
     """Draw ``mean_per_class_recall`` of each evaluator that classifies, a colour a checkpoint.
 
     That is the accuracy in which one answer for all images scores 1 / classes, however unequal the
@@ -96,7 +96,7 @@ def _draw_bars(panel: Any, percents: np.ndarray, ticks: Sequence[str]) -> None:
 
 
 def _percents(
-    results: Results, chance: Chance | None, metrics: Sequence[str]
+    results: ByCheckpoint, chance: Chance | None, metrics: Sequence[str]
 ) -> tuple[list[str], list[str], np.ndarray]:
     """Return the checkpoints and evaluators that have any of the metrics, and their percents.
 

@@ -72,11 +72,10 @@ def linear_probe(
         x.numpy(), y.numpy(), test_size=held_out, stratify=y.numpy(), random_state=seed
     )
     probe = library("sklearn.linear_model").LogisticRegression(max_iter=MOST_ITERATIONS)
+    fits, threads = len(strengths) + 1, 1 if x.numel() < FEW_NUMBERS else None
     with (
-        library("threadpoolctl").threadpool_limits(1 if x.numel() < FEW_NUMBERS else None),
-        tqdm(
-            total=len(strengths) + 1, desc="linear probe", unit="fit", disable=not progress
-        ) as bar,
+        library("threadpoolctl").threadpool_limits(threads),
+        tqdm(total=fits, desc="linear probe", unit="fit", disable=not progress) as bar,
     ):
         best = _best_strength(probe, split, sorted(strengths), variance, bar)
         probe.set_params(C=best * variance, warm_start=False).fit(x.numpy(), y.numpy())

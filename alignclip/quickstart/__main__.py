@@ -1,4 +1,4 @@
-"""The whole path at laptop size: draw, convert, train, evaluate.
+"""The whole path at laptop size: draw, convert, train, evaluate, look.
 
 Every step is the command that a real run uses; each is printed before it runs. Run again, it goes
 on where it was.

@@ -1,4 +1,4 @@
-"""The functions for notebooks: the metrics of a model, and the samples of a set to look at.
+"""Functions for notebooks: the metrics of a model, and the samples of a set to look at.
 
 Both are what the commands use: :func:`evaluate` runs the evaluators of ``evaluate.py``, and
 :func:`dataset` reads MDS sets as evaluation does.
@@ -62,7 +62,7 @@ def evaluate(
 
 
 def _model(given: CLIP | str | Path) -> CLIP:
-    """The model itself, or the one at a path.
+    """Return the model itself, or the one at a path.
 
     Raises:
         UserError: the path has no model.
@@ -109,13 +109,13 @@ class Pairs(Dataset[Pair]):
 
     def __init__(self, stream: SetConfig) -> None:
         from alignclip.data.streams import check_columns
+        from alignclip.evaluation.sets import columns_of
 
         self.place = str(stream.remote or stream.local)
         self._samples = _opened().open(stream)
-        shards: list[Any] = list(self._samples.shards)
         self.columns: dict[str, str] = {}
-        for shard in shards:
-            self.columns |= dict(zip(shard.column_names, shard.column_encodings, strict=True))
+        for columns in columns_of(self._samples):
+            self.columns |= columns
         check_columns(f"the set {self.place}", [self.columns], {"image"})
 
     def __len__(self) -> int:
@@ -141,19 +141,17 @@ class Pairs(Dataset[Pair]):
             IndexError: there is no such sample.
             OSError: its image can't be decoded.
         """
-        if isinstance(index, slice):
-            return [self[at] for at in range(*index.indices(len(self)))]
         count = len(self)
-        if not -count <= index < count:
-            numbers = f" (0 to {count - 1})" if count else ""
-            raise IndexError(
-                f"{self.place}: there is no sample {index} of {count} samples{numbers}"
-            )
-        at = range(count)[index]
+        try:
+            at = range(count)[index]
+        except IndexError:
+            numbers = f"{count} samples (0 to {count - 1})" if count else "0 samples"
+            raise IndexError(f"{self.place}: there is no sample {index} of {numbers}") from None
+        if isinstance(at, range):
+            return [self[one] for one in at]
         columns: dict[str, Any] = dict(self._samples[at])
-        caption = columns.get("caption", "")
+        caption = columns.get("caption") or []
         captions = [str(text) for text in (caption if isinstance(caption, list) else [caption])]
-        captions = captions if caption else []
         image = Image.open(io.BytesIO(columns["image"]))
         image.load()
         key, first = str(columns.get("key", at)), captions[0] if captions else ""
@@ -174,9 +172,8 @@ def dataset(path: str | Path, *, split: str | None = None, cache: str | None = N
     """
     place = expand(str(path), "dataset")
     if "://" in place:
-        return Pairs(
-            SetConfig(remote=place, local=expand(cache, "cache") if cache else None, split=split)
-        )
+        local = expand(cache, "cache") if cache else None
+        return Pairs(SetConfig(remote=place, local=local, split=split))
     if cache is not None:
         raise UserError(f"cache={cache} is for a set in an object store; {path} is a folder")
     return Pairs(SetConfig(local=place, split=split))

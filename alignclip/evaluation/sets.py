@@ -61,6 +61,12 @@ class OpenSets:
         return dataset
 
 
+def columns_of(dataset: CachedDataset) -> list[dict[str, str]]:
+    """Return the columns and encodings of each shard."""
+    shards: list[Any] = list(dataset.shards)
+    return [dict(zip(one.column_names, one.column_encodings, strict=True)) for one in shards]
+
+
 class EvaluationSet(Dataset[tuple[Tensor, Any]]):
     """A set by index: ``(image, other)``, where other is a label or captions.
 
@@ -82,9 +88,7 @@ class EvaluationSet(Dataset[tuple[Tensor, Any]]):
         self.name = stream.remote or stream.local
         self.key = (str(self.name), str(stream.split), column)
         self._dataset = opened.open(stream)
-        shards: list[Any] = list(self._dataset.shards)
-        columns = (dict(zip(s.column_names, s.column_encodings, strict=True)) for s in shards)
-        check_task_columns(f"evaluation set {self.name}", columns, column)
+        check_task_columns(f"evaluation set {self.name}", columns_of(self._dataset), column)
         self.column = column
 
     def __len__(self) -> int:

@@ -101,6 +101,7 @@ def test_starts_that_went_on_are_grey_lines(figures: list[Any]) -> None:
     html = page("run", [{"batch": 0, "start": True}, {"batch": 6, "start": True}, *losses(0.5)])
     assert "after batch 6." in html
     assert [line.get_xdata()[0] for line in figures[0].axes[0].lines[:2]] == [6, 1]
+    assert figures[0].axes[0].get_xlim() == pytest.approx((-0.24, 12.24))  # all charts alike
     assert "Nothing was trained yet" in page("run", [{"batch": 0, "start": True}])
 
 

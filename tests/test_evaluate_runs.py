@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from miniatures import make_idx
 from miniatures import quick as classification
-from runs import PRETRAIN, RECORDING, jpeg, run, steps, write_config, write_set
+from runs import PRETRAIN, RECORDING, TINY, jpeg, run, steps, write_config, write_set
 from s3 import S3Server
 from streaming import MDSWriter
 
@@ -31,52 +31,32 @@ def test_during_a_sharded_run_and_after_it(s3: S3Server, tmp_path: Path) -> None
     write_set(train, 64)
     write_set(test, 37, seed=1)  # no multiple of anything
     save_folder = f"{s3.bucket()}/runs/evaluated"
-    sets = [
-        f"evaluators.{task}.{key}"
-        for task in ("retrieval", "gap")
-        for key in (
-            f"task={task}",
-            f"remote={test}",
-            f"local={tmp_path / 'eval-cache'}",
-            "batch_size=8",
-        )
-    ]
-    labelled = f"{s3.bucket()}/fashion"
+    labelled, root = f"{s3.bucket()}/fashion", s3.bucket()
     for split, prefix, count in (("train", "train", 60), ("test", "t10k", 23)):
         make_idx(tmp_path / "idx", prefix, count, packed=True)
         classification("fashion_mnist", tmp_path / "idx", f"{labelled}/{split}", split=split)
     sentences = [
         f"g\tf\t2012\t{i}\t{i / 2}\t{'red ' * i}\t{'blue ' * (9 - i)}" for i in range(1, 8)
     ]
-    s3.client.put_object(
-        Bucket=labelled.split("/")[2], Key="sts-test.csv", Body="\n".join(sentences).encode()
-    )
-    test_part = [f"remote={labelled}/test", f"local={tmp_path / 'fashion-cache'}", "batch_size=8"]
-    sets += [f"evaluators.fashion.{part}" for part in ("task=zero_shot", *test_part)]
-    sets += [f"evaluators.probe.{part}" for part in ("task=linear_probe", *test_part)]
-    sets += [
-        f"evaluators.probe.train.remote={labelled}/train",
-        f"evaluators.probe.train.local={tmp_path / 'train-cache'}",
-    ]
-    sets += [
-        "evaluators.sts.task=sts",
-        f"evaluators.sts.remote={labelled.rpartition('/')[0]}/sts-test.csv",
-    ]
-    config = write_config(tmp_path, train, save_folder)
+    body = "\n".join(sentences).encode()
+    s3.client.put_object(Bucket=root.removeprefix("s3://"), Key="sts-test.csv", Body=body)
+    pairs = f"remote: {test}, local: {tmp_path}/eval-cache, batch_size: 8"
+    fashion = f"remote: {labelled}/test, local: {tmp_path}/fashion-cache, batch_size: 8"
+    evaluators = f"""
+evaluators:
+  retrieval: {{task: retrieval, interval: 2ba, {pairs}}}
+  gap: {{task: gap, interval: 1ep, {pairs}}}
+  fashion: {{task: zero_shot, interval: 1dur, {fashion}}}
+  probe:
+    {{task: linear_probe, interval: 1dur, {fashion},
+      train: {{remote: {labelled}/train, local: {tmp_path}/train-cache}}}}
+  sts: {{task: sts, interval: 1dur, remote: {root}/sts-test.csv}}
+"""
+    config = write_config(tmp_path, train, save_folder, TINY + evaluators)
     settings = ["run_name=evaluated", "max_duration=6ba", "save_interval=6ba", FSDP]
     settings += ["keep_best.metric=retrieval/image_retrieval_recall@10"]
-    intervals = ["evaluators.retrieval.interval=2ba", "evaluators.gap.interval=1ep"]
-    intervals += [f"evaluators.{name}.interval=1dur" for name in ("fashion", "probe", "sts")]
-    output = run(
-        RECORDING,
-        tmp_path / "records",
-        config,
-        *settings,
-        *sets,
-        *intervals,
-        processes=2,
-        cwd=tmp_path,
-    )
+    arguments = [RECORDING, tmp_path / "records", config, *settings]
+    output = run(*arguments, processes=2, cwd=tmp_path)
     assert all(r["sharded"] for r in steps(tmp_path / "records"))
     assert re.findall(r"batch (\d+), (\w+): ", output) == [
         ("2", "retrieval"), ("4", "retrieval"), ("4", "gap"), ("6", "retrieval"), ("6", "gap"),
@@ -85,17 +65,12 @@ def test_during_a_sharded_run_and_after_it(s3: S3Server, tmp_path: Path) -> None
     assert "Traceback" not in output
     names = [key.rpartition("/")[2] for key in s3.keys(save_folder)]
     assert "best-rank0.pt" in names
-    (tmp_path / "evaluate.yaml").write_text("precision: fp32\ndevice: cpu\n")
+    yaml = tmp_path / "evaluate.yaml"
+    yaml.write_text(f"precision: fp32\ndevice: cpu\n{evaluators}")
     found = {}
     for processes, place in ((1, save_folder), (2, f"{save_folder}/latest-rank0.pt")):
         out = tmp_path / f"evaluation-{processes}"
-        arguments = [
-            EVALUATE,
-            tmp_path / "evaluate.yaml",
-            f"checkpoints.last={place}",
-            f"out={out}",
-            *sets,
-        ]
+        arguments = [EVALUATE, yaml, f"checkpoints.last={place}", f"out={out}"]
         printed = run(*arguments, processes=processes, cwd=out)
         found[processes] = json.loads((out / "results.json").read_text())["results"]["last"]
         assert "image_retrieval_recall@10" in printed

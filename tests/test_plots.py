@@ -20,7 +20,7 @@ from alignclip.evaluation.geometry import effective_rank
 from alignclip.evaluation.history import EvaluationRecords
 
 __all__ = ["figures"]
-pytest.importorskip("matplotlib")
+to_hex = pytest.importorskip("matplotlib.colors").to_hex
 # a layout that doesn't fit, a glyph that is missing
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 
@@ -312,9 +312,9 @@ def test_evaluations_of_a_collapse_are_hollow(tmp_path, figures):
     good |= dict.fromkeys(ranks, 9.0)
     points = [Point(10, collapsed | low, chance), Point(20, good | recalls(0.4), chance)]
     draw_curves({"run": points}, tmp_path / "plot.png")
-    marks = [line for line in figures[0].axes[0].lines if line.get_linestyle() == "None"]
-    faces = {line.get_markerfacecolor(): list(line.get_xdata()) for line in marks}
-    assert faces == {COLOUR: [20], "white": [10]}
+    (marks,) = figures[0].axes[0].collections
+    assert list(marks.get_offsets()[:, 0]) == [10, 20]
+    assert [to_hex(face) for face in marks.get_facecolors()] == ["#ffffff", COLOUR.lower()]
     assert legend(figures[0]) == ["run (hollow: collapsed)"]
     level = [Point(None, collapsed | low, chance)]
     draw_curves({"level": level}, tmp_path / "plot.png")

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from alignclip.evaluation.frame import (
     DASH_DOTTED,
     DASHED,
@@ -188,38 +186,37 @@ def draw_curves(curves: Mapping[str, Sequence[Point]], path: str | Path) -> None
 
 
 class _Drawn:
-    """The curve of some points, in its colour, on any panel; what was not measured is left out."""
+    """The curve of some points, in its colour, on any panel; NaN was not measured."""
 
-    def __init__(self, points: Sequence[Point], look: dict[str, Any]) -> None:
+    def __init__(self, points: Sequence[Point], look: Mapping[str, Any]) -> None:
         self.level = any(point.batch is None for point in points)
-        self.batches = np.array([point.batch or 0 for point in points])
-        self.collapsed = np.array([point.collapsed for point in points])
-        self.look = look
+        self.batches = [point.batch or 0 for point in points]
+        self.color, self.marker = look["color"], look["marker"]
+        # hollow where the space has collapsed
+        self.faces = ["white" if point.collapsed else self.color for point in points]
+        self.edges = [self.color if point.collapsed else "white" for point in points]
 
     def marked(self, panel: Any, values: Sequence[float]) -> None:
-        """Draw a solid line with markers, which are hollow where the space has collapsed."""
+        """Draw a solid line with markers."""
         if self.level:
             self.line(panel, values, DASH_DOTTED)
             return
-        self._plot(panel, values, ~np.isnan(values), color=self.look["color"], linewidth=1.5)
-        look = {**self.look, "markersize": 5 if len(values) > MANY else 7, "linestyle": "none"}
-        self._plot(panel, values, ~self.collapsed, **look)
-        look |= {"markerfacecolor": "white", "markeredgecolor": self.look["color"]}
-        self._plot(panel, values, self.collapsed, **look | {"markeredgewidth": 1.2})
+        panel.plot(self.batches, values, color=self.color, linewidth=1.5)
+        side = 5 if len(values) > MANY else 7
+        marks = {"marker": self.marker, "s": side**2, "linewidths": 1.0, "zorder": 3}
+        colours = {"facecolors": self.faces, "edgecolors": self.edges}
+        panel.scatter(self.batches, values, **marks, **colours)
 
     def line(self, panel: Any, values: Sequence[float], dashes: Any) -> None:
         """Draw a line without markers: of one point a dash, of a level a line across the panel."""
-        look = {"color": self.look["color"], "linewidth": 1.4, "linestyle": dashes}
-        known = ~np.isnan(values)
+        look = {"color": self.color, "linewidth": 1.4, "linestyle": dashes}
+        known = [value for value in values if not math.isnan(value)]
         if self.level:
-            for value in np.array(values)[known]:
+            for value in known:
                 panel.axhline(value, **look)
-        else:
-            lone = {"marker": "_", "markersize": 12} if known.sum() == 1 else {}
-            self._plot(panel, values, known, **look, **lone)
-
-    def _plot(self, panel: Any, values: Sequence[float], rows: np.ndarray, **look: Any) -> None:
-        panel.plot(self.batches[rows], np.array(values)[rows], **look)
+        elif known:
+            lone = {"marker": "_", "markersize": 12} if len(known) == 1 else {}
+            panel.plot(self.batches, values, **look, **lone)
 
 
 def _label(name: str, points: Sequence[Point]) -> str:

@@ -57,10 +57,10 @@ def embedding_maps(pairs: Mapping[str, PairFeatures], path: str | Path) -> None:
     """
     columns = max(1, min(3, len(pairs)))
     titles = [wrapped(name, 42 if columns == 3 else 56) for name in pairs]
-    rows = [titles[row : row + columns] for row in range(0, len(titles), columns)]
+    rows = math.ceil(len(titles) / columns)
     side = 3.7 if columns == 3 else 4.6
-    height = sum(side + 0.6 + 0.17 * max(title.count("\n") for title in row) for row in rows)
-    shape = (side * columns, height, len(rows), columns)
+    height = side + 0.6 + 0.17 * max((title.count("\n") for title in titles), default=0)
+    shape = (side * columns, rows * height, rows, columns)
     panels = new_panels(titles, *shape, sharex=True, sharey=True)
     extents = [
         _draw_map(panel, title, *unit_pairs(*features))

@@ -80,7 +80,7 @@ def page(run_name: str, lines: Sequence[Mapping[str, Any]]) -> str:
     """
     starts = sorted({line["batch"] for line in lines if line.get("start") and line["batch"] > 0})
     last = max((line["batch"] for line in lines), default=0)
-    figures = "\n".join(_figure(chart, starts) for chart in charts(lines))
+    figures = "\n".join(_figure(chart, starts, last) for chart in charts(lines))
     title = f"{html.escape(run_name)}: learning curves"
     batches = ", ".join(f"{batch:,}" for batch in starts)
     went_on = f" Grey lines: starts that went on, after batch {batches}." if starts else ""
@@ -117,8 +117,8 @@ def charts(lines: Iterable[Mapping[str, Any]]) -> list[Chart]:
     return [chart for chart in found.values() if chart.curves]
 
 
-def _figure(chart: Chart, starts: Iterable[int]) -> str:
-    """Draw a chart with its legend."""
+def _figure(chart: Chart, starts: Iterable[int], last: int) -> str:
+    """Draw a chart with its legend, from the run's first batch to its last."""
     panel = new_panels(chart.curves, 5.8, 2.9)[0, 0]
     panel.grid(axis="y", color="0.9", linewidth=0.8)
     for batch in starts:
@@ -138,6 +138,7 @@ def _figure(chart: Chart, starts: Iterable[int]) -> str:
         panel.plot(batches, values, **look, **(dots if len(curve) <= MOST_DOTS else {}))
         shown.append((_said(chart, name, beneath), look))
     count_batches(panel)
+    panel.set_xlim(-0.02 * last, max(1.02 * last, 1))
     add_legend(panel.figure, shown, side="left")
     title = f"<h2>{chart.title}</h2>\n{_svg(panel.figure)}"
     return f"<figure>{title}\n<figcaption>{chart.caption}</figcaption></figure>"

@@ -104,14 +104,14 @@ def _uniformities(images: Tensor, texts: Tensor, block: int, progress: bool) -> 
 
 
 def _angle(a: Tensor, b: Tensor) -> float:
-    """Degrees between two vectors."""
+    """Return the degrees between two vectors."""
     # atan2 of the half-angle form: acos loses half of the digits near 0, where a small gap is
     a, b = a / a.norm(), b / b.norm()
     return math.degrees(2 * torch.atan2((a - b).norm(), (a + b).norm()).item())
 
 
 def _uniformity(x: Tensor, y: Tensor, block: int, progress: bool) -> float:
-    """Log mean exp(−2‖x_i − y_j‖²) over i ≠ j, for unit vectors: there ‖x − y‖² = 2 − 2 x·y."""
+    """Compute log mean exp(−2‖x_i − y_j‖²) over i ≠ j, where ‖x − y‖² = 2 − 2 x·y: unit vectors."""
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     for start in tqdm(
         range(0, len(x), block), desc="uniformity", unit="block", leave=False, disable=not progress

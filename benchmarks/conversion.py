@@ -47,6 +47,7 @@ from PIL import Image
 from alignclip.conversion.images import ImageOptions
 from alignclip.conversion.options import ConvertOptions
 from alignclip.conversion.shards import convert_shard
+from alignclip.quickstart.scenes import add_sample
 
 MDS_COLUMNS = {"key": "str", "image": "bytes", "caption": "str"}
 SIDE, QUALITY = 256, 90  # of re-encoding
@@ -91,10 +92,7 @@ def draw_tar(path: Path, samples: int, size: tuple[int, int], different: int = 5
             meta = json.dumps({"caption": "a picture", "url": url, "sha256": "0" * 64})
             caption = f"picture {i} of something that takes a few words to say"
             texts = {"json": meta.encode(), "txt": caption.encode()}
-            for extension, data in {"jpg": pictures[i % different], **texts}.items():
-                info = tarfile.TarInfo(f"{key}.{extension}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+            add_sample(tar, key, {"jpg": pictures[i % different], **texts})
     return path
 
 

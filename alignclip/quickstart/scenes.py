@@ -22,7 +22,7 @@ import json
 import math
 import random
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -93,6 +93,7 @@ HELD_OUT = frozenset(
     for step in (0, 3)
 )
 
+# of a canonical name; a name that is missing here is its only word
 WORDS = {
     "red": ("red", "red", "crimson", "scarlet"),
     "orange": ("orange", "orange", "tangerine"),
@@ -102,14 +103,9 @@ WORDS = {
     "blue": ("blue", "blue", "cobalt"),
     "purple": ("purple", "purple", "violet"),
     "pink": ("pink", "pink", "rose"),
-    "white": ("white",),
     "grey": ("grey", "gray"),
-    "black": ("black",),
-    "brown": ("brown",),
     "circle": ("circle", "disc"),
     "square": ("square", "box"),
-    "triangle": ("triangle",),
-    "star": ("star",),
     "cross": ("cross", "plus sign"),
     "diamond": ("diamond", "rhombus"),
     "ring": ("ring", "hoop"),
@@ -217,15 +213,17 @@ def describe_scene(scene: Scene, rng: random.Random) -> str:
     first = _noun_phrase(scene.things[0], scene.count, rng)
     what = first
     if scene.relation is not None:
-        what += f" {rng.choice(WORDS[scene.relation])} {_noun_phrase(scene.things[1], 1, rng)}"
-    return rng.choice(FRAMES).format(what=what, ground=rng.choice(WORDS[scene.background]))
+        what += f" {_word(scene.relation, rng)} {_noun_phrase(scene.things[1], 1, rng)}"
+    return rng.choice(FRAMES).format(what=what, ground=_word(scene.background, rng))
+
+
+def _word(name: str, rng: random.Random) -> str:
+    return rng.choice(WORDS.get(name, (name,)))
 
 
 def _noun_phrase(thing: Thing, count: int, rng: random.Random) -> str:
     """Name a thing: ``a big red disc``, ``three tiny blue boxes``."""
-    size, colour, noun = (
-        rng.choice(WORDS[word]) for word in (thing.size, thing.colour, thing.shape)
-    )
+    size, colour, noun = (_word(name, rng) for name in (thing.size, thing.colour, thing.shape))
     if count == 1:
         return f"a {size} {colour} {noun}"
     return f"{rng.choice(COUNT_WORDS[count])} {size} {colour} {PLURALS.get(noun, noun + 's')}"
@@ -287,20 +285,24 @@ def write(folder: str | Path, split: str, count: int, seed: int = 0) -> list[Pat
     folder.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
     source = scenes(split, seed)
-    bar = tqdm(total=count, desc=f"drawing {split} scenes", unit="scene")
-    for number, start in enumerate(range(0, count, PER_TAR)):
-        paths.append(folder / f"{number:05d}.tar")
-        with tarfile.open(paths[-1], "w") as tar:
-            for index in range(min(PER_TAR, count - start)):
-                scene, caption, rng = next(source)
-                key = f"{number:05d}{index:04d}"  # img2dataset's: tar and place
-                for suffix, content in _sample_files(key, scene, caption, rng).items():
-                    entry = tarfile.TarInfo(f"{key}.{suffix}")
-                    entry.size = len(content)
-                    tar.addfile(entry, io.BytesIO(content))
-                bar.update()
-    bar.close()
+    with tqdm(total=count, desc=f"drawing {split} scenes", unit="scene") as bar:
+        for number, start in enumerate(range(0, count, PER_TAR)):
+            paths.append(folder / f"{number:05d}.tar")
+            with tarfile.open(paths[-1], "w") as tar:
+                for index in range(min(PER_TAR, count - start)):
+                    scene, caption, rng = next(source)
+                    key = f"{number:05d}{index:04d}"  # img2dataset's: tar and place
+                    add_sample(tar, key, _sample_files(key, scene, caption, rng))
+                    bar.update()
     return paths
+
+
+def add_sample(tar: tarfile.TarFile, key: str, files: Mapping[str, bytes]) -> None:
+    """Add a sample's files to a tar, by their suffixes."""
+    for suffix, content in files.items():
+        entry = tarfile.TarInfo(f"{key}.{suffix}")
+        entry.size = len(content)
+        tar.addfile(entry, io.BytesIO(content))
 
 
 def _sample_files(key: str, scene: Scene, caption: str, rng: random.Random) -> dict[str, bytes]:

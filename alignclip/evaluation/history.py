@@ -48,15 +48,13 @@ class EvaluationRecords:
         self, batch: int, evaluator: str, metrics: dict[str, float], chance: dict[str, float]
     ) -> Record:
         """Record what an evaluator found, judged against the run's first evaluation."""
-        first = first_before(self.records, batch).get(evaluator)
-        verdict = judge_against(first, metrics, chance)
-        text = None if verdict is None else verdict.text
+        verdict = judge_since(self.records, batch, evaluator, metrics, chance)
         record = Record(
             batch=batch,
             evaluator=evaluator,
             metrics=without_nan(metrics),
             chance=chance,
-            verdict=text,
+            verdict=verdict.text if verdict else None,
         )
         self.records.append(record)
         return record
@@ -72,26 +70,24 @@ class EvaluationRecords:
             self._file.finish()
 
 
-def first_before(records: Iterable[Record], batch: int | None) -> dict[str, Record]:
-    """Return the first evaluation by each evaluator that is earlier than ``batch``.
+def judge_since(
+    records: Iterable[Record],
+    batch: int | None,
+    evaluator: str,
+    metrics: Mapping[str, float],
+    chance: Mapping[str, float],
+) -> Verdict | None:
+    """Judge an evaluation against the run's first one by the evaluator, where there is one.
 
     A model is not compared with itself, nor with what became of it later; where its batch is not
-    known, with nothing.
+    known, or another chance says that the set was another one, with nothing.
     """
-    found: dict[str, Record] = {}
-    for record in records:
-        if batch is not None and record["batch"] < batch:
-            found.setdefault(record["evaluator"], record)
-    return found
-
-
-def judge_against(
-    first: Record | None, metrics: Mapping[str, float], chance: Mapping[str, float]
-) -> Verdict | None:
-    """Judge what an evaluator found against the run's first evaluation, where there is one."""
-    if first is None:
-        return judge(metrics, chance)
-    return judge(metrics, chance, with_nan(first["metrics"]), f"batch {first['batch']}")
+    for first in records:
+        if batch is not None and first["batch"] < batch and first["evaluator"] == evaluator:
+            if first["chance"] != chance:
+                break
+            return judge(metrics, chance, with_nan(first["metrics"]), f"batch {first['batch']}")
+    return judge(metrics, chance)
 
 
 def records_in(text: str) -> list[Record]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from alignclip.config.metrics import arrow, better, metric_named, sets_of
 from alignclip.config.schema import EvaluateConfig, EvaluatorConfig
-from alignclip.evaluation.history import Record, first_before, judge_against
+from alignclip.evaluation.history import Record, judge_since
 from alignclip.evaluation.json_lines import with_nan, without_nan
 from alignclip.evaluation.verdict import Verdict
 from alignclip.runtime.environment import versions
@@ -99,11 +99,9 @@ class ComparisonReport:
         """Return checkpoint → evaluator → what its figures mean."""
         verdicts: dict[str, dict[str, Verdict]] = {}
         for checkpoint, name, metrics in self.measured():
-            compared, chance = self.checkpoints[checkpoint], self.chance.get(name, {})
-            first = first_before(compared.history, compared.batch).get(name)
-            if first is not None and first["chance"] != chance:
-                first = None  # of another set
-            if (verdict := judge_against(first, metrics, chance)) is not None:
+            one, chance = self.checkpoints[checkpoint], self.chance.get(name, {})
+            verdict = judge_since(one.history, one.batch, name, metrics, chance)
+            if verdict is not None:
                 verdicts.setdefault(checkpoint, {})[name] = verdict
         return verdicts
 

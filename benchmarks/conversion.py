@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measuring import Timing, in_a_process, parser_of, this_machine, timed
+from measuring import Timing, in_a_process, in_turn, parser_of, this_machine, timed
 from PIL import Image
 
 from alignclip.conversion.images import ImageOptions
@@ -204,11 +204,11 @@ def speed(options: Namespace, folder: Path) -> bool:
     print(f"{'':<18}{heads}{'ours/bare':>12}{'at least':>10}{'ours/naive':>12}")
     good = True
     for kind, (_, _, least) in KINDS.items():
-        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-        for i in range(options.repeats):
-            for way, done in seconds.items():
-                done.append(in_a_process(measure_conversion, way, tar_path, small, kind).cpu)
-            print(f"{kind} {i + 1}/{options.repeats}", file=sys.stderr, flush=True)
+
+        def measure(way: str, kind: str = kind) -> float:
+            return in_a_process(measure_conversion, way, tar_path, small, kind).cpu
+
+        seconds = in_turn(WAYS, options.repeats, measure)
         rates = "".join(
             f"{options.samples / statistics.median(done):>10,.0f}" for done in seconds.values()
         )
@@ -227,18 +227,18 @@ def processes(options: Namespace, folder: Path) -> bool:
     """Two workers and one on the same tars, both pools started and warmed up before."""
     tars = [draw_tar(folder / f"{i}.tar", options.samples, options.size) for i in range(4)]
     small = draw_tar(folder / "small.tar", 20, options.size, 5)
-    seconds: dict[int, list[float]] = {1: [], 2: []}
-    for i in range(options.repeats):
-        for number, done in seconds.items():
-            with (
-                ProcessPoolExecutor(number, get_context("spawn")) as pool,
-                tempfile.TemporaryDirectory() as out,
-            ):
-                list(pool.map(ours, [small] * 2, [Path(out, str(j)) for j in range(2)]))
-                start = time.perf_counter()
-                list(pool.map(ours, tars, [Path(out)] * len(tars)))
-                done.append(time.perf_counter() - start)
-        print(f"processes {i + 1}/{options.repeats}", file=sys.stderr, flush=True)
+
+    def measure(number: int) -> float:
+        with (
+            ProcessPoolExecutor(number, get_context("spawn")) as pool,
+            tempfile.TemporaryDirectory() as out,
+        ):
+            list(pool.map(ours, [small] * 2, [Path(out, str(j)) for j in range(2)]))
+            start = time.perf_counter()
+            list(pool.map(ours, tars, [Path(out)] * len(tars)))
+            return time.perf_counter() - start
+
+    seconds = in_turn((1, 2), options.repeats, measure)
     images, load = len(tars) * options.samples, f"load {os.getloadavg()[0]:.1f} at the end"
     print(f"\nprocesses: {images:,} images in {len(tars)} tars, by the clock, {load}")
     for number, done in seconds.items():

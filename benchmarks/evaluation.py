@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring import Timing, in_a_process, parser_of, this_machine, timed
+from measuring import Timing, in_a_process, in_turn, parser_of, this_machine, timed
 from torch import Tensor
 
 from alignclip.conversion.class_names import benchmark_lists, choose_templates
@@ -153,15 +153,14 @@ def measure_task(task: str, ours: bool, options: Namespace) -> Timing:
     return timed(work, options.device)
 
 
-def alternate(task: str, options: Namespace) -> tuple[list[Timing], list[Timing]]:
+def measure_both(task: str, options: Namespace) -> tuple[list[Timing], list[Timing]]:
     """Our runs and the plain ones, in turn, each in a fresh process."""
-    runs: dict[bool, list[Timing]] = {True: [], False: []}
-    for i in range(options.repeats):
-        for ours, done in runs.items():
-            done.append(in_a_process(measure_task, task, ours, options))
-            what = f"{task} {i + 1}/{options.repeats}, {'ours' if ours else 'plain'}"
-            print(f"{what}: {done[-1].seconds:.2f} s", file=sys.stderr, flush=True)
-    return runs[True], runs[False]
+
+    def measure(way: str) -> Timing:
+        return in_a_process(measure_task, task, way == "ours", options)
+
+    found = in_turn(("ours", "plain"), options.repeats, measure)
+    return found["ours"], found["plain"]
 
 
 def print_table(rate: str, items: float, ways: dict[str, list[Timing]]) -> None:
@@ -186,7 +185,7 @@ def print_table(rate: str, items: float, ways: dict[str, list[Timing]]) -> None:
 
 def compare_classifier(options: Namespace) -> bool:
     names, templates = prompts(options)
-    ours, plain = alternate("classifier", options)
+    ours, plain = measure_both("classifier", options)
     of = "" if options.classes == 1000 else " of 1,000"
     tower = f"text tower {options.width} wide, {options.layers} layers, {options.precision}"
     print(f"\nclassifier: {options.classes:,}{of} classes × {len(templates)} templates, {tower}")
@@ -207,7 +206,7 @@ def compare_classifier(options: Namespace) -> bool:
 
 
 def compare_retrieval(options: Namespace) -> bool:
-    ours, plain = alternate("retrieval", options)
+    ours, plain = measure_both("retrieval", options)
     captions = options.images * CAPTIONS
     what = f"{options.images:,} images × {captions:,} captions, features {DIM} wide, fp32"
     print(f"\nretrieval: {what}")

@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from alignclip.runtime.arguments import Parser
+
+Variant, Figure = TypeVar("Variant"), TypeVar("Figure")
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,18 @@ def in_a_process(function: Callable[..., Timing], *arguments: Any) -> Timing:
     """Call the function in a fresh process."""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         return process.submit(function, *arguments).result()
+
+
+def in_turn(
+    variants: Iterable[Variant], rounds: int, measure: Callable[[Variant], Figure]
+) -> dict[Variant, list[Figure]]:
+    """Measure the variants in turn: whatever else the machine does then hits all of them."""
+    found: dict[Variant, list[Figure]] = {variant: [] for variant in variants}
+    for number in range(1, rounds + 1):
+        for variant, done in found.items():
+            done.append(measure(variant))
+            print(f"{variant}, {number} of {rounds}", file=sys.stderr, flush=True)
+    return found
 
 
 def this_machine(device: str = "cpu") -> str:

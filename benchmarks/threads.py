@@ -18,6 +18,7 @@ import subprocess
 import sys
 
 import torch
+from measuring import in_turn
 
 WAIT_POLICIES = {  # name -> variables
     "libgomp's default": {},
@@ -51,32 +52,30 @@ def main() -> None:
     options = parser.parse_args()
     print(f"{cores} cores, {platform.processor() or platform.machine()}, torch {torch.__version__}")
     print(f"{'seconds a step':26}" + "".join(f"{f'{busy} busy':>12}" for busy in options.busy))
-    found: dict[tuple[str, int], list[float]] = {}
+    found: dict[int, dict[str, list[float]]] = {}
     for busy in options.busy:
         spinning = [
             subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)
         ]
         try:
-            for _ in range(options.rounds):
-                for name in WAIT_POLICIES:
-                    found.setdefault((name, busy), []).append(step(WAIT_POLICIES[name]))
+            found[busy] = in_turn(WAIT_POLICIES, options.rounds, step)
         finally:
             for process in spinning:
                 process.kill()
                 process.wait()
     for name in WAIT_POLICIES:
-        medians = [statistics.median(found[name, busy]) for busy in options.busy]
+        medians = [statistics.median(found[busy][name]) for busy in options.busy]
         print(f"{name:26}" + "".join(f"{seconds:12.2f}" for seconds in medians))
 
 
-def step(variables: dict[str, str]) -> float:
-    """Return the median seconds of a step in a process with these variables."""
+def step(policy: str) -> float:
+    """Return the median seconds of a step in a process with the policy's variables."""
     plain = {
         name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))
     }
     command = [sys.executable, "-c", STEP]
     done = subprocess.run(
-        command, env=plain | variables, capture_output=True, text=True, check=True
+        command, env=plain | WAIT_POLICIES[policy], capture_output=True, text=True, check=True
     )
     return float(done.stdout)
 

@@ -26,7 +26,7 @@ SMALL_SET_EXAMPLES = """examples:
     --batch 64 256 --warmup 20 100"""
 
 
-class Variant(NamedTuple):
+class SmallSetRun(NamedTuple):
     """A training run: weight of the separation, samples a step, steps of warm-up."""
 
     beta: float
@@ -44,7 +44,7 @@ def main() -> None:
     options = parse()
     rows = []
     for each in itertools.product(options.beta, options.batch, options.warmup):
-        run = Variant(*each)
+        run = SmallSetRun(*each)
         train(run, options)
         rows += [(run, step, figures_of(run, step, options)) for step in options.batches]
     shown = (*RECALL, *GAP_FIGURES)
@@ -79,7 +79,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def train(run: Variant, options: argparse.Namespace) -> None:
+def train(run: SmallSetRun, options: argparse.Namespace) -> None:
     """Train a run to the last of the steps, keeping a checkpoint of each."""
     interval = options.batches[0]
     run_script(
@@ -98,7 +98,7 @@ def train(run: Variant, options: argparse.Namespace) -> None:
     )
 
 
-def figures_of(run: Variant, step: int, options: argparse.Namespace) -> dict[str, float]:
+def figures_of(run: SmallSetRun, step: int, options: argparse.Namespace) -> dict[str, float]:
     """Return the metrics of a run's checkpoint after ``step`` batches."""
     (checkpoint,) = (options.out / run.name).glob(f"ep*-ba{step}-rank0.pt")
     out = options.out / run.name / f"evaluation-ba{step}"

@@ -109,12 +109,12 @@ class Pairs(Dataset[Pair]):
 
     def __init__(self, stream: SetConfig) -> None:
         from alignclip.data.streams import check_columns
-        from alignclip.evaluation.sets import columns_of
+        from alignclip.evaluation.sets import shard_columns
 
         self.place = str(stream.remote or stream.local)
         self._samples = _opened().open(stream)
         self.columns: dict[str, str] = {}
-        for columns in columns_of(self._samples):
+        for columns in shard_columns(self._samples):
             self.columns |= columns
         check_columns(f"the set {self.place}", [self.columns], {"image"})
 

@@ -181,7 +181,7 @@ def _project(images: Tensor, texts: Tensor) -> tuple[Numbers, Numbers]:
 
 
 def _edges(cosines: Sequence[Numbers]) -> Numbers:
-    """[BINS + 1] edges of equal bins that span all values, within −1 and 1."""
+    """Return [BINS + 1] edges of equal bins that span all values, within −1 and 1."""
     low, high = min(x.min() for x in cosines), max(x.max() for x in cosines)
     if high - low < 1e-3:  # all but constant: bins that can be told apart
         low, high = max(-1.0, low - 0.01), min(1.0, high + 0.01)

@@ -65,7 +65,7 @@ def recall(
 
 
 def recall_chance(image_of_text: Tensor, ks: Sequence[int] = CUTOFFS) -> dict[str, float]:
-    """Recall@k of a ranking that is drawn at random, for :func:`recall`.
+    """Compute recall@k of a ranking that is drawn at random, for :func:`recall`.
 
     Args:
         image_of_text: [M] integers, the row of the image that a text belongs to.
@@ -88,7 +88,7 @@ def recall_chance(image_of_text: Tensor, ks: Sequence[int] = CUTOFFS) -> dict[st
 
 
 def _texts_of_images(image_of_text: Tensor, images: int) -> Tensor:
-    """[images, most] the rows of each image's texts in ascending order, filled up with -1."""
+    """Return each image's texts, [images, most] rows in ascending order, filled up with -1."""
     order = image_of_text.argsort(stable=True)
     counts = image_of_text.bincount(minlength=images)
     before = (counts.cumsum(0) - counts).repeat_interleave(counts)  # texts of earlier images

@@ -61,7 +61,7 @@ class OpenSets:
         return dataset
 
 
-def columns_of(dataset: CachedDataset) -> list[dict[str, str]]:
+def shard_columns(dataset: CachedDataset) -> list[dict[str, str]]:
     """Return the columns and encodings of each shard."""
     shards: list[Any] = list(dataset.shards)
     return [dict(zip(one.column_names, one.column_encodings, strict=True)) for one in shards]
@@ -88,7 +88,7 @@ class EvaluationSet(Dataset[tuple[Tensor, Any]]):
         self.name = stream.remote or stream.local
         self.key = (str(self.name), str(stream.split), column)
         self._dataset = opened.open(stream)
-        check_task_columns(f"evaluation set {self.name}", columns_of(self._dataset), column)
+        check_task_columns(f"evaluation set {self.name}", shard_columns(self._dataset), column)
         self.column = column
 
     def __len__(self) -> int:

@@ -19,7 +19,7 @@ import alignclip
 from alignclip.config.reading import load
 from alignclip.config.schema import EvaluateConfig, EvaluatorConfig, RunConfig
 from alignclip.errors import UserError
-from alignclip.evaluation.command import without_name
+from alignclip.evaluation.comparison import without_name
 from alignclip.storage import leaving_nothing
 from alignclip.weights import early
 from alignclip.weights.locate import why_no_weights

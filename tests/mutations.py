@@ -18,18 +18,8 @@ from tarballs import draw
 BLOCK = tarfile.BLOCKSIZE
 HOSTILE_BYTES = (0, 1, 0x7F, 0x80, 0xFF)
 # tar header fields: first byte, length
-FIELDS = [
-    (0, 100),
-    (100, 8),
-    (108, 8),
-    (116, 8),
-    (124, 12),
-    (136, 12),
-    (148, 8),
-    (156, 1),
-    (157, 100),
-    (257, 8),
-]
+LENGTHS = {0: 100, 100: 8, 108: 8, 116: 8, 124: 12, 136: 12, 148: 8, 156: 1, 157: 100, 257: 8}
+FIELDS = list(LENGTHS.items())
 SIZE, SPARSE = (124, 12), (386, 96)
 
 
@@ -39,7 +29,7 @@ def encode(picture: Image.Image, image_format: str, **options: object) -> bytes:
     return file.getvalue()
 
 
-def pictures() -> list[bytes]:
+def pictures() -> dict[str, bytes]:
     """A small image file of every kind that is met."""
     rgb = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
     grey16 = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50)
@@ -48,23 +38,23 @@ def pictures() -> list[bytes]:
     rotated = Image.Exif()
     rotated[0x0112] = 6
     two = {"save_all": True, "append_images": [rgb.rotate(90)]}
-    return [
-        encode(rgb, "JPEG"),
-        encode(rgb, "JPEG", progressive=True, exif=rotated),
-        encode(rgb.convert("L"), "JPEG"),
-        encode(rgb.convert("CMYK"), "JPEG"),
-        encode(rgb, "MPO", **two),
-        encode(rgb, "PNG", transparency=(1, 2, 3), exif=rotated),
-        encode(rgb, "PNG", **two),
-        encode(rgb.convert("P"), "PNG", transparency=3),
-        encode(see_through, "PNG"),
-        encode(see_through.convert("LA"), "PNG"),
-        encode(rgb.convert("1"), "PNG"),
-        encode(grey16, "PNG"),
-        encode(rgb, "WEBP"),
-        encode(see_through, "WEBP", lossless=True),
-        encode(rgb, "WEBP", exif=rotated, **two),
-    ]
+    return {
+        "jpeg": encode(rgb, "JPEG"),
+        "rotated-jpeg": encode(rgb, "JPEG", progressive=True, exif=rotated),
+        "grey-jpeg": encode(rgb.convert("L"), "JPEG"),
+        "cmyk": encode(rgb.convert("CMYK"), "JPEG"),
+        "mpo": encode(rgb, "MPO", **two),
+        "rotated-png": encode(rgb, "PNG", transparency=(1, 2, 3), exif=rotated),
+        "animated-png": encode(rgb, "PNG", **two),
+        "palette": encode(rgb.convert("P"), "PNG", transparency=3),
+        "rgba": encode(see_through, "PNG"),
+        "grey-alpha": encode(see_through.convert("LA"), "PNG"),
+        "bilevel": encode(rgb.convert("1"), "PNG"),
+        "grey-16": encode(grey16, "PNG"),
+        "webp": encode(rgb, "WEBP"),
+        "lossless-webp": encode(see_through, "WEBP", lossless=True),
+        "animated-rotated-webp": encode(rgb, "WEBP", exif=rotated, **two),
+    }
 
 
 def damage(data: bytes, rng: random.Random, others: Sequence[bytes] = ()) -> bytes:
@@ -96,64 +86,32 @@ def damage(data: bytes, rng: random.Random, others: Sequence[bytes] = ()) -> byt
 def caption(rng: random.Random) -> tuple[str, bytes]:
     """Extension and content of a member that should hold a caption."""
     text = "Ein Käfer — 一只甲虫 &amp;amp; &#xD800;&#0; &lt;b&gt; 🪲".encode()
-    entry = rng.choice(
-        [b"3", b"1.5", b"NaN", b"-Infinity", b"true", b"null", b"[]", b'{"a": "b"}', b'"\\ud83d"']
-    )
-    return rng.choice(
-        [
-            ("txt", damage(text, rng)),
-            ("txt", rng.randbytes(rng.randint(0, 300))),
-            ("txt", "überall".encode(rng.choice(["utf-16", "latin-1", "utf-8-sig"]))),
-            (
-                "txt",
-                rng.choice(
-                    [b"", b" \n\t", "\u3000".encode(), b"\0", b"\xef\xbb\xbf", b"a\0b\x1b[31m"]
-                ),
-            ),
-            ("txt", "ö".encode() * rng.choice([9_999, 10_000, 10_001, 600_000])),
-            ("json", b'{"caption": ' + entry + b"}"),
-            ("json", rng.choice([b"[", b'{"caption":', b'{"a":[']) * 10_000),
-            ("json", b'{"caption": ' + b"1" * 5_000 + b"}"),
-            ("json", entry),
-            ("json", damage(b'{"caption": "' + text + b'", "key": "000", "exif": "{}"}', rng)),
-        ]
-    )
+    odd = b'3 1.5 NaN -Infinity true null [] {"a":"b"} "\\ud83d"'
+    entry = rng.choice(odd.split())
+    odd_texts = (b"", b" \n\t", "\u3000".encode(), b"\0", b"\xef\xbb\xbf", b"a\0b\x1b[31m")
+    texts = [
+        damage(text, rng),
+        rng.randbytes(rng.randint(0, 300)),
+        "überall".encode(rng.choice(["utf-16", "latin-1", "utf-8-sig"])),
+        rng.choice(odd_texts),
+        "ö".encode() * rng.choice([9_999, 10_000, 10_001, 600_000]),
+    ]
+    entries = [
+        b'{"caption": ' + entry + b"}",
+        rng.choice([b"[", b'{"caption":', b'{"a":[']) * 10_000,
+        b'{"caption": ' + b"1" * 5_000 + b"}",
+        entry,
+        damage(b'{"caption": "' + text + b'", "key": "000", "exif": "{}"}', rng),
+    ]
+    return rng.choice([("txt", text) for text in texts] + [("json", entry) for entry in entries])
 
 
 def name(rng: random.Random, number: int) -> str:
     """A member's name without its extension; no other number has the same key."""
-    folder = rng.choice(
-        [
-            "",
-            "",
-            "./",
-            "../../",
-            "/",
-            "a.b/",
-            "..../",
-            "x/" * 60,
-            "déjà/",
-            "\udcff\udc80/",
-            "`#?*[]/",
-        ]
-    )
-    base = rng.choice(
-        [
-            "",
-            "ключ",
-            "🪲",
-            " ",
-            "`|<b>",
-            "\n\r",
-            "\x1b[2J",
-            "\udcfe",
-            "k" * 250,
-            "\\..",
-            "\u202e",
-            "%00",
-            "~",
-        ]
-    )
+    folders = ("", "", "./", "../../", "/", "a.b/", "..../", "x/" * 60, "déjà/")
+    folder = rng.choice([*folders, "\udcff\udc80/", "`#?*[]/"])
+    bases = ("", "ключ", "🪲", " ", "`|<b>", "\n\r", "\x1b[2J", "\udcfe", "k" * 250, "\\..")
+    base = rng.choice([*bases, "\u202e", "%00", "~"])
     return f"{folder}{base.split('.')[0]}{number}{rng.choice(['', '', '.seg', '.', '..'])}"
 
 
@@ -297,27 +255,10 @@ def damage_parquet(data: bytes, rng: random.Random) -> bytes:
 
 def csv_file(rng: random.Random, folder: str, delimiter: str) -> bytes:
     """A table of the images 0.jpg to 2.jpg in a folder, with odd fields and damage."""
-    odd = [
-        "",
-        "\0",
-        '"',
-        '""',
-        "a\nb",
-        "\r",
-        "../../x.jpg",
-        "x" * 300,
-        "x/" * 3_000,
-        "y" * 200_000,
-        "&amp;",
-        "ü,;\t",
-        folder,
-    ]
-    lines = [
-        rng.choice(
-            [["image", "caption"], ["title", "filepath"], ["caption", "key", "image"], ["a"], []]
-        )
-    ]
-    lines[0] = lines[0] if rng.random() < 0.1 else ["image", "caption"]
+    odd = ["", "\0", '"', '""', "a\nb", "\r", "../../x.jpg", "x" * 300, "x/" * 3_000, "y" * 200_000]
+    odd += ["&amp;", "ü,;\t", folder]
+    headers = ("image caption", "title filepath", "caption key image", "a", "")
+    lines = [rng.choice(headers).split() if rng.random() < 0.1 else ["image", "caption"]]
     for i in range(rng.randint(0, 8)):
         path = rng.choice([f"{i % 3}.jpg", f"{folder}/{i % 3}.jpg"])
         line = [path, rng.choice([f"picture {i}", rng.choice(odd)])]

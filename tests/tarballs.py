@@ -7,20 +7,23 @@ import io
 import json
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from alignclip.conversion import dataset, shards
 from alignclip.conversion.dataset import convert
-from alignclip.conversion.inputs import expand, opened
+from alignclip.conversion.inputs import expand_inputs, opened
 from alignclip.conversion.options import ConvertOptions
 from alignclip.conversion.records import Counts
-from alignclip.conversion.samples import DEFAULT_READING, Item, Reading
+from alignclip.conversion.samples import DEFAULT_READING, Item, Reading, Sample
+from alignclip.errors import UserError
 from alignclip.storage.staging import OutputFolder
 
 
@@ -31,9 +34,9 @@ def draw(seed: int, image_format: str = "JPEG", size: tuple[int, int] = (40, 30)
     return file.getvalue()
 
 
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+def write_tar(path: Path, members: list[tuple[str, bytes]], **how: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
+    with tarfile.open(path, "w", **how) as tar:
         for name, data in members:
             info = tarfile.TarInfo(name)
             info.size = len(data)
@@ -60,21 +63,67 @@ def three_tars(folder: Path) -> Path:
     return folder
 
 
-def items_of(path: Path, caption_key: str | None = None, **reading: Any) -> list[Item]:
+def write_images(folder: Path, number: int = 5) -> Path:
+    """A folder with 0.jpg, 1.jpg, …"""
+    folder.mkdir(exist_ok=True)
+    for i in range(number):
+        (folder / f"{i}.jpg").write_bytes(draw(i))
+    return folder
+
+
+def items_of(path: Path | str, caption_key: str | None = None, **reading: Any) -> list[Item]:
     """Everything that the reader of an input file yields."""
     how, found = Reading(caption_key, **reading), []
-    for shard in expand([str(path)], how):
+    for shard in expand_inputs([str(path)], how):
         with opened(shard, how) as source:
             found += source.items
     return found
 
 
+def captions_of(path: Path | str, **reading: Any) -> list[str | list[str]]:
+    """The captions of the samples that the reader of an input file yields."""
+    return [item.caption for item in items_of(path, **reading) if isinstance(item, Sample)]
+
+
 def quick(
     tar_patterns: list[Any], out: str | Path, caption_key: str | None = None, **changes: Any
 ) -> Counts:
+    """Convert without embeddings in this process; changes are options, or settings of reading."""
     options: dict[str, Any] = {"semantic": False, "progress": False, "processes": 1, **changes}
-    options["reading"] = replace(options.get("reading", DEFAULT_READING), caption_key=caption_key)
+    how = {name: options.pop(name) for name in vars(DEFAULT_READING) if name in options}
+    reading = options.get("reading", DEFAULT_READING)
+    options["reading"] = replace(reading, caption_key=caption_key, **how)
     return convert(ConvertOptions([str(pattern) for pattern in tar_patterns], str(out), **options))
+
+
+def refused(words: str, inputs: list[Any], out: str | Path, **changes: Any) -> None:
+    """A conversion ends with an error of these words."""
+    with pytest.raises(UserError, match=words):
+        quick(inputs, out, **changes)
+
+
+class FakeEncoder:
+    """An encoder whose embeddings repeat a number of the caption; it cuts the caption ``long``."""
+
+    def __init__(self, dimension: int, number: Callable[[str], float]) -> None:
+        self.dimension, self.number = dimension, number
+        self.length = 512
+        self.stated: int | None = 512
+
+    def cut(self, captions: list[str]) -> list[bool]:
+        return [caption == "long" for caption in captions]
+
+    def encode(self, captions: list[str]) -> np.ndarray:
+        numbers = [[self.number(caption)] * self.dimension for caption in captions]
+        return np.array(numbers, np.float16)
+
+
+def give_encoder(monkeypatch: pytest.MonkeyPatch, encoder: FakeEncoder) -> FakeEncoder:
+    """Have conversions take this encoder, whatever its name is."""
+    monkeypatch.setattr(dataset, "find_encoder", str)
+    for module in (dataset, shards):
+        monkeypatch.setattr(module, "load_encoder", lambda name: encoder)
+    return encoder
 
 
 def read_back(remote: str | None, local: Path, **arguments: Any) -> dict[str, dict[str, Any]]:
@@ -114,10 +163,14 @@ def stage(store: OutputFolder, *names: str) -> None:
             (folder / name).mkdir() if name.endswith("/") else (folder / name).write_text("{}")
 
 
+def put(s3: Any, url: str, data: bytes) -> None:
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    s3.client.put_object(Bucket=bucket, Key=key, Body=data)
+
+
 def upload(s3: Any, folder: Path, uri: str) -> None:
-    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     for path in sorted(folder.iterdir()):
-        s3.client.upload_file(str(path), bucket, f"{prefix}/{path.name}")
+        put(s3, f"{uri}/{path.name}", path.read_bytes())
 
 
 @contextmanager

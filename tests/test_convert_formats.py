@@ -17,12 +17,26 @@ from urllib.parse import unquote
 
 import pytest
 from conversions import COMMAND
-from tarballs import cut, draw, items_of, pairs, quick, read_back, serve, three_tars, write_tar
+from tarballs import (
+    captions_of,
+    cut,
+    draw,
+    items_of,
+    pairs,
+    put,
+    quick,
+    read_back,
+    refused,
+    serve,
+    three_tars,
+    write_images,
+    write_tar,
+)
 
 from alignclip.conversion import samples
 from alignclip.conversion.cc12m import main
-from alignclip.conversion.formats import FORMATS, columns, format_of, json_lines, remote
-from alignclip.conversion.inputs import expand, name_of, opened
+from alignclip.conversion.formats import INPUT_FORMATS, columns, format_of, json_lines, remote
+from alignclip.conversion.inputs import expand_inputs, name_of, opened
 from alignclip.conversion.samples import Ignored, Sample, Skipped
 from alignclip.errors import UserError
 from alignclip.storage.clouds import S3
@@ -31,7 +45,7 @@ PAGE = (COMMAND.parents[1] / "docs" / "convert.md").read_text(encoding="utf-8")
 
 
 def test_the_documented_formats_are_the_table() -> None:
-    rows = [f"| {name} | {taken} |" for name, taken in (one.described for one in FORMATS)]
+    rows = [f"| {name} | {taken} |" for name, taken in (one.described for one in INPUT_FORMATS)]
     assert "\n".join(["| input | what is taken |", "|---|---|", *rows, ""]) in PAGE
 
 
@@ -41,7 +55,7 @@ def test_the_flags_of_formats_are_options_of_the_command(
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out
-    assert all(flag in text for one in FORMATS for flag in one.flags)
+    assert all(flag in text for one in INPUT_FORMATS for flag in one.flags)
 
 
 def test_the_command_takes_files_of_several_formats(
@@ -88,10 +102,7 @@ def write_lines(path: Path, *rows: Any) -> Path:
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     """A folder with 0.jpg to 4.jpg in the sub-folder images."""
-    (tmp_path / "images").mkdir()
-    for i in range(5):
-        (tmp_path / "images" / f"{i}.jpg").write_bytes(draw(i))
-    return tmp_path
+    return write_images(tmp_path / "images").parent
 
 
 def test_json_lines_and_what_is_wrong_with_some(images: Path) -> None:
@@ -150,7 +161,7 @@ def test_json_lines_by_any_name(images: Path, name: str) -> None:
     assert (images / "out" / "a-00000" / "counts.json").exists()
     in_folders = [str(images / name)] if name.startswith(("a.jsonl", "a.ndjson")) else []
     try:
-        assert [place.partition("#")[0] for place in expand([str(images)])] == in_folders
+        assert [place.partition("#")[0] for place in expand_inputs([str(images)])] == in_folders
     except UserError:
         assert not in_folders
 
@@ -164,7 +175,11 @@ def test_long_json_lines_are_several_inputs(
         {"image": f"images/{i % 5}.jpg", "caption": f"line {i}", "key": f"{i}"} for i in range(10)
     ]
     path = write_lines(images / name, *rows[:3], b"", *rows[3:])
-    assert [name_of(part) for part in expand([str(path)])] == ["a-00000", "a-00001", "a-00002"]
+    assert [name_of(part) for part in expand_inputs([str(path)])] == [
+        "a-00000",
+        "a-00001",
+        "a-00002",
+    ]
     counts = quick([path], images / "out")
     assert (counts.written, counts.inputs) == (10, 3)
     got = read_back(None, images / "out")
@@ -184,8 +199,8 @@ def test_json_lines_with_lists_of_captions(images: Path) -> None:
     got = [row["caption"] for row in read_back(None, images / "out").values()]
     assert got == [["one", "two"], ["alone"], ["not empty"], ["half ?"]]
     one = write_lines(images / "b.jsonl", {"image": "images/0.jpg", "caption": "one"})
-    with pytest.raises(UserError, match=r"a\.jsonl has lists of captions, other inputs have one"):
-        quick([path, one], images / "both")
+    message = r"a\.jsonl has lists of captions, other inputs have one"
+    refused(message, [path, one], images / "both")
 
 
 @pytest.mark.parametrize(
@@ -205,16 +220,15 @@ def test_json_lines_with_lists_of_captions(images: Path) -> None:
     ],
 )
 def test_what_is_no_json_lines_of_pairs(tmp_path: Path, rows: list[Any], message: str) -> None:
-    with pytest.raises(UserError, match=rf"^{tmp_path}/a\.jsonl {message}"):
-        quick([write_lines(tmp_path / "a.jsonl", *rows)], tmp_path / "out")
+    path = write_lines(tmp_path / "a.jsonl", *rows)
+    refused(rf"^{path} {message}", [path], tmp_path / "out")
 
 
 def test_damaged_gzip_is_told(images: Path) -> None:
     rows = [{"image": f"images/{i % 5}.jpg", "caption": f"{i}" * 50} for i in range(300)]
     path = write_lines(images / "a.jsonl.gz", *rows)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"a\.jsonl\.gz is damaged: .*; fetch it again$"):
-        quick([path], images / "out")
+    refused(r"a\.jsonl\.gz is damaged: .*; fetch it again$", [path], images / "out")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a"])
@@ -229,8 +243,7 @@ def test_files_that_cannot_be_opened_are_one_line(
         return opens(self, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", refuse)  # root may read everything
-    with pytest.raises(UserError, match=rf"^cannot read {path}: Permission denied$"):
-        quick([path], images / "out")
+    refused(rf"^cannot read {path}: Permission denied$", [path], images / "out")
 
 
 def counted_clients(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -377,21 +390,21 @@ def test_nothing_waits_for_reads_after_ctrl_c() -> None:
     assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
 
 
-def put(s3: Any, url: str, data: bytes) -> None:
-    bucket, _, key = url.removeprefix("s3://").partition("/")
-    s3.client.put_object(Bucket=bucket, Key=key, Body=data)
-
-
 # img2dataset's folders of files
+
+
+def write_folder(folder: Path, members: list[tuple[str, bytes]]) -> Path:
+    folder.mkdir(parents=True)
+    for name, data in members:
+        (folder / name).write_bytes(data)
+    return folder
 
 
 def write_files(folder: Path) -> Path:
     """Two shards as img2dataset writes them, with its lists and statistics beside."""
     for shard in range(2):
         name = f"{shard:05}"
-        for member, data in pairs(10 * shard, 3):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            (folder / name / member).write_bytes(data)
+        write_folder(folder / name, pairs(10 * shard, 3))
         (folder / f"{name}.parquet").write_bytes(b"PAR1")
         (folder / f"{name}_stats.json").write_text("{}")
     return folder
@@ -399,8 +412,8 @@ def write_files(folder: Path) -> Path:
 
 def test_folders_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_files(tmp_path / "in")
-    assert expand([str(source)]) == [f"{source}/00000/", f"{source}/00001/"]
-    assert expand([str(source / "{00000..00001}")]) == expand([str(source)])
+    assert expand_inputs([str(source)]) == [f"{source}/00000/", f"{source}/00001/"]
+    assert expand_inputs([str(source / "{00000..00001}")]) == expand_inputs([str(source)])
     assert capsys.readouterr().err == ""
     counts = quick([source], tmp_path / "out")
     assert (counts.written, counts.bad, counts.inputs) == (6, 0, 2)
@@ -415,35 +428,25 @@ def test_folders_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_files_are_counted_as_the_members_of_a_tar(tmp_path: Path) -> None:
-    folder, members = (
-        tmp_path / "00000",
-        [
-            *pairs(0, 2),
-            ("00002.jpg", draw(2)),
-            ("00003.txt", b"no image"),
-            ("00004.jpg", b""),
-            ("00004.txt", b"empty"),
-            ("list.txt2", b""),
-            ("README", b""),
-            ("._00000.jpg", b""),
-            ("00005.jpg", draw(5)),
-            ("00005.json", b'{"caption": "of json"}'),
-        ],
-    )
-    folder.mkdir()
-    for name, data in members:
-        (folder / name).write_bytes(data)
+    members = [
+        *pairs(0, 2),
+        ("00002.jpg", draw(2)),
+        ("00003.txt", b"no image"),
+        ("00004.jpg", b""),
+        ("00004.txt", b"empty"),
+        ("list.txt2", b""),
+        ("README", b""),
+        ("._00000.jpg", b""),
+        ("00005.jpg", draw(5)),
+        ("00005.json", b'{"caption": "of json"}'),
+    ]
+    folder = write_folder(tmp_path / "00000", members)
     (folder / "below").mkdir()
     found = items_of(f"{folder}/")
     in_a_tar = items_of(write_tar(tmp_path / "a.tar", sorted(members)))
-
-    def by_name(items: list[Any]) -> list[str]:
-        return sorted(map(repr, items))
-
-    assert by_name(found) == by_name([*in_a_tar, Ignored("below", "folder")])
+    assert sorted(map(repr, found)) == sorted(map(repr, [*in_a_tar, Ignored("below", "folder")]))
     assert Sample("00005", draw(5), "of json") in found
-    titles = [one.caption for one in items_of(f"{folder}/", "title") if isinstance(one, Sample)]
-    assert titles == ["title 0", "title 1"]
+    assert captions_of(f"{folder}/", caption_key="title") == ["title 0", "title 1"]
 
 
 def test_folders_of_files_in_a_bucket(s3: Any, tmp_path: Path) -> None:
@@ -453,7 +456,11 @@ def test_folders_of_files_in_a_bucket(s3: Any, tmp_path: Path) -> None:
             put(s3, f"{bucket}/raw/{path.relative_to(tmp_path / 'in')}", path.read_bytes())
     put(s3, f"{bucket}/raw/00001/notes", b"")
     places = [f"{bucket}/raw/00000/", f"{bucket}/raw/00001/"]
-    assert expand([f"{bucket}/raw"]) == expand([f"{bucket}/raw/{{00000..00001}}"]) == places
+    assert (
+        expand_inputs([f"{bucket}/raw"])
+        == expand_inputs([f"{bucket}/raw/{{00000..00001}}"])
+        == places
+    )
     counts = quick([f"{bucket}/raw"], f"{bucket}/out")
     assert (counts.written, counts.ignored) == (6, {"file without an ending": 1})
     local = items_of(f"{tmp_path}/in/00001/")
@@ -462,11 +469,8 @@ def test_folders_of_files_in_a_bucket(s3: Any, tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_read_cost_their_pairs_alone(tmp_path: Path) -> None:
-    folder = tmp_path / "00000"
-    folder.mkdir()
-    for name, data in pairs(0, 4):
-        if not name.endswith("json"):
-            (folder / name).write_bytes(data)
+    members = [member for member in pairs(0, 4) if not member[0].endswith("json")]
+    folder = write_folder(tmp_path / "00000", members)
     for name in ("00000.jpg", "00002.txt", "00004.jpg"):
         (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to("nowhere")
@@ -489,12 +493,12 @@ def test_files_that_a_bucket_refuses_cost_their_pairs_alone(refusing: Any, tmp_p
 
     refusing.refuse = refuse
     counts = quick(["s3://b/00000/"], tmp_path / "out", max_bad=0.9)
-    assert (counts.written, counts.skipped) == (2, {samples.UNREADABLE: 3})
+    assert (counts.written, counts.skipped) == (2, {samples.UNREADABLE_FILE: 3})
     report = (tmp_path / "out" / "report.md").read_text()
     assert report.count("access denied: the key may not read it (s3:GetObject)") == 3
     refusing.without_right("read")
-    with pytest.raises(UserError, match=r"The first: 00000: .*access denied: the key may not read"):
-        quick(["s3://b/00000/"], tmp_path / "none")
+    message = "The first: 00000: .*access denied: the key may not read"
+    refused(message, ["s3://b/00000/"], tmp_path / "none")
 
 
 def test_names_of_files_that_are_no_utf8(tmp_path: Path) -> None:
@@ -523,10 +527,10 @@ def test_parquet_files_beside_folders_of_other_things(tmp_path: Path) -> None:
         (tmp_path / f"{name}.parquet").write_bytes(b"PAR1")
     (tmp_path / "00000" / "notes.txt").write_text("")
     (tmp_path / "00001" / "0.jpg").write_bytes(draw(0))
-    assert expand([str(tmp_path)]) == [f"{tmp_path}/00000.parquet"]
+    assert expand_inputs([str(tmp_path)]) == [f"{tmp_path}/00000.parquet"]
 
 
 def test_a_folder_of_tars_comes_first(tmp_path: Path) -> None:
     source = write_files(three_tars(tmp_path))
     cut(source / "00002.tar", 2)
-    assert expand([str(source)]) == [f"{source}/{i:05}.tar" for i in range(3)]
+    assert expand_inputs([str(source)]) == [f"{source}/{i:05}.tar" for i in range(3)]

@@ -26,7 +26,7 @@ from tarballs import (
     write_tar,
 )
 
-from alignclip.conversion.inputs import expand
+from alignclip.conversion.inputs import expand_inputs
 from alignclip.errors import UserError
 from alignclip.storage import copies, patience
 from alignclip.storage.staging import LOCK, OutputFolder
@@ -48,13 +48,13 @@ def test_from_s3_to_s3(s3: Any, tmp_path: Path) -> None:
     upload(s3, three_tars(tmp_path / "in"), f"{bucket}/raw")
     every = [f"{bucket}/raw/{i:05}.tar" for i in range(3)]
     for pattern in ("", "/", "/*.tar", "/{00000..00002}.tar"):
-        assert expand([f"{bucket}/raw{pattern}"]) == every
+        assert expand_inputs([f"{bucket}/raw{pattern}"]) == every
     with pytest.raises(
         UserError, match=rf"1 of 4 inputs do not exist, the first is {bucket}/raw/00003\.tar"
     ):
-        expand([bucket + "/raw/{00000..00003}.tar"])
+        expand_inputs([bucket + "/raw/{00000..00003}.tar"])
     with pytest.raises(UserError, match="nothing matches"):
-        expand([f"{bucket}/raw/x*.tar"])
+        expand_inputs([f"{bucket}/raw/x*.tar"])
 
     out = f"{bucket}/deep/pairs"
     counts = quick([f"{bucket}/raw"], out + "/")

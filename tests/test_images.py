@@ -7,6 +7,7 @@ import struct
 import zlib
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,18 +31,7 @@ from alignclip.conversion.samples import IMAGE_TOO_LARGE
 from alignclip.data.transforms import decode_image
 
 ORIENTATION = 0x0112
-KINDS = [
-    "jpeg",
-    "rotated-jpeg",
-    "grey-jpeg",
-    "cmyk",
-    "mpo",
-    "rotated-png",
-    "animated-png",
-    "palette",
-    "rgba",
-]
-KINDS += ["grey-alpha", "bilevel", "grey-16", "webp", "lossless-webp", "animated-rotated-webp"]
+PICTURES = pictures()
 
 
 def scene(width: int = 400, height: int = 300) -> Image.Image:
@@ -57,24 +47,16 @@ def rotated(orientation: int) -> Image.Exif:
     return exif
 
 
-def png(width: int, height: int, colour: int, data: bytes) -> bytes:
-    """A PNG of 16 bits a channel, which PIL does not write in colour; ``colour``: 0 grey, 2 RGB."""
-
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content))
-            + name
-            + content
-            + struct.pack(">I", zlib.crc32(name + content))
-        )
-
-    header = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(data))
-        + chunk(b"IEND", b"")
-    )
+def deep_png(*channels: int) -> tuple[np.ndarray, bytes]:
+    """Values of 16 bits, and a PNG of them, which PIL does not write in colour."""
+    values = np.random.default_rng(0).integers(0, 2**16, (30, 40, *channels)).astype(np.uint16)
+    data = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", 40, 30, 16, 2 if channels else 0, 0, 0, 0)
+    found = b"\x89PNG\r\n\x1a\n"
+    for name, content in ((b"IHDR", header), (b"IDAT", zlib.compress(data)), (b"IEND", b"")):
+        chunk = name + content
+        found += struct.pack(">I", len(content)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return values, found
 
 
 def claiming(width: int, height: int) -> bytes:
@@ -90,20 +72,32 @@ def opened(data: bytes) -> Image.Image:
     return picture
 
 
-def refused(data: bytes, options: ImageOptions | None = None) -> str:
+def prepared(data: bytes, **options: Any) -> tuple[bytes, tuple[str, ...]]:
+    return prepare_image(data, ImageOptions(**options))
+
+
+def kept(data: bytes, **options: Any) -> bytes:
+    return prepared(data, **options)[0]
+
+
+def difference(one: Image.Image, other: Image.Image) -> float:
+    """Mean difference of two pictures' values."""
+    return float(np.abs(np.asarray(one, np.int32) - np.asarray(other, np.int32)).mean())
+
+
+def refused(data: bytes, **options: Any) -> str:
     with pytest.raises(Unusable) as caught:
-        prepare_image(data, options or ImageOptions())
+        prepared(data, **options)
     assert caught.value.detail
     return caught.value.reason
 
 
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("resize", [None, 16, 30, 100])
-@pytest.mark.parametrize(("kind", "data"), list(zip(KINDS, pictures(), strict=True)), ids=KINDS)
-def test_training_reads_what_is_accepted(
-    kind: str, data: bytes, resize: int | None, check: str
-) -> None:
-    stored, _ = prepare_image(data, ImageOptions(check=check, resize=resize))
+@pytest.mark.parametrize("kind", PICTURES)
+def test_training_reads_what_is_accepted(kind: str, resize: int | None, check: str) -> None:
+    data = PICTURES[kind]
+    stored, _ = prepared(data, check=check, resize=resize)
     tensor = decode_image(stored)
     short = min(resize or 30, 30)
     sides = {short, round(short * 40 / 30)}
@@ -120,44 +114,43 @@ def test_training_reads_what_is_accepted(
         assert tensor.shape[1] == (max(sides) if "rotated" in kind else short)  # upright
 
 
+NOTES = {
+    "cmyk": "CMYK",
+    "palette": "palette",
+    "rgba grey-alpha lossless-webp": "transparency",
+    "grey-16": "16-bit grey, stored with 8",
+    "mpo animated-png": "animated",
+    "rotated-png rotated-jpeg": "EXIF-rotated",
+    "animated-rotated-webp": "animated; EXIF-rotated",
+    "jpeg grey-jpeg bilevel webp": "",
+}
+
+
 def test_what_is_unusual_is_noted() -> None:
-    found = {
-        kind: prepare_image(data, ImageOptions())[1]
-        for kind, data in zip(KINDS, pictures(), strict=True)
-    }
-    plain = {"jpeg", "grey-jpeg", "bilevel", "webp"}
-    assert {kind for kind, notes in found.items() if not notes} == plain
-    assert found["cmyk"] == ("image: CMYK",)
-    assert found["palette"] == ("image: palette",)
-    assert (
-        found["rgba"] == found["grey-alpha"] == found["lossless-webp"] == ("image: transparency",)
-    )
-    assert found["grey-16"] == ("image: 16-bit grey, stored with 8",)
-    assert found["mpo"] == found["animated-png"] == ("image: animated",)
-    assert found["rotated-png"] == found["rotated-jpeg"] == ("image: EXIF-rotated",)
-    assert found["animated-rotated-webp"] == ("image: animated", "image: EXIF-rotated")
-    assert all(prepare_image(data, ImageOptions(check="none"))[1] == () for data in pictures())
+    expected = {kind: words for kinds, words in NOTES.items() for kind in kinds.split()}
+    for kind, data in PICTURES.items():
+        notes = [f"image: {word}" for word in filter(None, expected[kind].split("; "))]
+        assert list(prepared(data)[1]) == notes
+        assert prepared(data, check="none")[1] == ()
 
 
 def test_sixteen_bits_of_grey() -> None:
     """PIL, and so training, would make white of all above 255."""
-    values = np.random.default_rng(0).integers(0, 2**16, (30, 40)).astype(np.uint16)
-    data = png(40, 30, 0, b"".join(b"\0" + row.astype(">u2").tobytes() for row in values))
+    values, data = deep_png()
     assert decode_image(data).float().mean() > 250
     for check in ("decode", "header"):
-        stored, _ = prepare_image(data, ImageOptions(check=check))
+        stored, _ = prepared(data, check=check)
         assert (opened(stored).format, opened(stored).mode) == ("PNG", "L")
         np.testing.assert_array_equal(np.asarray(opened(stored)), values >> 8)
         np.testing.assert_array_equal(decode_image(stored)[0].numpy(), values >> 8)
-    smaller, _ = prepare_image(data, ImageOptions(resize=16))
+    smaller, _ = prepared(data, resize=16)
     assert abs(decode_image(smaller).float().mean() - (values >> 8).mean()) < 3
-    assert prepare_image(data, ImageOptions(check="none"))[0] is data
+    assert kept(data, check="none") is data
 
 
 def test_sixteen_bits_of_colour_are_read_as_eight() -> None:
-    values = np.random.default_rng(0).integers(0, 2**16, (30, 40, 3)).astype(np.uint16)
-    data = png(40, 30, 2, b"".join(b"\0" + row.astype(">u2").tobytes() for row in values))
-    assert prepare_image(data, ImageOptions()) == (data, ())
+    values, data = deep_png(3)
+    assert prepared(data) == (data, ())
     np.testing.assert_array_equal(decode_image(data).permute(1, 2, 0).numpy(), values >> 8)
 
 
@@ -165,14 +158,14 @@ def test_sixteen_bits_of_colour_are_read_as_eight() -> None:
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
 def test_only_what_is_shrunk_is_turned_upright(image_format: str, orientation: int) -> None:
     data = encode(scene(), image_format, exif=rotated(orientation))
-    stored, notes = prepare_image(data, ImageOptions())
+    stored, notes = prepared(data)
     assert stored is data
     assert notes == (() if orientation == 1 else ("image: EXIF-rotated",))
 
-    small = opened(prepare_image(data, ImageOptions(resize=60))[0])
+    small = opened(kept(data, resize=60))
     upright = ImageOps.exif_transpose(opened(data)).resize(small.size)
     assert small.size == ((80, 60) if orientation < 5 else (60, 80))
-    assert np.abs(np.asarray(small, np.int32) - np.asarray(upright, np.int32)).mean() < 2
+    assert difference(small, upright) < 2
     assert ORIENTATION not in small.getexif()
 
 
@@ -189,14 +182,14 @@ BROKEN_EXIF = {
 def test_broken_exif_is_no_broken_image(exif: bytes, image_format: str) -> None:
     """Training does not look at it."""
     data = encode(scene(), image_format, exif=exif)
-    assert prepare_image(data, ImageOptions()) == (data, ())
-    assert opened(prepare_image(data, ImageOptions(resize=60))[0]).size == (80, 60)
+    assert prepared(data) == (data, ())
+    assert opened(kept(data, resize=60)).size == (80, 60)
 
 
 def test_a_long_comment_does_not_keep_an_image_from_being_shrunk() -> None:
     text = PngImagePlugin.PngInfo()
     text.add_text("comment", "x" * 70_000)  # more than a JPEG's may have
-    small, _ = prepare_image(encode(scene(), "PNG", pnginfo=text), ImageOptions(resize=60))
+    small, _ = prepared(encode(scene(), "PNG", pnginfo=text), resize=60)
     assert len(small) < 3_000
 
 
@@ -213,12 +206,12 @@ def test_half_a_file_has_a_whole_header(image_format: str) -> None:
     data = half(image_format)
     assert refused(data) == UNDECODABLE_IMAGE
     if image_format != "WEBP":  # PIL wants all of it for the header
-        assert prepare_image(data, ImageOptions(check="header"))[0] is data
-    assert prepare_image(data, ImageOptions(check="none"))[0] is data
+        assert kept(data, check="header") is data
+    assert kept(data, check="none") is data
     with pytest.raises(OSError):
         decode_image(data)
     for check in CHECKS:  # of which no smaller one can be made
-        assert refused(data, ImageOptions(check=check, resize=30)) == UNDECODABLE_IMAGE
+        assert refused(data, check=check, resize=30) == UNDECODABLE_IMAGE
 
 
 @pytest.mark.parametrize(
@@ -240,22 +233,18 @@ def test_half_a_file_has_a_whole_header(image_format: str) -> None:
 )
 def test_what_is_no_image_that_training_reads(data: bytes) -> None:
     for check in ("decode", "header"):
-        assert refused(data, ImageOptions(check=check)) in (UNKNOWN_FORMAT, UNDECODABLE_IMAGE)
+        assert refused(data, check=check) in (UNKNOWN_FORMAT, UNDECODABLE_IMAGE)
     if len(data) > 20:
         assert refused(data) == UNKNOWN_FORMAT
-    assert prepare_image(data, ImageOptions(check="none")) == (data, ())
+    assert prepared(data, check="none") == (data, ())
 
 
 def test_too_small() -> None:
     for size in ((1, 1), (15, 400), (400, 15)):
         data = draw(0, size=size)
-        assert (
-            refused(data)
-            == refused(data, ImageOptions(check="header", resize=8))
-            == IMAGE_TOO_SMALL
-        )
-        assert prepare_image(data, ImageOptions(min_side=1))[0] is data
-    assert prepare_image(draw(0, size=(16, 16)), ImageOptions())[0] == draw(0, size=(16, 16))
+        assert refused(data) == refused(data, check="header", resize=8) == IMAGE_TOO_SMALL
+        assert kept(data, min_side=1) is data
+    assert kept(draw(0, size=(16, 16))) == draw(0, size=(16, 16))
 
 
 @pytest.mark.parametrize("check", ["decode", "header"])
@@ -268,10 +257,10 @@ def test_too_large_to_decode(check: str) -> None:
     ]
     for data in bombs:
         assert len(data) < 20_000
-        assert refused(data, ImageOptions(check=check)) == IMAGE_TOO_LARGE
-        assert refused(data, ImageOptions(check=check, resize=64)) == IMAGE_TOO_LARGE
+        assert refused(data, check=check) == IMAGE_TOO_LARGE
+        assert refused(data, check=check, resize=64) == IMAGE_TOO_LARGE
     wide = encode(Image.new("L", (MAX_PIXELS // 1_000, 1_000)), "PNG")
-    assert prepare_image(wide, ImageOptions(check=check))[0] is wide
+    assert kept(wide, check=check) is wide
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
@@ -290,27 +279,24 @@ def test_the_shorter_side(
     size: tuple[int, int], side: int, expected: tuple[int, int], image_format: str
 ) -> None:
     large = scene(*size)
-    small = opened(prepare_image(encode(large, image_format), ImageOptions(resize=side))[0])
+    small = opened(kept(encode(large, image_format), resize=side))
     assert (small.format, small.mode, small.size) == ("JPEG", "RGB", expected)
     exact = large.resize(expected, Image.Resampling.BICUBIC)
-    assert np.abs(np.asarray(small, np.int32) - np.asarray(exact, np.int32)).mean() < 2
+    assert difference(small, exact) < 2
 
 
 def test_small_jpegs_stay_and_other_formats_become_jpegs() -> None:
     for size in ((40, 30), (64, 64), (64, 500)):
         data = draw(0, size=size)
-        assert prepare_image(data, ImageOptions(resize=64))[0] is data
+        assert kept(data, resize=64) is data
         for image_format in ("PNG", "WEBP"):
-            stored, _ = prepare_image(draw(0, image_format, size), ImageOptions(resize=64))
+            stored, _ = prepared(draw(0, image_format, size), resize=64)
             assert (opened(stored).format, opened(stored).size) == ("JPEG", size)
 
 
 def test_quality_makes_the_size() -> None:
     data = draw(0, "PNG", (200, 200))
-    sizes = [
-        len(prepare_image(data, ImageOptions(resize=100, quality=quality))[0])
-        for quality in (10, 50, 90, 100)
-    ]
+    sizes = [len(kept(data, resize=100, quality=quality)) for quality in (10, 50, 90, 100)]
     assert all(larger > 1.3 * smaller for smaller, larger in pairwise(sizes))
 
 

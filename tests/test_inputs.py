@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tarballs import quick, three_tars
+from tarballs import quick, refused, three_tars
 
-from alignclip.conversion.inputs import expand
+from alignclip.conversion.inputs import expand_inputs
 from alignclip.errors import UserError
 
 
@@ -16,8 +16,8 @@ def test_expand(tmp_path: Path) -> None:
     every = [str(tmp_path / "in" / f"{i:05}.tar") for i in range(3)]
     (tmp_path / "in" / "sizes.json").write_text("{}")
     for pattern in ("in", "in/{00000..00002}.tar", "in/*.tar", "in/0000?.tar", "**/*.tar"):
-        assert expand([str(tmp_path / pattern)]) == every
-    assert expand([every[2], str(tmp_path / "in")]) == [every[2], *every[:2]]
+        assert expand_inputs([str(tmp_path / pattern)]) == every
+    assert expand_inputs([every[2], str(tmp_path / "in")]) == [every[2], *every[:2]]
 
 
 @pytest.mark.parametrize(
@@ -27,28 +27,21 @@ def test_expand(tmp_path: Path) -> None:
         ("in/x*.tar", r"no file matches '.*/in/x\*\.tar'"),
         ("empty", r"no \*\.tar, .*, \*\.csv, \*\.tsv, .* in the folder .*/empty"),
         ("in/{00001..", r"unbalanced braces in"),
+        ("loose", r"beside them: tar --sort=name -cf pairs\.tar -C .*/loose \.$"),
     ],
 )
 def test_expand_says_what_is_missing(tmp_path: Path, pattern: str, message: str) -> None:
     three_tars(tmp_path / "in")
-    (tmp_path / "empty").mkdir()
+    for name in ("empty", "loose"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "loose" / "0.JPG").write_bytes(b"")
     with pytest.raises(UserError, match=message):
-        expand([str(tmp_path / pattern)])
+        expand_inputs([str(tmp_path / pattern)])
 
 
 def test_one_slash_in_a_url_of_tars(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"^--inputs=s3:/raw/a\.tar has one slash; did you mean 's3://raw/a\.tar'\?"
-    ):
-        quick([tmp_path / "b.tar", "s3:/raw/a.tar"], tmp_path / "out")
-
-
-def test_a_folder_of_loose_images_says_how_they_are_packed(tmp_path: Path) -> None:
-    (tmp_path / "0.JPG").write_bytes(b"")
-    with pytest.raises(
-        UserError, match=rf"beside them: tar --sort=name -cf pairs\.tar -C {tmp_path} \.$"
-    ):
-        expand([str(tmp_path)])
+    message = r"^--inputs=s3:/raw/a\.tar has one slash; did you mean 's3://raw/a\.tar'\?"
+    refused(message, [tmp_path / "b.tar", "s3:/raw/a.tar"], tmp_path / "out")
 
 
 def test_what_a_folder_holds_besides_is_named(
@@ -57,19 +50,15 @@ def test_what_a_folder_holds_besides_is_named(
     source = three_tars(tmp_path / "in")
     for name in ("00000.parquet", "00001.csv", "more.csv", "other.parquet", "._x.csv", "notes.txt"):
         (source / name).write_bytes(b"")
-    assert len(expand([str(source)])) == 3
-    assert (
-        capsys.readouterr().err == f"not taken from {source}: more.csv, other.parquet; name them\n"
-    )
+    assert len(expand_inputs([str(source)])) == 3
+    message = f"not taken from {source}: more.csv, other.parquet; name them\n"
+    assert capsys.readouterr().err == message
 
 
 def test_a_folder_of_mds_is_read_by_its_index(tmp_path: Path) -> None:
     out = tmp_path / "sets" / "mine"
     quick([three_tars(tmp_path / "in")], out)
     for folder in (out, out.parent):
-        with pytest.raises(
-            UserError,
-            match=rf"^{folder} holds MDS, which is read by its index: name {out}/index\.json$",
-        ):
-            quick([folder], tmp_path / "again")
+        message = rf"^{folder} holds MDS, which is read by its index: name {out}/index\.json$"
+        refused(message, [folder], tmp_path / "again")
     assert quick([out / "index.json"], tmp_path / "again").written == 15

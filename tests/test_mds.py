@@ -10,13 +10,23 @@ import numpy as np
 import pytest
 from mds_sets import PAIR, shards_of, write_rows
 from PIL import Image
-from tarballs import assert_three_tars, draw, pairs, quick, read_back, three_tars, write_tar
+from tarballs import (
+    FakeEncoder,
+    assert_three_tars,
+    draw,
+    give_encoder,
+    pairs,
+    quick,
+    read_back,
+    refused,
+    three_tars,
+    write_tar,
+)
 
 from alignclip.config.schema import DataConfig, StreamConfig
-from alignclip.conversion import dataset, samples, shards
+from alignclip.conversion import samples
 from alignclip.conversion.formats import mds
 from alignclip.data.streams import check_streams
-from alignclip.errors import UserError
 from alignclip.verification.command import VerifyOptions, verify
 
 
@@ -53,11 +63,8 @@ def test_an_mds_set_with_a_broken_and_a_missing_shard(tmp_path: Path) -> None:
         ["00001-shard-00000"],
     )
     shard.unlink()
-    with pytest.raises(
-        UserError,
-        match=r"index\.json names the shard .*/00001/shard\.00000\.mds, which is not there$",
-    ):
-        quick([tmp_path / "first" / "index.json"], tmp_path / "third")
+    message = r"index\.json names the shard .*/00001/shard\.00000\.mds, which is not there$"
+    refused(message, [tmp_path / "first" / "index.json"], tmp_path / "third")
 
 
 @pytest.mark.parametrize(
@@ -71,14 +78,13 @@ def test_an_mds_set_with_a_broken_and_a_missing_shard(tmp_path: Path) -> None:
 def test_mds_sets_of_something_else(tmp_path: Path, columns: dict[str, str], message: str) -> None:
     values = {"str": "0", "bytes": b"x", "jpeg": Image.open(io.BytesIO(draw(1)))}
     row = {name: values[encoding] for name, encoding in columns.items()}
-    with pytest.raises(UserError, match=message):
-        quick([write_rows(tmp_path / "in", [row], columns) / "index.json"], tmp_path / "out")
+    index = write_rows(tmp_path / "in", [row], columns) / "index.json"
+    refused(message, [index], tmp_path / "out")
 
 
 def test_what_is_no_index(tmp_path: Path) -> None:
     (tmp_path / "index.json").write_text('{"shards": [{"samples": 1}]}')
-    with pytest.raises(UserError, match=r"index\.json is not a streaming index$"):
-        quick([tmp_path / "index.json"], tmp_path / "out")
+    refused(r"index\.json is not a streaming index$", [tmp_path / "index.json"], tmp_path / "out")
 
 
 def test_other_columns_are_left_out_and_named(
@@ -91,26 +97,10 @@ def test_other_columns_are_left_out_and_named(
     assert f"not taken from {index}: semantic, width\n" in capsys.readouterr().err
 
 
-class Lengths:
-    """An encoder whose embeddings are their captions' lengths."""
-
-    dimension = 768
-    length = stated = 512
-
-    def cut(self, captions: list[str]) -> list[bool]:
-        return [False] * len(captions)
-
-    def encode(self, captions: list[str]) -> np.ndarray:
-        return np.repeat(
-            np.array([[len(caption)] for caption in captions], np.float16), self.dimension, axis=1
-        )
-
-
 @pytest.fixture
 def lengths(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "find_encoder", str)
-    for module in (dataset, shards):
-        monkeypatch.setattr(module, "load_encoder", lambda name: Lengths())
+    """An encoder whose embeddings are their captions' lengths."""
+    give_encoder(monkeypatch, FakeEncoder(768, len))
 
 
 def test_a_shard_stays_one_when_embeddings_are_added(tmp_path: Path, lengths: None) -> None:
@@ -126,10 +116,8 @@ def test_a_shard_stays_one_when_embeddings_are_added(tmp_path: Path, lengths: No
     for i, row in enumerate(read_back(None, tmp_path / "second").values()):
         assert row["image"] == draw(i)
         assert (row["semantic"] == len(f"picture {i}")).all()
-    smaller = quick(
-        [index], tmp_path / "third", size_limit="8kb"
-    )  # whoever wants them smaller gets them
-    assert smaller.written == 60
+    # whoever wants them smaller gets them
+    assert quick([index], tmp_path / "third", size_limit="8kb").written == 60
     assert len(shards_of(tmp_path / "third")) > len(before)
 
 
@@ -144,10 +132,7 @@ def test_an_index_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_mended_shard_without_hashes_is_converted_again(tmp_path: Path) -> None:
     quick([three_tars(tmp_path / "in")], tmp_path / "first", hashes=[])
-    index, shard = (
-        tmp_path / "first" / "index.json",
-        tmp_path / "first" / "00001" / "shard.00000.mds",
-    )
+    index, shard = (tmp_path / "first" / name for name in ("index.json", "00001/shard.00000.mds"))
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-10])
     assert quick([index], tmp_path / "second").broken == ["00001-shard-00000"]
@@ -175,19 +160,17 @@ def test_several_captions_an_image(tmp_path: Path, lengths: None) -> None:
     assert [row["caption"] for row in rows] == kept
     for row in rows:
         assert row["semantic"].dtype == np.float16
-        assert row["semantic"].shape == (len(row["caption"]), Lengths.dimension)
+        assert row["semantic"].shape == (len(row["caption"]), 768)
         assert row["semantic"][:, 0].tolist() == [len(caption) for caption in row["caption"]]
     assert verify(VerifyOptions(str(out), decode=1, processes=1, progress=False))[1]
-    assert json.loads((out / "dataset.json").read_text())["dimension"] == Lengths.dimension
+    assert json.loads((out / "dataset.json").read_text())["dimension"] == 768
     check_streams(DataConfig(streams={"x": StreamConfig(local=str(out))}), semantic=True)
 
     message = r"in/index\.json has lists of captions, other inputs have one an image; give it an --out of its own$"
-    with pytest.raises(UserError, match=message):
-        quick([index, write_tar(tmp_path / "a.tar", pairs(10, 2))], tmp_path / "both")
-    with pytest.raises(
-        UserError, match=r"was begun with the columns .* this run would write .*; choose an"
-    ):
-        quick([tmp_path / "a.tar"], out, semantic=True)
+    tar = write_tar(tmp_path / "a.tar", pairs(10, 2))
+    refused(message, [index, tar], tmp_path / "both")
+    message = "was begun with the columns .* this run would write .*; choose an"
+    refused(message, [tar], out, semantic=True)
 
 
 @pytest.mark.slow

@@ -7,16 +7,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tarballs import draw, quick, read_back, write_tar
+from mds_sets import PAIR, write_rows
+from tarballs import FakeEncoder, draw, give_encoder, quick, read_back, write_tar
 
-from alignclip.conversion import captions, dataset, shards
+from alignclip.conversion import captions
 from alignclip.conversion.captions import SentenceEncoder, find_encoder, usable
 from alignclip.conversion.samples import BAD_CAPTIONS, CUT_CAPTION, NO_EMBEDDING
 from alignclip.errors import UserError
 
 LONG = " ".join(["thing"] * 400)
+SIZES = dict.fromkeys(("hidden_size", "intermediate_size"), 32)
+SIZES |= {"num_hidden_layers": 1, "num_attention_heads": 2}
 # kind -> rows of its table of positions, of which 64 can be used
 POSITIONS = {"bert": 64, "stated": 64, "roberta": 66, "mpnet": 66, "unstated": 64}
+
+
+def write_captions(folder: Path, *captions: str) -> Path:
+    """A tar of pairs; the keys begin as the captions do."""
+    members = []
+    for caption in captions:
+        members += [(f"{caption[:9]}.jpg", draw(1)), (f"{caption[:9]}.txt", caption.encode())]
+    return write_tar(folder / "a.tar", members)
 
 
 @pytest.fixture(scope="module")
@@ -34,33 +45,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("models")
     letters = [chr(97 + i) for i in range(26)]
-    words = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        *letters,
-        *(f"##{one}" for one in letters),
-        "photo",
-        "thing",
-    ]
+    marks = [f"[{name}]" for name in ("PAD", "UNK", "CLS", "SEP", "MASK")]
+    words = [*marks, *letters, *(f"##{one}" for one in letters), "photo", "thing"]
     (root / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     classes = {"roberta": (RobertaConfig, RobertaModel), "mpnet": (MPNetConfig, MPNetModel)}
     for kind, positions in POSITIONS.items():
         tokenizer = BertTokenizerFast(vocab_file=str(root / "vocab.txt"))
         config, model = classes.get(kind, (BertConfig, BertModel))
-        sizes = {
-            "vocab_size": len(tokenizer),
-            "hidden_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-        }
         numbering = {"pad_token_id": 1} if kind in classes else {}
-        made = model(
-            config(**sizes, **numbering, intermediate_size=32, max_position_embeddings=positions)
-        )
-        made.save_pretrained(root / kind)
+        sizes = {**SIZES, **numbering, "max_position_embeddings": positions}
+        model(config(vocab_size=len(tokenizer), **sizes)).save_pretrained(root / kind)
         tokenizer.save_pretrained(root / kind)
         path = root / kind / "tokenizer_config.json"
         stated = json.loads(path.read_text(encoding="utf-8"))
@@ -93,26 +87,20 @@ def test_the_greatest_length_is_found_before_the_first_caption(models: Path, kin
 
 @pytest.mark.parametrize("kind", ["roberta", "stated"])
 def test_captions_that_are_cut_are_in_the_report(models: Path, tmp_path: Path, kind: str) -> None:
-    members = []
-    for i in range(6):
-        members += [
-            (f"{i}.jpg", draw(i)),
-            (f"{i}.txt", (LONG if i == 4 else f"photo {i}").encode()),
-        ]
-    path, out = write_tar(tmp_path / "a.tar", members), tmp_path / "out"
+    path, out = write_captions(tmp_path, LONG, *"abcde"), tmp_path / "out"
     counts = quick([path], out, semantic=True, encoder=str(models / kind))
     assert (counts.written, counts.noted) == (6, {CUT_CAPTION: 1})
-    assert "- `4` in" in (out / "report.md").read_text(encoding="utf-8")
+    assert f"- `{LONG[:9]}` in" in (out / "report.md").read_text(encoding="utf-8")
 
 
 def test_a_model_that_states_more_than_it_takes_is_told(
-    tmp_path: Path, odd: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, odd: FakeEncoder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write_tar(tmp_path / "a.tar", [("0.jpg", draw(0)), ("0.txt", b"a")])
+    path = write_captions(tmp_path, "a")
     for i, (stated, told) in enumerate(
         [(512, ""), (1024, "x states 1,024 tokens and takes 512"), (None, "x takes 512")]
     ):
-        monkeypatch.setattr(Odd, "stated", stated)
+        odd.stated = stated
         quick([path], tmp_path / str(i), semantic=True, encoder="x", progress=True)
         said = capsys.readouterr().err
         assert (f"{told}; longer captions are cut\n" in said) == bool(told)
@@ -122,14 +110,7 @@ def test_an_encoder_that_can_embed_nothing(models: Path, tmp_path: Path) -> None
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     tokenizer = BertTokenizerFast(vocab_file=str(models / "vocab.txt"))
-    config = BertConfig(
-        vocab_size=3,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-    )
-    BertModel(config).save_pretrained(tmp_path / "x")
+    BertModel(BertConfig(vocab_size=3, **SIZES)).save_pretrained(tmp_path / "x")
     tokenizer.save_pretrained(tmp_path / "x")
     with pytest.raises(UserError, match=r"/x' is no sentence encoder: index out of range"):
         SentenceEncoder(str(tmp_path / "x"))
@@ -171,59 +152,32 @@ def test_without_the_hub_the_nearest_name_and_the_ways_out_are_told(
     assert str(refused.value).endswith(f"no such local folder{end}{near}")
 
 
-class Odd:
-    """An encoder that fails at some captions."""
-
-    dimension = 4
-    length = stated = 512
-
-    def encode(self, captions: list[str]) -> np.ndarray:
-        values = {"zero": 0.0, "nan": np.nan, "inf": np.inf}
-        return np.array(
-            [[values.get(caption, 0.5)] * self.dimension for caption in captions], np.float16
-        )
-
-    def cut(self, captions: list[str]) -> list[bool]:
-        return [caption == "long" for caption in captions]
-
-
 @pytest.fixture
-def odd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "find_encoder", str)
-    for module in (dataset, shards):
-        monkeypatch.setattr(module, "load_encoder", lambda name: Odd())
+def odd(monkeypatch: pytest.MonkeyPatch) -> FakeEncoder:
+    """An encoder that fails at some captions."""
+    numbers = {"zero": 0.0, "nan": np.nan, "inf": np.inf}
+    return give_encoder(monkeypatch, FakeEncoder(4, lambda caption: numbers.get(caption, 0.5)))
 
 
-def test_embeddings_that_are_none_are_counted_by_key(tmp_path: Path, odd: None) -> None:
-    members = []
-    for key in ("good", "zero", "nan", "inf", "long"):
-        members += [(f"{key}.jpg", draw(1)), (f"{key}.txt", key.encode())]
-    counts = quick(
-        [write_tar(tmp_path / "a.tar", members)], tmp_path / "out", semantic=True, max_bad=0.9
-    )
-    assert (counts.written, counts.skipped, counts.noted) == (
-        2,
-        {NO_EMBEDDING: 3},
-        {CUT_CAPTION: 1},
-    )
+def test_embeddings_that_are_none_are_counted_by_key(tmp_path: Path, odd: FakeEncoder) -> None:
+    path = write_captions(tmp_path, *("good", "zero", "nan", "inf", "long"))
+    counts = quick([path], tmp_path / "out", semantic=True, max_bad=0.9)
+    assert (counts.written, counts.skipped) == (2, {NO_EMBEDDING: 3})
+    assert counts.noted == {CUT_CAPTION: 1}
     assert set(read_back(None, tmp_path / "out")) == {"good", "long"}
     report = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert all(f"- `{key}` in" in report for key in ("zero", "nan", "inf", "long"))
 
 
-def test_of_several_captions_those_with_an_embedding_are_kept(tmp_path: Path, odd: None) -> None:
-    from streaming import MDSWriter
-
-    columns = {"key": "str", "image": "bytes", "caption": "json"}
-    with MDSWriter(columns=columns, out=str(tmp_path / "in")) as writer:
-        for key, several in (("0", ["a", "nan", "b"]), ("1", ["zero", "inf"]), ("2", ["c"])):
-            writer.write({"key": key, "image": draw(1), "caption": several})
-    counts = quick([tmp_path / "in" / "index.json"], tmp_path / "out", semantic=True)
-    assert (counts.written, counts.skipped, counts.noted) == (
-        2,
-        {NO_EMBEDDING: 1},
-        {BAD_CAPTIONS: 1},
-    )
+def test_of_several_captions_those_with_an_embedding_are_kept(
+    tmp_path: Path, odd: FakeEncoder
+) -> None:
+    captions = (["a", "nan", "b"], ["zero", "inf"], ["c"])
+    rows = ({"key": f"{i}", "image": draw(1), "caption": c} for i, c in enumerate(captions))
+    source = write_rows(tmp_path / "in", rows, {**PAIR, "caption": "json"})
+    counts = quick([source / "index.json"], tmp_path / "out", semantic=True)
+    assert (counts.written, counts.skipped) == (2, {NO_EMBEDDING: 1})
+    assert counts.noted == {BAD_CAPTIONS: 1}
     rows = read_back(None, tmp_path / "out")
     assert {key: (row["caption"], row["semantic"].shape) for key, row in rows.items()} == {
         "0": (["a", "b"], (2, 4)),

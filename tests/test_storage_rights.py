@@ -11,7 +11,7 @@ from refusing import RefusingS3
 from tarballs import pairs, quick, write_tar
 
 from alignclip.config.schema import RunConfig, SetConfig
-from alignclip.conversion.inputs import expand
+from alignclip.conversion.inputs import expand_inputs
 from alignclip.data.streams import read_index
 from alignclip.errors import UserError
 from alignclip.evaluation.sets import read_classes
@@ -99,7 +99,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "classes": lambda path: read_classes(SetConfig(remote="s3://b/set", local=str(path))),
     "input": lambda path: quick(["s3://b/set/a.tar"], path / "out"),
     "listing": lambda path: list_remote("s3://b/set"),
-    "folder of inputs": lambda path: expand(["s3://b/set"]),
+    "folder of inputs": lambda path: expand_inputs(["s3://b/set"]),
     "conversion": lambda path: OutputFolder("s3://b/set").listing(),
     "load_path": lambda path: check_load_path("s3://b/set/latest-rank0.pt"),
 }

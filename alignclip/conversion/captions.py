@@ -104,21 +104,16 @@ class SentenceEncoder:
         """Say of each caption whether it is longer than the encoder reads."""
         from transformers import PreTrainedTokenizerBase
 
-        # a token is a byte at least, so only long captions need be counted
-        long = [
-            i
-            for i, text in enumerate(captions)
-            if len(text.encode()) + MOST_SPECIAL_TOKENS > self.length
-        ]
-        found = [False] * len(captions)
-        if long and isinstance(tokenizer := self._model.tokenizer, PreTrainedTokenizerBase):
-            for i, tokens in zip(
-                long,
-                tokenizer([captions[i] for i in long], verbose=False)["input_ids"],
-                strict=True,
-            ):
-                found[i] = len(tokens) > self.length
-        return found
+        tokenizer = self._model.tokenizer
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            return [False] * len(captions)
+
+        def is_cut(text: str) -> bool:
+            # a token is a byte at least, so only long captions need be counted
+            may_be = len(text.encode()) + MOST_SPECIAL_TOKENS > self.length
+            return may_be and len(tokenizer(text, verbose=False)["input_ids"]) > self.length
+
+        return [*map(is_cut, captions)]
 
     def encode(self, captions: Sequence[str]) -> np.ndarray:
         """Embed captions as the model does, without further normalisation.

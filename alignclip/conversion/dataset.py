@@ -91,7 +91,7 @@ def convert(options: ConvertOptions, executor: Executor | None = None) -> Counts
     """
     check_settings(options)
     names = inputs.unique_names(
-        inputs.expand(options.inputs, options.reading), [VAL] if options.held_out else []
+        inputs.expand_inputs(options.inputs, options.reading), [VAL] if options.held_out else []
     )
     store = OutputFolder(options.out)
     # whether it can be reached, and is free; what is there counts once nobody else can change it

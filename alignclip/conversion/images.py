@@ -35,7 +35,7 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 CHANNELS = {"RGBA": "RGB", "RGBX": "RGB", "LA": "LLL"}  # that are kept of a picture with others
-MODES = {
+UNUSUAL_MODES = {
     "CMYK": "CMYK",
     "P": "palette",
     "PA": "palette",
@@ -184,7 +184,7 @@ def _turn(picture: Image.Image) -> Image.Transpose | None:
 
 def _image_notes(picture: Image.Image) -> tuple[str, ...]:
     """Say what is unusual, for the report: what training sees of it may surprise."""
-    notes = [MODES[picture.mode]] if picture.mode in MODES else []
+    notes = [UNUSUAL_MODES[picture.mode]] if picture.mode in UNUSUAL_MODES else []
     if picture.mode.startswith("I"):
         notes += ["16-bit grey, stored with 8"]
     if getattr(picture, "is_animated", False):

@@ -14,10 +14,9 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlparse
 
-from alignclip.conversion.formats import ENDINGS, FORMATS, format_of
-from alignclip.conversion.formats.declaration import InputFormat, Listing, OpenInput
+from alignclip.conversion.formats import ENDINGS, INPUT_FORMATS, format_of
+from alignclip.conversion.formats.declaration import InputFormat, Listing, OpenInput, is_web
 from alignclip.conversion.samples import DEFAULT_READING, IMAGE_EXTENSIONS, Reading
 from alignclip.conversion.wording import first_few
 from alignclip.errors import UserError
@@ -25,8 +24,6 @@ from alignclip.near import did_you_mean
 from alignclip.storage import is_passing
 from alignclip.storage.copies import check_web
 from alignclip.storage.staging import list_remote
-
-WEB = ("http", "https")
 
 
 class InputShard(NamedTuple):
@@ -37,7 +34,7 @@ class InputShard(NamedTuple):
     part: str
 
 
-def expand(patterns: Sequence[str], reading: Reading = DEFAULT_READING) -> list[str]:
+def expand_inputs(patterns: Sequence[str], reading: Reading = DEFAULT_READING) -> list[str]:
     """Return the names of the input shards that ``patterns`` stand for, each once, in this order.
 
     A pattern is a path or URL; a folder, which stands for its files of the first format that it
@@ -69,7 +66,7 @@ def expand(patterns: Sequence[str], reading: Reading = DEFAULT_READING) -> list[
         )
     if not found:
         raise UserError("no inputs")
-    check_web(name for name in found if urlparse(name).scheme in WEB)
+    check_web(filter(is_web, found))
     return [
         f"{place}#{part}" if part else place
         for place in dict.fromkeys(found)
@@ -95,7 +92,7 @@ def unique_names(shards: Sequence[str], taken: Sequence[str]) -> dict[str, str]:
     """Return sub-folder -> input shard; two shards may not share a sub-folder.
 
     Args:
-        shards: as :func:`expand` has them.
+        shards: as :func:`expand_inputs` has them.
         taken: the held-out split's sub-folder, where there is one.
 
     Raises:
@@ -166,7 +163,7 @@ def _in_folder(listing: Listing) -> list[str]:
     Raises:
         UserError: the folder holds no inputs.
     """
-    for one in FORMATS:
+    for one in INPUT_FORMATS:
         if found := one.in_folder(listing):
             _say_what_is_left_out(listing, found)
             return found
@@ -190,13 +187,12 @@ def _say_what_is_left_out(listing: Listing, taken: Sequence[str]) -> None:
 
 def _expand_remote(url: str, unseen: list[str]) -> list[str]:
     """Return what one URL stands for; put a file, not looked for yet, on the list ``unseen``."""
-    is_http = urlparse(url).scheme in WEB
-    is_pattern = not is_http and glob.has_magic(url)
+    is_pattern = not is_web(url) and glob.has_magic(url)
     is_file = url.lower().endswith(".gz") or (
-        not url.endswith("/") and any(one.fits(url) for one in FORMATS)
+        not url.endswith("/") and any(one.fits(url) for one in INPUT_FORMATS)
     )
-    if is_http or (is_file and not is_pattern):
-        if not is_http:
+    if is_web(url) or (is_file and not is_pattern):
+        if not is_web(url):
             unseen.append(url)
         return [url]
     folder, pattern = url.rsplit("/", 1) if is_pattern else (url.rstrip("/"), "")

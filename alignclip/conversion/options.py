@@ -29,7 +29,7 @@ class ConvertOptions:
     """The settings of a conversion.
 
     Attributes:
-        inputs: patterns (see :func:`alignclip.conversion.inputs.expand`).
+        inputs: patterns (see :func:`alignclip.conversion.inputs.expand_inputs`).
         reading: how inputs are read.
         held_out: the share of the samples, chosen by a hash of their keys, that becomes the split
             ``val``.

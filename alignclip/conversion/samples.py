@@ -28,7 +28,7 @@ FIRST_DOT = "key cut at its first dot"
 NO_EMBEDDING = "caption without an embedding"
 LIE_APART = "image and caption lie apart"
 NO_OBJECT = "line without a JSON object"
-UNREADABLE = "file that can't be read"
+UNREADABLE_FILE = "file that can't be read"
 
 HTML_ENTITIES = "caption: HTML entities"
 BAD_CAPTIONS = "caption: one of several left out"
@@ -140,13 +140,6 @@ def parse_json(data: bytes | None) -> Any:
         return None
 
 
-def texts_of(entries: Any) -> tuple[str, ...]:
-    """Return the names of entries that hold text, for a message: not too many, not too long."""
-    if not isinstance(entries, Mapping):
-        return ()
-    return listable(key for key, value in entries.items() if isinstance(value, str))
-
-
 def pair(
     key: str, image: bytes | None, caption: str | None, entries: Any = None
 ) -> Sample | Skipped:
@@ -158,7 +151,9 @@ def pair(
     if len(image) > MAX_IMAGE_BYTES:
         return Skipped(key, IMAGE_TOO_LARGE, f"{len(image):,} bytes")
     if caption is None:
-        return Skipped(key, MISSING_CAPTION, texts=texts_of(entries))
+        texts = entries.items() if isinstance(entries, Mapping) else ()
+        named = listable(name for name, value in texts if isinstance(value, str))
+        return Skipped(key, MISSING_CAPTION, texts=named)
     if len(caption) > MAX_CAPTION:
         return Skipped(key, LONG_CAPTION, f"{len(caption):,} characters")
     caption = caption.removeprefix("\ufeff")  # a byte order mark
@@ -172,7 +167,7 @@ def pair(
     return Sample(key, image, caption, tuple(notes))
 
 
-def pairs(key: str, image: bytes | None, captions: Any) -> Sample | Skipped:
+def pair_with_captions(key: str, image: bytes | None, captions: Any) -> Sample | Skipped:
     """Make a sample of an image with several captions; leave out what :func:`pair` leaves out."""
     if not isinstance(captions, list) or not captions:
         return pair(key, image, None)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import codecs
 import csv
 import re
-import shlex
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -34,7 +33,6 @@ MARKS = {
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
 URL_COLUMNS = frozenset({"url", "URL", "image_url", "img_url", "link", "urls"})
-URL_LIST_CAPTIONS = ("caption", "text", "title", "txt", "TEXT", "CAPTION")  # of a list of URLs
 
 
 @dataclass(frozen=True)
@@ -114,13 +112,20 @@ def check_encoding(table: Table, given: str | None) -> None:
     Raises:
         UserError: names the first such line, and what it would be in Windows' encoding.
     """
-    if given or table.encoding != UTF8 or (bad := _first_bad_line(table.path)) is None:
+    if given or table.encoding != UTF8:
         return
-    with table.open() as file:
-        text = file.read(2**26)
-    if len(text) - len(text.encode("ascii", "ignore")) >= 2 * text.count("\ufffd"):
-        return  # more of it is UTF-8 than is not
-    number, line = bad
+    first, odd, broken = (0, b""), 0, 0  # the first such line; letters beyond ASCII; no letters
+    with table.path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.isascii():
+                text = line.decode("utf-8", "replace")
+                odd += len(text) - len(text.encode("ascii", "ignore"))
+                broken += text.count("\ufffd")
+                if not first[0] and text.encode() != line:
+                    first = number, line[:HEAD]
+    number, line = first
+    if not number or odd >= 2 * broken:  # more of it is UTF-8 than is not
+        return
     letters = line.decode("cp1252", "replace")
     shown = "".join(letter if letter.isprintable() else " " for letter in letters).strip()
     raise UserError(
@@ -128,17 +133,6 @@ def check_encoding(table: Table, given: str | None) -> None:
         f"(Windows; the line then reads '{shown[:80]}'); --encoding utf-8 puts U+FFFD in the place "
         "of what is no UTF-8"
     )
-
-
-def _first_bad_line(path: Path) -> tuple[int, bytes] | None:
-    """Return number and bytes of the first line that is no UTF-8; None where there is none."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                return number, line[:HEAD]
-    return None
 
 
 def rows_of(table: Table, what: str) -> Iterator[list[str]]:
@@ -173,61 +167,6 @@ def rows_of(table: Table, what: str) -> Iterator[list[str]]:
                 whole = rows.line_num
         except csv.Error as error:
             raise UserError(f"{what} line {whole + 1}: {error} ({hint})") from None
-
-
-def one_column(table: Table) -> str:
-    """Return the clause that fields may be separated otherwise; nothing for several columns."""
-    if len(table.columns) != 1:
-        return ""
-    *most, last = SEPARATORS.values()
-    return f", and one column only: fields have to be separated by {', '.join(most)} or {last}"
-
-
-def list_of_urls(table: Table, image_column: str | None = None) -> str | None:
-    """Say how the images of a list of URLs are downloaded; None where a table is no such list.
-
-    Args:
-        table: what :func:`look_at_table` has found.
-        image_column: the column that is taken for images' paths, where there is one.
-    """
-    has_header = table.has_header()
-    row = table.first if has_header else table.columns
-    place = next((i for i, field in enumerate(row) if is_web_address(field)), None)
-    if place is None or (has_header and image_column not in (None, table.columns[place])):
-        return None
-    file, names, first = table.path, list(table.columns), ""
-    if not has_header:  # the longest other field is the caption
-        longest = max(
-            (i for i in range(len(row)) if i != place), key=lambda i: len(row[i]), default=-1
-        )
-        names = [f"column{i + 1}" for i in range(len(row))]
-        names[longest] = "caption"
-        names[place] = "url"
-        file = table.path.with_name(f"{table.path.stem}-urls{table.path.suffix}")
-        header = table.delimiter.join(names).replace("\t", r"\t")
-        old, new = (shlex.quote(str(path)) for path in (table.path, file))
-        written = f"printf '{header}\\n' | cat - {old} > {new}"
-        first = f"it has no header, so write one: {written}; then "
-    caption = next((name for name in URL_LIST_CAPTIONS if name in names), None)
-    kind = "tsv" if table.delimiter == "\t" else "csv"
-    how = download(file, kind, names[place], caption)
-    return f"{table.path} is a list of URLs, and what is converted are images: {first}{how}"
-
-
-def download(file: Path, kind: str, url: str, caption: str | None) -> str:
-    """Return the img2dataset command that downloads a list's images, and what comes after it.
-
-    Args:
-        file: the list.
-        kind: img2dataset's ``--input_format``.
-        url: the column of web addresses.
-        caption: the column of captions, where there is one.
-    """
-    folder = file.with_suffix("")
-    words = ["img2dataset", "--url_list", str(file), "--input_format", kind, "--url_col", url]
-    words += ["--caption_col", caption] if caption else []
-    words += ["--output_format", "webdataset", "--output_folder", str(folder)]
-    return f"download them with img2dataset: {shlex.join(words)}; then convert the tars in {folder}"
 
 
 def is_web_address(value: object) -> bool:

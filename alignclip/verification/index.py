@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from alignclip.conversion.formats import FORMATS
+from alignclip.conversion.formats import INPUT_FORMATS
 from alignclip.data.mds_index import (
     BROKEN_INPUT,
     CLASSES,
@@ -111,7 +111,7 @@ def _instead(store: Store) -> str:
     below = [name for name in below if not name.startswith(tuple(f"{one}/" for one in below))]
     if below:
         return f"; there is one in {', '.join(below[:3])}: --split {below[0]}"
-    for one in FORMATS:
+    for one in INPUT_FORMATS:
         if inputs := one.among(name for name in names if "/" not in name):
             more = ", …" if inputs[1:] else ""
             return f"; it holds inputs ({inputs[0]}{more}), which convert/cc12m.py makes a set of"

@@ -7,7 +7,7 @@ How to add a format
    Its attributes say what files are called and which options count; ``read`` yields a file's pairs.
    Formats whose files are several input shards, or that read more than one file, override more
    methods.
-2. Add a line to :data:`FORMATS`.
+2. Add a line to :data:`INPUT_FORMATS`.
 
 The command line, patterns and folders, the plan and the table in ``docs/convert.md`` (which a test
 compares) then know the format. Another test asks for its endings in the verifier's hint.
@@ -15,7 +15,6 @@ compares) then know the format. Another test asks for its endings in the verifie
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 from alignclip.conversion.formats.csv import Csv
@@ -29,8 +28,8 @@ from alignclip.errors import UserError
 
 # A folder stands for the first of these formats that it holds: img2dataset puts a parquet file
 # beside each tar.
-FORMATS: tuple[InputFormat, ...] = (Tars(), Parquet(), Csv(), JsonLines(), Files(), Mds())
-ENDINGS = tuple(ending for one in FORMATS for ending in one.endings)
+INPUT_FORMATS: tuple[InputFormat, ...] = (Tars(), Parquet(), Csv(), JsonLines(), Files(), Mds())
+ENDINGS = tuple(ending for one in INPUT_FORMATS for ending in one.endings)
 MAGIC_BYTES = 512  # bytes of a file by which a format is recognised
 
 
@@ -40,7 +39,7 @@ def format_of(place: str) -> InputFormat:
     Raises:
         UserError: the file can't be read.
     """
-    for one in FORMATS:
+    for one in INPUT_FORMATS:
         if one.fits(place):
             return one
     path = Path(place)
@@ -50,18 +49,12 @@ def format_of(place: str) -> InputFormat:
                 head = file.read(MAGIC_BYTES)
         except OSError as error:
             raise UserError(f"cannot read {place}: {error.strerror}") from None
-        for one in FORMATS:
+        for one in INPUT_FORMATS:
             if one.begins(head):
                 return one
-    return FORMATS[0]
-
-
-def among(names: Iterable[str]) -> list[str]:
-    """Return the files that a folder of these files stands for: of the first format with some."""
-    there = [name for name in names if not name.startswith(".")]
-    return next(filter(None, (one.among(there) for one in FORMATS if one.endings)), [])
+    return INPUT_FORMATS[0]
 
 
 def in_words() -> str:
     """Return what may be an input, for ``--help``."""
-    return ", ".join(one.words for one in FORMATS)
+    return ", ".join(one.words for one in INPUT_FORMATS)

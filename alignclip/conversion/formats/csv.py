@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import csv
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from alignclip.conversion import text_tables
-from alignclip.conversion.formats import columns
-from alignclip.conversion.formats.columns import CAPTION_COLUMNS, PATH_COLUMNS, find_column
-from alignclip.conversion.formats.declaration import InputFormat
+from alignclip.conversion.formats.columns import (
+    CAPTION_COLUMNS,
+    PATH_COLUMNS,
+    PathTable,
+    find_columns,
+    local_image,
+    pieces,
+    refuse_urls,
+    rows_of_piece,
+)
 from alignclip.conversion.samples import (
     TOO_MANY_FIELDS,
     Item,
@@ -21,13 +29,13 @@ from alignclip.conversion.samples import (
     caption_of,
     pair,
 )
-from alignclip.conversion.text_tables import Table
+from alignclip.conversion.text_tables import SEPARATORS, Table, is_web_address
 from alignclip.conversion.wording import listing
 from alignclip.errors import UserError
 from alignclip.storage.copies import fetched
 
 
-class Csv(InputFormat):
+class Csv(PathTable):
     """CSV and TSV files with a header; paths are relative to the file's folder."""
 
     words = "CSV, TSV"
@@ -41,7 +49,6 @@ class Csv(InputFormat):
     )
     flags = ("--caption-key", "--image-key", "--encoding")
     endings = (".csv", ".tsv")
-    has_parts = True
 
     def parts(self, place: str, reading: Reading) -> list[str]:
         """See the base class.
@@ -60,30 +67,26 @@ class Csv(InputFormat):
                 return []
             _csv_columns(table, reading)
             text_tables.check_encoding(table, reading.encoding)
-            return _pieces(table)
-
-    def shard_name(self, place: str, part: str) -> str:
-        """See the base class."""
-        return columns.piece_name(super().shard_name(place, part), part)
+            with table.open() as file:
+                rows = table.reader(iter(file.readline, ""))  # a file's own iterator tells no place
+                next(rows, None)
+                return pieces(_whole_rows(table, rows), file.tell)
 
     def read(self, path: Path, part: str, reading: Reading) -> Iterator[Item]:
         """See the base class."""
-        first, last, place = columns.piece(part)
         table = _look_at_csv(path, reading)
         image_column, caption_column = _csv_columns(table, reading)
-        names = table.columns
         with table.open() as file:
-            file.seek(place)  # not row by row: a part of a long file would pass over millions
-            for values in islice(filter(None, table.reader(file)), last - first):
-                row = dict(zip(names, values, strict=False))  # may lack the last fields
+            for _, values in rows_of_piece(file, filter(None, table.reader(file)), part):
+                row = dict(zip(table.columns, values, strict=False))  # may lack the last fields
                 name = row.get(image_column, "")
                 key = row.get("key") or name
-                image = columns.local_image(path.parent / name, key)
+                image = local_image(path.parent / name, key)
                 if isinstance(image, Skipped):
                     yield image
                     continue
                 item = pair(key, image, caption_of(row, caption_column))
-                if isinstance(item, Sample) and any(values[len(names) :]):
+                if isinstance(item, Sample) and any(values[len(table.columns) :]):
                     item = replace(item, notes=(*item.notes, TOO_MANY_FIELDS))
                 yield item
 
@@ -94,33 +97,24 @@ def _look_at_csv(path: Path, reading: Reading) -> Table:
     return text_tables.look_at_table(path, known, reading.encoding)
 
 
-def _pieces(table: Table) -> list[str]:
-    """Name the pieces of a table, which is read once for that.
+def _whole_rows(table: Table, rows: Any) -> Iterator[list[str]]:
+    """Yield the rows of a reader that are not empty.
 
     Raises:
         UserError: the table is damaged, or a quotation mark opens a field that runs over rows.
     """
-    places, number = list[int](), 0
-    with table.open() as file:
-        rows = table.reader(iter(file.readline, ""))  # a file that is iterated tells no place
-        try:
-            next(rows, None)
-            place, line = file.tell(), rows.line_num
-            for row in rows:
-                if row:
-                    if number % columns.ROWS_A_PIECE == 0:
-                        places.append(place)
-                    number += 1
-                if rows.line_num > line + 1:
-                    _check_one_row(table, row, line + 1)
-                line = rows.line_num
-                if number % columns.ROWS_A_PIECE == 0:
-                    place = file.tell()
-        except csv.Error as error:
-            unclosed = "a quotation mark that nothing closes?"
-            hint = unclosed if "field" in str(error) else "is it damaged?"
-            raise UserError(f"{table.path}, line {rows.line_num}: {error} ({hint})") from None
-    return columns.pieces(places, number)
+    line = rows.line_num
+    try:
+        for row in rows:
+            if rows.line_num > line + 1:
+                _check_one_row(table, row, line + 1)
+            line = rows.line_num
+            if row:
+                yield row
+    except csv.Error as error:
+        unclosed = "a quotation mark that nothing closes?"
+        hint = unclosed if "field" in str(error) else "is it damaged?"
+        raise UserError(f"{table.path}, line {rows.line_num}: {error} ({hint})") from None
 
 
 def _check_one_row(table: Table, row: list[str], line: int) -> None:
@@ -141,22 +135,39 @@ def _csv_columns(table: Table, reading: Reading) -> tuple[str, str]:
     Raises:
         UserError: the table is a list of URLs, its first row is no header, or a column is missing.
     """
-    usual = [reading.image_key] if reading.image_key else PATH_COLUMNS
-    found = next((name for name in usual if name in table.columns), None)
-    if urls := text_tables.list_of_urls(table, found):
-        raise UserError(urls)
+    _refuse_list(table, reading)
     if not table.has_header():
         raise UserError(
             f"{table.path} has no header: its first row is data ({listing(table.columns)}); write "
             "the names of its columns above that, image and caption"
         )
-    separators = text_tables.one_column(table)
+    separators = ""
+    if len(table.columns) == 1:
+        *most, last = SEPARATORS.values()
+        separators = (
+            f", and one column only: fields have to be separated by {', '.join(most)} or {last}"
+        )
+    return find_columns(table.columns, reading, table.path, separators=separators)
 
-    def column(what: str, usual: tuple[str, ...], wanted: str | None) -> str:
-        remarks = (f"; --{what}-key names another", separators)
-        return find_column(what, usual, wanted, table.columns, table.path, remarks)
 
-    return (
-        column("image", PATH_COLUMNS, reading.image_key),
-        column("caption", CAPTION_COLUMNS, reading.caption_key),
-    )
+def _refuse_list(table: Table, reading: Reading) -> None:
+    """Refuse a list of URLs; where it has no header, say how one is written."""
+    has_header = table.has_header()
+    row = table.first if has_header else table.columns
+    at = next((i for i, field in enumerate(row) if is_web_address(field)), None)
+    if at is None:
+        return
+    kind = "tsv" if table.delimiter == "\t" else "csv"
+    if has_header:
+        refuse_urls(table.path, kind, table.columns, table.columns[at], reading)
+        return
+    names = [f"column{i + 1}" for i in range(len(row))]
+    others = [i for i in range(len(row)) if i != at]
+    for longest in sorted(others, key=lambda i: -len(row[i]))[:1]:
+        names[longest] = "caption"
+    names[at] = "url"
+    new = table.path.with_name(f"{table.path.stem}-urls{table.path.suffix}")
+    header = table.delimiter.join(names).replace("\t", r"\t")
+    old, written = (shlex.quote(str(path)) for path in (table.path, new))
+    first = f"it has no header, so write one: printf '{header}\\n' | cat - {old} > {written}; then "
+    refuse_urls(table.path, kind, names, "url", reading, listed=new, first=first)

@@ -64,7 +64,6 @@ class InputFormat:
         described: the cells ``input`` and ``what is taken`` of the table in ``docs/convert.md``.
         flags: the command's options that change how the format is read.
         endings: of file names, in lower case. A folder stands for its files with these endings.
-        named_endings: of file names that are taken where a person names the file.
         has_parts: whether a file is several input shards.
     """
 
@@ -72,12 +71,11 @@ class InputFormat:
     described: ClassVar[tuple[str, str]]
     flags: ClassVar[tuple[str, ...]] = ("--caption-key",)
     endings: ClassVar[tuple[str, ...]] = ()
-    named_endings: ClassVar[tuple[str, ...]] = ()
     has_parts: ClassVar[bool] = False
 
     def fits(self, place: str) -> bool:
         """Say whether a path or URL is of the format by its name."""
-        return path_of(place).lower().endswith((*self.endings, *self.named_endings))
+        return path_of(place).lower().endswith(self.endings)
 
     def begins(self, head: bytes) -> bool:
         """Say whether a file of another name is of the format by its first 512 bytes."""
@@ -151,6 +149,11 @@ class InputFormat:
 def has_ending(name: str, endings: tuple[str, ...]) -> bool:
     """Say whether a file name ends in a dot and one of these, in capitals or not."""
     return name.rpartition(".")[2].lower() in endings
+
+
+def is_web(place: str) -> bool:
+    """Say whether a place is a web server's URL."""
+    return place.lower().startswith(("http://", "https://"))
 
 
 def path_of(place: str) -> str:

@@ -18,11 +18,11 @@ from alignclip.conversion.formats.pairing import (
     kind_of_name,
     name_in_utf8,
 )
-from alignclip.conversion.formats.remote import read_ahead, read_object
+from alignclip.conversion.formats.remote import read_ahead, read_image
 from alignclip.conversion.samples import (
     IMAGE_EXTENSIONS,
-    MAX_IMAGE_BYTES,
-    UNREADABLE,
+    MISSING_IMAGE,
+    UNREADABLE_FILE,
     Ignored,
     Item,
     Reading,
@@ -96,46 +96,27 @@ def _pairs_of_files(folder: str, names: Iterable[str], pairing: Pairing) -> Iter
     """
     own = {name.partition("/")[0] + name.partition("/")[1] for name in names}
     order = sorted((*(pairing.split(name_in_utf8(name)) or ("", "")), name) for name in own)
-    wanted = [name for _, ending, name in order if pairing.reads(ending)]
-    contents = read_ahead(partial(_sized_content, f"{folder}/{name}") for name in wanted)
+    places = ((f"{folder}/{name}", key) for key, ending, name in order if pairing.reads(ending))
+    contents = read_ahead(partial(read_image, *place) for place in places)
     for key, ending, name in order:
         shown = name_in_utf8(name)
         if not key:
             is_folder = name.endswith("/")
             yield Ignored(shown.rstrip("/"), "folder" if is_folder else kind_of_name(shown))
             continue
-        content = next(contents) if pairing.reads(ending) else (0, b"")
-        if content is None:
-            yield Ignored(shown, UNREADABLE)
+        content = next(contents) if pairing.reads(ending) else b""
+        is_unreadable = isinstance(content, Skipped) and content.reason == MISSING_IMAGE
+        if is_unreadable and "://" not in folder:
+            yield Ignored(shown, UNREADABLE_FILE)
             continue
         if pairing.is_complete(key, ending):
             yield from pairing.finish()
-        if isinstance(content, Skipped):
-            pairing.refuse(key, ending, UNREADABLE, content.detail)
+        if isinstance(content, bytes):
+            pairing.add(key, ending, len(content), partial(bytes, content))
         else:
-            size, data = content
-            pairing.add(key, ending, size, partial(bytes, data))
+            pairing.refuse(key, ending, content.detail, UNREADABLE_FILE if is_unreadable else None)
     yield from pairing.finish()
     yield from pairing.halves()
-
-
-def _sized_content(place: str) -> tuple[int, bytes] | Skipped | None:
-    """Return the size of a file and its bytes, without the bytes of a file that is too large.
-
-    Return None for a local file that can't be read: a link to nowhere, no permission, a pipe.
-    Return the reason for an object that can't be had.
-    """
-    if "://" in place:
-        data = read_object(place, place)
-        return data if isinstance(data, Skipped) else (len(data), data)
-    path = Path(place)
-    try:
-        if not path.is_file():  # a pipe would be waited for
-            return None
-        size = path.stat().st_size
-        return size, path.read_bytes() if size <= MAX_IMAGE_BYTES else b""
-    except OSError:
-        return None
 
 
 def _stat(path: Path) -> os.stat_result | None:

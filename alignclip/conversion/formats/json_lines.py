@@ -15,15 +15,21 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from alignclip.conversion import text_tables
-from alignclip.conversion.formats import columns
-from alignclip.conversion.formats.columns import CAPTION_COLUMNS, PATH_COLUMNS, find_column
+from alignclip.conversion.formats.columns import (
+    PathTable,
+    find_columns,
+    pieces,
+    refuse_urls,
+    rows_of_piece,
+)
 from alignclip.conversion.formats.declaration import (
     CAPTION_LISTS,
     PAIR_COLUMNS,
     InputFormat,
     OpenInput,
+    path_of,
 )
-from alignclip.conversion.formats.remote import place_of, read_ahead, read_image
+from alignclip.conversion.formats.remote import image_place, read_ahead, read_image
 from alignclip.conversion.samples import (
     MISSING_IMAGE,
     NO_OBJECT,
@@ -33,7 +39,7 @@ from alignclip.conversion.samples import (
     as_utf8,
     caption_of,
     pair,
-    pairs,
+    pair_with_captions,
     parse_json,
 )
 from alignclip.data.mds_index import INDEX
@@ -46,7 +52,7 @@ LOOKED_AT = 100  # lines at the beginning, of which one has to be an object
 _copying = threading.Lock()
 
 
-class JsonLines(InputFormat):
+class JsonLines(PathTable):
     """JSON lines, gzipped or not; images' paths are relative to the file, local or in a bucket."""
 
     words = "JSON lines"
@@ -60,12 +66,11 @@ class JsonLines(InputFormat):
     )
     flags = ("--caption-key", "--image-key")
     endings = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
-    named_endings = (".json", ".json.gz")
-    has_parts = True
 
     def fits(self, place: str) -> bool:
-        """See the base class; an MDS set's index is none."""
-        return super().fits(place) and not place.endswith(f"/{INDEX}")
+        """See the base class; also ``.json``, where a person names it and it's no set's index."""
+        is_json = path_of(place).lower().endswith((*self.endings, ".json", ".json.gz"))
+        return is_json and not place.endswith(f"/{INDEX}")
 
     def begins(self, head: bytes) -> bool:
         """See the base class."""
@@ -78,17 +83,10 @@ class JsonLines(InputFormat):
             UserError: the file is no JSON lines, a list of web addresses, or damaged.
         """
         _temporary_copy.cache_clear()
-        places, number, at = list[int](), 0, 0
         with _local_file(place) as path:
             _entry_names(path, place, reading)
             with _damage_told(place), _open_lines(path) as file:
-                for line in _lines(file):
-                    if line.strip():
-                        if number % columns.ROWS_A_PIECE == 0:
-                            places.append(at)
-                        number += 1
-                    at += len(line)
-        return columns.pieces(places, number)
+                return pieces(_lines(file), file.tell)
 
     def columns(self, place: str, reading: Reading) -> dict[str, str]:
         """See the base class."""
@@ -96,20 +94,16 @@ class JsonLines(InputFormat):
             names = _entry_names(path, place, reading)
         return PAIR_COLUMNS | ({"caption": CAPTION_LISTS} if names.has_lists else {})
 
-    def shard_name(self, place: str, part: str) -> str:
-        """See the base class."""
-        return columns.piece_name(super().shard_name(place, part), part)
-
     @contextmanager
     def opened(self, place: str, part: str, reading: Reading) -> Iterator[OpenInput]:
         """See the base class; images' paths are relative to the folder of ``place``."""
-        stem = super().shard_name(place, part)
+        stem = InputFormat.shard_name(self, place, part)
         folder = place.rpartition("/")[0]
-        with _local_file(place) as path:
+        with _local_file(place) as path, _open_lines(path) as file:
             names = _entry_names(path, place, reading)
             jobs = (
                 partial(_item, line, f"{stem}-{number:08}", names, folder)
-                for number, line in _piece(path, part)
+                for number, line in rows_of_piece(file, _lines(file), part)
             )
             yield OpenInput(*self.stamp(path), read_ahead(jobs))
 
@@ -123,14 +117,6 @@ class _Names:
     has_lists: bool = False
 
 
-def _piece(path: Path, part: str) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines of a piece with their numbers."""
-    first, last, at = columns.piece(part)
-    with _open_lines(path) as file:
-        file.seek(at)
-        yield from zip(range(first, last), filter(bytes.strip, _lines(file)), strict=False)
-
-
 def _item(line: bytes, key: str, names: _Names, folder: str) -> Item:
     row = parse_json(line)
     if not isinstance(row, Mapping):
@@ -139,7 +125,7 @@ def _item(line: bytes, key: str, names: _Names, folder: str) -> Item:
     key = next((str(one) for one in (own, name) if isinstance(one, (str, int)) and one != ""), key)
     key = as_utf8(key)
     try:
-        image = read_image(place_of(name, folder), key)
+        image = read_image(image_place(name, folder), key)
     except ValueError as error:
         image = Skipped(key, MISSING_IMAGE, f"{error}: {name!r}")
     if isinstance(image, Skipped):
@@ -147,7 +133,7 @@ def _item(line: bytes, key: str, names: _Names, folder: str) -> Item:
     if not names.has_lists:
         return pair(key, image, caption_of(row, names.caption))
     captions = row.get(names.caption)
-    return pairs(key, image, captions if isinstance(captions, list) else [captions])
+    return pair_with_captions(key, image, captions if isinstance(captions, list) else [captions])
 
 
 def _entry_names(path: Path, place: str, reading: Reading) -> _Names:
@@ -158,7 +144,7 @@ def _entry_names(path: Path, place: str, reading: Reading) -> _Names:
             missing.
     """
     with _damage_told(place), _open_lines(path) as file:
-        start = list(islice(filter(bytes.strip, _lines(file)), LOOKED_AT))
+        start = list(islice(_lines(file), LOOKED_AT))
     row = next((row for row in map(parse_json, start) if isinstance(row, Mapping)), None)
     if not start:
         return _Names()
@@ -166,17 +152,9 @@ def _entry_names(path: Path, place: str, reading: Reading) -> _Names:
         raise UserError(f"{place} is no JSON lines: none of its first lines is an object")
     known = list(map(str, row))
     url = next((name for name, value in row.items() if text_tables.is_web_address(value)), None)
-    if url is not None and not {reading.image_key, *PATH_COLUMNS} & (set(known) - {url}):
-        caption = next((name for name in text_tables.URL_LIST_CAPTIONS if name in known), None)
-        own = Path(place.rpartition("/")[2] if "://" in place else place)
-        way = text_tables.download(own, "jsonl", url, caption)
-        raise UserError(f"{place} is a list of URLs, and what is converted are images: {way}")
-
-    def entry(what: str, usual: tuple[str, ...], wanted: str | None) -> str:
-        return find_column(what, usual, wanted, known, place, (f"; --{what}-key names another", ""))
-
-    caption = entry("caption", CAPTION_COLUMNS, reading.caption_key)
-    image = entry("image", PATH_COLUMNS, reading.image_key)
+    listed = Path(place.rpartition("/")[2] if "://" in place else place)
+    refuse_urls(place, "jsonl", known, url, reading, listed=listed)
+    image, caption = find_columns(known, reading, place)
     return _Names(image, caption, isinstance(row[caption], list))
 
 
@@ -218,4 +196,5 @@ def _open_lines(path: Path) -> BinaryIO:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    return iter(partial(file.readline, LONGEST_LINE), b"")
+    """Yield the lines that are not blank."""
+    return filter(bytes.strip, iter(partial(file.readline, LONGEST_LINE), b""))

@@ -16,7 +16,14 @@ from alignclip.conversion.formats.declaration import (
     Listing,
     OpenInput,
 )
-from alignclip.conversion.samples import BROKEN_INPUT, Item, Reading, Skipped, pair, pairs
+from alignclip.conversion.samples import (
+    BROKEN_INPUT,
+    Item,
+    Reading,
+    Skipped,
+    pair,
+    pair_with_captions,
+)
 from alignclip.conversion.wording import first_few
 from alignclip.data.mds_index import INDEX, ShardEntry, columns_of, read_shards, stored_file
 from alignclip.data.mds_reader import open_shard
@@ -147,7 +154,7 @@ def _read_index(path: Path, index: str) -> list[ShardEntry]:
 
 def _shard_pairs(path: Path, entry: ShardEntry) -> Iterator[Item]:
     """Yield a shard's pairs in order; of a broken shard the pairs before the break."""
-    as_pair = pairs if columns_of(entry)["caption"] == CAPTION_LISTS else pair
+    as_pair = pair_with_captions if columns_of(entry)["caption"] == CAPTION_LISTS else pair
     try:
         with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
             for row in open_shard(entry, path, Path(folder)):

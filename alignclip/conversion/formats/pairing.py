@@ -44,6 +44,8 @@ FIRST = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 LAST = re.compile(r"((?:.*/)?[^./][^/]*)\.([^./]*)", re.DOTALL)
 
 TarPlace = tuple[int, int]  # offset and size in a tar; a size of -1: not in one piece
+Places = dict[str, TarPlace]  # by ending
+RefusedFiles = dict[str, tuple[str, str]]  # reason and detail, by ending
 
 
 @dataclass
@@ -60,17 +62,9 @@ class Group:
 
     key: str = ""
     members: dict[str, bytes] = field(default_factory=dict)
-    refused: dict[str, tuple[str, str]] = field(default_factory=dict)
+    refused: RefusedFiles = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
-    places: dict[str, TarPlace] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Half:
-    """An image without a caption or a caption without an image, and where the files lie."""
-
-    item: Skipped
-    places: dict[str, TarPlace] = field(default_factory=dict)
+    places: Places = field(default_factory=dict)
 
 
 class Pairing:
@@ -94,7 +88,7 @@ class Pairing:
         self._reading = reading
         self._place = place
         self._group = Group()
-        self._halves: dict[str, _Half] = {}
+        self._halves: dict[str, tuple[Skipped, Places]] = {}
         self.source: BinaryIO | None = None
 
     @property
@@ -126,16 +120,17 @@ class Pairing:
         if limit is None:
             group.others.append(ending)
         elif size > limit:
-            reason = IMAGE_TOO_LARGE if known in self._images else LONG_CAPTION
-            group.refused[known] = (reason, f"{known} member of {size:,} bytes")
+            self.refuse(key, ending, f"{known} member of {size:,} bytes")
         else:
             group.members[known] = read()
             group.places[known] = place
 
-    def refuse(self, key: str, ending: str, reason: str, detail: str) -> None:
-        """Take a file whose content can't be had; see :meth:`add`."""
+    def refuse(self, key: str, ending: str, detail: str, reason: str | None = None) -> None:
+        """Take a file that is too large, or without content for another reason; see :meth:`add`."""
+        known = ending.lower()
+        too_large = IMAGE_TOO_LARGE if known in self._images else LONG_CAPTION
         self._group.key = key
-        self._group.refused[ending.lower()] = (reason, detail)
+        self._group.refused[known] = (reason or too_large, detail)
 
     def finish(self) -> Iterator[Item]:
         """Yield the pair of the files that came last, or what they are instead."""
@@ -144,8 +139,9 @@ class Pairing:
             return
         item = self._pair(group.key, group.members, group.refused)
         if isinstance(item, Sample):
-            for stem in _inner_pairs(group.others)[0]:
-                yield Ignored(f"{group.key}.{stem}", FURTHER_PAIR)
+            for stem, reason in _inner_pairs(group.others).items():
+                if reason == FIRST_DOT:
+                    yield Ignored(f"{group.key}.{stem}", FURTHER_PAIR)
             yield item
         elif item.reason in (MISSING_IMAGE, MISSING_CAPTION):
             yield from self._incomplete(group, item)
@@ -160,11 +156,9 @@ class Pairing:
     def halves(self) -> Iterator[Skipped]:
         """Yield the halves whose other halves have not come."""
         while self._halves:
-            yield self._halves.pop(next(iter(self._halves))).item
+            yield self._halves.pop(next(iter(self._halves)))[0]
 
-    def _pair(
-        self, key: str, members: dict[str, bytes], refused: dict[str, tuple[str, str]]
-    ) -> Sample | Skipped:
+    def _pair(self, key: str, members: dict[str, bytes], refused: RefusedFiles) -> Sample | Skipped:
         image = next((members[ending] for ending in self._images if ending in members), None)
         text = self._text if self._text in members or self._text in refused else "json"
         for ending in (*(self._images if image is None else ()), text):
@@ -184,43 +178,41 @@ class Pairing:
 
     def _incomplete(self, group: Group, item: Skipped) -> Iterator[Item]:
         """Yield a group without an image or a caption: half a pair, several pairs, or no pair."""
-        whole, images, texts = _inner_pairs(group.others)
-        for stem in whole:
-            yield Skipped(f"{group.key}.{stem}", FIRST_DOT)
-        has_image = item.reason == MISSING_CAPTION
-        has_text = not has_image and self._has_caption(group.members)
+        inner = [(f"{group.key}.{stem}", why) for stem, why in _inner_pairs(group.others).items()]
+        whole = [Skipped(key, why) for key, why in inner if why == FIRST_DOT]
+        yield from whole
+        inner = [(key, why) for key, why in inner if why != FIRST_DOT]
+        if len(inner) == 1:  # one alone may be of another ending instead
+            inner = [(group.key, inner[0][1])]
         endings = listable((*group.members, *group.others))
         detail = f"its files: {', '.join(endings)}"
-        told = Skipped(group.key, item.reason, detail, item.texts, endings)
-        if not whole and (has_image or images) and (has_text or texts):
-            yield told  # under other endings than those that are read
-        elif has_image or has_text:
-            yield from self._match(_Half(told, group.places))
-        elif images or texts:
-            for stems, reason in ((images, MISSING_CAPTION), (texts, MISSING_IMAGE)):
-                for stem in stems:  # one alone may be of another ending instead
-                    alone = len(images) + len(texts) == 1
-                    key = group.key if alone else f"{group.key}.{stem}"
-                    yield from self._match(_Half(Skipped(key, reason, detail, endings=endings)))
-        elif not whole:
+        is_half = item.reason == MISSING_CAPTION or self._has_caption(group.members)
+        halves = [(group.key, item.reason)] if is_half else inner
+        if not whole and len({why for _, why in (*halves, *inner)}) == 2:
+            # under other endings than those that are read
+            yield Skipped(group.key, item.reason, detail, item.texts, endings)
+            return
+        for key, why in halves:
+            half = Skipped(key, why, detail, item.texts, endings)
+            yield from self._match(half, group.places if is_half else {})
+        if not whole and not halves:
             for ending in group.others:
                 yield Ignored(f"{group.key}.{ending}", OTHER_FILE)
             for ending in group.members:  # a list or statistics beside the pairs
                 yield Ignored(f"{group.key}.{ending}", NO_PAIR)
 
-    def _match(self, half: _Half) -> Iterator[Item]:
+    def _match(self, half: Skipped, places: Places) -> Iterator[Item]:
         """Yield what a half makes with its other half; let it wait where that hasn't come."""
-        key = half.item.key
-        other = self._halves.get(key)
+        other, other_places = self._halves.get(half.key, (None, {}))
         if other is None and len(self._halves) < MOST_HALVES:
-            self._halves[key] = half
-        elif other is None or other.item.reason == half.item.reason:
-            yield half.item
+            self._halves[half.key] = (half, places)
+        elif other is None or other.reason == half.reason:
+            yield half
         else:
-            del self._halves[key]
-            yield self._joined(key, other.places | half.places)
+            del self._halves[half.key]
+            yield self._joined(half.key, other_places | places)
 
-    def _joined(self, key: str, places: dict[str, TarPlace]) -> Sample | Skipped:
+    def _joined(self, key: str, places: Places) -> Sample | Skipped:
         """Read two halves again that lie apart.
 
         Raises:
@@ -252,22 +244,19 @@ def kind_of_name(name: str) -> str:
     return "hidden file" if base.startswith(".") else "file without an ending"
 
 
-def _inner_pairs(endings: Iterable[str]) -> tuple[list[str], list[str], list[str]]:
+def _inner_pairs(endings: Iterable[str]) -> dict[str, str]:
     """Find the pairs that have become one at the first dot of their names.
 
     Args:
         endings: of the files that are not read; the keys go on up to the last dot of each.
 
     Returns:
-        the stems that have an image and a text, only an image, only a text.
+        stem -> :data:`FIRST_DOT` where it has an image and a text, else the reason of such a half.
     """
-    kinds: dict[str, set[bool]] = {}
+    found: dict[str, str] = {}
     for ending in endings:
         stem, dot, last = ending.rpartition(".")
-        if dot and (last := last.lower()) in (*IMAGE_EXTENSIONS, *TEXT_EXTENSIONS):
-            kinds.setdefault(stem, set()).add(last in IMAGE_EXTENSIONS)
-
-    def having(*wanted: bool) -> list[str]:
-        return [stem for stem, found in kinds.items() if found == {*wanted}]
-
-    return having(True, False), having(True), having(False)
+        if dot and last.lower() in (*IMAGE_EXTENSIONS, *TEXT_EXTENSIONS):
+            reason = MISSING_CAPTION if last.lower() in IMAGE_EXTENSIONS else MISSING_IMAGE
+            found[stem] = reason if found.get(stem, reason) == reason else FIRST_DOT
+    return found

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from alignclip.conversion import text_tables
-from alignclip.conversion.formats.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, find_column
+from alignclip.conversion.formats.columns import IMAGE_COLUMNS, find_columns, refuse_urls
 from alignclip.conversion.formats.declaration import InputFormat, Listing
 from alignclip.conversion.samples import BROKEN_INPUT, Item, Reading, Skipped, caption_of, pair
 from alignclip.errors import UserError, one_line
@@ -86,10 +86,11 @@ def _parquet_columns(path: Path, schema: Any, reading: Reading) -> tuple[str, st
     """
     import pyarrow
 
-    _refuse_urls(path, schema.names, reading)
-    image = find_column("image", IMAGE_COLUMNS, reading.image_key, schema.names, path)
-    caption = find_column("caption", CAPTION_COLUMNS, reading.caption_key, schema.names, path)
-    stored = schema.field(schema.names.index(image)).type
+    names = schema.names
+    url = next((name for name in names if name in text_tables.URL_COLUMNS), None)
+    refuse_urls(path, "parquet", names, url, reading, IMAGE_COLUMNS)
+    image, caption = find_columns(names, reading, path, IMAGE_COLUMNS, another="")
+    stored = schema.field(names.index(image)).type
     if pyarrow.types.is_struct(stored):
         stored = next((field.type for field in stored if field.name == "bytes"), stored)
     if not (pyarrow.types.is_binary(stored) or pyarrow.types.is_large_binary(stored)):
@@ -98,22 +99,6 @@ def _parquet_columns(path: Path, schema: Any, reading: Reading) -> tuple[str, st
             f"{path}: the column '{image}' has to hold image files' bytes; it is of type {kind}"
         )
     return image, caption
-
-
-def _refuse_urls(path: Path, names: Sequence[str], reading: Reading) -> None:
-    """Say where the images of a list of URLs are; img2dataset's metadata is such a list.
-
-    Raises:
-        UserError: the file is a list of URLs.
-    """
-    url = next((name for name in names if name in text_tables.URL_COLUMNS), None)
-    if url is None or {reading.image_key, *IMAGE_COLUMNS} & set(names):
-        return
-    beside = path.with_suffix(".tar")
-    caption = next((name for name in text_tables.URL_LIST_CAPTIONS if name in names), None)
-    download = text_tables.download(path, "parquet", url, caption)
-    way = f"they lie in {beside}" if beside.exists() else download
-    raise UserError(f"{path} is a list of URLs, and what is converted are images: {way}")
 
 
 def _row_batches(table: Any, names: Sequence[str]) -> Iterator[Any]:

@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from alignclip.conversion import text_tables
 from alignclip.conversion.formats.columns import local_image
+from alignclip.conversion.formats.declaration import is_web
 from alignclip.conversion.samples import MISSING_IMAGE, Skipped, as_utf8
 from alignclip.errors import UserError
 from alignclip.storage import Store, cannot, is_about_name, open_store, patiently
@@ -22,7 +23,6 @@ from alignclip.storage.clouds import check_scheme
 from alignclip.storage.copies import fetched
 
 AT_ONCE = 16  # files read at a time, of which none is larger than MAX_IMAGE_BYTES
-WEB = ("http://", "https://")
 IN_ADDRESSES = "/%?&=:@+,;~!$'()*"  # stay as they are in a web address
 
 T = TypeVar("T")
@@ -67,7 +67,7 @@ def read_ahead(jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
             todo.put(None)
 
 
-def place_of(name: object, folder: str) -> str:
+def image_place(name: object, folder: str) -> str:
     """Return the path or URL of an image that a list in a folder names.
 
     A list that comes from elsewhere may be a stranger's. Such a list names no file of this machine.
@@ -91,7 +91,7 @@ def place_of(name: object, folder: str) -> str:
         return name
     if name.startswith("/") or ".." in name.split("/"):
         raise ValueError("a list that is no local file names what lies below it, or URLs")
-    return f"{folder}/{quote(name, IN_ADDRESSES) if folder.startswith(WEB) else name}"
+    return f"{folder}/{quote(name, IN_ADDRESSES) if is_web(folder) else name}"
 
 
 def read_image(place: str, key: str) -> bytes | Skipped:
@@ -111,7 +111,7 @@ def read_object(place: str, key: str) -> bytes | Skipped:
     """
     try:
         with cannot(f"fetch {place}"):
-            if place.startswith(WEB):
+            if is_web(place):
                 with fetched(place) as path:
                     return path.read_bytes()
             scheme, _, rest = place.partition("://")

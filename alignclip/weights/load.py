@@ -18,7 +18,7 @@ from alignclip.weights.finite import check_finite
 from alignclip.weights.formats import open_weights
 from alignclip.weights.formats.base import Loaded, Preprocess, Weights, preprocess_config
 from alignclip.weights.formats.open_clip import named
-from alignclip.weights.locate import CARD, RUN_CONFIG, UNUSED, text_beside
+from alignclip.weights.locate import CARD, RUN_CONFIG, UNUSED, find_beside, text_beside
 from alignclip.weights.weight_files import check_tensors, read
 
 
@@ -139,8 +139,8 @@ def _described(weights: Weights) -> tuple[ModelConfig, str]:
 
 def _kept_apart(file: Path, place: str) -> dict[str, Tensor]:
     """Return tensors of an authors' file that an export to another format has kept beside it."""
-    path, what = file.parent / UNUSED, f"{UNUSED} beside {place}"
-    if not path.is_file():
+    path, what = find_beside(file, UNUSED), f"{UNUSED} beside {place}"
+    if path is None:
         return {}
     unused = read(path, what).values
     check_tensors(unused, what)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from alignclip.errors import UserError, few, one_line
 from alignclip.weights.checkpoint_file import has_right_checksum
+from alignclip.weights.locate import find_beside
 from alignclip.weights.safe_pickle import Unread
 from alignclip.weights.safe_read import read_pickled
 
@@ -92,13 +93,13 @@ class Content:
         return weights
 
     def json_beside(self, name: str) -> dict[str, Any]:
-        """Return the parsed JSON file of that name beside the file, or an empty dict.
+        """Return the parsed JSON file of that name beside the file or its link's, or an empty dict.
 
         Raises:
             UserError: it is no JSON.
         """
-        path = self.file.parent / name
-        if not path.is_file():
+        path = find_beside(self.file, name)
+        if path is None:
             return {}
         try:
             content = json.loads(path.read_text(encoding="utf-8"))

@@ -336,36 +336,36 @@ def test_exports_that_are_not_our_model(tmp_path: Path) -> None:
 # --- the Hugging Face Hub ---------------------------------------------------------------------
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
+class Hub(http.server.SimpleHTTPRequestHandler):
     """A Hub whose repositories are the folders ``org/name`` of ``root``."""
 
     root: Path
 
-    def do_GET(self) -> None:
-        parts = self.path.strip("/").split("/")
-        body: bytes | None = None
-        if parts[:2] == ["api", "models"]:
-            name = "/".join(parts[2:4])
-            folder = self.root / name
-            files = sorted(path for path in folder.rglob("*") if path.is_file())
-            siblings = [{"rfilename": path.relative_to(folder).as_posix()} for path in files]
-            if folder.is_dir():
-                body = json.dumps({"id": name, "siblings": siblings}).encode()
-        else:
-            folder = self.root / "/".join(parts[:2])
-            file = folder / "/".join(parts[4:])
-            body = file.read_bytes() if file.is_file() else None
-        self.send_response(200 if body is not None else 404)
-        headers = {"ETag": f'"{hash(body)}"', "X-Repo-Commit": "0" * 40}
-        if body is None:
-            headers["X-Error-Code"] = "EntryNotFound" if folder.is_dir() else "RepoNotFound"
-        for key, value in (headers | {"Content-Length": str(len(body or b""))}).items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body or b"")
+    @property
+    def repository(self) -> Path:
+        return self.root.joinpath(*self.path.removeprefix("/api/models").split("/")[1:3])
 
-    do_HEAD = do_GET
+    def translate_path(self, path: str) -> str:
+        return str(self.repository.joinpath(*path.split("/")[5:]))  # /ORG/NAME/resolve/main/FILE
+
+    def do_GET(self) -> None:
+        if not self.path.startswith("/api/models/") or not self.repository.is_dir():
+            super().do_GET()
+            return
+        files = (path for path in self.repository.rglob("*") if path.is_file())
+        names = sorted(path.relative_to(self.repository).as_posix() for path in files)
+        body = json.dumps({"id": "x", "siblings": [{"rfilename": name} for name in names]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def end_headers(self) -> None:
+        lacks = "EntryNotFound" if self.repository.is_dir() else "RepoNotFound"
+        headers = {"ETag": f'"{hash(self.path)}"', "X-Repo-Commit": "0" * 40, "X-Error-Code": lacks}
+        for key, value in headers.items():
+            self.send_header(key, value)
+        super().end_headers()
 
     def log_message(self, *_: Any) -> None:
         pass

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import zipfile
 from collections.abc import Callable, Sequence
@@ -41,6 +40,8 @@ from alignclip.weights.locate import (
     WEIGHT_FILES,
     find_on_disk,
     folder_meant,
+    is_on_hub,
+    looks_like_id,
     why_no_weights,
 )
 
@@ -174,17 +175,13 @@ def check_weights(key: str, place: str) -> None:
     """
     if why := why_no_weights(place):
         raise UserError(f"{key}: {why}")
-    if place.startswith("hf-hub:"):
+    if is_on_hub(place):
         return  # its client has its own patience and cache
     if "://" in place:
         if Path(place).suffix in WEIGHT_FILES:
             _check_file(key, place, or_link=True)
         return
-    if (
-        key == "pretrained"
-        and re.fullmatch(r"[\w-]+/[\w.-]+", place)
-        and not Path(place).parent.is_dir()
-    ):
+    if key == "pretrained" and looks_like_id(place):
         return  # perhaps MODEL/TAG of open_clip's list, which torch knows
     try:
         find_on_disk(place)

@@ -164,8 +164,7 @@ def _what_was_meant(place: str, path: Path, beside: list[str]) -> str:
     for meant in (path, _named(path)):
         if near := did_you_mean(meant, _could_hold_weights):
             return missing + near
-    looks_like_id = re.fullmatch(r"[\w-]+/[\w.-]+", place) and path.suffix not in WEIGHT_FILES
-    if looks_like_id and not path.parent.is_dir():
+    if path.suffix not in WEIGHT_FILES and looks_like_id(place):
         return f"no such file: {place}; did you mean 'hf-hub:{place}'?"
     return f"{missing}; {hint if beside else 'no weights lie there'}"
 
@@ -177,6 +176,12 @@ def _local(place: str) -> Path:
 def is_on_hub(place: str) -> bool:
     """Tell whether a place is on the Hugging Face Hub."""
     return place.startswith("hf-hub:")
+
+
+def looks_like_id(place: str) -> bool:
+    """Tell whether a place may be ORG/NAME or MODEL/TAG, and no folder is called ORG or MODEL."""
+    named = re.fullmatch(r"[\w-]+/[\w.-]+", place) is not None
+    return named and not _local(place).parent.is_dir()
 
 
 def _named(path: Path) -> Path:

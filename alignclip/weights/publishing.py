@@ -9,14 +9,13 @@ from typing import Any
 import open_clip
 
 from alignclip.paths import LOCAL_DIR
-
-HUB = "hf-hub:"
+from alignclip.weights.locate import is_on_hub
 
 
 def public_place(place: str) -> str:
     """Return a URL without credentials, a model's name as it is, the last name alone of a path."""
     place = place.removeprefix(LOCAL_DIR)
-    if place.startswith(HUB) or place in _published_models():
+    if is_on_hub(place) or place in _published_models():
         return place
     if is_url(place):
         return _without_credentials(place)

@@ -59,7 +59,8 @@ class Figures:
         chosen = {name: self.results[name] for name in same if self.results.get(name)}
         if not chosen:
             raise UserError(f"--metrics {self.file} holds no figures of {source} yet; {again}")
-        return dict(list(chosen.items())[:1]), None
+        name = next(iter(chosen))
+        return {name: chosen[name]}, None
 
 
 def results_table(results: Measured) -> str:

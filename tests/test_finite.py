@@ -73,16 +73,18 @@ class At(Callback):
             self.action(state)
 
 
-def start(tmp_path: Path, *overrides: str, callbacks: tuple[Callback, ...] = ()) -> Trainer:
-    runs = SmallRuns(tmp_path, tmp_path / "set", tmp_path / "runs", *FIXED)
-    return runs.build(*overrides, callbacks=callbacks)
+def runs_on(
+    tmp_path: Path, change: Callable[[int, np.ndarray], None] = sound, *settings: str
+) -> SmallRuns:
+    """Runs on a set whose embeddings are changed."""
+    write_embeddings(tmp_path / "set", change)
+    return SmallRuns(tmp_path, tmp_path / "set", tmp_path / "runs", *FIXED, *settings)
 
 
-def fit(trainer: Any) -> str:
+def end_of(runs: SmallRuns, *overrides: str, callbacks: tuple[Callback, ...] = ()) -> str:
     """Train to the end that a number that is not finite puts to it; what is said."""
     with pytest.raises(NotFiniteError) as error:
-        trainer.fit()
-    trainer.close()
+        runs.train(*overrides, callbacks=callbacks)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -100,8 +102,8 @@ def saved(tmp_path: Path) -> list[int]:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_an_embedding_that_is_not_finite_ends_the_run(tmp_path: Path, value: float) -> None:
-    write_embeddings(tmp_path / "set", bad(value, 20, 22))  # in the second batch of 16
-    said = fit(start(tmp_path, "save_num_checkpoints_to_keep=2"))
+    runs = runs_on(tmp_path, bad(value, 20, 22))  # in the second batch of 16
+    said = end_of(runs, "save_num_checkpoints_to_keep=2")
     assert said.startswith("batch 2: the loss is not finite: total nan, contrastive ")
     assert (
         "separation nan; samples 'k20', 'k22' have a caption embedding ('semantic') not finite; "
@@ -122,28 +124,24 @@ def test_what_was_trained_before_is_saved(tmp_path: Path, batch: int) -> None:
     def spoil(state: State) -> None:
         state.batch["semantic"][:] = math.nan
 
-    write_embeddings(tmp_path / "set", sound)
-    settings = (*FIXED, "max_duration=6ba", "data.shuffle=true", "save_interval=100ba")
-    runs = SmallRuns(tmp_path, tmp_path / "set", tmp_path / "runs", *settings)
+    settings = "max_duration=6ba", "data.shuffle=true", "save_interval=100ba"
+    runs = runs_on(tmp_path, sound, *settings)
     whole = logged(runs.train(f"save_folder={tmp_path / 'whole'}"))
-    broken = runs.build(callbacks=[At("batch_start", batch, spoil)])
-    assert f"The run is saved up to batch {batch}" in fit(broken)
+    said = end_of(runs, callbacks=(At("batch_start", batch, spoil),))
+    assert f"The run is saved up to batch {batch}" in said
     assert saved(tmp_path) == [batch]
     assert logged(runs.train()) == whole[batch:]
 
 
 def test_older_checkpoints_stay(tmp_path: Path) -> None:
-    write_embeddings(tmp_path / "set", bad(math.nan, 50))  # in the fourth batch
-    said = fit(start(tmp_path, "save_num_checkpoints_to_keep=1", "save_interval=2ba"))
+    runs = runs_on(tmp_path, bad(math.nan, 50))  # in the fourth batch
+    said = end_of(runs, "save_num_checkpoints_to_keep=1", "save_interval=2ba")
     assert "saved up to batch 3" in said
     assert saved(tmp_path) == [2, 3]
 
 
 def test_embeddings_that_are_not_needed_are_not_looked_at(tmp_path: Path) -> None:
-    write_embeddings(tmp_path / "set", bad(math.nan, 20))
-    trainer = start(tmp_path, "loss.beta=0", "max_duration=4ba")
-    trainer.fit()
-    trainer.close()
+    runs_on(tmp_path, bad(math.nan, 20)).train("loss.beta=0", "max_duration=4ba")
     assert saved(tmp_path) == [1, 2, 3, 4]
 
 
@@ -184,18 +182,15 @@ GRADIENT = rf"not finite are the gradients of 1 of .*{C_FC}.*A lower optimizer\.
 def test_what_is_not_finite_is_named(
     tmp_path: Path, action: Callable[[State], None], override: str, says: str
 ) -> None:
-    write_embeddings(tmp_path / "set", sound)
-    said = fit(start(tmp_path, override, callbacks=(At("batch_start", 2, action),)))
+    said = end_of(runs_on(tmp_path), override, callbacks=(At("batch_start", 2, action),))
     assert re.match(f"batch 3: {says}", said), said
     assert saved(tmp_path) == [1, 2]
 
 
 def test_the_latest_checkpoint_is_not_finite(tmp_path: Path) -> None:
     """As an earlier version has left it: refused in a line, and the one before is used once it is gone."""
-    write_embeddings(tmp_path / "set", sound)
-    trainer = start(tmp_path, "max_duration=3ba")
-    trainer.fit()
-    trainer.close()
+    runs = runs_on(tmp_path)
+    runs.train("max_duration=3ba")
     newest = (tmp_path / "runs" / "latest-rank0.pt").resolve()
     content = torch.load(newest, weights_only=False)
     good = content["state"]["model"]["encoders.positional_embedding"].clone()
@@ -203,21 +198,19 @@ def test_the_latest_checkpoint_is_not_finite(tmp_path: Path) -> None:
     torch.save(content, newest)
     said = r"latest checkpoint \(.*ba3-rank0.pt\) holds .* not finite .*: positional_embedding"
     with refused(said):
-        start(tmp_path)
+        runs.build()
     content["state"]["model"]["encoders.positional_embedding"] = good
     moments = content["state"]["optimizers"]["AdamW"]["state"]
     next(iter(moments.values()))["exp_avg_sq"].fill_(math.inf)
     torch.save(content, newest)
     with refused("the optimizer's state in the latest checkpoint .* exp_avg_sq"):
-        start(tmp_path)
+        runs.build()
 
 
 def test_zeros_are_named(tmp_path: Path) -> None:
-    write_embeddings(tmp_path / "set", lambda i, semantic: semantic.fill(0) if i == 20 else None)
-    trainer = start(tmp_path, "max_duration=4ba")
+    runs = runs_on(tmp_path, lambda i, semantic: semantic.fill(0) if i == 20 else None)
     with pytest.warns(UserWarning, match="sample 'k20' has a caption embedding of zeros"):
-        trainer.fit()
-    trainer.close()
+        runs.train("max_duration=4ba")
 
 
 def test_the_command_ends_with_a_status_of_its_own(
@@ -251,10 +244,8 @@ def test_two_ranks_end_at_the_same_batch(tmp_path: Path) -> None:
 
 def test_weights_to_start_from_are_looked_at(tmp_path: Path) -> None:
     """``alignclip.load`` and ``pretrained`` alike."""
-    write_embeddings(tmp_path / "set", sound)
-    trainer = start(tmp_path, "max_duration=2ba")
-    trainer.fit()
-    trainer.close()
+    runs = runs_on(tmp_path)
+    runs.train("max_duration=2ba")
     path = (tmp_path / "runs" / "latest-rank0.pt").resolve()
     content = torch.load(path, weights_only=False)
     content["state"]["model"]["encoders.ln_final.weight"][0] = math.inf
@@ -262,7 +253,7 @@ def test_weights_to_start_from_are_looked_at(tmp_path: Path) -> None:
     with refused(r"holds numbers that are not finite .*: .*ln_"):
         alignclip.load(path)
     with refused(r"pretrained: .* holds numbers that are not finite"):
-        start(tmp_path, f"pretrained={path}", f"save_folder={tmp_path / 'other'}")
+        runs.build(f"pretrained={path}", f"save_folder={tmp_path / 'other'}")
 
 
 def _check_loaded() -> str:

@@ -64,12 +64,10 @@ def check_run(config: RunConfig) -> None:
     for name, evaluator in config.evaluators.items():
         wrong += _wrong(check_evaluator, name, evaluator)
     if config.load_path and "://" not in config.load_path:
-        place = config.load_path
-        wrong += _wrong(check_local_checkpoint, place)
+        wrong += _wrong(check_local_checkpoint, config.load_path)
     folder = save_folder(config)
     if config.pretrained and not (folder and _goes_on(config, folder)):
-        place = config.pretrained
-        wrong += _wrong(check_weights, "pretrained", place)
+        wrong += _wrong(check_weights, "pretrained", config.pretrained)
     if folder and "://" not in folder:
         wrong += _wrong(check_writable, "save_folder", folder)
     _tell(wrong)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -44,12 +45,13 @@ def recall(
     Returns:
         ``image_retrieval_recall@k`` and ``text_retrieval_recall@k`` for each k, in [0, 1].
     """
-    owner = image_of_text.to(image_features.device).long()
+    images, texts = (F.normalize(one.float(), dim=-1) for one in (image_features, text_features))
+    owner = image_of_text.to(images.device).long()
     ways = {
-        "image": (text_features, image_features, owner[:, None]),
-        "text": (image_features, text_features, _texts_of_images(owner, len(image_features))),
+        "image": (texts, images, owner[:, None]),
+        "text": (images, texts, _texts_of_images(owner, len(images))),
     }
-    queries = len(text_features) + len(image_features)
+    queries = len(texts) + len(images)
     recalls = {}
     with tqdm(total=queries, desc="recall", unit="query", leave=False, disable=not progress) as bar:
         for found, way in ways.items():

@@ -87,9 +87,10 @@ def accuracy(
     if targets.min() < 0 or targets.max() >= len(classifier):
         found = f"[{targets.min()}, {targets.max()}]"
         raise ValueError(f"targets lie in {found}, but there are {len(classifier)} classes")
-    targets = targets.to(image_features.device).long()
+    images, classes = (F.normalize(one.float(), dim=-1) for one in (image_features, classifier))
+    targets = targets.to(images.device).long()
     ranks, predicted = [], []
-    for scores, right in score_blocks(image_features, classifier, targets[:, None], block):
+    for scores, right in score_blocks(images, classes, targets[:, None], block):
         ranks.append(best_ranks(scores, right))
         predicted.append(scores.argmax(1))
     return accuracy_of_ranks(torch.cat(ranks), targets, torch.cat(predicted))

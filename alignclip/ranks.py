@@ -39,12 +39,12 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size() > 1 else 1
 
 
-def gather(share: Tensor) -> Tensor:
+def gather(share: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Gather ``[n, d]`` of each rank to ``[ranks, n, d]`` on all ranks; no gradient."""
-    if world_size() == 1:
+    if world_size(group) == 1:
         return share[None]
-    shares = [torch.empty_like(share) for _ in range(world_size())]
-    dist.all_gather(shares, share.contiguous())
+    shares = [torch.empty_like(share) for _ in range(world_size(group))]
+    dist.all_gather(shares, share.contiguous(), group=group)
     return torch.stack(shares)
 
 

@@ -106,6 +106,16 @@ def fuzz(request: pytest.FixtureRequest) -> Fuzz:
 
 
 @pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image–text set of 64 pairs, which no test changes."""
+    from runs import write_set
+
+    folder = tmp_path_factory.mktemp("data") / "set"
+    write_set(str(folder), 64)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A running S3 server, started for the first test that asks.
 

@@ -11,14 +11,43 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
+import boto3
+import botocore.loaders
+import botocore.session
+
 from alignclip.errors import UserError
+from alignclip.storage import patience
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate"}
 # exit statuses of a command that is interrupted
 OVER, BROKEN, REFUSED, DIED, NOT_REACHED = 0, 1, 2, 70, 71
+
+
+def prepare_for_forks(with_bucket: bool) -> None:
+    """Do once what each forked process would do, and have no process wait for disk or server."""
+    os.fsync = lambda _: None  # a process that dies takes nothing from the disk
+    resource_tracker.ensure_running()
+    if with_bucket:
+        os.environ["AWS_MAX_ATTEMPTS"] = "1"
+        patience.FIRST_PAUSE = 0.01
+        _share_what_clients_read()
+
+
+def _share_what_clients_read() -> None:
+    """Have S3 clients take botocore's descriptions from this process: parsing them takes most of a second."""
+    loader, new_session = botocore.loaders.create_loader(), boto3.Session
+
+    def session() -> boto3.Session:
+        inner = botocore.session.Session()
+        inner.register_component("data_loader", loader)
+        return new_session(botocore_session=inner)
+
+    boto3.Session = session
+    session().client("s3")
 
 
 class Interruption:

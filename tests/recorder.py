@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import torch
-from composer.callbacks import CheckpointSaver
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
@@ -59,9 +58,6 @@ class Recorder(Callback):
         while (
             int(state.timestamp.batch) - 1 == self.hold_at and not (self.folder / "go-on").exists()
         ):
-            for callback in state.callbacks:
-                if isinstance(callback, CheckpointSaver):
-                    callback.batch_end(state, logger)  # where it moves `latest`
             time.sleep(0.2)
 
 
@@ -69,8 +65,5 @@ def main(arguments: list[str]) -> int:
     folder = Path(arguments[0])
     folder.mkdir(parents=True, exist_ok=True)
     build_callbacks = build.build_callbacks
-    build.build_callbacks = lambda config, save: [
-        *build_callbacks(config, save),
-        Recorder(folder),
-    ]
+    build.build_callbacks = lambda config: [*build_callbacks(config), Recorder(folder)]
     return command.main(arguments[1:])

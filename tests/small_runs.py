@@ -12,8 +12,10 @@ from composer.utils import get_device
 from runs import write_config, write_set
 
 from alignclip.config.reading import load
+from alignclip.config.schema import RunConfig
 from alignclip.training import composer_patches
 from alignclip.training.build import build_trainer
+from alignclip.training.run_record import check_config, record_config
 from alignclip.training.save_folder import SaveFolder
 
 # what makes a run small, and its losses known
@@ -38,14 +40,20 @@ class SmallRuns:
         self.yaml = write_config(folder, str(dataset), self.uri or None)
         self.settings = (*SMALL, *settings)
 
+    def config(self, *overrides: str) -> RunConfig:
+        return load(self.yaml, [*self.settings, *overrides])
+
+    def folder(self, *overrides: str) -> SaveFolder:
+        """The save folder as a new process sees it."""
+        return SaveFolder(self.config(*overrides))
+
     def build(self, *overrides: str, callbacks: Sequence[Callback] = ()) -> Trainer:
-        config = load(self.yaml, [*self.settings, *overrides])
-        folder = None
+        config, folder = self.config(*overrides), None
         if config.save_folder:
             folder = SaveFolder(config)
             folder.open()
-            folder.check_config()
-            folder.write_config()
+            check_config(folder)
+            record_config(folder)
         return build_trainer(config, get_device("cpu"), folder, callbacks)
 
     def train(self, *overrides: str, callbacks: Sequence[Callback] = ()) -> Trainer:

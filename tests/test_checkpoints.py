@@ -13,6 +13,7 @@ from save_folders import LATEST, Place, config_for, name_of
 from alignclip.config.reading import to_yaml
 from alignclip.errors import UserError
 from alignclip.training.run_identity import identity_changes
+from alignclip.training.run_record import check_config, record_config
 from alignclip.training.save_folder import SaveFolder
 
 
@@ -42,9 +43,9 @@ def test_another_run_under_the_same_name_is_refused(uri: str, tmp_path: Path) ->
     def check(*overrides: str) -> None:
         folder = SaveFolder(config_for(tmp_path, uri, *overrides))
         folder.open()
-        folder.check_config()
+        check_config(folder)
 
-    SaveFolder(config_for(tmp_path, uri)).write_config()
+    record_config(SaveFolder(config_for(tmp_path, uri)))
     check("loss.beta=1.0")  # no checkpoint yet: nothing to protect
     place = Place(tmp_path, uri, batches=(5,))
     with pytest.raises(UserError, match=r"loss\.beta: 0\.5 → 1\.0.*choose another run_name"):

@@ -90,7 +90,7 @@ def test_the_log_file_is_utf8_whatever_the_locale(
     config = RunConfig(
         loggers={"FileLogger": {"filename": str(path), "overwrite": True, "buffer_size": "1"}}
     )
-    [logger] = plugins.build(plugins.check(config), "loggers")
+    [logger] = plugins.instances(plugins.check(config), "loggers")
     logger.write("", "before → …\n")
     logger.init(SimpleNamespace(run_name="a"), Logger.__new__(Logger))
     logger.write("", "after → … 你\n")

@@ -23,33 +23,21 @@ from alignclip.errors import UserError
 # imported. A deeper line goes on with the one above.
 CONTRACTS = """
 alignclip/training/composer_patches.py
-    composer.utils.checkpoint.save_checkpoint(state filename weights_only ignore_keys)
-    composer.utils.checkpoint._write_checkpoint_file(state_dict filename)
     composer.utils.checkpoint.download_checkpoint(path node_checkpoint_folder object_store
         progress_bar)
     composer.utils.checkpoint.safe_torch_load(composer_states_filepath map_location
         load_monolith_rank0_only)
-    composer.utils.checkpoint._torch_load_with_validation(checkpoint_filepath map_location)
     composer.core.engine.Engine._close(state logger)
-    composer.utils.remote_uploader._upload_file_to_object_store(remote_backend_name
-        backend_kwargs remote_file_name local_file_path overwrite num_attempts)
-    composer.utils.file_helpers.validate_credentials(remote_backend remote_file_name_to_test)
     torch.distributed.fsdp._fully_shard._fsdp_collectives._get_gradient_divide_factors(reduce_scatter_group
         all_reduce_group reduce_dtype device_type)
     composer.Trainer: _rng_state
     composer.loggers.FileLogger: _is_newline _run_name _flush_queue file filename buffer_size
-    composer.utils.remote_uploader.validate_credentials
     torch._dynamo.config.optimize_ddp
 alignclip/training/saver.py
-    composer.utils.remote_uploader.RemoteUploader.wait_and_close(self)
+    composer.utils.checkpoint.glob_filter(exclude_globs)
     composer.callbacks.checkpoint_saver.CheckpointSaver._save_checkpoint(self state logger)
-    composer.callbacks.checkpoint_saver.CheckpointSaver._upload_checkpoint(self remote_file_name
-        local_file_name local_remote_file_names logger)
-    composer.callbacks.checkpoint_saver.CheckpointSaver: symlink_upload_tasks saved_checkpoints
-        last_checkpoint_batch start_batch remote_uploader
-        _symlink_upload_wait_before_next_try_in_seconds
-    composer.utils.remote_uploader.RemoteUploader: _upload_staging_folder upload_executor
-        check_remote_files_exist_executor
+    composer.callbacks.checkpoint_saver.CheckpointSaver: save_interval last_checkpoint_batch
+        start_batch filename folder weights_only
 alignclip/training/evaluation_callback.py
     composer.algorithms.EMA.apply(self event state logger)
     composer.algorithms.EMA: ema_started

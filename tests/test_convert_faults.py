@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
-import boto3
-import botocore.loaders
-import botocore.session
 import pytest
-from faults import OVER, every_point, forked
+from faults import OVER, every_point, forked, prepare_for_forks
 from processes import call
 from tarballs import cut, pairs, quick, write_tar
 
-from alignclip.storage import patience
 from alignclip.storage.staging import PARTIAL, OutputFolder, shown
 
 OPTIONS = {"size_limit": "2kb", "held_out": 0.3}
@@ -55,26 +49,9 @@ def assert_no_index_names_what_is_not_there(out: str) -> None:
             assert len(files[name]) == shard["raw_data"]["bytes"], name
 
 
-def share_what_clients_read() -> None:
-    """Have S3 clients take botocore's descriptions from this process: parsing them takes most of a second."""
-    loader, new_session = botocore.loaders.create_loader(), boto3.Session
-
-    def session() -> boto3.Session:
-        inner = botocore.session.Session()
-        inner.register_component("data_loader", loader)
-        return new_session(botocore_session=inner)
-
-    boto3.Session = session
-    session().client("s3")
-
-
 def interrupt_everywhere(folder: Path, uri: str, case: str, kind: str) -> int:
     """Interrupt a conversion at each of its operations, and finish it; return how many these are."""
-    os.environ["AWS_MAX_ATTEMPTS"] = "1"
-    patience.FIRST_PAUSE = 0.01
-    os.fsync = lambda _: None  # a process that dies takes nothing from the disk
-    if "://" in uri:
-        share_what_clients_read()
+    prepare_for_forks("://" in uri)
     source, begun = folder / "in", {}
     for i in range(2):
         write_tar(source / f"{i}.tar", pairs(10 * i, 4))
@@ -82,7 +59,6 @@ def interrupt_everywhere(folder: Path, uri: str, case: str, kind: str) -> int:
     def convert(out: str) -> int:
         return quick([source], out, processes=1, **OPTIONS).written
 
-    resource_tracker.ensure_running()  # which each of the forked processes would start
     if case == MENDED:
         whole = (source / "1.tar").read_bytes()
         cut(source / "1.tar", 2)

@@ -20,6 +20,7 @@ import alignclip
 from alignclip.config import reading
 from alignclip.training.build import build_trainer
 from alignclip.training.composer_patches import ReshardAfterBackward
+from alignclip.training.run_record import check_config
 from alignclip.training.save_folder import SaveFolder
 from alignclip.weights.export_command import ExportOptions, run_export
 
@@ -81,7 +82,7 @@ def test_it_is_loaded_and_exported(run: Path, to: str) -> None:
 def test_it_goes_on(run: Path) -> None:
     config = reading.load(ROOT / "yamls" / "debug.yaml", OVERRIDES)
     folder, recorder, threads = SaveFolder(config), Recorder(), torch.get_num_threads()
-    folder.check_config()
+    check_config(folder)
     torch.set_num_threads(1)
     try:
         trainer = build_trainer(config, get_device("cpu"), folder, [recorder])

@@ -18,6 +18,7 @@ from alignclip.config.schema import RunConfig
 from alignclip.errors import UserError
 from alignclip.runtime.environment import Git, Start, checkout, versions
 from alignclip.training.run_identity import FREE_SETTINGS, IDENTITY_SECTIONS
+from alignclip.training.run_record import add_start, record_config
 from alignclip.training.save_folder import SaveFolder
 
 
@@ -127,11 +128,11 @@ def test_every_start_is_recorded(
     folder = SaveFolder(config)
     folder.open()
     first = Start(0, 8, "NVIDIA H200")
-    folder.add_start(first)
-    folder.add_start(Start(5, 2, "cpu", git=None))
+    add_start(folder, first)
+    add_start(folder, Start(5, 2, "cpu", git=None))
     assert capsys.readouterr().out == ""
     changed = {**first.versions, "torch": "9.9", "new": "1"}
-    folder.add_start(Start(10, 2, "cpu", versions=changed))
+    add_start(folder, Start(10, 2, "cpu", versions=changed))
     changes = f"new: not set → 1; torch: {first.versions['torch']} → 9.9"
     assert (
         capsys.readouterr().out
@@ -153,7 +154,7 @@ def test_every_start_is_recorded(
         with pytest.raises(
             UserError, match=r"runs/starts\.json is no list of this run's starts; move it away"
         ):
-            folder.add_start(first)
+            add_start(folder, first)
     if place == "local":
         assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["starts.json"]
 
@@ -229,8 +230,8 @@ def test_a_start_keeps_what_has_changed(tmp_path: Path) -> None:
         path = write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "runs"))
         folder = SaveFolder(reading.load(path, ["run_name=first", *overrides]))
         folder.open()
-        folder.add_start(Start(batch, world_size, "cpu"))
-        folder.write_config()
+        add_start(folder, Start(batch, world_size, "cpu"))
+        record_config(folder)
         changed: list[str] = json.loads(
             (tmp_path / "runs" / "starts.json").read_text(encoding="utf-8")
         )[-1]["changed"]

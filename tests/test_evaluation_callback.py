@@ -32,13 +32,6 @@ from alignclip.weights import checkpoint_file
 from alignclip.weights.load import load_encoders, open_encoders
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "set"
-    write_set(str(folder), 64)
-    return folder
-
-
 class EvaluatedRuns(SmallRuns):
     """Runs of two epochs of four batches in ``folder``; patch dropout draws in every step."""
 
@@ -169,16 +162,16 @@ def test_the_best_goes_into_a_bucket_beside_the_training(
     """However slow the upload is: what is being uploaded has to be beaten, and what is lost in it has not."""
     config = KeepBestConfig("pairs/rmg", "min")
     folder = SaveFolder(config_for(tmp_path, f"{s3.bucket()}/run"))
-    go_on, uploaded, keep_file = threading.Event(), [], folder.keep_file
+    go_on, uploaded, bring = threading.Event(), [], folder.bring
 
     def slow(source: Path, name: str) -> None:
         go_on.wait(60)
         uploaded.append(torch.load(source, weights_only=False)["state"]["at"])
         if uploaded[-1] == 3:
             raise ConnectionError("gone")
-        keep_file(source, name)
+        bring(source, name)
 
-    monkeypatch.setattr(folder, "keep_file", slow)
+    monkeypatch.setattr(folder, "bring", slow)
     best = BestCheckpoint(config, folder)
 
     class State:
@@ -201,11 +194,11 @@ def test_the_best_goes_into_a_bucket_beside_the_training(
 
 
 def test_an_upload_that_ends_while_it_is_asked_for_counts(tmp_path: Path) -> None:
-    class EndsMeanwhile(Future[bool]):
+    class EndsMeanwhile(Future[None]):
         def done(self) -> bool:
             was_done = super().done()
             if not was_done:
-                self.set_result(True)
+                self.set_result(None)
             return was_done
 
     folder = SaveFolder(config_for(tmp_path, str(tmp_path / "run")))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
@@ -14,8 +13,9 @@ import processes
 import pytest
 import torch
 from composer.utils import get_device
-from runs import write_config, write_set
+from runs import write_config
 from s3 import S3Server
+from small_runs import SmallRuns, logged
 
 import alignclip
 from alignclip.config.reading import load
@@ -27,21 +27,7 @@ from alignclip.training.save_folder import SaveFolder
 from alignclip.weights import checkpoint_file
 from alignclip.weights.checkpoint_file import NotSavedError
 
-FIXED = (
-    "run_name=r",
-    "max_duration=4ba",
-    "save_interval=2ba",
-    "data.num_workers=0",
-    "scheduler.t_warmup=1ba",
-)
 CONTENT = {"state": {"a": torch.zeros(100_000)}}
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "set"
-    write_set(str(folder), 64)
-    return folder
 
 
 @pytest.fixture(params=[errno.EOPNOTSUPP, errno.EPERM, errno.ENOSYS, errno.EACCES])
@@ -57,33 +43,17 @@ def no_links(
     monkeypatch.setattr(os, "link", refuse)
 
 
-def build(
-    dataset: Path, tmp_path: Path, save_folder: str, *overrides: str
-) -> tuple[SaveFolder, Any]:
-    config = load(write_config(tmp_path, str(dataset), save_folder), [*FIXED, *overrides])
-    folder = SaveFolder(config)
-    folder.open()
-    folder.check_config()
-    trainer = build_trainer(config, get_device("cpu"), folder)
-    folder.write_config()
-    return folder, trainer
+def short_runs(folder: Path, dataset: Path, save_folder: str | Path) -> SmallRuns:
+    return SmallRuns(folder, dataset, save_folder, "max_duration=4ba", "save_interval=2ba")
 
 
 def test_a_run_without_links(no_links: None, dataset: Path, tmp_path: Path) -> None:
     """It saves, goes on, rotates, and is found by whoever looks for its latest checkpoint."""
     place = tmp_path / "runs"
-    for duration in (4, 6):
-        folder, trainer = build(
-            dataset,
-            tmp_path,
-            str(place),
-            f"max_duration={duration}ba",
-            "save_num_checkpoints_to_keep=1",
-        )
-        assert trainer.state.timestamp.batch.value == (0 if duration == 4 else 4)
-        trainer.fit()
-        composer_patches.close(trainer)
-    assert folder.latest_target() == "ep1-ba6-rank0.pt"
+    runs = short_runs(tmp_path, dataset, place)
+    assert runs.train("save_num_checkpoints_to_keep=1").state.timestamp.batch == 4
+    trainer = runs.train("save_num_checkpoints_to_keep=1", "max_duration=6ba")
+    assert runs.folder().latest_target() == "ep1-ba6-rank0.pt"
     assert sorted(path.name for path in place.glob("*.pt*")) == [
         "ep1-ba6-rank0.pt",
         "latest-rank0.pt.symlink",
@@ -93,13 +63,8 @@ def test_a_run_without_links(no_links: None, dataset: Path, tmp_path: Path) -> N
         model, *_ = alignclip.load(name)
         assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     # as load_path, too
-    _, other = build(
-        dataset,
-        tmp_path,
-        str(tmp_path / "other"),
-        f"load_path={place}/latest-rank0.pt",
-        "max_duration=8ba",
-    )
+    load_path = f"load_path={place}/latest-rank0.pt"
+    other = short_runs(tmp_path, dataset, tmp_path / "other").build(load_path, "max_duration=8ba")
     composer_patches.close(other)
     assert other.state.timestamp.batch.value == 6
 
@@ -211,7 +176,8 @@ def test_a_run_whose_disk_is_full_ends_and_goes_on(
 ) -> None:
     """With one line and a status of its own; in a bucket it is the temporary folder that is full."""
     uri = f"{s3.bucket()}/run" if remote else str(tmp_path / "runs")
-    folder, trainer = build(dataset, tmp_path, uri)
+    runs = short_runs(tmp_path, dataset, uri)
+    trainer = runs.build()
     with monkeypatch.context() as patch:
         full(patch, errno.ENOSPC, 20_000, "ba4")
         with pytest.raises(SystemExit) as ended, one_line_errors():
@@ -223,43 +189,16 @@ def test_a_run_whose_disk_is_full_ends_and_goes_on(
     assert "ep0-ba4-rank0.pt: no space left in" in said
     assert "the same command goes on from there" in said
     assert "Traceback" not in said
-    assert list(folder.checkpoints()) == ["ep0-ba2-rank0.pt"]
-    assert folder.latest_target() == "ep0-ba2-rank0.pt"
-    folder, trainer = build(dataset, tmp_path, uri)
-    assert trainer.state.timestamp.batch.value == 2
-    trainer.fit()
-    composer_patches.close(trainer)
-    assert folder.latest_target() == "ep0-ba4-rank0.pt"
+    assert list(runs.folder().checkpoints()) == ["ep0-ba2-rank0.pt"]
+    assert runs.folder().latest_target() == "ep0-ba2-rank0.pt"
+    assert len(logged(runs.train())) == 2, "the third batch and the fourth"
+    assert runs.folder().latest_target() == "ep0-ba4-rank0.pt"
 
 
-def test_a_temporary_folder_that_is_full_while_a_checkpoint_waits_for_its_upload(
-    dataset: Path, tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Composer copies the file to where its uploader takes it."""
-    folder, trainer = build(dataset, tmp_path, f"{s3.bucket()}/run")
-    copy = shutil.copy2
-
-    def refuse(source: Any, target: Any, **named: Any) -> Any:
-        if "ba4" in str(source):
-            Path(target).write_bytes(b"half of it")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
-        return copy(source, target, **named)
-
-    monkeypatch.setattr(shutil, "copy2", refuse)
-    with pytest.raises(
-        NotSavedError, match=r"can't save .*ep0-ba4-rank0.pt: no space left in .*needed"
-    ):
-        trainer.fit()
-    composer_patches.close(trainer)
-    assert folder.latest_target() == "ep0-ba2-rank0.pt"
-    assert list(folder.checkpoints()) == ["ep0-ba2-rank0.pt"]
-
-
-def _train_on_a_full_disk(yaml: Path) -> str:
-    config = load(yaml, [*FIXED, "global_train_batch_size=16"])
+def _train_on_a_full_disk(runs: SmallRuns) -> str:
     with pytest.MonkeyPatch.context() as patch:
         full(patch, errno.ENOSPC, 20_000)
-        trainer = build_trainer(config, get_device("cpu"), SaveFolder(config))
+        trainer = build_trainer(runs.config(), get_device("cpu"), runs.folder())
         try:
             trainer.fit()
         except UserError as error:
@@ -270,8 +209,8 @@ def _train_on_a_full_disk(yaml: Path) -> str:
 
 
 def test_all_ranks_hear_that_one_cannot_save(dataset: Path, tmp_path: Path) -> None:
-    yaml = write_config(tmp_path, str(dataset), str(tmp_path / "runs"))
-    found = processes.run(2, _train_on_a_full_disk, yaml)
+    runs = short_runs(tmp_path, dataset, tmp_path / "runs")
+    found = processes.run(2, _train_on_a_full_disk, runs)
     assert found[0] == found[1]
     assert found[0].startswith("NotSavedError: can't save ")
 
@@ -279,7 +218,7 @@ def test_all_ranks_hear_that_one_cannot_save(dataset: Path, tmp_path: Path) -> N
 def test_what_a_killed_run_has_left_goes(dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / ".ep0-ba2-rank0.pt.partial").write_bytes(b"half of it")
-    folder = SaveFolder(load(write_config(tmp_path, str(dataset), str(tmp_path / "runs")), FIXED))
+    folder = short_runs(tmp_path, dataset, tmp_path / "runs").folder()
     folder.open()
     assert list((tmp_path / "runs").iterdir()), (
         "a start that is refused later leaves another run's folder alone"

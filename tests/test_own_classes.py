@@ -76,10 +76,10 @@ def yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_own_classes_are_built_with_typed_arguments(yaml: Path) -> None:
     config = plugins.check(load(yaml, ["callbacks[own_parts.parts.Counter].every=5"]))
-    (counter,) = plugins.build(config, "callbacks")
+    (counter,) = plugins.instances(config, "callbacks")
     assert (type(counter).__name__, counter.every, counter.name) == ("Counter", 5, "0123")
-    assert [type(one).__name__ for one in plugins.build(config, "algorithms")] == ["Shuffle"]
-    assert [type(one).__name__ for one in plugins.build(config, "loggers")] == ["Sink"]
+    assert [type(one).__name__ for one in plugins.instances(config, "algorithms")] == ["Shuffle"]
+    assert [type(one).__name__ for one in plugins.instances(config, "loggers")] == ["Sink"]
 
 
 def test_arguments_may_be_dataclasses(yaml: Path, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_arguments_may_be_dataclasses(yaml: Path, tmp_path: Path) -> None:
     config = plugins.check(load(yaml, overrides))
     (tmp_path / "again.yaml").write_text(to_yaml(config))
     for one in (config, plugins.check(config), plugins.check(load(tmp_path / "again.yaml"))):
-        built = {type(made).__name__: made for made in plugins.build(one, "callbacks")}
+        built = {type(made).__name__: made for made in plugins.instances(one, "callbacks")}
         sized, loose = built["Sized"], built["Loose"]
         assert (sized.pair.width, sized.pair.height, sized.more[0].height) == (3, 2, 5)
         assert (loose.values, loose.other) == ({"a": 1}, "0123")
@@ -99,7 +99,7 @@ def test_arguments_may_be_dataclasses(yaml: Path, tmp_path: Path) -> None:
 def test_what_a_constructor_raises_is_one_line(yaml: Path) -> None:
     config = plugins.check(load(yaml, ["callbacks={own_parts.parts.Broken: {size: 3}}"]))
     with pytest.raises(UserError) as error:
-        plugins.build(config, "callbacks")
+        plugins.instances(config, "callbacks")
     assert str(error.value) == "callbacks.own_parts.parts.Broken: RuntimeError: no such device"
 
 

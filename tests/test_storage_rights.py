@@ -17,8 +17,8 @@ from alignclip.errors import UserError
 from alignclip.evaluation.sets import read_classes
 from alignclip.storage import StorageError, open_store, read_text
 from alignclip.storage.staging import OutputFolder, list_remote
-from alignclip.training import composer_patches
-from alignclip.training.preflight import check_load_path
+from alignclip.training.preflight import check_start
+from alignclip.training.run_record import check_config, record_config
 from alignclip.training.save_folder import SaveFolder
 from alignclip.weights.export_command import ExportOptions, run_export
 from alignclip.weights.fetch import fetch
@@ -101,7 +101,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "listing": lambda path: list_remote("s3://b/set"),
     "folder of inputs": lambda path: expand_inputs(["s3://b/set"]),
     "conversion": lambda path: OutputFolder("s3://b/set").listing(),
-    "load_path": lambda path: check_load_path("s3://b/set/latest-rank0.pt"),
+    "load_path": lambda path: check_start("s3://b/set/latest-rank0.pt"),
 }
 
 
@@ -194,16 +194,9 @@ def test_a_store_without_checksums_is_converted_into(
         quick([tmp_path / "in"], "s3://b/other")
 
 
-def upload(path: Path, overwrite: bool = True) -> int:
+def upload(path: Path, overwrite: bool = True) -> None:
     path.write_bytes(b"a checkpoint")
-    return composer_patches.upload_patiently(
-        remote_backend_name="s3",
-        backend_kwargs={"bucket": "b"},
-        remote_file_name="runs/r/ep1.pt",
-        local_file_path=str(path),
-        overwrite=overwrite,
-        num_attempts=3,
-    )
+    save_folder(save_overwrite=overwrite).bring(path, "ep1-ba2.pt")
 
 
 # a refusal for good → its words; of an upload, and of a save folder that is tried
@@ -220,10 +213,11 @@ of_good = pytest.mark.parametrize("answer", FOR_GOOD, ids=lambda answer: answer[
 
 @of_good
 def test_a_checkpoint_that_can_never_arrive_is_uploaded_once(
-    refusing: RefusingS3, tmp_path: Path, answer: tuple[int, str]
+    refusing: RefusingS3, tmp_path: Path, answer: tuple[int, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_supported")
     refusing.answer(*answer, "write")
-    words = rf"^can't write s3://b/runs/r/ep1\.pt: .*{FOR_GOOD[answer]}"
+    words = rf"^can't write s3://b/runs/r/ep1-ba2\.pt: .*{FOR_GOOD[answer]}"
     with pytest.raises(StorageError, match=words):
         upload(tmp_path / "a")
     assert len(refusing.requests) == 1
@@ -232,8 +226,8 @@ def test_a_checkpoint_that_can_never_arrive_is_uploaded_once(
 def test_a_checkpoint_that_is_there_and_may_not_be_replaced_is_uploaded_once(
     refusing: RefusingS3, tmp_path: Path, no_waiting: None
 ) -> None:
-    fill(refusing, "runs/r", {"ep1.pt": b"another one"})
-    with pytest.raises(StorageError, match=r"^can't write s3://b/runs/r/ep1\.pt: "):
+    fill(refusing, "runs/r", {"ep1-ba2.pt": b"another one"})
+    with pytest.raises(StorageError, match=r"^can't write s3://b/runs/r/ep1-ba2\.pt: it is there"):
         upload(tmp_path / "a", overwrite=False)
 
 
@@ -246,8 +240,8 @@ def test_a_checkpoint_waits_for_a_store_in_trouble(
     monkeypatch.setattr("alignclip.storage.patience.FIRST_PAUSE", 0.01)
     answers = iter([(status, code)] * 2)
     refusing.refuse = lambda request: next(answers, None)
-    assert upload(tmp_path / "a") == 0
-    assert refusing.keys() == ["runs/r/ep1.pt"]
+    upload(tmp_path / "a")
+    assert refusing.keys() == ["runs/r/ep1-ba2.pt"]
 
 
 def save_folder(**settings: Any) -> SaveFolder:
@@ -261,9 +255,9 @@ def test_a_run_starts_with_a_key_that_may_only_read_and_write(
     refusing.without_right(*rights)
     folder = save_folder()
     folder.open()
-    folder.check_config()
+    check_config(folder)
     assert not folder.has_checkpoint()
-    folder.write_config()
+    record_config(folder)
     assert "runs/r/config.yaml" in refusing.keys("runs/r/config")
 
 
@@ -290,8 +284,8 @@ def test_a_save_folder_has_to_be_read(refusing: RefusingS3) -> None:
 def test_a_load_path_in_a_bucket(refusing: RefusingS3, place: str, rights: tuple[str, ...]) -> None:
     fill(refusing, "runs/r", RUN)
     refusing.without_right(*rights)
-    check_load_path(f"s3://b/runs/{place}")
+    check_start(f"s3://b/runs/{place}")
     with pytest.raises(
         UserError, match=r"^load_path=s3://b/runs/q/latest-rank0\.pt: (not found|access denied)"
     ):
-        check_load_path("s3://b/runs/q/latest-rank0.pt")
+        check_start("s3://b/runs/q/latest-rank0.pt")

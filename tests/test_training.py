@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from composer.callbacks import SpeedMonitor
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import get_device
-from runs import write_config, write_set
+from runs import write_config
 from s3 import S3Server
-from small_runs import SmallRuns, logged, turn_back
+from small_runs import EMA, SmallRuns, logged, turn_back
 
 from alignclip.config.reading import load
 from alignclip.config.schema import DataConfig, EvaluatorConfig, RunConfig, StreamConfig
@@ -27,16 +28,7 @@ from alignclip.data.streams import evaluated_on_training_data
 from alignclip.errors import UserError
 from alignclip.training import plugins, preflight
 from alignclip.training.build import build_trainer
-from alignclip.training.run import describe
-
-EMA = ("algorithms.EMA.update_interval=1ba", "algorithms.EMA.half_life=2ba")
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "set"
-    write_set(str(folder), 64)
-    return folder
+from alignclip.training.run import introduction
 
 
 class Watch(Callback):
@@ -59,29 +51,21 @@ class Watch(Callback):
         self.weights.append({n: p.detach().clone() for n, p in state.model.named_parameters()})
 
 
+def watched(folder: Path, dataset: Path, *overrides: str) -> tuple[Trainer, Watch]:
+    watch = Watch()
+    runs = SmallRuns(folder, dataset, None, "max_duration=8ba", "scheduler.t_warmup=5ba")
+    return runs.train(*overrides, callbacks=[watch]), watch
+
+
 @pytest.fixture
 def fit(dataset: Path, tmp_path: Path) -> Any:
-    runs = SmallRuns(tmp_path, dataset, None, "max_duration=8ba", "scheduler.t_warmup=5ba")
-
-    def fit(*overrides: str) -> tuple[Trainer, Watch]:
-        watch = Watch()
-        return runs.train(*overrides, callbacks=[watch]), watch
-
-    return fit
+    return partial(watched, tmp_path, dataset)
 
 
 @pytest.fixture(scope="module")
 def plain(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Watch]:
     """The run that others are compared with."""
-    watch = Watch()
-    runs = SmallRuns(
-        tmp_path_factory.mktemp("plain"),
-        dataset,
-        None,
-        "max_duration=8ba",
-        "scheduler.t_warmup=5ba",
-    )
-    return runs.train(callbacks=[watch]), watch
+    return watched(tmp_path_factory.mktemp("plain"), dataset)
 
 
 def configuration(dataset: Path, folder: Path, *overrides: str) -> RunConfig:
@@ -243,10 +227,10 @@ def test_an_evaluator_on_training_data_is_known(
 def test_an_evaluator_on_training_data_is_told_at_the_start(dataset: Path, tmp_path: Path) -> None:
     config = configuration(dataset, tmp_path, "run_name=told", "global_train_batch_size=64")
     trainer = build_trainer(config, get_device("cpu"), None)
-    quiet = describe(config, trainer, None)
+    quiet = introduction(config, trainer, None)
     assert "64 samples, 1 batch of 64 an epoch, 40ba in all" in quiet
     config.evaluators = {"c": EvaluatorConfig(task="gap", local=str(dataset))}
-    told = describe(config, trainer, None)
+    told = introduction(config, trainer, None)
     trainer.close()
     (stream,) = config.data.streams
     line = f"  the figures of evaluator 'c' are on training data: its set is data.streams.{stream}"
@@ -279,13 +263,13 @@ def test_a_checkpoint_to_load_is_looked_at_first(
         (f"{bucket}/nothing.pt", "not found"),
     ):
         with pytest.raises(UserError, match=f"load_path={place}.*{says}"):
-            preflight.check_load_path(str(place))
+            preflight.check_start(str(place))
     s3.client.put_object(Bucket=bucket.removeprefix("s3://"), Key="there.pt", Body=b"x")
-    preflight.check_load_path(f"{bucket}/there.pt")
+    preflight.check_start(f"{bucket}/there.pt")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     with pytest.raises(UserError, match="no credentials found"):
-        preflight.check_load_path(f"{bucket}/there.pt")
+        preflight.check_start(f"{bucket}/there.pt")
 
 
 def test_the_profiler_leaves_its_traces(
@@ -308,14 +292,10 @@ def test_a_compiled_model_trains_the_same(
     assert len(logged(compiled)) == 8
 
 
-@pytest.mark.parametrize(
-    ("name", "says"), [("cuda", "did you mean 'gpu'"), ("gpu", "there is none on this machine")]
-)
-def test_a_device_that_is_not_there(name: str, says: str) -> None:
-    if name == "gpu" and torch.cuda.is_available():
-        pytest.skip("this machine has one")
-    with pytest.raises(UserError, match=says):
-        preflight.choose_device(name)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has one")
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(UserError, match="there is none on this machine"):
+        preflight.training_device("gpu")
 
 
 @pytest.mark.parametrize("logger", ["WandBLogger", "TensorboardLogger"])

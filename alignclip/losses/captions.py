@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from alignclip.losses.features import gather_without_gradient
+from alignclip.ranks import gather
 
 
 @dataclass(frozen=True)
@@ -35,5 +35,5 @@ class CaptionFeatures:
 @torch.no_grad()
 def gather_captions(semantic: Tensor, group: dist.ProcessGroup | None) -> CaptionFeatures:
     """Normalise this rank's ``[n, e]`` sentence embeddings, of any length, and gather all ranks'."""
-    own = F.normalize(semantic, dim=1).contiguous()
-    return CaptionFeatures(own, gather_without_gradient(own, group))
+    own = F.normalize(semantic, dim=1)
+    return CaptionFeatures(own, gather(own, group).flatten(0, 1))

@@ -67,12 +67,3 @@ def gather_features(
     first = rank(group) * len(image)
     own = torch.arange(len(image), device=image.device) + first
     return GlobalFeatures(image, text, all_image, all_text, scale, first, own)
-
-
-def gather_without_gradient(share: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Gather the ``[n, e]`` rows of all ranks, ``[N, e]``."""
-    if world_size(group) == 1:
-        return share
-    shares = [torch.empty_like(share) for _ in range(world_size(group))]
-    dist.all_gather(shares, share.contiguous(), group=group)
-    return torch.cat(shares)

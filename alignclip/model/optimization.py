@@ -155,7 +155,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
         raise UserError(f"optimizer: {config.opt} can't be built: {error}") from None
 
 
-def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """Return the settings of each parameter group, for :func:`restore_settings`."""
     return [
         {key: group[key] for key in SETTINGS if key in group} for group in optimizer.param_groups
@@ -174,7 +174,7 @@ def restore_settings(
     Args:
         optimizer: after the checkpoint was loaded.
         scheduler: of this run, with the checkpoint's step count.
-        settings: :func:`settings_of` the optimizer before.
+        settings: :func:`group_settings` the optimizer before.
 
     Returns:
         the rate of the first group's next step as the checkpoint has it, and as this run's schedule

@@ -1,1 +1,1 @@
-"""A run from configuration to trained model; the only place, beside the ComposerModel, that imports Composer."""
+"""A run of training, from its configuration to its exit status; the only folder for Composer."""

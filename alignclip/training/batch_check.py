@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
-from composer.callbacks import CheckpointSaver
 from composer.core import Callback, Precision, State
 from composer.loggers import Logger
 from torch import Tensor
 
 from alignclip.data.dataset import ImageTextDataset
 from alignclip.errors import NotFiniteError, few
-from alignclip.ranks import gather_objects, true_on_any_rank
-from alignclip.training.callbacks import Rotation
+from alignclip.ranks import gather, gather_objects, true_on_any_rank
+from alignclip.training.saver import CheckpointSaver
 from alignclip.weights.finite import local_part, not_finite, short_name
 
 # fp16's scaler skips a batch whose gradients overflow and halves its scale. Below this scale it
@@ -28,18 +25,8 @@ OF_SAMPLES = {
 }
 
 
-@dataclass
-class Findings:
-    """The numbers of a batch that are not finite, on one rank or on all.
-
-    Attributes:
-        losses: the loss terms, where one of them is not finite.
-        names: by kind. ``gradients`` and ``weights`` have names of parameters; the kinds of
-            :data:`OF_SAMPLES` have keys of samples.
-    """
-
-    losses: dict[str, float] = field(default_factory=dict)
-    names: dict[str, list[str]] = field(default_factory=dict)
+# Names by what is not finite: parameters of "gradients" and "weights", else keys of samples
+Names = dict[str, list[str]]
 
 
 class FiniteCheck(Callback):
@@ -88,10 +75,11 @@ class FiniteCheck(Callback):
             assert state.scaler is not None
             bad_gradients = state.scaler.get_scale() < HOPELESS_SCALE
         if bad_loss or bad_gradients:
-            terms = dict(zip(state.loss, losses.tolist(), strict=True)) if bad_loss else {}
-            found = _of_all_ranks(Findings(terms, self._names_before_step(state)))
+            means = gather(losses).mean(dim=0).tolist()
+            terms = dict(zip(state.loss, means, strict=True)) if bad_loss else {}
+            names = _of_all_ranks(self._names_before_step(state))
             saved = self._save(state, logger)
-            raise NotFiniteError(_describe(state, found, saved))
+            raise NotFiniteError(_describe(state, terms, names, saved))
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Check the weights.
@@ -104,8 +92,8 @@ class FiniteCheck(Callback):
         largest = torch.nn.utils.get_total_norm(weights, torch.inf) if weights else torch.zeros(())
         if _on_any_rank(state, [~largest.isfinite()])[0]:
             names = [short_name(name) for name in not_finite(dict(state.model.named_parameters()))]
-            found = _of_all_ranks(Findings(names={"weights": names}))
-            raise NotFiniteError(_describe(state, found, None))
+            found = _of_all_ranks({"weights": names})
+            raise NotFiniteError(_describe(state, {}, found, None))
 
     def _save(self, state: State, logger: Logger) -> int | None:
         """Save what was trained before this batch; on every rank.
@@ -116,18 +104,15 @@ class FiniteCheck(Callback):
         if state.timestamp.batch_in_epoch == 0:
             # the loader has begun the epoch, and the checkpoint is of the epoch's beginning
             self._dataset.next_epoch -= 1
-        for rotation in (c for c in state.callbacks if isinstance(c, Rotation)):
-            rotation.stop()  # the older checkpoints are from longer before the trouble
         batch = state.timestamp.batch
         for saver in (c for c in state.callbacks if isinstance(c, CheckpointSaver)):
+            saver.keep = -1  # the older checkpoints are from longer before the trouble
             if batch not in (saver.last_checkpoint_batch, saver.start_batch) or batch == 0:
-                saver.save_interval = lambda *_: True
-                saver.batch_checkpoint(state, logger)
-                saver.fit_end(state, logger)  # in a bucket `latest` follows the upload
+                saver.save_now(state, logger)
             return batch.value
         return None
 
-    def _names_before_step(self, state: State) -> dict[str, list[str]]:
+    def _names_before_step(self, state: State) -> Names:
         """Name the gradients and samples of this rank's batch that are not finite."""
         found = {"gradients": [short_name(n) for n, x in self._largest.items() if not x.isfinite()]}
         batch, (image, text, _) = state.batch, state.outputs
@@ -147,26 +132,22 @@ def _on_any_rank(state: State, flags: list[Tensor]) -> list[bool]:
     return true_on_any_rank(torch.stack([device(flag) for flag in flags]))
 
 
-def _of_all_ranks(mine: Findings) -> Findings:
-    """Join the findings of all ranks, each name once; losses are means over ranks."""
-    everybodys = gather_objects([mine])
-    merged = Findings(
-        {k: sum(one.losses[k] for one in everybodys) / len(everybodys) for k in mine.losses}
-    )
-    for one in everybodys:
-        for kind, names in one.names.items():
-            known = merged.names.get(kind, [])
-            merged.names[kind] = list(dict.fromkeys([*known, *names]))
-    return merged
+def _of_all_ranks(mine: Names) -> Names:
+    """Join the names of all ranks, each name once."""
+    joined: dict[str, dict[str, None]] = {}
+    for one in gather_objects([mine]):
+        for kind, names in one.items():
+            joined.setdefault(kind, {}).update(dict.fromkeys(names))
+    return {kind: list(names) for kind, names in joined.items()}
 
 
-def _describe(state: State, found: Findings, saved: int | None) -> str:
+def _describe(state: State, losses: dict[str, float], names: Names, saved: int | None) -> str:
     """Say in one line what is not finite in which batch, what is saved, and what to do."""
     parts = []
-    gradients, weights = found.names.get("gradients"), found.names.get("weights")
-    of_samples = {kind: keys for kind in OF_SAMPLES if (keys := found.names.get(kind))}
-    if found.losses:
-        terms = ", ".join(f"{name} {value:.4g}" for name, value in found.losses.items())
+    gradients, weights = names.get("gradients"), names.get("weights")
+    of_samples = {kind: keys for kind in OF_SAMPLES if (keys := names.get(kind))}
+    if losses:
+        terms = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
         parts.append(f"the loss is not finite: {terms}")
     for kind, keys in of_samples.items():
         whose = f"samples {few(map(repr, keys))} have"

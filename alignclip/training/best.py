@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
-import tempfile
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from concurrent.futures import Future
 from typing import Any
 
 from composer.core import State
@@ -19,9 +16,9 @@ from alignclip.errors import UserError, nearest
 from alignclip.evaluation.evaluator import MetricFigures
 from alignclip.ranks import rank, run_on_rank_zero
 from alignclip.storage import describe_storage_error
-from alignclip.training.display import say
+from alignclip.training.delivery import Delivery
+from alignclip.training.display import print_once, say
 from alignclip.training.save_folder import SaveFolder
-from alignclip.weights.checkpoint_file import write_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +39,13 @@ class BestCheckpoint:
         better_mode = KEEP_BEST_MODES[better(metric)]
         self.mode = config.mode or better_mode or "max"
         if better_mode not in (None, self.mode):
-            _print_once(
-                f"{metric} is better {better(metric)}, and keep_best.mode={self.mode} keeps the "
-                f"worst; keep_best.mode={better_mode}?"
+            print_once(
+                f"keep_best: {metric} is better {better(metric)}, and keep_best.mode={self.mode} "
+                f"keeps the worst; keep_best.mode={better_mode}?"
             )
         self.value: float | None = None
-        self._pending: list[tuple[float, Future[bool]]] = []
-        self._uploader = ThreadPoolExecutor(1)  # one at a time, so that the last one is the best
+        self._pending: list[tuple[float, Future[None]]] = []
+        self._delivery = Delivery(folder)
 
     def offer(self, metrics: MetricFigures, state: State) -> None:
         """Save ``state`` if its metrics are the best so far; on every rank.
@@ -69,11 +66,17 @@ class BestCheckpoint:
         # alone
         content = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}
         if rank() == 0:
-            self._keep(content, metrics[name])
+            value = metrics[name]
+            try:
+                arrives = self._delivery.save(content, BEST, lambda: self._say(value))
+            except Exception as error:
+                self._complain(error)
+            else:
+                self._pending.append((value, arrives))
 
     def finish(self) -> None:
         """Wait until what was found best is where it belongs; may be called again."""
-        self._uploader.shutdown()
+        self._delivery.finish()
         self._settle()
 
     def state_dict(self) -> dict[str, Any]:
@@ -87,9 +90,9 @@ class BestCheckpoint:
             value = state["value"]
             self.value = value if value is not None and math.isfinite(value) else None
         else:
-            _print_once(
-                f"the best {state['metric']} ({state['mode']}) so far doesn't count for "
-                f"{self.config.metric} ({self.mode})"
+            print_once(
+                f"keep_best: the best {state['metric']} ({state['mode']}) so far doesn't count "
+                f"for {self.config.metric} ({self.mode})"
             )
 
     def _is_better(self, value: float) -> bool:
@@ -104,59 +107,19 @@ class BestCheckpoint:
     def _settle(self) -> None:
         """Take over the values whose checkpoints have arrived."""
         pending = []
-        for value, future in self._pending:
-            if not future.done():
-                pending.append((value, future))
-            elif future.result():
+        for value, arrives in self._pending:
+            if not arrives.done():
+                pending.append((value, arrives))
+            elif error := arrives.exception():
+                self._complain(error)
+            else:
                 self.value = value
         self._pending = pending
-
-    def _keep(self, content: dict[str, Any], value: float) -> None:
-        """Write a checkpoint, and put it where it belongs."""
-        try:
-            path = self._write(content)
-        except Exception as error:  # a full disk is no reason to end a run
-            self._complain(error)
-            return
-        if self.folder.remote:
-            self._pending.append((value, self._uploader.submit(self._upload, path, value)))
-        else:
-            self.value = value
-            self._say(value)
-
-    def _write(self, content: dict[str, Any]) -> Path:
-        """Write a checkpoint into the run's folder, or for a bucket into a folder of its own."""
-        if not self.folder.remote:
-            write_checkpoint(content, path := Path(self.folder.uri, BEST))
-            return path
-        folder = tempfile.mkdtemp(prefix="alignclip-best-")
-        try:
-            write_checkpoint(content, path := Path(folder, BEST))
-        except Exception:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        return path
-
-    def _upload(self, path: Path, value: float) -> bool:
-        """Upload a checkpoint, and say whether that worked."""
-        try:
-            self.folder.keep_file(path, BEST)
-        except Exception as error:  # of any cloud's library
-            self._complain(error)
-            return False
-        finally:
-            shutil.rmtree(path.parent, ignore_errors=True)
-        self._say(value)
-        return True
 
     def _say(self, value: float) -> None:
         say(f"best {self.config.metric} so far: {value:.4f}; kept as {self.folder.uri}/{BEST}")
 
-    def _complain(self, error: Exception) -> None:
+    def _complain(self, error: BaseException) -> None:
+        """Warn and go on: a full disk, or a bucket that refuses, is no reason to end a run."""
         why = str(error) if isinstance(error, UserError) else describe_storage_error(error)
         log.warning(f"could not keep the best checkpoint in {self.folder.uri}: {why}")
-
-
-def _print_once(text: str) -> None:
-    if rank() == 0:
-        print(f"keep_best: {text}", flush=True)

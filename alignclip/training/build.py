@@ -24,9 +24,9 @@ from alignclip.model.composer_model import AlignCLIPModel
 from alignclip.model.encoders import build_encoders, clamp_logit_scale_
 from alignclip.model.optimization import (
     build_optimizer,
+    group_settings,
     lr_multiplier,
     restore_settings,
-    settings_of,
 )
 from alignclip.ranks import (
     local_rank,
@@ -38,8 +38,7 @@ from alignclip.ranks import (
 )
 from alignclip.training import composer_patches, plugins
 from alignclip.training.batch_check import FiniteCheck
-from alignclip.training.best import BestCheckpoint
-from alignclip.training.callbacks import Rotation, TrainingMonitor
+from alignclip.training.callbacks import TrainingMonitor
 from alignclip.training.display import Console
 from alignclip.training.evaluation_callback import EvaluationCallback
 from alignclip.training.history import History
@@ -49,7 +48,6 @@ from alignclip.training.saver import CheckpointSaver
 from alignclip.training.starting_weights import load_starting_weights
 from alignclip.training.trackers import with_wandb_id
 from alignclip.training.trainer_arguments import (
-    autocast_dtype,
     console_interval,
     show_progress,
     trainer_arguments,
@@ -82,24 +80,24 @@ def build_trainer_from(
     # right after the step, so that EMA and the checkpoint see the clamped value
     optimizer.register_step_post_hook(lambda *_: clamp_logit_scale_(model.encoders))
     scheduler = build_scheduler(config, optimizer, batches_an_epoch(config, loader))
-    settings = settings_of(optimizer)
+    settings = group_settings(optimizer)
     trainer = Trainer(
         model=model,
         train_dataloader=DataSpec(loader),
         optimizers=optimizer,
         schedulers=scheduler,
         step_schedulers_every_batch=True,
-        algorithms=plugins.build(config, "algorithms"),
+        algorithms=plugins.instances(config, "algorithms"),
         callbacks=[
             FiniteCheck(loader.dataset),  # first: the others see finite numbers only
             *callbacks,
-            *build_callbacks(config, folder),
+            *build_callbacks(config),
             # behind the callbacks whose work they measure and save
-            *build_evaluation(config, model, folder),
+            *([EvaluationCallback(config, model.encoders, folder)] if config.evaluators else []),
             *([CheckpointSaver(folder)] if folder is not None else []),
         ],
         loggers=[
-            *plugins.build(with_wandb_id(config, folder), "loggers"),
+            *plugins.instances(with_wandb_id(config, folder), "loggers"),
             *build_displays(config, folder, total_batches(config, loader)),
         ],
         **(trainer_arguments(config, device) | start.trainer_arguments()),
@@ -207,16 +205,13 @@ def in_batches(duration: str, batches_per_epoch: int) -> int:
     return time.value * batches_per_epoch if time.unit == TimeUnit.EPOCH else time.value
 
 
-def build_callbacks(config: RunConfig, folder: SaveFolder | None) -> list[Callback]:
+def build_callbacks(config: RunConfig) -> list[Callback]:
     """Build the YAML's callbacks, and those that every run has."""
-    callbacks: list[Callback] = [TrainingMonitor(), *plugins.build(config, "callbacks")]
+    callbacks: list[Callback] = [TrainingMonitor(), *plugins.instances(config, "callbacks")]
     if not any(isinstance(c, SpeedMonitor) for c in callbacks):
         callbacks.append(SpeedMonitor(window_size=10))
     if config.parallelism_config.fsdp2 is not None and config.model.encode_chunk_size:
         callbacks.append(composer_patches.ReshardAfterBackward())
-    keep = config.save_num_checkpoints_to_keep
-    if folder is not None and keep > 0:
-        callbacks.append(Rotation(folder, keep))
     return callbacks
 
 
@@ -234,26 +229,3 @@ def build_displays(
         batch_size = config.global_train_batch_size
         displays.append(Console(total, batch_size, bar, interval, config.log_traces))
     return displays
-
-
-def build_evaluation(
-    config: RunConfig, model: AlignCLIPModel, folder: SaveFolder | None
-) -> list[Callback]:
-    """Build the callback for the YAML's ``evaluators`` and ``keep_best``."""
-    if not config.evaluators:
-        return []
-    best = (
-        BestCheckpoint(config.keep_best, folder)
-        if config.keep_best and folder is not None
-        else None
-    )
-    return [
-        EvaluationCallback(
-            config.evaluators,
-            model.encoders,
-            autocast_dtype(config.precision),
-            show_progress(config),
-            best,
-            folder,
-        )
-    ]

@@ -1,29 +1,20 @@
-"""Callbacks of every run: values to log, the stop on a signal, the save folder's rotation."""
+"""Callbacks of every run: values to log, the stop on a signal."""
 
 from __future__ import annotations
 
 import atexit
-import logging
 import multiprocessing
 import os
 import signal
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from multiprocessing import resource_tracker
 from types import FrameType
 
 import torch
-from composer.callbacks import CheckpointSaver
-from composer.core import Callback, State, Time
+from composer.core import Callback, State
 from composer.loggers import Logger
-from composer.utils import dist
 
-from alignclip.ranks import rank, true_on_any_rank
-from alignclip.storage import describe_storage_error
-from alignclip.training.save_folder import SaveFolder
-
-log = logging.getLogger(__name__)
+from alignclip.ranks import true_on_any_rank
 
 
 class TrainingMonitor(Callback):
@@ -73,8 +64,8 @@ class StopOnSignal(Callback):
     """Makes all ranks save and stop at the same batch end, on SIGTERM to any of them or on Ctrl-C.
 
     SIGTERM is blocked in this thread, so that the processes which this thread starts from now on
-    (data workers, uploaders) inherit the block and outlive a signal to the whole process group
-    until the checkpoint is in the bucket. A handler is there as well: threads that were running
+    (data workers) inherit the block and outlive a signal to the whole process group until the
+    checkpoint is in the bucket. A handler is there as well: threads that were running
     before may still take the signal.
 
     Ctrl-C reaches all processes too. Under the launcher Ctrl-C counts as SIGTERM: the launcher
@@ -95,15 +86,6 @@ class StopOnSignal(Callback):
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._received = True
-
-    def fit_start(self, state: State, logger: Logger) -> None:
-        """Start the uploading processes: imports would take a third of the launcher's 30 s."""
-        for saver in (c for c in state.callbacks if isinstance(c, CheckpointSaver)):
-            uploader = saver.remote_uploader
-            if uploader is not None and rank() == 0:
-                checker = uploader.check_remote_files_exist_executor
-                for executor in (uploader.upload_executor, checker, checker):
-                    executor.submit(dist.get_global_rank)  # the process imports Composer for it
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Stop where any rank was told to; the Trainer saves whenever training ends."""
@@ -134,51 +116,3 @@ def _kill_workers() -> None:
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
-
-
-class Rotation(Callback):
-    """Keeps the newest ``save_num_checkpoints_to_keep`` checkpoints of a save folder.
-
-    Composer prunes local files only, and forgets those that a run has saved before it was resumed.
-    Works beside training, a batch after each save: between saves there is one more than asked for.
-    """
-
-    def __init__(self, folder: SaveFolder, keep: int) -> None:
-        self.folder = folder
-        self.keep = keep
-        self._executor = ThreadPoolExecutor(1)
-        self._running: Future[list[str]] | None = None
-        self._rotated_after: Time | None = None  # the checkpoint's batch
-        self._closed = False
-
-    def batch_end(self, state: State, logger: Logger) -> None:
-        """Start a rotation if a checkpoint was saved since the last one."""
-        if rank() != 0 or (self._running is not None and not self._running.done()):
-            return
-        self._report()
-        saver = next(c for c in state.callbacks if isinstance(c, CheckpointSaver))
-        if saver.last_checkpoint_batch != self._rotated_after:
-            self._rotated_after = saver.last_checkpoint_batch
-            self._running = self._executor.submit(self.folder.rotate, self.keep)
-
-    def post_close(self) -> None:
-        """Rotate once more when the last uploads are through. Composer calls this twice."""
-        if rank() != 0 or self._closed:
-            return
-        # RuntimeError: Python ends, so an error has ended the run, and the next start rotates
-        with suppress(RuntimeError):
-            self._running = self._executor.submit(self.folder.rotate, self.keep)
-        self.stop()
-        self._report()
-
-    def stop(self) -> None:
-        """Wait for the rotation at work, and delete nothing more."""
-        self._closed = True
-        self._executor.shutdown()
-
-    def _report(self) -> None:
-        """Warn and go on: old checkpoints that stay cost money, not the run."""
-        if self._running is not None and (error := self._running.exception()) is not None:
-            why = describe_storage_error(error)
-            log.warning(f"could not remove old checkpoints of {self.folder.uri}: {why}")
-        self._running = None

@@ -1,4 +1,4 @@
-"""The command ``composer pretrain.py config.yaml key.sub=value …``: arguments in, exit status out."""
+"""The command ``composer pretrain.py config.yaml key.sub=value …``, and its exit status."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from alignclip.storage import leaving_nothing
 from alignclip.weights import early
 
 PRETRAIN_EXAMPLES = """examples:
-  composer pretrain.py yamls/alignclip.yaml data.streams.cc12m.remote=s3://my-bucket/cc12m run_name=first
+  composer pretrain.py yamls/alignclip.yaml run_name=first \\
+    data.streams.cc12m.remote=s3://my-bucket/cc12m
   composer -n 2 pretrain.py yamls/quickstart.yaml run_name=small save_folder=runs/{run_name} \\
     data.streams.scenes=null data.streams.mine.local=/data/mine
-  composer pretrain.py yamls/alignclip.yaml save_folder=s3://my-bucket/runs/{run_name} save_interval=1000ba
-  composer pretrain.py yamls/alignclip.yaml data.streams.cc12m=null data.streams.mine.local=/data/mine
-  composer pretrain.py s3://my-bucket/runs/first/config.yaml run_name=again      # what another run has left
+  composer pretrain.py yamls/alignclip.yaml save_interval=1000ba \\
+    save_folder=s3://my-bucket/runs/{run_name}
+  composer pretrain.py yamls/alignclip.yaml \\
+    data.streams.cc12m=null data.streams.mine.local=/data/mine
+  composer pretrain.py s3://my-bucket/runs/first/config.yaml run_name=again  # another run's
 the same command goes on with a run that was stopped or killed"""
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from composer.algorithms import EMA
 from composer.core import Callback, Event, State
 from composer.loggers import Logger
@@ -15,7 +14,8 @@ from composer.utils import create_interval_scheduler
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from alignclip.config.metrics import arrow, metric_named
-from alignclip.config.schema import EvaluatorConfig
+from alignclip.config.schema import RunConfig
+from alignclip.device import autocast_dtype
 from alignclip.errors import UserError
 from alignclip.evaluation.encoding import Encoder, Interrupted
 from alignclip.evaluation.evaluator import Evaluator, MetricFigures
@@ -25,8 +25,9 @@ from alignclip.model.encoders import CLIP
 from alignclip.ranks import errors_on_all_ranks, rank
 from alignclip.training.best import BestCheckpoint
 from alignclip.training.callbacks import StopOnSignal
-from alignclip.training.display import say
+from alignclip.training.display import print_once
 from alignclip.training.save_folder import SaveFolder
+from alignclip.training.trainer_arguments import show_progress
 
 log = logging.getLogger(__name__)
 
@@ -41,40 +42,29 @@ class EvaluationCallback(Callback):
     the training goes on.
 
     Args:
-        evaluators: by name.
+        config: of the run.
         encoders: the model's, as they were before DDP or FSDP wrapped them.
-        dtype: of autocast while encoding; None runs in the model's own.
-        progress: show bars.
-        best: what keeps the best checkpoint, if anything should.
-        folder: the run's, for the record of its evaluations.
+        folder: the run's, for the record of its evaluations and the best checkpoint.
 
     Raises:
         UserError: a set is missing, or lacks what its task needs.
     """
 
-    def __init__(
-        self,
-        evaluators: dict[str, EvaluatorConfig],
-        encoders: CLIP,
-        dtype: torch.dtype | None,
-        progress: bool,
-        best: BestCheckpoint | None = None,
-        folder: SaveFolder | None = None,
-    ) -> None:
-        self._encoders, self._dtype, self._progress = encoders, dtype, progress
-        self._best = best
+    def __init__(self, config: RunConfig, encoders: CLIP, folder: SaveFolder | None) -> None:
+        self._config, self._encoders = config, encoders
+        self._best = (
+            BestCheckpoint(config.keep_best, folder) if config.keep_best and folder else None
+        )
         self.history = EvaluationRecords(folder.files if folder is not None else None)
         opened = OpenSets()
         self._evaluators: list[tuple[Evaluator, Callable[[State, Event], bool]]] = []
-        for name, config in evaluators.items():
-            with (
-                errors_on_all_ranks()
-            ):  # a file that is missing on one machine is everybody's trouble
-                evaluator = Evaluator(name, config, opened)
-            if evaluator.note and rank() == 0:
-                say(f"evaluators.{name}: {evaluator.note}")
+        for name, one in config.evaluators.items():
+            with errors_on_all_ranks():  # a file may be missing on one machine
+                evaluator = Evaluator(name, one, opened)
+            if evaluator.note:
+                print_once(f"evaluators.{name}: {evaluator.note}")
             is_due = create_interval_scheduler(
-                config.interval, checkpoint_events=False, final_events=set(EVENTS)
+                one.interval, checkpoint_events=False, final_events=set(EVENTS)
             )
             self._evaluators.append((evaluator, is_due))
         self._last: dict[str, int] = {}  # batch of each one's last evaluation
@@ -116,7 +106,8 @@ class EvaluationCallback(Callback):
 
     def _encoder(self, state: State) -> Encoder:
         device = next(self._encoders.parameters()).device
-        encoder = Encoder(self._encoders, device, self._dtype, progress=self._progress)
+        dtype, progress = autocast_dtype(self._config.precision), show_progress(self._config)
+        encoder = Encoder(self._encoders, device, dtype, progress=progress)
         stop = next((one for one in state.callbacks if isinstance(one, StopOnSignal)), None)
         if stop is not None:  # the launcher gives 30 s, and they are for the checkpoint
             encoder.interrupted = lambda: stop.requested(state)
@@ -133,10 +124,9 @@ class EvaluationCallback(Callback):
         named = {f"{evaluator.name}/{key}": value for key, value in result.metrics.items()}
         logger.log_metrics({f"metrics/{key}": value for key, value in named.items()})
         record = self.history.add(batch, evaluator.name, result.metrics, result.chance)
-        if rank() == 0:
-            say(f"batch {batch}, {evaluator.name}: {_watched(result.metrics)}")
-            if record["verdict"]:
-                say(f"  {evaluator.name}: {record['verdict']}")
+        print_once(f"batch {batch}, {evaluator.name}: {_watched(result.metrics)}")
+        if record["verdict"]:
+            print_once(f"  {evaluator.name}: {record['verdict']}")
         return named
 
     def state_dict(self) -> dict[str, Any]:

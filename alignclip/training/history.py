@@ -16,13 +16,13 @@ from composer.utils import dist
 from alignclip.evaluation.history import EVALUATIONS, records_in
 from alignclip.evaluation.json_lines import RecordFile, RecordLine, lines_in, text_of, without_nan
 from alignclip.training.curve_page import page
+from alignclip.training.display import LOSS
 from alignclip.training.evaluation_callback import EvaluationCallback
 from alignclip.training.save_folder import SaveFolder
 
 HISTORY = "history.jsonl"
 PAGE = "curves.html"
 POINTS = 2000  # lines of a whole run: what a curve shows, and quickly uploaded
-LOSS = "loss/train/"
 KEPT = ("lr", "logit_scale")
 
 

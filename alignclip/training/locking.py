@@ -30,23 +30,19 @@ def lock_towers(model: CLIP, config: StartConfig, start: StartReport | None = No
         UserError: a lock that would hold a module of the other tower too, or nothing, or
             everything, or parameters that aren't as they were trained.
     """
-    if config.lock_image:
-        groups = config.lock_image_unlocked_groups
-        before = _locked(model)
+    locks = (
+        ("lock_image", "lock_image_unlocked_groups", model.lock_image_tower),
+        ("lock_text", "lock_text_unlocked_layers", model.lock_text_tower),
+    )
+    for lock, key, lock_tower in locks:
+        if not getattr(config, lock):
+            continue
+        number, before = getattr(config, key), _locked(model)
         try:
-            model.lock_image_tower(unlocked_groups=groups)
+            lock_tower(number)
         except TIMM_ERRORS as error:
-            raise UserError(
-                f"lock_image_unlocked_groups={groups}: this tower can't: {one_line(error)}"
-            ) from None
-        locked = _locked(model) - before
-        _check_locked(model, "lock_image", f"lock_image_unlocked_groups={groups}", locked)
-    if config.lock_text:
-        layers = config.lock_text_unlocked_layers
-        before = _locked(model)
-        model.lock_text_tower(unlocked_layers=layers)
-        locked = _locked(model) - before
-        _check_locked(model, "lock_text", f"lock_text_unlocked_layers={layers}", locked)
+            raise UserError(f"{key}={number}: this tower can't: {one_line(error)}") from None
+        _check_locked(model, lock, f"{key}={number}", _locked(model) - before)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     if trained == {"logit_scale"}:
         raise UserError(

@@ -53,32 +53,40 @@ CLIPPING_TYPES = ("norm", "value", "adaptive")
 
 
 def check(config: RunConfig) -> RunConfig:
-    """Refuse unknown classes and arguments of ``algorithms``, ``callbacks`` and ``loggers``, naming the nearest.
-
-    Loggers whose package is missing, too.
+    """Refuse unknown classes and arguments of ``algorithms``, ``callbacks`` and ``loggers``.
 
     Returns:
         the configuration with the arguments converted to what the classes' annotations ask for.
 
     Raises:
-        UserError: the first one found.
+        UserError: the first one found, with the nearest name; or a package that is missing.
     """
-    typed_sections: dict[str, Any] = {}
+    sections: dict[str, Any] = {}
     for section in _SECTIONS:
-        typed_sections[section] = {}
-        for name, arguments in getattr(config, section).items():
-            where, cls = f"{section}.{name}", find_class(section, name)
-            if section == "algorithms" and name in REFUSED_ALGORITHMS:
-                raise UserError(f"{where} is refused: {REFUSED_ALGORITHMS[name]}")
-            _check_arguments(where, cls, arguments or {})
-            kind = str((arguments or {}).get("clipping_type"))
-            if name == "GradientClipping" and kind not in CLIPPING_TYPES:
-                raise UserError(f"{where}.clipping_type={kind}: {nearest(kind, CLIPPING_TYPES)}")
-            if name in _EXTRAS and importlib.util.find_spec(_EXTRAS[name]) is None:
-                hint = f"pip install 'alignclip[{_EXTRAS[name]}]'"
-                raise UserError(f"{where} needs a package that is not installed: {hint}")
-            typed_sections[section][name] = arguments and typed(where, cls, arguments)
-    return dataclasses.replace(config, **typed_sections)
+        named = getattr(config, section).items()
+        sections[section] = {
+            name: resolve(section, name, given)[1] or given for name, given in named
+        }
+    return dataclasses.replace(config, **sections)
+
+
+def resolve(section: str, name: str, given: Arguments | None) -> tuple[type[Any], Arguments]:
+    """Return the class that a section names, and its arguments by the class's annotations.
+
+    Raises:
+        UserError: see :func:`check`.
+    """
+    where, cls, arguments = f"{section}.{name}", find_class(section, name), given or {}
+    if section == "algorithms" and name in REFUSED_ALGORITHMS:
+        raise UserError(f"{where} is refused: {REFUSED_ALGORITHMS[name]}")
+    _check_signature(where, cls, arguments)
+    kind = str(arguments.get("clipping_type"))
+    if name == "GradientClipping" and kind not in CLIPPING_TYPES:
+        raise UserError(f"{where}.clipping_type={kind}: {nearest(kind, CLIPPING_TYPES)}")
+    if name in _EXTRAS and importlib.util.find_spec(_EXTRAS[name]) is None:
+        hint = f"pip install 'alignclip[{_EXTRAS[name]}]'"
+        raise UserError(f"{where} needs a package that is not installed: {hint}")
+    return cls, typed(where, cls, arguments)
 
 
 def typed(where: str, cls: type, arguments: Arguments) -> Arguments:
@@ -114,7 +122,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         raise UserError(f"{key}: {type(error).__name__}: {one_line(error)}") from None
 
 
-def build(config: RunConfig, section: str) -> list[Any]:
+def instances(config: RunConfig, section: str) -> list[Any]:
     """Make an instance of every class that a section names, in the section's order.
 
     Raises:
@@ -122,8 +130,7 @@ def build(config: RunConfig, section: str) -> list[Any]:
     """
     built = []
     for name, arguments in getattr(config, section).items():
-        cls = find_class(section, name)
-        arguments = typed(f"{section}.{name}", cls, arguments or {})
+        cls, arguments = resolve(section, name, arguments)
         try:
             built.append(RESUMABLE_LOGGERS.get(name, cls)(**arguments))
         except MissingConditionalImportError as error:
@@ -208,7 +215,7 @@ def _classes(module: ModuleType, base: type[T]) -> dict[str, type[T]]:
     }
 
 
-def _check_arguments(where: str, cls: type, arguments: Arguments) -> None:
+def _check_signature(where: str, cls: type, arguments: Arguments) -> None:
     parameters = inspect.signature(cls).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return

@@ -1,4 +1,4 @@
-"""What must be right on this machine and in its storage before anything is built: told in seconds, in one line."""
+"""Checks of this machine and its storage before anything is built, told in one line each."""
 
 from __future__ import annotations
 
@@ -9,24 +9,23 @@ from composer.devices import Device
 from composer.utils import dist, get_device
 from torch.compiler import list_backends
 
-from alignclip.config.schema import DEVICES, RunConfig
+from alignclip.config.schema import RunConfig
 from alignclip.data.streams import check_streams
 from alignclip.errors import UserError, nearest, one_line
-from alignclip.storage import StorageError, Store, is_absent, is_denied, open_file
+from alignclip.storage import StorageError, open_file
+from alignclip.training.run_record import check_config
 from alignclip.training.save_folder import SaveFolder
 from alignclip.training.trackers import check_login
 from alignclip.weights import early
 from alignclip.weights.locate import BY_NAME, LATEST, WEIGHT_FILES
 
 
-def choose_device(name: str | None) -> Device:
-    """The device by its name in the YAML, or the best one there is.
+def training_device(name: str | None) -> Device:
+    """Return the device by its name in the YAML, or the best one there is.
 
     Raises:
         UserError: there is no such device here.
     """
-    if name not in (None, *DEVICES):
-        raise UserError(f"device={name}: {nearest(str(name), DEVICES)}")
     try:
         return get_device(name)
     except (ValueError, ImportError) as error:
@@ -36,7 +35,7 @@ def choose_device(name: str | None) -> Device:
 
 
 def check_parallelism(config: RunConfig, device: Device) -> None:
-    """Settings against the number of processes and the device.
+    """Compare settings with the number of processes and the device.
 
     Raises:
         UserError: they don't fit.
@@ -61,21 +60,21 @@ def check_parallelism(config: RunConfig, device: Device) -> None:
 
 
 def check_inputs(config: RunConfig, folder: SaveFolder | None) -> None:
-    """Everything outside this process that the run needs: the sets and the save folder."""
+    """Look at what the run needs outside of this process: the sets and the save folder."""
     check_login(config)
     check_streams(config.data, semantic=config.loss.needs_semantic)
     for name, evaluator in config.evaluators.items():
         early.check_evaluator(name, evaluator, contents=True)
     if config.load_path:
-        check_load_path(config.load_path)
+        check_start(config.load_path)
     if folder is not None:
         folder.open()
-        folder.check_config()
+        check_config(folder)
         folder.remove_partial()
 
 
-def check_load_path(place: str) -> None:
-    """There is such a checkpoint.
+def check_start(place: str) -> None:
+    """Look for the checkpoint that a run shall start from.
 
     Raises:
         UserError: there is none, it can't be reached, or is something else.
@@ -84,24 +83,13 @@ def check_load_path(place: str) -> None:
         early.check_local_checkpoint(place)
         return
     store, name = open_file(place.rstrip("/").removesuffix(".symlink"))
-    names = (
-        [name]
-        if PurePath(name).suffix in WEIGHT_FILES
-        else [f"{name}/{LATEST}", f"{name}{BY_NAME}"]
-    )
-    why = [_why_not_there(store, one) for one in names]
-    if all(why):
-        raise UserError(f"load_path={place}: {why[0]}")
-
-
-def _why_not_there(store: Store, name: str) -> str | None:
-    """Why an object or a bucket's link to one can't be read; None where it can."""
+    names = [name]
+    if PurePath(name).suffix not in WEIGHT_FILES:
+        names = [f"{name}/{LATEST}", f"{name}{BY_NAME}"]
     try:
-        store.size(name)
+        if early.any_is_there(store, [*names, *(f"{one}.symlink" for one in names)]):
+            return
+        why = "not found"
     except StorageError as error:
-        if (
-            not (is_absent(error) or is_denied(error))
-            or store.read_optional(f"{name}.symlink") is None
-        ):
-            return error.why
-    return None
+        why = error.why
+    raise UserError(f"load_path={place}: {why}")

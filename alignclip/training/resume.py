@@ -6,6 +6,7 @@ built, so that Composer neither searches for a checkpoint nor downloads one.
 
 from __future__ import annotations
 
+import ast
 import math
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import composer.algorithms
 from composer import Trainer
 
 from alignclip.config.schema import RunConfig
@@ -32,6 +34,9 @@ from alignclip.weights import checkpoint_file
 from alignclip.weights.checkpoint_file import CANT_BE_READ, GONE
 from alignclip.weights.fetch import fetch
 from alignclip.weights.finite import check_finite
+from alignclip.weights.safe_read import read_pickled
+
+PLAIN_DATA_HINT = "a run's own checkpoints hold plain data alone; go on from another one"
 
 
 @dataclass
@@ -56,7 +61,6 @@ class StartingPoint:
         arguments: dict[str, Any] = {"autoresume": False, "load_path": None}
         if self.path is not None:
             arguments["load_path"] = str(self.path.absolute())
-            composer_patches.places[str(self.path.absolute())] = self.place
         if self.goes_on:
             arguments |= {
                 "load_weights_only": False,
@@ -82,7 +86,11 @@ def starting_point(config: RunConfig, folder: SaveFolder | None) -> Iterator[Sta
         if start is None and (place := config.load_path):
             path = run_once_per_machine(lambda: _given_checkpoint(place, Path(downloads)))
             start = StartingPoint(path, place)
-        yield start or StartingPoint()
+        start = start or StartingPoint()
+        if start.path is not None:
+            with errors_on_all_ranks():
+                composer_patches.given[:] = [read_checkpoint(start.path, start.place)]
+        yield start
         wait_for_all_ranks()  # the other ranks of a machine read its first rank's download
 
 
@@ -163,6 +171,50 @@ def _given_checkpoint(place: str, downloads: Path) -> Path:
     if why := checkpoint_file.damage(path):
         raise UserError(f"load_path={place} is no whole checkpoint: {why}")
     return path
+
+
+def read_checkpoint(path: Path, place: str) -> dict[str, Any]:
+    """Return the content of a run's checkpoint.
+
+    Composer evaluates the text by which a checkpoint names an algorithm that has changed the model.
+    So this text may be a plain call of one of Composer's classes only.
+
+    Args:
+        path: of the file.
+        place: what a person calls the file.
+
+    Raises:
+        UserError: the file holds something else than plain data, or isn't a run's checkpoint.
+    """
+    content = read_pickled(path, what=place, way_out=PLAIN_DATA_HINT)
+    if not isinstance(content, dict) or not isinstance(content.get("state"), dict):
+        raise UserError(f"{place} is no checkpoint of a run: it has no state")
+    algorithms = content["state"].get("algorithms", ())
+    pairs = algorithms.items() if isinstance(algorithms, dict) else algorithms
+    for name, saved in pairs:
+        text = saved.get("repr", "") if isinstance(saved, dict) else ""
+        cls = getattr(composer.algorithms, str(name), None)
+        if cls is not None and cls.required_on_load() and not _is_plain_call(str(text), str(name)):
+            raise UserError(
+                f"{place} is refused: its algorithm {name} is '{text}', which could run code; "
+                f"{PLAIN_DATA_HINT}"
+            )
+    return content
+
+
+def _is_plain_call(text: str, name: str) -> bool:
+    """Say whether a text only calls the class ``name`` with constants or members of ``Event``."""
+    try:
+        call = ast.parse(text, mode="eval").body
+        if not isinstance(call, ast.Call) or ast.unparse(call.func) != name:
+            return False
+        for value in [*call.args, *(keyword.value for keyword in call.keywords)]:
+            is_event = isinstance(value, ast.Attribute) and ast.unparse(value.value) == "Event"
+            if not is_event:
+                ast.literal_eval(value)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return False
+    return True
 
 
 def check_loaded(trainer: Trainer, start: StartingPoint) -> None:

@@ -18,7 +18,8 @@ from alignclip.training import composer_patches, plugins
 from alignclip.training.build import build_trainer, total_batches
 from alignclip.training.callbacks import StopOnSignal
 from alignclip.training.display import print_once
-from alignclip.training.preflight import check_inputs, check_parallelism, choose_device
+from alignclip.training.preflight import check_inputs, check_parallelism, training_device
+from alignclip.training.run_record import add_start, record_config
 from alignclip.training.save_folder import SaveFolder
 
 STOPPED = 128 + signal.SIGTERM  # exit status of a run that a signal ended early
@@ -36,7 +37,7 @@ def run(config: RunConfig) -> int:
             saved.
     """
     config = plugins.check(config)
-    device = choose_device(config.device)
+    device = training_device(config.device)
     join_ranks(device.dist_backend, config.dist_timeout)
     check_parallelism(config, device)
     folder = SaveFolder(config) if config.save_folder else None
@@ -54,7 +55,7 @@ def run(config: RunConfig) -> int:
         return 0
     if folder is not None:
         run_on_rank_zero(lambda: record_start(folder, trainer))
-    print_once(describe(config, trainer, folder))
+    print_once(introduction(config, trainer, folder))
     try:
         with shared_memory_room.bus_errors_explained():
             trainer.fit()
@@ -77,7 +78,7 @@ def batches(number: int) -> str:
     return "batch" if number == 1 else "batches"
 
 
-def describe(config: RunConfig, trainer: Trainer, folder: SaveFolder | None) -> str:
+def introduction(config: RunConfig, trainer: Trainer, folder: SaveFolder | None) -> str:
     """Say in three lines what is trained, on which data, from where; then what to beware of."""
     state, batch = trainer.state, trainer.state.timestamp.batch.value
     parameters = sum(p.numel() for p in state.model.parameters()) / 1e6
@@ -109,5 +110,5 @@ def record_start(folder: SaveFolder, trainer: Trainer) -> None:
     device = trainer.state.device.name
     if device == "gpu":
         device = torch.cuda.get_device_name()
-    folder.add_start(Start(trainer.state.timestamp.batch.value, world_size(), device))
-    folder.write_config()
+    add_start(folder, Start(trainer.state.timestamp.batch.value, world_size(), device))
+    record_config(folder)

@@ -1,14 +1,10 @@
-"""A run's save folder: its checkpoints, ``latest``, the configuration and the record of starts.
+"""A run's save folder, local or an object store's URI: its checkpoints and ``latest``.
 
-The folder is local or an object store's URI. Beside the checkpoints lie ``config.yaml``, the
-resolved configuration, and ``starts.json``, an entry for each start of the run
-(:class:`alignclip.runtime.environment.Start`).
+:mod:`alignclip.training.run_record` keeps there whose run it is.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import re
 import tempfile
@@ -16,24 +12,20 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlparse
 
-from alignclip.config.reading import to_yaml
 from alignclip.config.schema import RunConfig
 from alignclip.errors import UserError
-from alignclip.runtime.environment import Start
 from alignclip.storage import (
+    TRAINING_PATIENCE,
     StorageError,
     is_absent,
     is_denied,
     open_store,
+    patiently,
     to_disk,
     write_text_whole,
 )
-from alignclip.training.run_identity import changes, identity_changes, nested, with_defaults
 from alignclip.weights import checkpoint_file
-from alignclip.weights.locate import CARD
 
-CONFIG_FILE = "config.yaml"
-STARTS_FILE = "starts.json"
 FileState = tuple[int, int, int]  # size, time of change, inode
 
 
@@ -42,19 +34,11 @@ class SaveFolder:
 
     Args:
         config: of the run; ``save_folder`` and ``save_latest_filename`` may hold ``{run_name}``.
-
-    Raises:
-        UserError: ``save_folder`` holds another placeholder.
     """
 
     def __init__(self, config: RunConfig) -> None:
         assert config.save_folder
-        try:
-            self.uri = config.save_folder.format(run_name=config.run_name).rstrip("/")
-        except (KeyError, IndexError, ValueError):
-            raise UserError(
-                f"save_folder={config.save_folder} may hold {{run_name}}, and no other braces"
-            ) from None
+        self.uri = config.save_folder.format(run_name=config.run_name).rstrip("/")
         self.config = config
         self.files = open_store(self.uri)
         self.remote = self.files.is_remote
@@ -76,7 +60,8 @@ class SaveFolder:
             raise UserError(f"save_folder={self.uri}: {error.why}") from None
 
     def remove_partial(self) -> None:
-        """Remove the half-written files of a run that was killed; after :meth:`check_config`.
+        """Remove the half-written files of a run that was killed; after
+        :func:`alignclip.training.run_record.check_config`.
 
         A start that is refused leaves the folder of another run, which may be at work, as it is.
         """
@@ -84,98 +69,6 @@ class SaveFolder:
             for partial in Path(self.uri).glob(".*.partial"):
                 with suppress(OSError):
                     partial.unlink()
-
-    def check_config(self) -> None:
-        """Refuse to go on with another run's checkpoints.
-
-        Raises:
-            UserError: the folder holds a run that was configured differently (with the
-                differences), or a run at all when ``autoresume`` is off.
-        """
-        config = self.config
-        if not self.has_checkpoint():
-            return
-        if not config.autoresume:
-            raise UserError(
-                f"{self.uri} holds checkpoints of run '{config.run_name}' already; "
-                "set autoresume=true to go on with it, or choose another run_name"
-            )
-        if (before := self.files.read_text_optional(CONFIG_FILE)) is None:
-            return
-        old, now = nested(before), nested(to_yaml(config))
-        if old.get("run_name") != now["run_name"]:
-            raise UserError(
-                f"{self.uri} is the folder of run '{old.get('run_name')}', not of "
-                f"'{now['run_name']}'; choose another save_folder, e.g. one with {{run_name}} in it"
-            )
-        if changed := identity_changes(old, now):
-            raise UserError(
-                f"run '{config.run_name}' in {self.uri} was started with other settings: "
-                f"{'; '.join(changed)}. Put them back, or choose another run_name"
-            )
-        duration = old.get("max_duration")
-        if duration != now["max_duration"]:
-            print(f"max_duration: {duration} → {now['max_duration']}; the learning rate follows it")
-
-    def write_config(self) -> None:
-        """Leave this run's configuration beside its checkpoints, to be compared or run again.
-
-        Raises:
-            UserError: the folder can't be written.
-        """
-        self._write(CONFIG_FILE, to_yaml(self.config))
-
-    def write_card(self, card: str) -> None:
-        """Leave a model card beside the checkpoints, which carries the licence of their origin.
-
-        Raises:
-            UserError: the folder can't be written.
-        """
-        self._write(CARD, card)
-
-    def add_start(self, start: Start) -> None:
-        """Add an entry to the record of the run's starts, with the changes since the last start.
-
-        Call this before :meth:`write_config`: the folder still has the settings of the last start.
-
-        Raises:
-            UserError: the record is not as this has written it, or can't be written.
-        """
-        now = dataclasses.asdict(start)
-        new_versions: list[str] = []
-        try:
-            starts = json.loads(self.files.read_text_optional(STARTS_FILE) or "[]")
-            if starts:
-                last = starts[-1]
-                new_versions = changes(last["versions"], now["versions"])
-                machine = ("world_size", "device")
-                now["changed"] = [
-                    *self._changed_settings(),
-                    *changes(
-                        {key: last[key] for key in machine}, {key: now[key] for key in machine}
-                    ),
-                    *new_versions,
-                ]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{self.uri}/{STARTS_FILE} is no list of this run's starts; move it away"
-            ) from None
-        if new_versions and start.batch:
-            listed = "; ".join(new_versions)
-            print(f"since the last start other versions were installed: {listed}", flush=True)
-        self._write(STARTS_FILE, json.dumps([*starts, now], indent=2) + "\n")
-
-    def _changed_settings(self) -> list[str]:
-        before = self.files.read_text_optional(CONFIG_FILE)
-        if before is None:
-            return []
-        return changes(with_defaults(nested(before)), with_defaults(nested(to_yaml(self.config))))
-
-    def _write(self, name: str, text: str) -> None:
-        try:
-            self.files.write_text(name, text)
-        except StorageError as error:
-            raise UserError(f"save_folder={self.uri} can't be written: {error.why}") from None
 
     def has_checkpoint(self) -> bool:
         """Say whether a run has saved anything here, whole or not."""
@@ -232,6 +125,8 @@ class SaveFolder:
         Raises:
             StorageError: the folder can't be written.
         """
+        if self.config.save_latest_filename is None:
+            return
         if self.remote:
             prefix = urlparse(self.uri).path.strip("/")
             self.files.write_text(f"{self.latest}.symlink", f"{prefix}/{name}" if prefix else name)
@@ -252,9 +147,17 @@ class SaveFolder:
             write_text_whole(pointer, target)
             link.unlink(missing_ok=True)
 
-    def expect(self, name: str, size: int) -> None:
-        """Note the size of a checkpoint that this process uploads: with that size it is whole."""
-        self._whole_sizes[name] = size
+    def bring(self, path: Path, name: str) -> None:
+        """Upload a checkpoint; wait while the bucket is away.
+
+        Raises:
+            StorageError: the bucket refuses, or has been away for too long.
+        """
+        place = self.files.at(name)
+        if not self.config.save_overwrite and name in self.checkpoints():
+            raise StorageError("write", place, "it is there already; set save_overwrite=true")
+        patiently(lambda: self.files.put(path, name), place, TRAINING_PATIENCE)
+        self._whole_sizes[name] = path.stat().st_size
 
     def damage(self, name: str, download: Path | None = None) -> str | None:
         """Say why a checkpoint is not as it was written, or None; unchanged files are read once.
@@ -292,7 +195,7 @@ class SaveFolder:
                 self.files.download(name, path)
                 why = checkpoint_file.damage(path)
                 if why is None:
-                    self.expect(name, path.stat().st_size)
+                    self._whole_sizes[name] = path.stat().st_size
                 return why
         except StorageError as error:
             if not is_absent(error):
@@ -329,11 +232,6 @@ class SaveFolder:
         for name in deleted:
             self.files.delete(name)
         return deleted
-
-    def keep_file(self, source: Path, name: str) -> None:
-        """Move a local file into the folder, where it appears complete or not at all."""
-        self.files.put(source, name)
-        source.unlink()
 
 
 def _pointer_text(content: bytes) -> str:

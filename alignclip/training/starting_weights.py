@@ -8,6 +8,7 @@ from alignclip.ranks import local_rank_zero_first, run_on_rank_zero
 from alignclip.training.display import print_once
 from alignclip.training.locking import lock_towers
 from alignclip.training.resume import StartingPoint
+from alignclip.training.run_record import record_card
 from alignclip.training.save_folder import SaveFolder
 from alignclip.weights.licenses import card_of_run, named_license
 from alignclip.weights.locate import CARD, text_beside
@@ -46,4 +47,4 @@ def keep_license(
 ) -> None:
     """Leave the licence of the starting weights beside the run's checkpoints for exports."""
     if folder is not None and license:
-        folder.write_card(card_of_run(config.run_name, license, place))
+        record_card(folder, card_of_run(config.run_name, license, place))

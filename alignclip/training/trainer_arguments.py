@@ -6,7 +6,6 @@ import dataclasses
 import sys
 from typing import Any
 
-import torch
 from composer.core import Precision
 from composer.devices import Device
 from composer.profiler import JSONTraceHandler, Profiler, cyclic_schedule
@@ -64,13 +63,6 @@ def console_interval(config: RunConfig) -> str | None:
     """Return the interval of lines on the console; None where a bar or nothing is wanted."""
     wanted = config.log_to_console or (config.progress_bar is None and not show_progress(config))
     return config.console_log_interval if wanted else None
-
-
-def autocast_dtype(precision: str) -> torch.dtype | None:
-    """Return the type that autocast computes in under one of Composer's precisions, or None."""
-    return {Precision.AMP_BF16.value: torch.bfloat16, Precision.AMP_FP16.value: torch.float16}.get(
-        precision
-    )
 
 
 def show_progress(config: RunConfig) -> bool:

@@ -212,7 +212,7 @@ def _check_file(
 ) -> None:
     store, name = open_file(place)
     try:
-        there = _any_is_there(store, (name, f"{name}.symlink") if or_link else (name,))
+        there = any_is_there(store, (name, f"{name}.symlink") if or_link else (name,))
     except StorageError as error:
         raise UserError(f"{where}: {error}") from None
     if not there:
@@ -220,7 +220,7 @@ def _check_file(
         raise UserError(f"{where}: there is no {place}{meant or hint}")
 
 
-def _any_is_there(store: Store, names: Sequence[str]) -> bool:
+def any_is_there(store: Store, names: Sequence[str]) -> bool:
     """Tell whether one of some files is there; True of a kind of store that doesn't tell.
 
     Raises:
@@ -246,7 +246,7 @@ def _goes_on(config: RunConfig, folder: str) -> bool:
     latest = str(config.save_latest_filename or LATEST).format(run_name=config.run_name, rank=0)
     try:
         store = open_store(folder)
-        if _any_is_there(store, (latest, f"{latest}.symlink")):
+        if any_is_there(store, (latest, f"{latest}.symlink")):
             return True
         return any(
             name.endswith(".pt") for name in store.names()

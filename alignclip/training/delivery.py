@@ -1,0 +1,70 @@
+"""Checkpoints on their way into a run's save folder; into a bucket they go beside the training."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from alignclip.storage.copies import TEMPORARY
+from alignclip.training.save_folder import SaveFolder
+from alignclip.weights.checkpoint_file import write_checkpoint
+
+
+class Delivery:
+    """Brings checkpoints into a save folder, in the order in which they were saved. For rank 0.
+
+    A local folder has a checkpoint at once. For a bucket the checkpoint is written to this machine,
+    and uploaded by a thread.
+
+    Attributes:
+        place: the local folder that checkpoints are written to.
+    """
+
+    def __init__(self, folder: SaveFolder) -> None:
+        self.folder = folder
+        self.place = Path(folder.uri)
+        if folder.remote:
+            self._temporary = tempfile.TemporaryDirectory(prefix=TEMPORARY)
+            self.place = Path(self._temporary.name)
+        self._worker = ThreadPoolExecutor(1)
+
+    def save(self, content: dict[str, Any], name: str, arrived: Callable[[], None]) -> Future[None]:
+        """Write a checkpoint, and call ``arrived`` once the checkpoint is in the save folder.
+
+        Returns:
+            what raises the error of an upload or of ``arrived``.
+
+        Raises:
+            NotSavedError: the checkpoint can't be written to this machine.
+        """
+        if self.folder.remote:
+            # a folder for each: the checkpoint before may have this name, and be on its way
+            path = Path(tempfile.mkdtemp(dir=self.place), name)
+            write_checkpoint(content, path)
+            return self._worker.submit(self._upload, path, name, arrived)
+        write_checkpoint(content, self.place / name)
+        arrived()
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def then(self, action: Callable[[], None]) -> None:
+        """Call ``action`` behind the uploads so far, beside the training; not after the end."""
+        with suppress(RuntimeError):  # of a worker that takes nothing more, as when Python ends
+            self._worker.submit(action)
+
+    def finish(self, at_once: bool = False) -> None:
+        """Wait for the uploads, or only for the one at work; may be called again."""
+        self._worker.shutdown(cancel_futures=at_once)
+
+    def _upload(self, path: Path, name: str, arrived: Callable[[], None]) -> None:
+        try:
+            self.folder.bring(path, name)
+        finally:
+            shutil.rmtree(path.parent, ignore_errors=True)
+        arrived()

@@ -1,0 +1,114 @@
+"""The record beside a run's checkpoints: whose run it is, and each of its starts.
+
+``config.yaml`` is the resolved configuration. ``starts.json`` has an entry for each start of the
+run (:class:`alignclip.runtime.environment.Start`). The functions are for rank 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from alignclip.config.reading import to_yaml
+from alignclip.errors import UserError
+from alignclip.runtime.environment import Start
+from alignclip.storage import StorageError
+from alignclip.training.run_identity import changes, identity_changes, nested, with_defaults
+from alignclip.training.save_folder import SaveFolder
+from alignclip.weights.locate import CARD
+
+CONFIG_FILE = "config.yaml"
+STARTS_FILE = "starts.json"
+MACHINE = ("world_size", "device")  # entries of a start
+
+
+def check_config(folder: SaveFolder) -> None:
+    """Refuse to go on with another run's checkpoints.
+
+    Raises:
+        UserError: the folder holds a run that was configured differently (with the differences),
+            or a run at all when ``autoresume`` is off.
+    """
+    config = folder.config
+    if not folder.has_checkpoint():
+        return
+    if not config.autoresume:
+        raise UserError(
+            f"{folder.uri} holds checkpoints of run '{config.run_name}' already; "
+            "set autoresume=true to go on with it, or choose another run_name"
+        )
+    if (before := folder.files.read_text_optional(CONFIG_FILE)) is None:
+        return
+    old, now = nested(before), nested(to_yaml(config))
+    if old.get("run_name") != now["run_name"]:
+        raise UserError(
+            f"{folder.uri} is the folder of run '{old.get('run_name')}', not of "
+            f"'{now['run_name']}'; choose another save_folder, e.g. one with {{run_name}} in it"
+        )
+    if changed := identity_changes(old, now):
+        raise UserError(
+            f"run '{config.run_name}' in {folder.uri} was started with other settings: "
+            f"{'; '.join(changed)}. Put them back, or choose another run_name"
+        )
+    duration = old.get("max_duration")
+    if duration != now["max_duration"]:
+        print(f"max_duration: {duration} → {now['max_duration']}; the learning rate follows it")
+
+
+def record_config(folder: SaveFolder) -> None:
+    """Leave this run's configuration beside its checkpoints, to be compared or run again.
+
+    Raises:
+        UserError: the folder can't be written.
+    """
+    _write(folder, CONFIG_FILE, to_yaml(folder.config))
+
+
+def record_card(folder: SaveFolder, card: str) -> None:
+    """Leave a model card beside the checkpoints, which carries the licence of their origin.
+
+    Raises:
+        UserError: the folder can't be written.
+    """
+    _write(folder, CARD, card)
+
+
+def add_start(folder: SaveFolder, start: Start) -> None:
+    """Add an entry to the record of the run's starts, with the changes since the last start.
+
+    Call this before :func:`record_config`: the folder still has the settings of the last start.
+
+    Raises:
+        UserError: the record is not as this has written it, or can't be written.
+    """
+    now = dataclasses.asdict(start)
+    new_versions: list[str] = []
+    try:
+        starts = json.loads(folder.files.read_text_optional(STARTS_FILE) or "[]")
+        if starts:
+            last = starts[-1]
+            new_versions = changes(last["versions"], now["versions"])
+            machines = ({key: one[key] for key in MACHINE} for one in (last, now))
+            now["changed"] = [*_changed_settings(folder), *changes(*machines), *new_versions]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{folder.uri}/{STARTS_FILE} is no list of this run's starts; move it away"
+        ) from None
+    if new_versions and start.batch:
+        listed = "; ".join(new_versions)
+        print(f"since the last start other versions were installed: {listed}", flush=True)
+    _write(folder, STARTS_FILE, json.dumps([*starts, now], indent=2) + "\n")
+
+
+def _changed_settings(folder: SaveFolder) -> list[str]:
+    before = folder.files.read_text_optional(CONFIG_FILE)
+    if before is None:
+        return []
+    return changes(with_defaults(nested(before)), with_defaults(nested(to_yaml(folder.config))))
+
+
+def _write(folder: SaveFolder, name: str, text: str) -> None:
+    try:
+        folder.files.write_text(name, text)
+    except StorageError as error:
+        raise UserError(f"save_folder={folder.uri} can't be written: {error.why}") from None

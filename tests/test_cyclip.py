@@ -1,27 +1,23 @@
-"""The loss term ``cyclip`` against its formula written out, on one process and on two, and in a run."""
+"""The loss term ``cyclip`` against its formula, and in a run. ``test_losses.py`` has two processes."""
 
 from __future__ import annotations
 
 import itertools
 from pathlib import Path
 
-import processes
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from runs import write_set
 from small_runs import SmallRuns, logged
 from torch import Tensor
 
 from alignclip.losses import AlignCLIPLoss
 from alignclip.losses.cyclip import Settings
 
-COUNT, DIM = 8, 16
 SETTINGS = Settings(in_modal=0.5, cross_modal=2.0)
 
 
-def features(count: int = COUNT, dim: int = DIM) -> list[Tensor]:
+def features(count: int = 8, dim: int = 16) -> list[Tensor]:
     """Image and text features, ``[count, dim]`` each, in fp64."""
     generator = torch.Generator().manual_seed(count)
     both = torch.randn(2, count, dim, generator=generator, dtype=torch.float64)
@@ -86,47 +82,8 @@ def test_collapsed_features_in_fp32(noise: float, clusters: int) -> None:
         assert float((one - other).norm() / other.norm()) < 1e-4
 
 
-def test_no_similarity_matrix_is_kept() -> None:
-    matrices: set[int] = set()
-    v, t = features(40)
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.numel() == 40 * 40:
-            matrices.add(tensor.untyped_storage().data_ptr())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        losses = computed(v, t, SETTINGS)
-    assert losses["cyclip"].requires_grad
-    assert len(matrices) == 2, "those of the contrastive loss"
-
-
-def of_this_rank() -> list[Tensor]:
-    """The term of this rank's rows, and its gradients."""
-    n = COUNT // dist.get_world_size()
-    rows = slice(dist.get_rank() * n, (dist.get_rank() + 1) * n)
-    v, t = (one[rows].detach().requires_grad_() for one in features())
-    term = computed(v, t, SETTINGS)["cyclip"]
-    return [term.detach(), *torch.autograd.grad(term, [v, t])]
-
-
-@pytest.mark.world_size(2)
-def test_the_mean_over_ranks_is_the_global_term() -> None:
-    v, t = features()
-    term = written_out(v, t, SETTINGS)
-    ranks = processes.run(2, of_this_rank)
-    torch.testing.assert_close(
-        torch.stack([rank[0] for rank in ranks]).mean(), term.detach(), rtol=1e-12, atol=0
-    )
-    for i, gradient in enumerate(torch.autograd.grad(term, [v, t]), start=1):
-        # each rank's features reach the terms of both ranks; averaging over ranks halves their sum
-        found = torch.cat([rank[i] for rank in ranks]) / 2
-        torch.testing.assert_close(found, gradient, rtol=1e-11, atol=1e-14)
-
-
-def test_a_run_logs_the_term(tmp_path: Path) -> None:
-    write_set(str(tmp_path / "set"), 64)
-    runs = SmallRuns(tmp_path, tmp_path / "set", None, "max_duration=2ba", "loss.beta=0")
+def test_a_run_logs_the_term(dataset: Path, tmp_path: Path) -> None:
+    runs = SmallRuns(tmp_path, dataset, None, "max_duration=2ba", "loss.beta=0")
     trainer = runs.train("loss.cyclip={in_modal: 0.5, cross_modal: 2.0}")
     contrastive, term = (logged(trainer, f"loss/train/{n}") for n in ("contrastive", "cyclip"))
     assert min(term) > 0

@@ -9,7 +9,8 @@ import pytest
 import torch
 from models import EVERYTHING, small_config
 from omegaconf import OmegaConf
-from runs import PRETRAIN, run, write_config, write_set
+from runs import PRETRAIN, run, write_config
+from small_runs import SmallRuns
 
 from alignclip.config import reading
 from alignclip.config.schema import StartConfig
@@ -56,22 +57,28 @@ def test_a_tower_but_for_its_topmost_groups(
     assert trained(**settings) == everything - names(*locked) | opened
 
 
+TOP = {"blocks": 1, "ln_final": True, "projection": True}
+
+
 def test_shared_modules_above_what_is_locked() -> None:
     """The last block is one for both towers: it may not be locked for one of them."""
-    shared = {"blocks": 1, "ln_final": True, "projection": True}
-    open_ones = trained(shared, lock_image=True, lock_image_unlocked_groups=2)
+    open_ones = trained(TOP, lock_image=True, lock_image_unlocked_groups=2)
     assert "visual.transformer.resblocks.2.mlp.c_fc.weight" in open_ones
     assert not {name for name in open_ones if name.startswith("visual.transformer.resblocks.1.")}
-    for sharing, settings, says in (
+
+
+@pytest.mark.parametrize(
+    ("sharing", "settings", "says"),
+    [
         (
-            shared,
+            TOP,
             {"lock_image": True},
-            r"lock_image would lock \d+ tensors for both towers, which share them",
+            r"lock_image would lock \d+ tensors for both towers, which share",
         ),
         (
             EVERYTHING,
             {"lock_text": True, "lock_text_unlocked_layers": 1},
-            "lock_text would lock .* for both towers",
+            "lock_text would lock .* both",
         ),
         ({}, {"lock_image": True, "lock_text": True}, "leave nothing but logit_scale to train"),
         (
@@ -79,9 +86,13 @@ def test_shared_modules_above_what_is_locked() -> None:
             {"lock_image": True, "lock_image_unlocked_groups": 99},
             "lock_image_unlocked_groups=99 leaves nothing of the tower locked",
         ),
-    ):
-        with pytest.raises(UserError, match=says):
-            trained(sharing, **settings)
+    ],
+)
+def test_locks_that_make_no_sense(
+    sharing: dict[str, Any], settings: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(UserError, match=says):
+        trained(sharing, **settings)
 
 
 def test_random_weights_are_not_locked(tmp_path: Path) -> None:
@@ -138,26 +149,17 @@ def test_batch_norms_that_keep_their_statistics(tmp_path: Path, name: str, group
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
-def test_on_two_processes(tmp_path: Path, how: str) -> None:
-    write_set(str(tmp_path / "set"), 64)
-    yaml = write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "saved"))
-    overrides = [
-        "run_name=r",
-        "max_duration=3ba",
-        "scheduler.t_warmup=1ba",
-        "data.num_workers=0",
-        "save_interval=1ba",
+def test_on_two_processes(dataset: Path, tmp_path: Path, how: str) -> None:
+    unshared = [
+        f"model.shared.{part}" for part in ("blocks=0", "ln_final=false", "projection=false")
     ]
-    overrides += [
-        "model.shared.blocks=0",
-        "model.shared.ln_final=false",
-        "model.shared.projection=false",
-    ]
+    runs = SmallRuns(tmp_path, dataset, tmp_path / "saved", "save_interval=1ba", *unshared)
     start = tmp_path / "epoch_1.pt"
-    torch.save(build_encoders(reading.load(yaml, overrides).model).state_dict(), start)
-    overrides += [f"pretrained={start}", "lock_image=true", "lock_image_unlocked_groups=1"]
+    torch.save(build_encoders(runs.config().model).state_dict(), start)
+    overrides = ["max_duration=3ba", f"pretrained={start}", "lock_image=true"]
+    overrides += ["lock_image_unlocked_groups=1"]
     overrides += ["parallelism_config.fsdp2={}"] if how == "fsdp2" else []
-    output = run(PRETRAIN, yaml, *overrides, processes=2, cwd=tmp_path)
+    output = run(PRETRAIN, runs.yaml, *runs.settings, *overrides, processes=2, cwd=tmp_path)
     assert "M locked)" in output
 
     def weights(batch: int) -> dict[str, torch.Tensor]:

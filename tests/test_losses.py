@@ -18,11 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from alignclip.config.schema import LossConfig
 from alignclip.errors import UserError
 from alignclip.losses import AlignCLIPLoss, tiles
+from alignclip.losses.cyclip import Settings
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CASES = json.loads((FIXTURES / "losses_small_index.json").read_text())
 NUMBERS = np.load(FIXTURES / "losses_small.npz")
 SIDES = list(itertools.product((True, False), repeat=2))
+CYCLIP = {"cyclip": Settings(in_modal=0.5, cross_modal=2.0)}  # a term that a YAML adds
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -238,8 +240,8 @@ def test_bf16_features_are_computed_in_fp32() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "most"),
-    [({"beta": 0.0}, 2), ({"rescale": False}, 4), ({}, 5)],
-    ids=["clip", "separated", "rescaled"],
+    [({"beta": 0.0}, 2), ({"rescale": False}, 4), ({}, 5), ({"beta": 0.0, "terms": CYCLIP}, 2)],
+    ids=["clip", "separated", "rescaled", "cyclip"],
 )
 def test_saved_matrices(settings: dict[str, Any], most: int) -> None:
     """Autograd keeps one n×N matrix a cross-entropy, and the weights once for both sides."""
@@ -347,6 +349,7 @@ DIST_SETTINGS: dict[str, dict[str, Any]] = {
     "inmod_sem": {},
     "image_only": {"separate_text": False},
     "text_only": {"separate_image": False},
+    "cyclip": {"beta": 0.0, "terms": CYCLIP},
 }
 
 

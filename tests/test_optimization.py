@@ -99,34 +99,35 @@ def test_three_betas_reach_an_optimizer_that_takes_three() -> None:
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.8, 0.7)
 
 
-def test_published_learning_rates() -> None:
-    total = 587_700  # 30 epochs of 19,590 batches
-    published = {0: 1e-7, 1: 2e-7, 9_999: 1e-3, 10_000: 1e-3}
-    for step, rate in published.items():
-        assert 1e-3 * lr_multiplier(step, 10_000, total) == pytest.approx(rate, rel=1e-12)
-    middle = (10_000 + total) // 2
-    assert lr_multiplier(middle, 10_000, total) == pytest.approx(0.5, abs=1e-12)
-    quarter = 10_000 + (total - 10_000) // 4
-    assert lr_multiplier(quarter, 10_000, total) == pytest.approx(
-        0.5 + math.sqrt(0.5) / 2, rel=1e-9
-    )
-    assert 0 < lr_multiplier(total - 1, 10_000, total) < 1e-10
+TOTAL = 587_700  # 30 epochs of 19,590 batches
+MIDDLE, QUARTER = (10_000 + TOTAL) // 2, 10_000 + (TOTAL - 10_000) // 4
 
 
-def test_schedule_ends_at_alpha_f() -> None:
-    assert lr_multiplier(10, 10, 110, alpha_f=0.1) == 1.0
-    assert lr_multiplier(60, 10, 110, alpha_f=0.1) == pytest.approx(0.55)
-    for step in (110, 200):
-        assert lr_multiplier(step, 10, 110, alpha_f=0.1) == 0.1
-        assert lr_multiplier(step, 10, 110) == 0.0
-
-
-def test_schedule_without_warmup_and_with_nothing_else() -> None:
-    assert lr_multiplier(0, 0, 100) == 1.0
-    assert [lr_multiplier(step, 2, 2) for step in range(3)] == [0.5, 1.0, 0.0]
+@pytest.mark.parametrize(
+    ("warmup", "total", "alpha_f", "expected"),
+    [
+        (10_000, TOTAL, 0.0, {0: 1e-4, 1: 2e-4, 9_999: 1.0, 10_000: 1.0}),  # as published
+        (10_000, TOTAL, 0.0, {QUARTER: 0.5 + math.sqrt(0.5) / 2, MIDDLE: 0.5, TOTAL - 1: 0.0}),
+        (10, 110, 0.0, {110: 0.0, 200: 0.0}),
+        (10, 110, 0.1, {10: 1.0, 60: 0.55, 110: 0.1, 200: 0.1}),
+        (0, 100, 0.0, {0: 1.0}),
+        (2, 2, 0.0, {0: 0.5, 1: 1.0, 2: 0.0}),  # nothing but warm-up
+    ],
+)
+def test_learning_rates(
+    warmup: int, total: int, alpha_f: float, expected: dict[int, float]
+) -> None:
+    found = {step: lr_multiplier(step, warmup, total, alpha_f) for step in expected}
+    assert found == pytest.approx(expected, rel=1e-9, abs=1e-10)
+    assert lr_multiplier(total - 1, warmup, total, alpha_f) > alpha_f
 
 
 # --- layer decay ------------------------------------------------------------------------------------------------------
+
+
+def settings_of_each(optimizer: torch.optim.Optimizer, key: str) -> dict[int, float]:
+    """A setting of the group that each parameter is in, by the parameter's id."""
+    return {id(p): group[key] for group in optimizer.param_groups for p in group["params"]}
 
 
 @pytest.mark.parametrize("shared", [{}, {"blocks": 2, "ln_final": True}, EVERYTHING], ids=str)
@@ -136,10 +137,7 @@ def test_layer_decay_counts_from_the_top_of_each_tower(shared: dict[str, Any]) -
     model = build_encoders(small_config(vision={"layers": layers["visual"]}, shared=shared))
     config = OptimizerConfig(lr=0.5, weight_decay=0.1, layer_decay=0.8)
     optimizer = build_optimizer(config, model)
-    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    decays = {
-        id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
-    }
+    rates, decays = (settings_of_each(optimizer, key) for key in ("lr", "weight_decay"))
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(
         list(model.parameters())
     )
@@ -191,7 +189,7 @@ def test_layer_decay_of_a_timm_tower() -> None:
     """As of a ViT of open_clip's: norm and projection, then the six blocks, then what lies below them."""
     model = timm_tower("test_vit")
     optimizer = build_optimizer(OptimizerConfig(lr=1.0, layer_decay=0.5), model)
-    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    rates = settings_of_each(optimizer, "lr")
     assert len(rates) == len(list(model.parameters()))
     for name, parameter in model.visual.named_parameters():
         depth = 7  # cls_token, pos_embed, patch_embed

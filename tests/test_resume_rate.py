@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from composer.core import Callback, State
 from composer.loggers import Logger
-from runs import write_set
 from small_runs import SmallRuns, turn_back
 
 from alignclip.model.optimization import lr_multiplier
@@ -32,9 +31,8 @@ class Rates(Callback):
 
 
 @pytest.fixture
-def train(tmp_path: Path) -> Any:
-    write_set(str(tmp_path / "set"), 64)
-    runs = SmallRuns(tmp_path, tmp_path / "set", tmp_path / "{run_name}", *FIXED)
+def train(dataset: Path, tmp_path: Path) -> Any:
+    runs = SmallRuns(tmp_path, dataset, tmp_path / "{run_name}", *FIXED)
 
     def train(*overrides: str) -> dict[int, list[tuple[float, float]]]:
         rates = Rates()

@@ -9,7 +9,7 @@ from typing import Any
 
 import processes
 import pytest
-from runs import write_config, write_set
+from runs import write_config
 from small_runs import SmallRuns, turn_back
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.event_file_writer import AtomicCounter
@@ -36,15 +36,13 @@ MORE = {"loss/train/contrastive", "loss/train/separation"}
 
 
 @pytest.fixture
-def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def train(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Two starts: the first one trains 7 batches, the second one goes on after 4 and trains to the 9th."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    write_set(str(tmp_path / "set"), 64)
     folder = tmp_path / "runs"
-    settings = (*FIXED, f"evaluators.e.local={tmp_path / 'set'}")
-    runs = SmallRuns(tmp_path, tmp_path / "set", folder, *settings)
+    runs = SmallRuns(tmp_path, dataset, folder, *FIXED, f"evaluators.e.local={dataset}")
 
     def train(*overrides: str) -> None:
         for length in (7, 9):

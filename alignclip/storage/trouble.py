@@ -86,6 +86,18 @@ LOCAL_ERRORS = (
     NotADirectoryError,
     IsADirectoryError,
 )
+# Where exceptions of botocore, Azure, OCI and Google keep the store's own word for what is wrong
+CODES = ("response.Error.Code", "error_code", "code", "errors.reason")
+# Where these, and those of requests and urllib, keep the HTTP status
+STATUSES = (
+    "response.ResponseMetadata.HTTPStatusCode",
+    "code",
+    "status_code",
+    "status",
+    "response.code",
+    "response.status_code",
+    "response.status",
+)
 # PyTorch, safetensors and PIL have words of their own for a full disk
 FULL_WORDS = re.compile(
     r"file write failed|unexpected pos|No space left|os error (28|122|27)|Disk quota exceeded"
@@ -204,16 +216,9 @@ def is_disk_full(error: BaseException) -> bool:
 
 def code_of(error: BaseException) -> str:
     """Give the store's own word for what is wrong, or nothing."""
-    response = getattr(error, "response", None)
-    if isinstance(response, Mapping):  # botocore
-        return str(response.get("Error", {}).get("Code") or "")
-    for name in ("error_code", "code"):  # Azure's is an enumeration of strings; OCI
-        value = getattr(error, name, None)
+    for value in _values(error, CODES):
         if isinstance(value, str):
-            return str(getattr(value, "value", value))
-    details = getattr(error, "errors", None)
-    if isinstance(details, (list, tuple)) and details and isinstance(details[0], Mapping):  # Google
-        return str(details[0].get("reason") or "")
+            return str(getattr(value, "value", value))  # Azure's is an enumeration of strings
     if isinstance(error, UserError):  # our own words about the error that caused it
         return ""
     found = AWS_TEXT.search(str(error))  # boto3 keeps no more than the text where it wraps an error
@@ -221,19 +226,25 @@ def code_of(error: BaseException) -> str:
 
 
 def status_of(error: BaseException) -> int | None:
-    """Find the HTTP status in an exception of botocore, Google, Azure, OCI, requests or urllib."""
+    """Find the HTTP status of a store's answer."""
     if isinstance(error, UserError):  # its status is a command's
         return None
-    response = getattr(error, "response", None)
-    if isinstance(response, Mapping):
-        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    for holder in (error, response):
-        for name in ("code", "status_code", "status"):
-            value = getattr(holder, name, None)
-            if isinstance(value, int) and not isinstance(value, bool):
-                return int(value)
+    for value in _values(error, STATUSES):
+        if isinstance(value, int) and not isinstance(value, bool):
+            return int(value)
     found = AWS_TEXT.search(str(error))
     return int(found[1]) if found and found[1].isdecimal() else None
+
+
+def _values(error: BaseException, paths: tuple[str, ...]) -> Iterator[Any]:
+    """Yield what an error holds at these paths, through attributes, mappings and first elements."""
+    for path in paths:
+        value: Any = error
+        for step in path.split("."):
+            if isinstance(value, list | tuple) and value:
+                value = value[0]
+            value = value.get(step) if isinstance(value, Mapping) else getattr(value, step, None)
+        yield value
 
 
 def right_of(error: BaseException) -> Right | None:

@@ -241,10 +241,15 @@ def remove_leftovers() -> None:
     """Remove from shared memory what dead processes have left there.
 
     Tests kill a process together with Python's own cleaner of shared memory, and fork processes
-    that end without cleaning. Left are Streaming's segments, and semaphores that processes were to
-    share. joblib, once it is imported, puts the number of the process that made one into its name.
+    that end without cleaning. Left are Streaming's segments and locks, and semaphores that
+    processes were to share. joblib, once it is imported, puts the number of the process that made
+    one into its name.
     """
     shared_memory.remove_stale()
+    taken = {path.name.partition("_")[0] for path in shared_memory.SHM.glob("[0-9]*_*")}
+    for path in Path(tempfile.gettempdir()).glob("[0-9]*_*filelock"):
+        if path.name.partition("_")[0] not in taken:
+            path.unlink(missing_ok=True)
     for path in shared_memory.SHM.glob("sem.*-*-*"):
         maker = path.name.split("-")[1]
         if maker.isdecimal() and not psutil.pid_exists(int(maker)):

@@ -39,6 +39,8 @@ from alignclip.data.dataset import ImageTextDataset
 config = DataConfig(streams={"a": StreamConfig(local=sys.argv[1])}, num_canonical_nodes=1)
 shared_memory.remove_stale()
 dataset = ImageTextDataset(config, batch_size=4, image_size=32, context_length=20, semantic=False)
+with dataset._cache_filelock:  # Streaming leaves its file
+    pass
 print(dataset._shm_prefix_int, flush=True)
 while not Path(sys.argv[2]).exists():
     time.sleep(0.05)
@@ -58,6 +60,10 @@ def hold(folder: Path) -> tuple[Forked, int]:
 
 def segments(prefix: int) -> list[str]:
     return sorted(path.name for path in SHM.glob(f"{prefix:06}_*"))
+
+
+def locks_of(prefix: int) -> list[Path]:
+    return [*Path(tempfile.gettempdir()).glob(f"{prefix:06}_*filelock")]
 
 
 def identities(prefix: int) -> set[tuple[str, int]]:
@@ -80,6 +86,7 @@ def test_the_dead_are_buried_and_the_living_left_alone(tmp_path: Path) -> None:
             dead.end()  # with Python's own cleaner of shared memory
             left, used = segments(dead_prefix), segments(alive_prefix)
             owned = identities(alive_prefix)
+            assert locks_of(alive_prefix)
         assert len(left) > 4, "a killed process leaves its segments"
         shared_memory.remove_stale()
         assert segments(dead_prefix) == []
@@ -87,6 +94,7 @@ def test_the_dead_are_buried_and_the_living_left_alone(tmp_path: Path) -> None:
         (tmp_path / "go-on").touch()
         assert alive.wait(60) == 0
         assert len(owned) == len(used)
+        assert not locks_of(alive_prefix), "Streaming passes over a prefix that has lock files"
         assert not owned & identities(alive_prefix), (
             "one that ends leaves nothing, not even its note"
         )
@@ -139,7 +147,7 @@ def test_another_containers_memory_is_passed_over(tmp_path: Path) -> None:
     note = SHM / f"{prefix:06}_{OWNER_NOTE}"
     owner = json.loads(note.read_text())
     note.write_text(json.dumps(owner | {"namespace": "pid:[1]"}), encoding="utf-8")
-    for lock in Path(tempfile.gettempdir()).glob(f"{prefix:06}_*filelock"):
+    for lock in locks_of(prefix):
         lock.unlink()
     try:
         second = open_set(tmp_path / "set", tmp_path / "cache")

@@ -38,8 +38,7 @@ def remove_stale() -> list[int]:
             if not _is_stale(note):
                 continue
             prefix = note.name.split("_")[0]
-            locks = Path(tempfile.gettempdir()).glob(f"{prefix}_*filelock")
-            for path in {*SHM.glob(f"{prefix}_*"), *locks} - {note}:
+            for path in {*SHM.glob(f"{prefix}_*"), *_locks_of(prefix)} - {note}:
                 with suppress(OSError):
                     path.unlink()
             with suppress(OSError):  # the note goes last: the next start finishes a broken cleaning
@@ -69,7 +68,11 @@ def lock() -> Iterator[None]:
 
 
 def claim(prefix: int) -> Path:
-    """Note this process as the owner of a prefix until it exits; return where the note lies."""
+    """Note this process as the owner of a prefix until it exits; return where the note lies.
+
+    Streaming leaves its lock files, and takes no prefix that has some: each dataset looked at the
+    prefixes of all datasets before. So the lock files go with the note.
+    """
     note = SHM / f"{prefix:06}_{OWNER_NOTE}"
     if SHM.is_dir():
         note.write_text(json.dumps(_identity(os.getpid())), encoding="utf-8")
@@ -84,10 +87,16 @@ def is_another_containers(segment: str) -> bool:
 
 
 def _disclaim(note: Path) -> None:
-    """Remove a note, unless another process has the prefix by now."""
+    """Remove a note and the prefix's lock files, unless another process has the prefix by now."""
     with suppress(OSError), lock():  # as the process ends, a second error would hide the first
         if _read_owner(note) == _identity(os.getpid()):
-            note.unlink()
+            for path in (*_locks_of(note.name.split("_")[0]), note):
+                path.unlink(missing_ok=True)
+
+
+def _locks_of(prefix: str) -> list[Path]:
+    """Return Streaming's lock files of a prefix."""
+    return [*Path(tempfile.gettempdir()).glob(f"{prefix}_*filelock")]
 
 
 def _read_owner(note: Path) -> Owner | None:

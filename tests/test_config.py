@@ -257,6 +257,15 @@ BAD_CLASSES = {
     "callbacks.CheckpointSaver={}": "no class 'CheckpointSaver'",
     "loggers.TensorBoardLogger={}": "did you mean 'TensorboardLogger'?",
     "callbacks.EMA.half_life=1ba": "callbacks: EMA is one of the algorithms: algorithms.EMA",
+    "callbacks.SpeedMonitor.window_size=017": (
+        "SpeedMonitor.window_size: Value '017' is no whole number: write it in decimal digits, "
+        "without leading zeros, as in 17"
+    ),
+    "loggers.FileLogger.capture_stdout=perhaps": "Value 'perhaps' is neither true nor false",
+    "loggers.FileLogger.filename=[a]": "loggers.FileLogger.filename: Value ['a'] is a list",
+    "algorithms.GradientClipping={clipping_type: norm, clipping_threshold: 1e999}": (
+        "must be a finite number"
+    ),
 }
 
 # of evaluate.py

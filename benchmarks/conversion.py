@@ -67,7 +67,7 @@ CONVERSION_EXAMPLES = """examples:
 
 
 def picture(rng: np.random.Generator, width: int, height: int) -> bytes:
-    """A JPEG as noisy as a photograph: some 0.35 bytes a pixel."""
+    """Draw a JPEG as noisy as a photograph: some 0.35 bytes a pixel."""
     coarse = rng.integers(0, 256, (height // 16 + 1, width // 16 + 1, 3), dtype=np.uint8)
     smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
     noise = rng.integers(-12, 13, (height, width, 1), dtype=np.int16)
@@ -82,7 +82,7 @@ def encoded(image: Image.Image, quality: int) -> bytes:
 
 
 def draw_tar(path: Path, samples: int, size: tuple[int, int], different: int = 50) -> Path:
-    """Samples as img2dataset writes them, of so many different pictures."""
+    """Write samples as img2dataset does, of so many different pictures."""
     rng = np.random.default_rng(0)
     pictures = [picture(rng, *size) for _ in range(different)]
     with tarfile.open(path, "w") as tar:

@@ -1,4 +1,7 @@
-"""The converter's command as processes of its own: started, watched, killed; and what it left, file by file."""
+"""The converter's command as processes of its own: started, watched, killed.
+
+And what it left, file by file.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,10 @@ class Undisturbed:
         assert len(list(self.out.glob("00000/*.mds"))) > 2
 
     def assert_same(self, out: Path) -> None:
-        """Every file of the set in ``out`` is there, byte for byte, and none besides; the samples are the tars'."""
+        """Every file of the set in ``out`` is there, byte for byte, and none besides.
+
+        The samples are the tars'.
+        """
         assert relative(out) == relative(self.out)
         for name in relative(self.out):
             assert (out / name).read_bytes() == (self.out / name).read_bytes(), name
@@ -90,7 +96,9 @@ def download(s3: Any, uri: str, folder: Path) -> Path:
 
 
 def peak_memory(imports: str, expression: str) -> tuple[int, int]:
-    """The number that an expression has in a process of its own, and the bytes that it takes above the imports."""
+    """The number that an expression has in a process of its own, and the bytes that it takes
+    above the imports.
+    """
     code = f"""
 from pathlib import Path
 import pyarrow.parquet, PIL.Image
@@ -167,7 +175,9 @@ class Command:
             time.sleep(pause)
 
     def wait_for_changes(self, listing: Callable[[], set[str]], number: int) -> None:
-        """Until so many files have come or gone since now, besides the one that tries whether the place is writable."""
+        """Until so many files have come or gone since now, besides the one that tries whether
+        the place is writable.
+        """
 
         def written() -> set[str]:
             return {name for name in listing() if not name.startswith(BUCKET_PROBE)}

@@ -1,7 +1,9 @@
-"""Every point at which a command can end: at each operation on files and networks it dies, or the operation fails.
+"""Every point at which a command can end: at each operation on files and networks it dies, or the
+operation fails.
 
-Python's audit events name the operations, whatever code calls them. A command that is interrupted at the first, the
-second, … the last of them is exhaustive where random kills are not, and costs a fork.
+Python's audit events name the operations, whatever code calls them. A command that is interrupted
+at the first, the second, … the last of them is exhaustive where random kills are not, and costs a
+fork.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ def prepare_for_forks(with_bucket: bool) -> None:
 
 
 def _share_what_clients_read() -> None:
-    """Have S3 clients take botocore's descriptions from this process: parsing them takes most of a second."""
+    """Have S3 clients take botocore's descriptions from this process: parsing them takes most of
+    a second.
+    """
     loader, new_session = botocore.loaders.create_loader(), boto3.Session
 
     def session() -> boto3.Session:
@@ -51,7 +55,8 @@ def _share_what_clients_read() -> None:
 
 
 class Interruption:
-    """The death of this process, or the failure of an operation, at a change of files or a request to a server.
+    """The death of this process, or the failure of an operation, at a change of files or a request
+    to a server.
 
     Attributes:
         has_come: whether there were so many operations.
@@ -93,7 +98,10 @@ class Interruption:
 
 
 def forked(act: Callable[[], object]) -> int:
-    """Act in a forked process and return its exit status. This process must have no other thread."""
+    """Act in a forked process and return its exit status.
+
+    This process must have no other thread.
+    """
     if pid := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     status = BROKEN
@@ -111,7 +119,9 @@ def forked(act: Callable[[], object]) -> int:
 def every_point(
     act: Callable[[int], object], kind: str, below: Path, prepare: Callable[[int], object]
 ) -> Iterator[int]:
-    """Prepare, and act up to the first, the second, … operation, in a process of its own; yield the number.
+    """Prepare, and act up to the first, the second, … operation, in a process of its own.
+
+    Yield the number.
 
     Raises:
         AssertionError: the command ended by anything but a refusal in one line.

@@ -1,4 +1,6 @@
-"""Miniatures of published classification sets, each in its own layout, and what was made of them."""
+"""Miniatures of published classification sets, each in its own layout, and what was made of
+them.
+"""
 
 from __future__ import annotations
 
@@ -146,7 +148,10 @@ def make_class_folders(root: Path, names: list[str], suffix: str = "JPEG") -> Pa
 
 
 def make_pets(root: Path) -> Path:
-    """All 37 classes, as the publisher names their images and numbers them; some images more than once."""
+    """All 37 classes, as the publisher names their images and numbers them.
+
+    Some images more than once.
+    """
     names = class_names.benchmark_lists("en_classnames.json")["pets"]
     rows = [(f"{name.replace(' ', '_')}_{i}", i) for i, name in enumerate(names, 1)]
     rows = [*rows[5:], *rows[:5], ("Bombay_201", 8)]  # in another order than the classes'

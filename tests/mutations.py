@@ -1,4 +1,6 @@
-"""Damage for the fuzz tests: to images, captions, names, tars and tables, all of it drawn from a seeded generator."""
+"""Damage for the fuzz tests: to images, captions, names, tars and tables, all of it drawn from a
+seeded generator.
+"""
 
 from __future__ import annotations
 
@@ -119,7 +121,9 @@ def name(rng: random.Random, number: int) -> str:
 
 
 def hostile_number(rng: random.Random, length: int) -> bytes:
-    """What a numeric field of a tar header may hold: octal, base 256 (also negative), or nonsense."""
+    """What a numeric field of a tar header may hold: octal, base 256 (also negative), or
+    nonsense.
+    """
     value = rng.choice(
         [-(2**90), -(2**40), -1536, -512, -1, 0, 1, 511, 513, 2**20, 2**33, 2**62, 2**64, 2**90]
     )
@@ -241,7 +245,10 @@ def parquet_files() -> list[bytes]:
 
 
 def damage_parquet(data: bytes, rng: random.Random) -> bytes:
-    """Mostly the footer, which describes the rest; anywhere else it is most likely an image that is hit."""
+    """Mostly the footer, which describes the rest.
+
+    Anywhere else it is most likely an image that is hit.
+    """
     if rng.random() < 0.4:
         return damage(data, rng)
     footer = int.from_bytes(data[-8:-4], "little") + 8

@@ -95,8 +95,8 @@ def launch(
 ) -> Started:
     """Start ``composer -n N …`` in a session of its own; its output goes to ``cwd/output.txt``.
 
-    ``really`` starts Composer's launcher as a shell would, for tests that are about it; all others fork it and its
-    ranks from a process that has imported the stack.
+    ``really`` starts Composer's launcher as a shell would, for tests that are about it; all others
+    fork it and its ranks from a process that has imported the stack.
     """
     cwd.mkdir(parents=True, exist_ok=True)
     start = Real if really else Forked
@@ -106,7 +106,10 @@ def launch(
 
 
 def run(*arguments: str | Path, cwd: Path, status: int = 0, **options: Any) -> str:
-    """Launch, wait, and return what was printed; any other exit status than ``status`` is an error."""
+    """Launch, wait, and return what was printed.
+
+    Any other exit status than ``status`` is an error.
+    """
     process = launch(*arguments, cwd=cwd, **options)
     try:
         code = process.wait(TIMEOUT)
@@ -128,7 +131,10 @@ def wait_for(condition: Callable[[], bool], process: Started, cwd: Path) -> None
 
 
 def steps(records: Path) -> list[dict[str, float]]:
-    """The records of ``recording.py``, in the order in which they were written; loss terms are floats again."""
+    """The records of ``recording.py``, in the order in which they were written.
+
+    Loss terms are floats again.
+    """
     path = records / "steps.jsonl"
     if not path.exists():
         return []
@@ -140,7 +146,10 @@ def steps(records: Path) -> list[dict[str, float]]:
 
 
 def gradient_error(ours: Path, theirs: Path, step: int) -> float:
-    """‖ours − theirs‖ / ‖theirs‖ over all parameters of a recorded step; the worst single parameter if that is more."""
+    """‖ours − theirs‖ / ‖theirs‖ over all parameters of a recorded step.
+
+    The worst single parameter if that is more.
+    """
     a, b = (
         torch.load(folder / f"gradients-{step}.pt", weights_only=True) for folder in (ours, theirs)
     )

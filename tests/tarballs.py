@@ -1,4 +1,6 @@
-"""What the converter's tests read and look at: small tars of pairs, and the shards that were made of them."""
+"""What the converter's tests read and look at: small tars of pairs, and the shards that were
+made of them.
+"""
 
 from __future__ import annotations
 
@@ -150,7 +152,9 @@ def assert_three_tars(rows: dict[str, dict[str, Any]]) -> None:
 
 
 def cut(path: Path, samples: int) -> None:
-    """Shorten a tar of ``pairs`` by all samples but the first ones, inside the file that follows."""
+    """Shorten a tar of ``pairs`` by all samples but the first ones, inside the file that
+    follows.
+    """
     data = path.read_bytes()
     with tarfile.open(path) as tar:
         path.write_bytes(data[: tar.getmembers()[3 * samples].offset_data + 5])

@@ -53,7 +53,9 @@ def test_a_local_encoder_is_the_same_however_it_is_written(
 
 
 def convert_with(tmp_path: Path, encoder: str, hub: str = "http://127.0.0.1:9") -> Any:
-    """Run the command; the hub is at that address (this one refuses connections), its cache in ``tmp_path/hf``."""
+    """Run the command; the hub is at that address (this one refuses connections), its cache in
+    ``tmp_path/hf``.
+    """
     env = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
     env |= {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "*"}
     command = [sys.executable, "convert/cc12m.py", "--tars", str(three_tars(tmp_path / "in"))]
@@ -80,7 +82,8 @@ def test_an_unknown_encoder_is_told_at_once(tmp_path: Path, name: str, answers: 
     assert (result.returncode, result.stdout) == (2, "")
     why = "hub has no such model" if answers else "can't reach the Hugging Face hub"
     assert re.fullmatch(
-        f"error: no sentence encoder '{name}': .*{why}, it's not in the cache and there is no such local folder; "
+        f"error: no sentence encoder '{name}': .*{why}, it's not in the cache and there is no such "
+        f"local folder; "
         "--encoder all-MiniLM-L6-v2 needs no hub, and --no-semantic no encoder\n",
         result.stderr,
     )

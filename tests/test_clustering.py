@@ -1,4 +1,6 @@
-"""Clustering: scikit-learn's figures, what a gap does to clusters of both modalities, one rank and several alike."""
+"""Clustering: scikit-learn's figures, what a gap does to clusters of both modalities, one rank
+and several alike.
+"""
 
 from __future__ import annotations
 

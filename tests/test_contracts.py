@@ -1,4 +1,5 @@
-"""What we use of other packages that they don't promise: each name is there, and is what we take it for.
+"""What we use of other packages that they don't promise: each name is there, and is what we take it
+for.
 
 An upgrade that moves or changes one of these fails here first, with the place in our code that
 has to be looked at. That we use the names rightly is for the tests of that place.
@@ -158,7 +159,9 @@ def test_a_contract(ours: str, contract: str) -> None:
 
 
 def test_states_of_a_shard() -> None:
-    """``alignclip/data/streaming_patches.py`` gives a shard whose download failed back to others."""
+    """``alignclip/data/streaming_patches.py`` gives a shard whose download failed back to
+    others.
+    """
     from streaming.base.dataset import _ShardState
 
     assert {state.name for state in _ShardState} == {"INVALID", "REMOTE", "PREPARING", "LOCAL"}
@@ -183,7 +186,10 @@ LISTS = [(file, name, count) for file, of in BENCHMARK_LISTS.items() for name, c
 
 @pytest.mark.parametrize(("file", "name", "count"), LISTS)
 def test_clip_benchmarks_lists(file: str, name: str, count: int) -> None:
-    look = f"datasets/{file} of clip_benchmark has changed: look at alignclip/conversion/class_names.py"
+    look = (
+        f"datasets/{file} of clip_benchmark has changed: look at "
+        f"alignclip/conversion/class_names.py"
+    )
     try:
         found = benchmark_lists(file).get(name)
     except (FileNotFoundError, UserError):
@@ -195,7 +201,9 @@ def test_clip_benchmarks_lists(file: str, name: str, count: int) -> None:
 
 
 def test_sets_that_clip_benchmark_has_no_templates_for() -> None:
-    """They get ImageNet's. A set of ours that is neither here nor above has templates to look at."""
+    """They get ImageNet's. A set of ours that is neither here nor above has templates to look
+    at.
+    """
     known = BENCHMARK_LISTS["en_zeroshot_classification_templates.json"]
     generic = {"fashion_mnist", "folder", "imagenetv2", "imagenet-sketch"}
     generic |= {f"imagenet-{letter}" for letter in "aro"}

@@ -118,7 +118,8 @@ def test_what_was_begun_otherwise_is_refused(tmp_path: Path) -> None:
         ({"size_limit": "0"}, "^--size-limit 0: must be positive"),
         (
             {"compression": "rar"},
-            r"^--compression rar .*; valid: br\[:0-11\], bz2\[:1-9\], gz\[:0-9\], snappy, zstd\[:1-22\]$",
+            r"^--compression rar .*; valid: br\[:0-11\], bz2\[:1-9\], gz\[:0-9\], snappy, "
+            r"zstd\[:1-22\]$",
         ),
         (
             {"compression": "zstd:23"},
@@ -259,7 +260,8 @@ def test_a_run_that_fails_while_it_replaces_leaves_a_smaller_set_that_is_whole(
 def test_a_wrong_caption_key_can_be_corrected(tmp_path: Path) -> None:
     source, out = three_tars(tmp_path / "in"), tmp_path / "out"
     message = (
-        r"^no sample was written from 3 inputs; skipped: missing caption 15\. --caption-key 'captoin' is no text in "
+        r"^no sample was written from 3 inputs; skipped: missing caption 15\. --caption-key "
+        r"'captoin' is no text in "
         r"the json members; they have: caption, title; did you mean 'caption'\?$"
     )
     with pytest.raises(UserError, match=message):
@@ -292,7 +294,9 @@ def test_a_folder_of_other_files_is_refused_before_anything_is_written(
 
 
 def test_what_a_folder_may_hold_before(tmp_path: Path) -> None:
-    """Hidden files, empty folders, a split that was converted first, and what a killed conversion has left."""
+    """Hidden files, empty folders, a split that was converted first, and what a killed
+    conversion has left.
+    """
     source, out = three_tars(tmp_path / "in"), tmp_path / "out"
     assert quick([source / "00001.tar"], out / "val").written == 5
     (out / "lost+found").mkdir(parents=True)
@@ -333,7 +337,10 @@ def test_inputs_without_a_sample_leave_nothing(tmp_path: Path) -> None:
         tmp_path / "in" / "a.tar",
         [(f"{i}.{kind}", b"x") for i in range(2) for kind in ("jpg", "txt")],
     )
-    message = r"^no sample was written from 1 input; skipped: not JPEG, PNG or WebP 2\. The first: 0: it begins"
+    message = (
+        r"^no sample was written from 1 input; skipped: not JPEG, PNG or WebP 2\. The first: "
+        r"0: it begins"
+    )
     with pytest.raises(UserError, match=message):
         quick([broken], tmp_path / "out")
     with pytest.raises(UserError, match=r"^no sample was written from 2 inputs"):
@@ -373,7 +380,7 @@ def test_where_captions_are_when_none_were_found(tmp_path: Path) -> None:
         quick([path], tmp_path / "out")
 
 
-# --- one conversion at a time, whole files, odd names ----------------------------------------------------------------
+# --- one conversion at a time, whole files, odd names ---------------------------------------------
 
 
 def test_a_second_conversion_into_a_folder_is_refused(tmp_path: Path) -> None:
@@ -388,7 +395,9 @@ def test_a_second_conversion_into_a_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_lock_that_was_removed_is_none(tmp_path: Path) -> None:
-    """Whoever opens it before its owner removes it would else hold a file that nobody else can see."""
+    """Whoever opens it before its owner removes it would else hold a file that nobody else can
+    see.
+    """
     out = tmp_path / "out"
     with OutputFolder(str(out)).locked():
         (out / ".lock").unlink()
@@ -421,7 +430,10 @@ def test_what_another_process_removes_is_missed(tmp_path: Path) -> None:
 
 
 def test_odd_names(tmp_path: Path) -> None:
-    """A # begins no part, a ? no query, where the file is a local one; a hidden file would have no name."""
+    """A # begins no part, a ? no query, where the file is a local one.
+
+    A hidden file would have no name.
+    """
     names = ["a#1.tar", "b?x=1.tar", "c d.tar", "é.tar"]
     for i, name in enumerate(names):
         write_tar(tmp_path / "in" / name, pairs(10 * i, 3))
@@ -466,14 +478,19 @@ def test_workers_that_do_not_see_the_output(tmp_path: Path) -> None:
     options = ConvertOptions(
         [str(three_tars(tmp_path / "in"))], str(tmp_path / "out"), semantic=False, progress=False
     )
-    message = r"^the worker on .* does not see .*/out, where this command writes: a local --out has to be a folder that"
+    message = (
+        r"^the worker on .* does not see .*/out, where this command writes: a local --out "
+        r"has to be a folder that"
+    )
     with Elsewhere(1) as executor, pytest.raises(UserError, match=message):
         convert(options, executor)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["convert.json"]
 
 
 def test_parts_of_held_out_samples_alone(tmp_path: Path) -> None:
-    """An input may have no other; the training split is without it, and nothing is converted twice."""
+    """An input may have no other; the training split is without it, and nothing is converted
+    twice.
+    """
     keys = [f"{i:05}" for i in range(400)]
     held = [key for key in keys if position(key) < 0.2][:3]
     kept = [key for key in keys if position(key) >= 0.2][:3]
@@ -493,7 +510,9 @@ def test_parts_of_held_out_samples_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compression", [None, "zstd:3"])
 def test_shards_are_streamings_own(tmp_path: Path, compression: str | None) -> None:
-    """Byte for byte what MDSWriter writes: any sizes, samples that exceed the limit first, last and in between."""
+    """Byte for byte what MDSWriter writes: any sizes, samples that exceed the limit first, last
+    and in between.
+    """
     rng, columns = random.Random(0), {"key": "str", "image": "bytes", "caption": "str"}
     for i in range(25):
         limit = rng.choice(["300b", "1kb", "4kb", "64kb"])
@@ -519,17 +538,22 @@ def test_shards_are_streamings_own(tmp_path: Path, compression: str | None) -> N
             assert (ours / path.name).read_bytes() == path.read_bytes(), (i, path.name)
 
 
-# --- what belongs to a set -------------------------------------------------------------------------------------------
+# --- what belongs to a set ------------------------------------------------------------------------
 
 
 def test_no_input_of_a_half_finished_set_is_left_out(tmp_path: Path) -> None:
-    """Others would else be published as the whole, with what happens to be there of the first ones."""
+    """Others would else be published as the whole, with what happens to be there of the first
+    ones.
+    """
     source, out = three_tars(tmp_path / "in"), tmp_path / "out"
     other = write_tar(tmp_path / "more" / "other.tar", pairs(50, 5))
     quick([source], out)
     for name in ("index.json", "dataset.json", "00001/counts.json"):  # as a kill leaves it
         (out / name).unlink()
-    message = rf"begun with other --inputs, and 1 of its inputs is not converted yet \({source}/00001\.tar\): name it"
+    message = (
+        rf"begun with other --inputs, and 1 of its inputs is not converted yet "
+        rf"\({source}/00001\.tar\): name it"
+    )
     for inputs in ([other], [source / "00000.tar"], [source / "00000.tar", other]):
         with pytest.raises(UserError, match=message):
             quick(inputs, out)
@@ -601,7 +625,10 @@ def test_too_many_truncated_inputs(tmp_path: Path) -> None:
         write_tar(tmp_path / "in" / f"{i:05}.tar", pairs(10 * i, 10))
         if i < 3:
             cut(tmp_path / "in" / f"{i:05}.tar", 4)
-    message = r"^3 of 5 inputs are truncated, more than --max-bad 0\.5 \(00000, 00001, 00002\): fetch them again"
+    message = (
+        r"^3 of 5 inputs are truncated, more than --max-bad 0\.5 \(00000, 00001, 00002\): "
+        r"fetch them again"
+    )
     with pytest.raises(UserError, match=message):
         quick([tmp_path / "in"], tmp_path / "out")
     assert not (tmp_path / "out" / "index.json").exists()

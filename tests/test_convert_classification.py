@@ -1,4 +1,6 @@
-"""Classification sets to MDS: miniatures in each set's own layout, held against clip_benchmark's reading of them."""
+"""Classification sets to MDS: miniatures in each set's own layout, held against clip_benchmark's
+reading of them.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def pixels(image: bytes) -> np.ndarray:
 
 
 def assert_as_clip_benchmark(folder: Path, name: str, root: Path, split: str = "test") -> None:
-    """The set in ``folder`` has the images, labels, class names and templates that clip_benchmark evaluates with."""
+    """The set in ``folder`` has the images, labels, class names and templates that
+    clip_benchmark evaluates with.
+    """
     builder = pytest.importorskip("clip_benchmark.datasets.builder")
     theirs = builder.build_dataset(name, root=str(root), split=split, download=False)
     rows, classes, _ = read_back(folder)
@@ -532,8 +536,14 @@ def test_a_set_that_needs_scipy_says_so(tmp_path: Path, monkeypatch: pytest.Monk
 def test_mistakes_are_told_before_anything_large_is_imported(tmp_path: Path) -> None:
     script = REPOSITORY / "convert" / "classification.py"
     code = f"import runpy, sys; sys.argv = ['', 'cifar11', '--out', '{tmp_path}/out']\n"
-    code += f"try: runpy.run_path({str(script)!r}, run_name='__main__')\nexcept SystemExit as end: print(end.code)\n"
-    code += "print(sorted({'torch', 'torchvision', 'streaming', 'scipy', 'timm', 'clip_benchmark'} & set(sys.modules)))"
+    code += (
+        f"try: runpy.run_path({str(script)!r}, run_name='__main__')\nexcept SystemExit as end: "
+        f"print(end.code)\n"
+    )
+    code += (
+        "print(sorted({'torch', 'torchvision', 'streaming', 'scipy', 'timm', 'clip_benchmark'} "
+        "& set(sys.modules)))"
+    )
     start = time.monotonic()
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

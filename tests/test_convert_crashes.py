@@ -1,4 +1,6 @@
-"""Kills, outages and interruptions: the same command goes on, and the set becomes what it would have been."""
+"""Kills, outages and interruptions: the same command goes on, and the set becomes what it would
+have been.
+"""
 
 from __future__ import annotations
 
@@ -57,17 +59,21 @@ def convert_under_fire(
     tars: int,
     seed: int,
 ) -> int:
-    """Kill and start again until the command finishes by itself; return the kills during the conversion.
+    """Kill and start again until the command finishes by itself.
 
-    The time of a kill is told in files, not in seconds, so that it is in mid-conversion on any machine; of the inputs
-    there must be enough that none of these runs comes to its end before it is killed.
+    Return the kills during the conversion.
+
+    The time of a kill is told in files, not in seconds, so that it is in mid-conversion on any
+    machine; of the inputs there must be enough that none of these runs comes to its end before it
+    is killed.
     """
     rng = random.Random(seed)
     rng.shuffle(victims)
     landed = 0
     for victim in victims:
         with start() as command:
-            # before there are workers the command removes what a kill has left, which changes files, too
+            # before there are workers the command removes what a kill has left, which changes
+            # files, too
             command.wait_for(lambda command=command: len(command.workers()) == 2)  # type: ignore[misc]
             command.wait_for_changes(listing, rng.randint(1, 12))
             time.sleep(rng.uniform(0, 0.2))
@@ -75,7 +81,8 @@ def convert_under_fire(
         landed += 1
         left = tars - sum(name.endswith("/counts.json") for name in listing())
         assert left >= 8, (
-            f"only {left} of {tars} inputs are left after {landed} kills: too few to be in the middle"
+            f"only {left} of {tars} inputs are left after {landed} kills: too few to be in the "
+            f"middle"
         )
         assert "index.json" not in listing(), "there is an index before the set is complete"
     with start() as command:  # before there is anything to see: while workers start
@@ -99,7 +106,9 @@ def convert_under_fire(
 
 
 def kill_and_finish(s3: Any, tmp_path: Path, to: str, victims: list[str], seed: int) -> None:
-    """Kill a conversion so often, into a bucket or a folder, and compare what it becomes in the end."""
+    """Kill a conversion so often, into a bucket or a folder, and compare what it becomes in the
+    end.
+    """
     tars = 8 + 7 * len(victims)
     undisturbed = Undisturbed(tmp_path, tars=tars, samples=8)
     out = f"{s3.bucket()}/deep/pairs" if to == "bucket" else str(tmp_path / "out")
@@ -291,7 +300,9 @@ def test_a_key_press_is_no_outage(calls: list[float]) -> None:
 
 
 def test_time_in_which_bytes_came_is_no_outage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A long transfer that breaks again and again is tried as often as a short one, but not for ever."""
+    """A long transfer that breaks again and again is tried as often as a short one, but not for
+    ever.
+    """
     now, tries = 0.0, 0
 
     def sleep(seconds: float) -> None:
@@ -371,7 +382,9 @@ class Proxy(socketserver.ThreadingTCPServer):
 def test_a_complete_part_is_not_mixed_with_a_new_one(
     s3: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Were the old counts.json to stay because storage is busy, a kill would leave a mixture that seems complete."""
+    """Were the old counts.json to stay because storage is busy, a kill would leave a mixture
+    that seems complete.
+    """
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     out = f"{s3.bucket()}/out"
     stage(OutputFolder(out), "shard.00000.mds", "index.json", "counts.json")

@@ -25,7 +25,9 @@ WORKERS = 3
 
 
 class Cluster:
-    """A scheduler and workers of one thread, on 127.0.0.1; nothing of it is left after the ``with`` block.
+    """A scheduler and workers of one thread, on 127.0.0.1.
+
+    Nothing of it is left after the ``with`` block.
 
     Attributes:
         address: of the scheduler.

@@ -1,4 +1,6 @@
-"""A conversion that ends at any of its operations and is started again: the set is what it would have been."""
+"""A conversion that ends at any of its operations and is started again: the set is what it would
+have been.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,10 @@ def assert_no_index_names_what_is_not_there(out: str) -> None:
 
 
 def interrupt_everywhere(folder: Path, uri: str, case: str, kind: str) -> int:
-    """Interrupt a conversion at each of its operations, and finish it; return how many these are."""
+    """Interrupt a conversion at each of its operations, and finish it.
+
+    Return how many these are.
+    """
     prepare_for_forks("://" in uri)
     source, begun = folder / "in", {}
     for i in range(2):

@@ -1,4 +1,6 @@
-"""The table of input formats, and the two formats of loose files: JSON lines, img2dataset's folders."""
+"""The table of input formats, and the two formats of loose files: JSON lines, img2dataset's
+folders.
+"""
 
 from __future__ import annotations
 
@@ -313,7 +315,9 @@ def test_threads_that_convert_pieces_of_files_in_a_bucket(
 
 
 def test_a_list_from_elsewhere_names_nothing_on_this_machine(s3: Any, images: Path) -> None:
-    """A stranger's list, in a bucket or on a web server, would put files of this machine into the set."""
+    """A stranger's list, in a bucket or on a web server, would put files of this machine into
+    the set.
+    """
     bucket, secret = s3.bucket(), images / "images" / "0.jpg"
     (images / "x:").mkdir()
     names = [

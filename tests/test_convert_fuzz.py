@@ -1,4 +1,5 @@
-"""Thousands of damaged inputs: nothing but a person's mistake raises, every sample is written or counted.
+"""Thousands of damaged inputs: nothing but a person's mistake raises, every sample is written or
+counted.
 
 What is written can be read by Streaming, and by the decoder of training.
 """
@@ -38,7 +39,8 @@ from alignclip.conversion.samples import Ignored
 from alignclip.data.transforms import decode_image
 from alignclip.errors import UserError
 
-# Readers run in the test's own thread before a converter's worker does: there a hang ends with a stack trace
+# Readers run in the test's own thread before a converter's worker does: there a hang ends with a
+# stack trace
 pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore")]
 
 TARS, SAMPLES = 16, 250  # of mutated samples; samples each
@@ -199,7 +201,9 @@ def test_a_tar_cut_anywhere_gives_what_is_before(tmp_path: Path) -> None:
 
 
 def assert_tables_are_counted(files: list[Path], out: Path) -> None:
-    """A damaged table is no table for which there is one line to say, or is read as far as that goes."""
+    """A damaged table is no table for which there is one line to say, or is read as far as that
+    goes.
+    """
     numbers: dict[str, int] = {}
     readable, messages = [], []
     for file in files:

@@ -1,4 +1,7 @@
-"""What the converter's options do to a whole set; odd captions and keys, and what the report says of them."""
+"""What the converter's options do to a whole set.
+
+Odd captions and keys, and what the report says of them.
+"""
 
 from __future__ import annotations
 

@@ -178,7 +178,9 @@ def test_flickr_lines(form: str, tmp_path: Path) -> None:
 
 
 def test_flickr_of_hugging_face(tmp_path: Path) -> None:
-    """``flickr_annotations_30k.csv``: the captions of an image as a JSON list in a field of its own."""
+    """``flickr_annotations_30k.csv``: the captions of an image as a JSON list in a field of its
+    own.
+    """
     make_karpathy(tmp_path / "flickr", "flickr30k")
     table = io.StringIO()
     rows = csv.DictWriter(table, ["raw", "sentids", "split", "filename", "img_id"])
@@ -216,7 +218,10 @@ def test_flickr_of_kaggle_with_commas(tmp_path: Path) -> None:
 
 
 def test_all_of_flickr_is_no_split(tmp_path: Path) -> None:
-    """Kaggle's ``captions.txt`` looks as clip_benchmark's file of one split does; it has more images than any."""
+    """Kaggle's ``captions.txt`` looks as clip_benchmark's file of one split does.
+
+    It has more images than any.
+    """
     lines = ["image,caption", *(f"{i}.jpg,a dog" for i in range(31_783))]
     annotations = write(tmp_path / "captions.txt", "\n".join(lines))
     (tmp_path / "images").mkdir()

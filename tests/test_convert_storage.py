@@ -168,7 +168,9 @@ def test_tars_over_http(tmp_path: Path) -> None:
 
 
 class Troubled(http.server.BaseHTTPRequestHandler):
-    """Serves ``body``, after the troubles of ``left`` one by one: an HTTP status, ``cut`` or ``stall``."""
+    """Serves ``body``, after the troubles of ``left`` one by one: an HTTP status, ``cut`` or
+    ``stall``.
+    """
 
     body = b""
     left: tuple[Any, ...] = ()
@@ -249,7 +251,9 @@ def test_a_prefix_of_other_objects_is_no_output_and_a_set_there_is_read_by_its_i
 
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lustre without ``-o flock`` answers ENOSYS: a conversion goes on, and so does the next one."""
+    """Lustre without ``-o flock`` answers ENOSYS: a conversion goes on, and so does the next
+    one.
+    """
 
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))

@@ -1,4 +1,6 @@
-"""Text tables as people have them: no header, other separators and encodings than the name says, lists of URLs."""
+"""Text tables as people have them: no header, other separators and encodings than the name says,
+lists of URLs.
+"""
 
 from __future__ import annotations
 
@@ -178,14 +180,17 @@ REFUSED: list[tuple[str | bytes, str, dict[str, str]]] = [
     ),
     (
         "0.jpg,a caption\n1.jpg,another\n",
-        r"no header: its first row is data \(0\.jpg, a caption\); write the names of its columns above",
+        r"no header: its first row is data \(0\.jpg, a caption\); write the names of its columns "
+        r"above",
         {},
     ),
     *(
         (
             f"filepath{one}title\n0.jpg{one}a\n",
-            r"no image column \(image, .*; --image-key names another\), and one column only: fields "
-            rf"have to be separated by commas, tabs, semicolons or bars; it has filepath{one}title$",
+            r"no image column \(image, .*; --image-key names another\), and one column only: "
+            r"fields "
+            rf"have to be separated by commas, tabs, semicolons or bars; it has "
+            rf"filepath{one}title$",
             {},
         )
         for one in "# :"
@@ -243,7 +248,9 @@ def test_tables_that_are_refused(
 
 
 def test_utf8_by_name_is_what_sets_were_begun_with(images: Path) -> None:
-    """A set that was begun before encodings were asked for is finished with ``--encoding utf-8``."""
+    """A set that was begun before encodings were asked for is finished with ``--encoding
+    utf-8``.
+    """
     path, out = write(images / "a.csv", TEXT.encode("latin-1")), images / "out"
     for name in ("utf-8", "UTF_8", "utf8"):
         assert quick([path], out, encoding=name).written == 2
@@ -256,7 +263,9 @@ def test_utf8_by_name_is_what_sets_were_begun_with(images: Path) -> None:
 def test_a_published_list_is_told_how_to_be_downloaded(
     tmp_path: Path, name: str, suffix: str
 ) -> None:
-    """Both commands in the message do what it says: the first writes a header that img2dataset's reader takes."""
+    """Both commands in the message do what it says: the first writes a header that img2dataset's
+    reader takes.
+    """
     path = write(tmp_path / f"{name}{suffix}", "\n".join([*PUBLISHED[name], ""]))
     with pytest.raises(UserError, match=r"is a list of URLs, .* img2dataset --url_list") as error:
         expand_inputs([str(path)])
@@ -321,7 +330,9 @@ def test_lists_in_messages_are_never_empty() -> None:
 def test_a_part_of_a_table_begins_where_it_is(
     images: Path, monkeypatch: pytest.MonkeyPatch, start: bytes, end: bytes
 ) -> None:
-    """What comes before is not read again, which for the last part of a long table would be nearly all."""
+    """What comes before is not read again, which for the last part of a long table would be
+    nearly all.
+    """
 
     def read_part(part: str) -> list[Any]:
         with opened(part) as source:

@@ -32,7 +32,10 @@ def losses(beta: float, count: int = 12) -> list[dict[str, Any]]:
 
 
 def evaluations(chances: list[float]) -> list[dict[str, Any]]:
-    """Evaluations of retrieval, both directions with the same chance; one with a figure that was none."""
+    """Evaluations of retrieval, both directions with the same chance.
+
+    One with a figure that was none.
+    """
     found: list[dict[str, Any]] = [{"batch": 90, "metrics": dict.fromkeys(NAMES)}]
     for i, chance in enumerate(chances, 1):
         # as sums come out

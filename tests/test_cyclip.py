@@ -1,4 +1,7 @@
-"""The loss term ``cyclip`` against its formula, and in a run. ``test_losses.py`` has two processes."""
+"""The loss term ``cyclip`` against its formula, and in a run.
+
+``test_losses.py`` has two processes.
+"""
 
 from __future__ import annotations
 

@@ -164,7 +164,9 @@ def test_a_shard_that_is_gone_is_an_error_with_its_cause(remote: Remote, workers
 
 
 def test_both_download_threads_may_fail(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first is slow to tell that it failed, so the second tries the same shard: an error, and no hang."""
+    """The first is slow to tell that it failed, so the second tries the same shard: an error,
+    and no hang.
+    """
     remote.remove(*remote.shards)
     failures: list[BaseException | None] = []
     note, follow = ImageTextDataset.on_exception, ImageTextDataset._ready_thread
@@ -196,7 +198,10 @@ def test_both_download_threads_may_fail(remote: Remote, monkeypatch: pytest.Monk
 
 
 def test_an_outage_is_waited_for(s3: S3Server, tmp_path: Path) -> None:
-    """The server goes away when some shards are read, and comes back: nobody notices. In a process of its own."""
+    """The server goes away when some shards are read, and comes back: nobody notices.
+
+    In a process of its own.
+    """
     remote = f"{s3.bucket()}/outage"
     write_set(remote, 400)
     script = f"""
@@ -205,10 +210,11 @@ def test_an_outage_is_waited_for(s3: S3Server, tmp_path: Path) -> None:
         from alignclip.data.dataset import ImageTextDataset, build_dataloader
         stream = StreamConfig(remote={remote!r}, local={str(tmp_path / "cache")!r})
         config = DataConfig(
-            streams={{"s": stream}}, num_canonical_nodes=1, num_workers=1, download_retry=6, download_timeout=2.0,
-            predownload=8, prefetch_factor=1, shuffle=False,
+            streams={{"s": stream}}, num_canonical_nodes=1, num_workers=1, download_retry=6,
+            download_timeout=2.0, predownload=8, prefetch_factor=1, shuffle=False,
         )
-        dataset = ImageTextDataset(config, batch_size=4, image_size=32, context_length=20, semantic=True)
+        sizes = dict(batch_size=4, image_size=32, context_length=20)
+        dataset = ImageTextDataset(config, **sizes, semantic=True)
         for i, batch in enumerate(build_dataloader(dataset, config, pin_memory=False)):
             print("batch", i, flush=True)
             if i == 1:

@@ -1,4 +1,6 @@
-"""What a run shows: the bar within any terminal, a line an interval in a file, the time left at this start's pace."""
+"""What a run shows: the bar within any terminal, a line an interval in a file, the time left at
+this start's pace.
+"""
 
 from __future__ import annotations
 
@@ -152,7 +154,8 @@ def test_a_file_has_one_line_an_interval(clock: Clock) -> None:
     assert "\r" not in file.getvalue()
     first, _, last = lines(file.getvalue())
     assert first.endswith(
-        "total 4.6912, contrastive 4.1234, separation 0.5678, lr 5.00e-04, 8 samples/s, data wait 25 %, 00:14 left"
+        "total 4.6912, contrastive 4.1234, separation 0.5678, lr 5.00e-04, 8 samples/s, data wait "
+        "25 %, 00:14 left"
     )
     assert last.endswith("00:00 left")
 
@@ -167,7 +170,9 @@ def test_an_interval_in_epochs_has_a_line_an_epoch_and_none_twice(clock: Clock) 
 
 
 def test_the_time_left_is_of_this_starts_steps(clock: Clock) -> None:
-    """Neither the batches of earlier starts nor this one's first, which builds and reads, are part of the pace."""
+    """Neither the batches of earlier starts nor this one's first, which builds and reads, are
+    part of the pace.
+    """
     file = io.StringIO()
     console, run = Console(200, 16, False, "1ba", stream=file), Run(clock, 200, 100)
     console.fit_start(run.state, LOGGER)

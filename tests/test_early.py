@@ -1,4 +1,6 @@
-"""Wrong places are told before anything large is imported, all of them at once, and leave nothing behind."""
+"""Wrong places are told before anything large is imported, all of them at once, and leave
+nothing behind.
+"""
 
 from __future__ import annotations
 

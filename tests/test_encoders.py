@@ -27,7 +27,7 @@ from alignclip.losses import AlignCLIPLoss
 from alignclip.model.encoders import build_encoders
 from alignclip.weights.formats.release import our_names, renamed
 
-# --- the published code -------------------------------------------------------------------------------------------
+# --- the published code ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -100,7 +100,9 @@ def test_released_vit_b_16_has_our_names_and_shapes() -> None:
 
 
 def test_initialisation_is_the_published_one() -> None:
-    """Same distributions, other draws: means and deviations within 4 standard errors of a difference of two samples."""
+    """Same distributions, other draws: means and deviations within 4 standard errors of a
+    difference of two samples.
+    """
     published = json.loads((FIXTURES / "tiny64_init_stats_seed0.json").read_text())
     torch.manual_seed(1)
     config = ModelConfig(
@@ -120,7 +122,7 @@ def test_initialisation_is_the_published_one() -> None:
         assert abs(float(values.std()) / std - 1) < 4 / math.sqrt(n), name
 
 
-# --- open_clip ----------------------------------------------------------------------------------------------------
+# --- open_clip ------------------------------------------------------------------------------------
 
 
 def test_unshared_initialisation_is_open_clips() -> None:
@@ -177,7 +179,7 @@ def test_tokenizer_is_the_published_one() -> None:
     assert tokens.tolist() == published["tokens"]
 
 
-# --- sharing ------------------------------------------------------------------------------------------------------
+# --- sharing --------------------------------------------------------------------------------------
 
 
 def test_parameter_count_follows_sharing() -> None:

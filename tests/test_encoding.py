@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from alignclip.losses import AlignCLIPLoss
 from alignclip.model.encoders import CLIP, build_encoders, clamp_logit_scale_
 
-# --- text length --------------------------------------------------------------------------------------------------
+# --- text length ----------------------------------------------------------------------------------
 
 
 def untrimmed(model: CLIP, tokens: Tensor) -> Tensor:
@@ -48,7 +48,9 @@ def test_trimmed_text_has_the_features_of_untrimmed(name: str) -> None:
 
 
 def test_trimming_does_not_count_zeros() -> None:
-    """Id 0 inside of a caption is a token, and what stands behind the end of text is no part of it, zero or not."""
+    """Id 0 inside of a caption is a token, and what stands behind the end of text is no part of
+    it, zero or not.
+    """
     model = build_encoders(small_config())
     tokens = torch.tensor(
         [[62, 0, 0, 0, 5, 0, 63, 0, 0, 0, 0, 0], [62, 7, 63, 0, 0, 0, 0, 0, 0, 0, 0, 0]]
@@ -72,7 +74,7 @@ def test_too_long_text_is_refused_and_too_much_padding_is_not() -> None:
         model.encode_text(tokens)
 
 
-# --- chunks -------------------------------------------------------------------------------------------------------
+# --- chunks ---------------------------------------------------------------------------------------
 
 
 def loss_and_gradients(model: CLIP, chunk_size: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -190,7 +192,9 @@ class Step(nn.Module):
 
 
 def distributed_gradients() -> dict[str, Any]:
-    """DDP's gradients with and without chunks, and what FSDP2 makes of a logit scale beyond its bound."""
+    """DDP's gradients with and without chunks, and what FSDP2 makes of a logit scale beyond its
+    bound.
+    """
     images, tokens = small_batch()
     mine = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
     found: dict[str, Any] = {}

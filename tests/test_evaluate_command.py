@@ -35,8 +35,8 @@ from alignclip.model.encoders import build_encoders
 from alignclip.weights.digest import weights_digest
 
 GAP = {
-    "centroid_distance": 0.05, "alignment_score": 0.955, "wrong_pairs_cosine": 0.95, "margin": 0.005,
-    "effective_rank_image": 1.3, "effective_rank_text": 2.4,
+    "centroid_distance": 0.05, "alignment_score": 0.955, "wrong_pairs_cosine": 0.95,
+    "margin": 0.005, "effective_rank_image": 1.3, "effective_rank_text": 2.4,
 }  # fmt: skip
 RECALL = {
     f"{side}_retrieval_recall@{k}": k / 1000 for side in ("image", "text") for k in (1, 5, 10)
@@ -91,7 +91,7 @@ def batches_of(one: ComparisonReport) -> dict[str, list[int | None]]:
     return {name: [point.batch for point in points] for name, points in gap_curves(one).items()}
 
 
-# --- the table and results.json ------------------------------------------------------------------------------------
+# --- the table and results.json -------------------------------------------------------------------
 
 
 def test_table_has_a_column_for_each_checkpoint_and_says_which_way_is_up(tmp_path: Path) -> None:
@@ -100,8 +100,9 @@ def test_table_has_a_column_for_each_checkpoint_and_says_which_way_is_up(tmp_pat
     both.add("a longer name", "coco", {"acc1": 0.25, "fpr95": math.nan, "C": 1.0}, {"acc1": 0.1})
     lines = table(both).splitlines()
     assert [line.split() for line in lines[:5]] == [
-        ["a", "a", "longer", "name", "chance"], ["coco"], ["↑", "acc1", "0.5000", "0.2500", "0.1000"],
-        ["↓", "fpr95", "0.1000", "nan"], ["C", "1.0000", "1.0000"],
+        ["a", "a", "longer", "name", "chance"], ["coco"],
+        ["↑", "acc1", "0.5000", "0.2500", "0.1000"], ["↓", "fpr95", "0.1000", "nan"],
+        ["C", "1.0000", "1.0000"],
     ]  # fmt: skip
     assert "* the numbers to watch" in lines[6]
 
@@ -110,8 +111,9 @@ def test_the_figures_of_a_column_have_one_format_and_the_file_has_all_digits(
     tmp_path: Path,
 ) -> None:
     shown = {
-        "margin": (0.000264131, "0.0003"), "alignment_std": (0.0013, "0.0013"), "acc1": (0.0, "0.0000"),
-        "rmg": (-0.000264131, "-0.0003"), "C": (1e-6, "1e-06"), "aupr": (0.5, "0.5000"),
+        "margin": (0.000264131, "0.0003"), "alignment_std": (0.0013, "0.0013"),
+        "acc1": (0.0, "0.0000"), "rmg": (-0.000264131, "-0.0003"), "C": (1e-6, "1e-06"),
+        "aupr": (0.5, "0.5000"),
     }  # fmt: skip
     one = report(tmp_path, {"a": "x"})
     one.add("a", "coco", {name: value for name, (value, _) in shown.items()}, {})
@@ -129,8 +131,8 @@ def test_table_ends_in_a_verdict_that_calls_a_collapse_a_collapse(tmp_path: Path
     text = table(one)
     assert any(line.split()[:4] == ["*", "↑", "margin", "0.0050"] for line in text.splitlines())
     assert (
-        "gap: COLLAPSED: the gap is closed (0.05), but retrieval is near chance (mean R@5 0.005, 2.0 × chance)"
-        in text
+        "gap: COLLAPSED: the gap is closed (0.05), but retrieval is near chance (mean R@5 0.005, "
+        "2.0 × chance)" in text
     )
     found = content(tmp_path)
     verdict = found["verdicts"]["model"]["gap"]
@@ -147,7 +149,8 @@ def test_table_ends_in_a_verdict_that_calls_a_collapse_a_collapse(tmp_path: Path
     [
         (
             CHANCE,
-            "the gap closed (from 1.10 at batch 10 to 0.05), and retrieval rose (mean R@5 0.500, 200.0 × chance, 0.003",
+            "the gap closed (from 1.10 at batch 10 to 0.05), and retrieval rose (mean R@5 0.500, "
+            "200.0 × chance, 0.003",
         ),
         # the first evaluation was of another set
         (RECALL, "the gap is closed (0.05), and retrieval works"),
@@ -199,7 +202,7 @@ def test_what_is_particular_about_a_set_is_said_below_the_table_and_kept(tmp_pat
     assert content(tmp_path)["notes"] == {}
 
 
-# --- curves and plots ---------------------------------------------------------------------------------------------
+# --- curves and plots -----------------------------------------------------------------------------
 
 
 def test_curves_are_of_runs_and_of_checkpoints_whose_batch_is_known(tmp_path: Path) -> None:
@@ -235,7 +238,8 @@ def test_of_checkpoints_some_of_which_were_not_evaluated_in_training_all_are_dra
         one.add(name, "gap", GAP, CHANCE)
     # in the order, and so in the colours, of the other plots
     assert list(batches_of(one).items()) == [
-        ("clip (first) · gap", [30]), ("alignclip (second) · gap", [5, 10]), ("openai · gap", [None]),
+        ("clip (first) · gap", [30]), ("alignclip (second) · gap", [5, 10]),
+        ("openai · gap", [None]),
     ]  # fmt: skip
     finish(one, {})
     assert (tmp_path / "out" / "gap.png").exists()
@@ -295,7 +299,7 @@ def test_everything_is_written_and_a_plot_that_fails_takes_nothing_with_it(
     assert "not evaluated: cars: no MDS set" in said
 
 
-# --- a folder that holds an earlier evaluation --------------------------------------------------------------------
+# --- a folder that holds an earlier evaluation ----------------------------------------------------
 
 
 def test_the_same_comparison_is_added_to(
@@ -396,7 +400,7 @@ def test_what_an_earlier_version_or_a_person_left_is_kept(tmp_path: Path, text: 
     assert (tmp_path / "earlier-2" / "results.json").read_text(encoding="utf-8") == text
 
 
-# --- checkpoints and evaluators that can't be used ----------------------------------------------------------------
+# --- checkpoints and evaluators that can't be used ------------------------------------------------
 
 
 def test_each_checkpoint_is_read_once_and_its_memory_is_free_after_its_evaluation(

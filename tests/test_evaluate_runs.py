@@ -1,4 +1,6 @@
-"""Evaluation end to end from a bucket: inside a sharded run of two processes, and of its checkpoint afterwards."""
+"""Evaluation end to end from a bucket: inside a sharded run of two processes, and of its
+checkpoint afterwards.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Evaluation of a model on sets: features in the set's order on any number of ranks, each task against its parts."""
+"""Evaluation of a model on sets: features in the set's order on any number of ranks, each task
+against its parts.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ STS = "\n".join(
 )
 
 
-# --- features of a set --------------------------------------------------------------------------------------------
+# --- features of a set ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 4, 9])
@@ -128,7 +130,7 @@ def test_an_interrupted_evaluation_stops_at_the_next_batch(tmp_path: Path) -> No
     assert len(asked) == 3
 
 
-# --- each task ----------------------------------------------------------------------------------------------------
+# --- each task ------------------------------------------------------------------------------------
 
 
 def features_of(
@@ -248,13 +250,15 @@ def test_evaluators_may_share_a_set(
     assert encoded == ["e: images", "e: captions"], "once for both"
 
 
-# --- sets that can't be read --------------------------------------------------------------------------------------
+# --- sets that can't be read ----------------------------------------------------------------------
 
 
 def test_a_download_that_fails_is_an_error_each_time_and_waits_for_nobody(
     s3: S3Server, tmp_path: Path
 ) -> None:
-    """Several workers read one shard that is gone: none waits for another, then or at the next evaluation."""
+    """Several workers read one shard that is gone: none waits for another, then or at the next
+    evaluation.
+    """
     remote = f"{s3.bucket()}/gone"
     write_captioned(remote, 40, several=False)
     bucket = remote.removeprefix("s3://").partition("/")[0]
@@ -274,7 +278,9 @@ def test_a_download_that_fails_is_an_error_each_time_and_waits_for_nobody(
 def test_a_reader_that_hangs_ends_with_the_evaluation_and_blocks_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One worker's download fails while another's never answers: the next evaluation finds a set that can be read."""
+    """One worker's download fails while another's never answers: the next evaluation finds a set
+    that can be read.
+    """
     write_captioned(tmp_path / "set", 40, several=False)
     broken = tmp_path / "broken"
     broken.touch()

@@ -1,4 +1,6 @@
-"""Evaluation during training: at its intervals, without a trace in the losses, the best checkpoint kept."""
+"""Evaluation during training: at its intervals, without a trace in the losses, the best
+checkpoint kept.
+"""
 
 from __future__ import annotations
 
@@ -159,7 +161,9 @@ def test_a_best_checkpoint_that_cannot_be_written_ends_no_run(
 def test_the_best_goes_into_a_bucket_beside_the_training(
     s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However slow the upload is: what is being uploaded has to be beaten, and what is lost in it has not."""
+    """However slow the upload is: what is being uploaded has to be beaten, and what is lost in
+    it has not.
+    """
     config = KeepBestConfig("pairs/rmg", "min")
     folder = SaveFolder(config_for(tmp_path, f"{s3.bucket()}/run"))
     go_on, uploaded, bring = threading.Event(), [], folder.bring
@@ -234,7 +238,9 @@ def test_a_set_that_is_not_there_is_told_before_the_first_step(
 def test_a_run_that_is_told_to_stop_saves_before_anything_else(
     dataset: Path, tmp_path: Path, runs: EvaluatedRuns
 ) -> None:
-    """In a process of its own, because of its signals: SIGTERM while the first of two evaluators works."""
+    """In a process of its own, because of its signals: SIGTERM while the first of two evaluators
+    works.
+    """
     settings = ["run_name=r", "max_duration=8ba"]
     for name in ("first", "second"):
         settings += pairs(dataset, name, "retrieval", interval="2ba")
@@ -259,7 +265,9 @@ def test_a_run_that_is_told_to_stop_saves_before_anything_else(
 def test_the_record_of_evaluations_is_that_of_the_run_as_it_went_on(
     dataset: Path, runs: EvaluatedRuns, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A line an evaluation; a run that goes on from an earlier checkpoint has not those of the future that was lost."""
+    """A line an evaluation; a run that goes on from an earlier checkpoint has not those of the
+    future that was lost.
+    """
     settings = [*pairs(dataset, "gap", interval="2ba"), "save_interval=1ep"]
     settings += pairs(dataset, task="retrieval", interval="4ba")
     file = runs.saved / "evaluations.jsonl"

@@ -1,4 +1,6 @@
-"""The examples, on a tiny model, a tiny set and a folder of pictures: each runs as its head says."""
+"""The examples, on a tiny model, a tiny set and a folder of pictures: each runs as its head
+says.
+"""
 
 from __future__ import annotations
 

@@ -240,7 +240,9 @@ def test_what_a_format_cannot_hold(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_an_authors_file_there_and_back(name: str, tmp_path: Path) -> None:
-    """Directly, and through every other format: equal tensor for tensor, the unused one included."""
+    """Directly, and through every other format: equal tensor for tensor, the unused one
+    included.
+    """
     published = reference(name)
     config = config_of(published["config"], **EVERYTHING)
     # its heads are 16 wide, which shapes don't tell
@@ -319,10 +321,18 @@ K_PROJECTION = "text_model.encoder.layers.0.self_attn.k_proj.weight"
 @pytest.mark.parametrize(
     ("part", "change", "words"),
     [
-        ("vision", {"hidden_act": "quick_gelu"}, "its towers' hidden_act are quick_gelu and gelu, and"),
+        (
+            "vision",
+            {"hidden_act": "quick_gelu"},
+            "its towers' hidden_act are quick_gelu and gelu, and",
+        ),
         ("text", {"layer_norm_eps": 1e-6}, "text_config.layer_norm_eps is 1e-06"),
         ("text", {"eos_token_id": 7}, "eos_token_id is 7, and our encoders end texts at 63"),
-        ("text", {"eos_token_id": 49407}, "eos_token_id is 49407, and our encoders end texts at 63"),
+        (
+            "text",
+            {"eos_token_id": 49407},
+            "eos_token_id is 49407, and our encoders end texts at 63",
+        ),
         ("vision", {"image_size": 64}, "positional_embedding is"),
         ("vision", {"hidden_size": 48}, "is .*, not "),
         ("text", {"num_attention_heads": 0}, "model.text_cfg|impossible|no model"),
@@ -333,7 +343,7 @@ K_PROJECTION = "text_model.encoder.layers.0.self_attn.k_proj.weight"
         ("tensors", {"extra": torch.zeros(1)}, "it has extra in addition"),
         ("tensors", {"logit_scale": torch.zeros(2)}, r"logit_scale is \[2\], not \[1\]"),
     ],
-)  # fmt: skip
+)
 def test_clip_models_that_are_not_ours(
     tmp_path: Path, part: str, change: dict[str, Any], words: str
 ) -> None:

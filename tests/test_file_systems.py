@@ -1,4 +1,7 @@
-"""File systems that lack something: links, renames over a file, room. A save is whole, or one line and nothing else."""
+"""File systems that lack something: links, renames over a file, room.
+
+A save is whole, or one line and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -174,7 +177,10 @@ def test_a_run_whose_disk_is_full_ends_and_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """With one line and a status of its own; in a bucket it is the temporary folder that is full."""
+    """With one line and a status of its own.
+
+    In a bucket it is the temporary folder that is full.
+    """
     uri = f"{s3.bucket()}/run" if remote else str(tmp_path / "runs")
     runs = short_runs(tmp_path, dataset, uri)
     trainer = runs.build()

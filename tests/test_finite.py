@@ -1,4 +1,7 @@
-"""Numbers that are not finite end a run before anything is saved over; nothing starts from such numbers."""
+"""Numbers that are not finite end a run before anything is saved over.
+
+Nothing starts from such numbers.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +93,9 @@ def end_of(runs: SmallRuns, *overrides: str, callbacks: tuple[Callback, ...] = (
 
 
 def saved(tmp_path: Path) -> list[int]:
-    """The batches of the checkpoints, all of which hold finite numbers, and ``latest`` is the newest."""
+    """The batches of the checkpoints, all of which hold finite numbers, and ``latest`` is the
+    newest.
+    """
     files = {int(p.name.split("-")[1][2:]): p for p in (tmp_path / "runs").glob("ep*.pt")}
     for path in files.values():
         state = torch.load(path, map_location="cpu", weights_only=False)["state"]["model"]
@@ -111,7 +116,8 @@ def test_an_embedding_that_is_not_finite_ends_the_run(tmp_path: Path, value: flo
     )
     assert "the gradients of " in said
     assert said.endswith(
-        "The run is saved up to batch 1; the same command goes on from there, once these samples are out of the set "
+        "The run is saved up to batch 1; the same command goes on from there, once these samples "
+        "are out of the set "
         "(convert/verify.py finds all of them)"
     )
     assert saved(tmp_path) == [1]
@@ -119,7 +125,10 @@ def test_an_embedding_that_is_not_finite_ends_the_run(tmp_path: Path, value: flo
 
 @pytest.mark.parametrize("batch", [0, 2, 4])
 def test_what_was_trained_before_is_saved(tmp_path: Path, batch: int) -> None:
-    """In the first batch, in the middle of an epoch and at its beginning; once mended, the run goes on the same."""
+    """In the first batch, in the middle of an epoch and at its beginning.
+
+    Once mended, the run goes on the same.
+    """
 
     def spoil(state: State) -> None:
         state.batch["semantic"][:] = math.nan
@@ -188,7 +197,9 @@ def test_what_is_not_finite_is_named(
 
 
 def test_the_latest_checkpoint_is_not_finite(tmp_path: Path) -> None:
-    """As an earlier version has left it: refused in a line, and the one before is used once it is gone."""
+    """As an earlier version has left it: refused in a line, and the one before is used once it
+    is gone.
+    """
     runs = runs_on(tmp_path)
     runs.train("max_duration=3ba")
     newest = (tmp_path / "runs" / "latest-rank0.pt").resolve()
@@ -229,7 +240,10 @@ def test_the_command_ends_with_a_status_of_its_own(
 
 @pytest.mark.slow
 def test_two_ranks_end_at_the_same_batch(tmp_path: Path) -> None:
-    """The bad sample is the second rank's; the launcher ends with the same status, and the line stands there once."""
+    """The bad sample is the second rank's.
+
+    The launcher ends with the same status, and the line stands there once.
+    """
     write_embeddings(tmp_path / "set", bad(math.nan, 30))
     config = write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "runs"))
     text = run(
@@ -257,7 +271,9 @@ def test_weights_to_start_from_are_looked_at(tmp_path: Path) -> None:
 
 
 def _check_loaded() -> str:
-    """What this rank says of a checkpoint of which rank 1 has the part that is not finite, as under FSDP2."""
+    """What this rank says of a checkpoint of which rank 1 has the part that is not finite, as
+    under FSDP2.
+    """
     model = torch.nn.Linear(2, 2)
     if torch.distributed.get_rank() == 1:
         torch.nn.init.constant_(model.weight, math.nan)

@@ -112,7 +112,7 @@ def test_one_point_but_for_rounding_is_one_point():
     assert gap["effective_rank_image"] == 0
 
 
-# --- can images and texts be told apart? --------------------------------------------------------------------------
+# --- can images and texts be told apart? ----------------------------------------------------------
 
 
 def clouds(shift, count=300, width=16):
@@ -139,7 +139,10 @@ def test_separability_is_of_pairs_the_classifier_has_not_seen():
 
 
 def test_separability_equals_scikit_learns_pipeline_over_splits():
-    """Its mean and spread over splits; in a space where the gap is in the axis of least variance."""
+    """Its mean and spread over splits.
+
+    In a space where the gap is in the axis of least variance.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -168,7 +171,7 @@ def test_without_scikit_learn_all_but_separability_is_there(monkeypatch):
         modality_gap(*random_pairs())
 
 
-# --- how many axes? -----------------------------------------------------------------------------------------------
+# --- how many axes? -------------------------------------------------------------------------------
 
 
 def test_the_spectrum_is_that_of_numpys_covariance():
@@ -195,7 +198,7 @@ def test_effective_rank_counts_axes():
     ) == pytest.approx(2)
 
 
-# --- pairs and non-pairs ------------------------------------------------------------------------------------------
+# --- pairs and non-pairs --------------------------------------------------------------------------
 
 
 def test_a_gap_closed_by_hand():

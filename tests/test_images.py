@@ -172,7 +172,9 @@ def test_only_what_is_shrunk_is_turned_upright(image_format: str, orientation: i
 BROKEN_EXIF = {
     "nonsense": b"Exif\0\0nonsense!",
     "short": b"Exif\0\0",
-    "no-such-orientation": b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x09\0\0\0\0\0\0\0",
+    "no-such-orientation": (
+        b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x09\0\0\0\0\0\0\0"
+    ),
     "text": b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x04\0\0\0abcd\0\0\0\0",
 }
 

@@ -1,4 +1,6 @@
-"""The linear probe against fits by scikit-learn alone, and that the test set has no say in the strength."""
+"""The linear probe against fits by scikit-learn alone, and that the test set has no say in the
+strength.
+"""
 
 import sys
 
@@ -110,7 +112,9 @@ def test_reproducible_and_the_seed_changes_the_split():
 
 
 def test_features_that_all_point_one_way_are_fitted_to_the_end():
-    """As a collapsed model's do: scikit-learn stops early on them as they are, at its default tolerance."""
+    """As a collapsed model's do: scikit-learn stops early on them as they are, at its default
+    tolerance.
+    """
     x, y, x_test, y_test = blobs(classes=6, count=600, noise=0.5)
     x, x_test = (v * 1.5 ** -torch.arange(8) + 100 for v in (x, x_test))
     assert F.cosine_similarity(x[:1], x).min() > 0.999

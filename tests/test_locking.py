@@ -1,4 +1,6 @@
-"""Locked towers: what is locked keeps its bits, what is not is trained, and what makes no sense is refused."""
+"""Locked towers: what is locked keeps its bits, what is not is trained, and what makes no sense
+is refused.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +111,9 @@ def test_random_weights_are_not_locked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("groups", [0, 2])
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet"])
 def test_batch_norms_that_keep_their_statistics(tmp_path: Path, name: str, groups: int) -> None:
-    """The locked tower computes what it did, in training, too, and its checkpoint loads with the same features."""
+    """The locked tower computes what it did, in training, too, and its checkpoint loads with the
+    same features.
+    """
     config = small_config(vision={"timm_model_name": name, "image_size": 64})
     torch.manual_seed(0)
     model = build_encoders(config).eval()

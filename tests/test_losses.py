@@ -1,4 +1,6 @@
-"""The losses against the published code's numbers, on one process and on two, and in reduced-precision contexts."""
+"""The losses against the published code's numbers, on one process and on two, and in
+reduced-precision contexts.
+"""
 
 from __future__ import annotations
 
@@ -164,7 +166,7 @@ def test_needs_semantic_says_what_the_loss_does() -> None:
             assert torch.equal(losses["total"], losses["contrastive"])
 
 
-# --- precision ----------------------------------------------------------------------------------------------------
+# --- precision ------------------------------------------------------------------------------------
 
 
 def losses_and_gradients(batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -175,7 +177,10 @@ def losses_and_gradients(batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_autocast_and_low_matmul_precision_change_nothing(device: str) -> None:
-    """ "medium" makes fp32 matrix products bf16 where the CPU can, and TF32 on a GPU; autocast makes them bf16."""
+    """ "medium" makes fp32 matrix products bf16 where the CPU can, and TF32 on a GPU.
+
+    Autocast makes them bf16.
+    """
     batch = {
         name: value.detach().to(device).requires_grad_(value.requires_grad)
         for name, value in random_batch(128, torch.float32, dim=128).items()
@@ -235,7 +240,7 @@ def test_bf16_features_are_computed_in_fp32() -> None:
         assert torch.equal(value, exact[name])
 
 
-# --- memory -------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -260,7 +265,7 @@ def test_saved_matrices(settings: dict[str, Any], most: int) -> None:
     losses["total"].backward()
 
 
-# --- blocks of rows -----------------------------------------------------------------------------------------------
+# --- blocks of rows -------------------------------------------------------------------------------
 
 TILED_SETTINGS: list[dict[str, Any]] = [
     {},
@@ -340,7 +345,7 @@ def test_a_small_batch_is_computed_whole(monkeypatch: pytest.MonkeyPatch) -> Non
     AlignCLIPLoss()(**random_batch(64))["total"].backward()
 
 
-# --- several processes --------------------------------------------------------------------------------------------
+# --- several processes ----------------------------------------------------------------------------
 
 DIST = torch.load(FIXTURES / "losses_dist2.pt", weights_only=True)
 DIST_SETTINGS: dict[str, dict[str, Any]] = {
@@ -354,7 +359,10 @@ DIST_SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def distributed_losses() -> dict[str, dict[str, torch.Tensor]]:
-    """This rank's losses and gradients in every setting, and alone in a group of its own; all of it again in blocks."""
+    """This rank's losses and gradients in every setting, and alone in a group of its own.
+
+    All of it again in blocks.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
     alone = [dist.new_group([r]) for r in range(world)][rank]
     settings = DIST_SETTINGS | {"alone": {"group": alone}}
@@ -410,7 +418,8 @@ def test_two_ranks_average_to_one_process(name: str, on_two_ranks: list[Any]) ->
         mean = torch.stack([rank[key] for rank in ranks]).mean(dim=0)
         torch.testing.assert_close(mean, single[key], rtol=1e-12, atol=1e-14)
     for key in ("image", "text"):
-        # each rank's features reach the losses of both ranks; averaging gradients over ranks halves their sum
+        # each rank's features reach the losses of both ranks; averaging gradients over ranks halves
+        # their sum
         torch.testing.assert_close(
             torch.cat([rank[key] for rank in ranks]) / 2, single[key], rtol=1e-11, atol=1e-13
         )

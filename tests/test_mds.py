@@ -166,7 +166,10 @@ def test_several_captions_an_image(tmp_path: Path, lengths: None) -> None:
     assert json.loads((out / "dataset.json").read_text())["dimension"] == 768
     check_streams(DataConfig(streams={"x": StreamConfig(local=str(out))}), semantic=True)
 
-    message = r"in/index\.json has lists of captions, other inputs have one an image; give it an --out of its own$"
+    message = (
+        r"in/index\.json has lists of captions, other inputs have one an image; give it an "
+        r"--out of its own$"
+    )
     tar = write_tar(tmp_path / "a.tar", pairs(10, 2))
     refused(message, [index, tar], tmp_path / "both")
     message = "was begun with the columns .* this run would write .*; choose an"

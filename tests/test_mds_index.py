@@ -21,11 +21,12 @@ from alignclip.verification.command import main as verify
 
 Entry = dict[str, Any]
 OUTSIDE = [
-    "../x.mds", "../../x.mds", "a/../../x.mds", "a/..", "..", "/etc/passwd", "//server/share", "..\\x.mds",
-    "a\\..\\x.mds", "C:\\x.mds", "C:/x.mds", "C:x.mds", "\\\\server\\share",
+    "../x.mds", "../../x.mds", "a/../../x.mds", "a/..", "..", "/etc/passwd", "//server/share",
+    "..\\x.mds", "a\\..\\x.mds", "C:\\x.mds", "C:/x.mds", "C:x.mds", "\\\\server\\share",
 ]  # fmt: skip
 NO_NAMES: list[Any] = [
-    "", "x\0.mds", ".", "./x.mds", "a//x.mds", "a/", "x" * 256, "x\n.mds", "\x1b[2J", "\ud800", None, 5, ["x"], {"x": 1}
+    "", "x\0.mds", ".", "./x.mds", "a//x.mds", "a/", "x" * 256, "x\n.mds", "\x1b[2J", "\ud800",
+    None, 5, ["x"], {"x": 1}
 ]  # fmt: skip
 
 
@@ -78,7 +79,8 @@ NO_FILE = "has no file with a basename, bytes and hashes"
 NO_SIZE = f"has no size or no hashes of {RAW}"
 CANT = "which Streaming can't read"
 UNEVEN = "has not one name, encoding and size for each column"
-# what an entry has instead (of a file, what is to be changed of it; None: nothing), and why it can't be read
+# what an entry has instead (of a file, what is to be changed of it; None: nothing), and why it
+# can't be read
 BROKEN: list[tuple[Entry, str]] = [
     ({"raw_data": {"basename": "../x.mds"}}, "names a file outside the set: ../x.mds"),
     ({"zip_data": {"basename": "/x.mds"}}, "names a file outside the set: /x.mds"),
@@ -105,12 +107,15 @@ BROKEN: list[tuple[Entry, str]] = [
     ({"column_names": "key"}, "has no names, encodings and sizes of columns"),
     ({"column_sizes": [None]}, UNEVEN),
     ({"hashes": "xxh64"}, "has no list of hashes, or no size limit"),
-    *((stored_as(e), f"as {e}, which executes code when it is read") for e in ("pkl", "pkl:", "pkl:x")),
+    *(
+        (stored_as(e), f"as {e}, which executes code when it is read")
+        for e in ("pkl", "pkl:", "pkl:x")
+    ),
     *((stored_as(e), f"as {e}, {CANT}") for e in ("PKL", "list[pkl]", "ndarray:object", "str:x")),
     (stored_as("ndarray:float16:-1", -2), f"as ndarray:float16:-1, {CANT}"),
     (stored_as("str", -5), "in -5 bytes"),
     (stored_as("str", 0), "in 0 bytes"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("change", "why"), BROKEN, ids=[why for _, why in BROKEN])

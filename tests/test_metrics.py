@@ -31,7 +31,8 @@ def test_every_metric_says_which_way_is_better() -> None:
 def test_a_task_is_declared_without_pytorch() -> None:
     """Reading a YAML imports the tasks, and a typo shall be told within a second."""
     code = (
-        "import sys; from alignclip.config.metrics import *; from alignclip.config.plugged import *;"
+        "import sys; from alignclip.config.metrics import *; from alignclip.config.plugged import "
+        "*;"
         "[metrics_of(task) for task in TASKS];"
         "assert not {'torch', 'numpy', 'sklearn', 'composer', 'streaming'} & {*sys.modules}"
     )

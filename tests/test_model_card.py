@@ -1,4 +1,6 @@
-"""What an export publishes: figures of its own weights, and no path, user or host of the machine."""
+"""What an export publishes: figures of its own weights, and no path, user or host of the
+machine.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The command that a conversion ends with: it fits the set and the machine, and is one that the product takes."""
+"""The command that a conversion ends with: it fits the set and the machine, and is one that the
+product takes.
+"""
 
 from __future__ import annotations
 
@@ -183,5 +185,8 @@ def test_more_inputs_say_what_is_there_and_what_is_added(
         (out / name).unlink()
     third = write_tar(tmp_path / "2.tar", pairs(20, 1))
     quick([first, second, third], out, progress=True)
-    said = f"{out} holds 5 samples from 1 input; 1 input added ({third}), 1 input of its own left to convert\n"
+    said = (
+        f"{out} holds 5 samples from 1 input; 1 input added ({third}), 1 input of its own left "
+        f"to convert\n"
+    )
     assert said in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""What a notebook asks for: public names, texts and pictures as they are, metrics, samples to look at."""
+"""What a notebook asks for: public names, texts and pictures as they are, metrics, samples to
+look at.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,8 @@ def picture(seed: int) -> Image.Image:
 def test_public_names_are_offered_before_they_are_imported() -> None:
     code = (
         "import sys, alignclip; offered = dir(alignclip);"
-        "assert {'load', 'evaluate', 'dataset', 'CLIP', 'ModelConfig', 'UserError', 'AlignCLIPLoss'} <= set(offered);"
+        "assert {'load', 'evaluate', 'dataset', 'CLIP', 'ModelConfig', 'UserError', "
+        "'AlignCLIPLoss'} <= set(offered);"
         "assert {name for name in offered if not name.startswith('__')} == set(alignclip.__all__);"
         "assert not {'torch', 'numpy', 'open_clip', 'streaming', 'composer'} & set(sys.modules);"
         "assert all(getattr(alignclip, name) is not None for name in alignclip.__all__);"

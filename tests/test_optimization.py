@@ -122,7 +122,7 @@ def test_learning_rates(
     assert lr_multiplier(total - 1, warmup, total, alpha_f) > alpha_f
 
 
-# --- layer decay ------------------------------------------------------------------------------------------------------
+# --- layer decay ----------------------------------------------------------------------------------
 
 
 def settings_of_each(optimizer: torch.optim.Optimizer, key: str) -> dict[int, float]:
@@ -132,7 +132,10 @@ def settings_of_each(optimizer: torch.optim.Optimizer, key: str) -> dict[int, fl
 
 @pytest.mark.parametrize("shared", [{}, {"blocks": 2, "ln_final": True}, EVERYTHING], ids=str)
 def test_layer_decay_counts_from_the_top_of_each_tower(shared: dict[str, Any]) -> None:
-    """Towers of five and three blocks where that can be; every parameter once, with the rate that its name gives it."""
+    """Towers of five and three blocks where that can be.
+
+    Every parameter once, with the rate that its name gives it.
+    """
     layers = {"visual": 3 if shared == EVERYTHING else 5, "": 3}
     model = build_encoders(small_config(vision={"layers": layers["visual"]}, shared=shared))
     config = OptimizerConfig(lr=0.5, weight_decay=0.1, layer_decay=0.8)
@@ -186,7 +189,9 @@ def timm_tower(name: str) -> CLIP:
 
 
 def test_layer_decay_of_a_timm_tower() -> None:
-    """As of a ViT of open_clip's: norm and projection, then the six blocks, then what lies below them."""
+    """As of a ViT of open_clip's: norm and projection, then the six blocks, then what lies below
+    them.
+    """
     model = timm_tower("test_vit")
     optimizer = build_optimizer(OptimizerConfig(lr=1.0, layer_decay=0.5), model)
     rates = settings_of_each(optimizer, "lr")
@@ -206,7 +211,10 @@ def test_layer_decay_of_a_timm_tower() -> None:
     "name", ["test_vit", "test_vit2", "test_efficientnet", "test_resnet", "test_convnext"]
 )
 def test_layer_decay_of_timm_towers_is_timms(name: str) -> None:
-    """With its classifier, which is where our projection is; what timm counts to the last block lies behind it here."""
+    """With its classifier, which is where our projection is.
+
+    What timm counts to the last block lies behind it here.
+    """
     trunk = timm_tower(name).visual.trunk
     depths = _timm_depths(trunk)
     whole = timm.create_model(name)

@@ -114,18 +114,30 @@ def test_what_a_constructor_raises_is_one_line(yaml: Path) -> None:
             "callbacks[own_parts.parts.Counter].evry=3",
             "unknown key 'callbacks.own_parts.parts.Counter.evry'; did you mean 'every'?",
         ),
-        ("callbacks[own_parts.parts.Counter].every=x", "Counter.every: Value 'x' is no whole number"),
+        (
+            "callbacks[own_parts.parts.Counter].every=x",
+            "Counter.every: Value 'x' is no whole number",
+        ),
         (
             "callbacks={own_parts.parts.Other: {}}",
             "is none of the callbacks; it must derive from composer.core.Callback",
         ),
-        ("loggers={own_prts.Sink: {}}", "loggers.own_prts.Sink: there is no module 'own_prts'; looked"),
-        ("loggers={own_parts.prts.Sink: {}}", "there is no module 'own_parts.prts'; looked for in /"),
+        (
+            "loggers={own_prts.Sink: {}}",
+            "loggers.own_prts.Sink: there is no module 'own_prts'; looked",
+        ),
+        (
+            "loggers={own_parts.prts.Sink: {}}",
+            "there is no module 'own_parts.prts'; looked for in /",
+        ),
         (
             "callbacks={own_parts.parts.Sized: {pair: {height: 3}}}",
             "callbacks.own_parts.parts.Sized.pair: TypeError: ",
         ),
-        ("callbacks={own_parts.parts.Loose: {values: [1]}}", "values' holds names with values below"),
+        (
+            "callbacks={own_parts.parts.Loose: {values: [1]}}",
+            "values' holds names with values below",
+        ),
         (
             "algorithms={composer.algorithms.MixUp: {alpha: 0.2}}",
             "algorithms: composer.algorithms.MixUp is Composer's: write it as MixUp",
@@ -139,7 +151,7 @@ def test_what_a_constructor_raises_is_one_line(yaml: Path) -> None:
             "own_broken can't be imported: No module named 'nothing_of_that_name'",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_with_them_is_one_line(yaml: Path, override: str, says: str) -> None:
     with pytest.raises(UserError) as error:
         plugins.check(load(yaml, [override]))

@@ -1,4 +1,6 @@
-"""What the plots of an evaluation show: the data against plain NumPy, and pictures in which nothing is covered."""
+"""What the plots of an evaluation show: the data against plain NumPy, and pictures in which
+nothing is covered.
+"""
 
 import math
 import sys
@@ -29,7 +31,8 @@ NAMES = {
     1: ["model"],
     4: ["CLIP", "SharedCLIP", "AlignCLIP", "untrained"],
     8: [
-        "ViT-B-16 AlignCLIP alpha=1 beta=0.5 cc12m 30 epochs ep30-ba587700-rank0.pt · flickr30k-test",
+        "ViT-B-16 AlignCLIP alpha=1 beta=0.5 cc12m 30 epochs ep30-ba587700-rank0.pt · "
+        "flickr30k-test",
         f"runs/$HOME/a_name_without_any_blanks/{'that_goes_on_and_on/' * 5}ep1-ba2$ · coco",
         "_underscored",
         *(f"epoch {epoch} · coco_val2017" for epoch in range(5)),
@@ -38,7 +41,9 @@ NAMES = {
 
 
 def pairs_of(mean=1.0, gap=1.0, noise=0.5, count=60, width=16, seed=0):
-    """Two cones: of a common direction and one of each modality's own, and what a pair has in common."""
+    """Two cones: of a common direction and one of each modality's own, and what a pair has in
+    common.
+    """
     generator = torch.Generator().manual_seed(seed)
     shared = torch.randn(count, width, generator=generator)
     images, texts = shared + noise * torch.randn(2, count, width, generator=generator)

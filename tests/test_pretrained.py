@@ -1,4 +1,6 @@
-"""``pretrained``: checkpoints of every origin into models that share nothing, something or everything."""
+"""``pretrained``: checkpoints of every origin into models that share nothing, something or
+everything.
+"""
 
 from __future__ import annotations
 
@@ -181,7 +183,8 @@ def test_the_recipes_example_fits() -> None:
     recipe = Path(__file__).parent.parent / "yamls" / "finetune-retrieval.yaml"
     for text in (
         "ViT-B-16/openai has a text tower 512 wide, so it wants embed_dim 512, text_cfg.width 512",
-        "text_cfg.heads 8, quick_gelu true, and shared {blocks: 0, ln_final: false, projection: fal",
+        "text_cfg.heads 8, quick_gelu true, and shared {blocks: 0, ln_final: false, projection: "
+        "fal",
     ):
         assert text in recipe.read_text()
     overrides = ["pretrained=ViT-B-16/openai", "model.embed_dim=512", "model.text_cfg.width=512"]
@@ -211,7 +214,9 @@ SHARED: dict[str, tuple[dict[str, Any], str]] = {  # and what is told of it
 @pytest.mark.parametrize("tower", ["text", "vision"])
 @pytest.mark.parametrize("name", SHARED)
 def test_two_towers_into_shared_modules(tmp_path: Path, name: str, tower: str) -> None:
-    """Of unequal depth: the last two text blocks are the last two of the image tower, three deep."""
+    """Of unequal depth: the last two text blocks are the last two of the image tower, three
+    deep.
+    """
     shared, told = SHARED[name]
     config = small_config(shared=shared, text={"layers": 3 if name == "all" else 2})
     weights = stock(config).state_dict()

@@ -1,4 +1,6 @@
-"""Published sets as people have them: other folders, other annotation files, other sets under a set's name."""
+"""Published sets as people have them: other folders, other annotation files, other sets under a
+set's name.
+"""
 
 from __future__ import annotations
 
@@ -315,7 +317,10 @@ def test_a_whole_set_is_not_taken_for_a_split(
     lines = "".join(f"{i}.jpg,a dog\n" for i in range(number))
     annotations = write(tmp_path / "captions.txt", f"image,caption\n{lines}".encode())
     write(tmp_path / "images" / "1.jpg", picture(1))
-    expected = rf"holds all splits \({number:,} images\); name the images of 'test' with --split-file .*{looks}"
+    expected = (
+        rf"holds all splits \({number:,} images\); name the images of 'test' with "
+        rf"--split-file .*{looks}"
+    )
     with pytest.raises(UserError, match=expected):
         convert_captions(
             dataset, tmp_path / "images", annotations, tmp_path / "out", skip_missing=True
@@ -346,21 +351,33 @@ def test_a_whole_file_of_coco_is_not_karpathys_split(tmp_path: Path) -> None:
 
 
 CSV_FILES = {  # name -> (lines, captions)
-    "numbered": ('image_name,comment_number,comment\n1.jpg,0,"Two men, one dog"\n1.jpg,1,"Say ""hi"", twice"\n',
-                 ["Two men, one dog", 'Say "hi", twice']),
-    "two columns": ('image,caption\n1.jpg,"Two men, one dog"\n1.jpg,A "big" dog\n1.jpg,plain\n',
-                    ["Two men, one dog", 'A "big" dog', "plain"]),
+    "numbered": (
+        'image_name,comment_number,comment\n1.jpg,0,"Two men, one dog"\n1.jpg,1,"Say ""hi"", '
+        'twice"\n',
+        ["Two men, one dog", 'Say "hi", twice'],
+    ),
+    "two columns": (
+        'image,caption\n1.jpg,"Two men, one dog"\n1.jpg,A "big" dog\n1.jpg,plain\n',
+        ["Two men, one dog", 'A "big" dog', "plain"],
+    ),
     "without a header": ('1.jpg,"one, two"\n1.jpg,three\n', ["one, two", "three"]),
     "a line break in a caption": ('image,caption\n1.jpg,"one\ntwo"\n', ["one\ntwo"]),
-    "not CSV": ('image,caption\n1.jpg,Two men, one dog\n1.jpg,"Stop" says the sign\n1.jpg,"quoted"\n',
-                ["Two men, one dog", '"Stop" says the sign', '"quoted"']),
+    "not CSV": (
+        'image,caption\n1.jpg,Two men, one dog\n1.jpg,"Stop" says the sign\n1.jpg,"quoted"\n',
+        ["Two men, one dog", '"Stop" says the sign', '"quoted"'],
+    ),
     "an open mark": ('image,caption\n1.jpg,"Stop\n1.jpg,go" says it\n', ['"Stop', 'go" says it']),
-    "an open mark that another closes": ('image,caption\n1.jpg,"Stop\n1.jpg,go"\n', ['"Stop', 'go"']),
-    "bars": ('image_name| comment_number| comment\n1.jpg| 0| Two "men", one dog\n1.jpg| 1 a dog\n',
-             ['Two "men", one dog', "a dog"]),
+    "an open mark that another closes": (
+        'image,caption\n1.jpg,"Stop\n1.jpg,go"\n',
+        ['"Stop', 'go"'],
+    ),
+    "bars": (
+        'image_name| comment_number| comment\n1.jpg| 0| Two "men", one dog\n1.jpg| 1 a dog\n',
+        ['Two "men", one dog', "a dog"],
+    ),
     "token": ('1.jpg#0\t"Two" men, one dog\n1.jpg#1\ta dog\n', ['"Two" men, one dog', "a dog"]),
     "carriage returns": ('image,caption\r\n1.jpg,"a, b"\r\n1.jpg,c\x85d\r\n', ["a, b", "c\x85d"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CSV_FILES)
@@ -391,7 +408,9 @@ def test_images_are_found_in_the_folders_of_an_archive(
 
 
 def test_all_of_flickr8k(tmp_path: Path) -> None:
-    """The publisher's files: the captions of all images, one of them with an odd name, and a list."""
+    """The publisher's files: the captions of all images, one of them with an odd name, and a
+    list.
+    """
     lines = "1_a.jpg#0\tA child .\n2_b.jpg.1#0\tA dog .\n3_c.jpg#0\tA cat .\n"
     annotations = write(tmp_path / "Flickr8k.token.txt", lines.encode())
     listed = write(tmp_path / "Flickr_8k.testImages.txt", b"3_c.jpg\n")

@@ -1,4 +1,6 @@
-"""A run that goes on: from the newest whole checkpoint, bit for bit, and without executing anything of a file."""
+"""A run that goes on: from the newest whole checkpoint, bit for bit, and without executing
+anything of a file.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,10 @@ def test_a_damaged_checkpoint_costs_an_interval_and_nothing_else(
 
     monkeypatch.setattr(torch, "load", refuse)
     again = runs.train()
-    says = "passed over ep1-ba6-rank0.pt (its checksum is wrong); the newest whole checkpoint is ep0-ba4"
+    says = (
+        "passed over ep1-ba6-rank0.pt (its checksum is wrong); the newest whole checkpoint is "
+        "ep0-ba4"
+    )
     assert says in capsys.readouterr().out
     assert logged(again) == logged(whole)[4:], "batches 5 and 6 once more, bit for bit"
     weights = again.state.model.state_dict()
@@ -90,7 +95,9 @@ class Payload:
 
 
 def poisoned(path: Path, mark: Path, where: str, sealed: bool) -> None:
-    """Put something that executes into a checkpoint, with a checksum or as an earlier version would have."""
+    """Put something that executes into a checkpoint, with a checksum or as an earlier version
+    would have.
+    """
     state = read_pickled(path)
     if where == "algorithm":  # which Composer evaluates
         text = f"BlurPool(__import__('os').system('touch {mark}'))"
@@ -240,7 +247,10 @@ class Failing(Callback):
 def test_what_was_saved_before_an_error_arrives(
     runs: SmallRuns, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also into a bucket, with ``latest``; closing again says nothing, not even where no thread can be started."""
+    """Also into a bucket, with ``latest``.
+
+    Closing again says nothing, not even where no thread can be started.
+    """
     point_latest = SaveFolder.point_latest
 
     def slowly(folder: SaveFolder, name: str) -> None:

@@ -13,7 +13,8 @@ from small_runs import SmallRuns, turn_back
 from alignclip.model.optimization import lr_multiplier
 
 FIXED = (
-    "scheduler.t_warmup=2ba", "data.num_canonical_nodes=1", "save_interval=4ba", "optimizer.lr=0.001", "loss.beta=0",
+    "scheduler.t_warmup=2ba", "data.num_canonical_nodes=1", "save_interval=4ba",
+    "optimizer.lr=0.001", "loss.beta=0",
 )  # fmt: skip
 
 
@@ -61,7 +62,10 @@ def test_a_finished_run_is_made_longer(
     assert "learning rate" not in capsys.readouterr().out
     total = {"16ba": 16, "4ep": 16, "5ep": 20}[now]
     assert first(train(f"max_duration={now}")) == schedule(8, total)
-    said = f"learning rate of the next step (batch 9): 0 → {1e-3 * lr_multiplier(8, 2, total):.6g}, by this run's"
+    said = (
+        f"learning rate of the next step (batch 9): 0 → "
+        f"{1e-3 * lr_multiplier(8, 2, total):.6g}, by this run's"
+    )
     assert said in capsys.readouterr().out
 
 
@@ -98,7 +102,10 @@ def test_each_layer_has_its_own_rate(train: Any) -> None:
 
 
 def test_another_run_begins_with_a_checkpoint(train: Any, tmp_path: Path) -> None:
-    """The settings of its optimizer are its own; the checkpoint brings weights, moments and the step count."""
+    """The settings of its optimizer are its own.
+
+    The checkpoint brings weights, moments and the step count.
+    """
     train("max_duration=4ba")
     path = tmp_path / "r" / "ep0-ba4-rank0.pt"
     found = train("max_duration=8ba", f"load_path={path}", "run_name=other", "optimizer.lr=0.01")

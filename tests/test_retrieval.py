@@ -40,7 +40,9 @@ def test_equals_brute_force_under_ties(block):
 
 
 def clip_benchmark_recall(scores, positive, k):
-    """clip_benchmark's own function, and what its ``evaluate`` makes of it: found is anything above 0."""
+    """clip_benchmark's own function, and what its ``evaluate`` makes of it: found is anything
+    above 0.
+    """
     from clip_benchmark.metrics.zeroshot_retrieval import recall_at_k
 
     return (recall_at_k(scores, positive, k) > 0).double().mean().item()

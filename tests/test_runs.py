@@ -1,4 +1,6 @@
-"""The main job end to end, against a real bucket: several processes, FSDP, kills and signals, one loss curve."""
+"""The main job end to end, against a real bucket: several processes, FSDP, kills and signals,
+one loss curve.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,9 @@ class RecordedRun:
         return [int(record["step"]) for record in steps(self.records)]
 
     def losses(self) -> dict[int, tuple[float, ...]]:
-        """Step → everything recorded; a step that was trained twice must have come out the same twice."""
+        """Step → everything recorded; a step that was trained twice must have come out the same
+        twice.
+        """
         found: dict[int, tuple[float, ...]] = {}
         for r in steps(self.records):
             values = tuple(v for k, v in sorted(r.items()) if k not in ("step", "sharded"))
@@ -123,7 +127,8 @@ def test_killed_twice_goes_on_bit_for_bit(
 ) -> None:
     save_folder = f"{s3.bucket()}/runs/killed"
     killed = RecordedRun(tmp_path, dataset, save_folder, "save_num_checkpoints_to_keep=2")
-    # in the first epoch, when `latest` has moved; in the second, at once, whatever is being uploaded
+    # in the first epoch, when `latest` has moved; in the second, at once, whatever is being
+    # uploaded
     for hold_at, saved in ((12, 10), (27, 0)):
         process = killed.launch(env={"ALIGNCLIP_TEST_HOLD_AT": str(hold_at)})
         killed.wait_for(lambda at=hold_at: at in killed.numbers(), process)
@@ -152,7 +157,9 @@ def test_killed_twice_goes_on_bit_for_bit(
 def test_a_bucket_that_is_away_ends_nothing(
     s3: S3Server, dataset: str, reference: RecordedRun, tmp_path: Path
 ) -> None:
-    """Checkpoints are written while there is no server for 20 seconds: they wait, and so does the end of the run."""
+    """Checkpoints are written while there is no server for 20 seconds: they wait, and so does
+    the end of the run.
+    """
     away = RecordedRun(tmp_path, dataset, f"{s3.bucket()}/runs/away")
     process = away.launch(env=SLOWLY)
     try:
@@ -177,7 +184,9 @@ def test_a_bucket_that_is_away_ends_nothing(
 def test_two_processes_in_chunks_are_one(
     dataset: str, reference: RecordedRun, tmp_path: Path, how: str
 ) -> None:
-    """Over several steps: under FSDP a gathered parameter that outlived its step would be an old one in the next."""
+    """Over several steps: under FSDP a gathered parameter that outlived its step would be an old
+    one in the next.
+    """
     two = RecordedRun(tmp_path, dataset, None, CHUNKS, "max_duration=6ba", *filter(None, [how]))
     two.run(processes=2, env=GRADIENTS)
     assert {r["sharded"] for r in steps(two.records)} == {35 if how == FSDP else 0}
@@ -189,7 +198,10 @@ def test_two_processes_in_chunks_are_one(
 def test_fsdp_stopped_by_sigterm_goes_on(
     s3: S3Server, dataset: str, reference: RecordedRun, tmp_path: Path
 ) -> None:
-    """One of two FSDP processes gets SIGTERM; both save the same batch, and the run goes on from there."""
+    """One of two FSDP processes gets SIGTERM.
+
+    Both save the same batch, and the run goes on from there.
+    """
     settings = (FSDP, "save_interval=1000ba")
     fsdp = RecordedRun(tmp_path, dataset, f"{s3.bucket()}/runs/fsdp", *settings, processes=2)
     process = fsdp.launch(env=GRADIENTS | SLOWLY)
@@ -222,7 +234,9 @@ def test_fsdp_stopped_by_sigterm_goes_on(
 def test_a_signal_to_the_whole_group(
     s3: S3Server, dataset: str, reference: RecordedRun, tmp_path: Path, number: signal.Signals
 ) -> None:
-    """As a scheduler ends a job, or a terminal: launcher, ranks and data workers all get the signal."""
+    """As a scheduler ends a job, or a terminal: launcher, ranks and data workers all get the
+    signal.
+    """
     stopped = RecordedRun(tmp_path, dataset, f"{s3.bucket()}/runs/{number.name}")
     process = stopped.launch(env={"ALIGNCLIP_TEST_HOLD_AT": "6"}, really=True)
     stopped.wait_for(lambda: 6 in stopped.numbers(), process)

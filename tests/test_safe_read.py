@@ -126,7 +126,7 @@ def rewrite(path: Path, change: Callable[[bytes], bytes], record: str = "data.pk
             archive.writestr(name, change(content) if name.endswith(f"/{record}") else content)
 
 
-# --- what no run would write ------------------------------------------------------------------------------------------
+# --- what no run would write ----------------------------------------------------------------------
 
 
 class Calls:
@@ -303,7 +303,7 @@ def test_truth_values_that_are_none(tmp_path: Path) -> None:
         read_pickled(tmp_path / "x.pt")
 
 
-# --- damage -----------------------------------------------------------------------------------------------------------
+# --- damage ---------------------------------------------------------------------------------------
 
 
 def test_a_flipped_bit_of_a_weight_is_found(tmp_path: Path) -> None:

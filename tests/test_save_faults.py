@@ -1,4 +1,6 @@
-"""A run that ends at any operation of a save or a rotation: the same command loses at most an interval."""
+"""A run that ends at any operation of a save or a rotation: the same command loses at most an
+interval.
+"""
 
 from __future__ import annotations
 

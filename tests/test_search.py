@@ -64,7 +64,9 @@ def call(*arguments: object) -> None:
 
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: object, is_read: bool = False) -> str:
-    """What is said of bad input, in one line, before PyTorch is imported where nothing ``is_read``."""
+    """What is said of bad input, in one line, before PyTorch is imported where nothing
+    ``is_read``.
+    """
     with pytest.raises(SystemExit, match="2"):
         call(*arguments)
     captured = capsys.readouterr()
@@ -235,7 +237,10 @@ def test_the_sheet_shows_the_matches_in_their_order(
 
 @pytest.mark.slow
 def test_the_command(model: Path, images: Path, tmp_path: Path) -> None:
-    """With workers; from another folder; with a name that is no UTF-8; nothing of the training is imported."""
+    """With workers; from another folder; with a name that is no UTF-8.
+
+    Nothing of the training is imported.
+    """
     name = os.fsdecode(b"caf\xe9.png")
     Image.new("RGB", (40, 40), "red").save(images / name)
     command = [sys.executable, *["-X", "importtime", "-m", "alignclip.search", "images"], TEXT]

@@ -1,4 +1,6 @@
-"""Sentence encoders as they are published: what lengths they state and take, and embeddings that are none."""
+"""Sentence encoders as they are published: what lengths they state and take, and embeddings that
+are none.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ from alignclip.errors import UserError
 from alignclip.evaluation.sets import OpenSets
 
 SAMPLES = 96
-IN_FLIGHT = 2  # threads of a worker that download; Streaming doesn't count a shard before the shard is there
+# threads of a worker that download; Streaming doesn't count a shard before the shard is there
+IN_FLIGHT = 2
 MOST_SHARDS = (
     6 + IN_FLIGHT
 )  # of the sets here, with the fixture's limit: the last shard of a set is a small one
@@ -193,7 +194,10 @@ def test_what_was_copied_over_the_cache_stays(
     read(cached(remote, cache), cache_limit=limit)
     assert contents(cache) == before
     number = len(raw_sizes(remote))
-    said = f"{cache}: {number:,} of {number:,} shards were put there by somebody else; they stay, and data.cache_limit"
+    said = (
+        f"{cache}: {number:,} of {number:,} shards were put there by somebody else; they stay, "
+        f"and data.cache_limit"
+    )
     assert said in capsys.readouterr().err
 
 

@@ -48,7 +48,10 @@ while not Path(sys.argv[2]).exists():
 
 
 def hold(folder: Path) -> tuple[Forked, int]:
-    """A process that has opened a set, until ``go-on`` is beside that; and the prefix of its memory."""
+    """A process that has opened a set, until ``go-on`` is beside that.
+
+    And the prefix of its memory.
+    """
     output = folder.with_name(f"{uuid.uuid4()}.txt")
     words = (sys.executable, "-c", HOLDER, folder, folder.with_name("go-on"))
     process = Forked(*words, output=output)
@@ -67,7 +70,9 @@ def locks_of(prefix: int) -> list[Path]:
 
 
 def identities(prefix: int) -> set[tuple[str, int]]:
-    """Names and inodes: another process may take a prefix, and its names, as soon as they are free."""
+    """Names and inodes: another process may take a prefix, and its names, as soon as they are
+    free.
+    """
     found = set()
     for path in SHM.glob(f"{prefix:06}_*"):
         with suppress(FileNotFoundError):
@@ -113,7 +118,8 @@ def killed(*arguments, **more):
     print(register(*arguments, **more)[0], flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 streaming_patches.take_prefix = killed
-config = DataConfig(streams={"a": StreamConfig(remote=sys.argv[1], local=sys.argv[2])}, num_canonical_nodes=1)
+stream = StreamConfig(remote=sys.argv[1], local=sys.argv[2])
+config = DataConfig(streams={"a": stream}, num_canonical_nodes=1)
 ImageTextDataset(config, batch_size=4, image_size=32, context_length=20, semantic=False)
 """
 
@@ -126,12 +132,15 @@ def open_set(remote: Path, local: Path) -> ImageTextDataset:
 
 
 def test_a_run_that_is_killed_while_it_opens_its_set_blocks_no_other(tmp_path: Path) -> None:
-    """Between the first segment and the last: Streaming looks at every shard, and waits for all other machines."""
+    """Between the first segment and the last: Streaming looks at every shard, and waits for all
+    other machines.
+    """
     write_set(str(tmp_path / "set"), 8)
     killed = python("-c", KILLED_EARLY, tmp_path / "set", tmp_path / "cache")
     assert killed.returncode == -9
     prefix = int(killed.stdout)
-    # Python's cleaner of shared memory outlives a process that is killed alone; kill -9 of a group takes it along
+    # Python's cleaner of shared memory outlives a process that is killed alone; kill -9 of a group
+    # takes it along
     if not (SHM / f"{prefix:06}_locals").exists():
         (SHM / f"{prefix:06}_locals").write_bytes(pack_locals([str(tmp_path / "cache")], prefix))
     shared_memory.remove_stale()
@@ -140,7 +149,9 @@ def test_a_run_that_is_killed_while_it_opens_its_set_blocks_no_other(tmp_path: P
 
 
 def test_another_containers_memory_is_passed_over(tmp_path: Path) -> None:
-    """A container that was killed and comes again has the same cache, and can't see that the old one is dead."""
+    """A container that was killed and comes again has the same cache, and can't see that the old
+    one is dead.
+    """
     write_set(str(tmp_path / "set"), 8)
     first = open_set(tmp_path / "set", tmp_path / "cache")
     prefix = first._shm_prefix_int
@@ -188,7 +199,10 @@ NOT_OURS = {"pid": 2**22 + 1, "started": 1, "namespace": "pid:[1]"}
 
 @pytest.fixture
 def note() -> Iterator[Path]:
-    """Where a prefix's owner is noted, and a segment of it; Streaming's own prefixes don't get that far."""
+    """Where a prefix's owner is noted, and a segment of it.
+
+    Streaming's own prefixes don't get that far.
+    """
     found = SHM / f"999997_{OWNER_NOTE}"
     yield found
     for path in SHM.glob("999997_*"):
@@ -261,7 +275,10 @@ print(len([opened.open(SetConfig(local=folder)) for folder in sys.argv[1:]]))
 
 
 def test_many_sets_fit_into_few_open_files(tmp_path: Path) -> None:
-    """Each opens the memory of all before it to find a prefix of its own; kept open, 20 sets took over 2,000 files."""
+    """Each opens the memory of all before it to find a prefix of its own.
+
+    Kept open, 20 sets took over 2,000 files.
+    """
     for i in range(20):
         write_set(str(tmp_path / f"set{i}"), 2)
     done = python("-c", MANY, *tmp_path.iterdir())
@@ -285,7 +302,10 @@ def build_on_a_rank(folder: str) -> int:
 
 @pytest.mark.world_size(2)
 def test_ranks_wait_for_the_burial(tmp_path: Path) -> None:
-    """A run that was killed left the first prefixes; all ranks of the next have to see the same ones free."""
+    """A run that was killed left the first prefixes.
+
+    All ranks of the next have to see the same ones free.
+    """
     write_set(str(tmp_path / "set"), 32)
     dead, prefix = hold(tmp_path / "set")
     with shared_memory.lock():  # other tests beside this one clean up, too

@@ -1,4 +1,6 @@
-"""Room in shared memory: the estimate against what loaders really use, and what is said where there is too little."""
+"""Room in shared memory: the estimate against what loaders really use, and what is said where
+there is too little.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ class Samples(Dataset[dict[str, torch.Tensor]]):
 
 
 def shared_bytes() -> int:
-    """Bytes of the batches of this process's family: files of PyTorch's that are mapped or open, by inode."""
+    """Bytes of the batches of this process's family: files of PyTorch's that are mapped or open,
+    by inode.
+    """
     me = os.getpid()
     family = [
         me,
@@ -100,7 +104,10 @@ def test_numbers() -> None:
 
 @pytest.mark.parametrize(("free", "fits"), [(64, False), (2048, True)])
 def test_containers(free: int, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The image of a Docker container has 64 MB; 2 GB are enough for the defaults on one GPU with a batch of 512."""
+    """The image of a Docker container has 64 MB.
+
+    2 GB are enough for the defaults on one GPU with a batch of 512.
+    """
     monkeypatch.setattr(room, "free_bytes", lambda: free * 2**20)
     batch = room.batch_bytes(512, 224, 77, 768)
     needed = room.loader_bytes(batch, 8, 2)

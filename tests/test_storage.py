@@ -1,4 +1,7 @@
-"""Storage: what passes and what doesn't, in words; one store for folders and URLs; whole files only."""
+"""Storage: what passes and what doesn't, in words; one store for folders and URLs.
+
+Whole files only.
+"""
 
 from __future__ import annotations
 
@@ -175,7 +178,8 @@ def test_which_errors_pass(error: BaseException) -> None:
     assert is_passing(error) is (error in PASSING)
 
 
-# S3's answers by status and code, each to a request that needs the last word's right -> what is said
+# S3's answers by status and code, each to a request that needs the last word's right -> what is
+# said
 SAID = {
     "403 AccessDenied list": "may not list (s3:ListBucket)",
     "403 AccessDenied write": "may not write (s3:PutObject)",

@@ -1,4 +1,6 @@
-"""What each command says and does where a store refuses: a right that is missing, an expired key, a full quota."""
+"""What each command says and does where a store refuses: a right that is missing, an expired
+key, a full quota.
+"""
 
 from __future__ import annotations
 

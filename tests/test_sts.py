@@ -1,4 +1,6 @@
-"""Textual similarity: the benchmark's file format, SciPy's figures, and each sentence encoded once."""
+"""Textual similarity: the benchmark's file format, SciPy's figures, and each sentence encoded
+once.
+"""
 
 import pytest
 import torch
@@ -11,11 +13,15 @@ from alignclip.evaluation.sts import read_sts, spearman, split_note, unique
 
 stats = pytest.importorskip("scipy.stats")
 
-# As in sts-test.csv: no header, lone quotes, sources in further columns, non-ASCII, whole and decimal scores
+# As in sts-test.csv: no header, lone quotes, sources in further columns, non-ASCII, whole and
+# decimal scores
 MINIATURE = (
-    "main-captions\tMSRvid\t2012test\t0024\t2.500\tA girl is styling her hair.\tA girl is brushing her hair.\n"
-    "main-captions\tMSRvid\t2012test\t0045\t5.000\tA man plays a guitar.\tA man is playing a guitar.\n"
-    'main-news\theadlines\t2015\t0110\t0.8\t"Hobbit" tops the box office\tOpposition\u2028leader: "no deal\n'
+    "main-captions\tMSRvid\t2012test\t0024\t2.500\tA girl is styling her hair.\tA girl is brushing "
+    "her hair.\n"
+    "main-captions\tMSRvid\t2012test\t0045\t5.000\tA man plays a guitar.\tA man is playing a "
+    "guitar.\n"
+    'main-news\theadlines\t2015\t0110\t0.8\t"Hobbit" tops the box office\tOpposition\u2028leader: '
+    '"no deal\n'
     "main-forums\tanswer-answer\t2016\t0629\t3\tThere are a few things: \tIt's Söderlund's.\t"
     "StackExchange Network: http://a.b/1 Author: X\tStackExchange Network: http://a.b/2\n"
     "main-captions\tMSRvid\t2012test\t0046\t0\tA man plays a guitar.\tA girl is styling her hair.\n"
@@ -83,7 +89,8 @@ def test_a_file_that_is_missing_or_no_text_is_one_line(tmp_path):
         (1379, None),
         (
             1500,
-            "1,500 sentence pairs, as many as the STS benchmark's dev split; published figures are of its test",
+            "1,500 sentence pairs, as many as the STS benchmark's dev split; published figures are "
+            "of its test",
         ),
         (
             5749,
@@ -91,7 +98,8 @@ def test_a_file_that_is_missing_or_no_text_is_one_line(tmp_path):
         ),
         (
             1378,
-            "1,378 sentence pairs, a number that no split of the STS benchmark has; published figures",
+            "1,378 sentence pairs, a number that no split of the STS benchmark has; published "
+            "figures",
         ),
     ],
 )

@@ -71,7 +71,9 @@ def test_parquet_of_img2dataset(tmp_path: Path) -> None:
 
 
 def test_rows_are_as_few_at_a_time_as_they_are_large(tmp_path: Path) -> None:
-    """48 images of 4 MB: what is in memory is a row group of 3, compressed and decompressed, and an image."""
+    """48 images of 4 MB: what is in memory is a row group of 3, compressed and decompressed, and
+    an image.
+    """
     rng, size = np.random.default_rng(0), 4 * 2**20
     columns = {"caption": ["a"] * 48, "jpg": [rng.bytes(size) for _ in range(48)]}
     path = write_parquet(tmp_path / "a.parquet", columns, row_group_size=3)

@@ -1,4 +1,7 @@
-"""Every member of a tar is a part of a pair, or counted as what it is; odd names and orders are told."""
+"""Every member of a tar is a part of a pair, or counted as what it is.
+
+Odd names and orders are told.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,8 @@ def reasons_of(path: Path, **reading: Any) -> list[tuple[str, str]]:
 def test_compound_endings_are_named_with_the_way_out(tmp_path: Path, tar: Any) -> None:
     path, out = tar(named("sample{:08}", 20, "input.jpg", "outputs.txt")), tmp_path / "out"
     message = (
-        r"^no sample was written from 1 input; skipped: missing image 20\. The files end in input\.jpg, "
+        r"^no sample was written from 1 input; skipped: missing image 20\. The files end in "
+        r"input\.jpg, "
         r"outputs\.txt: name those of images and captions with --image-key, --caption-key$"
     )
     refused(message, [path], out)
@@ -183,7 +187,9 @@ def test_some_halves_that_lie_apart(tmp_path: Path, tar: Any) -> None:
 
 
 def test_three_parts_that_lie_apart(tar: Any) -> None:
-    """As ``tar`` packs a folder by its table of files: a json beside the image, the txt elsewhere."""
+    """As ``tar`` packs a folder by its table of files: a json beside the image, the txt
+    elsewhere.
+    """
     members = sorted(pairs(0, 5), key=lambda member: member[0].endswith("txt"))
     assert captions_of(tar(members)) == [f"not picture {i}" for i in range(5)]
     path = tar([(name, b"{}" if name.endswith("json") else data) for name, data in members])

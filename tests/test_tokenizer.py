@@ -33,7 +33,9 @@ def test_a_pair_has_a_higher_rank_than_what_its_tokens_were_made_by(
 
 
 def words(rng: random.Random, count: int) -> list[str]:
-    """Words of all kinds, as their bytes' characters: random, of few letters, of tokens, repeated."""
+    """Words of all kinds, as their bytes' characters: random, of few letters, of tokens,
+    repeated.
+    """
     tokenizer = SimpleTokenizer()
     tokens = [token.removesuffix("</w>") for token in list(tokenizer.encoder)[:-2]]
     few = ["ab", "a", "ha", "0", "!?", "lo", string.ascii_lowercase]

@@ -37,7 +37,9 @@ MORE = {"loss/train/contrastive", "loss/train/separation"}
 
 @pytest.fixture
 def train(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Two starts: the first one trains 7 batches, the second one goes on after 4 and trains to the 9th."""
+    """Two starts: the first one trains 7 batches, the second one goes on after 4 and trains to
+    the 9th.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -46,7 +48,8 @@ def train(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any
 
     def train(*overrides: str) -> None:
         for length in (7, 9):
-            # of files of one second TensorBoard reads number 10 before number 9; each start is a process of its own
+            # of files of one second TensorBoard reads number 10 before number 9; each start is a
+            # process of its own
             monkeypatch.setattr(
                 "tensorboard.summary.writer.event_file_writer._global_uid", AtomicCounter(0)
             )
@@ -87,12 +90,15 @@ def test_a_file_has_each_step_once(train: Any, tmp_path: Path) -> None:
 
 
 def rows_of(folder: Path) -> tuple[Counter[tuple[str, int]], set[tuple[str, str]]]:
-    """How often each (metric, step) stands in W&B's offline files, and project and id of their runs."""
+    """How often each (metric, step) stands in W&B's offline files, and project and id of their
+    runs.
+    """
     import wandb
     from wandb.proto.wandb_internal_pb2 import Record
     from wandb.sdk.internal.datastore import DataStore
 
-    wandb.teardown()  # as at the end of a process: a run that has finished may be in its file a moment later
+    # as at the end of a process: a run that has finished may be in its file a moment later
+    wandb.teardown()
     found: Counter[tuple[str, int]] = Counter()
     ids = set()
     for file in folder.rglob("run-*.wandb"):

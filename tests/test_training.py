@@ -1,4 +1,6 @@
-"""The run in this process: what the YAML's algorithms, scheduler and precision do, and what is refused."""
+"""The run in this process: what the YAML's algorithms, scheduler and precision do, and what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,8 @@ def configuration(dataset: Path, folder: Path, *overrides: str) -> RunConfig:
 
 def test_what_is_logged(fit: Any) -> None:
     trainer, _ = fit()
-    # the published schedule at the rates that the steps really use: (t + 1)/5 up to step 4, then the cosine from step 5
+    # the published schedule at the rates that the steps really use: (t + 1)/5 up to step 4, then
+    # the cosine from step 5
     expected = [1e-3 * (t + 1) / 5 for t in range(5)]
     expected += [1e-3 * 0.5 * (1 + math.cos(math.pi * (t - 5) / 3)) for t in range(5, 8)]
     assert logged(trainer, "lr") == pytest.approx(expected, rel=1e-9)
@@ -96,7 +99,9 @@ def average(trainer: Trainer, name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("start", [6.0, 0.02])
 def test_logit_scale_is_clamped_after_every_step_and_before_ema(fit: Any, start: float) -> None:
-    """From above the upper bound, and from just above the lower at a rate that crosses it in one step."""
+    """From above the upper bound, and from just above the lower at a rate that crosses it in one
+    step.
+    """
     fast = ("optimizer.lr=0.5", "scheduler.t_warmup=1ba", *EMA, "algorithms.EMA.half_life=1ba")
     trainer, watch = fit(f"model.init_logit_scale={start}", *fast)
     scales = [float(w["encoders.logit_scale"]) for w in watch.weights]
@@ -154,7 +159,9 @@ def test_bf16_on_a_cpu(fit: Any, plain: tuple[Trainer, Watch]) -> None:
 def test_goes_on_from_a_checkpoint(
     dataset: Path, tmp_path: Path, interval: str, first: int, more: tuple[str, ...]
 ) -> None:
-    """Two epochs of four batches; the second trainer starts from the first one's first checkpoint."""
+    """Two epochs of four batches; the second trainer starts from the first one's first
+    checkpoint.
+    """
     settings = ("max_duration=2ep", f"save_interval={interval}", *more)
     runs = SmallRuns(tmp_path, dataset, tmp_path / "saved", *settings)
     whole = runs.train()
@@ -310,7 +317,9 @@ def test_a_logger_whose_package_is_missing(
 
 
 def test_a_worker_that_hangs_does_not_outlive_a_run_that_fails(tmp_path: Path) -> None:
-    """Data workers don't hear SIGTERM, so that a signal to all spares them until the checkpoint is saved."""
+    """Data workers don't hear SIGTERM, so that a signal to all spares them until the checkpoint
+    is saved.
+    """
     script = tmp_path / "hangs.py"
     script.write_text(
         "import time, torch\n"

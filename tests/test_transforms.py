@@ -65,7 +65,9 @@ def test_undecodable_images_are_os_errors() -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_training_crop_is_open_clips(size: tuple[int, int]) -> None:
-    """The same draw of the same crop on PIL's side, to two levels of grey (rounding after each of two passes)."""
+    """The same draw of the same crop on PIL's side, to two levels of grey (rounding after each
+    of two passes).
+    """
     data = picture(size, "RGB", "JPEG")
     pil = Image.open(io.BytesIO(data)).convert("RGB")
     for seed in range(8):

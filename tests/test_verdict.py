@@ -1,4 +1,6 @@
-"""What is said of an evaluation: figures of runs that were measured, and of spaces whose answers are known."""
+"""What is said of an evaluation: figures of runs that were measured, and of spaces whose answers
+are known.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ NAMES = (
     "image_retrieval_recall@5", "text_retrieval_recall@5",
 )  # fmt: skip
 GAP, RECALLS = NAMES[2], NAMES[-2:]
-# Of AlignCLIP on 3,500 emoji at batch 80 and on the quickstart's scenes, evaluated on 286 and on 600 pairs
+# Of AlignCLIP on 3,500 emoji at batch 80 and on the quickstart's scenes, evaluated on 286 and on
+# 600 pairs
 COLLAPSED = [
     (286, (0.9937, 0.0009, 0.0390, 1.72, 5.36, 0.0210, 0.0350)),
     (286, (0.9639, 0.0246, 0.1049, 1.28, 2.34, 0.0245, 0.0245)),
@@ -69,7 +72,9 @@ def test_a_closed_gap_with_retrieval_is_a_success(count: int, values: tuple[floa
 
 
 def space(mean: float, noise: float, gap: float, count: int = 400, width: int = 64) -> Space:
-    """Pairs around one direction: how much of it there is, what a pair doesn't share, what modalities don't."""
+    """Pairs around one direction: how much of it there is, what a pair doesn't share, what
+    modalities don't.
+    """
     generator = torch.Generator().manual_seed(0)
     shared = torch.randn(count, width, generator=generator) / width**0.5
     images, texts = shared + noise * torch.randn(2, count, width, generator=generator) / width**0.5

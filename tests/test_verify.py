@@ -1,4 +1,7 @@
-"""Sound sets are found sound; every kind of damage is found and its shard named; what can't be checked is one line."""
+"""Sound sets are found sound; every kind of damage is found and its shard named.
+
+What can't be checked is one line.
+"""
 
 from __future__ import annotations
 
@@ -337,7 +340,10 @@ TWICE = f"{SHARD}: sample 1 has the key of sample 1 in 00001/shard.00000.mds (00
             ["00000/shard.00002.mds: sample 0 (key ): key is empty", TWICE],
         ),
         (
-            {i: {"semantic": row_of(i)["semantic"] * np.float16(n)} for i, n in ((9, 20), (10, 0.05), (11, 5))},
+            {
+                i: {"semantic": row_of(i)["semantic"] * np.float16(n)}
+                for i, n in ((9, 20), (10, 0.05), (11, 5))
+            },
             [
                 f"{SHARD}: sample 1: {NORM.format(20)}",
                 f"00001/shard.00002.mds: sample 0: {NORM.format(0.05)}",
@@ -345,7 +351,7 @@ TWICE = f"{SHARD}: sample 1 has the key of sample 1 in 00001/shard.00000.mds (00
         ),
     ],
     ids=lambda value: value[-1][-40:] if isinstance(value, list) else "",
-)  # fmt: skip
+)
 def test_damaged_samples(
     tmp_path: Path, verify: Verify, changes: dict[int, Row], expected: list[str]
 ) -> None:
@@ -450,7 +456,8 @@ def spoil_entries(out: Path) -> None:
             [
                 "index.json: shard 0 lacks samples",
                 "index.json: shard 1 names a file outside the set: ../secret.mds",
-                "index.json: shard 2 stores the column caption as pkl, which executes code when it is read",
+                "index.json: shard 2 stores the column caption as pkl, which executes code when it "
+                "is read",
                 "index.json: shard 3 has the format csv, not mds",
                 f"{SHARD}: its columns are others: key str",
                 "00001/shard.00002.mds: the index names it 2 times",
@@ -485,7 +492,8 @@ def test_what_the_set_says_of_itself(
         ('{"features": []}', "{out}/index.json is not a streaming index"),
         (
             "\ufeff{}",
-            "{out}/index.json is not JSON: Unexpected UTF-8 BOM (decode using utf-8-sig): line 1 column 1 (char 0)",
+            "{out}/index.json is not JSON: Unexpected UTF-8 BOM (decode using utf-8-sig): line 1 "
+            "column 1 (char 0)",
         ),
         ('{"version": 1, "shards": []}', "{out}/index.json has version 1; Streaming reads 2"),
     ],

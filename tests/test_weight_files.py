@@ -68,11 +68,24 @@ class Attributes(dict[str, Any]):
 READ: dict[str, Callable[[Weights], Any]] = {
     "a bare state dict": lambda weights: weights,
     "numbers in it": lambda weights: {"epoch": 3, "best": np.float32(0.5), "name": "x", **weights},
-    "numpy beside": lambda weights: {"state_dict": weights, "a": np.arange(3, dtype=np.float32), "b": np.int64(3)},
+    "numpy beside": lambda weights: {
+        "state_dict": weights,
+        "a": np.arange(3, dtype=np.float32),
+        "b": np.int64(3),
+    },
     "open_clip's": trained,
-    "a namespace": lambda weights: {"state_dict": weights, "args": argparse.Namespace(out=pathlib.Path("x"))},
-    "omegaconf": lambda weights: {"state_dict": weights, "cfg": OmegaConf.create({"a": [1, {"b": 2}]})},
-    "a defaultdict": lambda weights: {"model": weights, "d": collections.defaultdict(list, {"a": [1]})},
+    "a namespace": lambda weights: {
+        "state_dict": weights,
+        "args": argparse.Namespace(out=pathlib.Path("x")),
+    },
+    "omegaconf": lambda weights: {
+        "state_dict": weights,
+        "cfg": OmegaConf.create({"a": [1, {"b": 2}]}),
+    },
+    "a defaultdict": lambda weights: {
+        "model": weights,
+        "d": collections.defaultdict(list, {"a": [1]}),
+    },
     "model_state_dict": lambda weights: {"model_state_dict": weights, "epoch": 1},
     "DeepSpeed's": lambda weights: {"module": prefixed(weights, "module."), "dp_world_size": 2},
     "compiled": lambda weights: {"state_dict": prefixed(weights, "module._orig_mod.")},
@@ -85,11 +98,15 @@ READ: dict[str, Callable[[Weights], Any]] = {
     "bf16": lambda weights: {name: value.bfloat16() for name, value in weights.items()},
     "fp16": lambda weights: {name: value.half() for name, value in weights.items()},
     "fp64": lambda weights: {name: value.double() for name, value in weights.items()},
-    "numpy arrays": lambda weights: {"state_dict": {name: value.numpy() for name, value in weights.items()}},
-    "big-endian": lambda weights: {name: value.numpy().astype(">f4") for name, value in weights.items()},
+    "numpy arrays": lambda weights: {
+        "state_dict": {name: value.numpy() for name, value in weights.items()}
+    },
+    "big-endian": lambda weights: {
+        name: value.numpy().astype(">f4") for name, value in weights.items()
+    },
     "parameters": lambda weights: {name: nn.Parameter(value) for name, value in weights.items()},
     "a mask": lambda weights: weights | {"attn_mask": torch.zeros(12, 12)},
-}  # fmt: skip
+}
 
 
 def check_same(path: Path, weights: Weights) -> None:
@@ -186,7 +203,10 @@ def write_npz(path: Path) -> None:
 
 
 TOLD: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "LFS": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid"), "git lfs pull"),
+    "LFS": (
+        lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid"),
+        "git lfs pull",
+    ),
     "a web page": (lambda p: p.write_text("\n<!doctype html><html>"), "is a web page"),
     "gzip": (lambda p: p.write_bytes(gzip.compress(b"x" * 100)), "compressed with gzip; unpack it"),
     "tar": (write_tar, "is a tar archive; unpack it"),
@@ -194,13 +214,24 @@ TOLD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "npy": (lambda p: np.save(p.open("wb"), np.ones(3)), "is one NumPy array"),
     "GGUF": (lambda p: p.write_bytes(b"GGUF" + bytes(100)), "is a GGUF file"),
     "two models": (
-        lambda p: torch.save({f"{who}.token_embedding.weight": torch.ones(2, 2) for who in "ab"}, p),
+        lambda p: torch.save(
+            {f"{who}.token_embedding.weight": torch.ones(2, 2) for who in "ab"}, p
+        ),
         r"holds several models: a\., b\.; save the state_dict of one alone",
     ),
-    "a module": (lambda p: torch.save(nn.Linear(1, 1), p), r"linear\.Linear', which could run code.*state_dict"),
-    "a loss": (lambda p: torch.save({"loss": torch.ones(1)}, p), "it lacks|no open_clip_config.json"),
-    "an optimizer": (lambda p: torch.save({"state": {}, "param_groups": []}, p), "is not a model's weights|Composer"),
-}  # fmt: skip
+    "a module": (
+        lambda p: torch.save(nn.Linear(1, 1), p),
+        r"linear\.Linear', which could run code.*state_dict",
+    ),
+    "a loss": (
+        lambda p: torch.save({"loss": torch.ones(1)}, p),
+        "it lacks|no open_clip_config.json",
+    ),
+    "an optimizer": (
+        lambda p: torch.save({"state": {}, "param_groups": []}, p),
+        "is not a model's weights|Composer",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", list(TOLD))

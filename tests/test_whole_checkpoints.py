@@ -1,4 +1,6 @@
-"""Checkpoints that are not as they were written: passed over when a run goes on, and not counted by the rotation."""
+"""Checkpoints that are not as they were written: passed over when a run goes on, and not counted
+by the rotation.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def tensor(values: Any) -> torch.Tensor:
 
 
 def damaged(path: Path, positions: range, lengths: Any) -> Iterator[tuple[int, bool]]:
-    """For a file with a flipped bit at each position, then cut at each length: is the damage seen?"""
+    """For a file with a flipped bit at each position, then cut at each length: is the damage
+    seen?
+    """
     data, file = path.read_bytes(), path.with_name("b.pt")
     assert checkpoint_file.damage(path) is None
     for length in lengths:
@@ -82,7 +86,9 @@ def test_every_byte_counts(tmp_path: Path) -> None:
 
 
 def test_every_byte_of_an_earlier_versions_tensors_counts(tmp_path: Path) -> None:
-    """Without a checksum of its own: what a flipped bit doesn't change in a value may stay unseen."""
+    """Without a checksum of its own: what a flipped bit doesn't change in a value may stay
+    unseen.
+    """
     path = tmp_path / "a.pt"
     torch.save(content(1), path)
     size = path.stat().st_size
@@ -159,7 +165,10 @@ def test_no_whole_checkpoint_is_one_line(place: Place, choose: Any) -> None:
 def test_a_run_with_a_damaged_latest_never_starts_anew(
     refusing: RefusingS3, tmp_path: Path
 ) -> None:
-    """A key that may not list the bucket sees no older checkpoint; starting anew would save over them."""
+    """A key that may not list the bucket sees no older checkpoint.
+
+    Starting anew would save over them.
+    """
     path = tmp_path / "made.pt"
     checkpoint_file.write_checkpoint(content(4), path)
     refusing.objects |= {

@@ -1,4 +1,7 @@
-"""Zero-shot classifiers against open_clip's builder; accuracy against brute force, scikit-learn and clip_benchmark."""
+"""Zero-shot classifiers against open_clip's builder.
+
+Accuracy against brute force, scikit-learn and clip_benchmark.
+"""
 
 import numpy as np
 import open_clip
@@ -11,14 +14,15 @@ from alignclip.errors import UserError
 from alignclip.evaluation.zero_shot import accuracy, accuracy_chance, build_classifier
 
 CLASSES = [
-    "dog", "great white shark", "tench", "a very long name of a class with many words", "crane", "crane", "é",
+    "dog", "great white shark", "tench", "a very long name of a class with many words", "crane",
+    "crane", "é",
 ]  # fmt: skip
 TEMPLATES = [
     "a photo of a {}.", "{}", "one of the many, many blurry photos of a small {} in the rain.",
 ]  # fmt: skip
 
 
-# --- classifiers --------------------------------------------------------------------------------------------------
+# --- classifiers ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 256])
@@ -58,7 +62,7 @@ def test_a_bad_template_is_one_line(template, message):
     assert "\n" not in str(error.value)
 
 
-# --- accuracy -----------------------------------------------------------------------------------------------------
+# --- accuracy -------------------------------------------------------------------------------------
 
 
 def brute_force(images, classes, targets):

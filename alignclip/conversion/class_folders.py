@@ -140,7 +140,7 @@ def _image_folder(root: Path, names: tuple[str, ...]) -> Path | None:
 def _read_flat_imagenet(
     root: Path, where: Path, files: list[Path], wnids: list[str], names: list[str]
 ) -> ClassificationContent:
-    """Validation images without class folders, as the archive and Kaggle have them.
+    """Read validation images without class folders, as the archive and Kaggle have them.
 
     Raises:
         UserError: the labels aren't there; says how to get class folders.

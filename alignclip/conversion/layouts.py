@@ -58,19 +58,19 @@ class Layout:
 
 
 def file_named(*patterns: str) -> Part:
-    """A file whose name matches one of these patterns."""
+    """Describe a file whose name matches one of these patterns."""
     shown = " or ".join(patterns)
     return Part(f"file {shown}", lambda path: any(map(path.match, patterns)) and path.is_file())
 
 
 def folder_named(name: str, member: str = "*") -> Part:
-    """A folder of this name that holds an entry which matches ``member``."""
+    """Describe a folder of this name that holds an entry which matches ``member``."""
     shown = f"folder '{name}'" + (f" with {member}" if member != "*" else "")
     return Part(shown, lambda path: path.name == name and _holds(path, member))
 
 
 def folder_with(name: str, *members: str) -> Part:
-    """A folder of this name, or of any name that holds all of ``members``."""
+    """Describe a folder of this name, or of any name that holds all of ``members``."""
 
     def fits(path: Path) -> bool:
         return path.is_dir() and (path.name == name or all(_holds(path, m) for m in members))

@@ -31,9 +31,9 @@ TEST_NAME = re.compile(
 
 
 def next_step(out: str, counts: Counts, options: ConvertOptions) -> str:
-    """The command that trains on the set, as it can be pasted where this one was started.
+    """Return the command that trains on the set, to be pasted where this one was started.
 
-    Of a test set it is how a model is evaluated on it.
+    For a test set return the command that evaluates a model on it.
 
     Args:
         out: the set's place.

@@ -73,7 +73,7 @@ def out_of_distribution(in_scores: Tensor, out_scores: Tensor) -> dict[str, floa
 
 
 def detection_chance(known: int, outliers: int) -> dict[str, float]:
-    """The figures of a confidence that is the same, or drawn at random, for all images.
+    """Return the figures of a confidence that is the same, or drawn at random, for all images.
 
     Args:
         known: images of known classes.

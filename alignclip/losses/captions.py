@@ -34,6 +34,6 @@ class CaptionFeatures:
 
 @torch.no_grad()
 def gather_captions(semantic: Tensor, group: dist.ProcessGroup | None) -> CaptionFeatures:
-    """Normalise this rank's ``[n, e]`` sentence embeddings, of any length, and gather all ranks'."""
+    """Gather the ``[n, e]`` sentence embeddings of all ranks, normalised."""
     own = F.normalize(semantic, dim=1)
     return CaptionFeatures(own, gather(own, group).flatten(0, 1))

@@ -87,7 +87,10 @@ def damage(path: Path) -> str | None:
 
 
 def has_right_checksum(path: Path) -> bool | None:
-    """Tell whether a file is as :func:`write_checkpoint` wrote it; None of a file without a checksum."""
+    """Tell whether a file is as :func:`write_checkpoint` wrote it.
+
+    None of a file without a checksum.
+    """
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - COMMENT))

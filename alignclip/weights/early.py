@@ -188,7 +188,7 @@ def check_weights(key: str, place: str) -> None:
 
 
 def check_writable(key: str, place: str) -> None:
-    """The folder of a setting can be made and written to; nothing of it is left.
+    """See that the folder of a setting can be made and written to, and leave nothing of it.
 
     Raises:
         UserError: it can't.

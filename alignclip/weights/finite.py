@@ -12,7 +12,7 @@ from alignclip.errors import UserError, few
 
 
 def not_finite(tensors: Mapping[str, Any]) -> list[str]:
-    """The names of the tensors with a NaN or an infinity in them."""
+    """Return the names of the tensors with a NaN or an infinity in them."""
     return [
         name
         for name, tensor in tensors.items()
@@ -43,10 +43,10 @@ def check_finite(weights: Mapping[str, Any], what: str, way_out: str = "") -> No
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that FSDP2 has spread."""
+    """Return this rank's part of a tensor that FSDP2 has spread."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def short_name(name: str) -> str:
-    """A parameter's name without those of what wraps the encoders."""
+    """Return a parameter's name without those of what wraps the encoders."""
     return name.removeprefix("module.").removeprefix("encoders.")

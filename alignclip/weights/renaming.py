@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 def replace_prefix(name: str, prefixes: Mapping[str, str]) -> str:
-    """Replace how a name begins; the first prefix of the table counts, and no prefix is no change."""
+    """Replace how a name begins, by the first prefix of the table that fits."""
     found = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
     return prefixes.get(found, "") + name.removeprefix(found)
 

@@ -69,7 +69,7 @@ class StartReport:
 
 @dataclass
 class _Match:
-    """What became of the tensors of a model. A shared tensor has its text name here.
+    """The fate of a model's tensors. A shared tensor has its text name here.
 
     Attributes:
         total: how many there are.

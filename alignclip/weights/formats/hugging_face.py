@@ -76,7 +76,7 @@ class HuggingFace(Format):
     )
 
     def detect(self, content: Content) -> bool:
-        """The text's embeddings and the image projection have a ``CLIPModel``'s names."""
+        """Find a ``CLIPModel``'s names of the text's embeddings and of the image projection."""
         names = {"text_model.embeddings.token_embedding.weight", "visual_projection.weight"}
         return names <= content.state_dict.keys()
 

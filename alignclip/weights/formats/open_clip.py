@@ -55,7 +55,7 @@ class OpenClip(Format):
     )
 
     def detect(self, content: Content) -> bool:
-        """A state dict of nobody else's is taken for open_clip's."""
+        """Take every state dict of nobody else's for open_clip's."""
         return True
 
     def read(self, content: Content) -> Weights:

@@ -4,6 +4,7 @@ folders.
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import os
@@ -168,25 +169,34 @@ def test_json_lines_by_any_name(images: Path, name: str) -> None:
         assert not in_folders
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
-def test_long_json_lines_are_several_inputs(
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv"])
+def test_a_long_table_is_several_inputs(
     images: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(columns, "ROWS_A_PIECE", 4)
+    path, out = images / name, images / "out"
     rows = [
-        {"image": f"images/{i % 5}.jpg", "caption": f"line {i}", "key": f"{i}"} for i in range(10)
+        {"key": f"{i:05}", "image": f"images/{i % 5}.jpg", "caption": f"line {i}\nand on"}
+        for i in range(10)
     ]
-    path = write_lines(images / name, *rows[:3], b"", *rows[3:])
-    assert [name_of(part) for part in expand_inputs([str(path)])] == [
-        "a-00000",
-        "a-00001",
-        "a-00002",
-    ]
-    counts = quick([path], images / "out")
+    if name == "a.csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+            file.write("\r\n" * 8)  # empty lines are no rows
+    else:
+        write_lines(path, *rows[:3], b"", *rows[3:])
+    parts = expand_inputs([str(path)])
+    assert [part.rpartition("#")[2].rpartition("-")[0] for part in parts] == ["0-4", "4-8", "8-10"]
+    counts = quick([path], out)
     assert (counts.written, counts.inputs) == (10, 3)
-    got = read_back(None, images / "out")
-    assert [row["caption"] for row in got.values()] == [f"line {i}" for i in range(10)]
-    assert quick([path], images / "out").converted == 0
+    made = sorted(folder.name for folder in out.glob("a-*"))
+    assert made == [*map(name_of, parts)] == ["a-00000", "a-00001", "a-00002"]
+    got = read_back(None, out)
+    assert list(got) == [f"{i:05}" for i in range(10)]
+    assert got["00007"] == {"key": "00007", "image": draw(2), "caption": "line 7\nand on"}
+    assert quick([path], out).converted == 0
 
 
 def test_json_lines_with_lists_of_captions(images: Path) -> None:

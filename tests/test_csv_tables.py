@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from pyarrow import csv as arrow
-from tarballs import captions_of, draw, items_of, quick, read_back, refused, write_images
+from tarballs import captions_of, draw, items_of, quick, refused, write_images
 
 from alignclip.conversion import samples, text_tables
 from alignclip.conversion.formats import columns
@@ -351,20 +351,3 @@ def test_a_part_of_a_table_begins_where_it_is(
     place = int(parts[-1].rpartition("-")[2]) % 2**64  # above are the decoder's flags
     write(path, head + b'"' * (place - len(head)) + data[place:])
     assert read_part(parts[-1]) == whole[-1]
-
-
-def test_a_long_table_is_several_inputs(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns, "ROWS_A_PIECE", 4)
-    rows = [[f"{i:05}", f"{i % 5}.jpg", f"line {i}\nand on"] for i in range(10)]
-    empty: list[Any] = [[]] * 8  # empty lines are no rows
-    path = write_rows(images / "a.csv", [["key", "image", "caption"], *rows, *empty])
-    parts = expand_inputs([str(path)])
-    assert [part.rpartition("#")[2].rpartition("-")[0] for part in parts] == ["0-4", "4-8", "8-10"]
-    counts = quick([path], images / "out", processes=1)
-    assert (counts.written, counts.inputs) == (10, 3)
-    made = sorted(folder.name for folder in (images / "out").glob("a-*"))
-    assert made == ["a-00000", "a-00001", "a-00002"]
-    rows_back = read_back(None, images / "out")
-    assert list(rows_back) == [f"{i:05}" for i in range(10)]
-    assert rows_back["00007"] == {"key": "00007", "image": draw(2), "caption": "line 7\nand on"}
-    assert quick([path], images / "out").converted == 0

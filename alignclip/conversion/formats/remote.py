@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
@@ -18,7 +17,7 @@ from alignclip.conversion.formats.columns import local_image
 from alignclip.conversion.formats.declaration import is_web
 from alignclip.conversion.samples import MISSING_IMAGE, Skipped, as_utf8
 from alignclip.errors import UserError
-from alignclip.storage import Store, cannot, is_about_name, open_store, patiently
+from alignclip.storage import cannot, is_about_name, open_store, patiently
 from alignclip.storage.clouds import check_scheme
 from alignclip.storage.copies import fetched
 
@@ -118,20 +117,9 @@ def read_object(place: str, key: str) -> bytes | Skipped:
             bucket, _, name = rest.partition("/")
             folder, slash, file = name.rpartition("/")
             name = f"{folder.strip('/')}{slash}{file}".lstrip("/")
-            store = store_at(f"{scheme}://{bucket}")
+            store = open_store(f"{scheme}://{bucket}")
             return patiently(lambda: store.read_bytes(name), place)
     except UserError as error:
         if is_about_name(error):
             return Skipped(key, MISSING_IMAGE, str(error))
         raise
-
-
-@lru_cache(64)
-def store_at(bucket: str) -> Store:
-    """Return the store of a bucket's URL; opening a client takes longer than reading a file.
-
-    Raises:
-        ValueError: no storage is known by the URL's scheme.
-    """
-    check_scheme(bucket)
-    return open_store(bucket)

@@ -117,7 +117,7 @@ def convert_section(values: Any, schema: Any, key: str) -> Any:
 
 def _convert_key(value: Any, key: Key, full: str) -> Any:
     if key.rule.raw:
-        _check_classes(value, full)
+        _check_class_section(value, full)
         return value
     found = convert(value, key.hint, full)
     return _expand(found, full) if key.rule.place else found
@@ -163,7 +163,7 @@ def convert_line(text: str, hint: Any, key: str, is_path: bool = False) -> Any:
         raise UserError(f"{key}={text} is not YAML: {error}") from None
 
 
-def _check_classes(value: Any, key: str) -> None:
+def _check_class_section(value: Any, key: str) -> None:
     """Refuse anything but names of classes, each with its arguments by their names, or null."""
     if not isinstance(value, dict):
         words = "holds names of classes with arguments below each, not"

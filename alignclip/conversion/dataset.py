@@ -6,19 +6,17 @@ A set is complete or absent, and so is each of its sub-folders. The same command
 was stopped, by Ctrl-C, a kill or a power cut.
 
 1. ``convert.json``, the plan, is written first: the options that the whole set shares, and the
-input of
-   each sub-folder. A later run has to agree with the plan (:mod:`alignclip.conversion.plan`).
+   input of each sub-folder. A later run has to agree with the plan
+   (:mod:`alignclip.conversion.plan`).
 2. An input shard becomes a sub-folder of the shard's name (:mod:`alignclip.conversion.shards`). The
    files are written elsewhere and appear together; ``index.json`` follows the shards that it names,
    and ``counts.json`` goes last. A sub-folder that holds both is complete. Held-out samples are in
    ``val/NAME``, which is there before ``NAME`` (:mod:`alignclip.storage.staging`).
 3. A sub-folder is converted again where its source has changed since. Before shards are replaced
-that
-   the set's index names, the index is written without them: after a kill the set is smaller, and
-   whole.
+   that the set's index names, the index is written without them: after a kill the set is smaller,
+   and whole.
 4. ``report.md`` follows the last sub-folder, then ``dataset.json``, and at last the ``index.json``
-over
-   all sub-folders. A set without ``index.json`` isn't finished.
+   over all sub-folders. A set without ``index.json`` isn't finished.
 5. Whatever a killed process leaves in the making has names of its own. The next run removes it.
 6. One run at a time: a local output is locked. Another run into a bucket can't be seen.
 
@@ -27,7 +25,7 @@ Runs of earlier versions are taken up: their records may lack entries that came 
 
 from __future__ import annotations
 
-import importlib.metadata
+import fnmatch
 import json
 import sys
 import tempfile
@@ -36,6 +34,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from alignclip.config.setting import check_settings
@@ -43,14 +42,13 @@ from alignclip.conversion import inputs
 from alignclip.conversion.captions import find_encoder, load_encoder
 from alignclip.conversion.formats.declaration import CAPTION_LISTS, PAIR_COLUMNS
 from alignclip.conversion.options import ConvertOptions
-from alignclip.conversion.plan import PLAN, begin, check_free, holds_samples, planned_inputs
+from alignclip.conversion.plan import PLAN, begin, check_free
 from alignclip.conversion.records import (
     CARD_FILE,
     Counts,
-    DatasetCard,
-    InputRecord,
     to_json,
     total_of,
+    versions,
 )
 from alignclip.conversion.report import (
     REPORT,
@@ -101,7 +99,7 @@ def convert(options: ConvertOptions, executor: Executor | None = None) -> Counts
     columns = _output_columns(options, names.values())
     elsewhere = executor is not None or bool(options.scheduler)  # somebody may still be writing
     with leaving_nothing(store.out), store.locked(), _left_as_it_was(store, names, elsewhere):
-        return _convert_rest(_Run(options, store, names, columns), executor)
+        return _convert_rest(options, store, names, columns, executor)
 
 
 @contextmanager
@@ -113,93 +111,77 @@ def _left_as_it_was(store: OutputFolder, names: Iterable[str], elsewhere: bool) 
     except OSError as error:
         raise UserError(f"{store.out}: {error}") from error
     except UserError as error:
-        if is_new and not (store.is_remote or elsewhere or holds_samples(store)):
+        if is_new and not (
+            store.is_remote or elsewhere or fnmatch.filter(store.listing(), "*.mds*")
+        ):
             store.clear(names, PLAN, REPORT)
         elif isinstance(error, NothingWritten) and REPORT in store.listing():
             raise UserError(f"{error}; {store.out}/{REPORT} says more") from None
         raise
 
 
-@dataclass(frozen=True)
-class _Run:
-    """A run: its options, output, sub-folders by name with their inputs, columns."""
-
-    options: ConvertOptions
-    store: OutputFolder
-    names: dict[str, str]
-    columns: dict[str, str]
-
-
-def _convert_rest(run: _Run, executor: Executor | None) -> Counts:
+def _convert_rest(
+    options: ConvertOptions,
+    store: OutputFolder,
+    names: dict[str, str],
+    columns: dict[str, str],
+    executor: Executor | None,
+) -> Counts:
     """Convert what is left to do, and write the index over all there is."""
-    store, names = run.store, run.names
     there = store.listing()
-    planned = planned_inputs(store, there)
-    complete = begin(store, there, run.options, names, run.columns)
+    complete, planned = begin(store, there, options, names, columns)
     remove_stale_copies()
     store.remove_partial()
     done = {
-        name: record.counts()
+        name: record.counts
         for name, record in complete.items()
         if name not in names or is_current(record, names[name])
     }
     todo = {name: source for name, source in names.items() if name not in done}
-    run = replace(
-        run, options=replace(run.options, inputs=_all_patterns(store, there, run.options))
-    )
-    if run.options.progress:
-        _say_what_is_there(store, done, todo, planned)
-    if INDEX in there and any(_may_be_named(name, there, complete) for name in todo):
-        _publish(run, done)
     sources = {name: record.source for name, record in complete.items()} | names
+    whole = _WholeSet(options, store, _all_patterns(store, there, options), sources, done)
+    resumed = total_of(done.values()).written
+    if options.progress and resumed and todo:
+        holds = f"{store.out} holds {resumed:,} samples from {inputs_in_words(len(done))}"
+        print(f"{holds}; {_what_is_added(todo, planned)}", file=sys.stderr)
+    # shards that the index may name are replaced
+    written = {
+        f"{name}/{INDEX}" for name in todo if name not in complete or complete[name].counts.written
+    }
+    if INDEX in there and written & there:
+        whole.publish()
     start = time.monotonic()
     try:
-        convert_all(
-            todo,
-            done,
-            run.columns,
-            run.options,
-            lambda done: _check_bad(done, run.options, ENOUGH),
-            executor,
-        )
+        convert_all(todo, done, columns, options, partial(whole.check_bad, ENOUGH), executor)
     except KeyboardInterrupt:
         store.remove_partial()
         raise
     except UserError:
         with suppress(UserError, OSError):  # the first error is the one that counts
             if any(counts.examples for counts in done.values()):
-                _write_report(store, done, sources)
+                whole.write_report()
         raise
     seconds = time.monotonic() - start
-    if done:
-        _write_report(store, done, sources)
-    _check_bad(done, run.options, 0)
-    _publish(run, done)
-    total = total_of(done.values())
+    whole.write_report()
+    whole.check_bad()
+    whole.publish()
     return replace(
-        total, inputs=len(names), converted=len(todo), broken=_broken(done), seconds=seconds
+        total_of(done.values()),
+        resumed=resumed,
+        inputs=len(names),
+        converted=len(todo),
+        broken=whole.broken,
+        seconds=seconds,
     )
 
 
-def _say_what_is_there(
-    store: OutputFolder, done: dict[str, Counts], todo: dict[str, str], planned: set[str]
-) -> None:
-    """Say what a set holds before more is added to it, and what that is."""
-    there = total_of(done.values()).written
-    if not there or not todo:
-        return
-    new = [source for source in todo.values() if source not in planned]
+def _what_is_added(todo: dict[str, str], planned: dict[str, str]) -> str:
+    """Say which of the inputs that are left to convert are new to the set."""
+    new = [source for name, source in todo.items() if planned.get(name) != source]
     more = [f"{inputs_in_words(len(new))} added ({first_few(new, 1)})"] if new else []
     if own := len(todo) - len(new):
         more.append(f"{inputs_in_words(own)} of its own left to convert")
-    holds = f"{store.out} holds {there:,} samples from {inputs_in_words(len(done))}"
-    print(f"{holds}; {', '.join(more)}", file=sys.stderr)
-
-
-def _may_be_named(name: str, there: set[str], complete: dict[str, InputRecord]) -> bool:
-    """Say whether the root's index may name shards of a sub-folder."""
-    is_empty = name in complete and not complete[name].samples
-    return f"{name}/{INDEX}" in there and not is_empty
+    return ", ".join(more)
 
 
 def _all_patterns(store: OutputFolder, there: set[str], options: ConvertOptions) -> list[str]:
@@ -209,15 +191,93 @@ def _all_patterns(store: OutputFolder, there: set[str], options: ConvertOptions)
     return list(dict.fromkeys([*(earlier if isinstance(earlier, list) else []), *options.inputs]))
 
 
-def _broken(done: dict[str, Counts]) -> list[str]:
-    """Return the sub-folders of truncated inputs."""
-    return sorted(name for name, counts in done.items() if counts.is_broken)
+@dataclass(frozen=True)
+class _WholeSet:
+    """The whole set, as far as it is complete.
 
+    Attributes:
+        options: of this run.
+        store: the output.
+        patterns: what was named as inputs, in all runs.
+        sources: sub-folder -> input, also of sub-folders that are left to convert.
+        done: sub-folder -> counts, of the complete ones; it grows.
+    """
 
-def _write_report(store: OutputFolder, done: dict[str, Counts], sources: dict[str, str]) -> None:
-    """Write the report, also where nothing was left out: a reader looks for it."""
-    with store.staged() as folder:
-        (folder / REPORT).write_text(write_report(done, sources), encoding="utf-8")
+    options: ConvertOptions
+    store: OutputFolder
+    patterns: list[str]
+    sources: dict[str, str]
+    done: dict[str, Counts]
+
+    @property
+    def broken(self) -> list[str]:
+        """The sub-folders of truncated inputs."""
+        return sorted(name for name, counts in self.done.items() if counts.is_broken)
+
+    def write_report(self) -> None:
+        """Write the report, also where nothing was left out: a reader looks for it."""
+        with self.store.staged() as folder:
+            text = write_report(self.done, self.sources)
+            (folder / REPORT).write_text(text, encoding="utf-8")
+
+    def check_bad(self, enough: int = 0) -> None:
+        """Fail where more than ``max_bad`` of the samples were left out, and samples are many.
+
+        At the end, when nothing is ``enough``, also where more than that of the inputs were
+        truncated: of each, only one sample counts as bad, whatever has been lost with it.
+        """
+        done, most = self.done, self.options.max_bad
+        total = total_of(done.values())
+        read = total.written + total.bad
+        if read < enough:
+            return
+        broken = self.broken
+        if total.written and not enough and len(broken) > most * len(done):
+            are, them = are_them(len(broken))
+            raise UserError(
+                f"{len(broken):,} of {inputs_in_words(len(done))} {are} truncated, more than "
+                f"--max-bad {most:g} ({first_few(broken)}): fetch {them} again and repeat this "
+                f"command, or take {them} as {'it is' if them == 'it' else 'they are'} with "
+                "--max-bad 1"
+            )
+        if not total.written:
+            raise NothingWritten(why_nothing(total, len(done), self.options, first_example(done)))
+        if total.bad > most * read:
+            ways = "".join(f"{way}; " for way in ways_out(total.skipped))
+            raise UserError(
+                f"{total.bad:,} of {read:,} samples are bad, more than --max-bad {most:g} "
+                f"({counted(total.skipped)}); {ways}{REPORT} in {self.options.out} has examples"
+            )
+
+    def publish(self) -> None:
+        """Write ``dataset.json`` and the indexes of the complete sub-folders and their split."""
+        options, store = self.options, self.store
+        # in the order of names: the same bytes, whatever was finished first
+        names = sorted(self.done)
+        total = total_of(self.done[name] for name in names)
+        shared = options.fixed()
+        encoding = ("sentence-transformers", "transformers", "torch")
+        card = {
+            "encoder": shared["encoder"],
+            "dimension": load_encoder(options.encoder).dimension if options.semantic else None,
+            "source": self.patterns,
+            "inputs": len(names),
+            "samples": total.written - total.held_out,  # outside of the held-out split
+            "held_out": total.held_out,
+            "skipped": total.skipped,
+            "noted": total.noted,
+            "ignored": total.ignored,
+            "bytes": total.bytes,
+            "options": shared,
+            "versions": versions(*(encoding if options.semantic else ())),
+        }
+        if options.held_out:
+            index = _index(store, VAL, [name for name in names if self.done[name].held_out])
+            with store.staged(VAL, replace=False) as folder:
+                (folder / INDEX).write_text(index)
+        with store.staged() as folder:
+            (folder / CARD_FILE).write_text(to_json(card))
+            (folder / INDEX).write_text(_index(store, "", names))
 
 
 def _try_options(options: ConvertOptions) -> None:
@@ -264,66 +324,6 @@ def _output_columns(options: ConvertOptions, shards: Iterable[str]) -> dict[str,
         shape = "" if CAPTION_LISTS in captions else f":{encoder.dimension}"
         columns["semantic"] = f"ndarray:float16{shape}"
     return columns
-
-
-def _check_bad(done: dict[str, Counts], options: ConvertOptions, enough: int) -> None:
-    """Fail where more than ``max_bad`` of the samples were left out, and samples are many.
-
-    At the end, when nothing is ``enough``, also where more than that of the inputs were truncated:
-    of each, only one sample counts as bad, whatever has been lost with it.
-    """
-    total = total_of(done.values())
-    read = total.written + total.bad
-    if read < enough:
-        return
-    broken = _broken(done)
-    if total.written and not enough and len(broken) > options.max_bad * len(done):
-        are, them = are_them(len(broken))
-        raise UserError(
-            f"{len(broken):,} of {inputs_in_words(len(done))} {are} truncated, more than --max-bad "
-            f"{options.max_bad:g} ({first_few(broken)}): fetch {them} again and repeat this "
-            "command, or "
-            f"take {them} as {'it is' if len(broken) == 1 else 'they are'} with --max-bad 1"
-        )
-    if not total.written:
-        raise NothingWritten(why_nothing(total, len(done), options, first_example(done)))
-    if total.bad > options.max_bad * read:
-        raise UserError(
-            f"{total.bad:,} of {read:,} samples are bad, more than --max-bad {options.max_bad:g} "
-            f"({counted(total.skipped)}); "
-            + "".join(f"{way}; " for way in ways_out(total.skipped))
-            + f"{REPORT} in {options.out} has examples"
-        )
-
-
-def _publish(run: _Run, done: dict[str, Counts]) -> None:
-    """Write ``dataset.json`` and the indexes of these sub-folders and of the held-out split."""
-    options, store = run.options, run.store
-    # in the order of names: the same bytes, whatever was finished first
-    total = total_of(counts for _, counts in sorted(done.items()))
-    packages = ["alignclip", "mosaicml-streaming", "pillow"]
-    packages += ["sentence-transformers", "transformers", "torch"] if options.semantic else []
-    card = DatasetCard(
-        encoder=options.encoder if options.semantic else None,
-        dimension=load_encoder(options.encoder).dimension if options.semantic else None,
-        source=list(options.inputs),
-        inputs=len(done),
-        samples=total.written - total.held_out,
-        held_out=total.held_out,
-        skipped=total.skipped,
-        noted=total.noted,
-        ignored=total.ignored,
-        bytes=total.bytes,
-        options=options.fixed(),
-        versions={package: importlib.metadata.version(package) for package in packages},
-    )
-    if options.held_out:
-        index = _index(store, VAL, sorted(name for name in done if done[name].held_out))
-        with store.staged(VAL, replace=False) as folder:
-            (folder / INDEX).write_text(index)
-    with store.staged() as folder:
-        (folder / CARD_FILE).write_text(to_json(card))
-        (folder / INDEX).write_text(_index(store, "", sorted(done)))
 
 
 def _index(store: OutputFolder, split: str, names: Sequence[str]) -> str:

@@ -53,7 +53,7 @@ def begin(
     options: ConvertOptions,
     names: dict[str, str],
     columns: dict[str, str],
-) -> dict[str, InputRecord]:
+) -> tuple[dict[str, InputRecord], dict[str, str]]:
     """Write the plan into ``out``, or compare it with the plan there; return what is complete.
 
     While nothing has been written, for instance because of a wrong caption key, other options take
@@ -68,22 +68,20 @@ def begin(
         columns: of the MDS shards that this run writes.
 
     Returns:
-        sub-folder name -> record, of the complete sub-folders.
+        sub-folder name -> record, of the complete sub-folders; and sub-folder name -> input, of
+        earlier runs.
 
     Raises:
         UserError: other options, other inputs, or a set that is not this converter's.
     """
     check_free(store, there, names)
     plan = Plan(options.fixed(), columns, names)
-    if PLAN not in there:
+    before, complete = _read_plan(store, there) if PLAN in there else (None, {})
+    written = any(record.counts.written for record in complete.values())
+    different = before and differences(before.settings, plan.settings, same=_same)
+    if before is None or (different and not written):
         _write_plan(store, plan)
-        return {}
-    before, complete = _read_plan(store, there)
-    written = any(record.samples for record in complete.values())
-    different = differences(before.settings, plan.settings, same=_same)
-    if different and not written:
-        _write_plan(store, plan)
-        return {}
+        return {}, {}
     if different:
         first = min(different, key=lambda key: key == "quality")  # of images, after their size
         was, is_now = (_as_flag(first, value) for value in different[first])
@@ -99,19 +97,7 @@ def begin(
     _check_inputs(store, complete, before.inputs, names)
     if names.items() - before.inputs.items():
         _write_plan(store, Plan(plan.settings, columns, before.inputs | names))
-    return complete
-
-
-def holds_samples(store: OutputFolder) -> bool:
-    """Say whether a sub-folder is complete and has samples."""
-    there = store.listing()
-    return PLAN in there and any(record.samples for record in _read_plan(store, there)[1].values())
-
-
-def planned_inputs(store: OutputFolder, there: set[str]) -> set[str]:
-    """Return the inputs that a set was begun with, of all runs so far."""
-    plan = Plan.parse(store.read_json([PLAN], broken=True)[0]) if PLAN in there else None
-    return set(plan.inputs.values()) if plan else set()
+    return complete, before.inputs
 
 
 def _read_plan(store: OutputFolder, there: set[str]) -> tuple[Plan, dict[str, InputRecord]]:
@@ -128,7 +114,7 @@ def _read_plan(store: OutputFolder, there: set[str]) -> tuple[Plan, dict[str, In
     complete = {}
     for name, record in zip(names, map(InputRecord.parse, contents), strict=True):
         held_out = {f"{VAL}/{name}/{file}" for file in (INDEX, COUNTS)}
-        if record and (not record.held_out or held_out <= there):
+        if record and (not record.counts.held_out or held_out <= there):
             complete[name] = record
     return before, complete
 
@@ -146,7 +132,7 @@ def _check_inputs(
     """
     for name, source in names.items():
         record = complete.get(name)
-        if record and record.samples and record.source != source:
+        if record and record.counts.written and record.source != source:
             raise UserError(
                 f"{store.out}/{name} was made from {record.source}, not from {source}; choose "
                 "another --out"

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
-from alignclip.conversion.formats.declaration import OpenInput
-from alignclip.conversion.samples import BROKEN_INPUT
+from alignclip.conversion.samples import BROKEN_INPUT, Ignored, Skipped
+from alignclip.conversion.wording import MAX_NAMES
 
 CARD_FILE = "dataset.json"  # at a set's root, written last but for the index
 KEPT_EXAMPLES = 5  # of each reason, kept of an input shard for the report
 LONGEST_TEXT = 200  # characters of a key or detail
+# entries of an input's record: about the input, and what was counted
+SOURCE = ("source", "source_bytes", "source_modified")
+COUNTED = ("written", "held_out", "skipped", "noted", "ignored", "sides", "bytes", "examples")
+MISSING_IN_EARLY_RECORDS = {"source_bytes": 0, "source_modified": 0, "ignored": {}, "sides": []}
 
 Example = list[str]  # a key, and a detail about it
 
@@ -27,12 +32,12 @@ class Counts:
         skipped: reason -> pairs left out.
         noted: note -> pairs that were mended or are unusual.
         ignored: what they are -> files that are no part of a pair.
+        sides: the shorter sides of a few images of each input, in pixels.
         bytes: of the stored shards.
         examples: reason, note or kind of file -> a few (key, detail).
         texts: see :class:`alignclip.conversion.samples.Skipped`, of the first such sample of each
             input.
         endings: see the same, a few.
-        sides: the shorter sides of a few images of each input, in pixels.
         inputs: inputs that a whole run was given; it has ``converted`` so many in ``seconds``.
         broken: the sub-folders of truncated inputs in the set.
     """
@@ -42,12 +47,12 @@ class Counts:
     skipped: Counter[str] = field(default_factory=Counter)
     noted: Counter[str] = field(default_factory=Counter)
     ignored: Counter[str] = field(default_factory=Counter)
+    sides: list[int] = field(default_factory=list)
     bytes: int = 0
     examples: dict[str, list[Example]] = field(default_factory=dict)
-    resumed: int = 0
     texts: set[str] = field(default_factory=set)
     endings: set[str] = field(default_factory=set)
-    sides: list[int] = field(default_factory=list)
+    resumed: int = 0
     inputs: int = 0
     converted: int = 0
     broken: list[str] = field(default_factory=list)
@@ -63,17 +68,20 @@ class Counts:
         """True where an input was truncated."""
         return BROKEN_INPUT in self.skipped
 
-    def skip(self, reason: str, key: str = "", detail: str = "") -> None:
-        """Count a sample as left out."""
-        self._count(self.skipped, reason, key, detail)
+    def skip(self, pair: Skipped) -> None:
+        """Count a pair as left out."""
+        self.texts = self.texts or set(pair.texts)
+        if len(self.endings) < MAX_NAMES:
+            self.endings.update(pair.endings)
+        self._count(self.skipped, pair.reason, pair.key, pair.detail)
 
-    def note(self, note: str, key: str = "") -> None:
-        """Count a sample as mended or unusual."""
+    def note(self, note: str, key: str) -> None:
+        """Count a pair as mended or unusual."""
         self._count(self.noted, note, key)
 
-    def ignore(self, what: str, name: str) -> None:
+    def ignore(self, file: Ignored) -> None:
         """Count a file that is no part of a pair."""
-        self._count(self.ignored, what, name)
+        self._count(self.ignored, file.what, file.name)
 
     def _count(self, counter: Counter[str], what: str, key: str, detail: str = "") -> None:
         counter[what] += 1
@@ -86,7 +94,7 @@ def total_of(parts: Iterable[Counts]) -> Counts:
     """Add up the counts of input shards; examples stay with each."""
     total = Counts()
     for part in parts:
-        for name in ("written", "held_out", "bytes", "resumed"):
+        for name in ("written", "held_out", "bytes"):
             setattr(total, name, getattr(total, name) + getattr(part, name))
         for name in ("skipped", "noted", "ignored", "texts", "endings"):
             getattr(total, name).update(getattr(part, name))
@@ -94,74 +102,45 @@ def total_of(parts: Iterable[Counts]) -> Counts:
     return total
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class InputRecord:
     """``counts.json`` of a complete sub-folder.
+
+    In the file, ``written`` is without the held-out samples: those are in the split's sub-folder.
 
     Attributes:
         source: the name of the input shard.
         source_bytes: its size when it was read.
         source_modified: when it was changed before, in ns since the epoch.
-        written: samples in the sub-folder; ``held_out`` more are in the split's.
+        counts: what became of it.
     """
 
     source: str
-    source_bytes: int = 0
-    source_modified: int = 0
-    written: int
-    held_out: int
-    skipped: dict[str, int]
-    noted: dict[str, int]
-    ignored: dict[str, int] = field(default_factory=dict)  # missing in early versions, as are sides
-    sides: list[int] = field(default_factory=list)
-    bytes: int
-    examples: dict[str, list[Example]]
-
-    @classmethod
-    def of(cls, source: str, opened: OpenInput, counts: Counts) -> InputRecord:
-        """Record what an input shard has become."""
-        return cls(
-            source=source,
-            source_bytes=opened.size,
-            source_modified=opened.modified,
-            written=counts.written - counts.held_out,
-            held_out=counts.held_out,
-            skipped=counts.skipped,
-            noted=counts.noted,
-            ignored=counts.ignored,
-            sides=counts.sides,
-            bytes=counts.bytes,
-            examples=counts.examples,
-        )
+    source_bytes: int
+    source_modified: int
+    counts: Counts
 
     @classmethod
     def parse(cls, content: object) -> InputRecord | None:
         """Take a record from parsed JSON; None where it is another file's, or damaged."""
         if not isinstance(content, dict):
             return None
+        entries: dict[str, Any] = MISSING_IN_EARLY_RECORDS | content
         try:
-            return cls(**{f.name: content[f.name] for f in fields(cls) if f.name in content})
-        except TypeError:  # an entry is missing
+            counts = Counts(**{name: entries[name] for name in COUNTED})
+            for name in ("skipped", "noted", "ignored"):
+                setattr(counts, name, Counter(entries[name]))
+            counts.written += counts.held_out
+            return cls(**{name: entries[name] for name in SOURCE}, counts=counts)
+        except (KeyError, TypeError):
             return None
 
-    @property
-    def samples(self) -> int:
-        """The number of samples, held-out ones included."""
-        return self.written + self.held_out
-
-    def counts(self) -> Counts:
-        """Return the counts of a sub-folder that an earlier run has written."""
-        return Counts(
-            written=self.samples,
-            held_out=self.held_out,
-            skipped=Counter(self.skipped),
-            noted=Counter(self.noted),
-            ignored=Counter(self.ignored),
-            bytes=self.bytes,
-            examples=self.examples,
-            resumed=self.samples,
-            sides=self.sides,
-        )
+    def text(self) -> str:
+        """Return the file's text."""
+        counted = {name: getattr(self.counts, name) for name in COUNTED}
+        counted["written"] -= self.counts.held_out
+        source = {name: getattr(self, name) for name in SOURCE}
+        return to_json(source | counted)
 
 
 @dataclass(frozen=True)
@@ -192,33 +171,12 @@ class Plan:
         return to_json({**self.settings, "columns": self.columns, "inputs": self.inputs})
 
 
-@dataclass(frozen=True)
-class DatasetCard:
-    """``dataset.json``: what a finished set is.
-
-    Attributes:
-        encoder: of the captions, and its ``dimension``; None where there are no embeddings.
-        source: what was named as inputs, in all runs.
-        inputs: input shards in the set.
-        samples: outside of the held-out split.
-        options: the settings that every part shares.
-        versions: of the packages that wrote the set.
-    """
-
-    encoder: str | None
-    dimension: int | None
-    source: list[str]
-    inputs: int
-    samples: int
-    held_out: int
-    skipped: dict[str, int]
-    noted: dict[str, int]
-    ignored: dict[str, int]
-    bytes: int
-    options: dict[str, Any]
-    versions: dict[str, str]
+def to_json(entries: dict[str, Any]) -> str:
+    """Return the text of one of the JSON files."""
+    return json.dumps(entries, indent=2)
 
 
-def to_json(record: object) -> str:
-    """Return a record's JSON text."""
-    return json.dumps(record if isinstance(record, dict) else vars(record), indent=2)
+def versions(*more: str) -> dict[str, str]:
+    """Return the versions of the packages that write every set, and of these."""
+    packages = ("alignclip", "mosaicml-streaming", "pillow", *more)
+    return {name: importlib.metadata.version(name) for name in packages}

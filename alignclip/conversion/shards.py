@@ -8,24 +8,23 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from alignclip.conversion import inputs
 from alignclip.conversion.captions import SentenceEncoder, load_encoder, usable
-from alignclip.conversion.formats.declaration import CAPTION_LISTS
+from alignclip.conversion.formats.declaration import CAPTION_LISTS, PAIR_COLUMNS
 from alignclip.conversion.images import Unusable, prepare_image, shorter_side
 from alignclip.conversion.options import ConvertOptions
-from alignclip.conversion.records import Counts, InputRecord, to_json
+from alignclip.conversion.records import Counts, InputRecord
 from alignclip.conversion.samples import (
     BAD_CAPTIONS,
-    BROKEN_INPUT,
     CUT_CAPTION,
     DUPLICATE_KEY,
     NO_EMBEDDING,
@@ -34,23 +33,18 @@ from alignclip.conversion.samples import (
     Sample,
     Skipped,
 )
-from alignclip.conversion.wording import MAX_NAMES
 from alignclip.errors import UserError
 from alignclip.storage.staging import COUNTS, VAL, OutputFolder
-
-if TYPE_CHECKING:
-    from alignclip.conversion.mds_writer import JoinedShardWriter
 
 SIDES = 20  # images of an input whose sizes are looked at, for the model that is proposed
 SAMPLES_AT_ONCE = 1024  # held in memory, and embedded together
 EMBEDDED_BYTES = 32 * 2**20  # of their images, at most
-WRITTEN_BYTES = (
-    2**20
-)  # without an encoder: the fewer are held, the less memory is new to the processor
+# without an encoder: the fewer are held, the less memory is new to the processor
+WRITTEN_BYTES = 2**20
 SEVERAL_CAPTIONS = 32  # of an image with a list of them, at most, where room is made
 
 ShowProgress = Callable[[int, int], None]  # so many more written, so many skipped
-Embedded = tuple[Sample, np.ndarray | None]
+Row = dict[str, Any]  # column -> value
 
 
 def convert_shard(
@@ -96,37 +90,21 @@ def _convert_input(
             }
             size = EMBEDDED_BYTES if encoder else WRITTEN_BYTES
             for batch in _sample_batches(_good_samples(opened.items, counts, options, show), size):
-                rows = _embedded(batch, encoder, counts)
-                counts.held_out += _write_rows(rows, writers, options.held_out)
+                rows = _rows(batch, encoder, counts)
+                for row in rows:
+                    is_held_out = position(row["key"]) < options.held_out
+                    writers[VAL if is_held_out else ""].write(row)
+                    counts.held_out += is_held_out
                 counts.written += len(rows)
                 show(len(rows), len(batch) - len(rows))
         files = (file for folder in folders.values() for file in folder.glob("*.mds*"))
         counts.bytes = sum(file.stat().st_size for file in files)
-        record = InputRecord.of(source, opened, counts)
-        (folders[""] / COUNTS).write_text(to_json(record))
+        record = InputRecord(source, opened.size, opened.modified, counts)
+        (folders[""] / COUNTS).write_text(record.text())
         if options.held_out:
             short = {"source": source, "written": counts.held_out, "skipped": {}}
             (folders[VAL] / COUNTS).write_text(json.dumps(short))
     return counts
-
-
-def _write_rows(
-    rows: Sequence[Embedded], writers: Mapping[str, JoinedShardWriter], share: float
-) -> int:
-    """Write samples into their splits; return how many were held out."""
-    number = 0
-    for sample, embedding in rows:
-        row: dict[str, object] = {
-            "key": sample.key,
-            "image": sample.image,
-            "caption": sample.caption,
-        }
-        if embedding is not None:
-            row["semantic"] = embedding
-        is_held_out = share > 0 and position(sample.key) < share
-        writers[VAL if is_held_out else ""].write(row)
-        number += is_held_out
-    return number
 
 
 def position(key: str) -> float:
@@ -141,29 +119,31 @@ def _good_samples(
     seen: set[str] = set()
     for item in items:
         if isinstance(item, Ignored):
-            counts.ignore(item.what, item.name)
+            counts.ignore(item)
             continue
+        if isinstance(item, Sample):
+            item = _prepared(item, seen, options)
         if isinstance(item, Skipped):
-            counts.texts = counts.texts or set(item.texts)
-            if len(counts.endings) < MAX_NAMES:
-                counts.endings.update(item.endings)
-            counts.skip(item.reason, item.key, item.detail)
-            show(0, 1)
-            continue
-        try:
-            if item.key in seen:
-                raise Unusable(DUPLICATE_KEY)
-            image, notes = prepare_image(item.image, options.images)
-        except Unusable as unusable:
-            counts.skip(unusable.reason, item.key, unusable.detail)
+            counts.skip(item)
             show(0, 1)
             continue
         seen.add(item.key)
-        if len(counts.sides) < SIDES and (side := shorter_side(image)):
+        if len(counts.sides) < SIDES and (side := shorter_side(item.image)):
             counts.sides.append(side)
-        for note in (*item.notes, *notes):
+        for note in item.notes:
             counts.note(note, item.key)
-        yield item if image is item.image else replace(item, image=image)
+        yield item
+
+
+def _prepared(sample: Sample, seen: Set[str], options: ConvertOptions) -> Sample | Skipped:
+    """Check a sample's key and image, and shrink the image where that is wanted."""
+    if sample.key in seen:
+        return Skipped(sample.key, DUPLICATE_KEY)
+    try:
+        image, notes = prepare_image(sample.image, options.images)
+    except Unusable as unusable:
+        return Skipped(sample.key, unusable.reason, unusable.detail)
+    return replace(sample, image=image, notes=(*sample.notes, *notes))
 
 
 def _sample_batches(samples: Iterator[Sample], enough: int) -> Iterator[list[Sample]]:
@@ -180,38 +160,35 @@ def _sample_batches(samples: Iterator[Sample], enough: int) -> Iterator[list[Sam
         yield batch
 
 
-def _embedded(
-    batch: Sequence[Sample], encoder: SentenceEncoder | None, counts: Counts
-) -> list[Embedded]:
-    """Embed captions: [dimension] of one caption, [captions, dimension] of several.
+def _rows(batch: Sequence[Sample], encoder: SentenceEncoder | None, counts: Counts) -> list[Row]:
+    """Return a row for each sample, with the embeddings of its captions.
 
-    A caption whose embedding is zero or not finite is left out, and so is a sample without another
-    one.
+    ``semantic`` is [dimension] of one caption, [captions, dimension] of several. A caption whose
+    embedding is zero or not finite is left out, and so is a sample without another one.
     """
+    rows = [{name: getattr(sample, name) for name in PAIR_COLUMNS} for sample in batch]
     if encoder is None:
-        return [(sample, None) for sample in batch]
+        return rows
     texts = [[one] if isinstance(one := sample.caption, str) else one for sample in batch]
     every = [text for some in texts for text in some]
     ends = np.cumsum([len(some) for some in texts])[:-1]
     embeddings = encoder.encode(every)
     embedded = (embeddings, usable(embeddings), np.array(encoder.cut(every), bool))
-    found: list[Embedded] = []
-    for sample, captions, rows, good, cut in zip(
-        batch, texts, *(np.split(values, ends) for values in embedded), strict=True
+    kept = []
+    for row, captions, semantic, good, cut in zip(
+        rows, texts, *(np.split(values, ends) for values in embedded), strict=True
     ):
         if not good.any():
-            counts.skip(NO_EMBEDDING, sample.key, captions[0])
+            counts.skip(Skipped(row["key"], NO_EMBEDDING, captions[0]))
             continue
         if cut.any():
-            counts.note(CUT_CAPTION, sample.key)
-        if isinstance(sample.caption, str):
-            found.append((sample, rows[0]))
-            continue
+            counts.note(CUT_CAPTION, row["key"])
         if not good.all():
-            counts.note(BAD_CAPTIONS, sample.key)
-            sample = replace(sample, caption=list(compress(captions, good)))
-        found.append((sample, rows[good]))
-    return found
+            counts.note(BAD_CAPTIONS, row["key"])
+            row["caption"] = list(compress(captions, good))
+        row["semantic"] = semantic[0] if isinstance(row["caption"], str) else semantic[good]
+        kept.append(row)
+    return kept
 
 
 def _size_limit(
@@ -240,8 +217,8 @@ def is_current(record: InputRecord, source: str) -> bool:
     It can't where nothing was written; where a local file has another size now, or was truncated
     and has changed since; and where a remote file was truncated: only fetching it tells.
     """
-    is_broken = BROKEN_INPUT in record.skipped
-    if not record.samples:
+    is_broken = record.counts.is_broken
+    if not record.counts.written:
         return False
     found, place, part = inputs.split(source)
     file = found.file_of(place, part)

@@ -41,7 +41,7 @@ def convert_all(
     done: dict[str, Counts],
     columns: dict[str, str],
     options: ConvertOptions,
-    check: Callable[[dict[str, Counts]], None],
+    check: Callable[[], None],
     executor: Executor | None = None,
 ) -> None:
     """Convert these input shards side by side; the first failure ends the run.
@@ -52,8 +52,7 @@ def convert_all(
         columns: of the MDS shards.
         options: of the run.
         executor: instead of ``options.processes`` or ``options.scheduler``.
-        check: looks at ``done`` each time that something was finished, and raises where that is
-            enough.
+        check: is called each time that something was finished, and raises where that is enough.
 
     Raises:
         UserError: of :func:`convert_shard` or ``check``; a worker was killed.
@@ -69,7 +68,7 @@ def convert_all(
         ):
             for name, counts in results:
                 now[name] = done[name] = counts
-                check(done)
+                check()
     except BrokenProcessPool:
         raise UserError(
             "a worker process was killed, perhaps for its memory; run again with fewer --processes"

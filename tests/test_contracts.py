@@ -100,7 +100,8 @@ alignclip/storage/clouds.py
     streaming.base.storage.download.DOWNLOADER_MAPPINGS
 alignclip/conversion/classification_sets.py
     torchvision.datasets.Flowers102: _image_files _labels
-    torchvision.datasets.FGVCAircraft: _image_files _labels
+    torchvision.datasets.Food101: _image_files _labels
+    torchvision.datasets.OxfordIIITPet: _images _labels
     torchvision.datasets.StanfordCars: _samples classes
 """
 

@@ -28,7 +28,7 @@ from miniatures import (
     write,
 )
 
-from alignclip.conversion import classification, published, retrieval
+from alignclip.conversion import classification, retrieval
 from alignclip.conversion.image_finder import ImageFinder
 from alignclip.conversion.retrieval_sets import RETRIEVAL_SETS as RETRIEVAL
 from alignclip.errors import UserError
@@ -244,9 +244,8 @@ def test_every_published_set_has_its_number_of_images() -> None:
         assert bool(source.sizes) == (name not in own)
     for name, source in RETRIEVAL.items():
         assert (source.split in source.sizes) == (name not in own)
-    sizes = classification.CLASSIFICATION_SETS["cars"].sizes
-    assert published.size_difference("cars", "test", sizes, 8_041) is None
-    assert published.size_difference("cars", "mine", sizes, 1) is None
+    cars = classification.CLASSIFICATION_SETS["cars"]
+    assert cars.size_notes("cars", "test", 8_041) == cars.size_notes("cars", "mine", 1) == []
 
 
 # captions

@@ -28,11 +28,11 @@ from alignclip.conversion.evaluation_sets import (
     fingerprint,
     image_limit,
     local_path,
-    missing_files,
     spread,
+    with_images,
 )
 from alignclip.conversion.options import output_folder
-from alignclip.conversion.published import size_difference
+from alignclip.conversion.published import find_set
 from alignclip.data.mds_index import CLASSES
 from alignclip.errors import UserError, nearest, one_line_errors
 from alignclip.runtime import console
@@ -121,9 +121,8 @@ def _name_and_split(options: ClassificationOptions) -> tuple[str, str]:
     name = options.dataset.replace("_", "-")
     name = name if name in CLASSIFICATION_SETS else name.replace("-", "_")
     if name not in CLASSIFICATION_SETS:
-        hint = nearest(options.dataset, CLASSIFICATION_SETS)
-        raise UserError(f"unknown dataset '{options.dataset}'; {hint}")
-    sizes = CLASSIFICATION_SETS[name].sizes
+        name = options.dataset
+    sizes = find_set(CLASSIFICATION_SETS, name).sizes
     # ImageNet's own test set has no public labels: clip_benchmark and papers mean val by test
     split = "val" if name == "imagenet1k" and options.split == "test" else options.split
     if sizes and split not in sizes:
@@ -136,13 +135,7 @@ def _read_set(options: ClassificationOptions, name: str, split: str, root: str) 
     templates = choose_templates(name, options.templates)
     source = CLASSIFICATION_SETS[name]
     content = source.read(local_path("--root", options.root, folder=True), split)
-    samples = spread(content.samples, options.limit)
-    if missing := missing_files(samples):
-        raise UserError(
-            f"{len(missing):,} of {len(samples):,} images are missing, the first is {missing[0]}; "
-            f"{README}"
-        )
-    differs = size_difference(name, split, source.sizes, len(content.samples))
+    samples, _ = with_images(spread(content.samples, options.limit), README, README)
     classes = {
         "dataset": name,
         # of the labels: whoever writes other names into the file shall keep to the number
@@ -154,7 +147,7 @@ def _read_set(options: ClassificationOptions, name: str, split: str, root: str) 
         samples,
         ("label", "int"),
         about={"source": root},
-        notes=[*content.notes, *([differs] if differs else [])],
+        notes=[*content.notes, *source.size_notes(name, split, len(content.samples))],
         files={CLASSES: classes},
         # own lists need no clip_benchmark
         packages=("torchvision", *(["clip-benchmark"] if benchmark_folder() else [])),

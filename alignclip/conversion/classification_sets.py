@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import gzip
 import importlib
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,23 +29,11 @@ from alignclip.conversion.layouts import (
     folder_with,
     laid_out,
 )
+from alignclip.conversion.published import PublishedSet
 from alignclip.errors import UserError, one_line
 
 # torchvision is imported where it is used: the import takes seconds, and a mistake in the command
 # line should be told before.
-
-
-@dataclass(frozen=True)
-class ClassificationSource:
-    """The reader of a classification set.
-
-    Attributes:
-        read: from the folder of ``--root`` and a split to the content.
-        sizes: split -> images, as the publishers count them; empty where any split's name will do.
-    """
-
-    read: Callable[[Path, str], ClassificationContent]
-    sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @contextmanager
@@ -78,7 +64,7 @@ def read_torchvision(
     kind: str,
     parts: Mapping[str, Part],
     checked: str = "",
-    names: Callable[[Any], list[str]] = lambda source: source.classes,
+    names: list[str] | None = None,
 ) -> ClassificationContent:
     """Read a set of files by torchvision's class, through private attributes.
 
@@ -90,7 +76,7 @@ def read_torchvision(
         kind: the class in ``torchvision.datasets``.
         parts: place below torchvision's root -> the part of the set that belongs there.
         checked: see :func:`reading`.
-        names: from torchvision's set to the class names.
+        names: of the classes; None: torchvision's.
     """
     with laid_out(root, parts, README) as layout, reading(root, checked):
         from torchvision import datasets
@@ -99,9 +85,10 @@ def read_torchvision(
         if hasattr(source, "_samples"):
             labelled = source._samples
         else:
-            labelled = zip(source._image_files, source._labels, strict=True)
+            files = source._images if kind == "OxfordIIITPet" else source._image_files
+            labelled = zip(files, source._labels, strict=True)
         samples = [EvaluationSample(*layout.locate(file), int(label)) for file, label in labelled]
-        return ClassificationContent(samples, names(source))
+        return ClassificationContent(samples, names or source.classes)
 
 
 def read_cifar(root: Path, split: str, folder: str, kind: str) -> ClassificationContent:
@@ -125,8 +112,7 @@ def read_flowers(root: Path, split: str) -> ClassificationContent:
         "flowers-102/jpg": folder_with("jpg", "image_00001.jpg"),
         **{f"flowers-102/{name}": file_named(name) for name in lists},
     }
-    checked = " and ".join(lists)
-    return read_torchvision(root, split, "Flowers102", parts, checked, lambda _: names)
+    return read_torchvision(root, split, "Flowers102", parts, " and ".join(lists), names)
 
 
 def read_food(root: Path, split: str) -> ClassificationContent:
@@ -135,33 +121,19 @@ def read_food(root: Path, split: str) -> ClassificationContent:
         "food-101/images": folder_with("images", "apple_pie"),
         "food-101/meta": folder_named("meta", f"{split}.json"),
     }
-
-    def names(source: Any) -> list[str]:  # as clip_benchmark does
-        return [name.replace("_", " ") for name in source.classes]
-
-    return read_torchvision(root, split, "Food101", parts, names=names)
+    content = read_torchvision(root, split, "Food101", parts)
+    # as clip_benchmark does
+    return replace(content, classnames=[name.replace("_", " ") for name in content.classnames])
 
 
 def read_pets(root: Path, split: str) -> ClassificationContent:
-    """https://www.robots.ox.ac.uk/~vgg/data/pets/.
-
-    A line of the lists is an image's name, its class from 1, the species, the breed.
-    """
-    lists = f"oxford-iiit-pet/annotations/{split}.txt"
+    """https://www.robots.ox.ac.uk/~vgg/data/pets/."""
+    names = benchmark_lists("en_classnames.json")["pets"]
     parts = {
         "oxford-iiit-pet/images": folder_named("images", "*.jpg"),
-        lists: file_named(f"annotations/{split}.txt"),
+        "oxford-iiit-pet/annotations": folder_named("annotations", f"{split}.txt"),
     }
-    with laid_out(root, parts, README) as layout, reading(root):
-        lines = (layout.root / lists).read_text(encoding="utf-8").splitlines()
-        rows = [line.split()[:2] for line in lines]
-        samples = [
-            EvaluationSample(
-                *layout.locate(layout.root / f"oxford-iiit-pet/images/{name}.jpg"), int(label) - 1
-            )
-            for name, label in rows
-        ]
-        return ClassificationContent(samples, benchmark_lists("en_classnames.json")["pets"])
+    return read_torchvision(root, split, "OxfordIIITPet", parts, names=names)
 
 
 def read_cars(root: Path, split: str) -> ClassificationContent:
@@ -220,20 +192,27 @@ def read_fashion_mnist(root: Path, split: str) -> ClassificationContent:
         if found is None:
             raise UserError(f"there is no {names[0]}[.gz] in --root {root}; {README}")
         files.append(found)
-    with tempfile.TemporaryDirectory(prefix="alignclip-") as temporary, reading(files[0].parent):
+    with reading(files[0].parent):
         from torchvision.datasets import FashionMNIST
-        from torchvision.datasets.mnist import read_image_file, read_label_file
 
-        for i, file in enumerate(files):
-            if file.suffix == ".gz":
-                files[i] = Path(temporary) / file.stem
-                with gzip.open(file) as packed, files[i].open("wb") as plain:
-                    shutil.copyfileobj(packed, plain)
-        images = read_image_file(str(files[0])).numpy()
-        labels = read_label_file(str(files[1])).numpy()
+        images, labels = map(_read_idx, files)
         classes = list(FashionMNIST.classes)
         _check_fashion_mnist(root, images, labels, len(classes))
         return ClassificationContent(_numbered(images, labels), classes)
+
+
+def _read_idx(file: Path) -> np.ndarray:
+    """Read an IDX file: 0, 0, 8 for bytes, the number of axes; the length of each axis; the bytes.
+
+    Raises:
+        ValueError: the file is none.
+    """
+    data = file.read_bytes()
+    data = gzip.decompress(data) if file.suffix == ".gz" else data
+    if data[:3] != b"\0\0\x08":
+        raise ValueError(f"{file.name} is no IDX file")
+    lengths = np.frombuffer(data, ">u4", count=data[3], offset=4)
+    return np.frombuffer(data, np.uint8, offset=4 + lengths.nbytes).reshape(lengths)
 
 
 def _check_fashion_mnist(root: Path, images: np.ndarray, labels: np.ndarray, classes: int) -> None:
@@ -260,33 +239,32 @@ def _numbered(images: Any, labels: Any) -> list[EvaluationSample]:
     return [EvaluationSample(f"{i:05}", image, int(label)) for i, (image, label) in pairs]
 
 
-def _cifar(folder: str, kind: str) -> ClassificationSource:
-    sizes = {"train": (50_000,), "test": (10_000,)}
-    return ClassificationSource(partial(read_cifar, folder=folder, kind=kind), sizes)
+ClassificationSet = PublishedSet[[Path, str], ClassificationContent]
 
 
-def _imagenet(synset_list: str | None, *folders: str, **sizes: int) -> ClassificationSource:
+def _cifar(folder: str, kind: str) -> ClassificationSet:
+    read = partial(read_cifar, folder=folder, kind=kind)
+    return PublishedSet(read, {"train": 50_000, "test": 10_000})
+
+
+def _imagenet(synset_list: str | None, *folders: str, **sizes: int) -> ClassificationSet:
     read = partial(class_folders.read_imagenet, folders=folders, synset_list=synset_list)
-    return ClassificationSource(read, {split: (size,) for split, size in sizes.items()})
+    return PublishedSet(read, sizes)
 
 
-CLASSIFICATION_SETS = {
+CLASSIFICATION_SETS: dict[str, ClassificationSet] = {
     "cifar10": _cifar("cifar-10-batches-py", "CIFAR10"),
     "cifar100": _cifar("cifar-100-python", "CIFAR100"),
-    "flowers": ClassificationSource(
-        read_flowers, {"train": (1_020,), "val": (1_020,), "test": (6_149,)}
-    ),
-    "food101": ClassificationSource(read_food, {"train": (75_750,), "test": (25_250,)}),
-    "pets": ClassificationSource(read_pets, {"trainval": (3_680,), "test": (3_669,)}),
-    "cars": ClassificationSource(read_cars, {"train": (8_144,), "test": (8_041,)}),
-    "fashion_mnist": ClassificationSource(
-        read_fashion_mnist, {"train": (60_000,), "test": (10_000,)}
-    ),
+    "flowers": PublishedSet(read_flowers, {"train": 1_020, "val": 1_020, "test": 6_149}),
+    "food101": PublishedSet(read_food, {"train": 75_750, "test": 25_250}),
+    "pets": PublishedSet(read_pets, {"trainval": 3_680, "test": 3_669}),
+    "cars": PublishedSet(read_cars, {"train": 8_144, "test": 8_041}),
+    "fashion_mnist": PublishedSet(read_fashion_mnist, {"train": 60_000, "test": 10_000}),
     "imagenet1k": _imagenet("imagenet", train=1_281_167, val=50_000),
-    "imagenetv2": ClassificationSource(class_folders.read_imagenet_v2, {"test": (10_000,)}),
+    "imagenetv2": PublishedSet(class_folders.read_imagenet_v2, {"test": 10_000}),
     "imagenet-a": _imagenet("imagenet_a", "imagenet-a", test=7_500),
     "imagenet-r": _imagenet("imagenet_r", "imagenet-r", test=30_000),
     "imagenet-o": _imagenet(None, "imagenet-o", test=2_000),
     "imagenet-sketch": _imagenet("imagenet", "sketch", "imagenet_sketch", test=50_889),
-    "folder": ClassificationSource(class_folders.read_folder),
+    "folder": PublishedSet(class_folders.read_folder),
 }

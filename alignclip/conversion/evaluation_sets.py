@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import io
 import json
 import os
@@ -17,11 +16,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from alignclip.config.differences import differences
 from alignclip.config.setting import setting
-from alignclip.conversion.records import CARD_FILE
+from alignclip.conversion.progress import progress_bar
+from alignclip.conversion.records import CARD_FILE, to_json, versions
 from alignclip.conversion.wording import first_few
 from alignclip.data.image_files import EVALUATION_FORMATS, is_whole
 from alignclip.errors import UserError, check_place
@@ -77,7 +76,7 @@ class SetToWrite:
     about: dict[str, str]
     notes: list[str]
     skipped: dict[str, int] = field(default_factory=dict)
-    files: dict[str, object] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
     packages: tuple[str, ...] = ()
 
 
@@ -152,16 +151,33 @@ def spread(items: list[T], limit: int | None) -> list[T]:
     return [items[i * len(items) // limit] for i in range(limit)]
 
 
-def missing_files(samples: Sequence[EvaluationSample]) -> list[Path]:
-    """Return the image files that are not there.
+def with_images(
+    samples: Sequence[EvaluationSample], advice: str, if_all: str, skip: bool = False
+) -> tuple[list[EvaluationSample], int]:
+    """Return the samples whose images are there, and the number of the others.
+
+    Args:
+        samples: of the set.
+        advice: the end of the error message; ``if_all`` where all images are missing.
+        skip: leave samples out whose images are missing.
 
     Raises:
-        UserError: there are no samples at all.
+        UserError: there are no samples; images are missing and shall not be left out, or all are
+            missing.
     """
     if not samples:
         raise UserError("there are no images")
-    images = (sample.image for sample in samples if isinstance(sample.image, Path))
-    return [image for image in images if not image.is_file()]
+    there: list[EvaluationSample] = []
+    missing: list[EvaluationSample] = []
+    for sample in samples:
+        is_there = not isinstance(sample.image, Path) or sample.image.is_file()
+        (there if is_there else missing).append(sample)
+    if missing and not (skip and there):
+        raise UserError(
+            f"{len(missing):,} of {len(samples):,} images are missing, the first is "
+            f"{missing[0].image}; {advice if there else if_all}"
+        )
+    return there, len(missing)
 
 
 def image_bytes(sample: EvaluationSample) -> bytes | None:
@@ -219,7 +235,6 @@ def _write_set(
                 else:
                     writer.write({"key": sample.key, "image": image, target: sample.target})
         number = len(source.samples)
-        packages = ("alignclip", "mosaicml-streaming", "pillow", *source.packages)
         if len(unreadable) == number:
             first = source.samples[0].key
             raise UserError(f"none of the {number:,} images can be decoded, the first is {first}")
@@ -230,10 +245,10 @@ def _write_set(
             "samples": number - len(unreadable),
             "skipped": {**source.skipped, UNREADABLE_IMAGE: len(unreadable)},
             "bytes": sum(file.stat().st_size for file in folder.glob("shard.*")),
-            "versions": {name: importlib.metadata.version(name) for name in packages},
+            "versions": versions(*source.packages),
         }
         for name, content in {**source.files, CARD_FILE: card}.items():
-            (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
+            (folder / name).write_text(to_json(content), encoding="utf-8")
         if store.is_remote and progress:
             print(f"uploading {card['bytes'] / 2**20:,.1f} MiB to {store.out}", file=sys.stderr)
     return _summary(card, target, unreadable, store.out, time.monotonic() - start)
@@ -243,17 +258,9 @@ def _decoded_images(
     samples: Sequence[EvaluationSample], name: str, progress: bool
 ) -> Iterator[bytes | None]:
     """Yield the image file of each sample, in order; see :func:`image_bytes`."""
-    interval = 0.5 if sys.stderr.isatty() else 30.0  # seconds; a log file wants fewer lines
-    with (
-        tqdm(
-            total=len(samples),
-            desc=name,
-            unit=" images",
-            mininterval=interval,
-            disable=not progress,
-        ) as bar,
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-    ):  # decoding and compressing run without the GIL
+    settings = {"total": len(samples), "desc": name, "unit": " images"}
+    # decoding and compressing run without the GIL
+    with progress_bar(progress, **settings) as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         for first in range(0, len(samples), IN_MEMORY):
             for image in pool.map(image_bytes, samples[first : first + IN_MEMORY]):
                 yield image

@@ -8,10 +8,17 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.sharedctypes import Synchronized
+from typing import Any
 
 from tqdm import tqdm
 
 from alignclip.conversion.records import Counts, total_of
+
+
+def progress_bar(is_shown: bool = True, **settings: Any) -> tqdm:
+    """Make a bar that writes few lines into a log file."""
+    seconds = 0.5 if sys.stderr.isatty() else 30.0
+    return tqdm(mininterval=seconds, disable=not is_shown, **settings)
 
 
 class Progress:
@@ -46,8 +53,7 @@ class Progress:
         if not is_shown:
             yield
             return
-        interval = 0.5 if sys.stderr.isatty() else 30.0  # seconds; a log file wants fewer lines
-        bar = tqdm(unit=" samples", smoothing=0.05, mininterval=interval, desc="converting")
+        bar = progress_bar(unit=" samples", smoothing=0.05, desc="converting")
         end = threading.Event()
 
         def keep() -> None:

@@ -21,23 +21,23 @@ from alignclip.conversion.evaluation_sets import (
     fingerprint,
     image_limit,
     local_path,
-    missing_files,
     spread,
+    with_images,
 )
 from alignclip.conversion.image_finder import ImageFinder
 from alignclip.conversion.options import output_folder
-from alignclip.conversion.published import size_difference
+from alignclip.conversion.published import find_set
 from alignclip.conversion.retrieval_sets import (
     RETRIEVAL_SETS,
     Annotations,
     Wanted,
     read_annotations,
 )
-from alignclip.errors import UserError, nearest, one_line_errors
+from alignclip.conversion.samples import MISSING_IMAGE
+from alignclip.errors import UserError, one_line_errors
 from alignclip.runtime import console
 
 NO_CAPTION = "no caption"
-MISSING = "missing image"
 
 RETRIEVAL_EXAMPLES = """examples:
   # COCO, Karpathy's test split: 5,000 images below coco/val2014
@@ -109,9 +109,8 @@ def convert(options: RetrievalOptions) -> str:
     """
     check_settings(options)
     name = options.dataset
-    if name not in RETRIEVAL_SETS:
-        raise UserError(f"unknown dataset '{name}'; {nearest(name, RETRIEVAL_SETS)}")
-    split = options.split or RETRIEVAL_SETS[name].split
+    published = find_set(RETRIEVAL_SETS, name)
+    split = options.split or published.split
     source = str(Path(options.annotations or "").expanduser().resolve())
     identity = {
         "dataset": name,
@@ -139,54 +138,33 @@ def convert(options: RetrievalOptions) -> str:
         }
         find = ImageFinder(folder, published=name != "pairs").find
         every = [EvaluationSample(image, find(image), texts) for image, texts in captions.items()]
-        samples, missing = _there(spread(every, options.limit), options.skip_missing)
+        samples, missing = with_images(
+            spread(every, options.limit),
+            "--skip-missing leaves them out",
+            "is --images right?",
+            options.skip_missing,
+        )
+        number = len(annotations.captions)
         return SetToWrite(
             samples,
             ("caption", "json"),
             about={"source": str(folder), "annotations": source},
-            notes=_set_notes(name, split, annotations),
-            skipped={MISSING: missing, NO_CAPTION: len(annotations.captions) - len(captions)},
+            notes=[*_left_out(split, annotations), *published.size_notes(name, split, number)],
+            skipped={MISSING_IMAGE: missing, NO_CAPTION: number - len(captions)},
         )
 
     return convert_set(options.out, identity, read_set, options.progress)
 
 
-def _there(
-    samples: list[EvaluationSample], skip_missing: bool
-) -> tuple[list[EvaluationSample], int]:
-    """Return the samples whose images are there, and the number of the others.
-
-    Raises:
-        UserError: images are missing and shall not be left out, or all are missing.
-    """
-    missing = set(missing_files(samples))
-    if missing and (not skip_missing or len(missing) == len(samples)):
-        first = next(sample.image for sample in samples if sample.image in missing)
-        all_are = len(missing) == len(samples)
-        advice = "is --images right?" if all_are else "--skip-missing leaves them out"
-        raise UserError(
-            f"{len(missing):,} of {len(samples):,} images are missing, the first is {first}; "
-            f"{advice}"
-        )
-    return [sample for sample in samples if sample.image not in missing], len(missing)
-
-
-def _set_notes(name: str, split: str, annotations: Annotations) -> list[str]:
-    """Say what of the file was left out, and whether the split has its published size."""
-    notes = []
-    if left_out := annotations.left_out:
-        others = ", ".join(f"{other} {number:,}" for other, number in left_out.items())
-        both = (
-            "; --split train+restval takes both"
-            if split == "train" and "restval" in left_out
-            else ""
-        )
-        notes.append(f"{split} has {len(annotations.captions):,} images; left out: {others}{both}")
-    if differs := size_difference(
-        name, split, RETRIEVAL_SETS[name].sizes, len(annotations.captions)
-    ):
-        notes.append(differs)
-    return notes
+def _left_out(split: str, annotations: Annotations) -> list[str]:
+    """Say what of the file was left out."""
+    if not annotations.left_out:
+        return []
+    others = ", ".join(f"{other} {number:,}" for other, number in annotations.left_out.items())
+    note = f"{split} has {len(annotations.captions):,} images; left out: {others}"
+    if split == "train" and "restval" in annotations.left_out:
+        note += "; --split train+restval takes both"
+    return [note]
 
 
 def parse(arguments: Sequence[str] | None = None) -> RetrievalOptions:

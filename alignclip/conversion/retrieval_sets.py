@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from alignclip.conversion import flickr_lines, text_tables
 from alignclip.conversion.evaluation_sets import local_path, read_json
-from alignclip.conversion.published import why_too_many
+from alignclip.conversion.published import PublishedSet
 from alignclip.conversion.text_tables import Table
 from alignclip.conversion.wording import listing
 from alignclip.errors import UserError, nearest, one_line
@@ -94,8 +94,8 @@ class Wanted:
         Raises:
             UserError: with the two numbers.
         """
-        sizes = RETRIEVAL_SETS[self.dataset].sizes
-        if wrong := why_too_many(self.dataset, self.split, sizes, len(captions)):
+        published = RETRIEVAL_SETS[self.dataset]
+        if wrong := published.why_too_many(self.dataset, self.split, len(captions)):
             raise UserError(
                 f"{self} holds all splits ({len(captions):,} images); name {advice} ({wrong})"
             )
@@ -205,36 +205,24 @@ def read_pairs(wanted: Wanted) -> Annotations:
     return Annotations(captions)
 
 
-@dataclass(frozen=True)
-class RetrievalSource:
-    """The reader of an image–caption set.
-
-    Attributes:
-        split: the split by default.
-        read: from what is wanted to the annotations.
-        sizes: split -> images, as the publishers count them; several where several lists are in
-            use.
-    """
-
-    split: str
-    read: Callable[[Wanted], Annotations]
-    sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-
-
 # COCO, Flickr8k and Flickr30k: Karpathy's splits
 # (https://cs.stanford.edu/people/karpathy/deepimagesent); Flickr30k also by Flickr30k Entities'
 # lists, Flickr8k also by the publisher's.
-_COCO = {"train": 82_783, "restval": 30_504, "train+restval": 113_287, "val": 5_000, "test": 5_000}
 RETRIEVAL_SETS = {
-    "coco": RetrievalSource("test", read_coco, {name: (size,) for name, size in _COCO.items()}),
-    "coco2017": RetrievalSource("val", read_coco, {"train": (118_287,), "val": (5_000,)}),
-    "flickr8k": RetrievalSource(
-        "test", read_flickr, {"train": (6_000,), "val": (1_000,), "test": (1_000,)}
+    "coco": PublishedSet(
+        read_coco,
+        {
+            "train": 82_783,
+            "restval": 30_504,
+            "train+restval": 113_287,
+            "val": 5_000,
+            "test": 5_000,
+        },
     ),
-    "flickr30k": RetrievalSource(
-        "test",
-        read_flickr,
-        {"train": (29_000, 29_783), "val": (1_014, 1_000), "test": (1_000,)},
+    "coco2017": PublishedSet(read_coco, {"train": 118_287, "val": 5_000}, split="val"),
+    "flickr8k": PublishedSet(read_flickr, {"train": 6_000, "val": 1_000, "test": 1_000}),
+    "flickr30k": PublishedSet(
+        read_flickr, {"train": (29_000, 29_783), "val": (1_014, 1_000), "test": 1_000}
     ),
-    "pairs": RetrievalSource("test", read_pairs),
+    "pairs": PublishedSet(read_pairs),
 }

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from alignclip.conversion.class_names import benchmark_lists
+from alignclip.conversion.class_names import benchmark_lists, package_folder
 from alignclip.conversion.evaluation_sets import README, EvaluationSample
-from alignclip.conversion.layouts import Part, file_named, find_part
+from alignclip.conversion.layouts import Part, file_named, find_part, holds
 from alignclip.errors import UserError
 
 SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation"}
@@ -44,10 +43,9 @@ def synsets(name: str) -> list[str]:
 
     The lists are timm's.
     """
-    spec = importlib.util.find_spec("timm")
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    path = Path(spec.submodule_search_locations[0]) / "data" / "_info" / f"{name}_synsets.txt"
+    timm = package_folder("timm")
+    assert timm is not None
+    path = timm / "data" / "_info" / f"{name}_synsets.txt"
     return sorted(path.read_text(encoding="utf-8").split())
 
 
@@ -92,13 +90,12 @@ def read_imagenet(
         folders: names that the folder of the classes has, as unpacked; empty for ImageNet itself.
         synset_list: name of timm's list; None for any 200 of the 1,000, as in ImageNet-O.
     """
-    names = folders or IMAGENET_FOLDERS[split]
-    where = _image_folder(root, names) or root
+    where = _image_folder(root, folders or IMAGENET_FOLDERS[split])
     thousand = synsets("imagenet")
     words = dict(zip(thousand, benchmark_lists("en_classnames.json")["imagenet1k"], strict=True))
     found = class_folders(where)
     if not folders and not found and (flat := sorted(where.glob("*.JPEG"))):
-        return _read_flat_imagenet(root, where, flat, thousand, list(words.values()))
+        return _read_flat_imagenet(root, where, flat, words)
     expected = synsets(synset_list) if synset_list else thousand
     number = len(expected) if synset_list else 200
     if strange := sorted(set(found) - set(expected)):
@@ -117,44 +114,42 @@ def read_imagenet(
     return ClassificationContent(samples, [words[wnid] for wnid in found])
 
 
-def _image_folder(root: Path, names: tuple[str, ...]) -> Path | None:
-    """Return the folder nearest to ``root`` that has one of these names and holds images.
+def _image_folder(root: Path, names: tuple[str, ...]) -> Path:
+    """Return the folder that holds images: ``root``, or the nearest one below with such a name.
 
     Kaggle's ``ILSVRC`` has two folders ``CLS-LOC/val``, one of them with annotations alone; its
-    other sets nest a folder in one of its own name.
+    other sets nest a folder in one of its own name. Where none holds images, a folder of the name
+    stands for the set's.
     """
 
-    def holds_images(path: Path) -> bool:
-        patterns = ("n[0-9]*/*.[jJ][pP]*[gG]", "ILSVRC2012_val_*.JPEG")
-        return any(next(path.glob(pattern), None) is not None for pattern in patterns)
-
     def fits(path: Path) -> bool:
-        return path.name in names and path.is_dir() and holds_images(path)
+        patterns = ("n[0-9]*/*.[jJ][pP]*[gG]", "ILSVRC2012_val_*.JPEG")
+        is_named = path == root or path.name in names
+        return is_named and any(holds(path, pattern) for pattern in patterns)
 
-    if holds_images(root):
-        return root
-    named = next((root / name for name in names if (root / name).is_dir()), None)
+    named = next(filter(Path.is_dir, (root / name for name in names)), root)
     return find_part(root, Part(" or ".join(names), fits)) or named
 
 
 def _read_flat_imagenet(
-    root: Path, where: Path, files: list[Path], wnids: list[str], names: list[str]
+    root: Path, where: Path, files: list[Path], words: dict[str, str]
 ) -> ClassificationContent:
     """Read validation images without class folders, as the archive and Kaggle have them.
+
+    ``words`` are the class names by WordNet id, in the order of the labels.
 
     Raises:
         UserError: the labels aren't there; says how to get class folders.
     """
-    solution = find_part(root, file_named(SOLUTION)) or find_part(
-        where.parent, file_named(SOLUTION)
-    )
+    places = (find_part(folder, file_named(SOLUTION)) for folder in (root, where.parent))
+    solution = next(filter(None, places), None)
     if solution is None:
         raise UserError(
             f"{where} has {len(files):,} images and no class folders: nothing says which class an "
             f"image is of; {README}, and what makes the folders. With Kaggle's archive, put its "
             f"{SOLUTION} into --root"
         )
-    labels = {wnid: label for label, wnid in enumerate(wnids)}
+    labels = {wnid: label for label, wnid in enumerate(words)}
     with solution.open(encoding="utf-8-sig", newline="") as lines:
         try:
             of_image = {
@@ -169,9 +164,8 @@ def _read_flat_imagenet(
         raise UserError(
             f"{solution} has no label of {len(missing):,} images, the first is {missing[0]}"
         )
-    return ClassificationContent(
-        [EvaluationSample(file.name, file, of_image[file.stem]) for file in files], names
-    )
+    samples = [EvaluationSample(file.name, file, of_image[file.stem]) for file in files]
+    return ClassificationContent(samples, list(words.values()))
 
 
 def read_imagenet_v2(root: Path, split: str) -> ClassificationContent:

@@ -8,19 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from alignclip.conversion.evaluation_sets import INSTALL, read_json
-from alignclip.errors import UserError, nearest
+from alignclip.conversion.wording import did_you_mean_one
+from alignclip.errors import UserError
 
 GENERIC = "imagenet1k"  # whose templates clip_benchmark takes for sets that have none
 
 
-def benchmark_folder() -> Path | None:
-    """Return where clip_benchmark keeps its lists; None if it isn't installed.
-
-    Importing it would import models and loaders.
-    """
-    spec = importlib.util.find_spec("clip_benchmark")
+def package_folder(package: str) -> Path | None:
+    """Return where a package is installed, without its import; None if it isn't installed."""
+    spec = importlib.util.find_spec(package)
     places = spec.submodule_search_locations if spec else None
-    return Path(places[0]) / "datasets" if places else None
+    return Path(places[0]) if places else None
+
+
+def benchmark_folder() -> Path | None:
+    """Return where clip_benchmark keeps its lists; None if it isn't installed."""
+    folder = package_folder("clip_benchmark")
+    return folder and folder / "datasets"
 
 
 def benchmark_lists(file: str) -> dict[str, list[str]]:
@@ -71,8 +75,7 @@ def choose_classnames(names: list[str], path: str | None) -> list[str]:
     given = read_json("--classnames", Path(path))
     if isinstance(given, dict):
         if missing := [name for name in names if name not in given]:
-            hint = nearest(missing[0], given)
-            hint = f"; {hint}" if hint.startswith("did you") else ""
+            hint = did_you_mean_one(missing[0], given)
             lacks = f"lacks {len(missing):,} of {len(names):,} classes"
             raise UserError(f"--classnames {path} {lacks}, the first is '{missing[0]}'{hint}")
         given = [given[name] for name in names]

@@ -162,7 +162,8 @@ def _convert_rest(
                 whole.write_report()
         raise
     seconds = time.monotonic() - start
-    whole.write_report()
+    if done:  # inputs may have no parts
+        whole.write_report()
     whole.check_bad()
     whole.publish()
     return replace(

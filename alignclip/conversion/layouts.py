@@ -66,19 +66,20 @@ def file_named(*patterns: str) -> Part:
 def folder_named(name: str, member: str = "*") -> Part:
     """Describe a folder of this name that holds an entry which matches ``member``."""
     shown = f"folder '{name}'" + (f" with {member}" if member != "*" else "")
-    return Part(shown, lambda path: path.name == name and _holds(path, member))
+    return Part(shown, lambda path: path.name == name and holds(path, member))
 
 
 def folder_with(name: str, *members: str) -> Part:
     """Describe a folder of this name, or of any name that holds all of ``members``."""
 
     def fits(path: Path) -> bool:
-        return path.is_dir() and (path.name == name or all(_holds(path, m) for m in members))
+        return path.is_dir() and (path.name == name or all(holds(path, m) for m in members))
 
     return Part(f"folder '{name}'", fits)
 
 
-def _holds(folder: Path, member: str) -> bool:
+def holds(folder: Path, member: str) -> bool:
+    """Say whether a folder has an entry that matches ``member``."""
     return folder.is_dir() and next(folder.glob(member), None) is not None
 
 

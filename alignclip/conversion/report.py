@@ -15,8 +15,7 @@ from alignclip.conversion.samples import (
     MISSING_CAPTION,
     MISSING_IMAGE,
 )
-from alignclip.conversion.wording import counted, inputs_in_words, listing
-from alignclip.errors import nearest
+from alignclip.conversion.wording import counted, did_you_mean_one, inputs_in_words, listing
 
 REPORT = "report.md"  # beside the index
 SHOWN_EXAMPLES = 20  # of each reason
@@ -40,9 +39,8 @@ def ways_out(skipped: Mapping[str, int]) -> list[str]:
 def first_example(done: Mapping[str, Counts]) -> str:
     """Return what is known of the first pair that was left out; "" for nothing."""
     told = {*WAYS_OUT, MISSING_CAPTION, BROKEN_INPUT}  # of these the message says enough
-    for name in sorted(done):
-        counts = done[name]
-        for reason in sorted(counts.skipped, key=lambda one: -counts.skipped[one]):
+    for _, counts in sorted(done.items()):
+        for reason, _ in counts.skipped.most_common():
             if reason in told or (reason == MISSING_IMAGE and counts.endings):
                 continue
             for key, detail in counts.examples.get(reason, ()):
@@ -64,34 +62,33 @@ def why_nothing(total: Counts, number: int, options: ConvertOptions, first: str 
     message = f"no sample was written from {inputs_in_words(number)}; skipped: {skipped}"
     if total.ignored:
         message += f"; no part of a pair: {counted(total.ignored)}"
-    message += f". The first: {first}" if first else ""
-    if first and MISSING_IMAGE in total.skipped and not total.endings:
-        message += " (a table's relative paths begin at its own folder)"
-    message = ". ".join([message, *ways_out(total.skipped)])
-    endings = listing(sorted(total.endings))
+    if first:
+        message += f". The first: {first}"
+        if MISSING_IMAGE in total.skipped and not total.endings:
+            message += " (a table's relative paths begin at its own folder)"
+    names = _other_names(total, options.reading.caption_key)
+    return ". ".join([message, *ways_out(total.skipped), *filter(None, [names])])
+
+
+def _other_names(total: Counts, key: str | None) -> str:
+    """Say what images and captions may be called instead; "" where nothing tells."""
+    texts, they_have = sorted(total.texts), f"they have: {', '.join(sorted(total.texts))}"
+    the_files = f"The files end in {listing(sorted(total.endings))}:"
     if MISSING_CAPTION not in total.skipped:
-        if MISSING_IMAGE in total.skipped and total.endings:
-            message += (
-                f". The files end in {endings}: "
-                "name those of images and captions with --image-key, --caption-key"
-            )
-        return message
-    key, texts = options.reading.caption_key, sorted(total.texts)
-    if not total.endings and not texts:  # of a table
-        return message
-    if not texts and {name.lower() for name in total.endings} - {*IMAGE_EXTENSIONS, "json"}:
-        return f"{message}. The files end in {endings}: --caption-key names the ending of captions"
-    if not texts:
-        return f"{message}. There are no texts in json members" + (
-            "" if key else ", and there are no txt members"
-        )
-    they_have = f"they have: {', '.join(texts)}"
-    if key is None:
+        if MISSING_IMAGE not in total.skipped or not total.endings:
+            return ""
+        return f"{the_files} name those of images and captions with --image-key, --caption-key"
+    if texts and key is not None:
+        hint = did_you_mean_one(key, texts)
+        return f"--caption-key '{key}' is no text in the json members; {they_have}{hint}"
+    if texts:
         none = "There are no txt members, and no 'caption' in json members"
-        return f"{message}. {none}; {they_have} (--caption-key)"
-    hint = nearest(key, texts)
-    they_have += f"; {hint}" if hint.startswith("did you") else ""
-    return f"{message}. --caption-key '{key}' is no text in the json members; {they_have}"
+        return f"{none}; {they_have} (--caption-key)"
+    if {ending.lower() for ending in total.endings} - {*IMAGE_EXTENSIONS, "json"}:
+        return f"{the_files} --caption-key names the ending of captions"
+    if not total.endings:  # of a table
+        return ""
+    return "There are no texts in json members" + ("" if key else ", and there are no txt members")
 
 
 def write_report(done: Mapping[str, Counts], sources: Mapping[str, str]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
+from alignclip.errors import nearest
+
 MAX_NAMES = 20  # names in a message: columns, entries, endings
 LONGEST_SHOWN = 60  # characters
 
@@ -26,6 +28,12 @@ def listing(names: Sequence[str]) -> str:
     plain = [name for name in unique if name.isprintable() and 0 < len(name) <= LONGEST_SHOWN]
     plain = plain or [ascii(name[:40]) for name in unique]
     return first_few(plain, MAX_NAMES) or "none"
+
+
+def did_you_mean_one(name: str, valid: Iterable[str]) -> str:
+    """End a message with the nearest name, where one is near."""
+    hint = nearest(name, valid)
+    return f"; {hint}" if hint.startswith("did you") else ""
 
 
 def inputs_in_words(number: int) -> str:

@@ -1,7 +1,4 @@
-"""The converter's command as processes of its own: started, watched, killed.
-
-And what it left, file by file.
-"""
+"""The converter's command as processes: started, watched, killed; and what it left."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ import numpy as np
 import psutil
 from PIL import Image
 from processes import Forked, python
-from tarballs import quick, read_back, write_tar
+from tarballs import contents, quick, read_back, write_tar
 
 from alignclip.storage.clouds import BUCKET_PROBE
 
@@ -67,9 +64,10 @@ class Undisturbed:
 
         The samples are the tars'.
         """
-        assert relative(out) == relative(self.out)
-        for name in relative(self.out):
-            assert (out / name).read_bytes() == (self.out / name).read_bytes(), name
+        found, wanted = contents(out), contents(self.out)
+        assert found.keys() == wanted.keys()
+        for name, data in wanted.items():
+            assert found[name] == data, name
         rows = read_back(None, out)
         assert list(rows) == [f"{i:05}" for i in range(self.samples)]
         for i, row in enumerate(rows.values()):
@@ -96,8 +94,9 @@ def download(s3: Any, uri: str, folder: Path) -> Path:
 
 
 def peak_memory(imports: str, expression: str) -> tuple[int, int]:
-    """The number that an expression has in a process of its own, and the bytes that it takes
-    above the imports.
+    """The number that an expression has in a process of its own, and the bytes that it takes.
+
+    The bytes of the imports don't count.
     """
     code = f"""
 from pathlib import Path
@@ -128,7 +127,13 @@ class Command:
     """
 
     def __init__(
-        self, folder: Path, *arguments: str | Path, env: dict[str, str] | None = None
+        self,
+        folder: Path,
+        inputs: str | Path,
+        out: str | Path,
+        *more: str,
+        processes: int = 2,
+        scheduler: str = "",
     ) -> None:
         self.temporary = folder / "tmp"
         self.temporary.mkdir(parents=True, exist_ok=True)
@@ -137,11 +142,12 @@ class Command:
         self.driver = Forked(
             sys.executable,
             COMMAND,
-            *arguments,
-            *("--no-semantic", "--size-limit", SIZE_LIMIT),
+            *("--inputs", inputs, "--out", out, "--processes", str(processes)),
+            *("--no-semantic", "--size-limit", SIZE_LIMIT, *more),
+            *(["--scheduler", scheduler] if scheduler else []),
             output=folder / "stdout.txt",
             errors=self._error,
-            env={**os.environ, "TMPDIR": str(self.temporary), **(env or {})},
+            env={**os.environ, "TMPDIR": str(self.temporary)},
         )
         self._seen: set[psutil.Process] = set()
 
@@ -175,9 +181,7 @@ class Command:
             time.sleep(pause)
 
     def wait_for_changes(self, listing: Callable[[], set[str]], number: int) -> None:
-        """Until so many files have come or gone since now, besides the one that tries whether
-        the place is writable.
-        """
+        """Until so many files have come or gone since now, besides the trial of the place."""
 
         def written() -> set[str]:
             return {name for name in listing() if not name.startswith(BUCKET_PROBE)}

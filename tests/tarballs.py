@@ -10,8 +10,10 @@ import json
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import pytest
 from PIL import Image
 
 from alignclip.conversion import dataset, shards
-from alignclip.conversion.dataset import convert
+from alignclip.conversion.dataset import convert_pairs
 from alignclip.conversion.inputs import expand_inputs, opened
 from alignclip.conversion.options import ConvertOptions
 from alignclip.conversion.records import Counts
@@ -88,17 +90,36 @@ def captions_of(path: Path | str, **reading: Any) -> list[str | list[str]]:
 
 
 def quick(
-    tar_patterns: list[Any], out: str | Path, caption_key: str | None = None, **changes: Any
+    inputs: Any,
+    out: str | Path,
+    caption_key: str | None = None,
+    executor: Executor | None = None,
+    **changes: Any,
 ) -> Counts:
-    """Convert without embeddings in this process; changes are options, or settings of reading."""
+    """Convert inputs, a list or one, without embeddings in this process.
+
+    ``changes`` are options, or settings of reading.
+    """
+    patterns = inputs if isinstance(inputs, list) else [inputs]
     options: dict[str, Any] = {"semantic": False, "progress": False, "processes": 1, **changes}
     how = {name: options.pop(name) for name in vars(DEFAULT_READING) if name in options}
     reading = options.get("reading", DEFAULT_READING)
     options["reading"] = replace(reading, caption_key=caption_key, **how)
-    return convert(ConvertOptions([str(pattern) for pattern in tar_patterns], str(out), **options))
+    given = ConvertOptions([str(pattern) for pattern in patterns], str(out), **options)
+    return convert_pairs(given, executor)
 
 
-def refused(words: str, inputs: list[Any], out: str | Path, **changes: Any) -> None:
+def load_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files below."""
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def refused(words: str, inputs: Any, out: str | Path, **changes: Any) -> None:
     """A conversion ends with an error of these words."""
     with pytest.raises(UserError, match=words):
         quick(inputs, out, **changes)
@@ -144,7 +165,9 @@ def read_back(remote: str | None, local: Path, **arguments: Any) -> dict[str, di
     return {row["key"]: row for row in rows}
 
 
-def assert_three_tars(rows: dict[str, dict[str, Any]]) -> None:
+def assert_three_tars(made: Path | dict[str, dict[str, Any]]) -> None:
+    """A set, or the rows that are read back, has the pairs of :func:`three_tars`."""
+    rows = read_back(None, made) if isinstance(made, Path) else made
     numbers = [*range(5), *range(10, 15), *range(20, 25)]
     assert list(rows) == [f"{i:05}" for i in numbers]
     for i in numbers:
@@ -179,6 +202,9 @@ def upload(s3: Any, folder: Path, uri: str) -> None:
 
 @contextmanager
 def serve(handler: Any) -> Iterator[str]:
+    """Serve what a handler answers, or a folder's files."""
+    if isinstance(handler, Path):
+        handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(handler))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"

@@ -44,16 +44,8 @@ class Cluster:
         try:
             self._wait_for(about.exists)
             self.address = json.loads(about.read_text())["address"]
-            places = [
-                "--nworkers",
-                "1",
-                "--nthreads",
-                "1",
-                "--no-nanny",
-                "--local-directory",
-                str(folder),
-            ]
-            self.workers = [self._start("dask_worker", *shared, *places) for _ in range(WORKERS)]
+            own = ["--nthreads", "1", "--no-nanny", "--local-directory", str(folder)]
+            self.workers = [self._start("dask_worker", *shared, *own) for _ in range(WORKERS)]
             self._wait_for(lambda: self.log().count("Register worker") == WORKERS)
         except BaseException:
             self.__exit__()
@@ -100,9 +92,7 @@ def cluster(s3: Any, tmp_path: Path) -> Iterator[Cluster]:
 def test_a_worker_that_is_killed_is_made_up_for(s3: Any, tmp_path: Path, cluster: Cluster) -> None:
     undisturbed = Undisturbed(tmp_path, tars=32, samples=12)
     out = f"{s3.bucket()}/pairs"
-    with Command(
-        tmp_path / "run", "--inputs", undisturbed.tars, "--out", out, "--scheduler", cluster.address
-    ) as command:
+    with Command(tmp_path / "run", undisturbed.tars, out, scheduler=cluster.address) as command:
         command.wait_for_changes(lambda: set(s3.keys(out)), 30)
         random.Random(3).choice(cluster.workers).kill()
         assert "pairs/index.json" not in s3.keys(out)
@@ -114,9 +104,7 @@ def test_a_worker_that_is_killed_is_made_up_for(s3: Any, tmp_path: Path, cluster
 def test_a_bad_input_is_one_line(s3: Any, tmp_path: Path, cluster: Cluster) -> None:
     """It is found by a worker: the command looks no further than whether it is there."""
     url = f"http://127.0.0.1:{s3.port}/secret/00000.tar"
-    with Command(
-        tmp_path / "run", "--inputs", url, "--out", tmp_path / "out", "--scheduler", cluster.address
-    ) as command:
+    with Command(tmp_path / "run", url, tmp_path / "out", scheduler=cluster.address) as command:
         connected, line = said(command.finish(2))
     assert connected == f"{WORKERS} Dask workers at {cluster.address}"
     assert line == f"error: cannot fetch {url}: access denied; check the credentials"
@@ -125,18 +113,15 @@ def test_a_bad_input_is_one_line(s3: Any, tmp_path: Path, cluster: Cluster) -> N
 def test_a_scheduler_that_is_killed_is_one_line(s3: Any, tmp_path: Path, cluster: Cluster) -> None:
     undisturbed = Undisturbed(tmp_path, tars=32, samples=12)
     out = f"{s3.bucket()}/pairs"
-    arguments = ["--inputs", undisturbed.tars, "--out", out]
-    with Command(tmp_path / "run", *arguments, "--scheduler", cluster.address) as command:
+    with Command(tmp_path / "run", undisturbed.tars, out, scheduler=cluster.address) as command:
         command.wait_for_changes(lambda: set(s3.keys(out)), 30)
         cluster.scheduler.kill()
         start = time.monotonic()
         errors = said(command.finish(2))
         assert time.monotonic() - start < 60
-    assert (
-        errors[-1]
-        == f"error: the Dask scheduler at {cluster.address} is gone; start it and run again"
-    )
-    with Command(tmp_path / "again", *arguments, "--processes", "1") as command:
+    gone = f"error: the Dask scheduler at {cluster.address} is gone; start it and run again"
+    assert errors[-1] == gone
+    with Command(tmp_path / "again", undisturbed.tars, out, processes=1) as command:
         command.finish()
     undisturbed.assert_same(download(s3, out, tmp_path / "got"))
 
@@ -144,15 +129,8 @@ def test_a_scheduler_that_is_killed_is_one_line(s3: Any, tmp_path: Path, cluster
 def test_no_scheduler_is_one_line(tmp_path: Path) -> None:
     address = f"tcp://127.0.0.1:{_free_port()}"
     start = time.monotonic()
-    with Command(
-        tmp_path / "run",
-        "--inputs",
-        three_tars(tmp_path / "in"),
-        "--out",
-        tmp_path / "out",
-        "--scheduler",
-        address,
-    ) as command:
+    tars = three_tars(tmp_path / "in")
+    with Command(tmp_path / "run", tars, tmp_path / "out", scheduler=address) as command:
         (line,) = said(command.finish(2))
     assert line.startswith(f"error: --scheduler {address}: ")
     assert time.monotonic() - start < 90

@@ -62,7 +62,7 @@ def interrupt_everywhere(folder: Path, uri: str, case: str, kind: str) -> int:
         write_tar(source / f"{i}.tar", pairs(10 * i, 4))
 
     def convert(out: str) -> int:
-        return quick([source], out, processes=1, **OPTIONS).written
+        return quick(source, out, **OPTIONS).written
 
     if case == MENDED:
         whole = (source / "1.tar").read_bytes()

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from alignclip.config.command_line import read_options
-from alignclip.conversion.dataset import convert
+from alignclip.conversion.dataset import convert_pairs
 from alignclip.conversion.next_step import next_step
 from alignclip.conversion.options import ConvertOptions
 from alignclip.conversion.records import Counts
@@ -101,5 +101,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.prepare()
     options = parse(arguments)
     with one_line_errors(interrupted="interrupted; the same command goes on from here"):
-        counts = convert(options)
+        counts = convert_pairs(options)
     print(summary(counts, options))

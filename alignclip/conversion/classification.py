@@ -89,7 +89,7 @@ class ClassificationOptions:
     progress: bool = True
 
 
-def convert(options: ClassificationOptions) -> str:
+def convert_classification(options: ClassificationOptions) -> str:
     """Convert a classification set and return a summary; a complete set stays as it is.
 
     Raises:
@@ -118,10 +118,9 @@ def _name_and_split(options: ClassificationOptions) -> tuple[str, str]:
     Raises:
         UserError: there is no such set or split.
     """
-    name = options.dataset.replace("_", "-")
-    name = name if name in CLASSIFICATION_SETS else name.replace("-", "_")
-    if name not in CLASSIFICATION_SETS:
-        name = options.dataset
+    dashed = options.dataset.replace("_", "-")
+    names = (dashed, dashed.replace("-", "_"))
+    name = next((name for name in names if name in CLASSIFICATION_SETS), options.dataset)
     sizes = find_set(CLASSIFICATION_SETS, name).sizes
     # ImageNet's own test set has no public labels: clip_benchmark and papers mean val by test
     split = "val" if name == "imagenet1k" and options.split == "test" else options.split
@@ -170,4 +169,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.prepare()
     options = parse(arguments)
     with one_line_errors(interrupted="interrupted; nothing was written"):
-        print(convert(options))
+        print(convert_classification(options))

@@ -46,9 +46,9 @@ from alignclip.conversion.plan import PLAN, begin, check_free
 from alignclip.conversion.records import (
     CARD_FILE,
     Counts,
+    package_versions,
     to_json,
     total_of,
-    versions,
 )
 from alignclip.conversion.report import (
     REPORT,
@@ -72,7 +72,7 @@ class NothingWritten(UserError):
     """A conversion that has read its inputs and written no sample."""
 
 
-def convert(options: ConvertOptions, executor: Executor | None = None) -> Counts:
+def convert_pairs(options: ConvertOptions, executor: Executor | None = None) -> Counts:
     """Convert the inputs to MDS; return the counts of the whole set, earlier runs' parts included.
 
     A run that is refused before it has written a sample leaves a new local folder as it was.
@@ -144,11 +144,11 @@ def _convert_rest(
     if options.progress and resumed and todo:
         holds = f"{store.out} holds {resumed:,} samples from {inputs_in_words(len(done))}"
         print(f"{holds}; {_what_is_added(todo, planned)}", file=sys.stderr)
-    # shards that the index may name are replaced
-    written = {
+    # where shards are replaced that the index may name, the index is written without them first
+    replaced = {
         f"{name}/{INDEX}" for name in todo if name not in complete or complete[name].counts.written
     }
-    if INDEX in there and written & there:
+    if INDEX in there and replaced & there:
         whole.publish()
     start = time.monotonic()
     try:
@@ -270,7 +270,7 @@ class _WholeSet:
             "ignored": total.ignored,
             "bytes": total.bytes,
             "options": shared,
-            "versions": versions(*(encoding if options.semantic else ())),
+            "versions": package_versions(*(encoding if options.semantic else ())),
         }
         if options.held_out:
             index = _index(store, VAL, [name for name in names if self.done[name].held_out])

@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,8 +18,9 @@ from PIL import Image
 
 from alignclip.config.differences import differences
 from alignclip.config.setting import setting
+from alignclip.conversion.formats.remote import read_ahead
 from alignclip.conversion.progress import progress_bar
-from alignclip.conversion.records import CARD_FILE, to_json, versions
+from alignclip.conversion.records import CARD_FILE, package_versions, to_json
 from alignclip.conversion.wording import first_few
 from alignclip.data.image_files import EVALUATION_FORMATS, is_whole
 from alignclip.errors import UserError, check_place
@@ -30,7 +30,6 @@ from alignclip.storage.staging import INDEX, OutputFolder
 README = "convert/README.md says what to download"
 INSTALL = "pip install 'alignclip[evaluate]'"
 UNREADABLE_IMAGE = "unreadable image"
-IN_MEMORY = 256  # images read at a time
 NAMED_UNREADABLE = 5  # unreadable images named in the summary
 
 T = TypeVar("T")
@@ -245,7 +244,7 @@ def _write_set(
             "samples": number - len(unreadable),
             "skipped": {**source.skipped, UNREADABLE_IMAGE: len(unreadable)},
             "bytes": sum(file.stat().st_size for file in folder.glob("shard.*")),
-            "versions": versions(*source.packages),
+            "versions": package_versions(*source.packages),
         }
         for name, content in {**source.files, CARD_FILE: card}.items():
             (folder / name).write_text(to_json(content), encoding="utf-8")
@@ -256,15 +255,12 @@ def _write_set(
 
 def _decoded_images(
     samples: Sequence[EvaluationSample], name: str, progress: bool
-) -> Iterator[bytes | None]:
+) -> Iterable[bytes | None]:
     """Yield the image file of each sample, in order; see :func:`image_bytes`."""
-    settings = {"total": len(samples), "desc": name, "unit": " images"}
     # decoding and compressing run without the GIL
-    with progress_bar(progress, **settings) as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for first in range(0, len(samples), IN_MEMORY):
-            for image in pool.map(image_bytes, samples[first : first + IN_MEMORY]):
-                yield image
-                bar.update()
+    images = read_ahead(partial(image_bytes, sample) for sample in samples)
+    settings = {"total": len(samples), "desc": name, "unit": " images"}
+    return progress_bar(progress, iterable=images, **settings)
 
 
 def _summary(

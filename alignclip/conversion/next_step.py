@@ -13,7 +13,7 @@ from alignclip.conversion.options import ConvertOptions
 from alignclip.conversion.records import Counts
 from alignclip.storage.staging import VAL
 
-ROOT = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL_SET = (
     100_000  # samples: below, the recipe's warm-up and canonical nodes would be most of the run
 )
@@ -68,7 +68,7 @@ def has_gpu() -> bool:
 def _command(script: str, words: list[str]) -> str:
     composer = Path(sys.executable).with_name("composer")
     start = str(_from_here(composer)) if composer.exists() else "composer"
-    return shlex.join([start, str(_from_here(ROOT / script)), *words])
+    return shlex.join([start, str(_from_here(REPOSITORY / script)), *words])
 
 
 def _named_for_tests(out: str, options: ConvertOptions) -> str:
@@ -113,7 +113,7 @@ def _training_words(name: str, out: str, counts: Counts, options: ConvertOptions
 
 
 def _recipe(name: str) -> str:
-    return str(_from_here(ROOT / "yamls" / f"{name}.yaml"))
+    return str(_from_here(REPOSITORY / "yamls" / f"{name}.yaml"))
 
 
 def _place_settings(section: str, name: str, out: str) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from alignclip.config.differences import differences
 from alignclip.conversion.options import ConvertOptions
 from alignclip.conversion.records import InputRecord, Plan
-from alignclip.conversion.wording import first_few, listing
+from alignclip.conversion.wording import are_them, first_few, listing
 from alignclip.errors import UserError
 from alignclip.storage.staging import COUNTS, INDEX, VAL, OutputFolder, shown
 
@@ -143,11 +143,11 @@ def _check_inputs(
         if name not in complete and names.get(name) != source
     ]
     if left:
-        are = "1 of its inputs is" if len(left) == 1 else f"{len(left):,} of its inputs are"
+        are, them = are_them(len(left))
         raise UserError(
-            f"{store.out} was begun with other --inputs, and {are} not converted yet "
-            f"({first_few(left, 1)}): name {'it' if len(left) == 1 else 'them'} as well, choose "
-            f"another --out or delete {store.out} to start again"
+            f"{store.out} was begun with other --inputs, and {len(left):,} of its inputs {are} not "
+            f"converted yet ({first_few(left, 1)}): name {them} as well, choose another --out or "
+            f"delete {store.out} to start again"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Generic, ParamSpec, TypeVar
 from alignclip.errors import UserError, nearest
 
 P = ParamSpec("P")
-Content = TypeVar("Content")
+Read = TypeVar("Read")
 
 # Images of whole sets whose annotation files look alike.
 WHOLE_SETS = {
@@ -22,7 +22,7 @@ WHOLE_SETS = {
 
 
 @dataclass(frozen=True)
-class PublishedSet(Generic[P, Content]):
+class PublishedSet(Generic[P, Read]):
     """A set that a converter reads.
 
     Attributes:
@@ -32,7 +32,7 @@ class PublishedSet(Generic[P, Content]):
         split: the split by default.
     """
 
-    read: Callable[P, Content]
+    read: Callable[P, Read]
     sizes: Mapping[str, int | tuple[int, ...]] = field(default_factory=dict)
     split: str = "test"
 
@@ -59,7 +59,7 @@ class PublishedSet(Generic[P, Content]):
         return f"{name}'s {split} split has {_either(known)} images{looks}"
 
 
-def find_set(sets: Mapping[str, PublishedSet[P, Content]], name: str) -> PublishedSet[P, Content]:
+def find_set(sets: Mapping[str, PublishedSet[P, Read]], name: str) -> PublishedSet[P, Read]:
     """Return a set of a table by its name.
 
     Raises:

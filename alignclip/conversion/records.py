@@ -176,7 +176,7 @@ def to_json(entries: dict[str, Any]) -> str:
     return json.dumps(entries, indent=2)
 
 
-def versions(*more: str) -> dict[str, str]:
+def package_versions(*more: str) -> dict[str, str]:
     """Return the versions of the packages that write every set, and of these."""
     packages = ("alignclip", "mosaicml-streaming", "pillow", *more)
     return {name: importlib.metadata.version(name) for name in packages}

@@ -100,7 +100,7 @@ class RetrievalOptions:
     progress: bool = True
 
 
-def convert(options: RetrievalOptions) -> str:
+def convert_retrieval(options: RetrievalOptions) -> str:
     """Convert a retrieval set and return a summary; a complete set stays as it is.
 
     Raises:
@@ -183,4 +183,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.prepare()
     options = parse(arguments)
     with one_line_errors(interrupted="interrupted; nothing was written"):
-        print(convert(options))
+        print(convert_retrieval(options))

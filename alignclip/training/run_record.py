@@ -19,7 +19,7 @@ from alignclip.weights.locate import CARD
 
 CONFIG_FILE = "config.yaml"
 STARTS_FILE = "starts.json"
-MACHINE = ("world_size", "device")  # entries of a start
+ENTRIES_OF_MACHINE = ("world_size", "device")  # entries of a start
 
 
 def check_config(folder: SaveFolder) -> None:
@@ -88,7 +88,7 @@ def add_start(folder: SaveFolder, start: Start) -> None:
         if starts:
             last = starts[-1]
             new_versions = changes(last["versions"], now["versions"])
-            machines = ({key: one[key] for key in MACHINE} for one in (last, now))
+            machines = ({key: one[key] for key in ENTRIES_OF_MACHINE} for one in (last, now))
             now["changed"] = [*_changed_settings(folder), *changes(*machines), *new_versions]
     except (ValueError, KeyError, TypeError):
         raise UserError(

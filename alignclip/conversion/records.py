@@ -14,7 +14,7 @@ from alignclip.conversion.wording import MAX_NAMES
 
 CARD_FILE = "dataset.json"  # at a set's root, written last but for the index
 KEPT_EXAMPLES = 5  # of each reason, kept of an input shard for the report
-LONGEST_TEXT = 200  # characters of a key or detail
+LONGEST_EXAMPLE = 200  # characters of a key or detail
 # entries of an input's record: about the input, and what was counted
 SOURCE = ("source", "source_bytes", "source_modified")
 COUNTED = ("written", "held_out", "skipped", "noted", "ignored", "sides", "bytes", "examples")
@@ -87,7 +87,7 @@ class Counts:
         counter[what] += 1
         kept = self.examples.setdefault(what, [])
         if len(kept) < KEPT_EXAMPLES:
-            kept.append([key[:LONGEST_TEXT], detail[:LONGEST_TEXT]])
+            kept.append([key[:LONGEST_EXAMPLE], detail[:LONGEST_EXAMPLE]])
 
 
 def total_of(parts: Iterable[Counts]) -> Counts:

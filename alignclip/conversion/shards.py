@@ -44,7 +44,7 @@ WRITTEN_BYTES = 2**20
 SEVERAL_CAPTIONS = 32  # of an image with a list of them, at most, where room is made
 
 ShowProgress = Callable[[int, int], None]  # so many more written, so many skipped
-Row = dict[str, Any]  # column -> value
+PairRow = dict[str, Any]  # column -> value
 
 
 def convert_shard(
@@ -160,7 +160,9 @@ def _sample_batches(samples: Iterator[Sample], enough: int) -> Iterator[list[Sam
         yield batch
 
 
-def _rows(batch: Sequence[Sample], encoder: SentenceEncoder | None, counts: Counts) -> list[Row]:
+def _rows(
+    batch: Sequence[Sample], encoder: SentenceEncoder | None, counts: Counts
+) -> list[PairRow]:
     """Return a row for each sample, with the embeddings of its captions.
 
     ``semantic`` is [dimension] of one caption, [captions, dimension] of several. A caption whose

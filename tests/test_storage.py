@@ -38,6 +38,7 @@ from alignclip.storage import (
     StorageError,
     describe_storage_error,
     expect_plain_s3,
+    is_about_name,
     is_passing,
     open_store,
     patiently,
@@ -200,6 +201,16 @@ SAID = {
     "411 MissingContentLength write": f"set {CHECKSUMS}=when_required",
     "503 SlowDown write": "the store is busy or in trouble (SlowDown)",
 }
+
+
+@pytest.mark.parametrize("status", [403, 404, 410, 414, 451])
+def test_an_answer_about_one_name_is_none_about_the_store(status: int) -> None:
+    assert is_about_name(http_error(status))
+
+
+@pytest.mark.parametrize("status", [400, 401, 429, 500, 503])
+def test_an_answer_about_the_store(status: int) -> None:
+    assert not is_about_name(http_error(status))
 
 
 @pytest.mark.parametrize(

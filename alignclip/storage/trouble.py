@@ -68,6 +68,7 @@ ABSENT = _words("""
 WRONG_NAME = _words("""
     ParamValidationError InvalidBucketName InvalidURI InvalidURL KeyTooLongError
     XMinioInvalidObjectName XMinioInvalidResourceName""")
+WRONG_NAME_STATUSES = {(410,), (414,), (451,)}  # gone, too long, withheld by law
 
 # Of a file system, local or mounted
 FULL_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -196,7 +197,8 @@ def is_about_name(error: BaseException) -> bool:
     """Tell whether one name is refused, absent or impossible, and another one may be read."""
     said = answer_in(error)
     is_wrong = bool((said.codes | said.names) & (NO_BUCKET | WRONG_NAME))
-    return is_wrong or is_absent(error) or is_denied(error)
+    is_refused = said.statuses[:1] in WRONG_NAME_STATUSES
+    return is_wrong or is_refused or is_absent(error) or is_denied(error)
 
 
 def is_full(error: BaseException) -> bool:

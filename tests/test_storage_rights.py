@@ -222,7 +222,7 @@ def test_a_checkpoint_that_can_never_arrive_is_uploaded_once(
     words = rf"^can't write s3://b/runs/r/ep1-ba2\.pt: .*{FOR_GOOD[answer]}"
     with pytest.raises(StorageError, match=words):
         upload(tmp_path / "a")
-    assert refusing.requests.count(("PUT", "runs/r/ep1.pt")) == 1
+    assert refusing.requests.count(("PUT", "runs/r/ep1-ba2.pt")) == 1
 
 
 def test_a_checkpoint_that_is_there_and_may_not_be_replaced_is_uploaded_once(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import sys
 import threading
 import time
@@ -54,33 +53,46 @@ def patiently(work: Callable[[], Result], place: str, patience: float | None = N
     Raises:
         Exception: the last one of ``work``.
     """
+    from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential_jitter
+
     limit = PATIENCE if patience is None else patience
     since: float | None = None
-    answers, pause = 0, FIRST_PAUSE
-    while True:
+    began, answers = 0.0, 0
+
+    def begin_try(_: RetryCallState) -> None:
+        nonlocal began
         began = time.monotonic()
-        try:
-            result = work()
-        except Exception as error:
-            if not is_passing(error):
-                raise
-            now = time.monotonic()
-            if since is None:
-                since = now
-            # A long try has transferred something, so that another outage begins. A server that
-            # never answers looks the same, and must not be waited for without end.
-            elif now - began > LONGEST_PAUSE and answers < ANSWERS:
-                since, answers = now, answers + 1
-            if now - since > limit:
-                raise
-            why = describe_storage_error(error)
-            _say(f"{place} can't be reached ({why}); waiting, up to {limit / 60:.0f} minutes", 1)
-            time.sleep(min(pause * random.uniform(1, 2), LONGEST_PAUSE))
-            pause *= 2
-        else:
-            if since is not None:
-                _say(f"{place} is back", 0)
-            return result
+
+    def is_away_too_long(_: RetryCallState) -> bool:
+        nonlocal since, answers
+        now = time.monotonic()
+        if since is None:
+            since = now
+        # A long try has transferred something, so that another outage begins. A server that never
+        # answers looks the same, and must not be waited for without end.
+        elif now - began > LONGEST_PAUSE and answers < ANSWERS:
+            since, answers = now, answers + 1
+        return now - since > limit
+
+    def say_why(state: RetryCallState) -> None:
+        assert state.outcome is not None
+        error = state.outcome.exception()
+        assert error is not None
+        why = describe_storage_error(error)
+        _say(f"{place} can't be reached ({why}); waiting, up to {limit / 60:.0f} minutes", 1)
+
+    result = Retrying(
+        retry=retry_if_exception(is_passing),
+        wait=wait_exponential_jitter(initial=FIRST_PAUSE, max=LONGEST_PAUSE),
+        before=begin_try,
+        stop=is_away_too_long,
+        before_sleep=say_why,
+        sleep=lambda seconds: time.sleep(seconds),  # found when it is called: tests replace it
+        reraise=True,
+    )(work)
+    if since is not None:
+        _say(f"{place} is back", 0)
+    return result
 
 
 def _say(message: str, outage: int) -> None:

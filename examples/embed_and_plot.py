@@ -12,7 +12,9 @@ import torch
 
 import alignclip
 
-MODEL, SET = sys.argv[1:3] if len(sys.argv) >= 3 else ["runs/first", "data/mine"]
+MODEL, SET = sys.argv[1:] if len(sys.argv) == 3 else ["runs/first", "data/mine"]
+if len(sys.argv) == 2:  # --help, or one place alone
+    sys.exit("usage: python examples/embed_and_plot.py MODEL SET")
 PAIRS = 256
 
 # %% the model, and the first pairs of the set

@@ -47,7 +47,16 @@ def test_search_in_a_folder_without_pictures_is_one_line(tmp_path: Path) -> None
     (tmp_path / "notes.txt").write_text("no picture")
     done = python(EXAMPLES / "search.py", "no model is read", tmp_path, "a red bicycle")
     assert done.returncode == 2
-    assert done.stderr == f"error: {tmp_path} holds no .jpg and no .png\n"
+    assert done.stderr == f"error: {tmp_path} holds no .jpg, .jpeg, .png, .webp file\n"
+
+
+def test_search_with_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "A.JPG").write_bytes(b"never opened")
+    done = python(EXAMPLES / "search.py", "nowhere/run", tmp_path, "a red bicycle")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "nowhere/run" in line
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["one caption", "several captions"])

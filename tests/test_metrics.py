@@ -28,6 +28,12 @@ def test_every_metric_says_which_way_is_better() -> None:
     assert [better(name) for name in names] == ["higher", "lower", "neither", "neither"]
 
 
+def test_a_name_means_the_same_in_all_tasks() -> None:
+    for task in TASKS:
+        for name, metric in metrics_of(task).items():
+            assert metric == ALL[name], f"{name} of {task}: take over the other task's declaration"
+
+
 def test_a_task_is_declared_without_pytorch() -> None:
     """Reading a YAML imports the tasks, and a typo shall be told within a second."""
     code = (

@@ -66,10 +66,13 @@ class ImageOptions:
         "decode",
         choices=CHECKS,
         metavar="HOW",
-        help=f"{', '.join(CHECKS)}: leave out bad ones (default: %(default)s)",
+        help=f"how bad images are found: {', '.join(CHECKS)} (default: %(default)s)",
     )
     min_side: int = setting(
-        16, at_least=0, metavar="PIXELS", help="smaller are bad (default: %(default)s)"
+        16,
+        at_least=0,
+        metavar="PIXELS",
+        help="shorter sides below this are bad (default: %(default)s)",
     )
     resize: int | None = setting(
         None,

@@ -53,7 +53,7 @@ class ConvertOptions:
         at_least=0,
         at_most=0.5,
         metavar="SHARE",
-        help=f"of the samples, by a hash of the key: split {VAL}",
+        help=f"share of the samples for the split {VAL}, chosen by a hash of the key",
     )
     # larger shards cost a third of the speed: the C library gives their memory back each time
     size_limit: str | int = setting(
@@ -74,21 +74,21 @@ class ConvertOptions:
         metavar="NAME",
         help="hub name or local folder (default: %(default)s); all-MiniLM-L6-v2 needs no hub",
     )
-    semantic: bool = setting(True, flags=("--no-semantic",), help="write none")
+    semantic: bool = setting(True, flags=("--no-semantic",), help="write no caption embeddings")
     images: ImageOptions = setting(factory=ImageOptions, group="images")
     max_bad: float = setting(
         0.5,
         at_least=0,
         at_most=1,
         metavar="SHARE",
-        help="bad samples at which to fail (default: %(default)s)",
+        help="end with an error above this share of bad samples (default: %(default)s)",
     )
     processes: int = setting(
         os.cpu_count() or 1,
         group="workers",
         at_least=1,
         metavar="N",
-        help="default: %(default)s",
+        help="inputs side by side (default: the cores, here %(default)s)",
     )
     scheduler: str | None = setting(
         None,

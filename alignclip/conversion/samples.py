@@ -55,7 +55,7 @@ class Reading:
     caption_key: str | None = setting(
         None,
         metavar="KEY",
-        help="of the json members, or the table's column (default: txt, or caption)",
+        help="the caption's entry in json members, or column of tables (default: txt, or caption)",
     )
     encoding: str | None = setting(
         None,

@@ -16,7 +16,7 @@ from alignclip.weights import early
 DESCRIPTION = f"Evaluate checkpoints: {', '.join(TASKS)}."
 EVALUATE_EXAMPLES = """examples:
   composer evaluate.py yamls/evaluate.yaml checkpoint=runs/first \\
-    evaluators.coco.remote=s3://my-bucket/eval/coco
+    evaluators=null evaluators.coco.task=retrieval evaluators.coco.remote=s3://my-bucket/eval/coco
   composer -n 8 evaluate.py yamls/evaluate.yaml checkpoint=s3://my-bucket/runs/first/latest-rank0.pt
   composer evaluate.py yamls/evaluate.yaml checkpoints.clip=runs/clip \\
     checkpoints.alignclip=runs/alignclip

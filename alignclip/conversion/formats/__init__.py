@@ -1,34 +1,37 @@
 """The input formats: a file each, and the table by which everybody finds them.
 
-How to add a format
--------------------
-
-1. Write a module with a subclass of :class:`~alignclip.conversion.formats.declaration.InputFormat`.
-   Its attributes say what files are called and which options count; ``read`` yields a file's pairs.
-   Formats whose files are several input shards, or that read more than one file, override more
-   methods.
-2. Add a line to :data:`INPUT_FORMATS`.
-
-The command line, patterns and folders, the plan and the table in ``docs/convert.md`` (which a test
-compares) then know the format. Another test asks for its endings in the verifier's hint.
+CONTRIBUTING.md says how to add one.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
-from alignclip.conversion.formats.csv import Csv
 from alignclip.conversion.formats.declaration import InputFormat
-from alignclip.conversion.formats.files import Files
-from alignclip.conversion.formats.json_lines import JsonLines
-from alignclip.conversion.formats.mds import Mds
-from alignclip.conversion.formats.parquet import Parquet
-from alignclip.conversion.formats.tars import Tars
 from alignclip.errors import UserError
 
-# A folder stands for the first of these formats that it holds: img2dataset puts a parquet file
-# beside each tar.
-INPUT_FORMATS: tuple[InputFormat, ...] = (Tars(), Parquet(), Csv(), JsonLines(), Files(), Mds())
+
+def _format(name: str) -> InputFormat:
+    module, _, kind = name.partition(".")
+    found = getattr(import_module(f"{__name__}.{module}"), kind)()
+    assert isinstance(found, InputFormat)
+    return found
+
+
+# Each name is a class in a module beside this one. A folder stands for the first of these formats
+# that the folder holds: img2dataset puts a parquet file beside each tar.
+INPUT_FORMATS = [
+    _format(name)
+    for name in (
+        "tars.Tars",
+        "parquet.Parquet",
+        "csv.Csv",
+        "json_lines.JsonLines",
+        "files.Files",
+        "mds.Mds",
+    )
+]
 ENDINGS = tuple(ending for one in INPUT_FORMATS for ending in one.endings)
 MAGIC_BYTES = 512  # bytes of a file by which a format is recognised
 

@@ -195,23 +195,23 @@ def read_fashion_mnist(root: Path, split: str) -> ClassificationContent:
     with reading(files[0].parent):
         from torchvision.datasets import FashionMNIST
 
-        images, labels = map(_read_idx, files)
+        images, labels = _read_idx(files[0], axes=3), _read_idx(files[1], axes=1)
         classes = list(FashionMNIST.classes)
         _check_fashion_mnist(root, images, labels, len(classes))
         return ClassificationContent(_numbered(images, labels), classes)
 
 
-def _read_idx(file: Path) -> np.ndarray:
+def _read_idx(file: Path, axes: int) -> np.ndarray:
     """Read an IDX file: 0, 0, 8 for bytes, the number of axes; the length of each axis; the bytes.
 
     Raises:
-        ValueError: the file is none.
+        ValueError: the file is none, or has not so many axes.
     """
     data = file.read_bytes()
     data = gzip.decompress(data) if file.suffix == ".gz" else data
-    if data[:3] != b"\0\0\x08":
-        raise ValueError(f"{file.name} is no IDX file")
-    lengths = np.frombuffer(data, ">u4", count=data[3], offset=4)
+    if data[:4] != bytes((0, 0, 8, axes)):
+        raise ValueError(f"{file.name} is no IDX file of {axes} axes")
+    lengths = np.frombuffer(data, ">u4", count=axes, offset=4)
     return np.frombuffer(data, np.uint8, offset=4 + lengths.nbytes).reshape(lengths)
 
 

@@ -39,6 +39,7 @@ from tarballs import (
 from alignclip.conversion import samples
 from alignclip.conversion.cc12m import main
 from alignclip.conversion.formats import INPUT_FORMATS, columns, format_of, json_lines
+from alignclip.conversion.formats.remote import image_place
 from alignclip.conversion.inputs import expand_inputs, name_of, opened
 from alignclip.conversion.samples import Ignored, Sample, Skipped
 from alignclip.errors import UserError
@@ -169,6 +170,26 @@ def test_json_lines_by_any_name(images: Path, name: str) -> None:
         assert not in_folders
 
 
+@pytest.mark.parametrize(
+    ("name", "head", "line"),
+    [
+        ("a.jsonl", b"", b'{"image": "0", "caption": "a"}\n'),
+        ("a.csv", b"image,caption\n", b"0,a\n"),
+    ],
+)
+def test_pieces_begin_at_their_first_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, head: bytes, line: bytes
+) -> None:
+    """Sets that were begun by earlier versions hold these names."""
+    monkeypatch.setattr(columns, "ROWS_A_PIECE", 2)
+    first = head + b"\n\n"
+    second = first + line + b"\n" + line + b"\n\n"
+    path = tmp_path / name
+    path.write_bytes(second + line + b"\n")
+    parts = [f"0-2-{len(first)}", f"2-3-{len(second)}"]
+    assert expand_inputs([str(path)]) == [f"{path}#{part}" for part in parts]
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv"])
 def test_a_long_table_is_several_inputs(
     images: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -234,6 +255,16 @@ def test_json_lines_with_lists_of_captions(images: Path) -> None:
 def test_what_is_no_json_lines_of_pairs(tmp_path: Path, rows: list[Any], message: str) -> None:
     path = write_lines(tmp_path / "a.jsonl", *rows)
     refused(rf"^{path} {message}", [path], tmp_path / "out")
+
+
+def test_a_mistyped_key_is_told_of_where_addresses_lie_beside_images(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", {"url": "http://x/0.jpg", "path": "0", "caption": "a"})
+    refused(r"no column 'pth'; did you mean 'path'\?$", [path], tmp_path / "out", image_key="pth")
+
+
+def test_a_list_in_the_root_names_what_lies_beside_it() -> None:
+    assert image_place("0.jpg", "") == "/0.jpg"
+    assert image_place("a/0.jpg", "/data") == "/data/a/0.jpg"
 
 
 def test_damaged_gzip_is_told(images: Path) -> None:

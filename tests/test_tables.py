@@ -221,6 +221,13 @@ def test_parquet_without_the_columns(
         refused(rf"a list of URLs, .* they lie in {tmp_path}/a\.tar$", [path], tmp_path / "out")
 
 
+def test_a_mistyped_image_key_is_told_of_where_addresses_lie_beside_images(tmp_path: Path) -> None:
+    path = write_parquet(
+        tmp_path / "a.parquet", {"url": ["https://e.org/0.jpg"], "jpg": [b"x"], "caption": ["a"]}
+    )
+    refused(r"no column 'jpge'; did you mean 'jpg'\?$", [path], tmp_path / "out", image_key="jpge")
+
+
 def test_another_caption_column(tmp_path: Path) -> None:
     columns = {"jpg": [draw(0)], "caption": ["a caption"], "alt_text": ["another"]}
     assert items_of(write_parquet(tmp_path / "a.parquet", columns), "alt_text") == [

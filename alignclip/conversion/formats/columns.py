@@ -44,14 +44,20 @@ class PathTable(InputFormat):
 def pieces(rows: Iterable[Any], tell: Callable[[], int]) -> list[str]:
     """Name the pieces of a table: first row, the row after the last, the place of the first row.
 
+    A piece's name stands in the records of its set, so the name must stay what it was.
+
     Args:
-        rows: read the table, one after the other.
+        rows: read the table, one after the other. A blank line is an empty row, and is no sample.
         tell: gives the place in the file where the next row begins.
     """
-    places, number = [tell()], 0
-    for number, _ in enumerate(rows, 1):
+    places, number, place = list[int](), 0, tell()
+    for row in rows:
+        if row:
+            if number % ROWS_A_PIECE == 0:
+                places.append(place)
+            number += 1
         if number % ROWS_A_PIECE == 0:
-            places.append(tell())
+            place = tell()
     return [
         f"{first}-{min(first + ROWS_A_PIECE, number)}-{place}"
         for first, place in zip(range(0, number, ROWS_A_PIECE), places, strict=False)
@@ -140,8 +146,8 @@ def refuse_urls(
     Raises:
         UserError: with the way to the images.
     """
-    wanted = [reading.image_key] if reading.image_key else images
-    image = next((name for name in wanted if name in names), None)
+    # a mistyped key is told of where the table has images
+    image = next((name for name in (reading.image_key, *images) if name in names), None)
     if url is None or image not in (None, url):
         return
     listed = listed or Path(place)

@@ -98,7 +98,7 @@ def _look_at_csv(path: Path, reading: Reading) -> Table:
 
 
 def _whole_rows(table: Table, rows: Any) -> Iterator[list[str]]:
-    """Yield the rows of a reader that are not empty.
+    """Yield the rows of a reader.
 
     Raises:
         UserError: the table is damaged, or a quotation mark opens a field that runs over rows.
@@ -109,8 +109,7 @@ def _whole_rows(table: Table, rows: Any) -> Iterator[list[str]]:
             if rows.line_num > line + 1:
                 _check_one_row(table, row, line + 1)
             line = rows.line_num
-            if row:
-                yield row
+            yield row
     except csv.Error as error:
         unclosed = "a quotation mark that nothing closes?"
         hint = unclosed if "field" in str(error) else "is it damaged?"

@@ -86,7 +86,7 @@ class JsonLines(PathTable):
         with _local_file(place) as path:
             _entry_names(path, place, reading)
             with _damage_told(place), _open_lines(path) as file:
-                return pieces(_lines(file), file.tell)
+                return pieces(map(bytes.strip, _every_line(file)), file.tell)
 
     def columns(self, place: str, reading: Reading) -> dict[str, str]:
         """See the base class."""
@@ -197,4 +197,8 @@ def _open_lines(path: Path) -> BinaryIO:
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
     """Yield the lines that are not blank."""
-    return filter(bytes.strip, iter(partial(file.readline, LONGEST_LINE), b""))
+    return filter(bytes.strip, _every_line(file))
+
+
+def _every_line(file: BinaryIO) -> Iterator[bytes]:
+    return iter(partial(file.readline, LONGEST_LINE), b"")

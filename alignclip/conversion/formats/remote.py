@@ -82,7 +82,7 @@ def image_place(name: object, folder: str) -> str:
         raise ValueError("no path")
     is_url, is_local_list = "://" in name, "://" not in folder
     if is_local_list and not is_url:
-        return str(Path(folder, name))
+        return str(Path(f"{folder}/", name))  # the root's name is empty
     if as_utf8(name) != name:
         raise ValueError("no storage has such a name")
     if is_url:

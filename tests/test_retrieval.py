@@ -5,8 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from evaluations import normal
+from torch.profiler import ProfilerActivity, profile
 
 from alignclip.evaluation import retrieval
+from alignclip.evaluation.ranking import best_ranks
 from alignclip.evaluation.retrieval import recall
 
 
@@ -74,3 +76,10 @@ def test_no_block_is_larger_than_asked_for(monkeypatch):
     monkeypatch.setattr(retrieval, "best_ranks", spy)
     recall(normal(50, 4), normal(50, 4), torch.arange(50), block=16)
     assert sizes == [(16, 50), (16, 50), (16, 50), (2, 50)] * 2
+
+
+def test_ranks_take_less_memory_than_the_scores():
+    scores, own = normal(256, 1024), torch.arange(256)[:, None]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        best_ranks(scores, own)
+    assert max(event.cpu_memory_usage for event in profiled.events()) <= scores.numel()

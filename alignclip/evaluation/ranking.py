@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+SUMMED = 16  # rows whose ranks are counted at a time
+
 
 def score_blocks(
     queries: Tensor, items: Tensor, positives: Tensor, block: int
@@ -41,5 +43,6 @@ def best_ranks(scores: Tensor, positives: Tensor) -> Tensor:
     best = own.amax(1, keepdim=True)
     first = positives.masked_fill(own < best, scores.shape[1]).amin(1, keepdim=True)
     earlier = torch.arange(scores.shape[1], device=scores.device) < first
-    # a sum of 64 bits would take eight times the memory of what is summed
-    return ((scores > best) | ((scores == best) & earlier)).sum(1, dtype=torch.int32)
+    ahead = (scores > best) | ((scores == best) & earlier)
+    # a sum copies what it sums into integers of eight bytes: a few rows at a time
+    return torch.cat([rows.sum(1) for rows in ahead.split(SUMMED)])

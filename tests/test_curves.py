@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,6 +99,27 @@ def test_chance_is_a_dotted_line_and_in_the_legend(figures: list[Any]) -> None:
         line.pop("chance", None)
     page("run", without)
     assert not chances_of(figures[2])
+
+
+@pytest.mark.filterwarnings("error")
+def test_many_curves_with_long_names_look_different_and_are_named_in_full(
+    figures: list[Any],
+) -> None:
+    names = [f"evaluator_{i:02}_on_猫_$x$_{'of a long name' * (i % 3)}" for i in range(16)]
+    metrics = {f"{name}/image_retrieval_recall@5": i / 20 for i, name in enumerate(names)}
+    html = page("run", [{"batch": 1_000_000 * i, "metrics": metrics} for i in (1, 2)])
+    (figure,) = figures
+    looks = {(line.get_color(), str(line._unscaled_dash_pattern)) for line in lines_of(figure)}
+    assert len(looks) == len(names)
+    for at, line in enumerate(figure.legends[0].get_lines()):
+        assert (line.get_color(), str(line._unscaled_dash_pattern)) in looks, names[at]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        figure.draw_without_rendering()
+        box = figure.legends[0].get_window_extent()
+    assert figure.bbox.x0 - 1 <= box.x0 < box.x1 <= figure.bbox.x1 + 1
+    assert figure.bbox.y0 - 1 <= box.y0 < box.y1 <= figure.bbox.y1 + 1
+    assert all(name[: len("evaluator_00_on_猫_$x$")] in html for name in names)
 
 
 def test_starts_that_went_on_are_grey_lines(figures: list[Any]) -> None:

@@ -85,7 +85,8 @@ def add_legend(figure: Any, shown: Sequence[Entry], side: str = "center") -> Non
         side: where below the panels the legend is.
     """
     line = library("matplotlib.lines").Line2D
-    labels = [wrapped(name, 90) for name, _ in shown]
+    fitting = int((figure.get_figwidth() - 0.6) / 0.075)  # characters, beside a line of the legend
+    labels = [wrapped(name, min(90, fitting)) for name, _ in shown]
     longest = max(len(part) for label in labels for part in label.split("\n"))
     columns = max(1, min(4, int(figure.get_figwidth() / (0.6 + 0.085 * longest))))
     rows = math.ceil(sum(1 + label.count("\n") for label in labels) / columns)

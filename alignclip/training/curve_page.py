@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +13,11 @@ import numpy as np
 
 from alignclip.config.metrics import arrow, metric_named
 from alignclip.evaluation.frame import (
+    DASH_DOTTED,
     DASHED,
     DOTTED,
     MID_GREY,
+    OKABE_ITO,
     Entry,
     add_legend,
     count_batches,
@@ -25,6 +28,7 @@ from alignclip.evaluation.packages import library
 
 NEARER = 0.005  # of the chart's height: curves that are nearer look like one
 MOST_DOTS = 40  # points that get a dot each
+WHOLE = ("-", DASH_DOTTED, (0, (9, 1.5)), (0, (9, 1.5, 3, 1.5)))  # lines: one after all colours
 STYLE = (
     "body{font:14px/1.45 system-ui,sans-serif;margin:24px;color:#222;max-width:1240px}"
     "h1{font-size:20px}h2{font-size:15px;margin:0 0 2px}figure{margin:0}"
@@ -130,7 +134,8 @@ def _figure(chart: Chart, starts: Iterable[int], last: int) -> str:
     beneath = _beneath(chart.curves)
     shown: list[Entry] = []
     for index, (name, curve) in enumerate(chart.curves.items()):
-        look = {"color": style(index)["color"], "linewidth": 1.3}
+        line = WHOLE[index // len(OKABE_ITO) % len(WHOLE)]
+        look = {"color": style(index)["color"], "linewidth": 1.3, "linestyle": line}
         if name in beneath:  # dashed above the other curve: both are seen
             look |= {"linestyle": DASHED, "zorder": 3}
         dots = {"marker": "o", "markersize": 2 if name in beneath else 3.5}
@@ -181,6 +186,8 @@ def _said(chart: Chart, name: str, beneath: Mapping[str, str]) -> str:
 def _svg(figure: Any) -> str:
     """Return a figure as an element of a page, whose texts are texts."""
     text = io.StringIO()
-    with library("matplotlib").rc_context({"svg.fonttype": "none"}):
+    with library("matplotlib").rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
+        # matplotlib's own font may lack a letter, which the browser's fonts have
+        warnings.filterwarnings("ignore", "Glyph")
         figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue().partition("?>")[2].partition(">")[2].strip()

@@ -139,6 +139,10 @@ def test_an_export_that_we_could_not_load(tmp_path: Path) -> None:
     start_refused(narrow, folder, f"the checkpoint's vision heads are 16 wide, but {other}")
     four = small_config(text={"heads": 4})
     start_refused(four, folder, "with model.text_cfg.heads=4 they are 8")
+    # a vision tower that is no ViT: the text tower's heads and activation are known
+    write(model_cfg=model_cfg | {"vision_cfg": {"layers": [1, 1, 1, 1], "width": 64}})
+    assert "set model.quick_gelu=true" in start(narrow, folder)[1]
+    start_refused(four, folder, "with model.text_cfg.heads=4 they are 8")
     # settings that are none
     write(model_cfg={"vision_cfg": "ViT-B-16"})
     start_refused(config, folder, "its vision_cfg is a str, not a section")

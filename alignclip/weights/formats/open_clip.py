@@ -130,8 +130,11 @@ def _described_by_export(given: Mapping[str, Any], place: str) -> Description:
         raise UserError(f"{where}: {error}") from None
     try:
         found = described(model_config(values, where), f"its {EXPORT_CONFIG}")
-    except UserError as error:
-        found = Description(error)
+    except UserError as error:  # of a ResNet, whose text tower a model may start from
+        text = values["text_cfg"]
+        sizes = text["width"], text["heads"]
+        heads = {"text": sizes[0] // max(sizes[1], 1)} if all(type(n) is int for n in sizes) else {}
+        found = Description(error, heads=heads, quick_gelu=bool(values.get("quick_gelu", False)))
     found.foreign = foreign
     if foreign:
         found.config = UserError(

@@ -6,15 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from composer.core import State
+from composer.loggers import LoggerDestination
 from s3 import S3Server
 from save_folders import LATEST, Place, config_for, name_of
+from small_runs import SmallRuns
 
 from alignclip.config.reading import to_yaml
 from alignclip.errors import UserError
 from alignclip.training.run_identity import identity_changes
 from alignclip.training.run_record import check_config, record_config
 from alignclip.training.save_folder import SaveFolder
+from alignclip.weights.safe_read import read_pickled
 
 
 @pytest.fixture(params=["folder", "bucket"])
@@ -125,3 +130,42 @@ def test_a_place_that_cannot_be_written_is_one_line(
             monkeypatch.delenv("AWS_ACCESS_KEY_ID")
         with pytest.raises(UserError, match=says):
             SaveFolder(config_for(tmp_path, place)).open()
+
+
+class Copies(LoggerDestination):
+    """Keeps the files that a run uploads, as WandBLogger's log_artifacts does."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+
+    def upload_file(
+        self, state: State, remote_file_name: str, file_path: Path, *, overwrite: bool
+    ) -> None:
+        assert overwrite
+        self.files[remote_file_name] = file_path.read_bytes()
+
+
+def test_loggers_that_keep_files_get_the_checkpoints_of_a_local_folder(
+    dataset: Path, tmp_path: Path
+) -> None:
+    saved, copies = tmp_path / "saved", Copies()
+    trainer = SmallRuns(tmp_path, dataset, saved, "save_interval=1ba").build("max_duration=2ba")
+    trainer.logger.destinations = (*trainer.logger.destinations, copies)
+    trainer.fit()
+    trainer.close()
+    paths = [saved / name_of(batch) for batch in (1, 2)]
+    assert copies.files == {str(path).lstrip("/"): path.read_bytes() for path in paths}
+
+
+def test_weights_alone_are_saved_without_gathering_the_optimizer(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emptied: list[None] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(None))
+    monkeypatch.setattr(State, "get_optim_state_dict", lambda _: pytest.fail("it is gathered"))
+    runs = SmallRuns(tmp_path, dataset, tmp_path / "saved", "autoresume=false")
+    runs.train("max_duration=2ba", "save_weights_only=true")
+    content = read_pickled(tmp_path / "saved" / name_of(2))
+    assert [*content] == ["state"]
+    assert [*content["state"]] == ["model", "integrations", "metadata"]
+    assert len(emptied) == 1, "GPUs have room for what ranks send when they gather"

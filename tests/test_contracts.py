@@ -36,6 +36,8 @@ alignclip/training/composer_patches.py
     torch._dynamo.config.optimize_ddp
 alignclip/training/saver.py
     composer.utils.checkpoint.glob_filter(exclude_globs)
+    composer.core.State._get_integrations_state_dict(self)
+    composer.core.State._get_state_metadata(self)
     composer.callbacks.checkpoint_saver.CheckpointSaver._save_checkpoint(self state logger)
     composer.callbacks.checkpoint_saver.CheckpointSaver: save_interval last_checkpoint_batch
         start_batch filename folder weights_only

@@ -168,12 +168,12 @@ def test_the_best_goes_into_a_bucket_beside_the_training(
     folder = SaveFolder(config_for(tmp_path, f"{s3.bucket()}/run"))
     go_on, uploaded, bring = threading.Event(), [], folder.bring
 
-    def slow(source: Path, name: str) -> None:
+    def slow(source: Path, name: str, overwrite: bool) -> None:
         go_on.wait(60)
         uploaded.append(torch.load(source, weights_only=False)["state"]["at"])
         if uploaded[-1] == 3:
             raise ConnectionError("gone")
-        bring(source, name)
+        bring(source, name, overwrite)
 
     monkeypatch.setattr(folder, "bring", slow)
     best = BestCheckpoint(config, folder)

@@ -196,9 +196,9 @@ def test_a_store_without_checksums_is_converted_into(
         quick([tmp_path / "in"], "s3://b/other")
 
 
-def upload(path: Path, overwrite: bool = True) -> None:
+def upload(path: Path, overwrite: bool = True, name: str = "ep1-ba2.pt") -> None:
     path.write_bytes(b"a checkpoint")
-    save_folder(save_overwrite=overwrite).bring(path, "ep1-ba2.pt")
+    save_folder().bring(path, name, overwrite)
 
 
 # a refusal for good → its words; of an upload, and of a save folder that is tried
@@ -225,24 +225,36 @@ def test_a_checkpoint_that_can_never_arrive_is_uploaded_once(
     assert refusing.requests.count(("PUT", "runs/r/ep1-ba2.pt")) == 1
 
 
-def test_a_checkpoint_that_is_there_and_may_not_be_replaced_is_uploaded_once(
-    refusing: RefusingS3, tmp_path: Path, no_waiting: None
+@pytest.mark.parametrize("name", ["ep1-ba2.pt", "sub/ep1-ba2.pt", "newest.pt"])
+@pytest.mark.parametrize("rights", [(), ("list",)], ids=["", "no list"])
+def test_a_checkpoint_that_is_there_and_may_not_be_replaced_stays(
+    refusing: RefusingS3, tmp_path: Path, no_waiting: None, name: str, rights: tuple[str, ...]
 ) -> None:
-    fill(refusing, "runs/r", {"ep1-ba2.pt": b"another one"})
-    with pytest.raises(StorageError, match=r"^can't write s3://b/runs/r/ep1-ba2\.pt: it is there"):
-        upload(tmp_path / "a", overwrite=False)
+    fill(refusing, "runs/r", {name: b"another one"})
+    refusing.without_right(*rights)
+    with pytest.raises(StorageError, match=rf"^can't write s3://b/runs/r/{name}: it is there"):
+        upload(tmp_path / "a", overwrite=False, name=name)
+    upload(tmp_path / "a", overwrite=False, name="another.pt")
+    assert save_folder().files.read_bytes(name) == b"another one"
 
 
+@pytest.mark.parametrize("overwrite", [True, False])
 @pytest.mark.parametrize(
     ("status", "code"), [(503, "SlowDown"), (500, "InternalError"), (429, "TooManyRequests")]
 )
 def test_a_checkpoint_waits_for_a_store_in_trouble(
-    refusing: RefusingS3, tmp_path: Path, status: int, code: str, monkeypatch: pytest.MonkeyPatch
+    refusing: RefusingS3,
+    tmp_path: Path,
+    status: int,
+    code: str,
+    overwrite: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # boto3 doesn't wait
     monkeypatch.setattr("alignclip.storage.patience.FIRST_PAUSE", 0.01)
     answers = iter([(status, code)] * 2)
     refusing.refuse = lambda request: next(answers, None)
-    upload(tmp_path / "a")
+    upload(tmp_path / "a", overwrite)
     assert refusing.keys() == ["runs/r/ep1-ba2.pt"]
 
 

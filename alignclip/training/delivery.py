@@ -21,12 +21,16 @@ class Delivery:
     A local folder has a checkpoint at once. For a bucket the checkpoint is written to this machine,
     and uploaded by a thread.
 
+    Args:
+        folder: of the run.
+        overwrite: whether an upload may take the place of a checkpoint of the same name.
+
     Attributes:
         place: the local folder that checkpoints are written to.
     """
 
-    def __init__(self, folder: SaveFolder) -> None:
-        self.folder = folder
+    def __init__(self, folder: SaveFolder, overwrite: bool = True) -> None:
+        self.folder, self.overwrite = folder, overwrite
         self.place = Path(folder.uri)
         if folder.remote:
             self._temporary = tempfile.TemporaryDirectory(prefix=TEMPORARY)
@@ -64,7 +68,7 @@ class Delivery:
 
     def _upload(self, path: Path, name: str, arrived: Callable[[], None]) -> None:
         try:
-            self.folder.bring(path, name)
+            self.folder.bring(path, name, self.overwrite)
         finally:
             shutil.rmtree(path.parent, ignore_errors=True)
         arrived()

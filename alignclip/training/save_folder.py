@@ -147,17 +147,28 @@ class SaveFolder:
             write_text_whole(pointer, target)
             link.unlink(missing_ok=True)
 
-    def bring(self, path: Path, name: str) -> None:
+    def bring(self, path: Path, name: str, overwrite: bool = True) -> None:
         """Upload a checkpoint; wait while the bucket is away.
 
         Raises:
-            StorageError: the bucket refuses, or has been away for too long.
+            StorageError: the bucket refuses, or has been away for too long; the name is taken and
+                ``overwrite`` is off.
         """
         place = self.files.at(name)
-        if not self.config.save_overwrite and name in self.checkpoints():
+        if not overwrite and patiently(lambda: self._is_in_bucket(name), place, TRAINING_PATIENCE):
             raise StorageError("write", place, "it is there already; set save_overwrite=true")
         patiently(lambda: self.files.put(path, name), place, TRAINING_PATIENCE)
         self._whole_sizes[name] = path.stat().st_size
+
+    def _is_in_bucket(self, name: str) -> bool:
+        try:
+            # a kind of store that doesn't tell sizes lists its names
+            return self.files.size(name) is not None or name in self.files.names()
+        except StorageError as error:
+            # a store refuses an absent object, too, to a key that can't list
+            if is_absent(error) or is_denied(error):
+                return False
+            raise
 
     def damage(self, name: str, download: Path | None = None) -> str | None:
         """Say why a checkpoint is not as it was written, or None; unchanged files are read once.

@@ -7,6 +7,7 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
+import torch
 from composer import callbacks
 from composer.core import State
 from composer.loggers import Logger
@@ -47,7 +48,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         config = save_folder.config
         self.save_folder = save_folder
         self.keep = config.save_num_checkpoints_to_keep
-        self._delivery = Delivery(save_folder)
+        self._delivery = Delivery(save_folder, overwrite=config.save_overwrite)
         self._on_their_way: list[Future[None]] = []
         self._run_has_ended = False  # by an upload that failed for good
         self._closed = False
@@ -74,36 +75,42 @@ class CheckpointSaver(callbacks.CheckpointSaver):
             UserError: on every rank.
         """
         self.last_checkpoint_batch = state.timestamp.batch
+        torch.cuda.empty_cache()  # the ranks' messages about a large model need room of their own
         content = self._content(state)  # on every rank: each may have a part of the model
         name = Path(self.filename.format(state)).relative_to(self.folder)
         with errors_on_all_ranks():
             if rank() == 0:
-                self._save(content, str(name))
+                self._save(content, str(name), logger)
 
     def _content(self, state: State) -> dict[str, Any]:
-        content: dict[str, Any] = {
-            "state": state.state_dict(),
-            "rng": reproducibility.get_rng_state(),
-        }
-        if self.weights_only:
-            parts = ("model", "integrations", "metadata")
-            content = {"state": {part: content["state"][part] for part in parts}}
+        content: dict[str, Any] = {}
+        if self.weights_only:  # the whole state would gather the optimizer's as well
+            content["state"] = {
+                "model": state.get_model_state_dict(),
+                "integrations": state._get_integrations_state_dict(),
+                "metadata": state._get_state_metadata(),
+            }
+        else:
+            content = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}
         if ignored := self.save_folder.config.save_ignore_keys:
             glob_filter(ignored)(content)
             content.setdefault("state", {})
         return content
 
-    def _save(self, content: dict[str, Any], name: str) -> None:
+    def _save(self, content: dict[str, Any], name: str, logger: Logger) -> None:
         try:
-            arrives = self._delivery.save(content, name, lambda: self._arrived(name))
+            arrives = self._delivery.save(content, name, lambda: self._arrived(name, logger))
         except (OSError, StorageError) as error:  # of the small files beside the checkpoint
             path = self._delivery.place / name
             why = why_not_written(error, path)
             raise NotSavedError(f"can't save {path}: {why}. {GOES_ON}") from error
         self._on_their_way.append(arrives)
 
-    def _arrived(self, name: str) -> None:
+    def _arrived(self, name: str, logger: Logger) -> None:
         folder = self.save_folder
+        if not folder.remote:  # WandBLogger's log_artifacts and Composer's uploader keep copies
+            path = str(self._delivery.place / name)
+            logger.upload_file(path.lstrip("/"), path, overwrite=self.overwrite)
         patiently(lambda: folder.point_latest(name), folder.uri, TRAINING_PATIENCE)
         self._delivery.then(self._rotate)
 

@@ -39,6 +39,7 @@ from alignclip.storage import (
     describe_storage_error,
     expect_plain_s3,
     is_about_name,
+    is_denied,
     is_passing,
     open_store,
     patiently,
@@ -65,6 +66,11 @@ def answer(text: str, right: str = "write") -> ClientError:
         "ResponseMetadata": {"HTTPStatusCode": int(status)},
     }
     return ClientError(response, OPERATIONS[right])
+
+
+def test_a_refusal_without_a_code_is_one() -> None:
+    response: Any = {"Error": {"Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": 403}}
+    assert is_denied(ClientError(response, "GetObject"))
 
 
 def raised_from(error: Exception, cause: BaseException) -> Exception:
@@ -354,6 +360,36 @@ def test_other_stores_get_no_checksums_unless_a_person_says_so(refusing: Refusin
     with pytest.raises(StorageError, match=rf"set {CHECKSUMS}=when_required$"):
         open_store("s3://b/runs").write_text("a", "x")
     assert os.environ[CHECKSUMS] == "when_supported"
+
+
+def test_keys_that_come_or_change_in_a_file_are_found(
+    refusing: RefusingS3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A login replaces the file while a conversion runs, or after a notebook has lacked keys."""
+    keys = tmp_path / "credentials"
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(keys))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    used: list[str] = []
+
+    def note(request: Any) -> None:
+        used.append(request.headers["Authorization"].partition("Credential=")[2].split("/")[0])
+
+    refusing.refuse = note
+    store = open_store("s3://b/runs")
+    with pytest.raises(StorageError, match="no credentials found"):
+        store.write_text("a", "x")
+    for key in ("FIRST", "SECOND"):
+        keys.write_text(f"[default]\naws_access_key_id={key}\naws_secret_access_key=s\n")
+        store.write_text("a", "x")
+    assert used == ["FIRST", "SECOND"]
+
+
+def test_an_endpoint_that_is_no_url_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("S3_ENDPOINT_URL", "http://[::1")
+    with pytest.raises(StorageError, match=r"^can't read s3://b/runs/a: Invalid IPv6 URL$"):
+        open_store("s3://b/runs").read_text("a")
 
 
 @pytest.mark.parametrize("endpoint", ["", "https://s3.eu-central-1.amazonaws.com"])

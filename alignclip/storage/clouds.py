@@ -151,7 +151,7 @@ class S3(Bucket):
 
     @property
     def _client(self) -> Any:
-        return _s3_client(self.is_google, frozenset(os.environ.items()))
+        return _s3_client(self.is_google, frozenset(os.environ.items()), _state_of_settings())
 
     def _in_its_words(self, error: Any, name: str) -> Exception:
         """Ask for the store's own word: HEAD, with which downloads begin, is answered without."""
@@ -170,15 +170,24 @@ class S3(Bucket):
 
 
 @lru_cache(4)
-def _s3_client(is_google: bool, environment: frozenset[tuple[str, str]]) -> Any:
+def _s3_client(
+    is_google: bool,
+    environment: frozenset[tuple[str, str]],
+    files: tuple[tuple[int, int] | None, ...],
+) -> Any:
     """Make the client that all stores of this process share: making one takes a third of a second.
 
     Args:
         is_google: whether it is for Google's S3 interface.
         environment: of the process. Endpoint, keys and proxies come from there.
+        files: the state of AWS's own files. A client would keep keys that are replaced there.
+
+    Raises:
+        NoCredentialsError: there are no keys yet. A client that has none would never find any.
     """
     import boto3
     from botocore.config import Config
+    from botocore.exceptions import NoCredentialsError
 
     settings = dict(environment)
     where = {"endpoint_url": settings.get("S3_ENDPOINT_URL")}
@@ -189,7 +198,26 @@ def _s3_client(is_google: bool, environment: frozenset[tuple[str, str]]) -> Any:
             "aws_access_key_id": settings["GCS_KEY"],
             "aws_secret_access_key": settings["GCS_SECRET"],
         }
-    return boto3.Session().client("s3", config=Config(read_timeout=READ_TIMEOUT), **where)
+    session = boto3.Session()
+    if not is_google and session.get_credentials() is None:
+        raise NoCredentialsError
+    return session.client("s3", config=Config(read_timeout=READ_TIMEOUT), **where)
+
+
+def _state_of_settings() -> tuple[tuple[int, int] | None, ...]:
+    """Return when AWS's files of keys and settings were written, and their sizes."""
+    states: list[tuple[int, int] | None] = []
+    for name, usual in (
+        ("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"),
+        ("AWS_CONFIG_FILE", "~/.aws/config"),
+    ):
+        try:
+            stat = Path(os.environ.get(name) or usual).expanduser().stat()
+        except (OSError, RuntimeError):  # no such file; no home
+            states.append(None)
+        else:
+            states.append((stat.st_mtime_ns, stat.st_size))
+    return tuple(states)
 
 
 # a forked process must not use its parent's connections

@@ -27,12 +27,17 @@ def expect_plain_s3() -> None:
 
 def is_foreign() -> bool:
     """Return whether S3 is told to be another server than Amazon's, or is Google's S3 interface."""
-    hosts = [
-        urlparse(os.environ[name]).hostname or "" for name in ENDPOINTS if os.environ.get(name)
-    ]
+    hosts = [_host(os.environ[name]) for name in ENDPOINTS if os.environ.get(name)]
     return any(not host.endswith((".amazonaws.com", ".amazonaws.com.cn")) for host in hosts) or (
         "GCS_KEY" in os.environ and "GCS_SECRET" in os.environ
     )
+
+
+def _host(url: str) -> str:
+    """Return a URL's host; nothing where the URL is none, which is told where a client is made."""
+    with suppress(ValueError):
+        return urlparse(url).hostname or ""
+    return ""
 
 
 def _in_profile(setting: str) -> bool:

@@ -104,6 +104,7 @@ FULL_WORDS = re.compile(
     r"file write failed|unexpected pos|No space left|os error (28|122|27)|Disk quota exceeded"
 )
 AWS_TEXT = re.compile(r"An error occurred \((\w+)\) when calling the (\w+) operation")
+NO_CODES = ("None", "Unknown")  # botocore's words where an answer has no code
 # Google names the right instead of the request
 GOOGLE_TEXT = re.compile(r"storage\.(?:objects|buckets|multipartUploads)\.(\w+)")
 # How the names of requests begin that need a right, in small letters without underscores
@@ -224,7 +225,7 @@ def code_of(error: BaseException) -> str:
     if isinstance(error, UserError):  # our own words about the error that caused it
         return ""
     found = AWS_TEXT.search(str(error))  # boto3 keeps no more than the text where it wraps an error
-    return found[1] if found and found[1] != "None" else ""
+    return found[1] if found and found[1] not in NO_CODES else ""
 
 
 def status_of(error: BaseException) -> int | None:

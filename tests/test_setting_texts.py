@@ -289,6 +289,22 @@ def test_anchors_and_tags_of_yaml_work(tmp_path: Path) -> None:
         parse("x: 1\nx: 2")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: !!map [x]",
+        "a: !!map ''",
+        "!!map",
+        "a: !!seq {b: c}",
+        "a: !!str {!!value x: y}",
+        "[" * 2000,
+    ],
+)
+def test_what_no_section_list_or_text_can_be_is_a_value_error(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse(text)
+
+
 def test_an_override_changes_one_of_the_places_of_an_anchor(yaml: Path) -> None:
     with yaml.open("a", encoding="utf-8") as file:
         file.write("evaluators:\n  a: &a {task: gap, local: x}\n  b: *a\n")

@@ -12,6 +12,7 @@ import re
 from typing import Any
 
 import yaml
+from yaml.constructor import BaseConstructor
 
 Tree = dict[str, Any]  # a section: texts, lists and sections by their keys
 NULLS = ("", "~", "null", "Null", "NULL")
@@ -41,6 +42,8 @@ def parse(text: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise ValueError("lists or mappings lie too deep in one another") from None
 
 
 def parse_line(text: str) -> Any:
@@ -115,8 +118,10 @@ class _Loader(yaml.SafeLoader):
         return str(super().resolve(kind, value, implicit))
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
+def _mapping(loader: _Loader, node: yaml.Node) -> dict[str, Any]:
     """Return a mapping, whose keys are texts; ``<<`` merges others into it."""
+    if not isinstance(node, yaml.MappingNode):
+        raise ValueError(f"line {node.start_mark.line + 1}: the tag {node.tag} has no meaning here")
     merged: dict[str, Any] = {}
     own: dict[str, Any] = {}
     for key, inner in node.value:
@@ -141,7 +146,8 @@ def _sequence(loader: _Loader, node: yaml.SequenceNode) -> list[Any]:
 
 
 def _quoted_scalar(loader: _Loader, node: yaml.ScalarNode) -> str:
-    return str(loader.construct_scalar(node))
+    # SafeLoader's own takes a mapping, too, and returns the value of the mapping's key "="
+    return str(BaseConstructor.construct_scalar(loader, node))
 
 
 def _plain_scalar(loader: _Loader, node: yaml.ScalarNode) -> Plain | None:

@@ -245,6 +245,16 @@ def test_a_note_of_the_next_owner_outlives_the_last_one(note: Path) -> None:
     assert note.exists()
 
 
+def test_a_note_goes_though_a_lock_file_can_not(
+    note: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "999997_cache_filelock").mkdir()
+    note.write_text(json.dumps(IDENTITY), encoding="utf-8")
+    shared_memory._disclaim(note)
+    assert not note.exists()
+
+
 def test_two_runs_that_start_together_take_two_prefixes(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         write_set(str(tmp_path / name), 8)

@@ -90,7 +90,7 @@ def _disclaim(note: Path) -> None:
     """Remove a note and the prefix's lock files, unless another process has the prefix by now."""
     with suppress(OSError), lock():  # as the process ends, a second error would hide the first
         if _read_owner(note) == _identity(os.getpid()):
-            for path in (*_locks_of(note.name.split("_")[0]), note):
+            for path in (note, *_locks_of(note.name.split("_")[0])):
                 path.unlink(missing_ok=True)
 
 

@@ -6,6 +6,7 @@ Odd captions and keys, and what the report says of them.
 from __future__ import annotations
 
 import io
+import os
 import re
 import tarfile
 import tracemalloc
@@ -27,9 +28,12 @@ from tarballs import (
     write_tar,
 )
 
-from alignclip.conversion import samples
+from alignclip.conversion import cc12m, samples
 from alignclip.conversion.images import ImageOptions
+from alignclip.conversion.options import ConvertOptions
 from alignclip.conversion.shards import position
+from alignclip.verification import command
+from alignclip.verification.command import VerifyOptions
 
 HELD_OUT = 0.3
 TEXT_ONLY = b"a caption without an image"
@@ -282,3 +286,11 @@ def test_keys_are_stored_as_they_are(tmp_path: Path) -> None:
     assert len(list(islice(items_of(write_tar(tmp_path / "a.tar", members)), 20))) == 8
     quick(tmp_path / "a.tar", tmp_path / "out")
     assert list(read_back(None, tmp_path / "out")) == [*keys, "n\ufffdx"]
+
+
+def test_python_callers_have_one_process_and_commands_the_cores() -> None:
+    """Other processes would import a caller's script, and convert once more without its guard."""
+    cores = os.cpu_count() or 1
+    assert ConvertOptions(["a.tar"], "out").processes == VerifyOptions("set").processes == 1
+    assert cc12m.parse(["--inputs", "a.tar", "--out", "out"]).processes == cores
+    assert command.parse(["set"]).processes == cores

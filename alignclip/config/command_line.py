@@ -63,6 +63,7 @@ def _add_option(one: dataclasses.Field[Any], rule: Rule, hint: Any, group: _Grou
         action = "store_false" if one.default else "store_true"
         group.add_argument(*flags, dest=one.name, action=action, help=rule.help)
         return
+    default = one.default if rule.unless_typed is None else rule.unless_typed
     # str, X | None, Sequence[X]: the first type that isn't None, and of a sequence its members'
     value, *_ = [inner for inner in (*typing.get_args(hint), hint) if inner is not NoneType]
     several = "+" if is_required else "*"
@@ -70,7 +71,7 @@ def _add_option(one: dataclasses.Field[Any], rule: Rule, hint: Any, group: _Grou
         "type": paths.path_option if value is Path else paths.option if rule.place else value,
         "nargs": several if typing.get_origin(hint) is Sequence else None,
         "choices": rule.choices or None,
-        "default": None if is_required else one.default,
+        "default": None if is_required else default,
         "metavar": rule.metavar,
         "help": rule.help,
     }

@@ -43,6 +43,7 @@ class Rule:
         metavar: the option's value in ``--help``.
         group: the title of the option and of those that follow in ``--help``.
         off: the flag by which the option is None, and what ``--help`` says of it.
+        unless_typed: the option's value on a command line without it; None: the field's default.
     """
 
     at_least: float | None = None
@@ -62,6 +63,7 @@ class Rule:
     metavar: str | None = None
     group: str | None = None
     off: tuple[str, str] | None = None
+    unless_typed: Any = None
 
 
 def setting(

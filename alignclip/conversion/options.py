@@ -83,8 +83,10 @@ class ConvertOptions:
         metavar="SHARE",
         help="end with an error above this share of bad samples (default: %(default)s)",
     )
+    # one for Python callers: other processes would import a script that has no __main__ guard
     processes: int = setting(
-        os.cpu_count() or 1,
+        1,
+        unless_typed=os.cpu_count() or 1,
         group="workers",
         at_least=1,
         metavar="N",

@@ -88,7 +88,8 @@ class VerifyOptions:
         "sample.png", place=True, metavar="FILE", help="the contact sheet (default: %(default)s)"
     )
     processes: int = setting(
-        os.cpu_count() or 1,
+        1,
+        unless_typed=os.cpu_count() or 1,
         at_least=1,
         metavar="N",
         help="shards at a time (default: %(default)s)",

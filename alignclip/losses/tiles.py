@@ -122,7 +122,8 @@ class _Tiles:
         positives = logits[at]
         largest = logits.amax(dim=1, keepdim=True)
         sums = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
-        self.loss += (sums.log() + largest).sum() - positives.sum()
+        # by rows: sums over rows of each would differ little, and be large
+        self.loss += ((sums.log() + largest).squeeze(1) - positives).sum()
         if self.gradients:
             by_logits = logits.div_(sums)  # the softmax
             by_logits[at] -= 1

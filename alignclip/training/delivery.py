@@ -48,9 +48,9 @@ class Delivery:
         """
         if self.folder.remote:
             # a folder for each: the checkpoint before may have this name, and be on its way
-            path = Path(tempfile.mkdtemp(dir=self.place), name)
-            write_checkpoint(content, path)
-            return self._worker.submit(self._upload, path, name, arrived)
+            made = Path(tempfile.mkdtemp(dir=self.place))
+            write_checkpoint(content, made / name)
+            return self._worker.submit(self._upload, made, name, arrived)
         write_checkpoint(content, self.place / name)
         arrived()
         done: Future[None] = Future()
@@ -66,9 +66,9 @@ class Delivery:
         """Wait for the uploads, or only for the one at work; may be called again."""
         self._worker.shutdown(cancel_futures=at_once)
 
-    def _upload(self, path: Path, name: str, arrived: Callable[[], None]) -> None:
+    def _upload(self, made: Path, name: str, arrived: Callable[[], None]) -> None:
         try:
-            self.folder.bring(path, name, self.overwrite)
+            self.folder.bring(made / name, name, self.overwrite)
         finally:
-            shutil.rmtree(path.parent, ignore_errors=True)
+            shutil.rmtree(made, ignore_errors=True)
         arrived()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,8 @@ LATEST = "latest-rank0.pt"
 
 
 def config_for(folder: Path, save_folder: str, *overrides: str) -> RunConfig:
-    yaml = write_config(folder, str(folder / "set"), save_folder)
+    own = folder / str(os.getpid())  # ranks call this at the same time
+    yaml = write_config(own, str(folder / "set"), save_folder)
     return load(yaml, ["run_name=first", *overrides])
 
 

@@ -89,6 +89,7 @@ def test_a_full_disk_is_no_reader_that_has_ended() -> None:
     assert b"No space left" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_ends_well_when_its_output_is_not_read(name: str) -> None:
     assert unread("-c", MAIN, name, "--help") == (0, "")

@@ -145,6 +145,7 @@ class Copies(LoggerDestination):
         self.files[remote_file_name] = file_path.read_bytes()
 
 
+@pytest.mark.slow
 def test_loggers_that_keep_files_get_the_checkpoints_of_a_local_folder(
     dataset: Path, tmp_path: Path
 ) -> None:

@@ -73,6 +73,7 @@ def evaluate(folder: str) -> TaskResult:
     return evaluator_of("clustering", folder)(encoder_of(small_model(), batch_size=3))
 
 
+@pytest.mark.slow
 @pytest.mark.world_size(3)
 def test_several_ranks_find_what_one_finds(tmp_path: Path) -> None:
     write_labelled(tmp_path, 25)

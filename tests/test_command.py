@@ -59,6 +59,7 @@ def test_help_shows_examples() -> None:
     assert done.stdout.endswith("False False\n")
 
 
+@pytest.mark.slow
 def test_other_processes_of_the_machine_wait_for_the_first_to_speak() -> None:
     """The launcher ends them meanwhile; where the first one is well, they speak for themselves."""
     start = time.monotonic()

@@ -55,6 +55,11 @@ alignclip/data/streaming_patches.py
     streaming.base.dataset._Iterator.on_exit(self)
     streaming.base.dataset._Iterator.should_exit(self)
     streaming.base.shared.prefix.get_shm_prefix(streams_local streams_remote world retry)
+    streaming.base.shared.memory.SharedMemory.fix_register(self name rtype)
+    streaming.base.shared.memory.SharedMemory.fix_unregister(self name rtype)
+    streaming.base.shared.memory.SharedMemory.cleanup(self)
+    multiprocessing.resource_tracker.ResourceTracker.register(self name rtype)
+    multiprocessing.resource_tracker.ResourceTracker.unregister(self name rtype)
     streaming.base.shared.prefix._check_self(streams_local)
     streaming.base.shared.prefix._check_and_find_retrying(streams_local streams_remote shm_name
         retry)

@@ -176,6 +176,7 @@ def test_a_broken_tar_is_converted_again_though_its_size_stays(source: Path, out
     assert_three_tars(out)
 
 
+@pytest.mark.slow
 def test_another_tar_of_the_same_name_replaces_the_shards_of_the_first(tmp_path: Path) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
     for first, number in ((0, 40), (40, 20)):
@@ -408,6 +409,7 @@ def test_workers_that_do_not_see_the_output(source: Path, out: Path) -> None:
     assert [path.name for path in out.iterdir()] == ["convert.json"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compression", [None, "zstd:3"])
 def test_shards_are_streamings_own(tmp_path: Path, compression: str | None) -> None:
     """Any sizes, samples that exceed the limit first, last and in between."""

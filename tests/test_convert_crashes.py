@@ -255,6 +255,7 @@ def test_what_is_wrong_for_good_is_not_tried_again(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_patience_ends(
     s3: Any, calls: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -382,6 +383,7 @@ def between(
         proxy.shutdown()
 
 
+@pytest.mark.slow
 def test_a_complete_part_is_not_mixed_with_a_new_one(
     s3: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,6 +401,7 @@ def test_a_complete_part_is_not_mixed_with_a_new_one(
     assert s3.keys(out) == ["out/00000/shard.00000.mds"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cuts", [8, 10**6])
 def test_bodies_that_break_midway(
     s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuts: int

@@ -339,6 +339,7 @@ def test_threads_that_convert_pieces_of_files_in_a_bucket(
     assert len(copied) == 1 or files != "aaaa"
 
 
+@pytest.mark.slow
 def test_a_list_from_elsewhere_names_nothing_on_this_machine(s3: Any, images: Path) -> None:
     """A stranger's list, in a bucket or on a web server, would put files of this machine into
     the set.
@@ -373,6 +374,7 @@ def test_a_list_from_elsewhere_names_nothing_on_this_machine(s3: Any, images: Pa
     assert isinstance(items_of(lines)[0], Sample)  # a list of this machine may
 
 
+@pytest.mark.slow
 def test_images_whose_names_no_store_has_cost_their_pairs_alone(s3: Any, tmp_path: Path) -> None:
     bucket = s3.bucket()
     put(s3, f"{bucket}/0.jpg", draw(0))

@@ -132,6 +132,7 @@ def assert_all_are_counted(files: list[Path], numbers: dict[str, int], out: Path
         assert decode_image(row["image"]).shape[0] == 3
 
 
+@pytest.mark.slow
 def test_tars_of_damaged_structure(tmp_path: Path, fuzz: Any) -> None:
     whole = write_tar(tmp_path / "whole.tar", pairs(0, 4)).read_bytes()
     rng = fuzz.rng(2)

@@ -59,6 +59,7 @@ def test_where_keys_fall_never_changes() -> None:
     assert np.abs(np.histogram(found, 10, (0, 1))[0] / 500 - 1).max() < 0.15
 
 
+@pytest.mark.slow
 def test_a_split_is_held_out_by_key(tmp_path: Path) -> None:
     many, one = tmp_path / "many", write_tar(tmp_path / "one" / "all.tar", pairs(0, 60))
     for first, end in pairwise([*range(12), *range(12, 61, 4)]):

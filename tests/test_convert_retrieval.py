@@ -296,6 +296,7 @@ def test_a_whole_set_is_not_taken_for_a_split(
     assert f"{dataset}'s test split is published with 1,000 images, this one has 1" in said
 
 
+@pytest.mark.slow
 def test_a_whole_file_of_coco_is_not_karpathys_split(tmp_path: Path) -> None:
     captions = {i: ["a dog"] for i in range(40_504)}
     annotations = make_coco_api(tmp_path / "captions_val2014.json", captions, "{}.jpg")

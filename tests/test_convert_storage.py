@@ -65,6 +65,7 @@ def test_from_s3_to_s3(s3: Any, tmp_path: Path) -> None:
     refused(message, f"{bucket}/raw", out, caption_key="title")
 
 
+@pytest.mark.slow
 def test_a_truncated_tar_in_a_bucket_is_converted_again(s3: Any, tmp_path: Path) -> None:
     source, bucket = three_tars(tmp_path / "in"), s3.bucket()
     whole = (source / "00001.tar").read_bytes()
@@ -81,6 +82,7 @@ def test_a_truncated_tar_in_a_bucket_is_converted_again(s3: Any, tmp_path: Path)
     assert quick(f"{bucket}/raw", f"{bucket}/pairs").converted == 0
 
 
+@pytest.mark.slow
 def test_an_outage_leaves_no_index(
     s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +144,7 @@ class Troubled(http.server.BaseHTTPRequestHandler):
             self.wfile.write(self.body)
 
 
+@pytest.mark.slow
 def test_http_that_fails_for_the_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copies, "HTTP_TIMEOUT", 0.5)
     monkeypatch.setattr(Troubled, "body", write_tar(tmp_path / "a.tar", pairs(0, 5)).read_bytes())

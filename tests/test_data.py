@@ -163,6 +163,7 @@ def test_a_shard_that_is_gone_is_an_error_with_its_cause(remote: Remote, workers
         list(loader_of(remote.config(num_workers=workers)))
 
 
+@pytest.mark.slow
 def test_both_download_threads_may_fail(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first is slow to tell that it failed, so the second tries the same shard: an error,
     and no hang.
@@ -197,6 +198,7 @@ def test_both_download_threads_may_fail(remote: Remote, monkeypatch: pytest.Monk
     assert (len(raised), len(failures), None in failures) == (1, 2, False)
 
 
+@pytest.mark.slow
 def test_an_outage_is_waited_for(s3: S3Server, tmp_path: Path) -> None:
     """The server goes away when some shards are read, and comes back: nobody notices.
 

@@ -72,6 +72,7 @@ def check_features(place: Path, run: Path) -> None:
         torch.testing.assert_close(ours, torch.tensor(theirs[name]), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["open_clip", "huggingface", "release", "composer"])
 def test_it_is_loaded_and_exported(run: Path, to: str) -> None:
     check_features(run, run)

@@ -73,6 +73,7 @@ def encode_on_a_rank(folder: str, count: int) -> tuple[Any, ...]:
     return features, texts, captions, evaluator_of("retrieval", folder)(encoder).metrics
 
 
+@pytest.mark.slow
 @pytest.mark.world_size(3)
 @pytest.mark.parametrize("count", [1, 2, 10, 13])
 def test_several_ranks_find_what_one_finds(tmp_path: Path, count: int) -> None:
@@ -143,6 +144,7 @@ def features_of(
     return *one_by_one(model, [image for image, _ in samples], texts), owner
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("several", [False, True])
 def test_retrieval_from_a_bucket(s3: S3Server, tmp_path: Path, several: bool) -> None:
     remote, model = f"{s3.bucket()}/coco", small_model()
@@ -155,6 +157,7 @@ def test_retrieval_from_a_bucket(s3: S3Server, tmp_path: Path, several: bool) ->
     assert found.keys() == metrics_of("retrieval").keys()
 
 
+@pytest.mark.slow
 def test_the_gap_is_of_first_captions_and_closed_retrieval_of_all(tmp_path: Path) -> None:
     samples, model = write_captioned(tmp_path, 12), small_model()
     found = evaluator_of("gap", tmp_path)(encoder_of(model)).metrics
@@ -253,6 +256,7 @@ def test_evaluators_may_share_a_set(
 # --- sets that can't be read ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_download_that_fails_is_an_error_each_time_and_waits_for_nobody(
     s3: S3Server, tmp_path: Path
 ) -> None:
@@ -275,6 +279,7 @@ def test_a_download_that_fails_is_an_error_each_time_and_waits_for_nobody(
     assert "image_retrieval_recall@1" in evaluator(encoder).metrics
 
 
+@pytest.mark.slow
 def test_a_reader_that_hangs_ends_with_the_evaluation_and_blocks_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

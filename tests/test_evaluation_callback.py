@@ -33,6 +33,8 @@ from alignclip.training.save_folder import SaveFolder
 from alignclip.weights import checkpoint_file
 from alignclip.weights.load import load_encoders, open_encoders
 
+pytestmark = pytest.mark.slow  # runs in process
+
 
 class EvaluatedRuns(SmallRuns):
     """Runs of two epochs of four batches in ``folder``; patch dropout draws in every step."""

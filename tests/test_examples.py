@@ -59,6 +59,7 @@ def test_search_with_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> No
     assert "nowhere/run" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("several", [False, True], ids=["one caption", "several captions"])
 def test_embed_and_plot_measures_the_gap_and_draws(
     several: bool, model: Path, tmp_path: Path

@@ -238,6 +238,7 @@ def test_what_a_format_cannot_hold(tmp_path: Path) -> None:
 # --- the authors' format ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_an_authors_file_there_and_back(name: str, tmp_path: Path) -> None:
     """Directly, and through every other format: equal tensor for tensor, the unused one
@@ -488,6 +489,7 @@ def test_into_a_bucket(exported: dict[str, Path], s3: S3Server, features: Featur
     assert "library_name: open_clip" in card
 
 
+@pytest.mark.slow
 def test_an_upload_that_breaks_leaves_nothing(
     exported: dict[str, Path], s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -647,6 +649,7 @@ def test_what_a_card_says(card: str | None, name: str | None, forbidden: bool) -
     assert forbids_derivatives(name or "") == forbidden
 
 
+@pytest.mark.slow
 def test_the_licence_of_what_a_run_started_from(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

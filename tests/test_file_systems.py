@@ -30,6 +30,8 @@ from alignclip.training.save_folder import SaveFolder
 from alignclip.weights import checkpoint_file
 from alignclip.weights.checkpoint_file import NotSavedError
 
+pytestmark = pytest.mark.slow  # runs in process
+
 CONTENT = {"state": {"a": torch.zeros(100_000)}}
 
 

@@ -29,6 +29,8 @@ from alignclip.errors import NOT_FINITE, NotFiniteError, UserError
 from alignclip.training.command import main
 from alignclip.training.resume import StartingPoint, check_loaded
 
+pytestmark = pytest.mark.slow  # runs in process
+
 COUNT, DIMENSION = 64, 16
 FIXED = (
     "max_duration=12ba",

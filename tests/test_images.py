@@ -302,6 +302,7 @@ def test_quality_makes_the_size() -> None:
     assert all(larger > 1.3 * smaller for smaller, larger in pairwise(sizes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "mode", "size"),
     [("PNG", "RGBA", (7000, 7000)), ("PNG", "P", (7000, 7000)), ("WEBP", "RGB", (2800, 7000))],

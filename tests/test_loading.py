@@ -135,6 +135,7 @@ def test_links_and_names_of_checkpoints(
     assert_refused({copy / "best": r"the folder .*best has neither"})
 
 
+@pytest.mark.slow
 def test_a_checkpoint_in_a_bucket(run: tuple[Path, CLIP], s3: S3Server) -> None:
     folder, model = run
     bucket = s3.bucket()
@@ -595,6 +596,7 @@ def test_on_a_gpu(run: tuple[Path, CLIP]) -> None:
     assert model.encode_text(tokenizer(CAPTIONS).cuda()).device.type == "cuda"
 
 
+@pytest.mark.slow
 def test_what_is_imported_when() -> None:
     """``import alignclip`` nothing; ``alignclip.load`` neither Composer nor Streaming."""
     code = (

@@ -43,6 +43,7 @@ def picture(seed: int) -> Image.Image:
     return Image.effect_noise((40 + seed, 50), 90 + seed).convert("P")
 
 
+@pytest.mark.slow
 def test_public_names_are_offered_before_they_are_imported() -> None:
     code = (
         "import sys, alignclip; offered = dir(alignclip);"

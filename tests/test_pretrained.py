@@ -328,6 +328,7 @@ LOCKED = ["lock_image=true", "lock_image_unlocked_groups=2", "optimizer.layer_de
 LOCKED += ["model.shared.blocks=0", "model.shared.ln_final=false", "model.shared.projection=false"]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Locked, decayed by layer, started from a checkpoint that is gone when the run goes on."""
     write_set(str(tmp_path / "set"), 64)
@@ -402,6 +403,7 @@ def test_locked_towers_are_as_they_were_trained(tmp_path: Path) -> None:
         lock(quick_gelu=True, locks=locks, words=told)
 
 
+@pytest.mark.slow
 def test_an_error_on_one_rank_is_everybodys(tmp_path: Path) -> None:
     """A checkpoint that one of two processes can't read; the other one doesn't wait for ever."""
     write_set(str(tmp_path / "set"), 64)

@@ -45,6 +45,7 @@ def test_a_failing_rank_is_an_error_with_its_traceback() -> None:
         run(2, fail_on_last_rank)
 
 
+@pytest.mark.slow
 @pytest.mark.world_size(2)
 def test_a_rank_that_hangs_is_ended() -> None:
     with pytest.raises(RuntimeError, match=r"still ran after 4 s"):

@@ -30,6 +30,8 @@ from alignclip.training.saver import CheckpointSaver
 from alignclip.weights import checkpoint_file
 from alignclip.weights.safe_read import read_pickled
 
+pytestmark = pytest.mark.slow  # runs in process
+
 FIXED = ("max_duration=6ba", "save_interval=2ba")
 
 

@@ -12,6 +12,8 @@ from small_runs import SmallRuns, turn_back
 
 from alignclip.model.optimization import lr_multiplier
 
+pytestmark = pytest.mark.slow  # runs in process
+
 FIXED = (
     "scheduler.t_warmup=2ba", "data.num_canonical_nodes=1", "save_interval=4ba",
     "optimizer.lr=0.001", "loss.beta=0",

@@ -107,6 +107,7 @@ def test_the_ranking_is_that_of_the_models_own_features(
     assert not (tmp_path / "search.png").exists()
 
 
+@pytest.mark.slow
 def test_the_newest_run_is_the_model(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -85,6 +85,7 @@ def limit(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(5 * max(raw_sizes(folder)) + 2 * (folder / "index.json").stat().st_size)
 
 
+@pytest.mark.slow
 def test_a_stream_without_a_remote_is_never_evicted(tmp_path: Path, limit: str) -> None:
     mine, other = write(tmp_path / "mine"), write(tmp_path / "other", seed=1)
     before = contents(mine)
@@ -105,6 +106,7 @@ SPELLINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("compression", [None, "zstd"])
 def test_a_remote_that_is_the_same_folder(
@@ -127,6 +129,7 @@ def test_a_remote_that_is_the_same_folder(
     assert compression or after == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compression", [None, "zstd"])
 @pytest.mark.parametrize("keep_zip", [False, True])
 def test_a_copy_that_was_there_before_is_not_a_cache(
@@ -144,6 +147,7 @@ def test_a_copy_that_was_there_before_is_not_a_cache(
         assert before.items() <= contents(mine).items()
 
 
+@pytest.mark.slow
 def test_decompressed_copies_of_a_compressed_set_are_evicted_and_the_set_is_not(
     tmp_path: Path, limit: str
 ) -> None:
@@ -167,6 +171,7 @@ def test_raw_shards_whose_compressed_files_are_gone_are_the_only_copy(tmp_path: 
         assert contents(mine) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep_zip", [False, True])
 def test_a_cache_keeps_to_its_limit_over_starts(tmp_path: Path, limit: str, keep_zip: bool) -> None:
     remote, cache = write(tmp_path / "remote", "zstd"), tmp_path / "cache"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -9,16 +10,19 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from multiprocessing.shared_memory import SharedMemory as BuiltinSharedMemory
 from pathlib import Path
 from typing import Any
 
 import processes
 import pytest
+import streaming.base.shared.memory
 from composer.utils import get_device
 from processes import Forked, python
 from runs import write_config, write_set
 from streaming.base.constant import SHM_TO_CLEAN
+from streaming.base.shared import SharedMemory
 from streaming.base.shared.prefix import _pack_locals as pack_locals
 
 from alignclip.config.reading import load
@@ -255,6 +259,32 @@ def test_a_note_goes_though_a_lock_file_can_not(
     assert not note.exists()
 
 
+def test_threads_that_open_memory_leave_the_resource_tracker_as_it_was(
+    note: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streaming swaps a function of the tracker while it opens memory, in each thread."""
+    streaming_patches.install_patches()
+    (SHM / "999997_a").write_bytes(b"memory")
+    register = resource_tracker.register
+    monkeypatch.setattr(resource_tracker, "register", register)  # puts it back after a failure
+    seconds = [0.4, 0.8]  # the second to begin ends last
+
+    def slowly(*arguments: Any) -> BuiltinSharedMemory:
+        time.sleep(seconds.pop(0))
+        return BuiltinSharedMemory(*arguments)
+
+    monkeypatch.setattr(streaming.base.shared.memory, "BuiltinSharedMemory", slowly)
+    threads = [threading.Thread(target=SharedMemory, args=("999997_a", False)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.2)
+    multiprocessing.get_context("spawn").Lock()  # registers a semaphore meanwhile
+    for thread in threads:
+        thread.join(60)
+    assert resource_tracker.register is register
+    assert not seconds
+
+
 def test_two_runs_that_start_together_take_two_prefixes(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         write_set(str(tmp_path / name), 8)
@@ -310,6 +340,7 @@ def build_on_a_rank(folder: str) -> int:
     return build_data(config, get_device("cpu")).dataset._shm_prefix_int
 
 
+@pytest.mark.slow
 @pytest.mark.world_size(2)
 def test_ranks_wait_for_the_burial(tmp_path: Path) -> None:
     """A run that was killed left the first prefixes.

@@ -247,6 +247,7 @@ def place(request: pytest.FixtureRequest, refusing: RefusingS3, tmp_path: Path) 
     return str(tmp_path / "store") if request.param == "folder" else "s3://b/some/store"
 
 
+@pytest.mark.slow
 def test_a_store(place: str, tmp_path: Path) -> None:
     store = open_store(place)
     assert store.names() == set()
@@ -276,6 +277,7 @@ def test_a_store(place: str, tmp_path: Path) -> None:
     assert str(again) == "can't read a: why"
 
 
+@pytest.mark.slow
 def test_stores_share_a_client_that_no_forked_process_inherits(
     refusing: RefusingS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,6 +338,7 @@ def test_each_missing_right_is_named(refusing: RefusingS3, right: str) -> None:
         store.check_writable()
 
 
+@pytest.mark.slow
 def test_only_a_passing_refusal_is_tried_again(
     refusing: RefusingS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,6 +51,7 @@ def fill(refusing: RefusingS3, folder: str, files: dict[str, bytes]) -> None:
         refusing.objects["b", f"{folder}/{name}"] = content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rights", [(), ("list",), ("list", "write", "delete")])
 def test_a_model_is_opened_by_a_key_that_may_only_read(
     refusing: RefusingS3, tmp_path: Path, rights: tuple[str, ...]
@@ -107,6 +108,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer", WORDS, ids=lambda answer: answer[1])
 @pytest.mark.parametrize("reader", READERS)
 def test_each_reader_names_what_is_wrong_with_the_key(

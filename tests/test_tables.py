@@ -70,6 +70,7 @@ def test_parquet_of_img2dataset(tmp_path: Path) -> None:
         assert (row["image"], row["caption"]) == (draw(i), f"picture {i}")
 
 
+@pytest.mark.slow
 def test_rows_are_as_few_at_a_time_as_they_are_large(tmp_path: Path) -> None:
     """48 images of 4 MB: what is in memory is a row group of 3, compressed and decompressed, and
     an image.

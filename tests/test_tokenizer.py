@@ -48,6 +48,7 @@ def words(rng: random.Random, count: int) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_words_have_open_clips_tokens(
     tokenizer: SimpleTokenizer, theirs: open_clip.tokenizer.SimpleTokenizer
 ) -> None:

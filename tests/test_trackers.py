@@ -62,6 +62,7 @@ def train(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any
     return train
 
 
+@pytest.mark.slow
 def test_tensorboard_has_each_step_once(train: Any, tmp_path: Path) -> None:
     train(
         f"loggers.TensorboardLogger.log_dir={tmp_path / 'board'}",
@@ -78,6 +79,7 @@ def test_tensorboard_has_each_step_once(train: Any, tmp_path: Path) -> None:
     assert rates[:4] == sorted(rates[:4], reverse=True)
 
 
+@pytest.mark.slow
 def test_a_file_has_each_step_once(train: Any, tmp_path: Path) -> None:
     train(f"loggers.FileLogger.filename={tmp_path / 'log.txt'}")
     lines = [
@@ -117,6 +119,7 @@ def rows_of(folder: Path) -> tuple[Counter[tuple[str, int]], set[tuple[str, str]
     return found, ids
 
 
+@pytest.mark.slow
 def test_weights_and_biases_has_one_run_and_each_step_once(
     train: Any, tmp_path: Path, fresh_wandb: None
 ) -> None:
@@ -161,6 +164,7 @@ def test_all_ranks_hear_that_the_id_cannot_be_kept(tmp_path: Path) -> None:
     assert found[0].startswith("can't write")
 
 
+@pytest.mark.slow
 def test_the_history_of_all_starts(train: Any, tmp_path: Path) -> None:
     train()
     text = (tmp_path / "runs" / HISTORY).read_text(encoding="utf-8")

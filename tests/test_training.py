@@ -145,6 +145,7 @@ def test_bf16_on_a_cpu(fit: Any, plain: tuple[Trainer, Watch]) -> None:
     assert logged(half) == pytest.approx(logged(plain[0]), rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("interval", "first", "more"),
     [
@@ -279,6 +280,7 @@ def test_a_checkpoint_to_load_is_looked_at_first(
         preflight.check_start(f"{bucket}/there.pt")
 
 
+@pytest.mark.slow
 def test_the_profiler_leaves_its_traces(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,6 +290,7 @@ def test_the_profiler_leaves_its_traces(
     assert list((tmp_path / "r" / "torch_traces").glob("rank0.*.pt.trace.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [0, 5])
 def test_a_compiled_model_trains_the_same(
     fit: Any, plain: tuple[Trainer, Watch], chunk_size: int
@@ -316,6 +319,7 @@ def test_a_logger_whose_package_is_missing(
         plugins.check(configuration(dataset, tmp_path, f"loggers.{logger}={{}}"))
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_does_not_outlive_a_run_that_fails(tmp_path: Path) -> None:
     """Data workers don't hear SIGTERM, so that a signal to all spares them until the checkpoint
     is saved.

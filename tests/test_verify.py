@@ -166,6 +166,7 @@ def test_a_fraction_of_the_images_is_decoded(tmp_path: Path, verify: Verify) -> 
     assert len(numbers) == 4
 
 
+@pytest.mark.slow
 def test_a_classification_set(tmp_path: Path, verify: Verify) -> None:
     def write(name: str, *labels: int) -> Path:
         rows = [{"key": f"{i}", "image": draw(i, "GIF"), "label": y} for i, y in enumerate(labels)]

@@ -72,6 +72,7 @@ def damaged(path: Path, positions: range, lengths: Any) -> Iterator[tuple[int, b
         yield position, checkpoint_file.damage(file) is not None
 
 
+@pytest.mark.slow
 def test_every_byte_counts(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     checkpoint_file.write_checkpoint(content(1), path)
@@ -261,6 +262,7 @@ def test_a_folder_that_was_copied_with_its_links_followed(tmp_path: Path) -> Non
     assert (runs / LATEST).readlink() == Path(name_of(5))
 
 
+@pytest.mark.slow
 @every_damage
 def test_the_rotation_counts_whole_checkpoints_only(place: Place, how: Damage) -> None:
     place.damage(6, how)

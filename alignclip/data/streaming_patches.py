@@ -2,8 +2,8 @@
 
 - A failed download, a cache without room and an evicted shard end in a run that stands still, or in
   a short epoch without a word: :class:`CachedDataset`.
-- Two runs can take the same shared memory, and nobody knows whose memory it is:
-  :func:`install_patches`.
+- Two runs can take the same shared memory, and nobody knows whose memory it is. Two threads that
+  open shared memory can break the process's record of semaphores: :func:`install_patches`.
 
 Streaming's insides are used here and in :mod:`alignclip.data.shard_cache` alone.
 ``tests/test_contracts.py`` says whether an upgrade has changed one of the names.
@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from functools import wraps
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +38,47 @@ from alignclip.ranks import gather_objects
 LONGEST_STARVATION = 60.0  # seconds that a shard waits for room in the cache
 
 
+_swapping = threading.RLock()  # while Streaming's functions stand in the resource tracker's place
+os.register_at_fork(
+    before=_swapping.acquire, after_in_parent=_swapping.release, after_in_child=_swapping.release
+)
+
+
 def install_patches() -> None:
-    """Replace how a dataset finds its shared memory; a second call changes nothing."""
+    """Replace how a dataset finds and opens its shared memory; a second call changes nothing."""
     prefix.SharedMemory = GlimpsedMemory  # type: ignore[misc]
     streaming.base.dataset.get_shm_prefix = take_prefix
+    if SharedMemory.fix_register is not _register_all_but_memory:
+        SharedMemory.fix_register = _register_all_but_memory  # type: ignore[method-assign]
+        SharedMemory.fix_unregister = _unregister_all_but_memory  # type: ignore[method-assign]
+        SharedMemory.__init__ = _one_at_a_time(SharedMemory.__init__)  # type: ignore[method-assign]
+        SharedMemory.cleanup = _one_at_a_time(SharedMemory.cleanup)  # type: ignore[method-assign]
+
+
+def _one_at_a_time(method: Callable[..., None]) -> Callable[..., None]:
+    """Let one thread at a time run a method that swaps a function of the resource tracker.
+
+    A thread that finds another thread's function there would put that function back at its end, for
+    the rest of the process.
+    """
+
+    @wraps(method)
+    def alone(*arguments: Any, **named: Any) -> None:
+        with _swapping:
+            method(*arguments, **named)
+
+    return alone
+
+
+def _register_all_but_memory(self: SharedMemory, name: str, rtype: str) -> None:
+    """Register what another thread makes meanwhile; Streaming's own passes an argument too many."""
+    if rtype != "shared_memory":
+        resource_tracker._resource_tracker.register(name, rtype)
+
+
+def _unregister_all_but_memory(self: SharedMemory, name: str, rtype: str) -> None:
+    if rtype != "shared_memory":
+        resource_tracker._resource_tracker.unregister(name, rtype)
 
 
 class GlimpsedMemory(SharedMemory):

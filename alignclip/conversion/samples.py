@@ -65,10 +65,10 @@ class Reading:
     image_key: str | None = setting(
         None,
         metavar="KEY",
-        help="the images' ending in tars, as input.jpg, or the table's column of images",
+        help="the images' ending, as input.jpg, or the table's column of images",
     )
     last_dot: bool = setting(
-        False, help="names in tars are cut at the last dot (default: the first)"
+        False, help="names of pairs are cut at the last dot (default: the first)"
     )
     unsorted: bool = setting(False, help="join image and caption that lie apart in a tar")
 

@@ -96,8 +96,8 @@ def test_published_losses_and_gradients(case: dict[str, Any]) -> None:
     for name, leaf in {"image": image, "text": text, "scale": scale}.items():
         assert leaf.grad is not None
         # The scale's gradient is a sum of cosines near 1 that all but cancel in some fp32 cases.
-        # Their rounding is left: half an eps, in an order that depends on the processor (ours is
-        # off by 0.8e-8 with AVX-512 and by 1.1e-8 with AVX2, the stored numbers by 0.6e-8).
+        # Their rounding is left: half an eps, in an order that depends on the processor (ours was
+        # off by 0.8e-8 on one and by 1.1e-8 on another, the stored numbers are by 0.6e-8).
         cancellation = torch.finfo(torch.float32).eps / 2 if name == "scale" and not double else 0.0
         error = float((leaf.grad - theirs[name]).norm())
         assert error < (1e-9 if double else 1e-6) * float(theirs[name].norm()) + cancellation, (

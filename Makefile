@@ -10,7 +10,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install quickstart test test-fast test-all lint constraints clean
+.PHONY: help install quickstart test test-fast test-all bench lint constraints clean
 
 help:
 	@echo "make quickstart   draw a data set, convert it, train a tiny AlignCLIP, show what it learnt (minutes, CPU)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test         what every change has to pass: end-to-end tests, too; no GPU"
 	@echo "make test-all     all fuzz and many random kills besides, from a new seed, which is printed"
 	@echo "make lint         ruff and mypy"
+	@echo "make bench        every benchmark, in less than 15 minutes, beside the figures of this hardware before"
 	@echo "make install      only install, into $(VENV)"
 
 install: $(STAMP)
@@ -43,6 +44,10 @@ test: install
 
 test-all:
 	$(MAKE) test ARGS='--full $(ARGS)'
+
+# ARGS=--save makes its figures those to compare with
+bench: install
+	$(BIN)/python benchmarks/run_all.py $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -28,7 +28,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import statistics
 import sys
 import tarfile
 import tempfile
@@ -41,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measuring import Timing, in_a_process, in_turn, parser_of, this_machine, timed
+from measuring import Figures, Timing, in_a_process, in_turn, parser_of, this_machine, timed
 from PIL import Image
 
 from alignclip.conversion.images import ImageOptions
@@ -51,12 +50,14 @@ from alignclip.quickstart.scenes import add_sample
 
 MDS_COLUMNS = {"key": "str", "image": "bytes", "caption": "str"}
 SIDE, QUALITY = 256, 90  # of re-encoding
+UNIT = "images/CPU s"
 MOST_MEMORY = 400  # MB
 CONVERSION_FLAGS = {
     "repeats": (5, "of each run"),
     "samples": (4000, "in a tar"),
     "large-tar": (4096, "of the memory's part, MiB"),
 }
+QUICK = {"repeats": 2, "samples": 500, "only": "speed"}
 CONVERSION_EXAMPLES = """examples:
   python benchmarks/conversion.py
   python benchmarks/conversion.py --only speed --samples 500 --repeats 1      # does it run?
@@ -193,7 +194,7 @@ def measure_conversion(way: str, tar_path: Path, small: Path | None, kind: str) 
         return timed(lambda: WAYS[way](tar_path, out, kind))
 
 
-def speed(options: Namespace, folder: Path) -> bool:
+def speed(options: Namespace, folder: Path, figures: Figures) -> bool:
     tar_path = draw_tar(folder / "tar.tar", options.samples, options.size)
     small = draw_tar(folder / "small.tar", 20, options.size, 5)
     width, height = options.size
@@ -209,21 +210,19 @@ def speed(options: Namespace, folder: Path) -> bool:
             return in_a_process(measure_conversion, way, tar_path, small, kind).cpu
 
         seconds = in_turn(WAYS, options.repeats, measure)
-        rates = "".join(
-            f"{options.samples / statistics.median(done):>10,.0f}" for done in seconds.values()
-        )
-        of_bare = median_ratio(seconds["bare"], seconds["ours"])
-        of_naive = f"{median_ratio(seconds['naive'], seconds['ours']):.1f}×"
+        names = {way: f"{kind}, {way}/rate" for way in WAYS}
+        rates = ""
+        for way, done in seconds.items():
+            found = [options.samples / one for one in done]
+            rates += f"{figures.add(names[way], found, UNIT, 'higher'):>10,.0f}"
+        of_bare = figures.add_ratio(names["ours"], names["bare"])
+        of_naive = figures.add_ratio(names["ours"], names["naive"])
         good &= of_bare >= least
-        print(f"{kind:<18}{rates}{of_bare:>12.2f}{least:>10.2f}{of_naive:>12}", flush=True)
+        print(f"{kind:<18}{rates}{of_bare:>12.2f}{least:>10.2f}{of_naive:>11.1f}×", flush=True)
     return good
 
 
-def median_ratio(others: list[float], mine: list[float]) -> float:
-    return statistics.median(other / one for other, one in zip(others, mine, strict=True))
-
-
-def processes(options: Namespace, folder: Path) -> bool:
+def processes(options: Namespace, folder: Path, figures: Figures) -> bool:
     """Two workers and one on the same tars, both pools started and warmed up before."""
     tars = [draw_tar(folder / f"{i}.tar", options.samples, options.size) for i in range(4)]
     small = draw_tar(folder / "small.tar", 20, options.size, 5)
@@ -242,13 +241,15 @@ def processes(options: Namespace, folder: Path) -> bool:
     images, load = len(tars) * options.samples, f"load {os.getloadavg()[0]:.1f} at the end"
     print(f"\nprocesses: {images:,} images in {len(tars)} tars, by the clock, {load}")
     for number, done in seconds.items():
-        print(f"{number} at a time{images / statistics.median(done):>10,.0f} images/s")
-    ratio = median_ratio(seconds[1], seconds[2])
+        rates = [images / one for one in done]
+        rate = figures.add(f"{number} at a time/rate", rates, "images/s", "higher")
+        print(f"{number} at a time{rate:>10,.0f} images/s")
+    ratio = figures.add_ratio("2 at a time/rate", "1 at a time/rate")
     print(f"ratio {ratio:.2f}×, at least 1.8×")
     return ratio >= 1.8
 
 
-def memory(options: Namespace, folder: Path) -> bool:
+def memory(options: Namespace, folder: Path, figures: Figures) -> bool:
     size = width, height = 4000, 3000
     one = len(picture(np.random.default_rng(0), *size))
     samples = max(1, options.large_tar * 2**20 // one)
@@ -259,8 +260,9 @@ def memory(options: Namespace, folder: Path) -> bool:
     for kind in KINDS:
         run = in_a_process(measure_conversion, "ours", tar_path, None, kind)
         good &= run.peak <= MOST_MEMORY * 1e6
+        peak = figures.add(f"{kind}/memory", [run.peak / 1e6], "MB", "lower")
         rate = f"({samples / run.cpu:,.1f} images a CPU second)"
-        print(f"{kind:<18}{run.peak / 1e6:>8,.0f} MB, at most {MOST_MEMORY} MB {rate}", flush=True)
+        print(f"{kind:<18}{peak:>8,.0f} MB, at most {MOST_MEMORY} MB {rate}", flush=True)
     return good
 
 
@@ -274,16 +276,18 @@ def main() -> int:
         0, or 1 where a number is not what we hold ourselves to.
     """
     description = "Speed and memory of conversion beside the bare loop and the naive way."
-    parser = parser_of("conversion.py", description, CONVERSION_EXAMPLES, CONVERSION_FLAGS)
+    parser = parser_of("conversion.py", description, CONVERSION_EXAMPLES, CONVERSION_FLAGS, QUICK)
     parser.add_argument("--only", choices=list(PARTS), help="one of them (default: all)")
-    size = {"type": int, "nargs": 2, "metavar": "N", "default": (480, 360)}
-    parser.add_argument("--size", help="of the images, pixels (default: 480 360)", **size)
+    text = "of the images, pixels (default: 480 360)"
+    parser.add_argument("--size", type=int, nargs=2, metavar="N", default=[480, 360], help=text)
     options = parser.parse_args()
+    figures = Figures("conversion", options)
     print(f"pillow {Image.__version__} on {this_machine()}", flush=True)
     good = True
     for name in [options.only] if options.only else PARTS:
         with tempfile.TemporaryDirectory() as folder:
-            good &= PARTS[name](options, Path(folder))
+            good &= PARTS[name](options, Path(folder), figures)
+    figures.write()
     return 0 if good else 1
 
 

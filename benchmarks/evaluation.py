@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring import Timing, in_a_process, in_turn, parser_of, this_machine, timed
+from measuring import Figures, Timing, in_a_process, in_turn, parser_of, this_machine, timed
 from torch import Tensor
 
 from alignclip.conversion.class_names import benchmark_lists, choose_templates
@@ -53,6 +53,7 @@ EVALUATION_FLAGS = {
     "images": (5000, "in retrieval, 5 captions each"),
     "block": (256, "rows at a time, ours"),
 }
+QUICK = {"classes": 5, "width": 128, "layers": 3, "images": 2000}
 COST_EXAMPLES = """examples:
   python benchmarks/evaluation.py
   python benchmarks/evaluation.py --only classifier --classes 1000 --width 512 --layers 12 \\
@@ -60,6 +61,7 @@ COST_EXAMPLES = """examples:
   python benchmarks/evaluation.py --only retrieval --block 64 --repeats 5
   python benchmarks/evaluation.py --classes 5 --width 64 --layers 2 --images 200 --repeats 1"""
 
+WAYS = ("ours", "plain")
 Work = tuple[Callable[[], Any], Callable[[], Any]]  # a warm-up, and what is timed
 
 
@@ -159,15 +161,24 @@ def measure_both(task: str, options: Namespace) -> tuple[list[Timing], list[Timi
     def measure(way: str) -> Timing:
         return in_a_process(measure_task, task, way == "ours", options)
 
-    found = in_turn(("ours", "plain"), options.repeats, measure)
+    found = in_turn(WAYS, options.repeats, measure)
     return found["ours"], found["plain"]
 
 
-def print_table(rate: str, items: float, ways: dict[str, list[Timing]]) -> None:
+def print_table(
+    task: str, figures: Figures, rate: str, items: float, ways: dict[str, list[Timing]]
+) -> None:
     """Print medians of ours and of the plain way, and ours in relation to it.
 
     ``items`` a second are the rate.
     """
+    for way, runs in zip(WAYS, ways.values(), strict=True):
+        figures.add(f"{task}, {way}/time", [run.seconds for run in runs], "s", "lower")
+        figures.add(f"{task}, {way}/CPU time", [run.cpu for run in runs], "s", "lower")
+        peaks = [run.peak / 2**20 for run in runs]
+        figures.add(f"{task}, {way}/memory", peaks, "MiB", "lower", compared=way == "ours")
+    for quantity in ("time", "CPU time"):
+        figures.add_ratio(f"{task}, ours/{quantity}", f"{task}, plain/{quantity}")
     print(f"{'':<44}{'seconds (min–max)':>22}{'CPU s':>8}{rate:>12}{'peak memory':>14}")
     medians = []
     for name, runs in ways.items():
@@ -183,7 +194,7 @@ def print_table(rate: str, items: float, ways: dict[str, list[Timing]]) -> None:
     print(f"{'ratio':<44}{ratios[0]:>22}{ratios[1]:>8}{ratios[2]:>12}{ratios[3]:>14}")
 
 
-def compare_classifier(options: Namespace) -> bool:
+def compare_classifier(options: Namespace, figures: Figures) -> bool:
     names, templates = prompts(options)
     ours, plain = measure_both("classifier", options)
     of = "" if options.classes == 1000 else " of 1,000"
@@ -191,7 +202,7 @@ def compare_classifier(options: Namespace) -> bool:
     print(f"\nclassifier: {options.classes:,}{of} classes × {len(templates)} templates, {tower}")
     sort = f"all prompts sorted, batches of {options.batch_size}, trimmed"
     ways = {sort: ours, "stock open_clip, class by class": plain}
-    print_table("prompts/s", len(names) * len(templates), ways)
+    print_table("classifier", figures, "prompts/s", len(names) * len(templates), ways)
     pairs = zip(ours, plain, strict=True)
     difference = max(float(abs(one.result - other.result).max()) for one, other in pairs)
     limit = LIMIT[options.precision]
@@ -205,14 +216,14 @@ def compare_classifier(options: Namespace) -> bool:
     return difference < limit
 
 
-def compare_retrieval(options: Namespace) -> bool:
+def compare_retrieval(options: Namespace, figures: Figures) -> bool:
     ours, plain = measure_both("retrieval", options)
     captions = options.images * CAPTIONS
     what = f"{options.images:,} images × {captions:,} captions, features {DIM} wide, fp32"
     print(f"\nretrieval: {what}")
     ways = {f"blocks of {options.block:,} rows": ours, "whole matrix, torch.topk": plain}
     # a pair counts once, though both directions look at it
-    print_table("M pairs/s", options.images * captions / 1e6, ways)
+    print_table("retrieval", figures, "M pairs/s", options.images * captions / 1e6, ways)
     expected = plain[0].result
     print("recall@k        " + "".join(f"{k:>8}" for k in RECALL_AT))
     for way in ("image", "text"):
@@ -235,7 +246,7 @@ def main() -> int:
     description = (
         "Time and memory of a zero-shot classifier and of retrieval, and of the plain way."
     )
-    parser = parser_of("evaluation.py", description, COST_EXAMPLES, EVALUATION_FLAGS)
+    parser = parser_of("evaluation.py", description, COST_EXAMPLES, EVALUATION_FLAGS, QUICK)
     devices = ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
     parser.add_argument("--only", choices=list(COMPARE), help="one of the two (default: both)")
     parser.add_argument("--device", choices=devices, default=devices[-1], help="default: a GPU")
@@ -248,7 +259,10 @@ def main() -> int:
     if options.classes > 1000:
         parser.error(f"--classes {options.classes} is more than ImageNet's 1,000")
     print(f"torch {torch.__version__} on {this_machine(options.device)}", flush=True)
-    agree = [COMPARE[task](options) for task in COMPARE if options.only in (None, task)]
+    figures = Figures("evaluation", options, options.device)
+    tasks = [task for task in COMPARE if options.only in (None, task)]
+    agree = [COMPARE[task](options, figures) for task in tasks]
+    figures.write()
     return 0 if all(agree) else 1
 
 

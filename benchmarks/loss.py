@@ -7,13 +7,12 @@ had when the features lay there, in matrices of N × N numbers, too.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from measuring import Timing, in_a_process, in_turn, parser_of, this_machine, timed
+from measuring import Figures, Timing, in_a_process, in_turn, parser_of, this_machine, timed
 from torch import Tensor
 
 from alignclip.losses import AlignCLIPLoss
@@ -24,6 +23,7 @@ FIRST = 64  # pairs of a first pass, which makes what every pass needs
 EXAMPLES = """\
   python benchmarks/loss.py                            # N = 8,192 and d = 768, fp32
   python benchmarks/loss.py --batch 4096 --repeats 5
+  python benchmarks/loss.py --quick --json figures/
 """
 
 
@@ -73,7 +73,9 @@ def main() -> None:
         "width": (768, "of the features, d"),
         "repeats": (3, "of each variant"),
     }
-    options = parser_of("loss.py", str(__doc__), EXAMPLES, numbers).parse_args()
+    quick = {"batch": 4096}
+    options = parser_of("loss.py", str(__doc__), EXAMPLES, numbers, quick).parse_args()
+    figures = Figures("loss", options)
     print(f"{this_machine()}, torch {torch.__version__}")
     matrix = options.batch**2 * 4 / MEBIBYTE
     print(f"N = {options.batch:,}, d = {options.width}; a matrix is {matrix:,.0f} MiB")
@@ -83,9 +85,14 @@ def main() -> None:
     )
     print(f"{'':16}{'seconds':>10}{'MiB':>10}{'matrices':>10}")
     for name, timings in found.items():
-        seconds = statistics.median(one.seconds for one in timings)
-        peak = statistics.median(one.peak for one in timings) / MEBIBYTE
+        seconds = figures.add(f"{name}/time", [one.seconds for one in timings], "s", "lower")
+        memory = [one.peak / MEBIBYTE for one in timings]
+        ours = name != "written out"
+        peak = figures.add(f"{name}/memory", memory, "MiB", "lower", compared=ours)
         print(f"{name:16}{seconds:10.2f}{peak:10,.0f}{peak / matrix:10.2f}")
+    for name in ("alignclip", "clip"):
+        figures.add_ratio(f"{name}/time", "written out/time")
+    figures.write()
 
 
 if __name__ == "__main__":

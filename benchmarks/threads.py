@@ -3,28 +3,28 @@
 libgomp's threads spin while they wait; ``OMP_WAIT_POLICY=PASSIVE``, which the commands set, has
 them sleep. Every figure is a process of its own, the variants in turn; what is shown are medians
 over the rounds.
-
-    python benchmarks/threads.py                 # alone, and beside 2 busy processes a core
-    python benchmarks/threads.py --busy 0 4 16 --rounds 5
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import platform
-import statistics
 import subprocess
 import sys
 
 import torch
-from measuring import in_turn
+from measuring import Figures, in_turn, parser_of, this_machine
 
-WAIT_POLICIES = {  # name -> variables
-    "libgomp's default": {},
-    "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
+from alignclip.runtime.threads import available_cores
+
+PLAIN, OURS = "libgomp's default", "OMP_WAIT_POLICY=PASSIVE"
+WAIT_POLICIES: dict[str, dict[str, str]] = {  # name -> variables
+    PLAIN: {},
+    OURS: {"OMP_WAIT_POLICY": "PASSIVE"},
     "OMP_NUM_THREADS=1": {"OMP_NUM_THREADS": "1"},
 }
+EXAMPLES = """examples:
+  python benchmarks/threads.py                 # alone, and beside 2 busy processes a core
+  python benchmarks/threads.py --busy 0 4 16 --rounds 5"""
 STEP = """
 import time, statistics, torch
 from open_clip.transformer import VisionTransformer
@@ -41,31 +41,33 @@ print(statistics.median(seconds[1:]))
 
 def main() -> None:
     """Measure and print a table."""
-    cores = len(os.sched_getaffinity(0))
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--busy", nargs="+", type=int, default=[0, 2 * cores], help="busy processes beside the step"
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="of each variant")
+    cores = available_cores()
+    numbers = {"rounds": (3, "of each variant")}
+    parser = parser_of("threads.py", str(__doc__), EXAMPLES, numbers, quick={"rounds": 1})
+    text = "busy processes beside the step (default: %(default)s)"
+    parser.add_argument("--busy", nargs="+", type=int, default=[0, 2 * cores], help=text)
     options = parser.parse_args()
-    print(f"{cores} cores, {platform.processor() or platform.machine()}, torch {torch.__version__}")
+    figures = Figures("threads", options)
+    print(f"{this_machine()}, torch {torch.__version__}")
     print(f"{'seconds a step':26}" + "".join(f"{f'{busy} busy':>12}" for busy in options.busy))
-    found: dict[int, dict[str, list[float]]] = {}
+    shown: dict[str, list[float]] = {name: [] for name in WAIT_POLICIES}
     for busy in options.busy:
         spinning = [
             subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)
         ]
         try:
-            found[busy] = in_turn(WAIT_POLICIES, options.rounds, step)
+            found = in_turn(WAIT_POLICIES, options.rounds, step)
         finally:
             for process in spinning:
                 process.kill()
                 process.wait()
-    for name in WAIT_POLICIES:
-        medians = [statistics.median(found[busy][name]) for busy in options.busy]
+        names = {name: f"{name}, {busy} busy/time" for name in found}
+        for name, seconds in found.items():
+            shown[name].append(figures.add(names[name], seconds, "s", "lower"))
+        figures.add_ratio(names[OURS], names[PLAIN])
+    for name, medians in shown.items():
         print(f"{name:26}" + "".join(f"{seconds:12.2f}" for seconds in medians))
+    figures.write()
 
 
 def step(policy: str) -> float:

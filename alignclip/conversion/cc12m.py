@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from alignclip.config.command_line import read_options
 from alignclip.conversion.dataset import convert_pairs
+from alignclip.conversion.loading_rate import Rows, loading_rate
 from alignclip.conversion.next_step import next_step
 from alignclip.conversion.options import ConvertOptions
 from alignclip.conversion.records import Counts
@@ -57,8 +58,14 @@ def parse(arguments: Sequence[str] | None = None) -> ConvertOptions:
     )
 
 
-def summary(counts: Counts, options: ConvertOptions) -> str:
-    """Return the counts as a table, what is to be mended, and the command that comes next."""
+def summary(counts: Counts, options: ConvertOptions, loads: Rows = ()) -> str:
+    """Return the counts as a table, what is to be mended, and the command that comes next.
+
+    Args:
+        counts: of the whole set.
+        options: of this conversion.
+        loads: rows that say at which rate the set loads.
+    """
     out = OutputFolder(options.out).out
     new = counts.written - counts.resumed
     rows = [("written", f"{counts.written:,} samples")]
@@ -77,6 +84,7 @@ def summary(counts: Counts, options: ConvertOptions) -> str:
     if counts.bad or counts.noted or counts.ignored:
         rows += [("examples", f"{out}/{REPORT}")]
     rows += [("size", f"{counts.bytes / 2**20:,.1f} MiB"), ("where", out)]
+    rows += loads
     rate = f", {new / counts.seconds:,.0f} samples/s" if new else ""
     this_run = f"{new:,} samples in {counts.seconds:,.0f} s{rate}"
     if not counts.converted:
@@ -102,4 +110,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     with one_line_errors(interrupted="interrupted; the same command goes on from here"):
         counts = convert_pairs(options)
-    print(summary(counts, options))
+        loads = loading_rate(options, counts) if options.next_step else []
+    print(summary(counts, options, loads))

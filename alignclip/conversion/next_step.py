@@ -58,6 +58,12 @@ def next_step(out: str, counts: Counts, options: ConvertOptions) -> str:
     return f"{train}\n{small}. If they are a test set: {evaluate}\n{run}."
 
 
+def recipe_side(counts: Counts) -> int:
+    """Return the size of the images that a published recipe trains on, in pixels."""
+    side = _side(counts)
+    return RECIPE_SIDE if side >= SMALL_SIDE else _multiple(side)
+
+
 def has_gpu() -> bool:
     """Say whether this machine has a GPU that PyTorch can use."""
     import torch
@@ -131,11 +137,16 @@ def _image_size(side: int, least: int) -> list[str]:
     """Return the size of what the model sees, where pictures are smaller than ``least`` pixels."""
     if side >= least:
         return []
-    side = max(32, side // 16 * 16)
+    side = _multiple(side)
     return [
         f"model.vision_cfg.image_size={side}",
         f"model.vision_cfg.patch_size={16 if side >= 128 else 8}",
     ]
+
+
+def _multiple(side: int) -> int:
+    """Return the size of a model's images for pictures of this side."""
+    return max(32, side // 16 * 16)
 
 
 def _fitting(samples: int, batch: int, epochs: int, share: float) -> list[str]:

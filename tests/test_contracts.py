@@ -41,6 +41,9 @@ alignclip/training/saver.py
     composer.callbacks.checkpoint_saver.CheckpointSaver._save_checkpoint(self state logger)
     composer.callbacks.checkpoint_saver.CheckpointSaver: save_interval last_checkpoint_batch
         start_batch filename folder weights_only
+alignclip/training/speed.py
+    composer.callbacks.speed_monitor.get_gpu_flops_available(state)
+    composer.callbacks.speed_monitor.SpeedMonitor: divider total_eval_wct gpu_flops_available
 alignclip/training/evaluation_callback.py
     composer.algorithms.EMA.apply(self event state logger)
     composer.algorithms.EMA: ema_started

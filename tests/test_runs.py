@@ -4,6 +4,7 @@ one loss curve.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -249,6 +250,10 @@ def test_a_signal_to_the_whole_group(
     process.end()
     assert len(stopped.numbers()) == 8, "the batch after the signal is the last"
     assert stopped.latest() == 8
+    card = json.loads(stopped.store.read_text("run.json"))
+    assert (card["status"], card["batch"], len(card["starts"])) == ("stopped by a signal", 8, 1)
     stopped.run()
     assert stopped.numbers() == list(range(STEPS))
     assert stopped.losses() == reference.losses()
+    card = json.loads(stopped.store.read_text("run.json"))
+    assert (card["status"], card["batch"], len(card["starts"])) == ("finished", STEPS, 2)

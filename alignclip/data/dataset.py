@@ -7,6 +7,7 @@ killed in the middle of an epoch goes on with the very batches it would have had
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import sys
 import warnings
@@ -14,11 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from streaming import StreamingDataLoader
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from alignclip.config.schema import DataConfig
+from alignclip.data.image_files import TRAINING_FORMATS
 from alignclip.data.mds_index import dimension_of
 from alignclip.data.shard_cache import CachedShard
 from alignclip.data.streaming_patches import CachedDataset
@@ -141,6 +144,15 @@ class ImageTextDataset(CachedDataset):
             return str(super().__getitem__(sample_id)["key"])
         except Exception:  # of storage, or a set without keys
             return str(sample_id)
+
+    def side_of(self, sample_id: int) -> int | None:
+        """Return the shorter side of a stored image, in pixels; None where it can't be read."""
+        try:
+            stored = io.BytesIO(super().__getitem__(sample_id)["image"])
+            with Image.open(stored, formats=TRAINING_FORMATS) as picture:
+                return min(picture.size)
+        except Exception:  # of storage, or of PIL's decoders
+            return None
 
 
 def build_dataloader(

@@ -99,11 +99,34 @@ def add_legend(figure: Any, shown: Sequence[Entry], side: str = "center") -> Non
         panel.tick_params(labelsize=9)
 
 
+def add_panel_legends(figure: Any, shown: Sequence[Sequence[Entry]]) -> None:
+    """Add a legend below each panel, where the figure grows.
+
+    Args:
+        figure: with its panels drawn, in rows of two.
+        shown: the entries of each panel.
+    """
+    line, rows = library("matplotlib.lines").Line2D, 0
+    for panel, own in zip(figure.axes, shown, strict=True):
+        handles, labels = [line([], [], **look) for _, look in own], [name for name, _ in own]
+        below = {"loc": "upper left", "bbox_to_anchor": (-0.02, -0.16)}
+        panel.legend(handles, [wrapped(name, 85) for name in labels], **below, frameon=False)
+        panel.spines[["top", "right"]].set_visible(False)
+    for at in range(0, len(shown), 2):
+        rows += max(len(own) for own in shown[at : at + 2])
+    figure.set_figheight(figure.get_figheight() + 0.22 * rows)
+
+
 def save_figure(
     figure: Any, path: str | Path, shown: Sequence[Entry], side: str = "center"
 ) -> None:
     """Add the legend, and write the PNG."""
     add_legend(figure, shown, side)
+    write_png(figure, path)
+
+
+def write_png(figure: Any, path: str | Path) -> None:
+    """Write a figure, which appears whole or not at all."""
     with write_whole(Path(path), durable=False) as partial:
         figure.savefig(partial, dpi=DPI, format="png", backend="agg")
 

@@ -14,6 +14,8 @@ from torch.distributed.tensor import DTensor
 from alignclip.data.transforms import normalize
 from alignclip.losses import AlignCLIPLoss
 from alignclip.model.encoders import CLIP
+from alignclip.model.flops import PairFlops, count_pair, loss_flops
+from alignclip.ranks import world_size
 
 EncodedBatch = tuple[Tensor, Tensor, Tensor]
 
@@ -26,6 +28,9 @@ class AlignCLIPModel(ComposerModel):
         criterion: the loss over the global batch.
         encode_chunk_size: > 0 encodes a rank's batch in recomputed chunks of that many samples.
         cpu_bf16: run the encoders in bf16 autocast on a CPU, where Composer refuses ``amp_bf16``.
+
+    Attributes:
+        pair_flops: operations of a pair, once :meth:`count_flops` has counted them.
     """
 
     def __init__(
@@ -40,6 +45,7 @@ class AlignCLIPModel(ComposerModel):
         self.criterion = criterion
         self.encode_chunk_size = encode_chunk_size
         self.cpu_bf16 = cpu_bf16
+        self.pair_flops: PairFlops | None = None
         self.register_load_state_dict_pre_hook(tie_names)
         # One FSDP unit a block; Composer looks for these functions on the ComposerModel's children.
         self.encoders.fsdp_wrap_fn = is_block
@@ -68,6 +74,25 @@ class AlignCLIPModel(ComposerModel):
     ) -> dict[str, Tensor]:
         """Compute ``total`` and the loss terms of this rank's rows of the global batch."""
         return self.criterion(*outputs, batch.get("semantic"))
+
+    def count_flops(self) -> None:
+        """Count the operations of a pair, with the parts that are locked by now."""
+        self.pair_flops = count_pair(self.encoders)
+
+    def flops_per_batch(self, batch: dict[str, Tensor]) -> float:
+        """Return the operations of a rank's batch, forward and backward; 0 where they aren't known.
+
+        Args:
+            batch: before it has gone to the device, so that nothing waits for the device.
+        """
+        if self.pair_flops is None:
+            return 0.0
+        text, semantic = batch["text"], batch.get("semantic")
+        rows, width = len(text), self.encoders.text_projection.shape[1]
+        length = int(text.argmax(dim=-1).max()) + 1
+        numbers = 0 if semantic is None else semantic.shape[1]
+        of_loss = loss_flops(self.criterion, rows, rows * world_size(), width, numbers)
+        return rows * self.pair_flops.at(length) + of_loss
 
 
 def tie_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from composer import Trainer
-from composer.callbacks import SpeedMonitor
 from composer.core import Callback, DataSpec, Precision, Time, TimeUnit
 from composer.devices import Device
 from composer.loggers import LoggerDestination
@@ -42,9 +41,11 @@ from alignclip.training.callbacks import TrainingMonitor
 from alignclip.training.display import Console
 from alignclip.training.evaluation_callback import EvaluationCallback
 from alignclip.training.history import History
+from alignclip.training.pace import Pace
 from alignclip.training.resume import StartingPoint, check_loaded, say_jump, starting_point
 from alignclip.training.save_folder import SaveFolder
 from alignclip.training.saver import CheckpointSaver
+from alignclip.training.speed import SpeedMonitor
 from alignclip.training.starting_weights import load_starting_weights
 from alignclip.training.trackers import with_wandb_id
 from alignclip.training.trainer_arguments import (
@@ -76,6 +77,7 @@ def build_trainer_from(
     reproducibility.seed_all(config.seed)  # the same weights on every rank
     model = build_model(config, device)
     load_starting_weights(config, model.encoders, folder, start)
+    model.count_flops()
     optimizer = build_optimizer(config.optimizer, model.encoders)
     # right after the step, so that EMA and the checkpoint see the clamped value
     optimizer.register_step_post_hook(lambda *_: clamp_logit_scale_(model.encoders))
@@ -95,6 +97,7 @@ def build_trainer_from(
             # behind the callbacks whose work they measure and save
             *([EvaluationCallback(config, model.encoders, folder)] if config.evaluators else []),
             *([CheckpointSaver(folder)] if folder is not None else []),
+            Pace(config, total_batches(config, loader)),
         ],
         loggers=[
             *plugins.instances(with_wandb_id(config, folder), "loggers"),

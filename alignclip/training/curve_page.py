@@ -1,12 +1,18 @@
-"""A page of learning curves: HTML with its pictures in it, which needs no connection."""
+"""A page of learning curves, and the same curves as a picture.
+
+The page is HTML with its pictures in it, and needs no connection.
+"""
 
 from __future__ import annotations
 
 import html
 import io
+import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +26,11 @@ from alignclip.evaluation.frame import (
     OKABE_ITO,
     Entry,
     add_legend,
+    add_panel_legends,
     count_batches,
     new_panels,
     style,
+    write_png,
 )
 from alignclip.evaluation.packages import library
 
@@ -82,8 +90,7 @@ def page(run_name: str, lines: Sequence[Mapping[str, Any]]) -> str:
     Raises:
         UserError: matplotlib is not installed.
     """
-    starts = sorted({line["batch"] for line in lines if line.get("start") and line["batch"] > 0})
-    last = max((line["batch"] for line in lines), default=0)
+    starts, last = _starts_and_last(lines)
     figures = "\n".join(_figure(chart, starts, last) for chart in charts(lines))
     title = f"{html.escape(run_name)}: learning curves"
     batches = ", ".join(f"{batch:,}" for batch in starts)
@@ -94,6 +101,31 @@ def page(run_name: str, lines: Sequence[Mapping[str, Any]]) -> str:
         f"<p>All starts of the run; the horizontal axis is the batch.{went_on}</p>\n"
         f'<div class="charts">\n{figures or NOTHING}\n</div>\n</body></html>\n'
     )
+
+
+def save_picture(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Write the curves of a run as a PNG.
+
+    Args:
+        path: of the picture.
+        lines: see :func:`page`.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    starts, last = _starts_and_last(lines)
+    shown = charts(lines) or [Chart("Nothing was trained yet", "")]
+    rows = math.ceil(len(shown) / 2)
+    panels = list(new_panels([one.title for one in shown], 12.0, 3.0 * rows, rows, 2).flat)
+    figure, legends = panels[0].figure, []
+    for panel, chart in zip(panels, shown, strict=False):
+        panel.set_title(chart.title, loc="left")
+        legends.append(_draw(panel, chart, starts, last))
+    for panel in panels[len(shown) :]:
+        panel.remove()
+    add_panel_legends(figure, legends)
+    with _without_warnings():
+        write_png(figure, path)
 
 
 def charts(lines: Iterable[Mapping[str, Any]]) -> list[Chart]:
@@ -121,9 +153,22 @@ def charts(lines: Iterable[Mapping[str, Any]]) -> list[Chart]:
     return [chart for chart in found.values() if chart.curves]
 
 
+def _starts_and_last(lines: Sequence[Mapping[str, Any]]) -> tuple[list[int], int]:
+    """Return the batches after which the run went on, and the last batch of all."""
+    starts = sorted({line["batch"] for line in lines if line.get("start") and line["batch"] > 0})
+    return starts, max((line["batch"] for line in lines), default=0)
+
+
 def _figure(chart: Chart, starts: Iterable[int], last: int) -> str:
-    """Draw a chart with its legend, from the run's first batch to its last."""
+    """Draw a chart with its legend below."""
     panel = new_panels(chart.curves, 5.8, 2.9)[0, 0]
+    add_legend(panel.figure, _draw(panel, chart, starts, last), side="left")
+    title = f"<h2>{chart.title}</h2>\n{_svg(panel.figure)}"
+    return f"<figure>{title}\n<figcaption>{chart.caption}</figcaption></figure>"
+
+
+def _draw(panel: Any, chart: Chart, starts: Iterable[int], last: int) -> list[Entry]:
+    """Draw a chart from the run's first batch to its last, and return the legend's entries."""
     panel.grid(axis="y", color="0.9", linewidth=0.8)
     for batch in starts:
         panel.axvline(batch, color=MID_GREY, linestyle=DASHED, linewidth=0.8)
@@ -144,9 +189,7 @@ def _figure(chart: Chart, starts: Iterable[int], last: int) -> str:
         shown.append((_said(chart, name, beneath), look))
     count_batches(panel)
     panel.set_xlim(-0.02 * last, max(1.02 * last, 1))
-    add_legend(panel.figure, shown, side="left")
-    title = f"<h2>{chart.title}</h2>\n{_svg(panel.figure)}"
-    return f"<figure>{title}\n<figcaption>{chart.caption}</figcaption></figure>"
+    return shown
 
 
 def _draw_chance(panel: Any, curve: Sequence[tuple[int, float]]) -> None:
@@ -183,11 +226,17 @@ def _said(chart: Chart, name: str, beneath: Mapping[str, str]) -> str:
     return said + (f", chance {chart.chance[name][-1][1]:.4g}" if name in chart.chance else "")
 
 
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Say nothing of letters that matplotlib's own font lacks; a browser's fonts have them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")
+        yield
+
+
 def _svg(figure: Any) -> str:
     """Return a figure as an element of a page, whose texts are texts."""
     text = io.StringIO()
-    with library("matplotlib").rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
-        # matplotlib's own font may lack a letter, which the browser's fonts have
-        warnings.filterwarnings("ignore", "Glyph")
+    with library("matplotlib").rc_context({"svg.fonttype": "none"}), _without_warnings():
         figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue().partition("?>")[2].partition(">")[2].strip()

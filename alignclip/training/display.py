@@ -75,6 +75,11 @@ class Console(LoggerDestination):
         self._batch_of_line = -1  # the last line's
         self._counts_at_line = (0, 0.0, 0.0)  # the monitor's
 
+    def tell(self, text: str) -> None:
+        """Write a line of its own, above the bar where there is one."""
+        tqdm.write(f"{time.strftime('%H:%M:%S')} {text}", file=self._stream)
+        self._stream.flush()
+
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         """Remember losses and rate."""
         self._metrics |= {k: v for k, v in metrics.items() if k.startswith(LOSS) or k == "lr"}
@@ -182,8 +187,7 @@ class Console(LoggerDestination):
         if (left := self._seconds_left(batch)) is not None:
             parts += [f"{tqdm.format_interval(left)} left"]
         where = f"batch {batch:,}/{self._total:,}, {_epoch(state)}"
-        tqdm.write(f"{time.strftime('%H:%M:%S')} {where}: {', '.join(parts)}", file=self._stream)
-        self._stream.flush()
+        self.tell(f"{where}: {', '.join(parts)}")
         self._batch_of_line = batch
         monitor = self._monitor
         self._counts_at_line = monitor.batches, monitor.seconds, monitor.waited

@@ -27,6 +27,7 @@ from alignclip.training.best import BestCheckpoint
 from alignclip.training.callbacks import StopOnSignal
 from alignclip.training.display import print_once
 from alignclip.training.save_folder import SaveFolder
+from alignclip.training.spent import Stopwatch
 from alignclip.training.trainer_arguments import show_progress
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,10 @@ class EvaluationCallback(Callback):
         config: of the run.
         encoders: the model's, as they were before DDP or FSDP wrapped them.
         folder: the run's, for the record of its evaluations and the best checkpoint.
+
+    Attributes:
+        history: what the evaluators have found.
+        watch: the seconds of evaluating, and of keeping the best checkpoint.
 
     Raises:
         UserError: a set is missing, or lacks what its task needs.
@@ -68,6 +73,8 @@ class EvaluationCallback(Callback):
             )
             self._evaluators.append((evaluator, is_due))
         self._last: dict[str, int] = {}  # batch of each one's last evaluation
+        self.watch = Stopwatch("evaluation")
+        self._watches = {name: Stopwatch(f"evaluation of {name}") for name in config.evaluators}
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Make FSDP gather the parameters for encoding alone, as for ``forward``."""
@@ -90,19 +97,24 @@ class EvaluationCallback(Callback):
             return
         encoder = self._encoder(state)
         found: MetricFigures = {}
-        with _as_saved(state, logger):
+        with self.watch, _as_saved(state, logger):
             try:
                 for evaluator in due:
                     if encoder.interrupted is not None and encoder.interrupted():
                         return  # the Trainer saves where it stands, and ends
                     self._last[evaluator.name] = batch
-                    found |= self._evaluate(evaluator, encoder, batch, logger)
+                    with self._watches[evaluator.name]:
+                        found |= self._evaluate(evaluator, encoder, batch, logger)
                 if rank() == 0:
                     self.history.write()
                 if self._best is not None:
                     self._best.offer(found, state)
             except Interrupted:
                 return
+
+    def seconds_of_evaluators(self) -> dict[str, float]:
+        """Return the seconds of each evaluator in this start."""
+        return {name: watch.seconds for name, watch in self._watches.items()}
 
     def _encoder(self, state: State) -> Encoder:
         device = next(self._encoders.parameters()).device

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from composer.utils import dist
 
 from alignclip.evaluation.history import EVALUATIONS, records_in
 from alignclip.evaluation.json_lines import RecordFile, RecordLine, lines_in, text_of, without_nan
-from alignclip.training.curve_page import page
+from alignclip.training.curve_page import page, save_picture
 from alignclip.training.display import LOSS
 from alignclip.training.evaluation_callback import EvaluationCallback
 from alignclip.training.save_folder import SaveFolder
 
 HISTORY = "history.jsonl"
 PAGE = "curves.html"
+PICTURE = "curves.png"
 POINTS = 2000  # lines of a whole run: what a curve shows, and quickly uploaded
 KEPT = ("lr", "logit_scale")
 
@@ -32,12 +34,15 @@ class History(LoggerDestination):
     A line is appended as soon as it is known, so that a kill loses nothing. A start that goes on
     drops the lines behind its checkpoint: their batches are trained again. Object stores can't
     append: there the file is uploaded beside each checkpoint. When a start ends (done, stopped or
-    failed), :data:`PAGE` is drawn. Trouble with either is reported, and the training goes on. Works
-    on rank 0.
+    failed), :data:`PAGE` and :data:`PICTURE` are drawn. Trouble with any of these is reported, and
+    the training goes on. Works on rank 0.
 
     Args:
         folder: of the run.
         total: batches of the whole run.
+
+    Attributes:
+        is_drawn: whether the page and the picture are in the folder.
     """
 
     def __init__(self, folder: SaveFolder, total: int) -> None:
@@ -48,6 +53,7 @@ class History(LoggerDestination):
         self._values: dict[str, float] = {}
         self._lines: list[RecordLine] | None = None  # as long as the training goes on
         self._uploaded: Time | None = None
+        self.is_drawn = False
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Go on with what earlier starts have left."""
@@ -79,7 +85,7 @@ class History(LoggerDestination):
         self.batch_checkpoint(state, logger)
 
     def close(self, state: State, logger: Logger) -> None:
-        """Draw the page."""
+        """Draw the page and the picture."""
         if self._lines is None:
             return
         self._keep(state.timestamp.batch.value)
@@ -113,8 +119,13 @@ class History(LoggerDestination):
             file.write(text)
 
     def _draw(self, state: State, lines: list[RecordLine]) -> None:
-        text = page(str(state.run_name), [*lines, *self._evaluations(state)])
-        self._store.write_text(PAGE, text)
+        lines = [*lines, *self._evaluations(state)]
+        self._store.write_text(PAGE, page(str(state.run_name), lines))
+        with tempfile.TemporaryDirectory(prefix="alignclip-") as temporary:
+            drawn = Path(temporary, PICTURE)
+            save_picture(drawn, lines)
+            self._store.put(drawn, PICTURE)
+        self.is_drawn = True
 
     def _evaluations(self, state: State) -> list[RecordLine]:
         """Return what this start's evaluators, or else earlier ones, have found."""

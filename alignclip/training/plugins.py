@@ -24,6 +24,7 @@ from alignclip.config.schema import RunConfig
 from alignclip.config.typed import convert
 from alignclip.config.yaml_text import natural
 from alignclip.errors import UserError, nearest, one_line
+from alignclip.training.speed import SpeedMonitor
 from alignclip.training.trackers import RESUMABLE_LOGGERS
 
 T = TypeVar("T")
@@ -49,6 +50,8 @@ REFUSED_ALGORITHMS = {
     "GatedLinearUnits": "it knows Hugging Face's BERT only",
     "NoOpModel": "it trains nothing",
 }
+# Classes of ours that do better under a name of Composer's
+OWN_CLASSES: dict[str, type[Any]] = {**RESUMABLE_LOGGERS, "SpeedMonitor": SpeedMonitor}
 CLIPPING_TYPES = ("norm", "value", "adaptive")
 
 
@@ -132,7 +135,7 @@ def instances(config: RunConfig, section: str) -> list[Any]:
     for name, arguments in getattr(config, section).items():
         cls, arguments = resolve(section, name, arguments)
         try:
-            built.append(RESUMABLE_LOGGERS.get(name, cls)(**arguments))
+            built.append(OWN_CLASSES.get(name, cls)(**arguments))
         except MissingConditionalImportError as error:
             hint = " ".join(str(error).split())
             raise UserError(

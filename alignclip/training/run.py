@@ -11,7 +11,7 @@ from alignclip.config.schema import RunConfig
 from alignclip.data import shared_memory_room
 from alignclip.data.dataset import ImageTextDataset
 from alignclip.data.streams import evaluated_on_training_data
-from alignclip.ranks import run_on_rank_zero, wait_for_all_ranks, world_size
+from alignclip.ranks import rank, run_on_rank_zero, wait_for_all_ranks, world_size
 from alignclip.runtime.distributed import join_ranks
 from alignclip.runtime.environment import Start
 from alignclip.training import composer_patches, plugins
@@ -19,6 +19,7 @@ from alignclip.training.build import build_trainer, total_batches
 from alignclip.training.callbacks import StopOnSignal
 from alignclip.training.display import print_once
 from alignclip.training.preflight import check_inputs, check_parallelism, training_device
+from alignclip.training.run_card import FINISHED, STOPPED_EARLY, write_card
 from alignclip.training.run_record import add_start, record_config
 from alignclip.training.save_folder import SaveFolder
 
@@ -61,10 +62,13 @@ def run(config: RunConfig) -> int:
             trainer.fit()
     finally:
         composer_patches.close(trainer)  # what was saved before an error is still on its way
+    is_stopped = stop is not None and stop.stopped
+    if folder is not None and rank() == 0:
+        write_card(folder, trainer.state, total, STOPPED_EARLY if is_stopped else FINISHED)
     wait_for_all_ranks()
     batch = trainer.state.timestamp.batch.value
     where = f"; checkpoints in {folder.uri}" if folder is not None else ""
-    if stop is not None and stop.stopped:
+    if is_stopped:
         print_once(
             f"stopped by a signal after batch {batch}{where}; the same command goes on from there"
         )

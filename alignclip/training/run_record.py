@@ -11,7 +11,7 @@ import json
 
 from alignclip.config.reading import to_yaml
 from alignclip.errors import UserError
-from alignclip.runtime.environment import Start
+from alignclip.runtime.environment import Git, Start
 from alignclip.storage import StorageError
 from alignclip.training.run_identity import changes, identity_changes, nested, with_defaults
 from alignclip.training.save_folder import SaveFolder
@@ -98,6 +98,17 @@ def add_start(folder: SaveFolder, start: Start) -> None:
         listed = "; ".join(new_versions)
         print(f"since the last start other versions were installed: {listed}", flush=True)
     _write(folder, STARTS_FILE, json.dumps([*starts, now], indent=2) + "\n")
+
+
+def starts_of(folder: SaveFolder) -> list[Start]:
+    """Read the record of the run's starts, the first one first."""
+    known = {one.name for one in dataclasses.fields(Start)}
+    starts = json.loads(folder.files.read_text_optional(STARTS_FILE) or "[]")
+    return [
+        Start(**{key: value for key, value in one.items() if key in known} | {"git": git})
+        for one in starts
+        for git in [Git(**one["git"]) if one.get("git") else None]
+    ]
 
 
 def _changed_settings(folder: SaveFolder) -> list[str]:

@@ -25,6 +25,7 @@ from alignclip.storage import (
 )
 from alignclip.training.delivery import Delivery
 from alignclip.training.save_folder import SaveFolder
+from alignclip.training.spent import Stopwatch
 from alignclip.weights.checkpoint_file import GOES_ON, NotSavedError
 
 log = logging.getLogger(__name__)
@@ -42,12 +43,14 @@ class CheckpointSaver(callbacks.CheckpointSaver):
 
     Attributes:
         keep: checkpoints to keep; below 1 all of them.
+        watch: the seconds of saving; of uploads those that the training waited for.
     """
 
     def __init__(self, save_folder: SaveFolder) -> None:
         config = save_folder.config
         self.save_folder = save_folder
         self.keep = config.save_num_checkpoints_to_keep
+        self.watch = Stopwatch("checkpoint")
         self._delivery = Delivery(save_folder, overwrite=config.save_overwrite)
         self._on_their_way: list[Future[None]] = []
         self._run_has_ended = False  # by an upload that failed for good
@@ -75,12 +78,14 @@ class CheckpointSaver(callbacks.CheckpointSaver):
             UserError: on every rank.
         """
         self.last_checkpoint_batch = state.timestamp.batch
-        torch.cuda.empty_cache()  # the ranks' messages about a large model need room of their own
-        content = self._content(state)  # on every rank: each may have a part of the model
-        name = Path(self.filename.format(state)).relative_to(self.folder)
-        with errors_on_all_ranks():
-            if rank() == 0:
-                self._save(content, str(name), logger)
+        with self.watch:
+            # the ranks' messages about a large model need room of their own
+            torch.cuda.empty_cache()
+            content = self._content(state)  # on every rank: each may have a part of the model
+            name = Path(self.filename.format(state)).relative_to(self.folder)
+            with errors_on_all_ranks():
+                if rank() == 0:
+                    self._save(content, str(name), logger)
 
     def _content(self, state: State) -> dict[str, Any]:
         content: dict[str, Any] = {}
@@ -144,7 +149,8 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         Raises:
             NotSavedError: see :meth:`batch_end`.
         """
-        wait(self._on_their_way)
+        with self.watch:
+            wait(self._on_their_way)
         self.batch_end(state, logger)
 
     def post_close(self) -> None:

@@ -19,7 +19,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from open_clip.transform import image_transform
-from open_clip.transformer import text_global_pool
 from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -29,6 +28,7 @@ from alignclip.config.model_checks import check_model
 from alignclip.config.schema import ModelConfig
 from alignclip.data.tokenizer import SimpleTokenizer
 from alignclip.errors import UserError, nearest
+from alignclip.model.blocks import pool_early, pooled_tokens
 
 MAX_LOGIT_SCALE = math.log(100)
 
@@ -172,11 +172,9 @@ class CLIP(open_clip.CLIP):
         length = text.shape[1]
         dtype = self.transformer.get_cast_dtype()
         x = self.token_embedding(text).to(dtype) + self.positional_embedding[:length].to(dtype)
-        x = self.transformer(x, attn_mask=self.attn_mask[:length, :length])
-        features: Tensor = (
-            text_global_pool(self.ln_final(x), text, self.text_pool_type) @ self.text_projection
-        )
-        return features
+        mask = self.attn_mask[:length, :length]
+        x = pooled_tokens(self.transformer, self.ln_final, x, text.argmax(dim=-1), mask)
+        return x @ self.text_projection
 
     def _trim(self, text: Tensor) -> Tensor:
         """Cut behind the last end-of-text token; non-zero ids don't tell it: 0 is the token "!"."""
@@ -258,6 +256,7 @@ def build_encoders(config: ModelConfig) -> CLIP:
         ) from None
     if timm_name is not None:
         _check_timm_tower(config, model)
+    pool_early(model)
 
     shared = config.shared
     blocks = config.text_cfg.layers if shared.blocks == -1 else shared.blocks

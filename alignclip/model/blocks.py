@@ -59,7 +59,8 @@ class Block(ResidualAttentionBlock):
         n, length, width = x.shape
         projected = F.linear(x, self.attn.in_proj_weight, self.attn.in_proj_bias)
         heads = projected.view(n, length, 3, self.attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(*heads.unbind(), is_causal=is_causal)
+        q, k, v = heads.unbind()
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
         return attended.transpose(1, 2).reshape(n, length, width)
 
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from alignclip.runtime.stand_ins import stand_ins
+
 if TYPE_CHECKING:
     from alignclip.config.schema import ModelConfig
     from alignclip.errors import UserError
@@ -53,7 +55,8 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is asked for."""
     if name not in _HOMES:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    with stand_ins():
+        value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
 

@@ -29,6 +29,8 @@ alignclip/training/composer_patches.py
     composer.utils.checkpoint.safe_torch_load(composer_states_filepath map_location
         load_monolith_rank0_only)
     composer.core.engine.Engine._close(state logger)
+    composer.utils.collect_env.get_cpu_model()
+    composer.utils.collect_env.get_composer_env_dict: get_cpu_model
     torch.distributed.fsdp._fully_shard._fsdp_collectives._get_gradient_divide_factors(reduce_scatter_group
         all_reduce_group reduce_dtype device_type)
     composer.Trainer: _rng_state

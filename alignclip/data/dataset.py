@@ -16,20 +16,24 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from streaming import StreamingDataLoader
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from alignclip.config.schema import DataConfig
 from alignclip.data.image_files import TRAINING_FORMATS
 from alignclip.data.mds_index import dimension_of
-from alignclip.data.shard_cache import CachedShard
-from alignclip.data.streaming_patches import CachedDataset
 from alignclip.data.streams import cached_stream
-from alignclip.data.tokenizer import SimpleTokenizer
-from alignclip.data.transforms import decode_image, random_resized_crop
 from alignclip.errors import UserError
 from alignclip.ranks import world_size
+from alignclip.runtime.stand_ins import stand_ins
+
+with stand_ins():  # also in a data worker that is spawned: there this module is the first one
+    from streaming import StreamingDataLoader
+
+    from alignclip.data.shard_cache import CachedShard
+    from alignclip.data.streaming_patches import CachedDataset
+    from alignclip.data.tokenizer import SimpleTokenizer
+    from alignclip.data.transforms import decode_image, random_resized_crop
 
 # DataConfig's own part; every other field of it is an argument of StreamingDataset
 NOT_STREAMING = {

@@ -10,6 +10,7 @@ from alignclip.config.reading import load_evaluation
 from alignclip.errors import one_line_errors
 from alignclip.runtime import console, launcher
 from alignclip.runtime.arguments import read_arguments
+from alignclip.runtime.stand_ins import stand_ins
 from alignclip.storage import leaving_nothing
 from alignclip.weights import early
 
@@ -35,11 +36,12 @@ def main(arguments: Sequence[str]) -> int:
     with one_line_errors():
         launcher.settle()
         settings = load_evaluation(config, overrides)
-        known = early.check_evaluation(settings)
-        console.loading("PyTorch and Composer")
-        with leaving_nothing(settings.out):
+        with stand_ins():
+            known = early.check_evaluation(settings)
+            console.loading("PyTorch and Streaming")
             from alignclip.evaluation.comparison import run
 
+        with leaving_nothing(settings.out):
             failed = run(settings, known)
     if not failed or os.environ.get("LOCAL_RANK", "0") != "0":
         return 0

@@ -10,7 +10,6 @@ import timm.models
 import timm.optim
 import torch
 from open_clip.timm_model import TimmModel
-from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -72,6 +71,8 @@ def _timm_depths(trunk: Any) -> dict[nn.Parameter, int]:
     timm counts what lies behind the blocks, where its matcher says so, to the last of them; here it
     is at 0.
     """
+    from timm.models._manipulate import MATCH_PREV_GROUP
+
     matcher = trunk.group_matcher(coarse=False)
     layers = timm.models.group_parameters(trunk, matcher, reverse=True)
     patterns: list[tuple[str, Any]] = []

@@ -8,6 +8,7 @@ from alignclip.config.reading import load
 from alignclip.errors import one_line_errors
 from alignclip.runtime import console, launcher
 from alignclip.runtime.arguments import read_arguments
+from alignclip.runtime.stand_ins import stand_ins
 from alignclip.storage import leaving_nothing
 from alignclip.weights import early
 
@@ -41,10 +42,11 @@ def main(arguments: Sequence[str]) -> int:
     with one_line_errors():
         launcher.settle()
         settings = load(config, overrides)
-        # Composer's import takes many seconds, and a wrong place should be told at once
-        early.check_run(settings)
-        console.loading("PyTorch and Composer")
-        from alignclip.training.run import run
+        with stand_ins():
+            # Composer's import takes seconds, and a wrong place should be told at once
+            early.check_run(settings)
+            console.loading("PyTorch and Composer")
+            from alignclip.training.run import run
 
         with leaving_nothing(early.save_folder(settings)):
             return run(settings)

@@ -18,7 +18,7 @@ from composer import Trainer, loggers
 from composer.core import Callback, State
 from composer.core.engine import Engine
 from composer.loggers import Logger
-from composer.utils import checkpoint, reproducibility
+from composer.utils import checkpoint, collect_env, reproducibility
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 
@@ -26,12 +26,14 @@ from alignclip.ranks import world_size
 from alignclip.storage import expect_plain_s3
 
 given: list[dict[str, Any]] = []  # the content of the checkpoint that Composer loads next
+_cpu_model_by_composer = collect_env.get_cpu_model
 
 
 def install() -> None:
-    """Have Composer load by the functions of this module."""
+    """Have Composer load, and name the processor, by the functions of this module."""
     checkpoint.download_checkpoint = download_checkpoint
     checkpoint.safe_torch_load = take_checkpoint
+    collect_env.get_cpu_model = cpu_model  # type: ignore[assignment]  # which caches
     expect_plain_s3()
 
 
@@ -78,6 +80,21 @@ def close(trainer: Trainer) -> None:
     """
     trainer.engine.close()
     atexit.unregister(Engine._close)
+
+
+# --- the machine ----------------------------------------------------------------------------------
+
+
+def cpu_model() -> str:
+    """Name the processor, which checkpoints keep.
+
+    Composer starts a Python process for the name, which takes as long as half a second, on every
+    rank.
+    """
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text(encoding="utf-8").splitlines() if cpus.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, None) or str(_cpu_model_by_composer())
 
 
 # --- loggers --------------------------------------------------------------------------------------

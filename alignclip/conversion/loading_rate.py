@@ -18,6 +18,7 @@ from alignclip.conversion.options import ConvertOptions
 from alignclip.conversion.records import Counts
 from alignclip.data.mds_index import INDEX, parse_index, stored_file
 from alignclip.data.mds_reader import open_shard
+from alignclip.runtime.stand_ins import stand_ins
 from alignclip.runtime.threads import available_cores
 from alignclip.storage.staging import OutputFolder
 
@@ -123,7 +124,8 @@ def decode_all(images: Sequence[bytes], side: int) -> Decoded | None:
     Returns:
         None where none of the images can be decoded.
     """
-    from alignclip.data.transforms import decode_image, random_resized_crop  # with PyTorch
+    with stand_ins():  # takes seconds
+        from alignclip.data.transforms import decode_image, random_resized_crop
 
     crop, sizes, spent = DataConfig(), [], 0.0
     with _one_thread():

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import open_clip
@@ -103,9 +103,9 @@ class CLIP(open_clip.CLIP):
         Args:
             images: [n, 3, image_size, image_size], normalised pixels.
             tokens: [n, l] token ids.
-            chunk_size: with more than 0, so many samples are encoded at a time, and again in the
-                backward pass, so that memory grows with the chunk while features and gradients are
-                those of the whole batch.
+            chunk_size: with more than 0, so many samples are encoded at a time, and all but the
+                last chunk again in the backward pass, so that memory grows with the chunk while
+                features and gradients are those of the whole batch.
 
         Returns:
             Image and text features, [n, embed_dim] each.
@@ -210,18 +210,17 @@ def _named(name: str, encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], 
 
 
 def _in_chunks(encode: Callable[[Tensor], Tensor], inputs: Tensor, chunk_size: int) -> Tensor:
-    """Encode a chunk at a time if ``chunk_size`` > 0, and again in the backward pass."""
-    if chunk_size <= 0:
-        return encode(inputs)
-    if not torch.is_grad_enabled():
-        return torch.cat([encode(chunk) for chunk in inputs.split(chunk_size)])
+    """Encode a chunk at a time if ``chunk_size`` > 0, and again in the backward pass.
+
+    The backward pass begins with the last chunk, so that one is kept and not encoded again.
+    """
+    *first, last = inputs.split(chunk_size) if chunk_size > 0 else [inputs]
+    if not first:
+        return encode(last)
     # the random state is restored for the second run, so patch dropout draws the same patches
-    return torch.cat(
-        [
-            checkpoint(encode, chunk, use_reentrant=False, preserve_rng_state=True)
-            for chunk in inputs.split(chunk_size)
-        ]
-    )
+    recomputed = partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=True)
+    of_first = [(recomputed if torch.is_grad_enabled() else encode)(chunk) for chunk in first]
+    return torch.cat([*of_first, encode(last)])
 
 
 def _normalize(features: Tensor) -> Tensor:

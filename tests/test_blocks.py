@@ -11,7 +11,7 @@ from models import EVERYTHING, small_batch, small_config, stock
 from processes import run
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from alignclip.model import blocks
@@ -70,30 +70,35 @@ def test_features_and_gradients_are_open_clips(shared: str) -> None:
     assert {id(parameters[name]) for name in found} == sums.keys()
 
 
-def sharded() -> dict[str, Tensor]:
+def sharded(chunk_size: int) -> dict[str, Tensor]:
     """Gradients under FSDP2, each rank with half of the batch and with every block a unit."""
     blocks.SMALL = 0
     average_fsdp_gradients_on_gloo()
     ours, _ = models("all")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for block in ours.transformer.resblocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(ours, mesh=mesh)
+    for module in (*ours.transformer.resblocks, ours):
+        fully_shard(module, mesh=mesh)
+    units = [module for module in ours.modules() if isinstance(module, FSDPModule)]
+    for unit in units if chunk_size else []:  # as ReshardAfterBackward does
+        unit.set_reshard_after_backward(False)
     images, tokens = small_batch()
     mine = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
-    image, text, _ = ours(images[mine].double(), padded(tokens)[mine])
+    image, text, _ = ours(images[mine].double(), padded(tokens)[mine], chunk_size)
     (image.square() * text).sum().backward()
-    named = ours.named_parameters()
-    return {name: p.grad.full_tensor() for name, p in named if isinstance(p.grad, DTensor)}
+    for unit in units:
+        unit.reshard()
+    gradients = ((name, p.grad) for name, p in ours.named_parameters())
+    return {name: one.full_tensor() for name, one in gradients if isinstance(one, DTensor)}
 
 
 @pytest.mark.world_size(2)
-def test_gradients_under_fsdp2() -> None:
+@pytest.mark.parametrize("chunk_size", [0, 1])
+def test_gradients_under_fsdp2(chunk_size: int) -> None:
     ours, _ = models("all")
     images, tokens = small_batch()
     image, text, _ = ours(images.double(), padded(tokens))
     (image.square() * text).sum().backward()
-    for found in run(2, sharded):
+    for found in run(2, sharded, chunk_size):
         for name, parameter in ours.named_parameters():
             if parameter.grad is not None:
                 torch.testing.assert_close(found[name], parameter.grad / 2, msg=name)

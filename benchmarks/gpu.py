@@ -16,6 +16,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -46,17 +47,18 @@ class Step:
     seconds: float
 
 
+# what is needed most comes first
 STEPS = {
     "ceilings": Step("gpu_ceilings", "ceilings", 40),
     "exactness": Step("gpu_exactness", "exactness", 90),
-    "set": Step("gpu_loading", "draw_set", 90),
-    "loader": Step("gpu_loading", "loader", 100),
     "eager": Step("gpu_steps", "eager", 120),
-    "chunked": Step("gpu_steps", "chunked", 60),
-    "compiled": Step("gpu_steps", "compiled", 150),
+    "set": Step("gpu_loading", "draw_set", 90),
+    "train": Step("gpu_loading", "train", 100),
+    "loader": Step("gpu_loading", "loader", 100),
     "loss": Step("gpu_ceilings", "loss_alone", 60),
     "waits": Step("gpu_steps", "waits", 60),
-    "train": Step("gpu_loading", "train", 100),
+    "chunked": Step("gpu_steps", "chunked", 60),
+    "compiled": Step("gpu_steps", "compiled", 150),
 }
 
 
@@ -143,8 +145,7 @@ def run_step(name: str, options: Namespace, limit: float) -> tuple[bool, str]:
     try:
         said, errors = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        said, errors = process.communicate()
+        _, errors = end_group(process)
         print(errors[-4000:], file=sys.stderr)
         return False, f"more than {limit:.0f} s"
     text = said if process.returncode == 0 else errors
@@ -154,6 +155,15 @@ def run_step(name: str, options: Namespace, limit: float) -> tuple[bool, str]:
         print(f"  {line}", flush=True)
     last = text.strip().rpartition("\n")[2]
     return process.returncode == 0, last or f"exit status {process.returncode}"
+
+
+def end_group(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """End a process and what it has started, and return what they printed."""
+    os.killpg(process.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        return process.communicate(timeout=10)
+    os.killpg(process.pid, signal.SIGKILL)
+    return process.communicate()
 
 
 def figures_of(folder: Path, name: str) -> dict[str, Figure]:

@@ -38,6 +38,7 @@ def loss_alone(work: Work) -> str:
         tensor.requires_grad_()
 
     def work_once() -> None:
+        image.grad = text.grad = scale.grad = None
         own = torch.arange(rows, device=work.device)
         features = GlobalFeatures(image[:rows], text[:rows], image, text, scale, 0, own)
         captions = CaptionFeatures(semantic[:rows], semantic)

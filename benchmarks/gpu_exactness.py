@@ -26,8 +26,8 @@ EXACT, BF16_FEATURES, BF16_GRADIENTS = 1e-5, 2e-2, 5e-2  # the largest differenc
 
 def exactness(work: Work) -> str:
     """Compare with fp64; fail where a difference is too large."""
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False  # convolutions
+    torch.set_float32_matmul_precision("highest")
     bad, worst = [], 0.0
     for name, difference, most in [*_encoders(work), *_losses(work), *_tiles(work)]:
         print(f"{name:60}{difference:10.1e}, at most {most:.0e}")

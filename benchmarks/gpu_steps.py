@@ -6,6 +6,7 @@ import statistics
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from alignclip.model.optimization import build_optimizer
 from alignclip.training import composer_patches
 from alignclip.training.build import build_model, build_trainer
 from alignclip.training.preflight import training_device
+
+NO_ROOM = "out of memory"
 
 
 def eager(work: Work) -> str:
@@ -40,13 +43,13 @@ def _series(work: Work, name: str, batches: tuple[int, ...], *overrides: str) ->
     """Measure steps of several batch sizes; a size that the memory is too small for is told."""
     said = []
     for batch in batches:
-        try:
-            said.append(_step(work, f"{name}, batch {batch}", batch, *overrides))
-        except torch.OutOfMemoryError:
-            said.append(f"batch {batch}: out of memory")
-            torch.cuda.empty_cache()
-        print(said[-1], flush=True)
-    if all("out of memory" in one for one in said):
+        found = f"batch {batch}: {NO_ROOM}"
+        with suppress(torch.OutOfMemoryError):
+            found = _step(work, f"{name}, batch {batch}", batch, *overrides)
+        torch.cuda.empty_cache()
+        print(found, flush=True)
+        said.append(found)
+    if all(NO_ROOM in one for one in said):
         raise Failed("; ".join(said))
     return "; ".join(said)
 

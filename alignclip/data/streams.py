@@ -20,7 +20,6 @@ from alignclip.data.mds_index import (
 )
 from alignclip.errors import UserError, few, nearest
 from alignclip.near import nearest_path
-from alignclip.runtime.stand_ins import stand_ins
 from alignclip.storage import StorageError, open_file, read_text
 
 if TYPE_CHECKING:
@@ -71,8 +70,7 @@ def cached_stream(name: str, stream: SetConfig, **arguments: Any) -> CachedStrea
         stream: where it lies.
         arguments: of :class:`streaming.Stream`; ``local`` is replaced by :func:`local_folder`.
     """
-    with stand_ins():  # takes seconds, as PyTorch does
-        from alignclip.data.shard_cache import CachedStream
+    from alignclip.data.shard_cache import CachedStream  # takes seconds, as PyTorch does
 
     local = local_folder(name, stream)
     return CachedStream(**arguments | {"local": local}, is_own=not stream.local)
@@ -107,9 +105,8 @@ def check_streams(config: DataConfig, *, semantic: bool) -> None:
 
 def _check_algorithms(config: DataConfig) -> None:
     """Check the names that Streaming itself looks up in the first epoch."""
-    with stand_ins():  # takes seconds, as PyTorch does
-        from streaming.base import partition, shuffle
-        from streaming.base.hashing import get_hashes
+    from streaming.base import partition, shuffle  # takes seconds, as PyTorch does
+    from streaming.base.hashing import get_hashes
 
     for key, algorithms in (("shuffle_algo", shuffle.algos), ("partition_algo", partition.algos)):
         if (name := getattr(config, key)) not in algorithms:

@@ -39,8 +39,8 @@ class AlignCLIPLoss(nn.Module):
     the loss of the global batch, and gradients averaged over ranks (what DDP and FSDP do) are those
     of a single process with all N samples. Every rank must hold the same number of samples.
 
-    Where an N/W × N matrix is large, the losses are computed in blocks of rows, and no matrix is
-    ever whole (:mod:`alignclip.losses.tiles`); values and gradients are the same.
+    Where an N/W × N matrix is large, the losses are computed in tiles, and no matrix is ever whole
+    (:mod:`alignclip.losses.tiles`); values and gradients are the same.
 
     Args:
         alpha: weight of L_clip.

@@ -13,7 +13,7 @@ from alignclip.losses.tiles import IMAGE, TEXT, needs_tiles, tiled_cross_entropy
 def contrastive_loss(features: GlobalFeatures) -> Tensor:
     """Compute ½ [CE(s · v tᵀ) + CE(s · t vᵀ)] of this rank's rows: a scalar []."""
     if needs_tiles(features):
-        return tiled_cross_entropy(features, [(IMAGE, TEXT), (TEXT, IMAGE)])
+        return tiled_cross_entropy(features, [(IMAGE, TEXT)])
     image, text, own = features.scaled_image, features.scaled_text, features.own
     return (
         F.cross_entropy(matmul_transposed(image, features.all_text), own)

@@ -27,8 +27,9 @@ class GlobalFeatures:
         all_image: ``[N, d]``, of all ranks.
         all_text: ``[N, d]``, of all ranks.
         scale: the logit scale s, ``[1]`` or ``[]``.
-        first: the column of this rank's first row.
+        rows: this rank's among all ranks' rows.
         own: ``[n]``, the column of each row's own sample.
+        group: the ranks; the default group when None.
     """
 
     image: Tensor
@@ -36,8 +37,9 @@ class GlobalFeatures:
     all_image: Tensor
     all_text: Tensor
     scale: Tensor
-    first: int
+    rows: slice
     own: Tensor
+    group: dist.ProcessGroup | None
 
     @cached_property
     def scaled_image(self) -> Tensor:
@@ -66,4 +68,5 @@ def gather_features(
         all_image, all_text = pairs.tensor_split(2, dim=1)
     first = rank(group) * len(image)
     own = torch.arange(len(image), device=image.device) + first
-    return GlobalFeatures(image, text, all_image, all_text, scale, first, own)
+    rows = slice(first, first + len(image))
+    return GlobalFeatures(image, text, all_image, all_text, scale, rows, own, group)

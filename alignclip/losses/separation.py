@@ -32,7 +32,7 @@ def separation_loss(
         return tiled_cross_entropy(features, [(side, side) for side in separated], captions)
     dissimilarity = positives = None
     if captions is not None:
-        dissimilarity = captions.dissimilarity()
+        dissimilarity = captions.dissimilarity(features.rows)
         positives = (features.scaled_image * features.text).sum(dim=1)
     loss = features.image.new_zeros(())
     for side in separated:

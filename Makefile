@@ -10,13 +10,14 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install quickstart test test-fast test-all bench lint constraints clean
+.PHONY: help install quickstart profile test test-fast test-all bench lint constraints clean
 
 help:
 	@echo "make quickstart   draw a data set, convert it, train a tiny AlignCLIP, show what it learnt (minutes, CPU)"
 	@echo "make test-fast    every unit, in minutes"
 	@echo "make test         what every change has to pass: end-to-end tests, too; no GPU"
 	@echo "make test-all     all fuzz and many random kills besides, from a new seed, which is printed"
+	@echo "make profile      where a step's time goes: a table, and a trace (ARGS='yamls/… key=value' for another run)"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench        every benchmark, in less than 15 minutes, beside the figures of this hardware before"
 	@echo "make install      only install, into $(VENV)"
@@ -33,6 +34,14 @@ $(STAMP): pyproject.toml constraints.txt
 
 quickstart: install
 	$(BIN)/python -m alignclip.quickstart
+
+# a short run of a YAML and its overrides, a trace of 4 of its steps, and their table
+PROFILED := $(or $(ARGS),yamls/debug.yaml data.streams.scenes.repeat=5)
+profile: install
+	$(BIN)/composer pretrain.py $(firstword $(PROFILED)) run_name=profile save_folder=null autoresume=false \
+		max_duration=20ba scheduler.t_warmup=1ba evaluators=null profiler.warmup=12 profiler.active=5 \
+		profiler.torch_prof_profile_memory=false profiler.torch_prof_with_flops=false profiler.torch_prof_record_shapes=true \
+		profiler.torch_prof_folder=runs/profile $(wordlist 2,$(words $(PROFILED)),$(PROFILED))
 
 # WORKERS processes side by side; a test that they would disturb is marked alone, and runs after them
 test-fast: install

@@ -25,6 +25,7 @@ from alignclip.data.image_files import SEARCH_FORMATS
 from alignclip.errors import UserError, one_line, one_line_errors
 from alignclip.near import did_you_mean
 from alignclip.runtime import console
+from alignclip.runtime.stand_ins import stand_ins
 from alignclip.runtime.threads import set_thread_defaults
 from alignclip.verification import contact_sheet
 from alignclip.weights import early
@@ -167,8 +168,9 @@ def search(options: SearchOptions) -> tuple[list[Match], int]:
     # seconds of imports, after what can be said without them
     import torch
 
-    from alignclip.evaluation.encoding import Encoder
-    from alignclip.weights.load import find_device, load
+    with stand_ins():
+        from alignclip.evaluation.encoding import Encoder
+        from alignclip.weights.load import find_device, load
 
     device = find_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, preprocess, tokenizer = load(place, device)

@@ -95,7 +95,7 @@ class Record:
         load: of the machine at the start and at the end, over a minute.
         commit: of the code; with ``-dirty`` where files were changed, "" where it isn't known.
         date: UTC.
-        settings: the script's options.
+        settings: the script's options, without paths.
         figures: by name, ``what/quantity``.
     """
 
@@ -161,7 +161,9 @@ class Figures:
         """Return the record of this run."""
         git = checkout(PACKAGE)
         settings = {
-            name: value for name, value in vars(self._options).items() if name not in SHARED_FLAGS
+            name: value
+            for name, value in vars(self._options).items()
+            if name not in SHARED_FLAGS and not isinstance(value, Path)
         }
         return Record(
             script=self._script,
@@ -279,7 +281,7 @@ def _six(number: float) -> float:
 class BenchmarkParser(Parser):
     """A parser whose ``--quick`` replaces the sizes that are not typed."""
 
-    quick: Mapping[str, int]
+    quick: Mapping[str, Any]
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse the arguments."""
@@ -314,11 +316,16 @@ def parser_of(
     for name, (default, said) in numbers.items():
         text = f"{said} (default: %(default)s)"
         parser.add_argument(f"--{name}", type=_positive, default=default, metavar="N", help=text)
-    sizes = ", ".join(f"--{name} {size}" for name, size in parser.quick.items())
+    sizes = ", ".join(f"--{name} {_words(size)}" for name, size in parser.quick.items())
     parser.add_argument("--quick", action="store_true", help=f"sizes for minutes: {sizes}")
     text = "write the figures there: a file, or a folder"
     parser.add_argument("--json", type=Path, metavar="PATH", help=text)
     return parser
+
+
+def _words(size: Any) -> str:
+    """Write a flag's value as it is typed."""
+    return " ".join(map(str, size)) if isinstance(size, list) else str(size)
 
 
 def _attribute(flag: str) -> str:

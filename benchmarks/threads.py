@@ -43,7 +43,8 @@ def main() -> None:
     """Measure and print a table."""
     cores = available_cores()
     numbers = {"rounds": (3, "of each variant")}
-    parser = parser_of("threads.py", str(__doc__), EXAMPLES, numbers, quick={"rounds": 1})
+    quick = {"rounds": 1, "busy": [cores]}
+    parser = parser_of("threads.py", str(__doc__), EXAMPLES, numbers, quick)
     text = "busy processes beside the step (default: %(default)s)"
     parser.add_argument("--busy", nargs="+", type=int, default=[0, 2 * cores], help=text)
     options = parser.parse_args()

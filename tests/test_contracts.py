@@ -103,6 +103,13 @@ alignclip/evaluation/zero_shot.py
     clip_benchmark.metrics.zeroshot_classification.accuracy(output target topk)
 alignclip/evaluation/retrieval.py
     clip_benchmark.metrics.zeroshot_retrieval.recall_at_k(scores positive_pairs k)
+alignclip/model/blocks.py
+    open_clip.transformer.ResidualAttentionBlock.forward(self q_x k_x v_x attn_mask)
+    open_clip.transformer.ResidualAttentionBlock: ln_1 attn ls_1 ln_2 mlp ls_2
+    open_clip.transformer.Transformer.forward(self x attn_mask)
+    open_clip.transformer.Transformer: resblocks batch_first
+    open_clip.transformer.VisionTransformer._embeds(self x)
+    open_clip.transformer.VisionTransformer: transformer ln_post proj _pool
 alignclip/model/optimization.py
     timm.models._manipulate.group_with_matcher(named_objects group_matcher return_values
         reverse)

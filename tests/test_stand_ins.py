@@ -222,19 +222,50 @@ def test_what_a_run_does_use_is_real(tmp_path: Path) -> None:
     assert [*tmp_path.rglob("events.out.tfevents*")]
 
 
+SET = f"{ROOT}/tests/fixtures/debug/mds"
+VERIFY = f"from alignclip.verification.command import main; main([{SET!r}])"
+EVALUATE = f"""
+import alignclip
+alignclip.evaluate
+from alignclip.config.reading import load
+from alignclip.model.encoders import build_encoders
+model = build_encoders(load("yamls/debug.yaml", []).model)
+pairs = {{"task": "retrieval", "local": {SET!r}, "num_workers": 0}}
+alignclip.evaluate(model, {{"pairs": pairs}}, progress=False)
+"""
+USES = {
+    "alignclip.load": "import alignclip; alignclip.load",
+    "alignclip.dataset": f"import alignclip; alignclip.dataset({SET!r})[0]",
+    "alignclip.evaluate": EVALUATE,
+    "a spawned data worker": "import alignclip.data.dataset",
+    "a worker of conversion": "import alignclip.conversion.mds_writer",
+    "convert/verify.py": VERIFY,
+}
+
+
 @pytest.mark.slow
-def test_loading_a_model_imports_nothing_that_it_never_calls(tmp_path: Path) -> None:
-    code = """
-        import json, sys
-        import alignclip
-        alignclip.load
-        loaded = [*sys.modules]
-        import transformers, open_clip
-        assert transformers.BertConfig().hidden_size == 768
-        assert open_clip.model.HFTextEncoder.set_grad_checkpointing
-        from open_clip.coca_model import CoCa
-        assert open_clip.CoCa.generate is CoCa.generate
-        print(json.dumps(loaded))
-    """
+@pytest.mark.parametrize("use", USES)
+def test_other_commands_import_nothing_that_they_never_call(use: str) -> None:
+    code = f"import json, sys\n{USES[use]}\nprint(json.dumps([*sys.modules]))"
     imported = fresh(ROOT, code)
+    assert "torch" in imported
     assert HEAVY.isdisjoint(imported)
+
+
+@pytest.mark.slow
+def test_open_clip_is_whole_for_others() -> None:
+    """What open_clip has of transformers, once a person's code uses it."""
+    code = """
+        import json, alignclip
+        alignclip.load
+        import transformers, open_clip
+        from open_clip.coca_model import CoCa
+        from open_clip.hf_model import HFTextEncoder
+        assert transformers.BertConfig().hidden_size == 768
+        assert open_clip.CoCa.generate is CoCa.generate
+        assert open_clip.model.HFTextEncoder.forward is HFTextEncoder.forward
+        model = open_clip.create_model("coca_ViT-B-32", device="meta")
+        assert isinstance(model, open_clip.CoCa) and type(model) is CoCa
+        print(json.dumps(1))
+    """
+    assert fresh(ROOT, code) == 1

@@ -18,6 +18,7 @@ from alignclip.conversion.options import ConvertOptions
 from alignclip.conversion.records import Counts
 from alignclip.data.mds_index import INDEX, parse_index, stored_file
 from alignclip.data.mds_reader import open_shard
+from alignclip.runtime.stand_ins import stand_ins
 from alignclip.runtime.threads import available_cores
 from alignclip.storage.staging import OutputFolder
 
@@ -68,11 +69,10 @@ def rate_of(images: Sequence[bytes], side: int, may_resize: bool) -> Rows:
         side: of the crops, pixels.
         may_resize: whether the rate with ``--resize`` is measured, too, where images are large.
     """
-    with _one_thread():
-        if (found := _decode(images, side)) is None:
-            return []
-        is_large = min(found.width, found.height) > RESIZED >= side
-        gain = _gain(images, side) if may_resize and is_large else None
+    if (found := decode_all(images, side)) is None:
+        return []
+    is_large = min(found.width, found.height) > RESIZED >= side
+    gain = _gain(images, side) if may_resize and is_large else None
     size = statistics.mean(map(len, images)) / 1024
     pixels = f"{found.width} × {found.height} px"
     rows = [
@@ -114,27 +114,33 @@ def _gain(images: Sequence[bytes], side: int) -> float | None:
             continue
         if time.monotonic() > end:
             break
-    large, resized = _decode(images[: len(small)], side), _decode(small, side)
+    large, resized = decode_all(images[: len(small)], side), decode_all(small, side)
     return resized.rate / large.rate if large and resized else None
 
 
-def _decode(images: Sequence[bytes], side: int) -> Decoded | None:
-    """Decode and crop images as training does; None where none of them can be decoded."""
-    from alignclip.data.transforms import decode_image, random_resized_crop  # with PyTorch
+def decode_all(images: Sequence[bytes], side: int) -> Decoded | None:
+    """Decode and crop images as a loader worker does, in one thread, and measure it.
+
+    Returns:
+        None where none of the images can be decoded.
+    """
+    with stand_ins():  # takes seconds
+        from alignclip.data.transforms import decode_image, random_resized_crop
 
     crop, sizes, spent = DataConfig(), [], 0.0
-    for number, data in enumerate([*images[:1], *images]):  # the first one twice: it warms up
-        start = time.thread_time()
-        try:
-            image = decode_image(data)
-        except OSError:
-            continue
-        random_resized_crop(image, side, crop.scale, crop.ratio, seed=number)
-        if number:
-            spent += time.thread_time() - start
-            sizes.append(image.shape[1:])
-        if spent > SECONDS:
-            break
+    with _one_thread():
+        for number, data in enumerate([*images[:1], *images]):  # the first one twice: it warms up
+            start = time.thread_time()
+            try:
+                image = decode_image(data)
+            except OSError:
+                continue
+            random_resized_crop(image, side, crop.scale, crop.ratio, seed=number)
+            if number:
+                spent += time.thread_time() - start
+                sizes.append(image.shape[1:])
+            if spent > SECONDS:
+                break
     if not sizes:
         return None
     heights, widths = zip(*sizes, strict=True)

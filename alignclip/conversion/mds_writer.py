@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from streaming import MDSWriter
-from streaming.base.compression import get_compressions
-from streaming.base.hashing import get_hashes
-from streaming.base.util import bytes_to_int
 
 from alignclip.errors import UserError, nearest
+from alignclip.runtime.stand_ins import stand_ins
+
+with stand_ins():
+    from streaming import MDSWriter
+    from streaming.base.compression import get_compressions
+    from streaming.base.hashing import get_hashes
+    from streaming.base.util import bytes_to_int
 
 PIECE = 2**17  # bytes written at once: of 1 MB, ext4 makes large pages, which cost twice the rest
 

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 from typing import Any, TypedDict, cast
 
+from alignclip.runtime.stand_ins import stand_ins
 from alignclip.storage.staging import INDEX as INDEX
 
 # beside the index: what a converter says of the set, the classes of a classification set
@@ -175,7 +176,8 @@ def _why_not_files(entry: Mapping[str, Any]) -> str | None:
 
 def _why_not_columns(entry: Mapping[str, Any]) -> str | None:
     """Say what is wrong with a shard's columns, or with how their bytes become values."""
-    from streaming.base.compression import is_compression
+    with stand_ins():
+        from streaming.base.compression import is_compression
 
     names, encodings, sizes = (entry[f"column_{what}"] for what in ("names", "encodings", "sizes"))
     if not _are_texts(names) or not _are_texts(encodings) or not isinstance(sizes, list):
@@ -201,7 +203,8 @@ def _why_not_columns(entry: Mapping[str, Any]) -> str | None:
 @lru_cache(256)
 def _why_not_encoding(encoding: str) -> str | None:
     """Say why Streaming can't read an encoding, or not safely."""
-    from streaming.base.format.mds.encodings import get_mds_encoded_size, is_mds_encoding_safe
+    with stand_ins():
+        from streaming.base.format.mds.encodings import get_mds_encoded_size, is_mds_encoding_safe
 
     if not is_mds_encoding_safe(encoding.partition(":")[0]):
         return "executes code when it is read"

@@ -20,6 +20,7 @@ from alignclip.data.mds_index import (
 )
 from alignclip.errors import UserError, few, nearest
 from alignclip.near import nearest_path
+from alignclip.runtime.stand_ins import stand_ins
 from alignclip.storage import StorageError, open_file, read_text
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ def cached_stream(name: str, stream: SetConfig, **arguments: Any) -> CachedStrea
         stream: where it lies.
         arguments: of :class:`streaming.Stream`; ``local`` is replaced by :func:`local_folder`.
     """
-    from alignclip.data.shard_cache import CachedStream  # takes seconds, as PyTorch does
+    with stand_ins():  # takes seconds, as PyTorch does
+        from alignclip.data.shard_cache import CachedStream
 
     local = local_folder(name, stream)
     return CachedStream(**arguments | {"local": local}, is_own=not stream.local)
@@ -105,8 +107,9 @@ def check_streams(config: DataConfig, *, semantic: bool) -> None:
 
 def _check_algorithms(config: DataConfig) -> None:
     """Check the names that Streaming itself looks up in the first epoch."""
-    from streaming.base import partition, shuffle  # takes seconds, as PyTorch does
-    from streaming.base.hashing import get_hashes
+    with stand_ins():  # takes seconds, as PyTorch does
+        from streaming.base import partition, shuffle
+        from streaming.base.hashing import get_hashes
 
     for key, algorithms in (("shuffle_algo", shuffle.algos), ("partition_algo", partition.algos)):
         if (name := getattr(config, key)) not in algorithms:

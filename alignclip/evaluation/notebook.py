@@ -22,6 +22,7 @@ from alignclip.config.schema import EvaluatorConfig, SetConfig
 from alignclip.errors import UserError
 from alignclip.model.encoders import CLIP
 from alignclip.paths import expand
+from alignclip.runtime.stand_ins import stand_ins
 
 if TYPE_CHECKING:
     from alignclip.evaluation.sets import OpenSets
@@ -54,7 +55,8 @@ def evaluate(
             path without a model.
         TypeError: ``model`` is neither a model nor a path.
     """
-    from alignclip.evaluation.evaluator import evaluate_model  # Streaming takes seconds
+    with stand_ins():  # Streaming takes seconds
+        from alignclip.evaluation.evaluator import evaluate_model
 
     configs = evaluators_of(evaluators)
     found = evaluate_model(_model(model), configs, dtype=dtype, progress=progress, opened=_opened())
@@ -108,8 +110,9 @@ class Pairs(Dataset[Pair]):
     """
 
     def __init__(self, stream: SetConfig) -> None:
-        from alignclip.data.streams import check_columns
-        from alignclip.evaluation.sets import shard_columns
+        with stand_ins():
+            from alignclip.data.streams import check_columns
+            from alignclip.evaluation.sets import shard_columns
 
         self.place = str(stream.remote or stream.local)
         self._samples = _opened().open(stream)
@@ -182,6 +185,7 @@ def dataset(path: str | Path, *, split: str | None = None, cache: str | None = N
 @functools.cache
 def _opened() -> OpenSets:
     """Return the sets of this process: Streaming refuses a second reader of one."""
-    from alignclip.evaluation.sets import OpenSets  # Streaming takes seconds
+    with stand_ins():  # Streaming takes seconds
+        from alignclip.evaluation.sets import OpenSets
 
     return OpenSets()

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import open_clip
@@ -19,19 +20,20 @@ import timm
 import torch
 import torch.nn.functional as F
 from open_clip.transform import image_transform
-from open_clip.transformer import text_global_pool
 from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from alignclip.config.model_checks import check_model
 from alignclip.config.schema import ModelConfig
 from alignclip.data.tokenizer import SimpleTokenizer
 from alignclip.errors import UserError, nearest
+from alignclip.model.blocks import pool_early, pooled_tokens
 
 MAX_LOGIT_SCALE = math.log(100)
-
+IMAGE_ENCODER, TEXT_ENCODER = "image encoder", "text encoder"  # in a profiler's trace
 
 Images = Tensor | Image.Image | Sequence[Image.Image]
 Texts = Tensor | str | Sequence[str]
@@ -101,17 +103,21 @@ class CLIP(open_clip.CLIP):
         Args:
             images: [n, 3, image_size, image_size], normalised pixels.
             tokens: [n, l] token ids.
-            chunk_size: with more than 0, so many samples are encoded at a time, and again in the
-                backward pass, so that memory grows with the chunk while features and gradients are
-                those of the whole batch.
+            chunk_size: with more than 0, so many samples are encoded at a time, and all but the
+                last chunk again in the backward pass, so that memory grows with the chunk while
+                features and gradients are those of the whole batch.
 
         Returns:
             Image and text features, [n, embed_dim] each.
         """
         # trimmed once for the batch: finding the length makes the host wait for the device
         return (
-            _normalize(_in_chunks(self.encode_image, images, chunk_size)),
-            _normalize(_in_chunks(self._encode_trimmed_text, self._trim(tokens), chunk_size)),
+            _normalize(_in_chunks(_named(IMAGE_ENCODER, self.encode_image), images, chunk_size)),
+            _normalize(
+                _in_chunks(
+                    _named(TEXT_ENCODER, self._encode_trimmed_text), self._trim(tokens), chunk_size
+                )
+            ),
         )
 
     @torch.inference_mode()
@@ -172,11 +178,9 @@ class CLIP(open_clip.CLIP):
         length = text.shape[1]
         dtype = self.transformer.get_cast_dtype()
         x = self.token_embedding(text).to(dtype) + self.positional_embedding[:length].to(dtype)
-        x = self.transformer(x, attn_mask=self.attn_mask[:length, :length])
-        features: Tensor = (
-            text_global_pool(self.ln_final(x), text, self.text_pool_type) @ self.text_projection
-        )
-        return features
+        mask = self.attn_mask[:length, :length]
+        x = pooled_tokens(self.transformer, self.ln_final, x, text.argmax(dim=-1), mask)
+        return x @ self.text_projection
 
     def _trim(self, text: Tensor) -> Tensor:
         """Cut behind the last end-of-text token; non-zero ids don't tell it: 0 is the token "!"."""
@@ -195,19 +199,28 @@ def _tokenizer(context_length: int) -> SimpleTokenizer:
     return SimpleTokenizer(context_length=context_length)
 
 
+def _named(name: str, encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Name the calls of a function in a profiler's trace; a compiled graph has no names."""
+
+    def named(inputs: Tensor) -> Tensor:
+        with nullcontext() if torch.compiler.is_compiling() else record_function(name):
+            return encode(inputs)
+
+    return named
+
+
 def _in_chunks(encode: Callable[[Tensor], Tensor], inputs: Tensor, chunk_size: int) -> Tensor:
-    """Encode a chunk at a time if ``chunk_size`` > 0, and again in the backward pass."""
-    if chunk_size <= 0:
-        return encode(inputs)
-    if not torch.is_grad_enabled():
-        return torch.cat([encode(chunk) for chunk in inputs.split(chunk_size)])
+    """Encode a chunk at a time if ``chunk_size`` > 0, and again in the backward pass.
+
+    The backward pass begins with the last chunk, so that one is kept and not encoded again.
+    """
+    *first, last = inputs.split(chunk_size) if chunk_size > 0 else [inputs]
+    if not first:
+        return encode(last)
     # the random state is restored for the second run, so patch dropout draws the same patches
-    return torch.cat(
-        [
-            checkpoint(encode, chunk, use_reentrant=False, preserve_rng_state=True)
-            for chunk in inputs.split(chunk_size)
-        ]
-    )
+    recomputed = partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=True)
+    of_first = [(recomputed if torch.is_grad_enabled() else encode)(chunk) for chunk in first]
+    return torch.cat([*of_first, encode(last)])
 
 
 def _normalize(features: Tensor) -> Tensor:
@@ -258,6 +271,7 @@ def build_encoders(config: ModelConfig) -> CLIP:
         ) from None
     if timm_name is not None:
         _check_timm_tower(config, model)
+    pool_early(model)
 
     shared = config.shared
     blocks = config.text_cfg.layers if shared.blocks == -1 else shared.blocks

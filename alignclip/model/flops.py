@@ -57,9 +57,10 @@ def count_pair(encoders: CLIP) -> PairFlops | None:
     if image is None:
         return None
     below = _is_trained([encoders.token_embedding.weight, encoders.positional_embedding])
-    by_token, by_square, below = _blocks(encoders.transformer, below)
+    once, by_token, by_square, below = _blocks(encoders.transformer, below)
     below |= _is_trained(encoders.ln_final.parameters())
-    return PairFlops(image, (_weight(encoders.text_projection, below), by_token, by_square))
+    once += _weight(encoders.text_projection, below)
+    return PairFlops(image, (once, by_token, by_square))
 
 
 def loss_flops(criterion: AlignCLIPLoss, rows: int, columns: int, width: int, semantic: int) -> int:
@@ -87,31 +88,37 @@ def _vit(visual: Any) -> float:
     conv = patches * _weight(pixels, is_below=False)
     first = [pixels, visual.class_embedding, visual.positional_embedding]
     below = _is_trained([*first, *visual.ln_pre.parameters()])
-    by_token, by_square, below = _blocks(visual.transformer, below)
+    once, by_token, by_square, below = _blocks(visual.transformer, below)
     below |= _is_trained(visual.ln_post.parameters())
     tokens = 1 + kept
     projection = _weight(visual.proj, below)
-    return conv + by_token * tokens + by_square * tokens**2 + projection
+    return conv + once + by_token * tokens + by_square * tokens**2 + projection
 
 
-def _blocks(transformer: Any, is_below: bool) -> tuple[float, float, bool]:
-    """Count transformer blocks: by a token, and by a pair of tokens.
+def _blocks(transformer: Any, is_below: bool) -> tuple[float, float, float, bool]:
+    """Count transformer blocks: by a sample, by a token, and by a pair of tokens.
+
+    Behind its attention, the last block computes the pooled token alone.
 
     Args:
         transformer: with its blocks, from below.
         is_below: whether anything below is trained, so that gradients flow through all blocks.
 
     Returns:
-        both counts, and whether anything is trained up to here.
+        the counts, and whether anything is trained up to here.
     """
-    by_token = by_square = 0.0
+    once = by_token = by_square = 0.0
     for block in transformer.resblocks:
         is_below |= _is_trained(block.parameters())
-        weights = (one for one in block.parameters() if one.ndim > 1)
-        by_token += sum(_weight(weight, is_below) for weight in weights)
+        for weight in (one for one in block.parameters() if one.ndim > 1):
+            is_of_one = (
+                block is transformer.resblocks[-1] and weight is not block.attn.in_proj_weight
+            )
+            once += is_of_one * _weight(weight, is_below)
+            by_token += (not is_of_one) * _weight(weight, is_below)
         # queries with keys, and weights with values
         by_square += 2 * PRODUCT * transformer.width * (3 if is_below else 1)
-    return by_token, by_square, is_below
+    return once, by_token, by_square, is_below
 
 
 def _weight(weight: Tensor, is_below: bool) -> float:

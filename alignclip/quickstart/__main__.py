@@ -14,20 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from alignclip.config.command_line import read_options
 from alignclip.config.reading import load
 from alignclip.config.schema import EvaluatorConfig, RunConfig
 from alignclip.config.setting import setting
 from alignclip.errors import UserError, one_line_errors
-from alignclip.evaluation.evaluator import evaluate_model
-from alignclip.evaluation.plots import embedding_maps
-from alignclip.evaluation.sets import OpenSets
-from alignclip.model.encoders import build_encoders
 from alignclip.quickstart import scenes
 from alignclip.runtime import console
-from alignclip.weights.load import load_encoders
+from alignclip.runtime.stand_ins import stand_ins
 
 PROJECT = Path(__file__).resolve().parents[2]
 CONFIG = PROJECT / "yamls" / "quickstart.yaml"
@@ -114,6 +108,15 @@ def show_and_run(*command: object) -> None:
 
 def compare_models(config: RunConfig, folder: Path) -> None:
     """Compare the untrained and the trained model on the held-out scenes: a table and a picture."""
+    with stand_ins():
+        import torch
+
+        from alignclip.evaluation.evaluator import evaluate_model
+        from alignclip.evaluation.plots import embedding_maps
+        from alignclip.evaluation.sets import OpenSets
+        from alignclip.model.encoders import build_encoders
+        from alignclip.weights.load import load_encoders
+
     torch.manual_seed(config.seed)  # as training starts
     models = {
         "untrained": build_encoders(config.model),

@@ -32,10 +32,12 @@ STAND_INS: dict[str, tuple[str, ...]] = {
     # Composer, for algorithms that change Hugging Face's BERT
     "transformers": ("BertPreTrainedModel",),
     "transformers.models.bert.modeling_bert": ("BertIntermediate", "BertOutput"),
-    # Streaming, for batches and sets of texts
+    # Streaming, for batches of texts; and its classes for well-known sets
     "transformers.feature_extraction_utils": ("BatchFeature",),
-    "transformers.models.auto.tokenization_auto": ("AutoTokenizer",),
     "transformers.tokenization_utils_base": ("BatchEncoding",),
+    "streaming.multimodal": (),
+    "streaming.text": (),
+    "streaming.vision": (),
     # open_clip, for models that need transformers
     "open_clip.coca_model": ("CoCa",),
     "open_clip.hf_model": ("HFTextEncoder",),
@@ -77,7 +79,7 @@ def stand_ins() -> Iterator[None]:
         yield
     finally:
         sys.meta_path.remove(finder)
-        _forget("")
+        finder.forget("")
 
 
 class Promise:
@@ -144,6 +146,7 @@ class _Finder:
 
     def __init__(self) -> None:
         self.names = {*STAND_INS}
+        self._made: set[str] = set()
         self._thread = threading.get_ident()
 
     def find_spec(
@@ -164,10 +167,23 @@ class _Finder:
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """Make the stand-in."""
+        self._made.add(spec.name)
         return StandIn(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
         """Do nothing: a stand-in has no code."""
+
+    def forget(self, top: str) -> None:
+        """Stand in for a module and for all below it no more; for none at all, where it is ""."""
+        self.names = {name for name in self.names if not _is_below(name, top)}
+        for name in [name for name in self._made if _is_below(name, top)]:
+            self._made.remove(name)
+            if isinstance(sys.modules.get(name), StandIn):
+                del sys.modules[name]
+
+
+def _is_below(name: str, top: str) -> bool:
+    return not top or f"{name}.".startswith(f"{top}.")
 
 
 def _finder() -> _Finder | None:
@@ -179,15 +195,7 @@ def _import(name: str) -> ModuleType:
     parts = name.split(".")
     names = [".".join(parts[: i + 1]) for i in range(len(parts))]
     first = next((one for one in names if isinstance(sys.modules.get(one), StandIn)), None)
-    if first is not None:
-        if (finder := _finder()) is not None:
-            finder.names -= {one for one in finder.names if f"{one}.".startswith(f"{first}.")}
-        _forget(first)
+    finder = _finder()
+    if first is not None and finder is not None:
+        finder.forget(first)
     return importlib.import_module(name)
-
-
-def _forget(top: str) -> None:
-    """Take the stand-ins of a module and of all below it from the imported modules."""
-    for name, module in list(sys.modules.items()):
-        if isinstance(module, StandIn) and (not top or f"{name}.".startswith(f"{top}.")):
-            del sys.modules[name]

@@ -42,6 +42,7 @@ from alignclip.training.display import Console
 from alignclip.training.evaluation_callback import EvaluationCallback
 from alignclip.training.history import History
 from alignclip.training.pace import Pace
+from alignclip.training.profiling import build_profiler
 from alignclip.training.resume import StartingPoint, check_loaded, say_jump, starting_point
 from alignclip.training.save_folder import SaveFolder
 from alignclip.training.saver import CheckpointSaver
@@ -103,6 +104,7 @@ def build_trainer_from(
             *plugins.instances(with_wandb_id(config, folder), "loggers"),
             *build_displays(config, folder, total_batches(config, loader)),
         ],
+        profiler=build_profiler(config.profiler) if config.profiler is not None else None,
         **(trainer_arguments(config, device) | start.trainer_arguments()),
     )
     if start.path is not None:

@@ -70,7 +70,9 @@ class Pace(Callback):
         self._saver, self._console = one_of(state, CheckpointSaver), one_of(state, Console)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Measure; say what is due."""
+        """Measure; say what is due. A run that is profiled has no pace of its own."""
+        if self._config.profiler is not None:
+            return
         batch = state.timestamp.batch.value
         trained = batch - self._first_batch
         first = FIRST + self._config.data.num_workers
@@ -89,6 +91,11 @@ class Pace(Callback):
     def spent(self) -> Spent:
         """Return what all starts have spent."""
         return self._earlier + self._own()
+
+    def advice(self, waiting: float, state: State) -> str:
+        """Say what limits the run, of which so much of a step is waiting for data."""
+        measured = Measured(0.0, waiting)
+        return verdict(measured, self._circumstances(measured, state))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the windows so far, and what was spent."""

@@ -8,11 +8,10 @@ from typing import Any
 
 from composer.core import Precision
 from composer.devices import Device
-from composer.profiler import JSONTraceHandler, Profiler, cyclic_schedule
 from composer.utils import ParallelismConfig
 from composer.utils.parallelism import FSDP2Config
 
-from alignclip.config.schema import ProfilerSettings, RunConfig, TrainerConfig
+from alignclip.config.schema import RunConfig, TrainerConfig
 from alignclip.ranks import world_size
 from alignclip.training import composer_patches
 
@@ -28,8 +27,7 @@ def trainer_arguments(config: RunConfig, device: Device) -> dict[str, Any]:
         arguments["compile_config"] = dataclasses.asdict(config.compile_config)
         if config.model.encode_chunk_size:
             composer_patches.compile_recomputed_chunks()
-    if config.profiler is not None:
-        arguments["profiler"] = build_profiler(config.profiler)
+    del arguments["profiler"]  # alignclip.training.profiling builds one
     arguments["parallelism_config"] = None
     fsdp2 = config.parallelism_config.fsdp2
     if fsdp2 is not None:
@@ -40,23 +38,6 @@ def trainer_arguments(config: RunConfig, device: Device) -> dict[str, Any]:
     if device.name == "cpu":
         arguments["precision"] = Precision.FP32  # the model does its own bf16 autocast there
     return arguments
-
-
-def build_profiler(config: ProfilerSettings) -> Profiler:
-    """Build Composer's profiler; Chrome reads its traces. A resumed run writes its own."""
-    arguments = dataclasses.asdict(config)
-    cycle = {
-        key: arguments.pop(key) for key in ("skip_first", "wait", "warmup", "active", "repeat")
-    }
-    return Profiler(
-        schedule=cyclic_schedule(**cycle),
-        trace_handlers=[
-            JSONTraceHandler(folder=f"{config.torch_prof_folder}/composer", overwrite=True)
-        ],
-        torch_prof_overwrite=True,
-        torch_prof_remote_file_name=None,
-        **arguments,
-    )
 
 
 def console_interval(config: RunConfig) -> str | None:

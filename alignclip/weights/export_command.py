@@ -11,6 +11,7 @@ from alignclip.config.setting import check_settings, setting
 from alignclip.errors import UserError, few, one_line_errors
 from alignclip.near import did_you_mean
 from alignclip.runtime import console
+from alignclip.runtime.stand_ins import stand_ins
 from alignclip.storage import StorageError, open_store
 from alignclip.weights import early
 from alignclip.weights.figures import read_figures
@@ -135,7 +136,8 @@ def run_export(options: ExportOptions) -> float:
     """
     check_options(options)
     console.loading("PyTorch")
-    from alignclip.weights.export import export_model
+    with stand_ins():
+        from alignclip.weights.export import export_model
 
     return export_model(options)
 

@@ -1,0 +1,134 @@
+"""Transformer blocks: open_clip's, without copies of their tokens, and the last one for one token.
+
+CLIP pools one token of each sample: the class token of an image, the end-of-text token of a
+caption. What the last block computes for the other tokens, behind its attention, is never used.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import ResidualAttentionBlock, Transformer, VisionTransformer
+from torch import Tensor, nn
+
+# Numbers in a batch of tokens. Below, blocks run as open_clip's own: there is nothing to gain on a
+# CPU. Sums are in another order above, so that the last bits differ.
+SMALL = 2**18
+
+Positions = Tensor | int  # of one token in each sample: [n], or the same in all
+
+
+class Block(ResidualAttentionBlock):
+    """open_clip's block, which can also compute one token a sample."""
+
+    def forward(
+        self,
+        q_x: Tensor,
+        k_x: Tensor | None = None,
+        v_x: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+        pooled: Positions | None = None,
+    ) -> Tensor:
+        """Compute the block.
+
+        Args:
+            q_x: ``[n, l, width]``.
+            k_x, v_x, attn_mask: as open_clip's block takes them; without ``is_causal`` only.
+            is_causal: whether a token attends to the tokens before it alone. None: open_clip's own
+                computation.
+            pooled: the token that is needed of each sample. None: all of them.
+
+        Returns:
+            ``[n, l, width]``, or ``[n, width]`` with ``pooled``.
+        """
+        if is_causal is None:
+            result: Tensor = super().forward(q_x, k_x, v_x, attn_mask)
+            return result
+        attended = self._attend(self.ln_1(q_x), is_causal)
+        if pooled is not None:
+            q_x, attended = pick(q_x, pooled), pick(attended, pooled)
+        x: Tensor = q_x + self.ls_1(self.attn.out_proj(attended))
+        return x + self.ls_2(self.mlp(self.ln_2(x)))
+
+    def _attend(self, x: Tensor, is_causal: bool) -> Tensor:
+        """Compute ``nn.MultiheadAttention`` up to its last projection, with the batch in front.
+
+        ``nn.MultiheadAttention`` puts the tokens in front, which copies all of them, and back.
+        """
+        n, length, width = x.shape
+        projected = F.linear(x, self.attn.in_proj_weight, self.attn.in_proj_bias)
+        heads = projected.view(n, length, 3, self.attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = heads.unbind()
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+        return attended.transpose(1, 2).reshape(n, length, width)
+
+
+class BlocksOfATower(Transformer):
+    """open_clip's stack of blocks, which can return one token a sample."""
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, pooled: Positions | None = None
+    ) -> Tensor:
+        """Run all blocks.
+
+        Args:
+            x: ``[n, l, width]``.
+            attn_mask: ``[l, l]``, the causal mask, where there is one.
+            pooled: the token that is needed of each sample. None: all of them.
+
+        Returns:
+            ``[n, l, width]``, or ``[n, width]`` with ``pooled``.
+        """
+        if pooled is None:
+            for block in self.resblocks:
+                x = block(x, attn_mask=attn_mask)
+            return x
+        *first, last = self.resblocks
+        is_causal = attn_mask is not None
+        for block in first:
+            x = block(x, is_causal=is_causal)
+        result: Tensor = last(x, is_causal=is_causal, pooled=pooled)
+        return result
+
+
+class VisionTower(VisionTransformer):
+    """open_clip's image tower, whose last block computes the class token alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return features, ``[n, embed_dim]``, of normalised pixels, ``[n, 3, size, size]``."""
+        return pooled_tokens(self.transformer, self.ln_post, self._embeds(x), 0) @ self.proj
+
+
+def pooled_tokens(
+    transformer: nn.Module,
+    norm: nn.Module,
+    x: Tensor,
+    pooled: Positions,
+    attn_mask: Tensor | None = None,
+) -> Tensor:
+    """Run the blocks and the norm behind them: ``[n, l, width]`` → one token of each sample."""
+    if x.device.type == "cpu" and x.numel() < SMALL:
+        return pick(norm(transformer(x, attn_mask=attn_mask)), pooled)
+    normed: Tensor = norm(transformer(x, attn_mask=attn_mask, pooled=pooled))
+    return normed
+
+
+def pick(x: Tensor, positions: Positions) -> Tensor:
+    """Take one token of each sample: ``[n, l, width]`` → ``[n, width]``."""
+    if isinstance(positions, int):
+        return x[:, positions]
+    return x[torch.arange(len(x), device=x.device), positions]
+
+
+OURS: dict[type[nn.Module], type[nn.Module]] = {
+    ResidualAttentionBlock: Block,
+    Transformer: BlocksOfATower,
+    VisionTransformer: VisionTower,
+}
+
+
+def pool_early(model: nn.Module) -> None:
+    """Have a CLIP of open_clip's compute by the classes of this module; nothing else changes."""
+    for module in model.modules():
+        module.__class__ = OURS.get(type(module), type(module))

@@ -85,7 +85,8 @@ def training_step(
         work, batch, config.model.vision_cfg.image_size, config.model.text_cfg.context_length
     )
     if is_compiled:
-        model.compile()
+        # on a CPU only to see that it runs: kernels for one take minutes to compile
+        model.compile(backend="inductor" if work.is_cuda else "aot_eager")
 
     def step() -> None:
         with autocast(work):

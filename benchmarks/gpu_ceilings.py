@@ -40,8 +40,9 @@ def loss_alone(work: Work) -> str:
     def work_once() -> None:
         image.grad = text.grad = scale.grad = None
         own = torch.arange(rows, device=work.device)
-        features = GlobalFeatures(image[:rows], text[:rows], image, text, scale, 0, own)
-        captions = CaptionFeatures(semantic[:rows], semantic)
+        mine = slice(0, rows)
+        features = GlobalFeatures(image[mine], text[mine], image, text, scale, mine, own, None)
+        captions = CaptionFeatures(semantic)
         with full_precision(work.device.type):
             loss = contrastive_loss(features) + separation_loss(features, captions, True, True) / 2
             loss.backward()

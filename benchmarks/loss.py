@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -119,7 +120,8 @@ def one_pass(variant: Variant, sizes: Sizes, rank: int, rendezvous: str) -> Timi
             del sys.modules[name]
         sys.path.insert(0, variant.checkout)
     elif sizes.tile is not None:
-        importlib.import_module("alignclip.losses.tiles").CPU_TILE = sizes.tile
+        tiles: Any = importlib.import_module("alignclip.losses.tiles")
+        tiles.CPU_TILE = sizes.tile
     if sizes.ranks > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // sizes.ranks))
         dist.init_process_group("gloo", rendezvous, world_size=sizes.ranks, rank=rank)

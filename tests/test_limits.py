@@ -24,11 +24,11 @@ NOTHING = "the device limits: no setting is left that would make it faster"
 CASES: list[tuple[dict[str, Any], tuple[str, ...], dict[str, Any], str]] = [
     # the loader
     (WAITS, ("data.num_workers=2",), GPU,
-     "the loader limits: raise data.num_workers (2 of 16 cores read)"),
+     "the loader limits: raise data.num_workers (2 of 16 cores used)"),
     (WAITS, ("data.num_workers=2",), GPU | {"ranks": 8},
      "the loader limits: 16 workers read on 16 cores; more cores would help"),
     (WAITS, ("data.num_workers=2",), GPU | {"ranks": 4, "stored_side": 480},
-     "the loader limits: raise data.num_workers (8 of 16 cores read), or convert with --resize 256 "
+     "the loader limits: raise data.num_workers (8 of 16 cores used), or convert with --resize 256 "
      "(the images have 480 pixels)"),
     (WAITS, ("data.num_workers=16",), GPU | {"stored_side": 480},
      "the loader limits: convert with --resize 256 (the images have 480 pixels)"),
@@ -50,7 +50,7 @@ CASES: list[tuple[dict[str, Any], tuple[str, ...], dict[str, Any], str]] = [
     ({"waiting": 0.15, "evaluation": 0.6}, COCO, GPU | {"evaluators": {"coco": 9.0}},
      "evaluation took 60 % of the time: raise evaluators.coco.interval (it is 5ba)"),
     ({"waiting": 0.5, "checkpoints": 0.2}, ("data.num_workers=2",), GPU,
-     "the loader limits: raise data.num_workers (2 of 16 cores read)"),
+     "the loader limits: raise data.num_workers (2 of 16 cores used)"),
     # the device
     (TRAINS, FAST, GPU, NOTHING),
     (TRAINS, (), GPU, "the device limits: compile_config.backend=inductor"),

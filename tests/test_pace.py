@@ -18,13 +18,14 @@ from alignclip.training.spent import Spent
 
 NOW = datetime(2025, 11, 27, 15, 30)
 LOGGER: Any = None  # not used
+COCO = ("evaluators.coco.task=retrieval", "evaluators.coco.local=x")
 
 
 class Run:
     """A run of batches of 64 whose clocks the test moves."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, total: int, first: int = 0) -> None:
-        settings = ["global_train_batch_size=64", "data.num_workers=1"]
+        settings = ["global_train_batch_size=64", "data.num_workers=1", *COCO]
         config = load("yamls/debug.yaml", settings)
         self.pace, self.spent = Pace(config, total), Spent()
         self.told = list[str]()
@@ -32,7 +33,8 @@ class Run:
         self.console = Console.__new__(Console)
         monkeypatch.setattr(self.console, "tell", self.told.append)
         monkeypatch.setattr(self.pace, "_own", lambda: self.spent)
-        here = Circumstances(config, "cpu", cores=4, threads=4)
+        seconds = {"coco": 1.0}
+        here = Circumstances(config, "cpu", cores=4, threads=4, evaluators=seconds)
         monkeypatch.setattr(self.pace, "_circumstances", lambda measured, state: here)
 
     @property
@@ -61,7 +63,7 @@ def test_a_line_every_hundred_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     run.pace.fit_end(run.state, LOGGER)
     assert run.told == [
         "batch 100: 640 samples/s, data wait 50 %; the loader limits: raise data.num_workers (1 of "
-        "4 cores read)",
+        "4 cores used)",
         "batch 200: 640 samples/s, data wait 2 %, MFU 30 %; the device limits: no setting is left "
         "that would make it faster",
     ]
@@ -74,6 +76,18 @@ def test_evaluation_is_no_part_of_the_rate(monkeypatch: pytest.MonkeyPatch) -> N
     run.train(100, seconds=0.2, evaluation=0.02, checkpoints=0.08)
     (line,) = run.told
     assert line.startswith("batch 100: 640 samples/s, data wait 0 %; checkpoints took 40 %")
+
+
+def test_the_share_of_a_rare_evaluation_is_of_the_whole_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = Run(monkeypatch, 1_000)
+    run.train(999, seconds=0.1)
+    run.train(1_000, seconds=10.1, evaluation=10.0)  # half of the last window
+    assert "evaluation" not in run.told[-1]
+    run.spent += Spent(seconds=20.0, evaluation=20.0)
+    run.train(1_100, seconds=0.1)
+    assert "evaluation took 21 % of the time" in run.told[-1]
 
 
 def test_a_short_run_has_a_line_at_its_end_where_enough_was_measured(

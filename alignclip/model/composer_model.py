@@ -83,13 +83,16 @@ class AlignCLIPModel(ComposerModel):
         """Return the operations of a rank's batch, forward and backward; 0 where they aren't known.
 
         Args:
-            batch: before it has gone to the device, so that nothing waits for the device.
+            batch: before it has gone to the device; on the device the captions' length isn't asked
+                for, and the padding counts.
         """
         if self.pair_flops is None:
             return 0.0
         text, semantic = batch["text"], batch.get("semantic")
         rows, width = len(text), self.encoders.text_projection.shape[1]
-        length = int(text.argmax(dim=-1).max()) + 1
+        length = text.shape[1]
+        if text.device.type == "cpu":
+            length = int(text.argmax(dim=-1).max()) + 1
         numbers = 0 if semantic is None else semantic.shape[1]
         of_loss = loss_flops(self.criterion, rows, rows * world_size(), width, numbers)
         return rows * self.pair_flops.at(length) + of_loss

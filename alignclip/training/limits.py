@@ -26,8 +26,9 @@ class Measured:
     Attributes:
         samples: a second, of all ranks, while they trained.
         waiting: share of the training that the slowest rank waited for data.
-        evaluation: share of the whole time.
-        checkpoints: share of the whole time.
+        evaluation: share of the time since the first measured batch: the windows without an
+            evaluation count as well.
+        checkpoints: the same share.
         mfu: model FLOPs utilization of the device; None where that isn't known.
     """
 
@@ -96,7 +97,7 @@ def _loader(measured: Measured, here: Circumstances) -> str:
     if data.num_workers == 0:
         advice.append("set data.num_workers (with 0 the training reads its own data)")
     elif readers < here.cores:
-        advice.append(f"raise data.num_workers ({readers} of {here.cores} cores read)")
+        advice.append(f"raise data.num_workers ({readers} of {here.cores} cores used)")
     if side:
         advice.append(f"convert with --resize {side} (the images have {here.stored_side} pixels)")
     if here.may_download:

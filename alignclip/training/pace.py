@@ -54,6 +54,7 @@ class Pace(Callback):
         self._earlier = Spent()  # by earlier starts
         self._began = 0.0  # when the first batch was asked for
         self._first_batch = 0
+        self._first: Spent | None = None  # the first measured batch
         self._since: Spent | None = None  # the beginning of the window
         self._has_told = False
         self._first_epoch = 0
@@ -77,7 +78,7 @@ class Pace(Callback):
         trained = batch - self._first_batch
         first = FIRST + self._config.data.num_workers
         if trained == first:
-            self._since = self._now(state)
+            self._first = self._since = self._now(state)
         if trained == first + ENOUGH:
             self._plan(state)
         if batch % EVERY == 0:
@@ -156,7 +157,8 @@ class Pace(Callback):
         if window.batches < ENOUGH:
             return
         self._since = now
-        measured = self._measure(window, state)
+        assert self._first is not None
+        measured = self._measure(window, now - self._first, state)
         self.rates.append(measured.samples)
         self.mfus += [] if measured.mfu is None else [measured.mfu]
         self._has_told = True
@@ -165,8 +167,11 @@ class Pace(Callback):
             said = verdict(measured, self._circumstances(measured, state))
             self._tell(f"batch {batch:,}: {figures(measured)}; {said}")
 
-    def _measure(self, window: Spent, state: State) -> Measured:
-        """Compute the shares of a window, of the rank that waited the longest for data."""
+    def _measure(self, window: Spent, whole: Spent, state: State) -> Measured:
+        """Compute the figures of a window, with the wait of the rank that waited the longest.
+
+        Evaluation and checkpoints are rare: their shares are of all measured batches.
+        """
         mine = torch.tensor([window.waiting / window.training])
         waiting = float(gather(state.device.tensor_to_device(mine)).max())
         peak = self._speed.gpu_flops_available if self._speed else None
@@ -174,8 +179,8 @@ class Pace(Callback):
         return Measured(
             samples=window.batches * self._config.global_train_batch_size / window.training,
             waiting=waiting,
-            evaluation=window.evaluation / window.seconds,
-            checkpoints=window.checkpoints / window.seconds,
+            evaluation=whole.evaluation / whole.seconds,
+            checkpoints=whole.checkpoints / whole.seconds,
             mfu=window.flops / window.training / float(peak or 1) if is_known else None,
         )
 

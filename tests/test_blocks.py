@@ -143,3 +143,57 @@ def test_a_small_batch_is_open_clips_to_the_last_bit(monkeypatch: pytest.MonkeyP
     with torch.no_grad():
         for mine, expected in zip(ours(images, tokens), theirs(images, tokens), strict=True):
             assert torch.equal(mine.squeeze(), expected.squeeze())
+
+
+def test_what_a_user_changes_runs_as_open_clips() -> None:
+    """Another pooling, tokens besides, recomputed blocks, an attention of the user's own."""
+    ours, theirs = models("none")
+    images, tokens = small_batch()
+    images = images.double()
+
+    def assert_same() -> None:
+        for mine, stock_ones in zip(ours.visual(images), theirs.visual(images), strict=True):
+            torch.testing.assert_close(mine, stock_ones)
+
+    for name, value in {"proj": None, "pool_type": "avg", "output_tokens": True}.items():
+        setattr(ours.visual, name, value)
+        setattr(theirs.visual, name, value)
+        assert_same()
+    runs: list[int] = []
+    first = ours.transformer.resblocks[0]
+    hook = first.register_forward_pre_hook(lambda *_: runs.append(1))
+    ours.set_grad_checkpointing(True)
+    ours.encode_text(tokens).sum().backward()
+    assert len(runs) == 2
+    hook.remove()
+    ours.set_grad_checkpointing(False)
+
+    class Louder(nn.MultiheadAttention):
+        def forward(self, *inputs: Any, **named: Any) -> tuple[Tensor, None]:
+            return 2 * super().forward(*inputs, **named)[0], None
+
+    plain = ours.encode_text(tokens)
+    first.attn.__class__ = Louder
+    assert not torch.allclose(ours.encode_text(tokens), plain)
+
+
+def test_a_traced_text_tower_takes_any_number_of_texts() -> None:
+    ours, _ = models("none")
+    _, tokens = small_batch()
+    exported = torch.export.export(
+        TextTower(ours),
+        (tokens[:4],),
+        dynamic_shapes=({0: torch.export.Dim("texts", min=2, max=4096)},),
+    )
+    torch.testing.assert_close(exported.module()(tokens[:3]), TextTower(ours)(tokens[:3]))
+
+
+class TextTower(nn.Module):
+    """The texts' encoder of a CLIP, without trimming, whose length depends on the texts."""
+
+    def __init__(self, model: CLIP) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model._encode_trimmed_text(tokens)

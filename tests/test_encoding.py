@@ -144,7 +144,7 @@ def test_recomputed_chunks_drop_the_same_patches() -> None:
 
 
 def test_chunks_keep_the_activations_of_one_and_work_without_gradients() -> None:
-    """Of the last one, with which the backward pass begins."""
+    """Of the last texts, with which the backward pass begins."""
     model = build_encoders(small_config())
     images, tokens = small_batch()
     weights = {one.untyped_storage().data_ptr() for one in model.parameters()}

@@ -81,9 +81,8 @@ class BlocksOfATower(Transformer):
             ``[n, l, width]``, or ``[n, width]`` with ``pooled``.
         """
         if pooled is None:
-            for block in self.resblocks:
-                x = block(x, attn_mask=attn_mask)
-            return x
+            everything: Tensor = super().forward(x, attn_mask=attn_mask)
+            return everything
         *first, last = self.resblocks
         is_causal = attn_mask is not None
         for block in first:
@@ -96,7 +95,13 @@ class VisionTower(VisionTransformer):
     """open_clip's image tower, whose last block computes the class token alone."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return features, ``[n, embed_dim]``, of normalised pixels, ``[n, 3, size, size]``."""
+        """Return features, ``[n, embed_dim]``, of normalised pixels, ``[n, 3, size, size]``.
+
+        A user who has set another pooling, or wants the tokens too, gets open_clip's computation.
+        """
+        early = self.proj is not None and self.pool_type == "tok" and self.attn_pool is None
+        if not early or self.output_tokens or self.final_ln_after_pool:
+            return super().forward(x)
         return pooled_tokens(self.transformer, self.ln_post, self._embeds(x), 0) @ self.proj
 
 
@@ -108,17 +113,30 @@ def pooled_tokens(
     attn_mask: Tensor | None = None,
 ) -> Tensor:
     """Run the blocks and the norm behind them: ``[n, l, width]`` → one token of each sample."""
-    if x.device.type == "cpu" and x.numel() < SMALL:
+    if not _pools_early(transformer, x):
         return pick(norm(transformer(x, attn_mask=attn_mask)), pooled)
     normed: Tensor = norm(transformer(x, attn_mask=attn_mask, pooled=pooled))
     return normed
+
+
+def _pools_early(transformer: nn.Module, x: Tensor) -> bool:
+    """Say whether the last block may compute one token a sample, and whether that pays.
+
+    Blocks that are recomputed, or whose attention somebody has replaced, run as open_clip's own.
+    """
+    if not isinstance(transformer, BlocksOfATower) or transformer.grad_checkpointing:
+        return False
+    if any(type(block.attn) is not nn.MultiheadAttention for block in transformer.resblocks):
+        return False
+    # a graph for any size of batch can't ask for the size
+    return torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() >= SMALL
 
 
 def pick(x: Tensor, positions: Positions) -> Tensor:
     """Take one token of each sample: ``[n, l, width]`` → ``[n, width]``."""
     if isinstance(positions, int):
         return x[:, positions]
-    return x[torch.arange(len(x), device=x.device), positions]
+    return x[torch.arange(x.shape[0], device=x.device), positions]
 
 
 OURS: dict[type[nn.Module], type[nn.Module]] = {

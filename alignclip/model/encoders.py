@@ -104,7 +104,7 @@ class CLIP(open_clip.CLIP):
             images: [n, 3, image_size, image_size], normalised pixels.
             tokens: [n, l] token ids.
             chunk_size: with more than 0, so many samples are encoded at a time, and all but the
-                last chunk again in the backward pass, so that memory grows with the chunk while
+                last texts again in the backward pass, so that memory grows with the chunk while
                 features and gradients are those of the whole batch.
 
         Returns:
@@ -115,7 +115,10 @@ class CLIP(open_clip.CLIP):
             _normalize(_in_chunks(_named(IMAGE_ENCODER, self.encode_image), images, chunk_size)),
             _normalize(
                 _in_chunks(
-                    _named(TEXT_ENCODER, self._encode_trimmed_text), self._trim(tokens), chunk_size
+                    _named(TEXT_ENCODER, self._encode_trimmed_text),
+                    self._trim(tokens),
+                    chunk_size,
+                    keeps_last=True,
                 )
             ),
         )
@@ -209,18 +212,26 @@ def _named(name: str, encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], 
     return named
 
 
-def _in_chunks(encode: Callable[[Tensor], Tensor], inputs: Tensor, chunk_size: int) -> Tensor:
+def _in_chunks(
+    encode: Callable[[Tensor], Tensor], inputs: Tensor, chunk_size: int, keeps_last: bool = False
+) -> Tensor:
     """Encode a chunk at a time if ``chunk_size`` > 0, and again in the backward pass.
 
-    The backward pass begins with the last chunk, so that one is kept and not encoded again.
+    Args:
+        encode: inputs → features, a row a sample.
+        inputs: of the whole batch.
+        chunk_size: samples of a chunk.
+        keeps_last: whether to keep the activations of the last chunk rather than encode it again.
+            The backward pass begins with the last texts, so that no other activations are there.
     """
-    *first, last = inputs.split(chunk_size) if chunk_size > 0 else [inputs]
-    if not first:
-        return encode(last)
+    if chunk_size <= 0 or not torch.is_grad_enabled():
+        chunks = inputs.split(chunk_size) if chunk_size > 0 else [inputs]
+        return torch.cat([encode(chunk) for chunk in chunks]) if len(chunks) > 1 else encode(inputs)
     # the random state is restored for the second run, so patch dropout draws the same patches
     recomputed = partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=True)
-    of_first = [(recomputed if torch.is_grad_enabled() else encode)(chunk) for chunk in first]
-    return torch.cat([*of_first, encode(last)])
+    *first, last = inputs.split(chunk_size)
+    features = [recomputed(chunk) for chunk in first]
+    return torch.cat([*features, (encode if keeps_last else recomputed)(last)])
 
 
 def _normalize(features: Tensor) -> Tensor:

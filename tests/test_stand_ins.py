@@ -214,6 +214,7 @@ def test_what_a_run_does_use_is_real(tmp_path: Path) -> None:
         "loggers.FileLogger.filename=log.txt",
         "algorithms.EMA.half_life=2ba",
         "callbacks={own.Mine: {}}",
+        "compile_config.backend=eager",
     )
     imported = fresh(tmp_path, code, *STEP, "save_folder=runs", *loggers)
     assert {"torchmetrics", "transformers", "wandb", "composer.metrics"} <= {*imported}
@@ -250,14 +251,18 @@ def test_other_commands_import_nothing_that_they_never_call(use: str) -> None:
     imported = fresh(ROOT, code)
     assert "torch" in imported
     assert HEAVY.isdisjoint(imported)
+    assert {"torch._dynamo", "sympy"}.isdisjoint(imported)
 
 
 @pytest.mark.slow
-def test_open_clip_is_whole_for_others() -> None:
-    """What open_clip has of transformers, once a person's code uses it."""
+def test_other_packages_are_whole_for_others() -> None:
+    """What open_clip, torch and torchvision have, once a person's code uses it."""
     code = """
-        import json, alignclip
+        import json, sys, alignclip
         alignclip.load
+        assert "open_clip" in sys.modules
+        import torch
+        assert not {"torch._dynamo", "_dynamo"} & {*sys.modules, *vars(torch)}
         import transformers, open_clip
         from open_clip.coca_model import CoCa
         from open_clip.hf_model import HFTextEncoder
@@ -266,6 +271,14 @@ def test_open_clip_is_whole_for_others() -> None:
         assert open_clip.model.HFTextEncoder.forward is HFTextEncoder.forward
         model = open_clip.create_model("coca_ViT-B-32", device="meta")
         assert isinstance(model, open_clip.CoCa) and type(model) is CoCa
+        from torchvision import ops, tv_tensors
+        from torchvision.transforms.v2 import functional
+        assert torch._dynamo.config.optimize_ddp and vars(torch)["_dynamo"]
+        assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)) == 2
+        image = tv_tensors.Image(torch.zeros(3, 4, 4))
+        assert isinstance(functional.resize(image, [2, 2]), tv_tensors.Image)
+        box = torch.tensor([[0.0, 0, 0, 4, 4]])
+        assert ops.roi_align(torch.rand(1, 1, 8, 8), box, 2).shape == (1, 1, 2, 2)
         print(json.dumps(1))
     """
     assert fresh(ROOT, code) == 1

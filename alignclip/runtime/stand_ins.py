@@ -41,6 +41,12 @@ STAND_INS: dict[str, tuple[str, ...]] = {
     # open_clip, for models that need transformers
     "open_clip.coca_model": ("CoCa",),
     "open_clip.hf_model": ("HFTextEncoder",),
+    # Composer, torch.distributed, torchvision and torch.utils.checkpoint, for torch.compile. A run
+    # has it in the end: torch's optimizers import it.
+    "torch._dynamo": ("OptimizedModule",),
+    "torch._dynamo.external_utils": ("is_compiling",),
+    "torch._dynamo.utils": ("is_compile_supported",),
+    "torch._functorch._aot_autograd.functional_utils": ("is_fun",),
     # torch._functorch, for graphs that torch.compile cuts
     "networkx": ("DiGraph",),
     # timm, for functions that it offers
@@ -129,6 +135,9 @@ class StandIn(ModuleType):
         if name.startswith("__") and name != "__version__":  # the import system and inspect ask
             raise AttributeError(name)
         stands_in = sys.modules.get(self.__name__) is self
+        if stands_in and (self.__name__, name) == ("torch._dynamo", "disable"):
+            # torchvision decorates by it; this does the same at the first call
+            return sys.modules["torch"]._disable_dynamo
         if stands_in and name in STAND_INS.get(self.__name__, ()):
             return Promise(self.__name__, name)
         return getattr(_import(self.__name__), name)
@@ -180,6 +189,10 @@ class _Finder:
             self._made.remove(name)
             if isinstance(sys.modules.get(name), StandIn):
                 del sys.modules[name]
+            parent, _, child = name.rpartition(".")
+            # torch imports such a module by itself when the name is asked for
+            if hasattr(sys.modules.get(parent), "__getattr__"):
+                vars(sys.modules[parent]).pop(child, None)
 
 
 def _is_below(name: str, top: str) -> bool:

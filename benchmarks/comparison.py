@@ -14,6 +14,9 @@ from measuring import Figure, Record, json_text
 
 BASELINES = Path(__file__).parent / "baselines"
 FALL = 0.1  # the share by which a figure may get worse
+# A rate that is half of what it was fell, however much its runs differ: nothing falls by more than
+# all of it, and the runs may differ by more than that.
+MOST_NOISE = 0.5
 
 
 @dataclass
@@ -52,17 +55,21 @@ def compare(before: Record, now: Record) -> Comparison:
     found = Comparison()
     for name, old in before.figures.items():
         new = now.figures.get(name)
-        if new is None:
+        if new is None or new.unit != old.unit:
             found.missing.append(name)
         elif new.compared and old.compared and old.median:
             _sort_in(found, name, old, new)
-    found.new = [name for name in now.figures if name not in before.figures]
+    found.new = [
+        name
+        for name, new in now.figures.items()
+        if name not in before.figures or before.figures[name].unit != new.unit
+    ]
     return found
 
 
 def _sort_in(found: Comparison, name: str, old: Figure, new: Figure) -> None:
     """Add a figure to the list that it belongs to."""
-    worse, spread = worse_by(old, new), max(old.spread, new.spread)
+    worse, spread = worse_by(old, new), min(max(old.spread, new.spread), MOST_NOISE)
     much = f"{abs(worse):.0%} {'worse' if worse > 0 else 'better'}"
     line = f"{name}: {digits(old.median)} → {digits(new.median)} {new.unit} ({much})"
     if worse > FALL:

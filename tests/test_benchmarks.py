@@ -123,7 +123,13 @@ def time_of(median: float, spread: float = 0.0, better: Better = "lower") -> Fig
         ),
         # a fall that is larger than the noise is a fall
         (time_of(1.0), time_of(2.0, 0.25), Comparison(fell=["x: 1 → 2 s (100% worse)"])),
+        (
+            time_of(100, better="higher"),
+            time_of(5, spread=1.2, better="higher"),
+            Comparison(fell=["x: 100 → 5 s (95% worse)"]),
+        ),
         (time_of(1.0), time_of(0.8, spread=0.3), Comparison(same=1)),
+        (time_of(1.0), Figure(1000.0, "ms", "lower", 0.0), Comparison(missing=["x"], new=["x"])),
         (time_of(1.0), None, Comparison(missing=["x"])),
         (None, time_of(1.0), Comparison(new=["x"])),
         (time_of(1.0), replace(time_of(9.0), compared=False), Comparison()),

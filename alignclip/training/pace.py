@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+import warnings
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
@@ -48,6 +49,8 @@ class Pace(Callback):
     """
 
     def __init__(self, config: RunConfig, total: int) -> None:
+        # of a checkpoint that an earlier version wrote, there is nothing to go on with
+        warnings.filterwarnings("ignore", "Pace is not in the state_dict", UserWarning)
         self._config, self._total = config, total
         self.rates: list[float] = []
         self.mfus: list[float] = []

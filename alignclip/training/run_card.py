@@ -203,7 +203,7 @@ def make_card(folder: SaveFolder, state: State, of_batches: int, status: str) ->
             cpu=_cpu_name(),
         ),
         hours=_hours(pace),
-        speed=_speed(pace, state),
+        speed=_speed(pace, config, state),
         losses=_losses(folder),
         evaluations=_evaluations(folder),
         curves=history is not None and history.is_drawn,
@@ -249,9 +249,11 @@ def _hours(pace: Pace) -> Hours:
     return Hours(*(one / 3600 for one in seconds))
 
 
-def _speed(pace: Pace, state: State) -> Speed:
+def _speed(pace: Pace, config: RunConfig, state: State) -> Speed:
     spent, seen = pace.spent(), state.timestamp.sample.value
-    rate = statistics.median(pace.rates) if pace.rates else seen / spent.training
+    # of the measured batches: an earlier version's starts left no clocks
+    whole = spent.batches * config.global_train_batch_size / spent.training
+    rate = statistics.median(pace.rates) if pace.rates else whole
     return Speed(seen, rate, statistics.median(pace.mfus) if pace.mfus else None)
 
 

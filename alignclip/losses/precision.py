@@ -26,30 +26,24 @@ class _MatmulTransposed(torch.autograd.Function):
     """a @ b.T; the backward pass runs outside of the forward's contexts, so it sets its own."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(a, b)
         with full_precision(a.device.type):
-            return a.to(dtype) @ b.to(dtype).T
+            return a @ b.T
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b = ctx.saved_tensors
         (grad,) = grads
         with full_precision(grad.device.type):
             return (
-                (grad @ b.to(grad.dtype)).to(a.dtype) if ctx.needs_input_grad[0] else None,
-                (grad.T @ a.to(grad.dtype)).to(b.dtype) if ctx.needs_input_grad[1] else None,
-                None,
+                grad @ b if ctx.needs_input_grad[0] else None,
+                grad.T @ a if ctx.needs_input_grad[1] else None,
             )
 
 
-def matmul_transposed(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Multiply ``[n, d]`` by the transpose of ``[m, d]`` in full precision: ``[n, m]``.
-
-    Args:
-        dtype: of the product and of its computation, where another one than that of ``a``. The
-            gradients have the types of ``a`` and ``b``, which alone are kept for them.
-    """
-    product = _MatmulTransposed.apply(a, b, dtype or a.dtype)
+def matmul_transposed(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply ``[n, d]`` by the transpose of ``[m, d]`` in full precision: ``[n, m]``."""
+    product = _MatmulTransposed.apply(a, b)
     assert isinstance(product, Tensor)
     return product

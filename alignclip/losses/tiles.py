@@ -20,14 +20,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil, isqrt
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from alignclip.losses.captions import CaptionFeatures
 from alignclip.losses.features import GlobalFeatures
+from alignclip.losses.known_gradients import with_gradients
 from alignclip.losses.sums import Sums
 from alignclip.ranks import gather
 
@@ -61,44 +60,19 @@ def tiled_cross_entropy(
     """
     own = (features.image, features.text, features.scale)
     needs = [torch.is_grad_enabled() and one.requires_grad for one in own]
-    leaves = (features.all_image, features.all_text, features.scale)
-    loss = _TiledCrossEntropy.apply(*leaves, features, pairs, captions, needs)
-    assert isinstance(loss, Tensor)
-    return loss
+    with torch.no_grad():
+        tiles = _Tiles(features, pairs, captions)
+        negatives = tiles.sum_negatives()
+        loss = tiles.loss(negatives)
+        if not any(needs):
+            return loss
+        gradients = tiles.gradients(negatives, needs)
+    # a rank's gradients are those of its tiles; the gather sums them over ranks
+    return with_gradients(loss, (features.all_image, features.all_text, features.scale), gradients)
 
 
 def _numbers_of_a_tile(features: GlobalFeatures) -> int:
     return CPU_TILE if features.image.device.type == "cpu" else GPU_TILE
-
-
-class _TiledCrossEntropy(torch.autograd.Function):
-    """The loss of this rank's rows, and the gradients by this rank's tiles.
-
-    The gather passes the gradients of features back to their ranks, which sum them.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        image: Tensor,
-        text: Tensor,
-        scale: Tensor,
-        features: GlobalFeatures,
-        pairs: list[Pair],
-        captions: CaptionFeatures | None,
-        needs: list[bool],
-    ) -> Tensor:
-        tiles = _Tiles(features, pairs, captions)
-        negatives = tiles.sum_negatives()
-        if any(needs):
-            ctx.save_for_backward(*tiles.gradients(negatives, needs))
-        return tiles.loss(negatives)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = (one if one is None else grad * one for one in ctx.saved_tensors)
-        return (*gradients, None, None, None, None)
 
 
 @dataclass(frozen=True)

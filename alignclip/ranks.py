@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -61,12 +62,49 @@ def true_on_any_rank(flags: Tensor) -> list[bool]:
     """Say which of the ``[n]`` flags are true on at least one rank.
 
     Args:
-        flags: on the device that the ranks communicate through.
+        flags: on the device that the ranks communicate through; or of the host, and then no rank
+            waits for a device.
     """
-    flags = flags.to(torch.int32)
+    return [bool(flag) for flag in largest_of_all_ranks(flags.to(torch.int32)).tolist()]
+
+
+def largest_of_all_ranks(values: Tensor) -> Tensor:
+    """Replace each of the ``[n]`` values by the largest of all ranks, where the values are."""
     if world_size() > 1:
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return [bool(flag) for flag in flags.tolist()]
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=_group_of(values))
+    return values
+
+
+def sum_over_ranks(values: list[float]) -> list[float]:
+    """Add up numbers of the hosts, each in fp64; no rank waits for a device."""
+    sums = torch.tensor(values, dtype=torch.float64)
+    if world_size() > 1:
+        dist.all_reduce(sums, group=_group_of(sums))
+    return sums.tolist()
+
+
+def _group_of(values: Tensor) -> dist.ProcessGroup | None:
+    """Return the group that tensors of this device travel in; None: the default group."""
+    through_devices = dist.get_backend() != dist.Backend.GLOO
+    return _hosts(dist.group.WORLD) if through_devices and values.device.type == "cpu" else None
+
+
+@cache
+def _hosts(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Make the group in which the hosts of all ranks talk, beside the devices' own.
+
+    Raises:
+        UserError: the hosts don't find one another.
+    """
+    try:
+        group = dist.new_group(backend=dist.Backend.GLOO)
+    except RuntimeError as error:
+        raise UserError(
+            f"the machines of this run can't talk to one another: {one_line(error)}; "
+            "GLOO_SOCKET_IFNAME names the network interface that they share"
+        ) from None
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def raise_on_all_ranks(error: Exception | None) -> None:

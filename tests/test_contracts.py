@@ -36,6 +36,20 @@ alignclip/training/composer_patches.py
     composer.Trainer: _rng_state
     composer.loggers.FileLogger: _is_newline _run_name _flush_queue file filename buffer_size
     torch._dynamo.config.optimize_ddp
+    torch.optim.Adam.step(self closure)
+    torch.optim.Adam: found_inf
+    torch.optim.SGD: found_inf
+alignclip/training/trainer.py
+    composer.Trainer._iter_dataloader(self trainer_mode)
+    composer.Trainer._train_batch(self use_grad_scaling)
+    composer.Trainer._train_microbatches(self microbatches total_loss_dict ddp_sync)
+    composer.Trainer._train_microbatch(self use_grad_scaling current_batch_size
+        is_final_microbatch)
+    composer.Trainer._accumulate_time_across_ranks(self num_samples num_tokens batch_time)
+    composer.Trainer._use_grad_scaling(self precision scaler)
+    composer.Trainer: _train_data_spec first_train_batch_complete
+    composer.core.engine.Engine.run_marker_only_event(self event)
+    composer.algorithms.sam.sam.SAMOptimizer.step(self closure)
 alignclip/training/saver.py
     composer.utils.checkpoint.glob_filter(exclude_globs)
     composer.core.State._get_integrations_state_dict(self)

@@ -19,15 +19,20 @@ import torch
 from composer import Trainer
 from composer.core import Callback, State
 from composer.loggers import Logger
+from composer.utils import get_device
 from models import refused
 from runs import PRETRAIN, jpeg, run, write_config
 from small_runs import SMALL, SmallRuns, logged
 from streaming import MDSWriter
 
 import alignclip
+from alignclip import ranks
 from alignclip.errors import NOT_FINITE, NotFiniteError, UserError
+from alignclip.model.optimization import build_optimizer
+from alignclip.training import build, composer_patches
 from alignclip.training.command import main
 from alignclip.training.resume import StartingPoint, check_loaded
+from alignclip.training.save_folder import SaveFolder
 
 pytestmark = pytest.mark.slow  # runs in process
 
@@ -107,7 +112,21 @@ def saved(tmp_path: Path) -> list[int]:
     return sorted(files)
 
 
+@pytest.fixture(params=["at once", "later"])
+def looked_at(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """When the host looks at a batch: at its end, or while the device trains the next one, as with
+    a GPU.
+    """
+    if request.param == "later":
+        monkeypatch.setattr(build, "can_check_later", lambda *_: True)
+        monkeypatch.setattr(
+            build, "build_optimizer", lambda config, model, _: build_optimizer(config, model, True)
+        )
+    return str(request.param)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.usefixtures("looked_at")
 def test_an_embedding_that_is_not_finite_ends_the_run(tmp_path: Path, value: float) -> None:
     runs = runs_on(tmp_path, bad(value, 20, 22))  # in the second batch of 16
     said = end_of(runs, "save_num_checkpoints_to_keep=2")
@@ -125,9 +144,10 @@ def test_an_embedding_that_is_not_finite_ends_the_run(tmp_path: Path, value: flo
     assert saved(tmp_path) == [1]
 
 
-@pytest.mark.parametrize("batch", [0, 2, 4])
+@pytest.mark.parametrize("batch", [0, 2, 3, 4])
+@pytest.mark.usefixtures("looked_at")
 def test_what_was_trained_before_is_saved(tmp_path: Path, batch: int) -> None:
-    """In the first batch, in the middle of an epoch and at its beginning.
+    """In the first batch, in the middle of an epoch, at its end and at the beginning of the next.
 
     Once mended, the run goes on the same.
     """
@@ -144,6 +164,7 @@ def test_what_was_trained_before_is_saved(tmp_path: Path, batch: int) -> None:
     assert logged(runs.train()) == whole[batch:]
 
 
+@pytest.mark.usefixtures("looked_at")
 def test_older_checkpoints_stay(tmp_path: Path) -> None:
     runs = runs_on(tmp_path, bad(math.nan, 50))  # in the fourth batch
     said = end_of(runs, "save_num_checkpoints_to_keep=1", "save_interval=2ba")
@@ -151,6 +172,7 @@ def test_older_checkpoints_stay(tmp_path: Path) -> None:
     assert saved(tmp_path) == [2, 3]
 
 
+@pytest.mark.usefixtures("looked_at")
 def test_embeddings_that_are_not_needed_are_not_looked_at(tmp_path: Path) -> None:
     runs_on(tmp_path, bad(math.nan, 20)).train("loss.beta=0", "max_duration=4ba")
     assert saved(tmp_path) == [1, 2, 3, 4]
@@ -190,6 +212,7 @@ GRADIENT = rf"not finite are the gradients of 1 of .*{C_FC}.*A lower optimizer\.
         (spoil_features, FIXED[0], "(?!.*text features).*sample 'k37' has image features not fin"),
     ],
 )
+@pytest.mark.usefixtures("looked_at")
 def test_what_is_not_finite_is_named(
     tmp_path: Path, action: Callable[[State], None], override: str, says: str
 ) -> None:
@@ -256,6 +279,36 @@ def test_two_ranks_end_at_the_same_batch(tmp_path: Path) -> None:
     assert len(set(lines)) == 1
     assert "sample 'k30' has a caption embedding" in lines[0]
     assert len(saved(tmp_path)) < 12
+
+
+def _looks_later(folder: Path, *overrides: str) -> str:
+    """What a run on several ranks ends with; the second rank's samples of batch 2 are bad."""
+    build.can_check_later = lambda *_: True
+    build.build_optimizer = lambda config, model, _: build_optimizer(config, model, True)
+    runs = SmallRuns(folder / str(ranks.rank()), folder / "set", folder / "runs", *FIXED)
+    config = runs.config(*overrides)
+    save_folder = SaveFolder(config)
+    ranks.run_on_rank_zero(save_folder.open)
+    trainer = build.build_trainer(config, get_device("cpu"), save_folder)
+    with pytest.raises(NotFiniteError) as error:
+        trainer.fit()
+    composer_patches.close(trainer)
+    return str(error.value)
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize(
+    "parallelism", ["ddp_sync_strategy=single_auto_sync", "parallelism_config.fsdp2={}"]
+)
+def test_two_ranks_look_later(tmp_path: Path, parallelism: str) -> None:
+    """The bad batch is the second of all: its step is skipped, on both ranks and on all parts."""
+    write_embeddings(tmp_path / "set", bad(math.nan, 28))
+    said = processes.run(2, _looks_later, tmp_path, parallelism)
+    assert said[0] == said[1]
+    assert "sample 'k28' has a caption embedding" in said[0]
+    trained = int(said[0].partition(": ")[0].removeprefix("batch ")) - 1
+    assert f"The run is saved up to batch {trained}" in said[0]
+    assert saved(tmp_path) == list(range(1, trained + 1))
 
 
 def test_weights_to_start_from_are_looked_at(tmp_path: Path) -> None:

@@ -193,6 +193,9 @@ class OptimizerConfig:
     eps: float = _amount(1e-6)
     weight_decay: float = _amount(0.1)
     layer_decay: Optional[float] = setting(None, above=0, at_most=1)  # null: one lr for all layers
+    # of torch's optimizers: one kernel for all parameters. null: on a GPU. On a CPU it is faster,
+    # too, and rounds differently
+    fused: Optional[bool] = None
 
 
 @dataclass
@@ -297,6 +300,9 @@ class RunConfig(StartConfig, TrainerConfig):
     """A pretraining run: model, data, optimization; the Trainer's arguments at the top level."""
 
     global_train_batch_size: int = _count(512)
+    # batches between two whose losses are read from the device and logged; the first and the last
+    # batch are, too. null: 10 on a GPU, which the host waits for, and 1 on a CPU
+    batch_log_interval: Optional[int] = setting(None, above=0)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=DataConfig)

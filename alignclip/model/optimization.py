@@ -17,8 +17,10 @@ from alignclip.config.schema import OptimizerConfig
 from alignclip.errors import UserError, nearest
 from alignclip.model.encoders import CLIP
 
+# of torch's optimizers, those with a kernel that steps all parameters at once
+FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 # of a parameter group; the rest are an optimizer's own counters, which belong to its state
-SETTINGS = ("initial_lr", "betas", "eps", "weight_decay")
+SETTINGS = ("initial_lr", "betas", "eps", "weight_decay", "fused")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -110,7 +112,9 @@ def decay_by_layer(
     return [split[key] for key in sorted(split)]
 
 
-def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: OptimizerConfig, model: nn.Module, is_on_gpu: bool = False
+) -> torch.optim.Optimizer:
     """Build the optimizer that ``config.opt`` names in timm, by layer if so configured.
 
     The first group has the full learning rate
@@ -143,6 +147,12 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
     elif config.betas != default.betas:
         takes = f"{info.num_betas} values" if info.has_betas else "none"
         raise UserError(f"optimizer.betas: {config.opt} takes {takes}, not {config.betas}")
+
+    can_fuse = info.opt_class in FUSED
+    if config.fused and not can_fuse:
+        raise UserError(f"optimizer.fused: {config.opt} has no fused kernel; leave it out")
+    if can_fuse and (is_on_gpu if config.fused is None else config.fused):
+        kwargs["fused"] = True
 
     groups = parameter_groups(model, config.weight_decay)
     if config.layer_decay is not None:
@@ -184,6 +194,10 @@ def restore_settings(
     before = float(optimizer.param_groups[0]["lr"])
     for group, configured in zip(optimizer.param_groups, settings, strict=True):
         group.update(configured)
+        for parameter in group["params"] if group.get("fused") else ():
+            state = optimizer.state.get(parameter, {})
+            if "step" in state:  # a fused kernel counts on the device, the others on the host
+                state["step"] = state["step"].to(parameter.device, torch.float32)
     scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
     rates = [
         base * of(scheduler.last_epoch)

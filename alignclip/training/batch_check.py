@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
-from composer.core import Callback, Precision, State
+from composer.core import Precision, State, Timestamp
 from composer.loggers import Logger
 from torch import Tensor
 
 from alignclip.data.dataset import ImageTextDataset
 from alignclip.errors import NotFiniteError, few
-from alignclip.ranks import gather, gather_objects, true_on_any_rank
+from alignclip.ranks import gather, gather_objects, largest_of_all_ranks
+from alignclip.training import composer_patches
+from alignclip.training.callbacks import SettlingCallback
 from alignclip.training.saver import CheckpointSaver
 from alignclip.weights.finite import local_part, not_finite, short_name
 
@@ -29,23 +34,33 @@ OF_SAMPLES = {
 Names = dict[str, list[str]]
 
 
-class FiniteCheck(Callback):
+class FiniteCheck(SettlingCallback):
     """Ends a run, on all ranks at the same batch, whose loss, gradients or weights are not finite.
 
     Loss and gradients are checked before the optimizer's step: the weights are still those of the
-    batch before, and are saved with what was trained since the last checkpoint. (The Trainer reads
-    the loss before the step as well, so the check adds no wait for the device.) The weights are
+    batch before, and are saved with what was trained since the last checkpoint. The weights are
     checked after the step. This must be the first callback: no checkpoint, no evaluation and no
     rotation then sees the batch.
+
+    With ``later`` the host doesn't wait for the device. The device itself skips the step of a batch
+    that is not finite, so that the weights stay those of the batch before. The host looks at the
+    batch while the device trains the next one, and before anything is saved or evaluated. Then the
+    host turns the run's clock back to before the batch, saves, and ends the run.
 
     Gradients are checked before they are clipped, because clipping by the norm spreads one NaN to
     all of them. Under fp16 the Trainer's scaler skips a batch whose gradients overflow; such a
     batch ends the run only when the scale has fallen below :data:`HOPELESS_SCALE`.
+
+    Args:
+        dataset: that the run trains on.
+        later: whether the host looks at a batch while the device trains the next one. The optimizer
+            must be one of torch's fused ones, and no algorithm may act between two batches.
     """
 
-    def __init__(self, dataset: ImageTextDataset) -> None:
-        self._dataset = dataset
+    def __init__(self, dataset: ImageTextDataset, later: bool = False) -> None:
+        self._dataset, self._later = dataset, later
         self._largest: dict[str, Tensor] = {}
+        self._batch: _Batch | None = None  # the last one, unless it was looked at
 
     def after_backward(self, state: State, logger: Logger) -> None:
         """Keep the largest magnitude of each gradient, on the device."""
@@ -66,20 +81,18 @@ class FiniteCheck(Callback):
         Raises:
             NotFiniteError: on every rank; the batches before are saved.
         """
-        assert isinstance(state.loss, dict)
-        losses = torch.stack([loss.detach().float().mean() for loss in state.loss.values()])
-        gradients = torch.stack(list(self._largest.values()) or [torch.zeros(())])
-        flags = [~losses.isfinite().all(), ~gradients.isfinite().all()]
-        bad_loss, bad_gradients = _on_any_rank(state, flags)
-        if bad_gradients and not bad_loss and state.precision == Precision.AMP_FP16:
-            assert state.scaler is not None
-            bad_gradients = state.scaler.get_scale() < HOPELESS_SCALE
-        if bad_loss or bad_gradients:
-            means = gather(losses).mean(dim=0).tolist()
-            terms = dict(zip(state.loss, means, strict=True)) if bad_loss else {}
-            names = _of_all_ranks(self._names_before_step(state))
-            saved = self._save(state, logger)
-            raise NotFiniteError(_describe(state, terms, names, saved))
+        self.settle(state, logger)  # the batch before
+        batch = _Batch.of(state, self._largest)
+        gradients = torch.stack(list(batch.gradients.values()) or [torch.zeros(())])
+        bad = [~batch.losses.isfinite().all(), ~gradients.isfinite().all()]
+        flags = largest_of_all_ranks(torch.stack([_on_device(state, one) for one in bad]))
+        batch.before_step = Arriving(flags)
+        if self._later:
+            (optimizer,) = state.optimizers
+            composer_patches.skip_step(optimizer, flags.amax())
+        else:
+            self._look_before_step(batch, state, logger)
+        self._batch = batch
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Check the weights.
@@ -87,13 +100,59 @@ class FiniteCheck(Callback):
         Raises:
             NotFiniteError: on every rank.
         """
+        assert self._batch is not None
         weights = [local_part(p.detach()) for p in state.model.parameters() if p.requires_grad]
         weights = [weight for weight in weights if weight.numel()]
         largest = torch.nn.utils.get_total_norm(weights, torch.inf) if weights else torch.zeros(())
-        if _on_any_rank(state, [~largest.isfinite()])[0]:
+        flag = _on_device(state, ~largest.isfinite())[None]
+        self._batch.after_step = Arriving(largest_of_all_ranks(flag))
+        # the next epoch moves the loader on, and the clock isn't turned back over that
+        is_last = state.timestamp.batch_in_epoch == state.dataloader_len
+        if is_last or not self._later:
+            self.settle(state, logger)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Look at the last batch.
+
+        Raises:
+            NotFiniteError: on every rank.
+        """
+        self.settle(state, logger)
+
+    def settle(self, state: State, logger: Logger) -> None:
+        """Look at the last batch, unless that was done; on every rank.
+
+        Raises:
+            NotFiniteError: on every rank.
+        """
+        batch, self._batch = self._batch, None
+        if batch is None:
+            return
+        if self._later:
+            self._look_before_step(batch, state, logger)
+        if batch.after_step is not None and batch.after_step.values()[0]:
             names = [short_name(name) for name in not_finite(dict(state.model.named_parameters()))]
             found = _of_all_ranks({"weights": names})
             raise NotFiniteError(_describe(state, {}, found, None))
+
+    def _look_before_step(self, batch: _Batch, state: State, logger: Logger) -> None:
+        """End the run where the loss or the gradients are not finite.
+
+        Raises:
+            NotFiniteError: on every rank.
+        """
+        assert batch.before_step is not None
+        bad_loss, bad_gradients = batch.before_step.values()
+        if bad_gradients and not bad_loss and state.precision == Precision.AMP_FP16:
+            assert state.scaler is not None
+            bad_gradients = state.scaler.get_scale() < HOPELESS_SCALE
+        if bad_loss or bad_gradients:
+            means = gather(batch.losses).mean(dim=0).tolist()
+            terms = dict(zip(batch.terms, means, strict=True)) if bad_loss else {}
+            names = _of_all_ranks(self._names_before_step(batch))
+            batch.turn_back(state)
+            saved = self._save(state, logger)
+            raise NotFiniteError(_describe(state, terms, names, saved))
 
     def _save(self, state: State, logger: Logger) -> int | None:
         """Save what was trained before this batch; on every rank.
@@ -112,24 +171,96 @@ class FiniteCheck(Callback):
             return batch.value
         return None
 
-    def _names_before_step(self, state: State) -> Names:
+    def _names_before_step(self, batch: _Batch) -> Names:
         """Name the gradients and samples of this rank's batch that are not finite."""
-        found = {"gradients": [short_name(n) for n, x in self._largest.items() if not x.isfinite()]}
-        batch, (image, text, _) = state.batch, state.outputs
-        values = {"semantic": batch.get("semantic"), "image": image, "text": text}
-        for kind, rows in values.items():
-            if rows is None:
-                continue
+        largest = batch.gradients.items()
+        found = {"gradients": [short_name(name) for name, x in largest if not x.isfinite()]}
+        for kind, rows in batch.rows.items():
             bad = ~rows.isfinite().all(dim=1)
             # features of all samples: the weights are at fault, not the samples
             if kind == "semantic" or not bad.all():
-                found[kind] = [self._dataset.key_of(i) for i in batch["sample"][bad].tolist()]
+                samples = batch.samples[bad.to(batch.samples.device)].tolist()
+                found[kind] = [self._dataset.key_of(i) for i in samples]
         return found
 
 
-def _on_any_rank(state: State, flags: list[Tensor]) -> list[bool]:
-    device = state.device.tensor_to_device
-    return true_on_any_rank(torch.stack([device(flag) for flag in flags]))
+@dataclass
+class _Batch:
+    """A batch whose gradients are computed, with what is needed to name what is not finite.
+
+    Attributes:
+        time: the run's clock before the batch; the schedulers and the rates likewise.
+        losses: of this rank, by ``terms``.
+        gradients: the largest magnitude of each.
+        rows: by the keys of :data:`OF_SAMPLES`, of this rank.
+        samples: ids of this rank's samples.
+        before_step: whether the loss, and whether a gradient, is not finite on any rank.
+        after_step: whether a weight is not finite on any rank.
+    """
+
+    time: Timestamp
+    schedulers: list[dict[str, Any]]
+    rates: list[float]
+    terms: list[str]
+    losses: Tensor
+    gradients: dict[str, Tensor]
+    rows: dict[str, Tensor]
+    samples: Tensor
+    before_step: Arriving | None = field(default=None)
+    after_step: Arriving | None = field(default=None)
+
+    @staticmethod
+    def of(state: State, gradients: dict[str, Tensor]) -> _Batch:
+        """Note the batch that the Trainer is at."""
+        assert isinstance(state.loss, dict)
+        image, text, _ = state.outputs
+        rows = {"semantic": state.batch.get("semantic"), "image": image, "text": text}
+        return _Batch(
+            time=state.timestamp,
+            schedulers=[scheduler.state_dict() for scheduler in state.schedulers],
+            rates=[group["lr"] for group in state.optimizers[0].param_groups],
+            terms=list(state.loss),
+            losses=torch.stack([loss.detach().float().mean() for loss in state.loss.values()]),
+            gradients=gradients,
+            rows={kind: one.detach() for kind, one in rows.items() if one is not None},
+            samples=state.batch["sample"],
+        )
+
+    def turn_back(self, state: State) -> None:
+        """Have the run be where it was before the batch, whose step was skipped."""
+        state.timestamp = self.time
+        for scheduler, before in zip(state.schedulers, self.schedulers, strict=True):
+            scheduler.load_state_dict(before)
+        (optimizer,) = state.optimizers
+        for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate
+        composer_patches.skip_step(optimizer, None)
+
+
+class Arriving:
+    """Flags on their way from the device; the host waits for them only when it asks.
+
+    Args:
+        flags: on the device; more than 0 is true.
+    """
+
+    def __init__(self, flags: Tensor) -> None:
+        self._flags = flags.to("cpu", non_blocking=True)  # from a GPU into pinned memory
+        self._arrival: torch.cuda.Event | None = None
+        if flags.device.type == "cuda":
+            self._arrival = torch.cuda.Event()
+            self._arrival.record()
+
+    def values(self) -> list[bool]:
+        """Return the flags."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return [flag > 0 for flag in self._flags.tolist()]
+
+
+def _on_device(state: State, flag: Tensor) -> Tensor:
+    """Return a flag as 0 or 1, where the ranks compare flags."""
+    return state.device.tensor_to_device(flag.float())
 
 
 def _of_all_ranks(mine: Names) -> Names:

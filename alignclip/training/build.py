@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from composer import Trainer
 from composer.core import Callback, DataSpec, Precision, Time, TimeUnit
 from composer.devices import Device
 from composer.loggers import LoggerDestination
@@ -49,11 +48,14 @@ from alignclip.training.saver import CheckpointSaver
 from alignclip.training.speed import SpeedMonitor
 from alignclip.training.starting_weights import load_starting_weights
 from alignclip.training.trackers import with_wandb_id
+from alignclip.training.trainer import LoggedBatches, Trainer
 from alignclip.training.trainer_arguments import (
     console_interval,
     show_progress,
     trainer_arguments,
 )
+
+LOG_INTERVAL = 10  # batches, on a device that the host waits for when it reads a loss
 
 
 def build_trainer(
@@ -79,12 +81,14 @@ def build_trainer_from(
     model = build_model(config, device)
     load_starting_weights(config, model.encoders, folder, start)
     model.count_flops()
-    optimizer = build_optimizer(config.optimizer, model.encoders)
+    optimizer = build_optimizer(config.optimizer, model.encoders, device.name == "gpu")
     # right after the step, so that EMA and the checkpoint see the clamped value
     optimizer.register_step_post_hook(lambda *_: clamp_logit_scale_(model.encoders))
     scheduler = build_scheduler(config, optimizer, batches_an_epoch(config, loader))
     settings = group_settings(optimizer)
+    logged = logged_batches(config, device, total_batches(config, loader))
     trainer = Trainer(
+        logged,
         model=model,
         train_dataloader=DataSpec(loader),
         optimizers=optimizer,
@@ -92,8 +96,10 @@ def build_trainer_from(
         step_schedulers_every_batch=True,
         algorithms=plugins.instances(config, "algorithms"),
         callbacks=[
-            FiniteCheck(loader.dataset),  # first: the others see finite numbers only
+            # first: the others see finite numbers only
+            FiniteCheck(loader.dataset, later=can_check_later(config, device, optimizer)),
             *callbacks,
+            TrainingMonitor(logged),
             *build_callbacks(config),
             # behind the callbacks whose work they measure and save
             *([EvaluationCallback(config, model.encoders, folder)] if config.evaluators else []),
@@ -204,6 +210,31 @@ def total_batches(config: RunConfig, loader: Any) -> int:
     return in_batches(config.max_duration, batches_an_epoch(config, loader))
 
 
+def can_check_later(config: RunConfig, device: Device, optimizer: Optimizer) -> bool:
+    """Say whether the host may look at a batch's numbers while the device trains the next one.
+
+    The device has to skip the step of a batch that is not finite, which fused optimizers can. fp16
+    has a scaler for that, whose scale the host reads. An algorithm that acts between two batches
+    (EMA) has to know about the first one.
+    """
+    return (
+        device.name == "gpu"
+        and config.precision != Precision.AMP_FP16.value
+        and all(group.get("fused") for group in optimizer.param_groups)
+        and config.algorithms.keys() <= {"GradientClipping"}
+    )
+
+
+def logged_batches(config: RunConfig, device: Device, total: int) -> LoggedBatches:
+    """Return the batches whose losses are logged: all of them where reading them costs nothing.
+
+    Args:
+        total: batches of the whole run.
+    """
+    interval = 1 if device.name == "cpu" else LOG_INTERVAL
+    return LoggedBatches(config.batch_log_interval or interval, total)
+
+
 def in_batches(duration: str, batches_per_epoch: int) -> int:
     """Convert a duration in epochs or batches to a number of batches."""
     time = Time.from_input(duration, TimeUnit.BATCH)
@@ -212,7 +243,7 @@ def in_batches(duration: str, batches_per_epoch: int) -> int:
 
 def build_callbacks(config: RunConfig) -> list[Callback]:
     """Build the YAML's callbacks, and those that every run has."""
-    callbacks: list[Callback] = [TrainingMonitor(), *plugins.instances(config, "callbacks")]
+    callbacks: list[Callback] = plugins.instances(config, "callbacks")
     if not any(isinstance(c, SpeedMonitor) for c in callbacks):
         callbacks.append(SpeedMonitor(window_size=10))
     if config.parallelism_config.fsdp2 is not None and config.model.encode_chunk_size:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections import deque
 from multiprocessing import resource_tracker
 from types import FrameType
 
@@ -15,14 +16,38 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 
 from alignclip.ranks import true_on_any_rank
+from alignclip.training.trainer import EVERY_BATCH, LoggedBatches
+
+
+class SettlingCallback(Callback):
+    """A callback that looks at a batch later than at its end, and so never waits for the device."""
+
+    def settle(self, state: State, logger: Logger) -> None:
+        """Look at everything that was put off; on every rank."""
+        raise NotImplementedError
+
+
+def settle(state: State, logger: Logger) -> None:
+    """Have everything looked at that was put off; before the last batch is relied on.
+
+    Call this on every rank.
+    """
+    for callback in state.callbacks:
+        if isinstance(callback, SettlingCallback):
+            callback.settle(state, logger)
 
 
 class TrainingMonitor(Callback):
     """Logs ``lr``, ``logit_scale`` and ``time/data_wait_fraction``.
 
-    The scale is exponentiated, as open_clip logs it. The last is the share of wall-clock time that
-    this rank waited for its next batch, since the last step logged. The loss terms are logged by
-    the Trainer (``loss/train/…``), samples/s by Composer's SpeedMonitor.
+    The scale is exponentiated, as open_clip logs it, and logged with the losses. The last is the
+    share of wall-clock time that this rank waited for its next batch, since the last step logged. A
+    GPU waits only when it has nothing left to do, so there the GPU's own clock counts, and tells a
+    batch later. The loss terms are logged by the Trainer (``loss/train/…``), samples/s by the
+    SpeedMonitor.
+
+    Args:
+        logged: the batches whose losses are logged.
 
     Attributes:
         batches: trained in this start.
@@ -30,19 +55,27 @@ class TrainingMonitor(Callback):
         waited: seconds of these, for data.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, logged: LoggedBatches = EVERY_BATCH) -> None:
         self.batches, self.seconds, self.waited = 0, 0.0, 0.0
+        self._logged = logged
         self._asked = 0.0
         self._waited = 0.0
+        self._gap: DeviceGap | None = None  # that the device has now
+        self._gaps: deque[DeviceGap] = deque()  # whose length is not known so far
         self._last_end: float | None = None
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         """Note when the Trainer asks for a batch."""
         self._asked = time.perf_counter()
+        if state.device.name == "gpu":
+            self._gap = DeviceGap()
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
         """Note how long the Trainer waited for the batch."""
         self._waited = time.perf_counter() - self._asked
+        if self._gap is not None:
+            self._gap.end()
+            self._gaps.append(self._gap)
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Log the learning rate that the step uses."""
@@ -50,14 +83,41 @@ class TrainingMonitor(Callback):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Log the scale and the share of waiting."""
-        logger.log_metrics({"logit_scale": float(state.outputs[2])})
+        if self._logged.has(state.timestamp.batch.value):
+            logger.log_metrics({"logit_scale": float(state.outputs[2])})
         now = time.perf_counter()
+        if self._gap is not None:
+            self._waited = self._ended_gaps()
         self.batches += 1
         self.seconds += now - self._asked
         self.waited += self._waited
         if self._last_end is not None:
             logger.log_metrics({"time/data_wait_fraction": self._waited / (now - self._last_end)})
         self._last_end = now
+
+    def _ended_gaps(self) -> float:
+        """Add up the gaps, in seconds, that have become known since the last batch."""
+        seconds = 0.0
+        while self._gaps and (gap := self._gaps[0].seconds()) is not None:
+            self._gaps.popleft()
+            seconds += gap
+        return seconds
+
+
+class DeviceGap:
+    """The time for which a GPU has nothing to do, from now until :meth:`end`."""
+
+    def __init__(self) -> None:
+        self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._begin.record()  # when the GPU has done what it was told to do so far
+
+    def end(self) -> None:
+        """Tell the GPU that work comes now."""
+        self._end.record()
+
+    def seconds(self) -> float | None:
+        """Return the gap's length; None while the GPU hasn't come to its end."""
+        return self._begin.elapsed_time(self._end) / 1000 if self._end.query() else None
 
 
 class StopOnSignal(Callback):
@@ -96,7 +156,7 @@ class StopOnSignal(Callback):
     def requested(self, state: State) -> bool:
         """Say whether any rank was told to stop; call this on every rank."""
         received = self._received or bool(self._signals & signal.sigpending())
-        return true_on_any_rank(state.device.tensor_to_device(torch.tensor([received])))[0]
+        return true_on_any_rank(torch.tensor([received]))[0]  # the hosts ask one another
 
     def post_close(self) -> None:
         """Ignore signals: all is saved, and the launcher signals when the first rank exits."""

@@ -19,8 +19,10 @@ from composer.core import Callback, State
 from composer.core.engine import Engine
 from composer.loggers import Logger
 from composer.utils import checkpoint, collect_env, reproducibility
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
+from torch.optim import Optimizer
 
 from alignclip.ranks import world_size
 from alignclip.storage import expect_plain_s3
@@ -117,6 +119,14 @@ def open_for_appending(logger: loggers.FileLogger, run_name: str) -> int:
 
 
 # --- torch ----------------------------------------------------------------------------------------
+
+
+def skip_step(optimizer: Optimizer, flag: Tensor | None) -> None:
+    """Have a fused optimizer skip its steps where a flag on the device is 1; None: no steps.
+
+    torch's GradScaler tells a fused optimizer the same way: the host needs not know the flag.
+    """
+    optimizer.found_inf = flag  # type: ignore[attr-defined]
 
 
 class ReshardAfterBackward(Callback):

@@ -51,6 +51,7 @@ class History(LoggerDestination):
         self._file = RecordFile(self._store, HISTORY, complaint)
         self._every = max(1, total // POINTS)
         self._values: dict[str, float] = {}
+        self._kept = 0  # the last batch that was written down, or trained by earlier starts
         self._lines: list[RecordLine] | None = None  # as long as the training goes on
         self._uploaded: Time | None = None
         self.is_drawn = False
@@ -65,9 +66,10 @@ class History(LoggerDestination):
         self._values |= {k: float(v) for k, v in metrics.items() if k.startswith(LOSS) or k in KEPT}
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Write the batch down where it is one to keep."""
+        """Write the batch down where one is due; it is the next one whose losses are logged."""
         batch = state.timestamp.batch.value
-        if batch % self._every == 0 or batch == 1:
+        is_due = batch == 1 or batch // self._every > self._kept // self._every
+        if is_due and any(name.startswith(LOSS) for name in self._values):
             self._keep(batch)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
@@ -96,6 +98,7 @@ class History(LoggerDestination):
         self._file.reported(lambda: self._draw(state, lines))
 
     def _begin(self, batch: int) -> None:
+        self._kept = batch
         earlier = lines_in(self._store.read_text_optional(HISTORY) or "")
         lines: list[RecordLine] = [line for line in earlier if line["batch"] <= batch]
         lines.append({"batch": batch, "start": True})
@@ -107,6 +110,7 @@ class History(LoggerDestination):
         if not self._values or self._lines is None:
             return
         values, self._values = self._values, {}
+        self._kept = batch
         losses = {k.removeprefix(LOSS): v for k, v in values.items() if k.startswith(LOSS)}
         kept = {k: values[k] for k in KEPT if k in values}
         line = without_nan({"batch": batch, "losses": losses, **kept})

@@ -80,7 +80,7 @@ def training_step(
     torch.manual_seed(0)
     model = build_model(config, training_device("gpu" if work.is_cuda else "cpu"))
     model.to(work.device)
-    optimizer = build_optimizer(config.optimizer, model.encoders)
+    optimizer = build_optimizer(config.optimizer, model.encoders, work.is_cuda)
     inputs = batch_of(
         work, batch, config.model.vision_cfg.image_size, config.model.text_cfg.context_length
     )

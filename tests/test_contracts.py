@@ -100,6 +100,9 @@ alignclip/data/shard_cache.py
     streaming.base.format.base.reader.Reader.get_max_size(self)
     streaming.base.format.base.reader.Reader.evict(self)
     streaming.base.format.mds.reader.MDSReader.from_json(dirname split obj)
+    streaming.base.format.mds.reader.MDSReader.get_sample_data(self idx)
+    streaming.base.format.mds.reader.MDSReader.decode_sample(self data)
+    streaming.base.format.mds.encodings._get_coder(encoding)
     streaming.base.stream.Stream: _downloader safe_keep_zip validate_hash
     streaming.base.format.base.reader.JointReader: raw_data zip_data
 alignclip/conversion/mds_writer.py

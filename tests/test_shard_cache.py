@@ -8,15 +8,18 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from mds_sets import edit, pair_rows, shards_of, write_rows
 from streaming.base.compression import compress
+from streaming.base.format.mds import MDSReader
 
 from alignclip.config.schema import DataConfig, SetConfig, StreamConfig
 from alignclip.data.dataset import ImageTextDataset, build_dataloader
 from alignclip.data.mds_reader import decompress_to
-from alignclip.data.shard_cache import NOTE
-from alignclip.data.streams import check_streams
+from alignclip.data.shard_cache import NOTE, CachedShard
+from alignclip.data.streaming_patches import CachedDataset
+from alignclip.data.streams import cached_stream, check_streams
 from alignclip.errors import UserError
 from alignclip.evaluation.sets import OpenSets
 
@@ -76,6 +79,12 @@ def read(*streams: StreamConfig, epochs: int = 2, **settings: Any) -> ImageTextD
     finally:
         dataset._locals_shm.cleanup()  # or the next one has "another's" cache
     return dataset
+
+
+def read_nothing(stream: StreamConfig) -> CachedDataset:
+    """Open a set of any columns."""
+    one = cached_stream("s", stream, local=stream.local)
+    return CachedDataset(streams=[one], batch_size=1)
 
 
 @pytest.fixture(scope="module")
@@ -312,3 +321,35 @@ def test_the_threads_of_a_process_have_one_lock(tmp_path: Path) -> None:
         assert lock.is_locked
     other.join(10)
     assert not other.is_alive()
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_samples_are_read_as_streaming_reads_them(tmp_path: Path, columns: int) -> None:
+    rows: list[dict[str, Any]] = [
+        {
+            "key": f"{i}é" * i,
+            "image": bytes(range(i)),
+            "number": i - 2,
+            "fixed": np.full(3, i, np.float16),
+            "free": np.full((2, i + 1), i, np.float32),
+            "json": {"i": [i]},
+        }
+        for i in range(5)
+    ]
+    kinds = ["str", "bytes", "int32", "ndarray:float16:3", "ndarray", "json"]
+    encodings = dict(list(zip(rows[0], kinds, strict=True))[-6 // columns :])
+    written = [{name: row[name] for name in encodings} for row in rows]
+    dataset = read_nothing(only(write_rows(tmp_path / "mine", written, encodings)))
+    (shard,) = dataset.shards
+    assert isinstance(shard, CachedShard)
+    for i in range(len(rows)):
+        data = MDSReader.get_sample_data(shard, i)
+        assert shard.get_sample_data(i) == data
+        assert repr(shard[i]) == repr(MDSReader.decode_sample(shard, data))
+    with pytest.raises(IndexError):
+        shard.get_sample_data(5)
+    with pytest.raises(IndexError):
+        shard.get_sample_data(10**6)
+    Path(shard._place).unlink()
+    with pytest.raises(FileNotFoundError):
+        shard.get_sample_data(0)

@@ -92,6 +92,33 @@ def test_texts_have_open_clips_ids(clean: str) -> None:
     assert (ours == theirs).all()
 
 
+PIECES = [
+    "'s", "'S", "'ll", "'", "''ve", "<start_of_text>", "<END_OF_TEXT>", "<end_of_text", "&amp;",
+    "&", "Cat", "DOG", "42", "3rd", "e-mail", "...", "--", "http://x.y", "[PERSON]", "", " ",
+    "antidisestablishmentarianism", "\t", "\n", "\x1b[0m", "\x7f", "a_b",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [{}, {"additional_special_tokens": ["cat", "<x>"]}])
+def test_plain_texts_have_open_clips_ids(more: dict[str, list[str]]) -> None:
+    """Plain texts take a shorter way than others."""
+    rng = random.Random(13)
+    printable = [chr(c) for c in range(0x20, 0x7F)]
+    texts = ["".join(rng.choices(printable, k=rng.randint(0, 90))) for _ in range(1500)]
+    texts += [
+        rng.choice(["", " "]).join(rng.choices([*PIECES, *printable], k=rng.randint(1, 12)))
+        for _ in range(1500)
+    ]
+    ours, theirs = (
+        one(context_length=20, **more)
+        for one in (SimpleTokenizer, open_clip.tokenizer.SimpleTokenizer)
+    )
+    assert [ours.encode(text) for text in texts] == [theirs.encode(text) for text in texts]
+    assert (ours(texts) == theirs(texts)).all()
+    for length in (1, 2, 3):
+        assert (ours(texts[:50], length) == theirs(texts[:50], length)).all()
+
+
 def test_memory_has_a_bound(tokenizer: SimpleTokenizer) -> None:
     rng = random.Random(3)
     seen = len(tokenizer.cache)

@@ -9,8 +9,15 @@ import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
+from torchvision.transforms.v2 import functional
 
-from alignclip.data.transforms import center_crop, decode_image, normalize, random_resized_crop
+from alignclip.data.transforms import (
+    center_crop,
+    decode_image,
+    draw_box,
+    normalize,
+    random_resized_crop,
+)
 
 KINDS = [
     ("RGB", "JPEG"),
@@ -86,3 +93,44 @@ def test_crop_depends_on_its_seed_alone() -> None:
     torch.manual_seed(99)
     assert torch.equal(first, random_resized_crop(image, 32, [0.5, 1.0], [0.75, 1.33], seed=3))
     assert not torch.equal(first, random_resized_crop(image, 32, [0.5, 1.0], [0.75, 1.33], seed=4))
+
+
+@pytest.mark.parametrize("scale", [(0.9, 1.0), (0.08, 1.0), (1.0, 1.0), (0.3, 0.4)])
+@pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (1.0, 1.0), (0.2, 0.3)])
+def test_boxes_are_torchvisions(scale: tuple[float, float], ratio: tuple[float, float]) -> None:
+    """Also where no box fits, or one fits after some attempts."""
+    for size in [*SIZES, (1, 1), (1, 500), (500, 1), (256, 256), (3, 4), (256, 205)]:
+        image = torch.empty(3, *size)
+        for seed in (*range(20), 2**32 - 1):
+            torch.manual_seed(seed)
+            expected = RandomResizedCrop.get_params(image, list(scale), list(ratio))
+            assert draw_box(*size, scale, ratio, seed) == expected
+
+
+@pytest.mark.parametrize(("mode", "form"), KINDS)
+def test_crops_are_those_of_torchvision_to_the_bit(mode: str, form: str) -> None:
+    """In whatever order a decoder has put the bytes; a pixel's bytes lie together in the crop."""
+    for size in (*SIZES, (64, 64)):
+        image = decode_image(picture(size, mode, form))
+        for seed in range(4):
+            box = draw_box(*image.shape[1:], [0.9, 1.0], [3 / 4, 4 / 3], seed)
+            theirs = functional.resized_crop(
+                image, *box, [64, 64], InterpolationMode.BICUBIC, antialias=True
+            )
+            for layout in (image.contiguous(), image):
+                ours = random_resized_crop(layout, 64, [0.9, 1.0], [3 / 4, 4 / 3], seed)
+                assert torch.equal(ours, theirs)
+                assert ours.shape == (3, 64, 64)
+                assert ours.permute(1, 2, 0).is_contiguous()
+
+
+def test_normalised_pixels_are_the_same_in_any_order_of_bytes() -> None:
+    planes = torch.randint(0, 256, (4, 3, 20, 24), dtype=torch.uint8)
+    mean, deviation = (
+        torch.tensor(values).view(3, 1, 1)
+        for values in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    )
+    for images in (planes, planes.to(memory_format=torch.channels_last)):
+        found = normalize(images)
+        assert torch.equal(found, (planes.float() / 255 - mean) / deviation)
+        assert found.is_contiguous()

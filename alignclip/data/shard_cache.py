@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import threading
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -21,6 +23,7 @@ from urllib.parse import urlparse
 from streaming import Stream
 from streaming.base.format import FileInfo, Reader
 from streaming.base.format.mds import MDSReader
+from streaming.base.format.mds.encodings import _get_coder
 from streaming.base.hashing import get_hash
 from streaming.base.world import World
 
@@ -32,6 +35,7 @@ _reading = threading.Lock()  # of notes: Streaming's threads ask at the same tim
 os.register_at_fork(
     before=_reading.acquire, after_in_parent=_reading.release, after_in_child=_reading.release
 )
+_BOUNDS, _SIZE = struct.Struct("<2I"), struct.Struct("<I")  # as MDS writes them
 Seal = tuple[int, int]  # time of change in ns and bytes, by which a file is known again
 
 
@@ -125,6 +129,49 @@ class CachedShard(MDSReader):
     """A shard of which only the files that ``cache`` may delete are counted and deleted."""
 
     cache: ShardCache
+
+    @cached_property
+    def _place(self) -> str:
+        return str(self.cache.folder / self.raw_data.basename)
+
+    @cached_property
+    def _columns(self) -> list[tuple[str, Any, int | None]]:
+        """Name, decoder and fixed size of each column; Streaming makes the decoders anew."""
+        parts = zip(self.column_names, self.column_encodings, self.column_sizes, strict=True)
+        return [(name, _get_coder(encoding), size) for name, encoding, size in parts]
+
+    def get_sample_data(self, idx: int) -> bytes:
+        """Return the bytes of a sample, by half of the system's calls that Streaming makes.
+
+        Raises:
+            FileNotFoundError: the shard is not there.
+            IndexError: the shard has no such sample.
+        """
+        file = os.open(self._place, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            begin, end = _BOUNDS.unpack(os.pread(file, _BOUNDS.size, 4 * (1 + idx)))
+            data = os.pread(file, end - begin, begin)
+        except struct.error:  # behind the end of the file
+            data = b""
+        finally:
+            os.close(file)
+        if not data:
+            raise IndexError(f"{self._place} has no sample {idx}")
+        return data
+
+    def decode_sample(self, data: bytes) -> dict[str, Any]:
+        """Decode the columns of a sample."""
+        begin, sizes = 0, []
+        for _, _, size in self._columns:
+            if not size:
+                (size,) = _SIZE.unpack_from(data, begin)
+                begin += _SIZE.size
+            sizes.append(size)
+        sample = {}
+        for (name, decoder, _), size in zip(self._columns, sizes, strict=True):
+            sample[name] = decoder.decode(data[begin : begin + size])
+            begin += size
+        return sample
 
     def deletable(self) -> list[FileInfo]:
         """Return the shard's files that the cache may delete."""

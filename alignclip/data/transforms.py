@@ -7,6 +7,7 @@ distribution of open_clip's.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -15,13 +16,14 @@ from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, image_transform
 from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
-from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from alignclip.data.image_files import EVALUATION_FORMATS, TRAINING_FORMATS
 
 JPEG_MAGIC = b"\xff\xd8\xff"
+BOX_ATTEMPTS = 10  # of a training crop, as many as torchvision's
 
 
 def decode_image(data: bytes) -> Tensor:
@@ -66,14 +68,60 @@ def random_resized_crop(
         seed: of this draw. The global generators stay untouched.
 
     Returns:
-        uint8 ``[3, size, size]``.
+        uint8 ``[3, size, size]``. The bytes lie as decoders give them, a pixel's three together.
     """
-    with torch.random.fork_rng(devices=[]):
-        # the CPU's generator alone: torch.manual_seed would seed GPUs, too
-        torch.default_generator.manual_seed(seed)
-        top, left, height, width = RandomResizedCrop.get_params(image, list(scale), list(ratio))
-    box, bicubic = (top, left, height, width), InterpolationMode.BICUBIC
-    return F.resized_crop(image, *box, [size, size], interpolation=bicubic, antialias=True)
+    top, left, height, width = draw_box(image.shape[1], image.shape[2], scale, ratio, seed)
+    # Copied as the bytes lie. From a part of an image, PyTorch would make planes, a third slower.
+    pixels = image.permute(1, 2, 0)[top : top + height, left : left + width].contiguous()
+    cropped: Tensor = F.resize_image(
+        pixels.permute(2, 0, 1), [size, size], InterpolationMode.BICUBIC, antialias=True
+    )
+    return cropped
+
+
+def draw_box(
+    height: int, width: int, scale: Sequence[float], ratio: Sequence[float], seed: int
+) -> tuple[int, int, int, int]:
+    """Draw the box of a training crop, the same as torchvision's RandomResizedCrop.
+
+    torchvision draws a share of the area and a ratio of the sides until such a box fits, ten times
+    at most, and each number by itself. Here all numbers of one kind are drawn at once: from the
+    same seed, a number has the same place in the generator's sequence.
+
+    Args:
+        height: of the image.
+        width: of the image.
+        scale: smallest and largest share of the area.
+        ratio: smallest and largest width / height.
+        seed: of this draw.
+
+    Returns:
+        top, left, height and width of the box.
+    """
+    generator, drawn = torch.Generator(), torch.empty(2 * BOX_ATTEMPTS)
+    bounds = torch.tensor(ratio).log().tolist()
+    generator.manual_seed(seed)
+    areas = drawn.uniform_(*scale, generator=generator).tolist()[::2]
+    generator.manual_seed(seed)
+    ratios = drawn.uniform_(*bounds, generator=generator).exp_().tolist()[1::2]
+    for attempt, (share, sides) in enumerate(zip(areas, ratios, strict=True), 1):
+        area = height * width * share
+        box_width, box_height = round(math.sqrt(area * sides)), round(math.sqrt(area / sides))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            generator.manual_seed(seed)
+            drawn[: 2 * attempt].uniform_(generator=generator)  # to the place behind this attempt
+            top, left = (
+                int(torch.randint(0, room + 1, (1,), generator=generator))
+                for room in (height - box_height, width - box_width)
+            )
+            return top, left, box_height, box_width
+    # none fits: the largest box in the middle whose sides have a ratio within the bounds
+    box_height, box_width = height, width
+    if width / height < min(ratio):
+        box_height = round(width / min(ratio))
+    elif width / height > max(ratio):
+        box_width = round(height * max(ratio))
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
 def center_crop(data: bytes, size: int) -> Tensor:
@@ -101,11 +149,15 @@ def normalize(images: Tensor) -> Tensor:
     """Turn uint8 images into floats with OpenAI's mean and deviation, where the images are.
 
     Args:
-        images: uint8 ``[N, 3, height, width]``.
+        images: uint8 ``[N, 3, height, width]``, in any order of bytes.
 
     Returns:
-        float32 of the same shape.
+        float32 of the same shape, in planes.
     """
-    mean = torch.tensor(OPENAI_DATASET_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(OPENAI_DATASET_STD, device=images.device).view(3, 1, 1)
-    return (images.float() / 255 - mean) / std
+    # filled where the images are: values that come from the host would make the host wait
+    mean, deviation = (
+        torch.cat([torch.full((1, 1, 1), value, device=images.device) for value in values])
+        for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
+    )
+    pixels = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    return pixels.div_(255).sub_(mean).div_(deviation)

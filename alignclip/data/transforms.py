@@ -10,6 +10,7 @@ import io
 import math
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 
 import torch
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, image_transform
@@ -99,7 +100,7 @@ def draw_box(
         top, left, height and width of the box.
     """
     generator, drawn = torch.Generator(), torch.empty(2 * BOX_ATTEMPTS)
-    bounds = torch.tensor(ratio).log().tolist()
+    bounds = _logarithms(*ratio)
     generator.manual_seed(seed)
     areas = drawn.uniform_(*scale, generator=generator).tolist()[::2]
     generator.manual_seed(seed)
@@ -122,6 +123,13 @@ def draw_box(
     elif width / height > max(ratio):
         box_width = round(height * max(ratio))
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+@cache
+def _logarithms(smallest: float, largest: float) -> list[float]:
+    """Return the logarithms of two numbers in fp32, as torchvision takes them."""
+    logarithms: list[float] = torch.tensor([smallest, largest]).log().tolist()
+    return logarithms
 
 
 def center_crop(data: bytes, size: int) -> Tensor:
@@ -159,5 +167,6 @@ def normalize(images: Tensor) -> Tensor:
         torch.cat([torch.full((1, 1, 1), value, device=images.device) for value in values])
         for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
     )
-    pixels = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    return pixels.div_(255).sub_(mean).div_(deviation)
+    # not in place: torch.compile can't divide such a graph where encoders recompute chunks
+    pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
+    return (pixels / 255 - mean) / deviation

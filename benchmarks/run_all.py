@@ -25,7 +25,7 @@ from measuring import Record
 from alignclip.runtime.arguments import Parser
 
 FOLDER = Path(__file__).resolve().parent
-SCRIPTS = ("start", "loss", "conversion", "evaluation", "threads")
+SCRIPTS = ("start", "step", "loss", "conversion", "evaluation", "threads")
 MOST_SECONDS = 600.0  # of a script, on a machine with other work
 PACKAGE_MISSING = "is not installed"
 EXAMPLES = """examples:

@@ -19,7 +19,7 @@ help:
 	@echo "make test-all     all fuzz and many random kills besides, from a new seed, which is printed"
 	@echo "make profile      where a step's time goes: a table, and a trace (ARGS='yamls/… key=value' for another run)"
 	@echo "make lint         ruff and mypy"
-	@echo "make bench        every benchmark, in less than 15 minutes, beside the figures of this hardware before"
+	@echo "make bench        every benchmark at a quick size, beside the figures of this hardware before"
 	@echo "make install      only install, into $(VENV)"
 
 install: $(STAMP)

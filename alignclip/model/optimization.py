@@ -17,8 +17,9 @@ from alignclip.config.schema import OptimizerConfig
 from alignclip.errors import UserError, nearest
 from alignclip.model.encoders import CLIP
 
-# of torch's optimizers, those with a kernel that steps all parameters at once
-FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+# Of torch's optimizers, those with a kernel that steps all parameters at once. SGD has one, too.
+# But where its first step is skipped, the momentum is whatever lay in the memory.
+FUSED = (torch.optim.Adam, torch.optim.AdamW)
 # of a parameter group; the rest are an optimizer's own counters, which belong to its state
 SETTINGS = ("initial_lr", "betas", "eps", "weight_decay", "fused")
 

@@ -262,6 +262,7 @@ def test_what_a_run_may_change_stands_in_the_documents() -> None:
         "callbacks and loggers": {
             "callbacks", "loggers", "auto_log_hparams", "log_traces", "profiler", "save_metrics",
         },
+        "how often losses are logged": {"batch_log_interval"},
         "what is shown": {
             "progress_bar", "log_to_console", "console_log_interval", "python_log_level",
             "load_progress_bar",

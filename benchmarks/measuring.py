@@ -35,6 +35,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from alignclip.device import processor_name
 from alignclip.runtime.arguments import Parser
 from alignclip.runtime.environment import PACKAGE, checkout, versions
 from alignclip.runtime.threads import available_cores
@@ -266,11 +267,8 @@ def _hardware(device: str) -> str:
 
 
 def _processor() -> str:
-    """Name the processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
-    return (names or [platform.processor() or platform.machine()])[0].strip()
+    """Name the processor, or else its kind."""
+    return processor_name() or platform.processor() or platform.machine()
 
 
 def _six(number: float) -> float:

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.optim import Optimizer
 
+from alignclip.device import processor_name
 from alignclip.ranks import world_size
 from alignclip.storage import expect_plain_s3
 
@@ -93,10 +94,7 @@ def cpu_model() -> str:
     Composer starts a Python process for the name, which takes as long as half a second, on every
     rank.
     """
-    cpus = Path("/proc/cpuinfo")
-    lines = cpus.read_text(encoding="utf-8").splitlines() if cpus.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, None) or str(_cpu_model_by_composer())
+    return processor_name() or str(_cpu_model_by_composer())
 
 
 # --- loggers --------------------------------------------------------------------------------------

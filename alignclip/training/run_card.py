@@ -11,7 +11,6 @@ import logging
 import platform
 import statistics
 from dataclasses import dataclass
-from pathlib import Path
 
 from composer.core import State
 
@@ -25,6 +24,7 @@ from alignclip.config.schema import (
 )
 from alignclip.data.dataset import ImageTextDataset
 from alignclip.data.streams import place_of
+from alignclip.device import processor_name
 from alignclip.evaluation.history import EVALUATIONS, records_in
 from alignclip.evaluation.json_lines import lines_in
 from alignclip.ranks import local_world_size, world_size
@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 
 JSON, PAGE = "run.json", "run.md"
 FINISHED, STOPPED_EARLY = "finished", "stopped by a signal"
-CPU_INFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -200,7 +199,7 @@ def make_card(folder: SaveFolder, state: State, of_batches: int, status: str) ->
             ranks=world_size(),
             machines=world_size() // local_world_size(),
             cores=available_cores(),
-            cpu=_cpu_name(),
+            cpu=processor_name() or platform.machine(),
         ),
         hours=_hours(pace),
         speed=_speed(pace, config, state),
@@ -268,13 +267,3 @@ def _losses(folder: SaveFolder) -> dict[str, float | None]:
 def _evaluations(folder: SaveFolder) -> dict[str, Evaluation]:
     records = records_in(folder.files.read_text_optional(EVALUATIONS) or "")
     return {one["evaluator"]: Evaluation(one["batch"], one["metrics"]) for one in records}
-
-
-def _cpu_name() -> str:
-    """Return the name of this machine's processor, or else its kind."""
-    try:
-        lines = CPU_INFO.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.machine()

@@ -64,13 +64,14 @@ def _outcome(
     model: nn.Module, work: Work, device: str, dtype: torch.dtype, chunk_size: int = 0
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return the features of a batch, and all gradients of its loss, in fp64 on the CPU."""
-    batch = {k: v.to(device) for k, v in batch_of(work, BATCH, SIDE, LENGTH).items()}
+    batch = batch_of(work, BATCH, SIDE, LENGTH)
+    text_ids, semantic = batch["text"].to(device), batch["semantic"].to(device)
     model.zero_grad()
-    images = normalize(batch["image"])
+    images = normalize(batch["image"].to(device))
     with torch.autocast(device, torch.bfloat16, enabled=dtype is torch.bfloat16):
         pixels = images.double() if dtype is torch.float64 else images
-        image, text, scale = model(pixels, batch["text"], chunk_size=chunk_size)
-        AlignCLIPLoss()(image, text, scale, batch["semantic"])["total"].backward()
+        image, text, scale = model(pixels, text_ids, chunk_size=chunk_size)
+        AlignCLIPLoss()(image, text, scale, semantic)["total"].backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     return _exact([image, text]), _exact(gradients)
 

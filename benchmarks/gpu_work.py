@@ -16,6 +16,7 @@ from torch import Tensor
 
 from alignclip.config.reading import load
 from alignclip.config.schema import RunConfig
+from alignclip.data.batch import Batch, longest_text
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 END_OF_TEXT = 49407
@@ -188,17 +189,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def batch_of(work: Work, batch: int, side: int, context_length: int) -> dict[str, Tensor]:
+def batch_of(work: Work, batch: int, side: int, context_length: int) -> Batch:
     """Draw a batch as the loader gives it, on the device."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8, generator=generator)
     embeddings = torch.randn(batch, SEMANTIC, generator=generator).half()
-    content = {
-        "image": pixels,
-        "text": captions_of(batch, context_length),
-        "semantic": embeddings,
+    text = captions_of(batch, context_length)
+    return {
+        "image": pixels.to(work.device),
+        "text": text.to(work.device),
+        "text_length": longest_text(text),
+        "semantic": embeddings.to(work.device),
     }
-    return {name: tensor.to(work.device) for name, tensor in content.items()}
 
 
 def autocast(work: Work) -> torch.autocast:

@@ -57,6 +57,8 @@ def test_batches(local_set: Path) -> None:
     loader = loader_of(config_for(local_set))
     one, two = (list(loader) for _ in range(2))
     assert len(one) == len(loader) == 8
+    lengths = [int(batch["text"].argmax(dim=1).max()) + 1 for batch in one]
+    assert [batch.pop("text_length") for batch in one] == lengths
     shapes = {name: (tuple(part.shape), part.dtype) for name, part in one[0].items()}
     assert shapes == {
         "image": ((8, 3, 32, 32), torch.uint8),

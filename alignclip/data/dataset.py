@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from alignclip.config.schema import DataConfig
+from alignclip.data.batch import collate
 from alignclip.data.image_files import TRAINING_FORMATS
 from alignclip.data.mds_index import dimension_of
 from alignclip.data.streams import cached_stream
@@ -176,7 +176,7 @@ def build_dataloader(
         persistent_workers=config.persistent_workers and config.num_workers > 0,
         pin_memory=pin_memory,
         drop_last=True,
-        collate_fn=default_collate,
+        collate_fn=collate,
         # a loader that starts draws once: from torch's generator a resumed run would draw again
         generator=torch.Generator().manual_seed(config.shuffle_seed),
     )

@@ -11,6 +11,7 @@ from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from alignclip.data.batch import Batch, longest_text
 from alignclip.data.transforms import normalize
 from alignclip.losses import AlignCLIPLoss
 from alignclip.model.encoders import CLIP
@@ -51,11 +52,11 @@ class AlignCLIPModel(ComposerModel):
         self.encoders.fsdp_wrap_fn = is_block
         self.encoders.activation_checkpointing_fn = is_block
 
-    def forward(self, batch: dict[str, Tensor]) -> EncodedBatch:
+    def forward(self, batch: Batch) -> EncodedBatch:
         """Encode a batch of this rank.
 
         Args:
-            batch: ``image`` uint8 ``[n, 3, size, size]``, ``text`` int64 ``[n, context_length]``.
+            batch: with images and texts.
 
         Returns:
             image features ``[n, d]`` and text features ``[n, d]``, both L2-normalised, and
@@ -64,13 +65,18 @@ class AlignCLIPModel(ComposerModel):
         autocast: AbstractContextManager[None] = (
             torch.autocast("cpu", dtype=torch.bfloat16) if self.cpu_bf16 else nullcontext()
         )
+        # a compiled graph that reads a number is compiled again for another number
+        length = None if torch.compiler.is_compiling() else batch.get("text_length")
         with autocast:
             return self.encoders(
-                normalize(batch["image"]), batch["text"], chunk_size=self.encode_chunk_size
+                normalize(batch["image"]),
+                batch["text"],
+                chunk_size=self.encode_chunk_size,
+                text_length=length,
             )
 
     def loss(  # type: ignore[override]  # Composer takes a dict as well as a tensor
-        self, outputs: EncodedBatch, batch: dict[str, Tensor]
+        self, outputs: EncodedBatch, batch: Batch
     ) -> dict[str, Tensor]:
         """Compute ``total`` and the loss terms of this rank's rows of the global batch."""
         return self.criterion(*outputs, batch.get("semantic"))
@@ -79,20 +85,20 @@ class AlignCLIPModel(ComposerModel):
         """Count the operations of a pair, with the parts that are locked by now."""
         self.pair_flops = count_pair(self.encoders)
 
-    def flops_per_batch(self, batch: dict[str, Tensor]) -> float:
+    def flops_per_batch(self, batch: Batch) -> float:
         """Return the operations of a rank's batch, forward and backward; 0 where they aren't known.
 
         Args:
-            batch: before it has gone to the device; on the device the captions' length isn't asked
-                for, and the padding counts.
+            batch: without ``text_length`` the texts' length isn't asked for on a device, and the
+                padding counts.
         """
         if self.pair_flops is None:
             return 0.0
         text, semantic = batch["text"], batch.get("semantic")
         rows, width = len(text), self.encoders.text_projection.shape[1]
-        length = text.shape[1]
-        if text.device.type == "cpu":
-            length = int(text.argmax(dim=-1).max()) + 1
+        length = batch.get("text_length")
+        if length is None:
+            length = longest_text(text) if text.device.type == "cpu" else text.shape[1]
         numbers = 0 if semantic is None else semantic.shape[1]
         of_loss = loss_flops(self.criterion, rows, rows * world_size(), width, numbers)
         return rows * self.pair_flops.at(length) + of_loss

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from alignclip.config.model_checks import check_model
 from alignclip.config.schema import ModelConfig
+from alignclip.data.batch import longest_text
 from alignclip.data.tokenizer import SimpleTokenizer
 from alignclip.errors import UserError, nearest
 from alignclip.model.blocks import pool_early, pooled_tokens
@@ -63,7 +64,7 @@ class CLIP(open_clip.CLIP):
         return super().encode_image(self._pixels(image), normalize)
 
     def forward(
-        self, image: Tensor, text: Tensor, chunk_size: int = 0
+        self, image: Tensor, text: Tensor, chunk_size: int = 0, text_length: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Encode pairs inside of what DDP and FSDP wrap, so that they see every parameter's use.
 
@@ -71,11 +72,12 @@ class CLIP(open_clip.CLIP):
             image: [n, 3, image_size, image_size], normalised pixels.
             text: [n, l] token ids.
             chunk_size: see :meth:`encode`.
+            text_length: see :meth:`encode`.
 
         Returns:
             Image and text features, L2-normalised, [n, embed_dim] each, and exp(logit_scale), [1].
         """
-        return *self.encode(image, text, chunk_size), self.logit_scale.exp()
+        return *self.encode(image, text, chunk_size, text_length), self.logit_scale.exp()
 
     def encode_text(self, text: Texts, normalize: bool = False) -> Tensor:
         """Return text features, pooled at the end-of-text token, which has the highest id.
@@ -97,7 +99,9 @@ class CLIP(open_clip.CLIP):
         features = self._encode_trimmed_text(self._trim(self._tokens(text)))
         return F.normalize(features, dim=-1) if normalize else features
 
-    def encode(self, images: Tensor, tokens: Tensor, chunk_size: int = 0) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, images: Tensor, tokens: Tensor, chunk_size: int = 0, text_length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return normalised features of a batch of pairs, in at least fp32.
 
         Args:
@@ -106,17 +110,19 @@ class CLIP(open_clip.CLIP):
             chunk_size: with more than 0, so many samples are encoded at a time, and all but the
                 last texts again in the backward pass, so that memory grows with the chunk while
                 features and gradients are those of the whole batch.
+            text_length: tokens of the longest text, up to its end-of-text token. None finds the
+                length, for which the host waits for the device.
 
         Returns:
             Image and text features, [n, embed_dim] each.
         """
-        # trimmed once for the batch: finding the length makes the host wait for the device
+        # trimmed once for the batch, and not a chunk at a time
         return (
             _normalize(_in_chunks(_named(IMAGE_ENCODER, self.encode_image), images, chunk_size)),
             _normalize(
                 _in_chunks(
                     _named(TEXT_ENCODER, self._encode_trimmed_text),
-                    self._trim(tokens),
+                    self._trim(tokens, text_length),
                     chunk_size,
                     keeps_last=True,
                 )
@@ -185,11 +191,11 @@ class CLIP(open_clip.CLIP):
         x = pooled_tokens(self.transformer, self.ln_final, x, text.argmax(dim=-1), mask)
         return x @ self.text_projection
 
-    def _trim(self, text: Tensor) -> Tensor:
-        """Cut behind the last end-of-text token; non-zero ids don't tell it: 0 is the token "!"."""
+    def _trim(self, text: Tensor, length: int | None = None) -> Tensor:
+        """Cut texts to the length of the longest one; None finds this length."""
         # a compiled graph has static shapes: full length rather than a graph for every length
         if not torch.compiler.is_compiling():
-            text = text[:, : int(text.argmax(dim=-1).max()) + 1]
+            text = text[:, : longest_text(text) if length is None else length]
         if text.shape[1] > self.context_length:
             raise ValueError(
                 f"captions of {text.shape[1]} tokens, but context_length is {self.context_length}"

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from alignclip.config.schema import RunConfig
 from alignclip.data import shared_memory, shared_memory_room
+from alignclip.data.batch import count_samples
 from alignclip.data.dataset import ImageTextDataset, build_dataloader
 from alignclip.errors import UserError, one_line
 from alignclip.losses import AlignCLIPLoss
@@ -90,7 +91,7 @@ def build_trainer_from(
     trainer = Trainer(
         logged,
         model=model,
-        train_dataloader=DataSpec(loader),
+        train_dataloader=DataSpec(loader, get_num_samples_in_batch=count_samples),
         optimizers=optimizer,
         schedulers=scheduler,
         step_schedulers_every_batch=True,

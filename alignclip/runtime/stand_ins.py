@@ -21,7 +21,8 @@ from types import ModuleType
 from typing import Any, Union
 
 # module -> the classes and functions of it that are promised; any other name imports the module.
-# Tested with mosaicml 0.32.1, mosaicml-streaming 0.13.0, open_clip 3.3.0, timm 1.0.31, torch 2.7.0.
+# Tested with mosaicml 0.32.1, mosaicml-streaming 0.13.0, open_clip 3.3.0, timm 1.0.31, torch 2.7.0
+# and 2.11.0.
 STAND_INS: dict[str, tuple[str, ...]] = {
     # Composer, for annotations and isinstance
     "torchmetrics": ("Metric", "MetricCollection"),
@@ -136,8 +137,7 @@ class StandIn(ModuleType):
             raise AttributeError(name)
         stands_in = sys.modules.get(self.__name__) is self
         if stands_in and (self.__name__, name) == ("torch._dynamo", "disable"):
-            # torchvision decorates by it; this does the same at the first call
-            return sys.modules["torch"]._disable_dynamo
+            return _disable  # torchvision decorates by it
         if stands_in and name in STAND_INS.get(self.__name__, ()):
             return Promise(self.__name__, name)
         return getattr(_import(self.__name__), name)
@@ -193,6 +193,17 @@ class _Finder:
             # torch imports such a module by itself when the name is asked for
             if hasattr(sys.modules.get(parent), "__getattr__"):
                 vars(sys.modules[parent]).pop(child, None)
+
+
+def _disable(function: Any = None, recursive: bool = True, *, reason: str | None = None) -> Any:
+    """Do what ``torch._dynamo.disable`` does, at the function's first call.
+
+    Args:
+        function: None: return a decorator.
+        recursive: as there.
+        reason: is for a message of torch.compile alone, and unknown before torch 2.8.
+    """
+    return sys.modules["torch"]._disable_dynamo(function, recursive)
 
 
 def _is_below(name: str, top: str) -> bool:

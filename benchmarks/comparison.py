@@ -94,7 +94,7 @@ def digits(number: float) -> str:
     return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
 
 
-def in_words(script: str, found: Comparison) -> Iterable[str]:
+def comparison_lines(script: str, found: Comparison) -> Iterable[str]:
     """Yield what a comparison found, a line each."""
     if found.refused:
         yield f"{script}: not compared, {found.refused}"

@@ -60,7 +60,7 @@ CONVERSION_FLAGS = {
     "samples": (4000, "in a tar"),
     "large-tar": (4096, "of the memory's part, MiB"),
 }
-QUICK = {"repeats": 2, "samples": 500, "only": "speed"}
+CONVERSION_QUICK = {"repeats": 2, "samples": 500, "only": "speed"}
 CONVERSION_EXAMPLES = """examples:
   python benchmarks/conversion.py
   python benchmarks/conversion.py --only speed --samples 500 --repeats 1      # does it run?
@@ -177,7 +177,7 @@ def ours(tar_path: Path, folder: Path, kind: str = DECODE) -> None:
     convert_shard(str(tar_path), tar_path.stem, MDS_COLUMNS, options, lambda written, skipped: None)
 
 
-WAYS = {"bare": bare, "ours": ours, "naive": naive}
+CONVERTERS = {"bare": bare, "ours": ours, "naive": naive}
 
 
 # the measurement
@@ -193,8 +193,8 @@ def measure_conversion(way: str, tar_path: Path, small: Path | None, kind: str) 
         warm.mkdir()
         out.mkdir()
         if small:
-            WAYS[way](small, warm, kind)
-        return timed(lambda: WAYS[way](tar_path, out, kind))
+            CONVERTERS[way](small, warm, kind)
+        return timed(lambda: CONVERTERS[way](tar_path, out, kind))
 
 
 def measure_loading(tar_path: Path, kind: str) -> Timing:
@@ -218,7 +218,7 @@ def speed(options: Namespace, folder: Path, figures: Figures) -> bool:
     each = f"{tar_path.stat().st_size / options.samples / 1024:.0f} KiB each"
     what = f"{options.samples:,} images of {width} × {height} pixels, {each}"
     print(f"\nspeed: {what}, images a CPU second")
-    heads = "".join(f"{way:>10}" for way in WAYS)
+    heads = "".join(f"{way:>10}" for way in CONVERTERS)
     print(f"{'':<18}{heads}{'ours/bare':>12}{'at least':>10}{'ours/naive':>12}{'loads at':>10}")
     good = True
     for kind, (_, _, least) in KINDS.items():
@@ -226,8 +226,8 @@ def speed(options: Namespace, folder: Path, figures: Figures) -> bool:
         def measure(way: str, kind: str = kind) -> float:
             return in_a_process(measure_conversion, way, tar_path, small, kind).cpu
 
-        seconds = in_turn(WAYS, options.repeats, measure)
-        names = {way: f"{kind}, {way}/rate" for way in WAYS}
+        seconds = in_turn(CONVERTERS, options.repeats, measure)
+        names = {way: f"{kind}, {way}/rate" for way in CONVERTERS}
         rates = ""
         for way, done in seconds.items():
             found = [options.samples / one for one in done]
@@ -287,7 +287,7 @@ def memory(options: Namespace, folder: Path, figures: Figures) -> bool:
     return good
 
 
-PARTS = {"speed": speed, "processes": processes, "memory": memory}
+MEASUREMENTS = {"speed": speed, "processes": processes, "memory": memory}
 
 
 def main() -> int:
@@ -297,17 +297,19 @@ def main() -> int:
         0, or 1 where a number is not what we hold ourselves to.
     """
     description = "Speed and memory of conversion beside the bare loop and the naive way."
-    parser = parser_of("conversion.py", description, CONVERSION_EXAMPLES, CONVERSION_FLAGS, QUICK)
-    parser.add_argument("--only", choices=list(PARTS), help="one of them (default: all)")
+    parser = parser_of(
+        "conversion.py", description, CONVERSION_EXAMPLES, CONVERSION_FLAGS, CONVERSION_QUICK
+    )
+    parser.add_argument("--only", choices=list(MEASUREMENTS), help="one of them (default: all)")
     text = "of the images, pixels (default: 480 360)"
     parser.add_argument("--size", type=int, nargs=2, metavar="N", default=[480, 360], help=text)
     options = parser.parse_args()
     figures = Figures("conversion", options)
     print(f"pillow {Image.__version__} on {this_machine()}", flush=True)
     good = True
-    for name in [options.only] if options.only else PARTS:
+    for name in [options.only] if options.only else MEASUREMENTS:
         with tempfile.TemporaryDirectory() as folder:
-            good &= PARTS[name](options, Path(folder), figures)
+            good &= MEASUREMENTS[name](options, Path(folder), figures)
     figures.write()
     return 0 if good else 1
 

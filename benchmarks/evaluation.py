@@ -53,7 +53,7 @@ EVALUATION_FLAGS = {
     "images": (5000, "in retrieval, 5 captions each"),
     "block": (256, "rows at a time, ours"),
 }
-QUICK = {"classes": 5, "width": 128, "layers": 3, "images": 2000}
+EVALUATION_QUICK = {"classes": 5, "width": 128, "layers": 3, "images": 2000}
 COST_EXAMPLES = """examples:
   python benchmarks/evaluation.py
   python benchmarks/evaluation.py --only classifier --classes 1000 --width 512 --layers 12 \\
@@ -62,10 +62,10 @@ COST_EXAMPLES = """examples:
   python benchmarks/evaluation.py --classes 5 --width 64 --layers 2 --images 200 --repeats 1"""
 
 WAYS = ("ours", "plain")
-Work = tuple[Callable[[], Any], Callable[[], Any]]  # a warm-up, and what is timed
+WarmUpAndWork = tuple[Callable[[], Any], Callable[[], Any]]  # a warm-up, and what is timed
 
 
-def prepare_classifier(options: Namespace, ours: bool) -> Work:
+def prepare_classifier(options: Namespace, ours: bool) -> WarmUpAndWork:
     import open_clip
 
     from alignclip.config.schema import ModelConfig, TextConfig, VisionConfig
@@ -111,7 +111,7 @@ def prompts(options: Namespace) -> tuple[list[str], list[str]]:
     return chosen, choose_templates("imagenet1k", None)
 
 
-def prepare_retrieval(options: Namespace, ours: bool) -> Work:
+def prepare_retrieval(options: Namespace, ours: bool) -> WarmUpAndWork:
     from alignclip.evaluation.retrieval import recall
 
     generator = torch.Generator().manual_seed(0)
@@ -246,7 +246,9 @@ def main() -> int:
     description = (
         "Time and memory of a zero-shot classifier and of retrieval, and of the plain way."
     )
-    parser = parser_of("evaluation.py", description, COST_EXAMPLES, EVALUATION_FLAGS, QUICK)
+    parser = parser_of(
+        "evaluation.py", description, COST_EXAMPLES, EVALUATION_FLAGS, EVALUATION_QUICK
+    )
     devices = ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
     parser.add_argument("--only", choices=list(COMPARE), help="one of the two (default: both)")
     parser.add_argument("--device", choices=devices, default=devices[-1], help="default: a GPU")

@@ -15,7 +15,7 @@ from alignclip.data.transforms import normalize
 from alignclip.losses import AlignCLIPLoss
 from alignclip.model.encoders import build_encoders
 
-WAYS = {
+SHARING = {
     "nothing shared": SharedConfig(),
     "half shared": SharedConfig(1, True, True),
     "all shared": SharedConfig(-1, True, True),
@@ -43,7 +43,7 @@ Difference = tuple[str, float, float]  # what, how large, at most
 
 def _encoders(work: Work) -> Iterator[Difference]:
     """Compare features and gradients of each way of sharing."""
-    for name, shared in WAYS.items():
+    for name, shared in SHARING.items():
         vision = VisionConfig(image_size=SIDE, patch_size=16, width=64, layers=2, head_width=32)
         text = TextConfig(context_length=LENGTH, width=64, heads=2, layers=2)
         torch.manual_seed(0)

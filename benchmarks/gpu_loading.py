@@ -10,7 +10,8 @@ from itertools import islice
 
 import numpy as np
 from conversion import picture
-from gpu_work import CHECKOUT, SEMANTIC, Failed, Work
+from gpu_work import SEMANTIC, Failed, Work
+from measuring import CHECKOUT
 
 from alignclip.training.build import build_data
 from alignclip.training.preflight import training_device

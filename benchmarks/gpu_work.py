@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Figures, Record
+from measuring import CHECKOUT, Figures, Record
 from torch import Tensor
 
 from alignclip.config.reading import load
 from alignclip.config.schema import RunConfig
 from alignclip.data.batch import Batch, longest_text
 
-CHECKOUT = Path(__file__).resolve().parents[1]
 END_OF_TEXT = 49407
 SEMANTIC = 768  # numbers of a caption embedding
 

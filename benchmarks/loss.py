@@ -22,14 +22,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from measuring import Figures, Timing, in_turn, parser_of, this_machine, timed
+from measuring import MEBIBYTE, Figures, Timing, in_turn, parser_of, this_machine, timed
 from torch import Tensor
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-MEBIBYTE = 2**20
 WRITTEN_OUT = "written out"
-FIRST = 64  # pairs of a first pass, which makes what every pass needs
-EXAMPLES = """\
+FIRST_PASS = 64  # pairs of a first pass, which makes what every pass needs
+LOSS_EXAMPLES = """\
   python benchmarks/loss.py                            # N = 8,192 and d = 768, fp32
   python benchmarks/loss.py --batch 16384 --only alignclip clip
   python benchmarks/loss.py --beside ../before         # a checkout of another commit
@@ -69,8 +68,8 @@ LOSSES: dict[str, Loss] = {WRITTEN_OUT: written_out, "alignclip": alignclip, "cl
 
 
 @dataclass(frozen=True)
-class Variant:
-    """What is measured.
+class LossVariant:
+    """A loss that is measured.
 
     Attributes:
         loss: a name in :data:`LOSSES`.
@@ -85,7 +84,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class BatchSizes:
     """A global batch and its ranks, and the numbers of a tile where they are not the default."""
 
     batch: int
@@ -98,7 +97,7 @@ class Sizes:
         return f"N = {self.batch:,} on {ranks}, d = {self.width}"
 
 
-def measure(variant: Variant, sizes: Sizes) -> Timing:
+def measure_variant(variant: LossVariant, sizes: BatchSizes) -> Timing:
     """Measure the variant on fresh processes."""
     context = get_context("spawn")
     with TemporaryDirectory() as folder, ProcessPoolExecutor(sizes.ranks, context) as processes:
@@ -113,7 +112,7 @@ def measure(variant: Variant, sizes: Sizes) -> Timing:
     return Timing(seconds, cpu, peak)
 
 
-def one_pass(variant: Variant, sizes: Sizes, rank: int, rendezvous: str) -> Timing:
+def one_pass(variant: LossVariant, sizes: BatchSizes, rank: int, rendezvous: str) -> Timing:
     """Measure a forward and a backward pass on one of the ranks."""
     if variant.checkout is not None:
         for name in [name for name in sys.modules if name.split(".")[0] == "alignclip"]:
@@ -131,17 +130,17 @@ def one_pass(variant: Variant, sizes: Sizes, rank: int, rendezvous: str) -> Timi
     image.requires_grad_(), text.requires_grad_()
     scale, semantic = torch.tensor([14.0], requires_grad=True), torch.randn(shape)
     loss = LOSSES[variant.loss]
-    loss(image[:FIRST], text[:FIRST], scale, semantic[:FIRST]).backward()
+    loss(image[:FIRST_PASS], text[:FIRST_PASS], scale, semantic[:FIRST_PASS]).backward()
     return timed(lambda: loss(image, text, scale, semantic).backward())
 
 
-def variants_of(options: argparse.Namespace) -> list[Variant]:
+def variants_of(options: argparse.Namespace) -> list[LossVariant]:
     """List what the options ask for."""
     losses = options.only or [name for name in LOSSES if options.ranks == 1 or name != WRITTEN_OUT]
-    variants = [Variant(name) for name in losses]
+    variants = [LossVariant(name) for name in losses]
     if options.beside is not None:
         beside = str(options.beside)
-        variants += [Variant(name, beside) for name in losses if name != WRITTEN_OUT]
+        variants += [LossVariant(name, beside) for name in losses if name != WRITTEN_OUT]
     return variants
 
 
@@ -153,7 +152,7 @@ def parse() -> argparse.Namespace:
         "repeats": (3, "of each variant"),
         "ranks": (1, "processes that share the batch"),
     }
-    parser = parser_of("loss.py", str(__doc__), EXAMPLES, numbers, {"batch": 4096})
+    parser = parser_of("loss.py", str(__doc__), LOSS_EXAMPLES, numbers, {"batch": 4096})
     parser.add_argument("--only", nargs="+", choices=list(LOSSES), help="some of them")
     parser.add_argument("--tile", type=int, metavar="N", help="numbers of a tile")
     parser.add_argument("--beside", metavar="PATH", help="a checkout of another commit")
@@ -173,9 +172,11 @@ def main() -> None:
     figures = Figures("loss", options)
     print(f"{this_machine()}, torch {torch.__version__}")
     matrix = options.batch**2 * 4 / MEBIBYTE
-    sizes = Sizes(options.batch, options.width, options.ranks, options.tile)
+    sizes = BatchSizes(options.batch, options.width, options.ranks, options.tile)
     print(f"{sizes}; a matrix is {matrix:,.0f} MiB")
-    found = in_turn(variants_of(options), options.repeats, lambda variant: measure(variant, sizes))
+    found = in_turn(
+        variants_of(options), options.repeats, lambda variant: measure_variant(variant, sizes)
+    )
     print(f"{'':18}{'seconds':>10}{'CPU s':>10}{'MiB':>10}{'matrices':>10}")
     for variant, timings in found.items():
         seconds = figures.add(f"{variant}/time", [one.seconds for one in timings], "s", "lower")
@@ -185,7 +186,7 @@ def main() -> None:
         peak = figures.add(f"{variant}/memory", memory, "MiB", "lower", compared=ours)
         print(f"{variant!s:18}{seconds:10.2f}{cpu:10.2f}{peak:10,.0f}{peak / matrix:10.2f}")
     for variant in found:
-        others = Variant(variant.loss, options.beside), Variant(WRITTEN_OUT)
+        others = LossVariant(variant.loss, options.beside), LossVariant(WRITTEN_OUT)
         for other in others if variant.checkout is None else ():
             if other in found and other != variant:
                 for quantity in ("time", "cpu"):

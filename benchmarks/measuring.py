@@ -42,7 +42,9 @@ from alignclip.runtime.threads import available_cores
 
 Variant = TypeVar("Variant")
 Found = TypeVar("Found")
-Better = Literal["higher", "lower"]
+Direction = Literal["higher", "lower"]  # of an improvement
+CHECKOUT = Path(__file__).resolve().parents[1]
+MEBIBYTE = 2**20
 Setting = str | int | float | bool | list[str] | list[int] | None
 
 
@@ -78,7 +80,7 @@ class Figure:
 
     median: float
     unit: str
-    better: Better
+    better: Direction
     spread: float
     compared: bool = True
 
@@ -138,7 +140,7 @@ class Figures:
         name: str,
         runs: Sequence[float],
         unit: str,
-        better: Better,
+        better: Direction,
         compared: bool = True,
     ) -> float:
         """Add a figure from what each run of it found, the first run first; return the median."""
@@ -281,7 +283,9 @@ class BenchmarkParser(Parser):
 
     quick: Mapping[str, Any]
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
         """Parse the arguments."""
         options = super().parse_args(args)
         if options.quick:
@@ -314,14 +318,14 @@ def parser_of(
     for name, (default, said) in numbers.items():
         text = f"{said} (default: %(default)s)"
         parser.add_argument(f"--{name}", type=_positive, default=default, metavar="N", help=text)
-    sizes = ", ".join(f"--{name} {_words(size)}" for name, size in parser.quick.items())
+    sizes = ", ".join(f"--{name} {_as_typed(size)}" for name, size in parser.quick.items())
     parser.add_argument("--quick", action="store_true", help=f"sizes for minutes: {sizes}")
     text = "write the figures there: a file, or a folder"
     parser.add_argument("--json", type=Path, metavar="PATH", help=text)
     return parser
 
 
-def _words(size: Any) -> str:
+def _as_typed(size: Any) -> str:
     """Write a flag's value as it is typed."""
     return " ".join(map(str, size)) if isinstance(size, list) else str(size)
 

@@ -19,16 +19,16 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-from comparison import BASELINES, compare, in_words, read_baseline, save_baseline
+from comparison import BASELINES, compare, comparison_lines, read_baseline, save_baseline
 from measuring import Record
 
 from alignclip.runtime.arguments import Parser
 
 FOLDER = Path(__file__).resolve().parent
 SCRIPTS = ("start", "step", "loss", "conversion", "evaluation", "threads")
-MOST_SECONDS = 600.0  # of a script, on a machine with other work
+SECONDS_OF_A_SCRIPT = 600.0  # at most, on a machine with other work
 PACKAGE_MISSING = "is not installed"
-EXAMPLES = """examples:
+RUN_ALL_EXAMPLES = """examples:
   python benchmarks/run_all.py                       # make bench
   python benchmarks/run_all.py --save                # make bench ARGS=--save
   python benchmarks/run_all.py --only loss conversion"""
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         1 where a figure fell or a script failed; else 0.
     """
-    parser = Parser("python benchmarks/run_all.py", __doc__, EXAMPLES)
+    parser = Parser("python benchmarks/run_all.py", __doc__, RUN_ALL_EXAMPLES)
     text = "make the figures the baseline of this hardware"
     parser.add_argument("--save", action="store_true", help=text)
     parser.add_argument("--only", nargs="+", choices=SCRIPTS, default=SCRIPTS, help="of them")
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if fell or any(PACKAGE_MISSING not in line for line in failures) else 0
 
 
-def run_script(path: Path, seconds: float = MOST_SECONDS) -> tuple[Record | None, str]:
+def run_script(path: Path, seconds: float = SECONDS_OF_A_SCRIPT) -> tuple[Record | None, str]:
     """Run a script at its quick sizes.
 
     Returns:
@@ -132,7 +132,7 @@ def show_comparison(records: Sequence[Record]) -> bool:
                 continue
             found = compare(baseline[record.script], record)
             fell = fell or bool(found.fell)
-            for line in in_words(record.script, found):
+            for line in comparison_lines(record.script, found):
                 print(line)
     return fell
 

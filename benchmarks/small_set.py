@@ -17,7 +17,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+from measuring import CHECKOUT
+
 GAP_FIGURES = ("centroid_distance", "alignment_score", "margin", "effective_rank_image")
 RECALL = ("image_retrieval_recall@5", "text_retrieval_recall@5")
 SMALL_SET_EXAMPLES = """examples:
@@ -40,13 +41,13 @@ class SmallSetRun(NamedTuple):
 
 
 def main() -> None:
-    """Train, figures_of, print."""
+    """Train, evaluate, print."""
     options = parse()
     rows = []
     for each in itertools.product(options.beta, options.batch, options.warmup):
         run = SmallSetRun(*each)
-        train(run, options)
-        rows += [(run, step, figures_of(run, step, options)) for step in options.batches]
+        train_run(run, options)
+        rows += [(run, step, metrics_of(run, step, options)) for step in options.batches]
     shown = (*RECALL, *GAP_FIGURES)
     print(f"{'beta':>5} {'batch':>6} {'warm-up':>8} {'batches':>8}", end="")
     print("".join(f" {name:>{len(name) + 1}}" for name in shown))
@@ -79,10 +80,10 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def train(run: SmallSetRun, options: argparse.Namespace) -> None:
+def train_run(run: SmallSetRun, options: argparse.Namespace) -> None:
     """Train a run to the last of the steps, keeping a checkpoint of each."""
     interval = options.batches[0]
-    run_script(
+    run_command(
         "pretrain.py",
         CHECKOUT / "yamls" / "quickstart.yaml",
         f"run_name={run.name}",
@@ -98,13 +99,13 @@ def train(run: SmallSetRun, options: argparse.Namespace) -> None:
     )
 
 
-def figures_of(run: SmallSetRun, step: int, options: argparse.Namespace) -> dict[str, float]:
+def metrics_of(run: SmallSetRun, step: int, options: argparse.Namespace) -> dict[str, float]:
     """Return the metrics of a run's checkpoint after ``step`` batches."""
     (checkpoint,) = (options.out / run.name).glob(f"ep*-ba{step}-rank0.pt")
     out = options.out / run.name / f"evaluation-ba{step}"
-    run_script(
+    run_command(
         "evaluate.py",
-        CHECKOUT / "yamls" / "figures_of.yaml",
+        CHECKOUT / "yamls" / "evaluate.yaml",
         f"checkpoint={checkpoint}",
         "evaluators=null",
         "evaluators.pairs.task=gap",  # retrieval is part of the task
@@ -118,7 +119,7 @@ def figures_of(run: SmallSetRun, step: int, options: argparse.Namespace) -> dict
     return found
 
 
-def run_script(script: str, *arguments: object) -> None:
+def run_command(script: str, *arguments: object) -> None:
     """Run one of the project's commands."""
     words = [sys.executable, str(CHECKOUT / script), *map(str, arguments)]
     subprocess.run(words, check=True, stdout=sys.stderr)

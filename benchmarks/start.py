@@ -22,22 +22,21 @@ from functools import partial
 from pathlib import Path
 
 import psutil
-from measuring import Figures, in_turn, parser_of, this_machine
+from measuring import CHECKOUT, Figures, in_turn, parser_of, this_machine
 
-ROOT = Path(__file__).resolve().parents[1]
-EXAMPLES = """\
+START_EXAMPLES = """\
   python benchmarks/start.py
   git worktree add ../before COMMIT && python benchmarks/start.py --beside ../before
   python benchmarks/start.py --ranks 2 --repeats 5
   python benchmarks/start.py --quick --json figures/
 """
-BATCH = re.compile(r"batch[ =](\d+)/")  # a line of the log, once a batch is trained
-BESIDE = "before"
-MOST_SECONDS = 300.0  # of a command
+TRAINED_BATCH = re.compile(r"batch[ =](\d+)/")  # a line of the log, once a batch is trained
+BEFORE = "before"  # names the rows of the other checkout
+SECONDS_OF_A_COMMAND = 300.0  # at most
 LAUNCHERS = ("composer", "torchrun", "python")
 BIN = Path(sys.executable).parent
-SETTINGS = (
-    f"data.streams.scenes.local={ROOT}/tests/fixtures/debug/mds",
+RUN_SETTINGS = (
+    f"data.streams.scenes.local={CHECKOUT}/tests/fixtures/debug/mds",
     "save_interval=1ba",
     "max_duration=64ba",
     "log_to_console=true",
@@ -46,7 +45,7 @@ SETTINGS = (
 )
 TORCH = "import torch"
 # commands that end by themselves
-SHORT = {
+SHORT_COMMANDS = {
     TORCH: ("-c", "import torch"),
     "import alignclip": ("-c", "import alignclip"),
     "alignclip.load": ("-c", "import alignclip; alignclip.load"),
@@ -57,13 +56,13 @@ SHORT = {
 
 
 @dataclass(frozen=True)
-class Start:
-    """What a command took.
+class Seconds:
+    """The seconds that a command took.
 
     Attributes:
-        line: seconds until its first line, of a run.
-        batch: seconds until the first batch of this start is trained, of a run.
-        end: seconds until its end, of a command that ends by itself.
+        line: until its first line, of a run.
+        batch: until the first batch of this start is trained, of a run.
+        end: until its end, of a command that ends by itself.
     """
 
     line: float | None = None
@@ -94,7 +93,7 @@ def started(command: list[str], checkout: Path) -> Iterator[subprocess.Popen[str
         text=True,
         errors="replace",
     )
-    timer = threading.Timer(MOST_SECONDS, _kill, [process.pid])
+    timer = threading.Timer(SECONDS_OF_A_COMMAND, _kill, [process.pid])
     timer.start()
     try:
         yield process
@@ -113,10 +112,10 @@ def _kill(pid: int) -> None:
                 one.kill()
 
 
-def train(launcher: list[str], checkout: Path, folder: Path, batches: int = 1) -> Start:
+def train_and_kill(launcher: list[str], checkout: Path, folder: Path, batches: int = 1) -> Seconds:
     """Start a run, or go on with it, and kill it when so many batches more are trained."""
-    config = str(ROOT / "yamls" / "debug.yaml")
-    command = [*launcher, "pretrain.py", config, f"save_folder={folder}", *SETTINGS]
+    config = str(CHECKOUT / "yamls" / "debug.yaml")
+    command = [*launcher, "pretrain.py", config, f"save_folder={folder}", *RUN_SETTINGS]
     begin, line, said = time.perf_counter(), 0.0, list[str]()
     with started(command, checkout) as process:
         assert process.stdout is not None
@@ -125,27 +124,27 @@ def train(launcher: list[str], checkout: Path, folder: Path, batches: int = 1) -
             now = time.perf_counter() - begin
             line = line or now
             said.append(text)
-            if found := BATCH.search(text):
+            if found := TRAINED_BATCH.search(text):
                 first = first or int(found[1])
                 if int(found[1]) - first + 1 >= batches:
-                    return Start(line, now)
+                    return Seconds(line, now)
     raise SystemExit(f"{' '.join(command)} ended:\n{''.join(said[-20:])}")
 
 
-def begin(launcher: list[str], checkout: Path) -> Start:
+def start_new(launcher: list[str], checkout: Path) -> Seconds:
     """Start a run that is new."""
     with tempfile.TemporaryDirectory(prefix="alignclip-start-") as folder:
-        return train(launcher, checkout, Path(folder, "run"))
+        return train_and_kill(launcher, checkout, Path(folder, "run"))
 
 
-def go_on(launcher: list[str], checkout: Path, killed: Path) -> Start:
+def go_on(launcher: list[str], checkout: Path, killed: Path) -> Seconds:
     """Go on with a copy of a run that was killed."""
     with tempfile.TemporaryDirectory(prefix="alignclip-start-") as folder:
         shutil.copytree(killed, Path(folder, "run"), symlinks=True)
-        return train(launcher, checkout, Path(folder, "run"))
+        return train_and_kill(launcher, checkout, Path(folder, "run"))
 
 
-def run_to_end(words: tuple[str, ...], checkout: Path) -> Start:
+def run_to_end(words: tuple[str, ...], checkout: Path) -> Seconds:
     """Run a command that ends by itself."""
     begin = time.perf_counter()
     with started([sys.executable, *words], checkout) as process:
@@ -153,24 +152,24 @@ def run_to_end(words: tuple[str, ...], checkout: Path) -> Start:
         said = process.stdout.read()
         if process.wait():
             raise SystemExit(f"{' '.join(words)} failed:\n{said}")
-    return Start(end=time.perf_counter() - begin)
+    return Seconds(end=time.perf_counter() - begin)
 
 
 def commands(
     names: Sequence[str], ranks: int, checkouts: dict[str, Path], folder: Path
-) -> dict[str, Callable[[], Start]]:
+) -> dict[str, Callable[[], Seconds]]:
     """Return how each command is run, by the name of its row; make runs that are killed."""
-    rows: dict[str, Callable[[], Start]] = {}
+    rows: dict[str, Callable[[], Seconds]] = {}
     for mark, checkout in checkouts.items():
         for name in names:
             launcher = launcher_of(name, ranks)
             killed = folder / str(len(rows))  # a name that no version reads as YAML
-            train(launcher, checkout, killed, batches=3)
-            rows[f"{mark}{name} pretrain.py"] = partial(begin, launcher, checkout)
+            train_and_kill(launcher, checkout, killed, batches=3)
+            rows[f"{mark}{name} pretrain.py"] = partial(start_new, launcher, checkout)
             rows[f"{mark}{name} pretrain.py, after a kill"] = partial(
                 go_on, launcher, checkout, killed
             )
-        for name, words in SHORT.items():
+        for name, words in SHORT_COMMANDS.items():
             rows[f"{mark}{name}"] = partial(run_to_end, words, checkout)
     return rows
 
@@ -179,7 +178,7 @@ def main() -> None:
     """Measure and print a table."""
     numbers = {"ranks": (1, "processes of a run; python starts one"), "repeats": (3, "of each")}
     parser = parser_of(
-        "start.py", str(__doc__), EXAMPLES, numbers, {"launchers": ["python"], "repeats": 2}
+        "start.py", str(__doc__), START_EXAMPLES, numbers, {"launchers": ["python"], "repeats": 2}
     )
     parser.add_argument("--launchers", nargs="+", choices=LAUNCHERS, default=[*LAUNCHERS])
     text = "a checkout of another commit, whose figures stand beside ours"
@@ -187,9 +186,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.ranks > 1:
         options.launchers = [name for name in options.launchers if name != "python"]
-    checkouts = {"": ROOT}
+    checkouts = {"": CHECKOUT}
     if options.beside is not None:
-        checkouts[f"{BESIDE}: "] = options.beside.resolve()
+        checkouts[f"{BEFORE}: "] = options.beside.resolve()
         options.beside = str(options.beside)
     figures = Figures("start", options)
     print(f"{this_machine()}; {options.ranks} {'process' if options.ranks == 1 else 'processes'}")
@@ -200,18 +199,18 @@ def main() -> None:
     for row, starts in found.items():
         cells = [show(figures, row, starts, what) for what in ("line", "batch", "end")]
         print(f"{row:44}" + "".join(f"{cell:>12}" for cell in cells))
-    for name in [name for name in figures.figures if not name.startswith((TORCH, BESIDE))]:
+    for name in [name for name in figures.figures if not name.startswith((TORCH, BEFORE))]:
         figures.add_ratio(name, f"{TORCH}/end")
     figures.write()
 
 
-def show(figures: Figures, row: str, starts: list[Start], what: str) -> str:
+def show(figures: Figures, row: str, starts: list[Seconds], what: str) -> str:
     """Add a figure of a row, and return its cell of the table; "" where the row has none."""
     runs = [seconds for one in starts if (seconds := getattr(one, what)) is not None]
     if not runs:
         return ""
     name = f"{row}/{what if what == 'end' else f'first {what}'}"
-    return f"{figures.add(name, runs, 's', 'lower', compared=not row.startswith(BESIDE)):.1f}"
+    return f"{figures.add(name, runs, 's', 'lower', compared=not row.startswith(BEFORE)):.1f}"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,16 @@ from functools import partial
 
 import open_clip
 import torch
-from measuring import Figures, Timing, in_a_process, in_turn, parser_of, this_machine, timed
+from measuring import (
+    MEBIBYTE,
+    Figures,
+    Timing,
+    in_a_process,
+    in_turn,
+    parser_of,
+    this_machine,
+    timed,
+)
 from open_clip.loss import ClipLoss
 
 from alignclip.config.schema import (
@@ -36,19 +45,18 @@ from alignclip.model.composer_model import AlignCLIPModel
 from alignclip.model.encoders import build_encoders
 from alignclip.model.optimization import build_optimizer
 
-EXAMPLES = """\
+STEP_EXAMPLES = """\
   python benchmarks/step.py                              # all rows, half an hour
   python benchmarks/step.py --only small/fp32 --repeats 5
   python benchmarks/step.py --only chunks --chunks 64
 """
-MEBIBYTE = 2**20
 WORDS = ["a", "the", "in", "with", "red", "old", "man", "dog", "house", "beach", "photo", "flower"]
 MIDDLE, SPREAD, MOST = 12, 0.35, 60  # words of a caption: median, deviation of the logarithm
-FIRST = 8  # pairs of a first step, which makes what every step needs
-SEMANTIC = 384  # numbers of a caption embedding
+FIRST_STEP = 8  # pairs of a first step, which makes what every step needs
+MINILM_WIDTH = 384  # numbers of a caption embedding by all-MiniLM-L6-v2
 EVERYTHING = SharedConfig(blocks=-1, ln_final=True, projection=True)
 
-Step = Callable[[Batch], None]
+TrainStep = Callable[[Batch], None]
 OPEN_CLIP, SHARED, ALIGN = "open_clip", "SharedCLIP", "AlignCLIP"
 CHUNKS = "chunks"
 
@@ -74,10 +82,10 @@ def square(layers: int) -> ModelConfig:
 VIT_B_16 = ModelConfig(768, VisionConfig(), TextConfig(width=768, heads=12), EVERYTHING)
 SIZES = {"small": Size(square(4), 256), "ViT-B-16": Size(VIT_B_16, 16)}
 PRECISIONS = ("fp32", "bf16")
-ROWS = [f"{size}/{precision}" for size in SIZES for precision in PRECISIONS]
+MODEL_ROWS = [f"{size}/{precision}" for size in SIZES for precision in PRECISIONS]
 
 
-def batch_of(config: ModelConfig, pairs: int) -> Batch:
+def drawn_batch(config: ModelConfig, pairs: int) -> Batch:
     """Draw pixels, captions as token ids, and caption embeddings."""
     draw = random.Random(0)
     torch.manual_seed(0)
@@ -93,11 +101,11 @@ def batch_of(config: ModelConfig, pairs: int) -> Batch:
         "image": torch.randint(0, 256, (pairs, 3, side, side), dtype=torch.uint8),
         "text": text,
         "text_length": longest_text(text),
-        "semantic": torch.randn(pairs, SEMANTIC),
+        "semantic": torch.randn(pairs, MINILM_WIDTH),
     }
 
 
-def open_clips_step(config: ModelConfig, bf16: bool) -> Step:
+def open_clips_step(config: ModelConfig, bf16: bool) -> TrainStep:
     """Make a step of open_clip's CLIP with its own loss, and with AdamW as torch makes it."""
     torch.manual_seed(0)
     sizes = {"vision_cfg": asdict(config.vision_cfg), "text_cfg": asdict(config.text_cfg)}
@@ -115,7 +123,7 @@ def open_clips_step(config: ModelConfig, bf16: bool) -> Step:
     return step
 
 
-def our_step(config: ModelConfig, beta: float, bf16: bool = False, chunk: int = 0) -> Step:
+def our_step(config: ModelConfig, beta: float, bf16: bool = False, chunk: int = 0) -> TrainStep:
     """Make a step of a run's own model, loss and optimizer."""
     torch.manual_seed(0)
     encoders = build_encoders(config)
@@ -130,7 +138,7 @@ def our_step(config: ModelConfig, beta: float, bf16: bool = False, chunk: int = 
     return step
 
 
-def steps_of(model: ModelConfig, bf16: bool) -> dict[str, Step]:
+def steps_of(model: ModelConfig, bf16: bool) -> dict[str, TrainStep]:
     """Make a step of each variant."""
     return {
         OPEN_CLIP: open_clips_step(model, bf16),
@@ -145,7 +153,7 @@ def row(name: str, options: argparse.Namespace, figures: Figures) -> None:
     size = SIZES[kind]
     if options.batch and kind == "small":
         size = Size(size.model, options.batch)
-    batch, steps = batch_of(size.model, size.batch), steps_of(size.model, precision == "bf16")
+    batch, steps = drawn_batch(size.model, size.batch), steps_of(size.model, precision == "bf16")
     for step in steps.values():
         step(batch)
     found = in_turn(steps, options.repeats, lambda variant: timed(partial(steps[variant], batch)))
@@ -171,8 +179,12 @@ def row(name: str, options: argparse.Namespace, figures: Figures) -> None:
 def chunked_step(pairs: int, chunk: int) -> Timing:
     """Measure a step of a small model of 6 layers, in chunks."""
     config = square(6)
+<<<<<<< HEAD
     batch, step = batch_of(config, pairs), our_step(config, 0.5, chunk=chunk)
     step(batch_of(config, FIRST))
+=======
+    batch, step = drawn_batch(config, pairs), our_step(config, 0.5, chunk=chunk)
+    step({name: one[:FIRST_STEP] for name, one in batch.items()})
     return timed(lambda: step(batch))
 
 
@@ -200,8 +212,8 @@ def main() -> None:
     """Measure and print the tables."""
     numbers = {"repeats": (3, "of each variant")}
     quick = {"batch": 64, "repeats": 2, "only": ["small/fp32", CHUNKS], "chunks": [16]}
-    parser = parser_of("step.py", str(__doc__), EXAMPLES, numbers, quick)
-    rows = [*ROWS, CHUNKS]
+    parser = parser_of("step.py", str(__doc__), STEP_EXAMPLES, numbers, quick)
+    rows = [*MODEL_ROWS, CHUNKS]
     parser.add_argument("--only", nargs="+", choices=rows, default=rows, help="some of the rows")
     text = "pairs of the small model's batch and of the chunks' (default: 256)"
     parser.add_argument("--batch", type=int, metavar="N", help=text)
@@ -210,7 +222,7 @@ def main() -> None:
     options = parser.parse_args()
     figures = Figures("step", options)
     print(f"{this_machine()}, torch {torch.__version__}")
-    lengths = batch_of(square(4), 256)["text"].argmax(dim=1) + 1
+    lengths = drawn_batch(square(4), 256)["text"].argmax(dim=1) + 1
     middle = statistics.median(lengths.tolist())
     print(f"tokens of a caption: {middle:.0f} in the middle, {int(lengths.max())} at most")
     for name in options.only:

@@ -22,7 +22,7 @@ WAIT_POLICIES: dict[str, dict[str, str]] = {  # name -> variables
     OURS: {"OMP_WAIT_POLICY": "PASSIVE"},
     "OMP_NUM_THREADS=1": {"OMP_NUM_THREADS": "1"},
 }
-EXAMPLES = """examples:
+THREADS_EXAMPLES = """examples:
   python benchmarks/threads.py                 # alone, and beside 2 busy processes a core
   python benchmarks/threads.py --busy 0 4 16 --rounds 5"""
 STEP = """
@@ -44,7 +44,7 @@ def main() -> None:
     cores = available_cores()
     numbers = {"rounds": (3, "of each variant")}
     quick = {"rounds": 1, "busy": [cores]}
-    parser = parser_of("threads.py", str(__doc__), EXAMPLES, numbers, quick)
+    parser = parser_of("threads.py", str(__doc__), THREADS_EXAMPLES, numbers, quick)
     text = "busy processes beside the step (default: %(default)s)"
     parser.add_argument("--busy", nargs="+", type=int, default=[0, 2 * cores], help=text)
     options = parser.parse_args()

@@ -11,8 +11,9 @@ from pathlib import Path
 import measuring
 import pytest
 import run_all
-from comparison import Comparison, compare, in_words, read_baseline, save_baseline
-from measuring import Better, Figure, Figures, Record, parser_of
+from comparison import Comparison, compare, comparison_lines, read_baseline, save_baseline
+from measuring import CHECKOUT, Direction, Figure, Figures, Record, parser_of
+from processes import python
 
 FOLDER = Path(run_all.__file__).parent
 NOT_RUN = {"measuring", "comparison", "run_all", "small_set"}
@@ -94,7 +95,7 @@ def record_of(figures: dict[str, Figure], **changes: object) -> Record:
     return replace(plain, **changes)
 
 
-def time_of(median: float, spread: float = 0.0, better: Better = "lower") -> Figure:
+def time_of(median: float, spread: float = 0.0, better: Direction = "lower") -> Figure:
     """A figure in seconds."""
     return Figure(median, "s", better, spread)
 
@@ -147,7 +148,7 @@ def test_other_settings_are_not_compared() -> None:
     old, new = record_of({"x": time_of(1.0)}), record_of({"x": time_of(9.0)})
     found = compare(old, replace(new, settings={"batch": 16}))
     assert found == Comparison(refused="the baseline has other settings: batch 8 → 16")
-    assert [*in_words("loss", found)] == [f"loss: not compared, {found.refused}"]
+    assert [*comparison_lines("loss", found)] == [f"loss: not compared, {found.refused}"]
 
 
 def test_a_baseline_keeps_the_scripts_that_were_not_run(tmp_path: Path) -> None:
@@ -222,3 +223,14 @@ def test_a_script_that_hangs_is_ended(tmp_path: Path) -> None:
 def test_every_script_is_run_or_said_not_to_be() -> None:
     scripts = {path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("gpu")}
     assert scripts == {*run_all.SCRIPTS, *NOT_RUN}
+
+
+@pytest.mark.slow
+def test_a_small_set_is_trained_and_evaluated(tmp_path: Path) -> None:
+    sizes = ("--beta", "0.5", "--batch", "8", "--warmup", "1", "--batches", "2")
+    small = CHECKOUT / "tests" / "fixtures" / "debug" / "mds"
+    places = ("--train", small, "--test", small, "--out", tmp_path)
+    done = python(FOLDER / "small_set.py", *places, *sizes)
+    assert done.returncode == 0, done.stderr
+    _, line = done.stdout.splitlines()
+    assert re.fullmatch(r" +0\.5 +8 +1 +2( +-?[\d.]+){6}", line)

@@ -172,7 +172,12 @@ class _Finder:
         if (found := next(filter(None, others), None)) is None:
             return None  # it is not installed
         # torch asks where packages lie that torch.compile leaves alone
-        return ModuleSpec(name, self, origin=found.origin, is_package=True)  # type: ignore[arg-type]
+        return ModuleSpec(
+            name,
+            self,  # type: ignore[arg-type]
+            origin=found.origin,
+            is_package=True,
+        )
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """Make the stand-in."""

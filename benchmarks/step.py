@@ -179,12 +179,8 @@ def row(name: str, options: argparse.Namespace, figures: Figures) -> None:
 def chunked_step(pairs: int, chunk: int) -> Timing:
     """Measure a step of a small model of 6 layers, in chunks."""
     config = square(6)
-<<<<<<< HEAD
-    batch, step = batch_of(config, pairs), our_step(config, 0.5, chunk=chunk)
-    step(batch_of(config, FIRST))
-=======
     batch, step = drawn_batch(config, pairs), our_step(config, 0.5, chunk=chunk)
-    step({name: one[:FIRST_STEP] for name, one in batch.items()})
+    step(drawn_batch(config, FIRST_STEP))
     return timed(lambda: step(batch))
 
 

@@ -67,12 +67,9 @@ alignclip/data/streaming_patches.py
     streaming.base.dataset.StreamingDataset.prepare_shard(self shard_id blocking)
     streaming.base.dataset.StreamingDataset._evict_coldest_shard(self)
     streaming.base.dataset.StreamingDataset._evict_shard(self shard_id)
-    streaming.base.dataset.StreamingDataset._ready_thread(self it)
     streaming.base.dataset.StreamingDataset._resume_incr_epoch(self)
     streaming.base.dataset.StreamingDataset.on_exception(self future)
     streaming.base.dataset.StreamingDataset.state_dict(self num_samples from_beginning)
-    streaming.base.dataset._Iterator.on_exit(self)
-    streaming.base.dataset._Iterator.should_exit(self)
     streaming.base.shared.prefix.get_shm_prefix(streams_local streams_remote world retry)
     streaming.base.shared.memory.SharedMemory.fix_register(self name rtype)
     streaming.base.shared.memory.SharedMemory.fix_unregister(self name rtype)
@@ -87,10 +84,22 @@ alignclip/data/streaming_patches.py
     streaming.base.shared.SharedMemory.__init__(self name create size auto_cleanup)
     streaming.base.dataset.StreamingDataset: _cache_filelock _cache_filelock_path _shard_states
         _shard_access_times _event _iterator _unique_rank_world _locals_shm cache_usage
-        predownload spanner shard_offset_per_stream shards_per_stream
-    streaming.base.dataset._Iterator: ready_index yield_index total sample_ids
+        shard_offset_per_stream shards_per_stream
     streaming.base.dataset.get_shm_prefix
     streaming.base.shared.prefix.SharedMemory
+alignclip/data/streaming_epoch.py
+    streaming.base.dataset.StreamingDataset._prepare_thread(self it)
+    streaming.base.dataset.StreamingDataset._ready_thread(self it)
+    streaming.base.dataset.StreamingDataset._each_sample_id(self it)
+    streaming.base.dataset.StreamingDataset.prepare_shard(self shard_id blocking)
+    streaming.base.dataset.StreamingDataset.__iter__: _prepare_thread _ready_thread
+        _each_sample_id on_exception _event
+    streaming.base.dataset.StreamingDataset: _shard_states _shard_access_times predownload spanner
+    streaming.base.dataset._Iterator.on_exit(self)
+    streaming.base.dataset._Iterator.should_exit(self)
+    streaming.base.dataset._Iterator: prepare_index ready_index yield_index total sample_ids
+    streaming.base.spanner.Spanner: shard_bounds
+    streaming.base.shared.array.SharedArray.numpy(self)
 alignclip/data/shard_cache.py
     streaming.base.stream.Stream.prepare_shard(self shard)
     streaming.base.stream.Stream.get_shards(self world allow_unsafe_types)

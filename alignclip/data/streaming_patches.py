@@ -5,7 +5,8 @@
 - Two runs can take the same shared memory, and nobody knows whose memory it is. Two threads that
   open shared memory can break the process's record of semaphores: :func:`install_patches`.
 
-Streaming's insides are used here and in :mod:`alignclip.data.shard_cache` alone.
+Streaming's insides are used here, in :mod:`alignclip.data.streaming_epoch` and in
+:mod:`alignclip.data.shard_cache` alone.
 ``tests/test_contracts.py`` says whether an upgrade has changed one of the names.
 """
 
@@ -25,14 +26,14 @@ from typing import Any
 import numpy as np
 import streaming.base.dataset
 from filelock import FileLock
-from streaming import StreamingDataset
 from streaming.base.constant import LOCALS, SHM_TO_CLEAN, TICK
-from streaming.base.dataset import _Iterator, _ShardState
+from streaming.base.dataset import _ShardState
 from streaming.base.shared import SharedMemory, prefix
 from streaming.base.world import World
 
 from alignclip.data import shared_memory
 from alignclip.data.shard_cache import CachedShard
+from alignclip.data.streaming_epoch import EpochDataset
 from alignclip.ranks import gather_objects
 
 LONGEST_STARVATION = 60.0  # seconds that a shard waits for room in the cache
@@ -161,7 +162,7 @@ def _create_locals(streams_local: list[str], number: int) -> SharedMemory:
     return memory
 
 
-class CachedDataset(StreamingDataset):
+class CachedDataset(EpochDataset):
     """A StreamingDataset of :class:`CachedStream`, whose failures end with an error, and at once.
 
     Args:
@@ -261,28 +262,6 @@ class CachedDataset(StreamingDataset):
         self._cache_filelock.release()
         time.sleep(TICK)
         self._cache_filelock.acquire()
-
-    def _ready_thread(self, it: _Iterator) -> None:
-        """Count the samples whose shards are there, which may be read.
-
-        Streaming's own thread waits until a shard is there, and for ever where another thread has
-        evicted the shard by the time that it looks again: with a cache limit of a few shards a run
-        stood still.
-        """
-        while not (it.should_exit() or it.ready_index == it.total or self._event.is_set()):
-            if self.predownload is not None and it.ready_index - it.yield_index > self.predownload:
-                time.sleep(TICK)
-                continue
-            sample_id = it.sample_ids[it.ready_index]
-            if sample_id != -1:
-                shard_id, _ = self.spanner[sample_id]
-                if self._shard_states[shard_id] == _ShardState.REMOTE:
-                    self.prepare_shard(shard_id, False)
-                if self._shard_states[shard_id] != _ShardState.LOCAL:
-                    time.sleep(TICK)
-                    continue
-            it.ready_index += 1
-        it.on_exit()
 
     def on_exception(self, future: Future[None]) -> None:
         """Keep a download thread's exception for :meth:`__iter__`: raised, it reaches a log."""

@@ -174,6 +174,8 @@ class DataConfig:
     ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
     # DataLoader
     num_workers: int = _amount(8)
+    # how workers are started; fork is the fastest, the others begin without the run's memory
+    multiprocessing_context: str = setting("fork", choices=("fork", "forkserver", "spawn"))
     prefetch_factor: int = 2
     persistent_workers: bool = True
     pin_memory: bool = True

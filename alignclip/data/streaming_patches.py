@@ -12,6 +12,7 @@ Streaming's insides are used here, in :mod:`alignclip.data.streaming_epoch` and 
 
 from __future__ import annotations
 
+import copyreg
 import os
 import sys
 import threading
@@ -49,6 +50,7 @@ def install_patches() -> None:
     """Replace how a dataset finds and opens its shared memory; a second call changes nothing."""
     prefix.SharedMemory = GlimpsedMemory  # type: ignore[misc]
     streaming.base.dataset.get_shm_prefix = take_prefix
+    copyreg.pickle(SharedMemory, _attached)
     if SharedMemory.fix_register is not _register_all_but_memory:
         SharedMemory.fix_register = _register_all_but_memory  # type: ignore[method-assign]
         SharedMemory.fix_unregister = _unregister_all_but_memory  # type: ignore[method-assign]
@@ -69,6 +71,16 @@ def _one_at_a_time(method: Callable[..., None]) -> Callable[..., None]:
             method(*arguments, **named)
 
     return alone
+
+
+def _attached(memory: SharedMemory) -> tuple[type[SharedMemory], tuple[str, bool]]:
+    """Pickle shared memory by its name, for a worker that is spawned.
+
+    The worker attaches to the memory and leaves its end to the process that made it. Memory that
+    Python unpickles counts as the worker's own, and is deleted when the last process of this rank
+    ends, though other ranks use the memory, too.
+    """
+    return SharedMemory, (memory.shm.name, False)
 
 
 def _register_all_but_memory(self: SharedMemory, name: str, rtype: str) -> None:
@@ -186,6 +198,12 @@ class CachedDataset(EpochDataset):
                 stream._downloader.clean_up()
         if self.cache_limit and self._unique_rank_world.is_local_leader:
             self._tell_foreign_shards()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a worker that is spawned gets: all but locks and threads of this process."""
+        of_this_process = {"_reads", "_iterator", "_executor", "_event"}
+        state = {name: one for name, one in vars(self).items() if name not in of_this_process}
+        return state | {"_locks": {}}
 
     def _tell_foreign_shards(self) -> None:
         """Print how many shards of a set that has a remote are not the cache's."""

@@ -18,8 +18,9 @@ IDENTITY_SECTIONS = (
 # … except those that only say where and how fast: the same samples in the same order
 FREE_SETTINGS = {
     "model.encode_chunk_size", "data.num_workers", "data.prefetch_factor", "data.pin_memory",
-    "data.persistent_workers", "data.predownload", "data.cache_limit", "data.download_retry",
-    "data.download_timeout", "data.validate_hash", "data.keep_zip",
+    "data.persistent_workers", "data.multiprocessing_context", "data.predownload",
+    "data.cache_limit", "data.download_retry", "data.download_timeout", "data.validate_hash",
+    "data.keep_zip",
 }  # fmt: skip
 UNSET = "not set"
 

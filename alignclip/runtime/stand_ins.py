@@ -21,8 +21,8 @@ from types import ModuleType
 from typing import Any, Union
 
 # module -> the classes and functions of it that are promised; any other name imports the module.
-# Tested with mosaicml 0.32.1, mosaicml-streaming 0.13.0, open_clip 3.3.0, timm 1.0.31, torch 2.7.0
-# and 2.11.0.
+# Tested with mosaicml 0.32.1, mosaicml-streaming 0.13.0, open_clip 3.3.0, timm 1.0.31, torch 2.7.0,
+# 2.11.0 and 2.15.0.
 STAND_INS: dict[str, tuple[str, ...]] = {
     # Composer, for annotations and isinstance
     "torchmetrics": ("Metric", "MetricCollection"),

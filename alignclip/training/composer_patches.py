@@ -1,9 +1,9 @@
 """Patches of Composer and torch: functions that are replaced, and private names that are used.
 
-Each says why. Measured with mosaicml 0.32.1 and torch 2.7.0; ``tests/test_contracts.py`` fails
-where an upgrade has moved or changed one of the names. A function that takes the place of one of
-Composer's keeps its signature. :mod:`alignclip.training.saver` patches Composer's CheckpointSaver;
-all other modules use public names only.
+Each says why. Measured with mosaicml 0.32.1 and torch 2.7.0, 2.11.0 and 2.15.0;
+``tests/test_contracts.py`` fails where an upgrade has moved or changed one of the names. A function
+that takes the place of one of Composer's keeps its signature. :mod:`alignclip.training.saver`
+patches Composer's CheckpointSaver; all other modules use public names only.
 """
 
 from __future__ import annotations
@@ -156,7 +156,8 @@ def average_fsdp_gradients_on_gloo() -> bool:
     """Make FSDP2's gradients on CPU the average over ranks; call this on every rank.
 
     FSDP2 asks for reduce-scatter(AVG), and gloo of torch 2.7 sums: gradients come out world size
-    times too large, which Adam hides. A probe decides, so that a mended gloo is left alone.
+    times too large, which Adam hides. A probe decides, so that a mended gloo is left alone: that of
+    torch 2.11 and later averages.
 
     Returns:
         whether anything had to be mended.

@@ -1,6 +1,6 @@
 """The ranks of a run: who they are, and every way in which they wait for one another.
 
-All functions but the first four are collective: call them on every rank, in the same order.
+All functions but the first five are collective: call them on every rank, in the same order.
 """
 
 from __future__ import annotations
@@ -38,6 +38,20 @@ def local_rank() -> int:
 def local_world_size() -> int:
     """Return the number of ranks on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size() > 1 else 1
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor that FSDP2 has spread; another tensor as it is.
+
+    A spread tensor is a DTensor. Newer versions of torch import sympy with that class, and every
+    command would wait for sympy.
+    """
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """Return a tensor that FSDP2 has spread as a whole; another tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def gather(share: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
@@ -24,7 +23,14 @@ from alignclip.data.tokenizer import SimpleTokenizer
 from alignclip.data.transforms import normalize
 from alignclip.errors import UserError, one_line
 from alignclip.model.encoders import CLIP
-from alignclip.ranks import gather, gather_objects, raise_on_all_ranks, rank, world_size
+from alignclip.ranks import (
+    gather,
+    gather_objects,
+    raise_on_all_ranks,
+    rank,
+    whole_tensor,
+    world_size,
+)
 
 
 def image_size(model: CLIP) -> int:
@@ -76,7 +82,7 @@ class Encoder:
     def logit_scale(self) -> Tensor:
         """exp(logit_scale), [1]."""
         scale = self.model.logit_scale.detach()
-        return (scale.full_tensor() if isinstance(scale, DTensor) else scale).exp()
+        return whole_tensor(scale).exp()
 
     def images(
         self, samples: Dataset[Any], num_workers: int = 0, name: str = "images"

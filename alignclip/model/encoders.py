@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from open_clip.transform import image_transform
 from PIL import Image
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
@@ -32,6 +31,7 @@ from alignclip.data.batch import longest_text
 from alignclip.data.tokenizer import SimpleTokenizer
 from alignclip.errors import UserError, nearest
 from alignclip.model.blocks import pool_early, pooled_tokens
+from alignclip.ranks import local_part
 
 MAX_LOGIT_SCALE = math.log(100)
 IMAGE_ENCODER, TEXT_ENCODER = "image encoder", "text encoder"  # in a profiler's trace
@@ -253,9 +253,8 @@ def clamp_logit_scale_(model: nn.Module) -> None:
     CLIP, https://arxiv.org/abs/2103.00020, section 2.5.
     """
     logit_scale = model.logit_scale
-    local = logit_scale.to_local() if isinstance(logit_scale, DTensor) else logit_scale
-    assert isinstance(local, Tensor)
-    local.clamp_(0, MAX_LOGIT_SCALE)
+    assert isinstance(logit_scale, Tensor)
+    local_part(logit_scale).clamp_(0, MAX_LOGIT_SCALE)
 
 
 def build_encoders(config: ModelConfig) -> CLIP:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from alignclip.data.dataset import ImageTextDataset
 from alignclip.errors import NotFiniteError, few
-from alignclip.ranks import gather, gather_objects, largest_of_all_ranks
+from alignclip.ranks import gather, gather_objects, largest_of_all_ranks, local_part
 from alignclip.training import composer_patches
 from alignclip.training.callbacks import SettlingCallback
 from alignclip.training.saver import CheckpointSaver
-from alignclip.weights.finite import local_part, not_finite, short_name
+from alignclip.weights.finite import not_finite, short_name
 
 # fp16's scaler skips a batch whose gradients overflow and halves its scale. Below this scale it
 # never recovers; fairseq ends at the same number (fairseq/optim/dynamic_loss_scaler.py,

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from alignclip.errors import UserError, few
+from alignclip.ranks import local_part
 
 
 def not_finite(tensors: Mapping[str, Any]) -> list[str]:
@@ -40,11 +40,6 @@ def check_finite(weights: Mapping[str, Any], what: str, way_out: str = "") -> No
             f"{what} holds numbers that are not finite (NaN or infinite), "
             f"in {len(bad)} of {len(weights)} tensors: {names}{hint}"
         )
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor that FSDP2 has spread."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def short_name(name: str) -> str:

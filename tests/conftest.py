@@ -17,6 +17,7 @@ from typing import Any
 
 import processes
 import pytest
+from own_hub import own_hub
 from refusing import RefusingS3, refusing_s3
 from s3 import S3Server, point_at
 
@@ -135,6 +136,13 @@ def refusing() -> Iterator[RefusingS3]:
     """An S3 server in memory that refuses what a test tells it to; ``os.environ`` points at it."""
     with refusing_s3() as server:
         yield server
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A Hugging Face Hub on this machine; the folder of its repositories, ``org/name``."""
+    with own_hub(tmp_path, monkeypatch) as root:
+        yield root
 
 
 @pytest.fixture

@@ -5,11 +5,14 @@ are none.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import snapshot_download
 from mds_sets import PAIR, write_rows
+from own_hub import cut_off
 from tarballs import FakeEncoder, draw, give_encoder, quick, read_back, write_tar
 
 from alignclip.conversion import captions
@@ -52,7 +55,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     classes = {"roberta": (RobertaConfig, RobertaModel), "mpnet": (MPNetConfig, MPNetModel)}
     for kind, positions in POSITIONS.items():
-        tokenizer = BertTokenizerFast(vocab_file=str(root / "vocab.txt"))
+        tokenizer = BertTokenizerFast(str(root / "vocab.txt"))
         config, model = classes.get(kind, (BertConfig, BertModel))
         numbering = {"pad_token_id": 1} if kind in classes else {}
         sizes = {**SIZES, **numbering, "max_position_embeddings": positions}
@@ -111,7 +114,7 @@ def test_a_model_that_states_more_than_it_takes_is_told(
 def test_an_encoder_that_can_embed_nothing(models: Path, tmp_path: Path) -> None:
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
-    tokenizer = BertTokenizerFast(vocab_file=str(models / "vocab.txt"))
+    tokenizer = BertTokenizerFast(str(models / "vocab.txt"))
     BertModel(BertConfig(vocab_size=3, **SIZES)).save_pretrained(tmp_path / "x")
     tokenizer.save_pretrained(tmp_path / "x")
     with pytest.raises(UserError, match=r"/x' is no sentence encoder: index out of range"):
@@ -132,6 +135,21 @@ def test_the_packaged_encoder_has_a_name(monkeypatch: pytest.MonkeyPatch, tmp_pa
         UserError, match=r"^no sentence encoder 'all-MiniLM-L6-v2': .* once pip install 'alignclip"
     ):
         find_encoder("all-MiniLM-L6-v2")
+
+
+def test_an_encoder_of_the_hub_is_found_without_the_hub(
+    hub: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The libraries have downloaded those of its files that they needed."""
+    shutil.copytree(models / "bert", hub / "org" / "encoder")
+    (hub / "org" / "encoder" / "other.onnx").write_text("")
+    assert find_encoder("org/encoder") == "org/encoder"
+    snapshot_download("org/encoder", allow_patterns=["*.json", "*.safetensors", "*.txt"])
+    cut_off(monkeypatch)
+    found = find_encoder("org/encoder")
+    assert SentenceEncoder(found).length == 64
+    with pytest.raises(UserError, match="can't reach the Hugging Face hub"):
+        find_encoder("org/other")
 
 
 @pytest.mark.parametrize(

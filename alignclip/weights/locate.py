@@ -15,7 +15,9 @@ RUN_CONFIG = "config.yaml"
 EXPORT_CONFIG = "open_clip_config.json"
 # the first one that is there holds the weights
 EXPORT_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-HF_CONFIG, HF_PREPROCESSOR = "config.json", "preprocessor_config.json"
+HF_CONFIG = "config.json"
+# how images are prepared: transformers 5 writes the first one, and transformers 4 the second
+HF_PROCESSOR, HF_PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # lists the files of a model that is in several
 HF_PARTS = tuple(f"{name}.index.json" for name in HF_WEIGHTS)
@@ -24,7 +26,7 @@ EXPORTS = {EXPORT_CONFIG: EXPORT_WEIGHTS, HF_CONFIG: HF_WEIGHTS}
 CARD = "README.md"  # a model card: the licence is in it
 # what an authors' file holds and no model uses, kept for the way back
 UNUSED = "release_unused.safetensors"
-BESIDE = (RUN_CONFIG, EXPORT_CONFIG, HF_CONFIG, HF_PREPROCESSOR, CARD, UNUSED)
+BESIDE = (RUN_CONFIG, EXPORT_CONFIG, HF_CONFIG, HF_PROCESSOR, HF_PREPROCESSOR, CARD, UNUSED)
 LATEST = "latest-rank0.pt"
 # A checkpoint of a run by its name alone, RUN/best or RUN/ep1-ba100: the file's name ends with this
 BY_NAME = "-rank0.pt"

@@ -31,7 +31,7 @@ from alignclip.weights.formats.base import (
     weights_of,
 )
 from alignclip.weights.formats.by_tensors import shared_in
-from alignclip.weights.locate import HF_CONFIG, HF_PREPROCESSOR
+from alignclip.weights.locate import HF_CONFIG, HF_PREPROCESSOR, HF_PROCESSOR
 from alignclip.weights.renaming import inverted, replace_prefix
 from alignclip.weights.weight_files import Content
 
@@ -100,11 +100,14 @@ class HuggingFace(Format):
         return described(config, f"its {HF_CONFIG}")
 
     def pixels(self, content: Content) -> Mapping[str, Any]:
-        """Return what ``preprocessor_config.json`` says."""
+        """Return what the file of the processor or of the image processor says."""
+        name, given = HF_PROCESSOR, content.json_beside(HF_PROCESSOR).get("image_processor")
+        if not isinstance(given, dict):
+            name, given = HF_PREPROCESSOR, content.json_beside(HF_PREPROCESSOR)
         try:
-            found = settings.our_pixels(content.json_beside(HF_PREPROCESSOR))
+            found = settings.our_pixels(given)
         except UserError as error:
-            raise UserError(f"{content.place}: {HF_PREPROCESSOR}: {error}") from None
+            raise UserError(f"{content.place}: {name}: {error}") from None
         preprocess_config(found, content.place, image_size=224)
         return found
 
@@ -112,7 +115,7 @@ class HuggingFace(Format):
         """Write the model and its processor, as transformers lays them out."""
         transformers = _transformers()
         size, text = loaded.config.vision_cfg.image_size, loaded.config.text_cfg
-        pixels = transformers.CLIPImageProcessor(
+        pixels = _image_processor(transformers)(
             **settings.processor_settings(loaded.preprocess, size)
         )
         config = transformers.CLIPConfig(**settings.their_config(loaded.config))
@@ -122,8 +125,8 @@ class HuggingFace(Format):
         lacking = [name for name, value in model.named_parameters() if value.is_meta]
         assert not lacking, lacking
         model.save_pretrained(folder, safe_serialization=True)
+        pixels.save_pretrained(folder)  # CLIPProcessor of transformers 5 doesn't
         if text.vocab_size < VOCABULARY:  # CLIP's byte pairs are the only tokenizer there is
-            pixels.save_pretrained(folder)
             return
         files = _write_tokenizer(folder)
         words = transformers.CLIPTokenizerFast(*files, model_max_length=text.context_length)
@@ -133,15 +136,17 @@ class HuggingFace(Format):
         """Read the export by stock transformers."""
         transformers = _transformers()
         model = transformers.CLIPModel.from_pretrained(folder, local_files_only=True).eval()
-        processor = transformers.CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+        processor = _image_processor(transformers).from_pretrained(folder, local_files_only=True)
 
         def prepare(image: Image.Image) -> Tensor:
             return torch.from_numpy(processor(images=image, return_tensors="np")["pixel_values"][0])
 
         def encode(images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             with torch.no_grad():
-                features = model.get_image_features(images), model.get_text_features(tokens)
-                return *features, model.logit_scale.exp().reshape(())
+                found = model.get_image_features(images), model.get_text_features(tokens)
+                # transformers 5 gives an output of several parts
+                image, text = (getattr(one, "pooler_output", one) for one in found)
+                return image, text, model.logit_scale.exp().reshape(())
 
         return Reopened(encode, prepare)
 
@@ -212,4 +217,15 @@ def _transformers() -> Any:
             "--to huggingface needs transformers: pip install 'alignclip[convert]'"
         ) from None
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # transformers 5 draws one for a model's weights
     return transformers
+
+
+def _image_processor(transformers: Any) -> Any:
+    """Return the CLIP image processor that resizes with PIL, as open_clip does.
+
+    Up to transformers 4, ``CLIPImageProcessor`` is that one. The one of transformers 5 resizes with
+    torchvision, and a value of a pixel comes out 1 of 255 higher or lower here and there.
+    """
+    found = getattr(transformers, "CLIPImageProcessorPil", None)
+    return found or transformers.CLIPImageProcessor

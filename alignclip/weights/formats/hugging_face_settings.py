@@ -1,4 +1,4 @@
-"""A ``CLIPModel``'s ``config.json`` and ``preprocessor_config.json`` ⇄ our settings."""
+"""A ``CLIPModel``'s ``config.json`` and its image processor's settings ⇄ our settings."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def our_config(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def our_pixels(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return open_clip's ``preprocess_cfg`` for a parsed ``preprocessor_config.json``.
+    """Return open_clip's ``preprocess_cfg`` for the parsed settings of an image processor.
 
     The image's size is left to the model's, as open_clip does.
 

@@ -81,7 +81,7 @@ class Recorder(Callback):
             losses={name: float(value).hex() for name, value in state.total_loss_dict.items()},
             gradient=self._gradient.hex(),
             lr=self._lr,
-            logit_scale=float(state.outputs[2]),
+            logit_scale=float(state.outputs[2].detach()),
         )
         self.steps.append(step)
 

@@ -84,7 +84,7 @@ class TrainingMonitor(Callback):
     def batch_end(self, state: State, logger: Logger) -> None:
         """Log the scale and the share of waiting."""
         if self._logged.has(state.timestamp.batch.value):
-            logger.log_metrics({"logit_scale": float(state.outputs[2])})
+            logger.log_metrics({"logit_scale": float(state.outputs[2].detach())})
         now = time.perf_counter()
         if self._gap is not None:
             self._waited = self._ended_gaps()

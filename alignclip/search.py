@@ -125,7 +125,7 @@ class ImageFiles:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Search as the arguments say; exit status 2 is bad input."""
-    console.prepare()
+    console.prepare_output()
     set_thread_defaults()
     options = parse(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -1,4 +1,4 @@
-"""All that one GPU tells in eight minutes: ceilings, exactness, loader, steps, a whole run.
+"""Measure one GPU in eight minutes: ceilings, exactness, loader, steps, a whole run.
 
 Each step is a process of its own with a limit of its own, and the next step begins whatever becomes
 of it. The last lines have a step each: its name, seconds, and what it found or why it failed. The

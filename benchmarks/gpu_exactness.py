@@ -29,7 +29,11 @@ def exactness(work: Work) -> str:
     torch.backends.cudnn.allow_tf32 = False  # convolutions
     torch.set_float32_matmul_precision("highest")
     bad, worst = [], 0.0
-    for name, difference, most in [*_encoders(work), *_losses(work), *_tiles(work)]:
+    for name, difference, most in [
+        *_encoder_differences(work),
+        *_loss_differences(work),
+        *_tile_differences(work),
+    ]:
         print(f"{name:60}{difference:10.1e}, at most {most:.0e}")
         worst = max(worst, difference / most)
         bad += [f"{name} {difference:.1e} > {most:.0e}"] if not difference <= most else []
@@ -41,7 +45,7 @@ def exactness(work: Work) -> str:
 Difference = tuple[str, float, float]  # what, how large, at most
 
 
-def _encoders(work: Work) -> Iterator[Difference]:
+def _encoder_differences(work: Work) -> Iterator[Difference]:
     """Compare features and gradients of each way of sharing."""
     for name, shared in SHARING.items():
         vision = VisionConfig(image_size=SIDE, patch_size=16, width=64, layers=2, head_width=32)
@@ -76,7 +80,7 @@ def _outcome(
     return _exact([image, text]), _exact(gradients)
 
 
-def _losses(work: Work) -> Iterator[Difference]:
+def _loss_differences(work: Work) -> Iterator[Difference]:
     """Compare the loss of equal features, under autocast on the device."""
     inputs = _features(512)
     for rescale in (True, False):
@@ -88,7 +92,7 @@ def _losses(work: Work) -> Iterator[Difference]:
         yield f"{name}: gradients", _relative(found[1:], exact[1:]), EXACT
 
 
-def _tiles(work: Work) -> Iterator[Difference]:
+def _tile_differences(work: Work) -> Iterator[Difference]:
     """Compare the loss in blocks with the formulas written out in fp64 on the device."""
     inputs, device = _features(work.sizes.tiled), work.device.type
     found = _loss_and_gradients(AlignCLIPLoss(), inputs, device, torch.float32)

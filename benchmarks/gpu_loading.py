@@ -23,7 +23,7 @@ COLUMNS = {
     "caption": "str",
     "semantic": f"ndarray:float16:{SEMANTIC}",
 }
-TEXT = "a photo of the small red house near an old stone bridge in heavy summer rain"
+CAPTION_WORDS = "a photo of the small red house near an old stone bridge in heavy summer rain"
 IN_HAND = 3  # batches of a worker: one that it works on, and those that it has fetched ahead
 
 
@@ -32,7 +32,7 @@ def draw_set(work: Work) -> str:
     from streaming import MDSWriter
 
     count, side = work.sizes.samples
-    rng, words = np.random.default_rng(0), TEXT.split()
+    rng, words = np.random.default_rng(0), CAPTION_WORDS.split()
     pictures = [picture(rng, side, side * 4 // 3) for _ in range(min(DIFFERENT, count))]
     start = time.perf_counter()
     with MDSWriter(

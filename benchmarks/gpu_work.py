@@ -1,4 +1,4 @@
-"""What the steps of gpu.py share: sizes, the recipe, and time on the device."""
+"""Parts that the steps of gpu.py share: sizes, the recipe, and time on the device."""
 
 from __future__ import annotations
 

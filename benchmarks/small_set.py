@@ -47,7 +47,7 @@ def main() -> None:
     for each in itertools.product(options.beta, options.batch, options.warmup):
         run = SmallSetRun(*each)
         train_run(run, options)
-        rows += [(run, step, metrics_of(run, step, options)) for step in options.batches]
+        rows += [(run, step, evaluate_run(run, step, options)) for step in options.batches]
     shown = (*RECALL, *GAP_FIGURES)
     print(f"{'beta':>5} {'batch':>6} {'warm-up':>8} {'batches':>8}", end="")
     print("".join(f" {name:>{len(name) + 1}}" for name in shown))
@@ -99,7 +99,7 @@ def train_run(run: SmallSetRun, options: argparse.Namespace) -> None:
     )
 
 
-def metrics_of(run: SmallSetRun, step: int, options: argparse.Namespace) -> dict[str, float]:
+def evaluate_run(run: SmallSetRun, step: int, options: argparse.Namespace) -> dict[str, float]:
     """Return the metrics of a run's checkpoint after ``step`` batches."""
     (checkpoint,) = (options.out / run.name).glob(f"ep*-ba{step}-rank0.pt")
     out = options.out / run.name / f"evaluation-ba{step}"

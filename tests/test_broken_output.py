@@ -19,7 +19,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 SAYS = """
 import io, subprocess, sys
 from alignclip.runtime import console
-console.prepare()
+console.prepare_output()
 held = sys.stdout
 for number in range(2000):
     print(number, "x" * 50)
@@ -69,7 +69,7 @@ def test_a_command_that_is_started_without_an_output(closed: str, tmp_path: Path
 
 def test_a_terminal_that_was_closed() -> None:
     ours, theirs = pty.openpty()
-    script = SAYS.replace("console.prepare()", "console.prepare(); sys.stdin.read()")
+    script = SAYS.replace("console.prepare_output()", "console.prepare_output(); sys.stdin.read()")
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=theirs,
         stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,

@@ -55,7 +55,7 @@ def test_every_command_can_say_everything(name: str, streams: Streams) -> None:
 
 def test_what_is_shown_instead(streams: Streams) -> None:
     streams.install()
-    console.prepare()
+    console.prepare_output()
     print("a → b … é 你 \udcff")
     shown = {
         "ascii": "a -> b ... \\xe9 \\u4f60 \\udcff\n",
@@ -67,7 +67,7 @@ def test_what_is_shown_instead(streams: Streams) -> None:
 
 def test_loading_is_said_once_a_machine(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
     streams.install()
-    console.prepare()
+    console.prepare_output()
     monkeypatch.setenv("LOCAL_RANK", "1")
     console.loading("all")
     assert streams.text() == ""

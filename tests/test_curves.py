@@ -11,7 +11,7 @@ import pytest
 from evaluations import figures, legend
 
 from alignclip.evaluation.frame import DASHED, DOTTED, OKABE_ITO
-from alignclip.evaluation.history import EVALUATIONS, Record
+from alignclip.evaluation.history import EVALUATIONS, EvaluationRecord
 from alignclip.evaluation.json_lines import text_of
 from alignclip.storage import open_store
 from alignclip.training.curve_page import page
@@ -132,7 +132,9 @@ def test_starts_that_went_on_are_grey_lines(figures: list[Any]) -> None:
 
 def test_the_page_of_a_run_has_the_chance_of_its_record(tmp_path: Path) -> None:
     chance = {"recall@5": 0.1}
-    record = Record(batch=4, evaluator="c", metrics={"recall@5": 0.5}, chance=chance, verdict=None)
+    record = EvaluationRecord(
+        batch=4, evaluator="c", metrics={"recall@5": 0.5}, chance=chance, verdict=None
+    )
     (tmp_path / EVALUATIONS).write_text(text_of([record]))
     folder: Any = SimpleNamespace(files=open_store(str(tmp_path)), uri=str(tmp_path))
     state: Any = SimpleNamespace(

@@ -22,8 +22,8 @@ from alignclip.evaluation.command import main
 from alignclip.evaluation.comparison import _without_failing, finish, read_checkpoints
 from alignclip.evaluation.curves import gap_curves
 from alignclip.evaluation.history import (
+    EvaluationRecord,
     EvaluationRecords,
-    Record,
     history_beside,
     records_in,
     run_folder,
@@ -77,7 +77,7 @@ def content(out: Path) -> dict[str, Any]:
 
 def keep_history(
     run: Path, *batches: int, more: str = "", figures: dict[str, float] = GAP | CHANCE
-) -> list[Record]:
+) -> list[EvaluationRecord]:
     """A run's record of its evaluations, as training writes it."""
     run.mkdir(parents=True)
     history = EvaluationRecords(None)

@@ -25,7 +25,12 @@ from small_runs import SmallRuns, logged, turn_back
 from alignclip.config.metrics import ARROWS, metrics_of
 from alignclip.config.schema import KeepBestConfig
 from alignclip.errors import UserError
-from alignclip.evaluation.history import EvaluationRecords, Record, history_beside, records_in
+from alignclip.evaluation.history import (
+    EvaluationRecord,
+    EvaluationRecords,
+    history_beside,
+    records_in,
+)
 from alignclip.evaluation.json_lines import RecordFile, lines_in
 from alignclip.storage import open_store
 from alignclip.training.best import BestCheckpoint
@@ -274,7 +279,7 @@ def test_the_record_of_evaluations_is_that_of_the_run_as_it_went_on(
     settings += pairs(dataset, task="retrieval", interval="4ba")
     file = runs.saved / "evaluations.jsonl"
 
-    def written() -> list[Record]:
+    def written() -> list[EvaluationRecord]:
         found = records_in(file.read_text(encoding="utf-8"))
         order = [(2, "gap"), (4, "gap"), (4, "pairs"), (6, "gap"), (8, "gap"), (8, "pairs")]
         assert [(one["batch"], one["evaluator"]) for one in found] == order

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from alignclip.config.reading import load
-from alignclip.training.limits import Circumstances, Measured, figures, verdict
+from alignclip.training.limits import Circumstances, MeasuredBatches, figures, verdict
 
 RECIPE = "yamls/alignclip.yaml"
 COCO = ("evaluators.coco.task=retrieval", "evaluators.coco.local=x", "evaluators.coco.interval=5ba")
@@ -81,7 +81,10 @@ def test_the_advice(
     measured: dict[str, Any], settings: tuple[str, ...], machine: dict[str, Any], words: str
 ) -> None:
     config = load(RECIPE, ["run_name=r", *settings])
-    assert verdict(Measured(samples=1000.0, **measured), Circumstances(config, **machine)) == words
+    assert (
+        verdict(MeasuredBatches(samples=1000.0, **measured), Circumstances(config, **machine))
+        == words
+    )
 
 
 SETTING = re.compile(r"[\w.]+=[\w{}]+")
@@ -95,5 +98,7 @@ def test_what_is_advised_can_be_set(setting: str) -> None:
 
 
 def test_the_figures() -> None:
-    assert figures(Measured(1234.5, 0.413)) == "1,234 samples/s, data wait 41 %"
-    assert figures(Measured(12.0, 0.02, mfu=0.312)) == "12 samples/s, data wait 2 %, MFU 31 %"
+    assert figures(MeasuredBatches(1234.5, 0.413)) == "1,234 samples/s, data wait 41 %"
+    assert (
+        figures(MeasuredBatches(12.0, 0.02, mfu=0.312)) == "12 samples/s, data wait 2 %, MFU 31 %"
+    )

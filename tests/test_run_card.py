@@ -23,7 +23,7 @@ from alignclip.training.run_card import (
     STOPPED_EARLY,
     RunCard,
     make_card,
-    write_card,
+    write_run_card,
 )
 
 SETTINGS = ("save_interval=4ba", "evaluators.e.task=retrieval", "evaluators.e.num_workers=0")
@@ -35,7 +35,7 @@ def start(runs: SmallRuns, batches: int, of_batches: int, status: str) -> Traine
     record_start(folder, trainer)
     trainer.fit()
     composer_patches.close(trainer)
-    write_card(folder, trainer.state, of_batches, status)
+    write_run_card(folder, trainer.state, of_batches, status)
     return trainer
 
 
@@ -118,7 +118,7 @@ def test_trouble_is_a_warning(
     before = card_in(open_store(runs.uri))
     monkeypatch.setattr(Store, "write_text", refuse)
     with caplog.at_level(logging.WARNING):
-        write_card(runs.folder(), trainer.state, 2, STOPPED_EARLY)
+        write_run_card(runs.folder(), trainer.state, 2, STOPPED_EARLY)
     (line,) = [one for one in caplog.messages if "card" in one]
     assert line == f"could not write the run's card in {runs.uri}: no room left"
     assert card_in(open_store(runs.uri)) == before

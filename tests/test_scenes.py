@@ -14,7 +14,7 @@ from PIL import Image
 
 from alignclip.quickstart import scenes
 
-CANONICAL = {word: canonical for canonical, words in scenes.WORDS.items() for word in words}
+CANONICAL = {word: canonical for canonical, words in scenes.WORDS_FOR.items() for word in words}
 
 
 def take(split, count, seed=0):

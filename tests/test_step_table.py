@@ -27,7 +27,7 @@ from alignclip.training.step_table import (
     OPTIMIZER,
     TO_DEVICE,
     measure,
-    page,
+    table_text,
 )
 
 PROFILED = ("profiler.warmup=1", "profiler.active=3", "max_duration=4ba", "progress_bar=false")
@@ -137,7 +137,7 @@ def test_the_time_of_a_gpu() -> None:
     assert table.waits == pytest.approx((1.0, 0.55))
     operators = {one.name: (one.calls, one.milliseconds) for one in table.operators}
     assert operators["aten::mm"] == pytest.approx((2.0, 0.6))
-    text = page(table, "title", "the device limits: precision=amp_bf16")
+    text = table_text(table, "title", "the device limits: precision=amp_bf16")
     assert "The GPU works 69 % of the time; the host waits for it 1.0 times a step, 0.6 ms." in text
     assert "| backward" in text
     assert "| all            | 1.00 | 100.0 % |   0.70 |    70.0 % |" in text

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from alignclip.config.command_line import read_options
 from alignclip.conversion.dataset import convert_pairs
-from alignclip.conversion.loading_rate import Rows, loading_rate
+from alignclip.conversion.loading_rate import SummaryRows, loading_rate
 from alignclip.conversion.next_step import next_step
 from alignclip.conversion.options import ConvertOptions
 from alignclip.conversion.records import Counts
@@ -58,7 +58,7 @@ def parse(arguments: Sequence[str] | None = None) -> ConvertOptions:
     )
 
 
-def summary(counts: Counts, options: ConvertOptions, loads: Rows = ()) -> str:
+def summary(counts: Counts, options: ConvertOptions, loads: SummaryRows = ()) -> str:
     """Return the counts as a table, what is to be mended, and the command that comes next.
 
     Args:
@@ -106,7 +106,7 @@ def summary(counts: Counts, options: ConvertOptions, loads: Rows = ()) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Convert and print a summary; exit status 2 with one line for what the user can mend."""
-    console.prepare()
+    console.prepare_output()
     options = parse(arguments)
     with one_line_errors(interrupted="interrupted; the same command goes on from here"):
         counts = convert_pairs(options)

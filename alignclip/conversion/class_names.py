@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from alignclip.conversion.evaluation_sets import INSTALL, read_json
+from alignclip.conversion.evaluation_sets import INSTALL, read_option_file
 from alignclip.conversion.wording import did_you_mean_one
 from alignclip.errors import UserError
 
@@ -51,7 +51,7 @@ def choose_templates(name: str, path: str | None) -> list[str]:
     if path is None:
         lists = benchmark_lists("en_zeroshot_classification_templates.json")
         return lists.get(name, lists[GENERIC])
-    templates = read_json("--templates", Path(path))
+    templates = read_option_file("--templates", Path(path))
     if not _is_text_list(templates) or not templates:
         raise UserError(
             f'--templates {path} must be a JSON list of strings such as "a photo of a {{c}}."'
@@ -72,7 +72,7 @@ def choose_classnames(names: list[str], path: str | None) -> list[str]:
     """
     if path is None:
         return names
-    given = read_json("--classnames", Path(path))
+    given = read_option_file("--classnames", Path(path))
     if isinstance(given, dict):
         if missing := [name for name in names if name not in given]:
             hint = did_you_mean_one(missing[0], given)

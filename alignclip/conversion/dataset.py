@@ -65,7 +65,7 @@ from alignclip.storage import leaving_nothing
 from alignclip.storage.copies import remove_stale_copies
 from alignclip.storage.staging import INDEX, VAL, OutputFolder, shown
 
-ENOUGH = 1000  # samples: before, a share of bad ones says little
+ENOUGH_SAMPLES = 1000  # with fewer, a share of bad ones says little
 
 
 class NothingWritten(UserError):
@@ -152,7 +152,9 @@ def _convert_rest(
         whole.publish()
     start = time.monotonic()
     try:
-        convert_all(todo, done, columns, options, partial(whole.check_bad, ENOUGH), executor)
+        convert_all(
+            todo, done, columns, options, partial(whole.check_bad, ENOUGH_SAMPLES), executor
+        )
     except KeyboardInterrupt:
         store.remove_partial()
         raise

@@ -121,7 +121,7 @@ def local_path(flag: str, place: str | None, folder: bool = False) -> Path:
     return path
 
 
-def read_json(flag: str, path: Path) -> Any:
+def read_option_file(flag: str, path: Path) -> Any:
     """Return the contents of a JSON file that an option names.
 
     Raises:

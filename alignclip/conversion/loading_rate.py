@@ -22,13 +22,13 @@ from alignclip.runtime.stand_ins import stand_ins
 from alignclip.runtime.threads import available_cores
 from alignclip.storage.staging import OutputFolder
 
-SAMPLES = 200
+MEASURED_SAMPLES = 200
 SECONDS = 0.6  # of each measurement
 MOST_FETCHED = 64_000_000  # bytes of a shard that is read again from a bucket
 RESIZED = 256  # pixels of the shorter side: enough for crops of 224
 WORTHWHILE = 1.25  # times the rate, from which on --resize is named
 
-Rows = Sequence[tuple[str, str]]  # of the summary: name, value
+SummaryRows = Sequence[tuple[str, str]]  # name, value
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Decoded:
     height: int
 
 
-def loading_rate(options: ConvertOptions, counts: Counts) -> Rows:
+def loading_rate(options: ConvertOptions, counts: Counts) -> SummaryRows:
     """Measure how many samples a second a core of this machine decodes and crops.
 
     The functions are those of training.
@@ -61,7 +61,7 @@ def loading_rate(options: ConvertOptions, counts: Counts) -> Rows:
         return []
 
 
-def rate_of(images: Sequence[bytes], side: int, may_resize: bool) -> Rows:
+def rate_of(images: Sequence[bytes], side: int, may_resize: bool) -> SummaryRows:
     """Measure the rate of these images; no rows where none of them can be decoded.
 
     Args:
@@ -76,11 +76,14 @@ def rate_of(images: Sequence[bytes], side: int, may_resize: bool) -> Rows:
     size = statistics.mean(map(len, images)) / 1024
     pixels = f"{found.width} × {found.height} px"
     rows = [
-        ("loads at", f"{_about(found.rate)}, of which this machine has {available_cores()}"),
+        (
+            "loads at",
+            f"{_rate_in_words(found.rate)}, of which this machine has {available_cores()}",
+        ),
         ("  samples of", f"{size:,.1f} KiB, {pixels}, cropped to {side} px"),
     ]
     if gain is not None and gain >= WORTHWHILE:
-        rows += [(f"  with --resize {RESIZED}", _about(gain * found.rate))]
+        rows += [(f"  with --resize {RESIZED}", _rate_in_words(gain * found.rate))]
     return rows
 
 
@@ -97,7 +100,7 @@ def _some_images(out: str) -> list[bytes]:
                 return []
             path = Path(folder, "fetched.mds")
             store.files.download(file["basename"], path)
-        rows = itertools.islice(open_shard(entry, path, Path(folder)), SAMPLES)
+        rows = itertools.islice(open_shard(entry, path, Path(folder)), MEASURED_SAMPLES)
         return [row["image"] for row in rows]
 
 
@@ -161,6 +164,6 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _about(rate: float) -> str:
+def _rate_in_words(rate: float) -> str:
     """Write a rate with two digits: 1,234 as 1,200."""
     return f"about {float(f'{rate:.2g}'):,.0f} samples/s a core"

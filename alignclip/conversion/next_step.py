@@ -47,7 +47,9 @@ def next_step(out: str, counts: Counts, options: ConvertOptions) -> str:
         *_place_settings(f"evaluators.{name}", name, out),
     ]
     words = [] if has_gpu() else ["device=cpu", "precision=fp32"]
-    evaluate = _command("evaluate.py", [_recipe("evaluate"), "checkpoint=RUN", *words, *settings])
+    evaluate = _command(
+        "evaluate.py", [_recipe_path("evaluate"), "checkpoint=RUN", *words, *settings]
+    )
     run = f"RUN stands for a run's folder; a run takes the settings evaluators.{name}.…, too"
     if whose := _named_for_tests(out, options):
         return f"{evaluate}\n{whose} that it is a test set. {run}."
@@ -99,7 +101,7 @@ def _training_words(name: str, out: str, counts: Counts, options: ConvertOptions
     gpu, samples, side = has_gpu(), _trained_on(counts), _side(counts)
     published = "alignclip" if options.semantic else "sharedclip"
     stream = "cc12m" if gpu else "scenes"  # of the recipe
-    words = [_recipe(published if gpu else "quickstart"), f"run_name={name}"]
+    words = [_recipe_path(published if gpu else "quickstart"), f"run_name={name}"]
     words += [] if gpu else ["save_folder=runs/{run_name}"]
     words += [] if name == stream else [f"data.streams.{stream}=null"]
     words += _place_settings(f"data.streams.{name}", name, out)
@@ -118,7 +120,7 @@ def _training_words(name: str, out: str, counts: Counts, options: ConvertOptions
     return words
 
 
-def _recipe(name: str) -> str:
+def _recipe_path(name: str) -> str:
     return str(_from_here(REPOSITORY / "yamls" / f"{name}.yaml"))
 
 

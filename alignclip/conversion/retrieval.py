@@ -180,7 +180,7 @@ def parse(arguments: Sequence[str] | None = None) -> RetrievalOptions:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Convert and print a summary."""
-    console.prepare()
+    console.prepare_output()
     options = parse(arguments)
     with one_line_errors(interrupted="interrupted; nothing was written"):
         print(convert_retrieval(options))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from alignclip.conversion import flickr_lines, text_tables
-from alignclip.conversion.evaluation_sets import local_path, read_json
+from alignclip.conversion.evaluation_sets import local_path, read_option_file
 from alignclip.conversion.published import PublishedSet
 from alignclip.conversion.text_tables import Table
 from alignclip.conversion.wording import listing
@@ -124,7 +124,7 @@ def read_coco(wanted: Wanted) -> Annotations:
 
     https://cs.stanford.edu/people/karpathy/deepimagesent: ``dataset_coco.json`` and others.
     """
-    content = read_json("--annotations", wanted.file)
+    content = read_option_file("--annotations", wanted.file)
     if "annotations" in content:
         advice = "the file otherwise, with a --split of your own"
         return Annotations(wanted.check_whole_file(_read_coco_api(content), advice))

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         the exit status: 0 done, 1 some evaluators could not be run, 2 bad input.
     """
-    console.prepare()
+    console.prepare_output()
     said = (DESCRIPTION, EVALUATE_EXAMPLES)
     config, overrides = read_arguments(arguments, "composer evaluate.py", *said)
     with one_line_errors():

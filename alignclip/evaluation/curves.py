@@ -18,7 +18,7 @@ from alignclip.evaluation.frame import (
     save_figure,
     style,
 )
-from alignclip.evaluation.history import Record, run_folder
+from alignclip.evaluation.history import EvaluationRecord, run_folder
 from alignclip.evaluation.json_lines import with_nan
 from alignclip.evaluation.report import ComparisonReport
 from alignclip.evaluation.verdict import RECALLS, judge, mean_recall
@@ -92,7 +92,7 @@ def gap_curves(report: ComparisonReport) -> Curves:
     return curves
 
 
-def of_records(history: Sequence[Record]) -> list[Evaluated]:
+def of_records(history: Sequence[EvaluationRecord]) -> list[Evaluated]:
     """Return the evaluations of a run as points of curves."""
     return [
         (one["evaluator"], Point(one["batch"], with_nan(one["metrics"]), one["chance"]))

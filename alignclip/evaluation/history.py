@@ -15,7 +15,7 @@ from alignclip.weights.locate import NAMES, WEIGHT_FILES
 EVALUATIONS = "evaluations.jsonl"
 
 
-class Record(TypedDict):
+class EvaluationRecord(TypedDict):
     """The figures of an evaluator at a batch; a metric that is not finite is None."""
 
     batch: int
@@ -37,7 +37,7 @@ class EvaluationRecords:
     """
 
     def __init__(self, store: Store | None) -> None:
-        self.records: list[Record] = []
+        self.records: list[EvaluationRecord] = []
         self._file = (
             RecordFile(store, EVALUATIONS, f"could not write {store.at(EVALUATIONS)}")
             if store
@@ -46,10 +46,10 @@ class EvaluationRecords:
 
     def add(
         self, batch: int, evaluator: str, metrics: dict[str, float], chance: dict[str, float]
-    ) -> Record:
+    ) -> EvaluationRecord:
         """Record what an evaluator found, judged against the run's first evaluation."""
         verdict = judge_since(self.records, batch, evaluator, metrics, chance)
-        record = Record(
+        record = EvaluationRecord(
             batch=batch,
             evaluator=evaluator,
             metrics=without_nan(metrics),
@@ -71,7 +71,7 @@ class EvaluationRecords:
 
 
 def judge_since(
-    records: Iterable[Record],
+    records: Iterable[EvaluationRecord],
     batch: int | None,
     evaluator: str,
     metrics: Mapping[str, float],
@@ -90,12 +90,12 @@ def judge_since(
     return judge(metrics, chance)
 
 
-def records_in(text: str) -> list[Record]:
+def records_in(text: str) -> list[EvaluationRecord]:
     """Return the records of a file's text without lines that are none, as a cut-off copy has."""
     records = []
     for line in lines_in(text):
         try:
-            record = Record(
+            record = EvaluationRecord(
                 batch=line["batch"],
                 evaluator=str(line["evaluator"]),
                 metrics=without_nan(with_nan(line["metrics"])),
@@ -108,7 +108,7 @@ def records_in(text: str) -> list[Record]:
     return records
 
 
-def history_beside(place: str) -> list[Record]:
+def history_beside(place: str) -> list[EvaluationRecord]:
     """Return the evaluations of the run that a checkpoint is of, where the run has such.
 
     Args:

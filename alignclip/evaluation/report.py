@@ -12,7 +12,7 @@ from typing import Any
 
 from alignclip.config.metrics import arrow, better, metric_named, sets_of
 from alignclip.config.schema import EvaluateConfig, EvaluatorConfig
-from alignclip.evaluation.history import Record, judge_since
+from alignclip.evaluation.history import EvaluationRecord, judge_since
 from alignclip.evaluation.json_lines import with_nan, without_nan
 from alignclip.evaluation.verdict import Verdict
 from alignclip.runtime.environment import versions
@@ -44,7 +44,7 @@ class Compared:
     place: str
     digest: str
     batch: int | None = None
-    history: Sequence[Record] = ()
+    history: Sequence[EvaluationRecord] = ()
 
 
 class ComparisonReport:

@@ -17,7 +17,7 @@ STS_COLUMNS = ("genre", "filename", "year", "index", "score", "sentence1", "sent
 # of the benchmark's splits, as published
 PUBLISHED_PAIRS = {"test": 1_379, "dev": 1_500, "train": 5_749}
 UNKNOWN = "a number that no split of the STS benchmark has"
-Rows = tuple[list[str], list[str], list[float]]
+SentencePairs = tuple[list[str], list[str], list[float]]
 
 
 def spearman(
@@ -46,7 +46,7 @@ def spearman(
     return {"spearman": float(found.statistic)}
 
 
-def read_sts(path: str) -> Rows:
+def read_sts(path: str) -> SentencePairs:
     """Read a file of the STS benchmark, such as ``sts-test.csv``, or its URL.
 
     Source: Cer et al. 2017, https://arxiv.org/abs/1708.00055; the columns are ``genre, filename,
@@ -112,12 +112,12 @@ def split_note(pairs: int) -> str | None:
     return f"{pairs:,} sentence pairs, {what}; {test}"
 
 
-def unique(rows: Rows) -> list[str]:
+def unique(rows: SentencePairs) -> list[str]:
     """Return the sentences of all pairs, each once: what is to be encoded."""
     return list(dict.fromkeys([*rows[0], *rows[1]]))
 
 
-def similarity(features: Tensor, rows: Rows) -> dict[str, float]:
+def similarity(features: Tensor, rows: SentencePairs) -> dict[str, float]:
     """Correlate the similarities of sentence pairs with people's scores.
 
     Args:

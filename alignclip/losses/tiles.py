@@ -35,7 +35,7 @@ from alignclip.ranks import gather
 # estimate: 4,096 rows and columns occupy all multiprocessors, and are 64 MiB of fp32.
 CPU_TILE, GPU_TILE = 2**20, 2**24
 IMAGE, TEXT = 0, 1
-Pair = tuple[int, int]  # the modalities of a matrix's rows and columns
+ModalityPair = tuple[int, int]  # the modalities of a matrix's rows and columns
 
 
 def needs_tiles(features: GlobalFeatures) -> bool:
@@ -44,7 +44,7 @@ def needs_tiles(features: GlobalFeatures) -> bool:
 
 
 def tiled_cross_entropy(
-    features: GlobalFeatures, pairs: list[Pair], captions: CaptionFeatures | None = None
+    features: GlobalFeatures, pairs: list[ModalityPair], captions: CaptionFeatures | None = None
 ) -> Tensor:
     """Compute half the sum of cross-entropies, mean over this rank's rows: a scalar [].
 
@@ -95,7 +95,7 @@ class _Tile:
 
     @property
     def is_its_own_mirror(self) -> bool:
-        """Whether the softmaxes of the columns are those of the rows."""
+        """Say whether the softmaxes of the columns are those of the rows."""
         return self.x == self.y and self.rows == self.columns
 
 
@@ -106,13 +106,13 @@ class _Tiles:
     """
 
     def __init__(
-        self, features: GlobalFeatures, pairs: list[Pair], captions: CaptionFeatures | None
+        self, features: GlobalFeatures, pairs: list[ModalityPair], captions: CaptionFeatures | None
     ) -> None:
         self._both, self._scale = (features.all_image, features.all_text), features.scale
         self._pairs, self._captions, self._group = pairs, captions, features.group
         self._own, self._count = features.rows, len(features.image)
         longest = isqrt(_numbers_of_a_tile(features))
-        self._blocks = _blocks(len(features.all_image), self._count, longest)
+        self._blocks = _blocks_of_rows(len(features.all_image), self._count, longest)
         self._is_symmetric = pairs[0][0] == pairs[0][1]
         # the modality of an image's positive, and that of a text's
         is_itself = self._is_symmetric and captions is None
@@ -207,7 +207,7 @@ class _Tiles:
         return logits
 
 
-def _blocks(total: int, count: int, longest: int) -> list[slice]:
+def _blocks_of_rows(total: int, count: int, longest: int) -> list[slice]:
     """Cut the rows of each rank into an even number of blocks: then ranks have equal work.
 
     Args:

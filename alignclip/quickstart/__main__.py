@@ -27,7 +27,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 CONFIG = PROJECT / "yamls" / "quickstart.yaml"
 SPLITS = {"train": 6000, "test": 600}
 # what the table shows, and which way is better
-ROWS = {
+SHOWN_METRICS = {
     "alignment_score": "mean cosine of image–text pairs (higher: aligned)",
     "centroid_distance": "modality gap: distance of the two means (lower: closed)",
     "image_retrieval_recall@1": "text → image, R@1",
@@ -49,7 +49,7 @@ class QuickstartOptions:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the quickstart in ``--folder``; further ``key.sub=value`` go to the training."""
-    console.prepare()
+    console.prepare_output()
     options = read_options(QuickstartOptions, arguments, "python -m alignclip.quickstart", __doc__)
     folder = options.folder
     with one_line_errors():
@@ -136,7 +136,7 @@ def compare_models(config: RunConfig, folder: Path) -> None:
     count = len(after.pairs[0])
     print(f"\n{count} held-out scenes: combinations of attributes never trained on\n")
     print(f"{'':58} {'untrained':>10} {'trained':>10} {'chance':>8}")
-    for key, label in ROWS.items():
+    for key, label in SHOWN_METRICS.items():
         chance = f"{after.chance[key]:8.4f}" if key in after.chance else ""
         print(f"{label:58} {before.metrics[key]:10.4f} {after.metrics[key]:10.4f} {chance}")
     picture = folder / "embeddings.png"

@@ -94,7 +94,7 @@ HELD_OUT = frozenset(
 )
 
 # of a canonical name; a name that is missing here is its only word
-WORDS = {
+WORDS_FOR = {
     "red": ("red", "red", "crimson", "scarlet"),
     "orange": ("orange", "orange", "tangerine"),
     "yellow": ("yellow", "yellow", "golden"),
@@ -218,7 +218,7 @@ def describe_scene(scene: Scene, rng: random.Random) -> str:
 
 
 def _word(name: str, rng: random.Random) -> str:
-    return rng.choice(WORDS.get(name, (name,)))
+    return rng.choice(WORDS_FOR.get(name, (name,)))
 
 
 def _noun_phrase(thing: Thing, count: int, rng: random.Random) -> str:

@@ -18,7 +18,7 @@ _ASCII = {
 _HANDLER = "alignclip.readable"
 
 
-def prepare() -> None:
+def prepare_output() -> None:
     """Let no character and no closed pipe end a command. Call it first in every command.
 
     What the output's encoding lacks is replaced; what nobody reads goes nowhere. Child processes

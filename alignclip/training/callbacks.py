@@ -27,7 +27,7 @@ class SettlingCallback(Callback):
         raise NotImplementedError
 
 
-def settle(state: State, logger: Logger) -> None:
+def settle_callbacks(state: State, logger: Logger) -> None:
     """Have everything looked at that was put off; before the last batch is relied on.
 
     Call this on every rank.

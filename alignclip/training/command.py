@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
         the exit status: 0 finished, 2 bad input, 3 numbers that are not finite, 4 a checkpoint that
         could not be saved, 143 stopped by a signal with everything saved.
     """
-    console.prepare()
+    console.prepare_output()
     config, overrides = read_arguments(
         arguments,
         "composer pretrain.py",

@@ -24,7 +24,7 @@ from alignclip.evaluation.sets import OpenSets
 from alignclip.model.encoders import CLIP
 from alignclip.ranks import errors_on_all_ranks, rank
 from alignclip.training.best import BestCheckpoint
-from alignclip.training.callbacks import StopOnSignal, settle
+from alignclip.training.callbacks import StopOnSignal, settle_callbacks
 from alignclip.training.display import print_once
 from alignclip.training.save_folder import SaveFolder
 from alignclip.training.spent import Stopwatch
@@ -95,7 +95,7 @@ class EvaluationCallback(Callback):
         ]
         if not due:
             return
-        settle(state, logger)
+        settle_callbacks(state, logger)
         encoder = self._encoder(state)
         found: MetricFigures = {}
         with self.watch, _as_saved(state, logger):

@@ -1,4 +1,4 @@
-"""Which side limits a run, and what to change: from measured shares and the run's settings.
+"""The side that limits a run, and what to change: from measured shares and the run's settings.
 
 Only what is true for the run's settings is advised; what is on already isn't.
 """
@@ -14,14 +14,14 @@ from alignclip.config.schema import RunConfig
 # Shares of the time from which on a part is worth a change: below, other parts take more
 WAITING, EVALUATION, CHECKPOINTS = 0.1, 0.15, 0.1
 # A crop keeps 8/7 of its side as open_clip's evaluation does: 256 pixels for 224
-STORED = 8 / 7
-LARGE = 1.3  # times the pixels that are stored then: from there on smaller files load faster
+STORED_TO_CROP = 8 / 7
+MUCH_LARGER = 1.3  # times the pixels that are stored then: from there on smaller files load faster
 IDLE = 0.1  # an MFU below which the device mostly waits for its host, or has too little to do
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a number of batches took.
+class MeasuredBatches:
+    """The speed of a number of batches, and the shares of their time.
 
     Attributes:
         samples: a second, of all ranks, while they trained.
@@ -68,7 +68,7 @@ class Circumstances:
     evaluators: Mapping[str, float] = field(default_factory=dict)
 
 
-def verdict(measured: Measured, here: Circumstances) -> str:
+def verdict(measured: MeasuredBatches, here: Circumstances) -> str:
     """Say in a sentence which side limits a run, and what to change."""
     excess = {
         _loader: measured.waiting / WAITING,
@@ -79,7 +79,7 @@ def verdict(measured: Measured, here: Circumstances) -> str:
     return worst(measured, here) if excess[worst] >= 1 else _device(measured, here)
 
 
-def figures(measured: Measured) -> str:
+def figures(measured: MeasuredBatches) -> str:
     """Return the figures of a line: samples/s, data wait, MFU where it is known."""
     mfu = "" if measured.mfu is None else f", MFU {percent(measured.mfu)}"
     return f"{measured.samples:,.0f} samples/s, data wait {percent(measured.waiting)}{mfu}"
@@ -90,7 +90,7 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def _loader(measured: Measured, here: Circumstances) -> str:
+def _loader(measured: MeasuredBatches, here: Circumstances) -> str:
     data, side = here.config.data, _resized_side(here)
     readers = data.num_workers * here.ranks
     advice = []
@@ -110,7 +110,7 @@ def _loader(measured: Measured, here: Circumstances) -> str:
     return f"the loader limits: {', or '.join(advice)}"
 
 
-def _evaluation(measured: Measured, here: Circumstances) -> str:
+def _evaluation(measured: MeasuredBatches, here: Circumstances) -> str:
     slowest = max(here.evaluators, key=lambda name: here.evaluators[name])
     key = f"evaluators.{slowest}.interval"
     now = here.config.evaluators[slowest].interval
@@ -118,12 +118,12 @@ def _evaluation(measured: Measured, here: Circumstances) -> str:
     return f"evaluation took {share} of the time: raise {key} (it is {now})"
 
 
-def _checkpoints(measured: Measured, here: Circumstances) -> str:
+def _checkpoints(measured: MeasuredBatches, here: Circumstances) -> str:
     share, now = percent(measured.checkpoints), here.config.save_interval
     return f"checkpoints took {share} of the time: raise save_interval (it is {now})"
 
 
-def _device(measured: Measured, here: Circumstances) -> str:
+def _device(measured: MeasuredBatches, here: Circumstances) -> str:
     advice = {"gpu": _on_gpu, "cpu": _on_cpu}.get(here.device, _on_any)(here)
     if measured.mfu is not None and measured.mfu < IDLE:
         advice.append("see where a step's time goes (profiler={})")
@@ -165,5 +165,5 @@ def _on_any(here: Circumstances) -> list[str]:
 
 def _resized_side(here: Circumstances) -> int | None:
     """Return the side to convert with, where the stored images are much larger."""
-    side = math.ceil(here.config.model.vision_cfg.image_size * STORED)
-    return side if here.stored_side is not None and here.stored_side > LARGE * side else None
+    side = math.ceil(here.config.model.vision_cfg.image_size * STORED_TO_CROP)
+    return side if here.stored_side is not None and here.stored_side > MUCH_LARGER * side else None

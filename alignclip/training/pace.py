@@ -21,18 +21,18 @@ from alignclip.runtime.threads import available_cores
 from alignclip.training.callbacks import TrainingMonitor
 from alignclip.training.display import Console
 from alignclip.training.evaluation_callback import EvaluationCallback
-from alignclip.training.limits import WAITING, Circumstances, Measured, figures, verdict
+from alignclip.training.limits import WAITING, Circumstances, MeasuredBatches, figures, verdict
 from alignclip.training.saver import CheckpointSaver
 from alignclip.training.speed import SpeedMonitor
 from alignclip.training.spent import Spent
 
 EVERY = 100  # batches between two lines
-ENOUGH = 10  # batches that say something
+ENOUGH_BATCHES = 10  # batches that say something
 # Batches of a start that say nothing: memory is allocated, kernels are chosen. Behind these come as
 # many as there are data workers, which were made ready meanwhile.
-FIRST = 2
+UNMEASURED_BATCHES = 2
 SHORT = 90.0  # seconds: the end of a run that is shorter is waited for
-LOOKED_AT = 16  # images of a batch
+IMAGES_LOOKED_AT = 16  # images of a batch
 
 C = TypeVar("C", bound=Callback)
 
@@ -79,10 +79,10 @@ class Pace(Callback):
             return
         batch = state.timestamp.batch.value
         trained = batch - self._first_batch
-        first = FIRST + self._config.data.num_workers
+        first = UNMEASURED_BATCHES + self._config.data.num_workers
         if trained == first:
             self._first = self._since = self._now(state)
-        if trained == first + ENOUGH:
+        if trained == first + ENOUGH_BATCHES:
             self._plan(state)
         if batch % EVERY == 0:
             self._end_window(state)
@@ -98,7 +98,7 @@ class Pace(Callback):
 
     def advice(self, waiting: float, state: State) -> str:
         """Say what limits the run, of which so much of a step is waiting for data."""
-        measured = Measured(0.0, waiting)
+        measured = MeasuredBatches(0.0, waiting)
         return verdict(measured, self._circumstances(measured, state))
 
     def state_dict(self) -> dict[str, Any]:
@@ -157,7 +157,7 @@ class Pace(Callback):
             return
         now = self._now(state)
         window = now - self._since
-        if window.batches < ENOUGH:
+        if window.batches < ENOUGH_BATCHES:
             return
         self._since = now
         assert self._first is not None
@@ -170,7 +170,7 @@ class Pace(Callback):
             said = verdict(measured, self._circumstances(measured, state))
             self._tell(f"batch {batch:,}: {figures(measured)}; {said}")
 
-    def _measure(self, window: Spent, whole: Spent, state: State) -> Measured:
+    def _measure(self, window: Spent, whole: Spent, state: State) -> MeasuredBatches:
         """Compute the figures of a window, with the wait of the rank that waited the longest.
 
         Evaluation and checkpoints are rare: their shares are of all measured batches.
@@ -179,7 +179,7 @@ class Pace(Callback):
         waiting = float(gather(state.device.tensor_to_device(mine)).max())
         peak = self._speed.gpu_flops_available if self._speed else None
         is_known = bool(peak and window.flops)
-        return Measured(
+        return MeasuredBatches(
             samples=window.batches * self._config.global_train_batch_size / window.training,
             waiting=waiting,
             evaluation=whole.evaluation / whole.seconds,
@@ -187,7 +187,7 @@ class Pace(Callback):
             mfu=window.flops / window.training / float(peak or 1) if is_known else None,
         )
 
-    def _circumstances(self, measured: Measured, state: State) -> Circumstances:
+    def _circumstances(self, measured: MeasuredBatches, state: State) -> Circumstances:
         """Describe the machine and what is known of the data."""
         data, evaluation = self._config.data, self._evaluation
         is_remote = any(one.remote for one in data.streams.values())
@@ -211,7 +211,7 @@ class Pace(Callback):
         if self._side is None:
             dataset = state.train_dataloader.dataset  # type: ignore[union-attr]
             assert isinstance(dataset, ImageTextDataset)
-            samples = state.batch["sample"][:LOOKED_AT].tolist()
+            samples = state.batch["sample"][:IMAGES_LOOKED_AT].tolist()
             sides = [side for one in samples if (side := dataset.side_of(one))]
             self._side = int(statistics.median(sides)) if sides else 0
         return self._side or None

@@ -26,7 +26,7 @@ from alignclip.training.step_table import (
     PROFILER,
     TO_DEVICE,
     measure,
-    page,
+    table_text,
 )
 
 # the part that begins behind the callbacks of an event; None: the Trainer's own work
@@ -124,7 +124,7 @@ class StepParts(TraceHandler):
         title = (
             f"Where a step's time goes: run {state.run_name}, rank {rank()}, up to batch {last:,}"
         )
-        text = page(table, title, advice)
+        text = table_text(table, title, advice)
         path.write_text(text, encoding="utf-8")
         if rank() == 0:
             say(f"\n{text}\nthe trace and this table are in {path.parent}")

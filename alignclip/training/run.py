@@ -19,7 +19,7 @@ from alignclip.training.build import build_trainer, total_batches
 from alignclip.training.callbacks import StopOnSignal
 from alignclip.training.display import print_once
 from alignclip.training.preflight import check_inputs, check_parallelism, training_device
-from alignclip.training.run_card import FINISHED, STOPPED_EARLY, write_card
+from alignclip.training.run_card import FINISHED, STOPPED_EARLY, write_run_card
 from alignclip.training.run_record import add_start, record_config
 from alignclip.training.save_folder import SaveFolder
 
@@ -64,7 +64,7 @@ def run(config: RunConfig) -> int:
         composer_patches.close(trainer)  # what was saved before an error is still on its way
     is_stopped = stop is not None and stop.stopped
     if folder is not None and rank() == 0:
-        write_card(folder, trainer.state, total, STOPPED_EARLY if is_stopped else FINISHED)
+        write_run_card(folder, trainer.state, total, STOPPED_EARLY if is_stopped else FINISHED)
     wait_for_all_ranks()
     batch = trainer.state.timestamp.batch.value
     where = f"; checkpoints in {folder.uri}" if folder is not None else ""

@@ -44,7 +44,7 @@ FINISHED, STOPPED_EARLY = "finished", "stopped by a signal"
 
 @dataclass(frozen=True)
 class Data:
-    """What was trained on.
+    """The data of a run.
 
     Attributes:
         sets: name → path or URL.
@@ -113,7 +113,7 @@ class Hours:
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast the run was while it trained.
+    """The speed of a run while it trained.
 
     Attributes:
         samples_seen: in all starts.
@@ -165,14 +165,14 @@ class RunCard:
     starts: list[Start]
 
 
-def write_card(folder: SaveFolder, state: State, of_batches: int, status: str) -> None:
+def write_run_card(folder: SaveFolder, state: State, of_batches: int, status: str) -> None:
     """Write the card of a run whose training has ended; for rank 0. Trouble is a warning."""
-    from alignclip.training.run_card_page import page
+    from alignclip.training.run_card_page import card_text
 
     try:
         card = make_card(folder, state, of_batches, status)
         folder.files.write_text(JSON, json.dumps(plain_values(card), indent=2) + "\n")
-        folder.files.write_text(PAGE, page(card))
+        folder.files.write_text(PAGE, card_text(card))
     except Exception as error:  # of the file system, or any cloud's, or of files that others wrote
         why = describe_storage_error(error)
         log.warning(f"could not write the run's card in {folder.uri}: {why}")
@@ -203,7 +203,7 @@ def make_card(folder: SaveFolder, state: State, of_batches: int, status: str) ->
         ),
         hours=_hours(pace),
         speed=_speed(pace, config, state),
-        losses=_losses(folder),
+        losses=_last_losses(folder),
         evaluations=_evaluations(folder),
         curves=history is not None and history.is_drawn,
         starts=starts,
@@ -256,7 +256,7 @@ def _speed(pace: Pace, config: RunConfig, state: State) -> Speed:
     return Speed(seen, rate, statistics.median(pace.mfus) if pace.mfus else None)
 
 
-def _losses(folder: SaveFolder) -> dict[str, float | None]:
+def _last_losses(folder: SaveFolder) -> dict[str, float | None]:
     lines = lines_in(folder.files.read_text_optional(HISTORY) or "")
     losses = [line for line in lines if "losses" in line]
     last = losses[-1] if losses else {"losses": {}}

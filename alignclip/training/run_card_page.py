@@ -10,28 +10,30 @@ from alignclip.training.limits import percent
 from alignclip.training.pace import duration
 from alignclip.training.run_card import Evaluation, Hours, RunCard
 
-Row = Sequence[str]
+Cells = Sequence[str]
 
 
-def page(card: RunCard) -> str:
+def card_text(card: RunCard) -> str:
     """Return the text of a run's card."""
     parts = [
         f"# Run `{card.run_name}`",
         f"{_status(card)}. `config.yaml` has every setting, `starts.json` every start.",
-        _table(("", ""), _facts(card)),
+        _markdown_table(("", ""), _facts(card)),
         "## Time",
-        _table(("", "time", "share"), _times(card.hours)),
+        _markdown_table(("", "time", "share"), _times(card.hours)),
         "## Losses",
-        _table(("", "last"), ((name, _number(value)) for name, value in card.losses.items())),
+        _markdown_table(
+            ("", "last"), ((name, _number(value)) for name, value in card.losses.items())
+        ),
     ]
     if card.curves:
         parts += [f"![learning curves]({PICTURE})", f"[{PAGE}]({PAGE}) has the same curves."]
     if card.evaluations:
         rows = (row for name, one in card.evaluations.items() for row in _metrics(name, one))
-        parts += ["## Evaluation", _table(("evaluator", "batch", "metric", "value"), rows)]
+        parts += ["## Evaluation", _markdown_table(("evaluator", "batch", "metric", "value"), rows)]
     parts += [
         "## Starts",
-        _table(("time", "after batch", "ranks", "device", "commit"), _starts(card)),
+        _markdown_table(("time", "after batch", "ranks", "device", "commit"), _starts(card)),
     ]
     versions = ", ".join(f"{name} {version}" for name, version in card.starts[-1].versions.items())
     parts += ["## Software", versions, f"```\n{card.starts[-1].command}\n```"]
@@ -44,7 +46,7 @@ def _status(card: RunCard) -> str:
     return f"{card.status.capitalize()} after {card.batch:,} of {card.of_batches:,} batches{times}"
 
 
-def _facts(card: RunCard) -> list[Row]:
+def _facts(card: RunCard) -> list[Cells]:
     data, hardware, speed = card.data, card.hardware, card.speed
     sets = ", ".join(f"`{name}` ({place})" for name, place in data.sets.items())
     mfu = "" if speed.mfu is None else f", MFU {percent(speed.mfu)}"
@@ -53,14 +55,14 @@ def _facts(card: RunCard) -> list[Row]:
         ("data", f"{sets}: {data.samples:,} samples"),
         ("seen", f"{speed.samples_seen:,} samples, {data.epochs:.2f} epochs"),
         ("batch", f"{data.global_train_batch_size:,}"),
-        *_recipe(card),
+        *_recipe_rows(card),
         ("hardware", f"{hardware.ranks} × {hardware.device}{machines}"),
         ("machine", f"{hardware.cpu}, {hardware.cores} cores"),
         ("speed", f"{speed.samples_per_second:,.0f} samples/s{mfu}"),
     ]
 
 
-def _recipe(card: RunCard) -> list[Row]:
+def _recipe_rows(card: RunCard) -> list[Cells]:
     recipe = card.recipe
     vision, text, shared = recipe.model.vision_cfg, recipe.model.text_cfg, recipe.model.shared
     tower = vision.timm_model_name or f"{vision.layers} blocks of width {vision.width}, patches of "
@@ -101,7 +103,7 @@ def _recipe(card: RunCard) -> list[Row]:
     ]
 
 
-def _times(hours: Hours) -> list[Row]:
+def _times(hours: Hours) -> list[Cells]:
     parts = {
         "training": hours.training,
         "of it waiting for data": hours.data_wait,
@@ -115,7 +117,7 @@ def _times(hours: Hours) -> list[Row]:
     ]
 
 
-def _metrics(name: str, one: Evaluation) -> list[Row]:
+def _metrics(name: str, one: Evaluation) -> list[Cells]:
     return [
         (name, f"{one.batch:,}", f"{metric} {arrow(metric)}".strip(), _number(value))
         for metric, value in one.metrics.items()
@@ -123,7 +125,7 @@ def _metrics(name: str, one: Evaluation) -> list[Row]:
     ]
 
 
-def _starts(card: RunCard) -> list[Row]:
+def _starts(card: RunCard) -> list[Cells]:
     return [
         (
             one.time,
@@ -140,7 +142,7 @@ def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4g}"
 
 
-def _table(head: Row, rows: Iterable[Row]) -> str:
+def _markdown_table(head: Cells, rows: Iterable[Cells]) -> str:
     """Return a table; a text may hold a bar."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', '∣') for cell in line)} |" for line in lines)

@@ -23,7 +23,7 @@ from alignclip.storage import (
     patiently,
     why_not_written,
 )
-from alignclip.training.callbacks import settle
+from alignclip.training.callbacks import settle_callbacks
 from alignclip.training.delivery import Delivery
 from alignclip.training.save_folder import SaveFolder
 from alignclip.training.spent import Stopwatch
@@ -79,7 +79,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
             NotFiniteError: the last batch is not to be saved; on every rank.
             UserError: on every rank.
         """
-        settle(state, logger)
+        settle_callbacks(state, logger)
         self.last_checkpoint_batch = state.timestamp.batch
         with self.watch:
             # the ranks' messages about a large model need room of their own

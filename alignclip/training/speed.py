@@ -18,8 +18,8 @@ from alignclip.model.composer_model import AlignCLIPModel
 from alignclip.ranks import world_size
 
 
-class Counts(NamedTuple):
-    """What a run has done up to the end of a batch: of all ranks, but for the rank's own FLOPs."""
+class Totals(NamedTuple):
+    """The work of a run up to the end of a batch: of all ranks, but for the rank's own FLOPs."""
 
     batches: float
     samples: float
@@ -47,7 +47,7 @@ class SpeedMonitor(callbacks.SpeedMonitor):
     ) -> None:
         super().__init__(window_size, gpu_flops_available, time_unit)
         self.flops = 0.0
-        self._counts: deque[Counts] = deque(maxlen=window_size + 1)
+        self._counts: deque[Totals] = deque(maxlen=window_size + 1)
 
     def init(self, state: State, logger: Logger) -> None:
         """Look up the device's peak where the YAML doesn't say it."""
@@ -59,7 +59,7 @@ class SpeedMonitor(callbacks.SpeedMonitor):
         self.flops += model_of(state).flops_per_batch(state.batch)
         time = state.timestamp
         seconds = time.total_wct.total_seconds()
-        self._counts.append(Counts(time.batch.value, time.sample.value, self.flops, seconds))
+        self._counts.append(Totals(time.batch.value, time.sample.value, self.flops, seconds))
         if len(self._counts) == self._counts.maxlen:
             logger.log_metrics(self._rates())
         hours = {

@@ -1,4 +1,4 @@
-"""Where a run's time goes: training and waiting for data, evaluation, checkpoints."""
+"""The parts of a run's time: training and waiting for data, evaluation, checkpoints."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Spent:
-    """What a rank has done so far, and the seconds that it took.
+    """The work of a rank so far, and the seconds that it took.
 
     Attributes:
         batches: trained.

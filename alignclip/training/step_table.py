@@ -22,8 +22,8 @@ PARTS = (
     DATA_WAIT, TO_DEVICE, FORWARD, IMAGE_ENCODER, TEXT_ENCODER, LOSS, BACKWARD, AGAIN, OPTIMIZER,
     EVALUATION, CHECKPOINT,
 )  # fmt: skip
-LAST = (CALLBACKS, PROFILER, REST)
-SMALL = 0.01  # of a step: callbacks that take less have one row
+LAST_ROWS = (CALLBACKS, PROFILER, REST)
+SMALL_SHARE = 0.01  # of a step: callbacks that take less have one row
 # PyTorch's own ranges, by how their names begin
 OF_PYTORCH = {"ProfilerStep": REST, "Optimizer.": OPTIMIZER}
 TOP = 10  # operators
@@ -31,7 +31,7 @@ NAME = 44  # characters of an operator's name
 
 
 @dataclass(frozen=True)
-class Part:
+class PartTime:
     """A row: milliseconds a step, of the host and of the device; without what is inside of it."""
 
     name: str
@@ -63,7 +63,7 @@ class StepTable:
 
     steps: int
     milliseconds: float
-    parts: list[Part]
+    parts: list[PartTime]
     operators: list[Operator]
     busy: float | None
     waits: tuple[float, float]
@@ -96,11 +96,11 @@ def measure(
     inside = [one for one in known if first <= one.time_range.start < last]
     host, device = _by_part(inside)
     scale = 1e3 * len(steps)  # the events are in microseconds
-    _join_small(host, device, SMALL * (last - first))
+    _join_small(host, device, SMALL_SHARE * (last - first))
     callbacks = [name for name in host.keys() | device.keys() if name.startswith(f"{CALLBACK} ")]
     callbacks.sort(key=lambda name: host[name], reverse=True)
-    rows = (*PARTS, *callbacks, *LAST)
-    parts = [Part(name, host[name] / scale, device[name] / scale) for name in rows]
+    rows = (*PARTS, *callbacks, *LAST_ROWS)
+    parts = [PartTime(name, host[name] / scale, device[name] / scale) for name in rows]
     kernels = [one.time_range for one in inside if _is_kernel(one)]
     waits = [one.time_range.elapsed_us() for one in inside if _is_wait(one)]
     return StepTable(
@@ -115,7 +115,7 @@ def measure(
 
 def part_of(event: FunctionEvent) -> str | None:
     """Return the part that an event is a range of; None for an operator."""
-    if event.name in (*PARTS, *LAST) or event.name.startswith(f"{CALLBACK} "):
+    if event.name in (*PARTS, *LAST_ROWS) or event.name.startswith(f"{CALLBACK} "):
         return str(event.name)
     found = (part for start, part in OF_PYTORCH.items() if event.name.startswith(start))
     return next(found, None)
@@ -129,12 +129,12 @@ def _by_part(events: Sequence[FunctionEvent]) -> tuple[dict[str, float], dict[st
         around = [part for one in _around(event) if (part := part_of(one))]
         if part := part_of(event):
             time = event.time_range.elapsed_us()
-            host[_named(part, around)] += time
+            host[_row_of(part, around)] += time
             if around:
-                host[_named(around[0], around[1:])] -= time
+                host[_row_of(around[0], around[1:])] -= time
         elif event.kernels:
             # what no range is around was started by the thread of the backward pass
-            where = _named(around[0], around[1:]) if around else BACKWARD
+            where = _row_of(around[0], around[1:]) if around else BACKWARD
             device[where] += sum(kernel.duration for kernel in event.kernels)
     return host, device
 
@@ -146,7 +146,7 @@ def _join_small(host: dict[str, float], device: dict[str, float], small: float) 
             times[CALLBACKS] += times.pop(name, 0.0)
 
 
-def _named(part: str, around: Sequence[str]) -> str:
+def _row_of(part: str, around: Sequence[str]) -> str:
     """Return the row of a part: encoders that run inside of the backward pass have their own."""
     is_again = part in (IMAGE_ENCODER, TEXT_ENCODER) and BACKWARD in around
     return AGAIN if is_again else part
@@ -195,7 +195,7 @@ def _top(averages: Iterable[FunctionEventAvg], steps: int, on_device: bool) -> l
     return sorted(found, key=lambda one: one.milliseconds, reverse=True)[:TOP]
 
 
-def page(table: StepTable, title: str, advice: str) -> str:
+def table_text(table: StepTable, title: str, advice: str) -> str:
     """Return the table as text, which is Markdown as well.
 
     Args:
@@ -223,8 +223,8 @@ def page(table: StepTable, title: str, advice: str) -> str:
         "nothing measures them.",
         *([_of_gpu(table)] if on_device else []),
         f"{advice[:1].upper()}{advice[1:]}.",
-        _table(head, rows),
-        _table([f"operator, {where}", "calls", "ms", "share"], operators),
+        _aligned_table(head, rows),
+        _aligned_table([f"operator, {where}", "calls", "ms", "share"], operators),
     ]
     return "\n\n".join(lines) + "\n"
 
@@ -245,7 +245,7 @@ def _short(name: str) -> str:
     return name if len(name) <= NAME else f"{name[: NAME - 1]}…"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _aligned_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Align a table: the first column to the left, the others to the right."""
     widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
 

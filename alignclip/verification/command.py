@@ -291,7 +291,7 @@ def parse(arguments: Sequence[str] | None = None) -> VerifyOptions:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Check, print what was found, and exit with status 1 where there are problems."""
-    console.prepare()
+    console.prepare_output()
     options = parse(arguments)
     with one_line_errors(interrupted="interrupted"):
         text, sound = verify(options)

@@ -33,7 +33,7 @@ CHUNK = 1 << 22  # bytes that are read at a time
 GOES_ON = "What was saved before is whole, and the same command goes on from there"
 GONE = "it is not there"
 CANT_BE_READ = "it can't be read"  # and may be whole
-LARGE = 1 << 16  # bytes from which a thread is worth its while
+WORTH_A_THREAD = 1 << 16  # bytes from which a thread is worth its while
 
 
 class NotSavedError(UserError):
@@ -180,7 +180,7 @@ class _SummedFile:
 
     def _put(self, data: memoryview | bytes) -> None:
         hashed = None
-        if len(data) >= LARGE:
+        if len(data) >= WORTH_A_THREAD:
             hashed = self._pool.submit(self._digest.update, data)
         else:
             self._digest.update(data)

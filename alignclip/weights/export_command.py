@@ -144,7 +144,7 @@ def run_export(options: ExportOptions) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Convert, and say how far the export is from the original and how it is loaded."""
-    console.prepare()
+    console.prepare_output()
     options = parse(arguments)
     with one_line_errors():
         worst = run_export(options)

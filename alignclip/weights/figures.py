@@ -15,7 +15,7 @@ Measured = dict[str, dict[str, dict[str, float | None]]]
 
 
 @dataclass(frozen=True)
-class Figures:
+class ResultsFile:
     """The results of evaluations.
 
     Attributes:
@@ -79,7 +79,7 @@ def results_table(results: Measured) -> str:
     return "\n".join(lines)
 
 
-def read_figures(file: str) -> Figures:
+def read_figures(file: str) -> ResultsFile:
     """Read a ``results.json``.
 
     Raises:
@@ -93,7 +93,7 @@ def read_figures(file: str) -> Figures:
     if not isinstance(content, dict) or not _is_results(content.get("results")):
         raise UserError(f"{wrong}it has no results by checkpoints, evaluators and metrics")
     weights, places = (_only_texts(content.get(key)) for key in ("weights", "checkpoints"))
-    return Figures(file, content["results"], weights, places)
+    return ResultsFile(file, content["results"], weights, places)
 
 
 def _is_results(found: Any) -> bool:

@@ -121,7 +121,7 @@ def find_on_disk(place: str) -> Path:
     is_folder = path.is_dir() and not (path / ".metadata").is_file()
     if is_folder:
         path /= LATEST
-    elif path.name and not _exists(path) and _exists(by_name := _named(path)):
+    elif path.name and not _exists(path) and _exists(by_name := _with_ending(path)):
         path = by_name
     pointer = _pointer(path)
     if not path.exists() and pointer.is_file():
@@ -163,7 +163,7 @@ def _what_was_meant(place: str, path: Path, beside: list[str]) -> str:
         missing += KEEP_BEST
     if (hint := nearest(path.name, beside)).startswith("did"):
         return f"{missing}; {hint}"
-    for meant in (path, _named(path)):
+    for meant in (path, _with_ending(path)):
         if near := did_you_mean(meant, _could_hold_weights):
             return missing + near
     if path.suffix not in WEIGHT_FILES and looks_like_id(place):
@@ -186,7 +186,7 @@ def looks_like_id(place: str) -> bool:
     return named and not _local(place).parent.is_dir()
 
 
-def _named(path: Path) -> Path:
+def _with_ending(path: Path) -> Path:
     """Give the file of a checkpoint that is named without the end of its name."""
     return path.with_name(path.name + BY_NAME)
 

@@ -38,7 +38,7 @@ class PathTable(InputFormat):
 
     def shard_name(self, place: str, part: str) -> str:
         """See the base class; the table's name with a running number."""
-        return f"{super().shard_name(place, part)}-{_numbers(part)[0] // ROWS_A_PIECE:05}"
+        return f"{super().shard_name(place, part)}-{_numbers_of_piece(part)[0] // ROWS_A_PIECE:05}"
 
 
 def pieces(rows: Iterable[Any], tell: Callable[[], int]) -> list[str]:
@@ -66,12 +66,12 @@ def pieces(rows: Iterable[Any], tell: Callable[[], int]) -> list[str]:
 
 def rows_of_piece(file: IO[Any], rows: Iterator[Row], part: str) -> Iterator[tuple[int, Row]]:
     """Yield the rows of a piece with their numbers; a file's earlier rows are passed over."""
-    first, last, place = _numbers(part)
+    first, last, place = _numbers_of_piece(part)
     file.seek(place)
     return zip(range(first, last), rows, strict=False)
 
 
-def _numbers(part: str) -> tuple[int, int, int]:
+def _numbers_of_piece(part: str) -> tuple[int, int, int]:
     """Return the numbers in a name of :func:`pieces`."""
     first, last, place = map(int, part.split("-"))
     return first, last, place

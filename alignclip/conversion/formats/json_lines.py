@@ -47,7 +47,7 @@ from alignclip.errors import UserError, one_line
 from alignclip.storage.copies import TEMPORARY, fetched
 
 LONGEST_LINE = 2**24  # bytes; a longer line is no pair's
-LOOKED_AT = 100  # lines at the beginning, of which one has to be an object
+LINES_LOOKED_AT = 100  # lines at the beginning, of which one has to be an object
 
 _copying = threading.Lock()
 
@@ -144,7 +144,7 @@ def _entry_names(path: Path, place: str, reading: Reading) -> _Names:
             missing.
     """
     with _damage_told(place), _open_lines(path) as file:
-        start = list(islice(_lines(file), LOOKED_AT))
+        start = list(islice(_lines(file), LINES_LOOKED_AT))
     row = next((row for row in map(parse_json, start) if isinstance(row, Mapping)), None)
     if not start:
         return _Names()

@@ -40,8 +40,8 @@ OTHER_FILE = "file of another ending"
 NO_PAIR = "text file without a caption"
 FURTHER_PAIR = "further pair of the same key"
 # webdataset's: the key is the path up to the first dot of the file name
-FIRST = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
-LAST = re.compile(r"((?:.*/)?[^./][^/]*)\.([^./]*)", re.DOTALL)
+TO_FIRST_DOT = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
+TO_LAST_DOT = re.compile(r"((?:.*/)?[^./][^/]*)\.([^./]*)", re.DOTALL)
 
 TarPlace = tuple[int, int]  # offset and size in a tar; a size of -1: not in one piece
 Places = dict[str, TarPlace]  # by ending
@@ -84,7 +84,7 @@ class Pairing:
         self._text = (reading.caption_key or "txt").lower().lstrip(".")
         self._limits = dict.fromkeys(self._images, MAX_IMAGE_BYTES)
         self._limits |= dict.fromkeys((*TEXT_EXTENSIONS, self._text), MAX_TEXT_BYTES)
-        self._pattern = LAST if reading.last_dot else FIRST
+        self._pattern = TO_LAST_DOT if reading.last_dot else TO_FIRST_DOT
         self._reading = reading
         self._place = place
         self._group = Group()

@@ -65,7 +65,7 @@ class Parquet(InputFormat):
             names = [image_column, caption_column, *(["key"] if "key" in schema.names else [])]
             for batch in _row_batches(table, list(dict.fromkeys(names))):
                 images = _image_files(batch.column(image_column))
-                texts = {name: _values(batch.column(name)) for name in names[1:]}
+                texts = {name: _column_values(batch.column(name)) for name in names[1:]}
                 for i in range(len(batch)):
                     row = {name: values[i] for name, values in texts.items()}
                     key = f"{path.stem}-{number:08}"
@@ -118,7 +118,7 @@ def _image_files(column: Any) -> Any:
     return compute.struct_field(column, "bytes") if pyarrow.types.is_struct(column.type) else column
 
 
-def _values(column: Any) -> list[Any]:
+def _column_values(column: Any) -> list[Any]:
     """Return a column's values; invalid UTF-8, at which pyarrow raises, becomes U+FFFD."""
     import pyarrow
 

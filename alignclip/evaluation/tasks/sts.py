@@ -9,7 +9,7 @@ from alignclip.config.metrics import Metric
 
 if TYPE_CHECKING:
     from alignclip.evaluation.evaluator import Evaluator, TaskResult
-    from alignclip.evaluation.sts import Rows
+    from alignclip.evaluation.sts import SentencePairs
 
 COLUMN = None  # a file of the STS benchmark
 METRICS = {
@@ -22,7 +22,7 @@ class Settings:
     """The task has no keys of its own."""
 
 
-def prepare(evaluator: Evaluator) -> Rows:
+def prepare(evaluator: Evaluator) -> SentencePairs:
     """Read the file, and note which split of the benchmark it is.
 
     Raises:
@@ -40,6 +40,6 @@ def run(evaluator: Evaluator) -> TaskResult:
     """Encode each sentence once, on all ranks."""
     from alignclip.evaluation.sts import similarity, unique
 
-    rows: Rows = evaluator.prepared
+    rows: SentencePairs = evaluator.prepared
     features = evaluator.encoder.texts(unique(rows), f"{evaluator.name}: sentences")
     return evaluator.result(lambda: similarity(features, rows), {"spearman": 0.0})

@@ -6,7 +6,10 @@ caption. What the last block computes for the other tokens, behind its attention
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock, Transformer, VisionTransformer
 from torch import Tensor, nn
@@ -14,6 +17,8 @@ from torch import Tensor, nn
 # Numbers in a batch of tokens. Below, blocks run as open_clip's own: there is nothing to gain on a
 # CPU. Sums are in another order above, so that the last bits differ.
 SMALL = 2**18
+
+GRAPHS = 32  # of one block, before PyTorch stops compiling more
 
 Positions = Tensor | int  # of one token in each sample: [n], or the same in all
 
@@ -103,6 +108,24 @@ class VisionTower(VisionTransformer):
         if not early or self.output_tokens or self.final_ln_after_pool:
             return super().forward(x)
         return pooled_tokens(self.transformer, self.ln_post, self._embeds(x), 0) @ self.proj
+
+
+def compile_blocks(model: nn.Module, **options: Any) -> None:
+    """Compile each block by itself ("regional compilation"), and leave the rest of a model as it is.
+
+    Blocks of equal sizes have one graph, so that compiling takes seconds, and texts are trimmed as
+    without compiling: their length becomes a variable of the graph. A block keeps its class, its
+    parameters and its hooks, so that DDP, FSDP2 and checkpoints know nothing of this.
+
+    Args:
+        model: open_clip's CLIP, or what holds one.
+        **options: of :func:`torch.compile`.
+    """
+    # a graph each: for images and texts, for one token or all, with gradients or without
+    torch._dynamo.config.cache_size_limit = max(GRAPHS, torch._dynamo.config.cache_size_limit)
+    for module in model.modules():
+        if isinstance(module, ResidualAttentionBlock):
+            module.compile(**options)
 
 
 def pooled_tokens(

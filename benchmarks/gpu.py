@@ -52,13 +52,16 @@ STEPS = {
     "ceilings": Step("gpu_ceilings", "ceilings", 40),
     "exactness": Step("gpu_exactness", "exactness", 90),
     "eager": Step("gpu_steps", "eager", 120),
+    "regional": Step("gpu_steps", "regional", 100),
     "set": Step("gpu_loading", "draw_set", 90),
     "train": Step("gpu_loading", "train", 100),
     "loader": Step("gpu_loading", "loader", 100),
     "loss": Step("gpu_ceilings", "loss_alone", 60),
+    "beside": Step("gpu_steps", "beside", 60),
     "waits": Step("gpu_steps", "waits", 60),
     "chunked": Step("gpu_steps", "chunked", 60),
     "compiled": Step("gpu_steps", "compiled", 150),
+    "profile": Step("gpu_steps", "profile", 90),
 }
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import statistics
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
+import open_clip
 import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from gpu_work import Failed, Work, autocast, batch_of
 
-from alignclip.model.encoders import clamp_logit_scale_
+from alignclip.data.transforms import normalize
+from alignclip.model.blocks import compile_blocks
+from alignclip.model.encoders import MAX_LOGIT_SCALE, clamp_logit_scale_
 from alignclip.model.optimization import build_optimizer
 from alignclip.training import composer_patches
 from alignclip.training.build import build_model, build_trainer
@@ -29,8 +34,44 @@ def eager(work: Work) -> str:
 
 
 def compiled(work: Work) -> str:
-    """Measure compiled steps."""
-    return _series(work, "compiled", work.sizes.compiled)
+    """Measure steps of a model that is compiled as a whole."""
+    return _series(work, "compiled", work.sizes.compiled[:1])
+
+
+def regional(work: Work) -> str:
+    """Measure steps of a model whose blocks are compiled one by one."""
+    return _series(work, "regional", work.sizes.compiled)
+
+
+def beside(work: Work) -> str:
+    """Measure SharedCLIP and CLIP of this package, and open_clip's CLIP with its own loss."""
+    batch = work.sizes.compiled[0]
+    nothing = "model.shared={blocks: 0, ln_final: false, projection: false}"
+    ways: dict[str, tuple[str, ...]] = {"SharedCLIP": ("loss.beta=0",)}
+    ways["CLIP"] = (*ways["SharedCLIP"], nothing)
+    said = [f"{name}, {_step(work, name, batch, *words)}" for name, words in ways.items()]
+    step = open_clip_step(work, batch)
+    seconds = work.seconds_of(step, *work.sizes.steps)
+    rates = [batch / s for s in seconds]
+    rate = work.figures.add(f"open_clip, batch {batch}/rate", rates, "pairs/s", "higher")
+    return "; ".join([*said, f"open_clip {rate:,.0f} pairs/s"])
+
+
+def profile(work: Work) -> str:
+    """Print which kernels an eager step and a regionally compiled one spend their time in."""
+    batch = work.sizes.compiled[0]
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if work.is_cuda:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    for name in ("eager", "regional"):
+        step, _ = training_step(work, batch, how=name)
+        work.seconds_of(step, *work.sizes.steps)
+        with torch.profiler.profile(activities=activities) as profiler:
+            work.seconds_of(step, 0, 2)
+        order = f"self_{'cuda' if work.is_cuda else 'cpu'}_time_total"
+        print(f"{name}, two steps of {batch} pairs")
+        print(profiler.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=90))
+    return "two tables"
 
 
 def chunked(work: Work) -> str:
@@ -56,7 +97,11 @@ def _series(work: Work, name: str, batches: tuple[int, ...], *overrides: str) ->
 
 def _step(work: Work, name: str, batch: int, *overrides: str) -> str:
     """Measure whole steps of a batch size, and put the outcome into words."""
-    step, flops = training_step(work, batch, *overrides, is_compiled=name.startswith("compiled"))
+    began = time.perf_counter()
+    step, flops = training_step(work, batch, *overrides, how=name.partition(",")[0])
+    step()
+    work.wait()
+    first = work.figures.add(f"{name}/first", [time.perf_counter() - began], "s", "lower")
     work.peak()
     seconds = work.seconds_of(step, *work.sizes.steps)
     rate = work.figures.add(f"{name}/rate", [batch / s for s in seconds], "pairs/s", "higher")
@@ -64,6 +109,7 @@ def _step(work: Work, name: str, batch: int, *overrides: str) -> str:
     if work.is_cuda:
         memory = work.figures.add(f"{name}/memory", [work.peak()], "GiB", "lower")
         said += f", {memory:.1f} GiB"
+    said += f", first step after {first:.0f} s"
     done = [flops / s / 1e12 for s in seconds]
     work.figures.add(f"{name}/speed", done, "TFLOP/s", "higher")
     if ceiling := work.ceiling("product/rate"):
@@ -73,9 +119,16 @@ def _step(work: Work, name: str, batch: int, *overrides: str) -> str:
 
 
 def training_step(
-    work: Work, batch: int, *overrides: str, is_compiled: bool = False
+    work: Work, batch: int, *overrides: str, how: str = "eager"
 ) -> tuple[Callable[[], None], float]:
-    """Return a whole training step on a batch that lies on the device, and its FLOPs."""
+    """Return a whole training step on a batch that lies on the device, and its FLOPs.
+
+    Args:
+        work: the device.
+        batch: pairs.
+        *overrides: of the recipe.
+        how: ``compiled`` as a whole, or ``regional``, block by block; else eager.
+    """
     config = work.config(f"global_train_batch_size={batch}", *overrides)
     torch.manual_seed(0)
     model = build_model(config, training_device("gpu" if work.is_cuda else "cpu"))
@@ -84,9 +137,13 @@ def training_step(
     inputs = batch_of(
         work, batch, config.model.vision_cfg.image_size, config.model.text_cfg.context_length
     )
-    if is_compiled:
-        # on a CPU only to see that it runs: kernels for one take minutes to compile
-        model.compile(backend="inductor" if work.is_cuda else "aot_eager")
+    # on a CPU only to see that it runs: kernels for one take minutes to compile
+    backend = "inductor" if work.is_cuda else "aot_eager"
+    composer_patches.compile_whole_graphs()
+    if how == "compiled":
+        model.compile(backend=backend)
+    elif how == "regional":
+        compile_blocks(model, backend=backend)
 
     def step() -> None:
         with autocast(work):
@@ -98,6 +155,31 @@ def training_step(
 
     model.count_flops()
     return step, model.flops_per_batch(inputs)
+
+
+def open_clip_step(work: Work, batch: int) -> Callable[[], None]:
+    """Return a step as ``open_clip_train`` takes it: its CLIP, its loss, AdamW in bf16."""
+    config = work.config(f"global_train_batch_size={batch}")
+    vision, text = asdict(config.model.vision_cfg), asdict(config.model.text_cfg)
+    torch.manual_seed(0)
+    model = open_clip.CLIP(config.model.embed_dim, vision, text).to(work.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=work.is_cuda)
+    criterion = open_clip.ClipLoss()
+    inputs = batch_of(
+        work, batch, config.model.vision_cfg.image_size, config.model.text_cfg.context_length
+    )
+
+    def step() -> None:
+        with autocast(work):
+            # its loader normalises on the host
+            loss = criterion(*model(normalize(inputs["image"]), inputs["text"]))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+    return step
 
 
 def waits(work: Work) -> str:

@@ -54,7 +54,7 @@ class SmallRuns:
             folder.open()
             check_config(folder)
             record_config(folder)
-        return build_trainer(config, get_device("cpu"), folder, callbacks)
+        return build_trainer(config, get_device(config.device), folder, callbacks)
 
     def train(self, *overrides: str, callbacks: Sequence[Callback] = ()) -> Trainer:
         """Train to the end."""

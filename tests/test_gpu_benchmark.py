@@ -9,14 +9,21 @@ import gpu
 import pytest
 
 pytestmark = pytest.mark.slow
+STEP = ("rate", "speed", "MFU", "first")
 FIGURES = {
     "ceilings": {"product/rate", "copy/rate"},
     "exactness": set(),
     "set": set(),
     "loader": {"loader, 1 workers/rate", "loader, 2 workers/rate"},
-    "eager": {f"eager, batch {n}/{what}" for n in (8, 16) for what in ("rate", "speed", "MFU")},
-    "chunked": {f"chunks of 8, batch 16/{what}" for what in ("rate", "speed", "MFU")},
-    "compiled": {f"compiled, batch 8/{what}" for what in ("rate", "speed", "MFU")},
+    "eager": {f"eager, batch {n}/{what}" for n in (8, 16) for what in STEP},
+    "chunked": {f"chunks of 8, batch 16/{what}" for what in STEP},
+    "compiled": {f"compiled, batch 8/{what}" for what in STEP},
+    "regional": {f"regional, batch 8/{what}" for what in STEP},
+    "beside": {
+        "open_clip, batch 8/rate",
+        *(f"{name}/{what}" for name in ("SharedCLIP", "CLIP") for what in STEP),
+    },
+    "profile": set(),
     "loss": {"loss/time"},
     "waits": {"host/waits"},
     "train": {"train/rate", "train/data wait"},

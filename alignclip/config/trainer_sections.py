@@ -32,8 +32,13 @@ class ParallelismSettings:
 
 @dataclass
 class CompileSettings:
-    """The arguments of :func:`torch.compile`; an empty section compiles with its defaults."""
+    """The arguments of :func:`torch.compile`; an empty section compiles with its defaults.
 
+    Attributes:
+        regional: compile each transformer block by itself, rather than the model as one graph.
+    """
+
+    regional: bool = False
     fullgraph: bool = False
     dynamic: Optional[bool] = None
     backend: str = "inductor"

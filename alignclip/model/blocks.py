@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch._dynamo
 import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock, Transformer, VisionTransformer
 from torch import Tensor, nn
@@ -17,8 +16,6 @@ from torch import Tensor, nn
 # Numbers in a batch of tokens. Below, blocks run as open_clip's own: there is nothing to gain on a
 # CPU. Sums are in another order above, so that the last bits differ.
 SMALL = 2**18
-
-GRAPHS = 32  # of one block, before PyTorch stops compiling more
 
 Positions = Tensor | int  # of one token in each sample: [n], or the same in all
 
@@ -111,7 +108,7 @@ class VisionTower(VisionTransformer):
 
 
 def compile_blocks(model: nn.Module, **options: Any) -> None:
-    """Compile each block by itself ("regional compilation"), and leave the rest of a model as it is.
+    """Compile each block by itself ("regional compilation"); the rest of a model stays as it is.
 
     Blocks of equal sizes have one graph, so that compiling takes seconds, and texts are trimmed as
     without compiling: their length becomes a variable of the graph. A block keeps its class, its
@@ -121,8 +118,6 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
         model: open_clip's CLIP, or what holds one.
         **options: of :func:`torch.compile`.
     """
-    # a graph each: for images and texts, for one token or all, with gradients or without
-    torch._dynamo.config.cache_size_limit = max(GRAPHS, torch._dynamo.config.cache_size_limit)
     for module in model.modules():
         if isinstance(module, ResidualAttentionBlock):
             module.compile(**options)

@@ -19,6 +19,7 @@ from alignclip.data.batch import count_samples
 from alignclip.data.dataset import ImageTextDataset, build_dataloader
 from alignclip.errors import UserError, one_line
 from alignclip.losses import AlignCLIPLoss
+from alignclip.model.blocks import compile_blocks
 from alignclip.model.composer_model import AlignCLIPModel
 from alignclip.model.encoders import build_encoders, clamp_logit_scale_
 from alignclip.model.optimization import (
@@ -51,6 +52,7 @@ from alignclip.training.starting_weights import load_starting_weights
 from alignclip.training.trackers import with_wandb_id
 from alignclip.training.trainer import LoggedBatches, Trainer
 from alignclip.training.trainer_arguments import (
+    compile_options,
     console_interval,
     show_progress,
     trainer_arguments,
@@ -82,6 +84,8 @@ def build_trainer_from(
     model = build_model(config, device)
     load_starting_weights(config, model.encoders, folder, start)
     model.count_flops()
+    if config.compile_config is not None and config.compile_config.regional:
+        compile_blocks(model, **compile_options(config.compile_config))
     optimizer = build_optimizer(config.optimizer, model.encoders, device.name == "gpu")
     # right after the step, so that EMA and the checkpoint see the clamped value
     optimizer.register_step_post_hook(lambda *_: clamp_logit_scale_(model.encoders))

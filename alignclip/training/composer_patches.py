@@ -28,6 +28,7 @@ from alignclip.device import processor_name
 from alignclip.ranks import world_size
 from alignclip.storage import expect_plain_s3
 
+GRAPHS = 32  # of a piece of code, before torch.compile leaves further ones as they are
 given: list[dict[str, Any]] = []  # the content of the checkpoint that Composer loads next
 _cpu_model_by_composer = collect_env.get_cpu_model
 
@@ -172,6 +173,12 @@ def average_fsdp_gradients_on_gloo() -> bool:
     return True
 
 
-def compile_recomputed_chunks() -> None:
-    """Keep torch.compile from splitting graphs for DDP: it fails where chunks are recomputed."""
+def compile_whole_graphs() -> None:
+    """Keep torch.compile from splitting graphs for DDP, and from giving up after eight graphs.
+
+    Splitting fails where chunks are recomputed, and blocks that are compiled one by one are split
+    already. A block has a graph each for images and texts, for all tokens and one, for gradients
+    and none; and more where towers differ in width.
+    """
+    torch._dynamo.config.cache_size_limit = max(GRAPHS, torch._dynamo.config.cache_size_limit)
     torch._dynamo.config.optimize_ddp = False

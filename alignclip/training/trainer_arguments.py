@@ -12,6 +12,7 @@ from composer.utils import ParallelismConfig
 from composer.utils.parallelism import FSDP2Config
 
 from alignclip.config.schema import RunConfig, TrainerConfig
+from alignclip.config.trainer_sections import CompileSettings
 from alignclip.ranks import world_size
 from alignclip.training import composer_patches
 
@@ -23,10 +24,12 @@ def trainer_arguments(config: RunConfig, device: Device) -> dict[str, Any]:
     # alignclip.training.display shows both
     arguments["progress_bar"] = arguments["log_to_console"] = False
     arguments["save_folder"] = None  # our own CheckpointSaver has what is said about saving
+    arguments["compile_config"] = None
     if config.compile_config is not None:
-        arguments["compile_config"] = dataclasses.asdict(config.compile_config)
-        if config.model.encode_chunk_size:
-            composer_patches.compile_recomputed_chunks()
+        if not config.compile_config.regional:
+            arguments["compile_config"] = compile_options(config.compile_config)
+        if config.compile_config.regional or config.model.encode_chunk_size:
+            composer_patches.compile_whole_graphs()
     del arguments["profiler"]  # alignclip.training.profiling builds one
     arguments["parallelism_config"] = None
     fsdp2 = config.parallelism_config.fsdp2
@@ -38,6 +41,13 @@ def trainer_arguments(config: RunConfig, device: Device) -> dict[str, Any]:
     if device.name == "cpu":
         arguments["precision"] = Precision.FP32  # the model does its own bf16 autocast there
     return arguments
+
+
+def compile_options(settings: CompileSettings) -> dict[str, Any]:
+    """Return the arguments of :func:`torch.compile`."""
+    options = dataclasses.asdict(settings)
+    del options["regional"]
+    return options
 
 
 def console_interval(config: RunConfig) -> str | None:

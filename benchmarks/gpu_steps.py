@@ -16,6 +16,7 @@ import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from gpu_work import Failed, Work, autocast, batch_of
+from torch.autograd import DeviceType
 
 from alignclip.data.transforms import normalize
 from alignclip.model.blocks import compile_blocks
@@ -26,6 +27,7 @@ from alignclip.training.build import build_model, build_trainer
 from alignclip.training.preflight import training_device
 
 NO_ROOM = "out of memory"
+KERNELS = 40  # rows of a table
 
 
 def eager(work: Work) -> str:
@@ -59,19 +61,33 @@ def beside(work: Work) -> str:
 
 def profile(work: Work) -> str:
     """Print which kernels an eager step and a regionally compiled one spend their time in."""
-    batch = work.sizes.compiled[0]
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if work.is_cuda:
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    steps, batch, said = 2, work.sizes.compiled[0], []
+    activity = torch.profiler.ProfilerActivity
+    activities = [activity.CPU, activity.CUDA] if work.is_cuda else [activity.CPU]
     for name in ("eager", "regional"):
         step, _ = training_step(work, batch, how=name)
-        work.seconds_of(step, *work.sizes.steps)
+        seconds = statistics.median(work.seconds_of(step, *work.sizes.steps))
         with torch.profiler.profile(activities=activities) as profiler:
-            work.seconds_of(step, 0, 2)
-        order = f"self_{'cuda' if work.is_cuda else 'cpu'}_time_total"
-        print(f"{name}, two steps of {batch} pairs")
-        print(profiler.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=90))
-    return "two tables"
+            work.seconds_of(step, 0, steps)
+        print(f"{name}, a step of {batch} pairs: {1000 * seconds:.1f} ms")
+        busy = _print_kernels(work, profiler, steps)
+        said.append(f"{name}: kernels take {busy:.1f} of {1000 * seconds:.1f} ms")
+    return "; ".join(said)
+
+
+def _print_kernels(work: Work, profiler: torch.profiler.profile, steps: int) -> float:
+    """Print the kernels that take most time; return the milliseconds a step of all of them."""
+    wanted = DeviceType.CUDA if work.is_cuda else DeviceType.CPU
+    events = [one for one in profiler.key_averages() if one.device_type == wanted]
+    took = {}
+    for one in events:
+        if not one.is_user_annotation:
+            taken = one.self_device_time_total if work.is_cuda else one.self_cpu_time_total
+            took[one.key] = (taken / 1000 / steps, one.count / steps)
+    whole = sum(milliseconds for milliseconds, _ in took.values())
+    for key, (milliseconds, count) in sorted(took.items(), key=lambda item: -item[1][0])[:KERNELS]:
+        print(f"{milliseconds:8.2f} ms {milliseconds / whole:6.1%} {count:6.0f} ×  {key[:130]}")
+    return whole
 
 
 def chunked(work: Work) -> str:

@@ -8,6 +8,7 @@ import csv
 import gzip
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -38,12 +39,13 @@ from tarballs import (
 
 from alignclip.conversion import samples
 from alignclip.conversion.cc12m import main
-from alignclip.conversion.formats import INPUT_FORMATS, columns, format_of, json_lines
+from alignclip.conversion.formats import INPUT_FORMATS, columns, format_of
 from alignclip.conversion.formats.remote import image_place
 from alignclip.conversion.inputs import expand_inputs, name_of, opened
 from alignclip.conversion.samples import Ignored, Sample, Skipped
 from alignclip.errors import UserError
 from alignclip.storage import clouds
+from alignclip.storage.copies import fetched
 
 PAGE = (COMMAND.parents[1] / "docs" / "convert.md").read_text(encoding="utf-8")
 
@@ -274,6 +276,26 @@ def test_damaged_gzip_is_told(images: Path) -> None:
     refused(r"a\.jsonl\.gz is damaged: .*; fetch it again$", [path], images / "out")
 
 
+def test_a_list_that_is_damaged_while_it_is_converted(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is whole before the damage is converted, and the rest is told of."""
+    monkeypatch.setattr(columns, "ROWS_A_PIECE", 500)
+    generator = random.Random(0)
+    rows = [
+        {"image": f"images/{i % 5}.jpg", "caption": f"{generator.random()}"} for i in range(1000)
+    ]
+    path = write_lines(images / "a.jsonl.gz", *rows)
+    first, second = expand_inputs([str(path)])
+    path.write_bytes(path.read_bytes()[:-2000])
+    with opened(first) as source:
+        assert len([item for item in source.items if isinstance(item, Sample)]) == 500
+    with opened(second) as source:
+        *whole, last = source.items
+    assert 100 < len([item for item in whole if isinstance(item, Sample)]) < 500
+    assert last == Skipped("", samples.BROKEN_INPUT)
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a"])
 def test_files_that_cannot_be_opened_are_one_line(
     images: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -316,7 +338,7 @@ def test_threads_that_convert_pieces_of_files_in_a_bucket(
     s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: str
 ) -> None:
     """Each thread has its copy to the end, whatever the others copy meanwhile."""
-    bucket, fetched, copied = s3.bucket(), json_lines.fetched, list[str]()
+    bucket, copied = s3.bucket(), list[str]()
     lines = write_lines(tmp_path / "lines", {"image": "0.jpg", "caption": "a"}).read_bytes()
     put(s3, f"{bucket}/0.jpg", draw(0))
     for name in set(files):
@@ -326,7 +348,7 @@ def test_threads_that_convert_pieces_of_files_in_a_bucket(
         copied.append(url)
         return fetched(url)
 
-    monkeypatch.setattr(json_lines, "fetched", counted)
+    monkeypatch.setattr("alignclip.conversion.formats.lines.fetched", counted)
     begun = threading.Barrier(len(files), timeout=60)
 
     def read(name: str) -> list[Any]:

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
-import tempfile
-import threading
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, cast
 
 from alignclip.conversion import text_tables
-from alignclip.conversion.formats.columns import (
-    PathTable,
-    find_columns,
-    pieces,
-    refuse_urls,
-    rows_of_piece,
-)
+from alignclip.conversion.formats.columns import PathTable, find_columns, refuse_urls
 from alignclip.conversion.formats.declaration import (
     CAPTION_LISTS,
     PAIR_COLUMNS,
@@ -29,7 +17,15 @@ from alignclip.conversion.formats.declaration import (
     OpenInput,
     path_of,
 )
-from alignclip.conversion.formats.remote import image_place, read_ahead, read_image
+from alignclip.conversion.formats.lines import (
+    fetched_once,
+    items_of_lines,
+    lines_not_blank,
+    open_unpacked,
+    pieces_of_lines,
+    refuse_damage,
+)
+from alignclip.conversion.formats.remote import image_place, read_image
 from alignclip.conversion.samples import (
     MISSING_IMAGE,
     NO_OBJECT,
@@ -43,13 +39,9 @@ from alignclip.conversion.samples import (
     parse_json,
 )
 from alignclip.data.mds_index import INDEX
-from alignclip.errors import UserError, one_line
-from alignclip.storage.copies import TEMPORARY, fetched
+from alignclip.errors import UserError
 
-LONGEST_LINE = 2**24  # bytes; a longer line is no pair's
 LINES_LOOKED_AT = 100  # lines at the beginning, of which one has to be an object
-
-_copying = threading.Lock()
 
 
 class JsonLines(PathTable):
@@ -82,15 +74,14 @@ class JsonLines(PathTable):
         Raises:
             UserError: the file is no JSON lines, a list of web addresses, or damaged.
         """
-        _temporary_copy.cache_clear()
-        with _local_file(place) as path:
+        with fetched_once(place, anew=True) as path:
             _entry_names(path, place, reading)
-            with _damage_told(place), _open_lines(path) as file:
-                return pieces(map(bytes.strip, _every_line(file)), file.tell)
+            with refuse_damage(place), open_unpacked(path) as file:
+                return pieces_of_lines(file)
 
     def columns(self, place: str, reading: Reading) -> dict[str, str]:
         """See the base class."""
-        with _local_file(place) as path:
+        with fetched_once(place) as path:
             names = _entry_names(path, place, reading)
         return PAIR_COLUMNS | ({"caption": CAPTION_LISTS} if names.has_lists else {})
 
@@ -99,13 +90,13 @@ class JsonLines(PathTable):
         """See the base class; images' paths are relative to the folder of ``place``."""
         stem = InputFormat.shard_name(self, place, part)
         folder = place.rpartition("/")[0]
-        with _local_file(place) as path, _open_lines(path) as file:
+        with fetched_once(place) as path, open_unpacked(path) as file:
             names = _entry_names(path, place, reading)
-            jobs = (
-                partial(_item, line, f"{stem}-{number:08}", names, folder)
-                for number, line in rows_of_piece(file, _lines(file), part)
-            )
-            yield OpenInput(*self.stamp(path), read_ahead(jobs))
+
+            def item_of(number: int, line: bytes) -> Item:
+                return _item(line, f"{stem}-{number:08}", names, folder)
+
+            yield OpenInput(*self.stamp(path), items_of_lines(file, part, item_of))
 
 
 @dataclass(frozen=True)
@@ -143,8 +134,8 @@ def _entry_names(path: Path, place: str, reading: Reading) -> _Names:
         UserError: the file doesn't begin with an object, is a list of web addresses, or an entry is
             missing.
     """
-    with _damage_told(place), _open_lines(path) as file:
-        start = list(islice(_lines(file), LINES_LOOKED_AT))
+    with refuse_damage(place), open_unpacked(path) as file:
+        start = list(islice(lines_not_blank(file), LINES_LOOKED_AT))
     row = next((row for row in map(parse_json, start) if isinstance(row, Mapping)), None)
     if not start:
         return _Names()
@@ -156,49 +147,3 @@ def _entry_names(path: Path, place: str, reading: Reading) -> _Names:
     refuse_urls(place, "jsonl", known, url, reading, listed=listed)
     image, caption = find_columns(known, reading, place)
     return _Names(image, caption, isinstance(row[caption], list))
-
-
-@contextmanager
-def _damage_told(place: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, EOFError, zlib.error) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # gzip's own have no number
-            raise UserError(f"cannot read {place}: {error.strerror}") from None
-        raise UserError(f"{place} is damaged: {one_line(error)}; fetch it again") from None
-
-
-@contextmanager
-def _local_file(place: str) -> Iterator[Path]:
-    """Give the file, or this process's copy of a remote one, of which it converts many pieces.
-
-    The copy of an earlier file goes when no thread uses the copy any more.
-    """
-    if "://" not in place:
-        yield Path(place)
-        return
-    with _copying:  # a thread waits for another's copy of the same file
-        held = _temporary_copy(place)
-    yield held[1]
-
-
-@lru_cache(1)
-def _temporary_copy(url: str) -> tuple[tempfile.TemporaryDirectory[str], Path]:
-    folder = tempfile.TemporaryDirectory(prefix=TEMPORARY)
-    with fetched(url) as path:
-        return folder, path.rename(Path(folder.name, path.name))
-
-
-def _open_lines(path: Path) -> BinaryIO:
-    with path.open("rb") as file:
-        is_packed = file.read(2) == b"\x1f\x8b"
-    return cast("BinaryIO", gzip.open(path) if is_packed else path.open("rb"))
-
-
-def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yield the lines that are not blank."""
-    return filter(bytes.strip, _every_line(file))
-
-
-def _every_line(file: BinaryIO) -> Iterator[bytes]:
-    return iter(partial(file.readline, LONGEST_LINE), b"")

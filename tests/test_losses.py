@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -17,16 +17,46 @@ import torch.nn.functional as F
 from processes import run
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from alignclip.config.plugged import LOSS_TERMS
 from alignclip.config.schema import LossConfig
 from alignclip.errors import UserError
-from alignclip.losses import AlignCLIPLoss, tiles
-from alignclip.losses.cyclip import Settings
+from alignclip.losses import AlignCLIPLoss, cyclip, tiles
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CASES = json.loads((FIXTURES / "losses_small_index.json").read_text())
 NUMBERS = np.load(FIXTURES / "losses_small.npz")
 SIDES = list(itertools.product((True, False), repeat=2))
-CYCLIP = {"cyclip": Settings(in_modal=0.5, cross_modal=2.0)}  # a term that a YAML adds
+# Terms that a YAML adds. Every test of a setting below tests them, beside L_clip.
+TERMS: dict[str, Any] = {"cyclip": cyclip.Settings(in_modal=0.5, cross_modal=2.0)}
+DIST_SETTINGS: dict[str, dict[str, Any]] = {
+    "clip": {"beta": 0.0},
+    "inmod": {"rescale": False},
+    "inmod_sem": {},
+    "image_only": {"separate_text": False},
+    "text_only": {"separate_image": False},
+} | {name: {"beta": 0.0, "terms": {name: settings}} for name, settings in TERMS.items()}
+
+
+class Matrices(NamedTuple):
+    """The n × N matrices of a setting: kept for the backward pass, and those of logits."""
+
+    kept: int
+    logits: int
+
+
+def matrices_of(name: str) -> Matrices:
+    """Return the matrices of one of the settings; a term keeps none beside those of L_clip."""
+    separated = {
+        "inmod": Matrices(4, 4),
+        "inmod_sem": Matrices(5, 4),
+        "image_only": Matrices(4, 3),
+        "text_only": Matrices(4, 3),
+    }
+    return separated.get(name, Matrices(2, 2))
+
+
+def test_every_term_is_tested_here() -> None:
+    assert TERMS.keys() == LOSS_TERMS.keys()
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -205,15 +235,19 @@ def test_autocast_and_low_matmul_precision_change_nothing(device: str) -> None:
         assert torch.equal(other, want)
 
 
-def test_matmul_precision_is_highest_in_backward() -> None:
+@pytest.mark.parametrize("name", DIST_SETTINGS)
+def test_matmul_precision_is_highest_in_backward(name: str) -> None:
     """The flags that every product of the backward pass runs under."""
     seen: list[tuple[str, bool]] = []
+    aten = torch.ops.aten
+    products = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.mv, aten.addmv}
 
     class WatchProducts(TorchDispatchMode):
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            if func is torch.ops.aten.mm.default:
+            # fp64 is fp64 under all flags
+            if func.overloadpacket in products and args[0].dtype != torch.float64:
                 seen.append(
                     (torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu"))
                 )
@@ -223,13 +257,15 @@ def test_matmul_precision_is_highest_in_backward() -> None:
     torch.set_float32_matmul_precision("high")
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            total = AlignCLIPLoss()(**batch)["total"]
+            total = AlignCLIPLoss(**DIST_SETTINGS[name])(**batch)["total"]
             with WatchProducts():
                 total.backward()
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert len(seen) == 8  # four matrices of logits, two factors each
+    # two factors of each matrix of logits, and the products of a term
+    factors = 2 * matrices_of(name).logits
+    assert len(seen) == factors or (name in TERMS and len(seen) > factors)
     assert set(seen) == {("highest", False)}
 
 
@@ -245,12 +281,8 @@ def test_bf16_features_are_computed_in_fp32() -> None:
 # --- memory ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("settings", "most"),
-    [({"beta": 0.0}, 2), ({"rescale": False}, 4), ({}, 5), ({"beta": 0.0, "terms": CYCLIP}, 2)],
-    ids=["clip", "separated", "rescaled", "cyclip"],
-)
-def test_saved_matrices(settings: dict[str, Any], most: int) -> None:
+@pytest.mark.parametrize("name", DIST_SETTINGS)
+def test_saved_matrices(name: str) -> None:
     """Autograd keeps one n×N matrix a cross-entropy, and the weights once for both sides."""
     n = 40
     saved: dict[int, tuple[int, ...]] = {}
@@ -262,8 +294,8 @@ def test_saved_matrices(settings: dict[str, Any], most: int) -> None:
 
     batch = random_batch(n)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        losses = AlignCLIPLoss(**settings)(**batch)
-    assert len(saved) == most, saved
+        losses = AlignCLIPLoss(**DIST_SETTINGS[name])(**batch)
+    assert len(saved) == matrices_of(name).kept, saved
     losses["total"].backward()
 
 
@@ -351,14 +383,6 @@ def test_a_small_batch_is_computed_whole(monkeypatch: pytest.MonkeyPatch) -> Non
 # --- several processes ----------------------------------------------------------------------------
 
 DIST = torch.load(FIXTURES / "losses_dist2.pt", weights_only=True)
-DIST_SETTINGS: dict[str, dict[str, Any]] = {
-    "clip": {"beta": 0.0},
-    "inmod": {"rescale": False},
-    "inmod_sem": {},
-    "image_only": {"separate_text": False},
-    "text_only": {"separate_image": False},
-    "cyclip": {"beta": 0.0, "terms": CYCLIP},
-}
 
 
 def distributed_losses() -> dict[str, dict[str, torch.Tensor]]:

@@ -40,7 +40,7 @@ ModalityPair = tuple[int, int]  # the modalities of a matrix's rows and columns
 
 def needs_tiles(features: GlobalFeatures) -> bool:
     """Say whether a rank's logits are more than a tile."""
-    return len(features.image) * len(features.all_image) > _numbers_of_a_tile(features)
+    return len(features.image) * len(features.all_image) > numbers_of_a_tile(features)
 
 
 def tiled_cross_entropy(
@@ -71,7 +71,8 @@ def tiled_cross_entropy(
     return with_gradients(loss, (features.all_image, features.all_text, features.scale), gradients)
 
 
-def _numbers_of_a_tile(features: GlobalFeatures) -> int:
+def numbers_of_a_tile(features: GlobalFeatures) -> int:
+    """Return how many numbers a tile has on the features' device, rows times columns."""
     return CPU_TILE if features.image.device.type == "cpu" else GPU_TILE
 
 
@@ -111,7 +112,7 @@ class _Tiles:
         self._both, self._scale = (features.all_image, features.all_text), features.scale
         self._pairs, self._captions, self._group = pairs, captions, features.group
         self._own, self._count = features.rows, len(features.image)
-        longest = isqrt(_numbers_of_a_tile(features))
+        longest = isqrt(numbers_of_a_tile(features))
         self._blocks = _blocks_of_rows(len(features.all_image), self._count, longest)
         self._is_symmetric = pairs[0][0] == pairs[0][1]
         # the modality of an image's positive, and that of a text's

@@ -18,7 +18,8 @@ def score_blocks(
     Args:
         queries: [N, d] of unit length.
         items: [M, d] of unit length, on the same device.
-        positives: [N, any], on the same device.
+        positives: [N, any], on the same device. A task without positives passes the numbers of the
+            rows, ``torch.arange(N)``, and gets each block's numbers with the block.
         block: rows of the similarity matrix held at a time.
     """
     with torch.autocast(items.device.type, enabled=False):

@@ -119,6 +119,21 @@ def test_plain_texts_have_open_clips_ids(more: dict[str, list[str]]) -> None:
         assert (ours(texts[:50], length) == theirs(texts[:50], length)).all()
 
 
+def test_tokenizers_share_the_vocabulary_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(SimpleTokenizer, "_made", {})
+    short, long, named = SimpleTokenizer(context_length=5), SimpleTokenizer(), SimpleTokenizer()
+    assert long.encoder is short.encoder
+    assert [one("cat").shape for one in (short, long)] == [(1, 5), (1, 77)]
+    assert long.remembered
+    assert not named.remembered
+    special = SimpleTokenizer(additional_special_tokens=["cat"])
+    assert special("cat").tolist() != long("cat").tolist()
+    assert long.encode("A") == long.encode("a")
+    assert SimpleTokenizer(clean="whitespace").encode("A") != long.encode("A")
+
+
 def test_memory_has_a_bound(tokenizer: SimpleTokenizer) -> None:
     rng = random.Random(3)
     seen = len(tokenizer.cache)

@@ -6,6 +6,7 @@ import dataclasses
 import types
 import typing
 from dataclasses import MISSING, dataclass
+from functools import cache
 from typing import Any, Union
 
 from alignclip.config.plugged import LOSS_TERMS, TASKS, plugged_settings
@@ -41,7 +42,7 @@ def keys_of(schema: Any, task: str | None = None) -> dict[str, Key]:
         schema: the section's dataclass.
         task: an evaluator's, which has keys of its own; None for the keys of all tasks.
     """
-    hints, found = typing.get_type_hints(schema), dict[str, Key]()
+    hints, found = _hints(schema), dict[str, Key]()
     if schema is LossConfig:
         found = {
             name: Key(plugged_settings(LOSS_TERMS, name, "loss") | None) for name in LOSS_TERMS
@@ -52,6 +53,12 @@ def keys_of(schema: Any, task: str | None = None) -> dict[str, Key]:
     rules = {one.name: (rule_of(one), one) for one in dataclasses.fields(schema)}
     own = {name: Key(hints[name], *both) for name, both in rules.items() if not both[0].plugged}
     return found | own
+
+
+@cache
+def _hints(schema: Any) -> dict[str, Any]:
+    """Return a dataclass's annotations; evaluating them takes longer than reading a YAML."""
+    return typing.get_type_hints(schema)
 
 
 def members_of(hint: Any) -> tuple[Any, ...]:

@@ -13,11 +13,12 @@ import heapq
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import open_clip.tokenizer
 import torch
+from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH
 from torch import Tensor
 
 REMEMBERED = 16_384  # words: most captions' are among the few thousand that are frequent
@@ -76,8 +77,17 @@ def merge(word: str, ranks: Ranks) -> list[str]:
 class SimpleTokenizer(open_clip.tokenizer.SimpleTokenizer):
     """open_clip's tokenizer with a bound on memory and time; with open_clip's arguments."""
 
+    # arguments -> what open_clip makes of them: the vocabulary, which all tokenizers share
+    _made: ClassVar[dict[str, dict[str, Any]]] = {}
+
     def __init__(self, *args: Any, **arguments: Any) -> None:
-        super().__init__(*args, **arguments)
+        key = repr((args, sorted((arguments | {"context_length": None}).items())))
+        if key not in self._made:
+            super().__init__(*args, **arguments)
+            self._made[key] = self.__dict__.copy()
+        self.__dict__.update(self._made[key])
+        if len(args) < 3:  # else the third is the length
+            self.context_length = arguments.get("context_length", DEFAULT_CONTEXT_LENGTH)
         lowers = self.clean_fn is open_clip.tokenizer.get_clean_fn("lower")
         self._knows_plain_words = lowers and len(self.all_special_ids) == 2
         # word, as its bytes' characters -> its tokens' ids

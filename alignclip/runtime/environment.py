@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
@@ -62,13 +63,18 @@ def versions() -> dict[str, str]:
 
     found = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except (
-            importlib.metadata.PackageNotFoundError
-        ):  # alignclip itself, where it is only on the path
-            continue
+        if version := _version(package):
+            found[package] = version
     return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
+
+
+@cache
+def _version(package: str) -> str:
+    """Return a package's version; empty for alignclip itself, where it is only on the path."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def checkout(package: Path) -> Git | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,11 +34,17 @@ STREAMING = ("alignclip/data/", "alignclip/conversion/mds_writer.py", "alignclip
 NOT_YET: set[tuple[str, str]] = set()
 
 
-def imports(path: Path) -> Iterator[str]:
+@cache
+def imports(path: Path) -> tuple[str, ...]:
     """Every module that a file imports, anywhere in it, names that are modules themselves
     included.
     """
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    return tuple(imports_of(path.read_text(encoding="utf-8")))
+
+
+def imports_of(code: str) -> Iterator[str]:
+    """The modules that this code imports."""
+    for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:

@@ -6,6 +6,7 @@ Where ``gpu`` and ``full`` tests run.
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import random
 import resource
@@ -19,7 +20,7 @@ import processes
 import pytest
 from own_hub import own_hub
 from refusing import RefusingS3, refusing_s3
-from s3 import S3Server, point_at
+from s3 import S3Server, point_at, share_descriptions
 
 # The models are tiny: threads of several processes would only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -77,6 +78,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not torch.cuda.is_available():
         for item in gpu_tests:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Do once what many tests would do.
+
+    The imports have made a million objects, which nobody gives back. Looking through them takes
+    the garbage collector half a second each time.
+    """
+    share_descriptions()
+    os.fsync = lambda _: None  # no test takes the power from the disk
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass(frozen=True)

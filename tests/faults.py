@@ -17,9 +17,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
-import boto3
-import botocore.loaders
-import botocore.session
+from s3 import share_descriptions
 
 from alignclip.errors import UserError
 from alignclip.storage import patience
@@ -36,22 +34,7 @@ def prepare_for_forks(with_bucket: bool) -> None:
     if with_bucket:
         os.environ["AWS_MAX_ATTEMPTS"] = "1"
         patience.FIRST_PAUSE = 0.01
-        _share_what_clients_read()
-
-
-def _share_what_clients_read() -> None:
-    """Have S3 clients take botocore's descriptions from this process: parsing them takes most of
-    a second.
-    """
-    loader, new_session = botocore.loaders.create_loader(), boto3.Session
-
-    def session() -> boto3.Session:
-        inner = botocore.session.Session()
-        inner.register_component("data_loader", loader)
-        return new_session(botocore_session=inner)
-
-    boto3.Session = session
-    session().client("s3")
+        share_descriptions()
 
 
 class Interruption:

@@ -20,6 +20,7 @@ import urllib.error
 import urllib.request
 import uuid
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,22 @@ def point_at(server: Any, patch: Any) -> None:
         patch.delenv(name, raising=False)
     for name, value in server.env.items():
         patch.setenv(name, value)
+
+
+def share_descriptions() -> None:
+    """Have all S3 clients of this process, and of the processes that it forks, take botocore's
+    descriptions of S3 from one place.
+
+    Each session of boto3 parses them anew, for its clients: 0.1 seconds, and a million objects for
+    the garbage collector.
+    """
+    import boto3
+    import botocore.loaders
+    import botocore.session
+
+    botocore.session.create_loader = cache(botocore.loaders.create_loader)
+    # with keys, so that nobody looks for some in the network
+    boto3.Session("none", "none", region_name="us-east-1").client("s3")
 
 
 class S3Server:

@@ -32,13 +32,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import spawned
+from s3 import share_descriptions
 
 STACK = (
     "torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torchvision", "composer",
     "composer.cli.launcher", "streaming", "open_clip", "timm", "boto3", "pyarrow.parquet",
     "scipy.stats", "sklearn.linear_model", "matplotlib.pyplot", "sentence_transformers",
 )  # fmt: skip
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, MADV_COLLAPSE = 1, 25
+HUGE = 2**21  # bytes of a page
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,11 @@ def serve(address: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the test session's
     for name in STACK:
         importlib.import_module(name)
+    share_descriptions()
+    os.fsync = lambda _: None  # no test takes the power from the disk
     gc.collect()
     gc.freeze()  # a collection in a child would copy the pages of what they share
+    use_huge_pages()
     woken, wakes = os.pipe()
     os.set_blocking(wakes, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -110,6 +115,26 @@ def serve(address: str) -> None:
                 with contextlib.suppress(OSError):
                     connection.send(pid)
                 running[pid] = connection
+
+
+def use_huge_pages() -> None:
+    """Have Linux keep this process's memory in pages of 2 MB, as far as Linux can.
+
+    A fork copies the table of the pages, and its end removes the table: 40 ms for the 4 kB pages
+    of the stack, 15 ms for larger ones. Elsewhere, or before Linux 6.1, nothing changes.
+    """
+    if sys.platform != "linux":
+        return
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        place, rights, *_, inode, name = f"{line} -".split()[:6]
+        if rights != "rw-p" or inode != "0" or name not in ("-", "[heap]"):
+            continue
+        start, end = (int(number, 16) for number in place.split("-"))
+        start, end = -(-start // HUGE) * HUGE, end // HUGE * HUGE
+        if start < end:
+            madvise(start, end - start, MADV_COLLAPSE)
 
 
 def reap(running: dict[int, Connection]) -> None:

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from alignclip.conversion.samples import BROKEN_INPUT, Ignored, Skipped
@@ -179,4 +180,7 @@ def to_json(entries: dict[str, Any]) -> str:
 def package_versions(*more: str) -> dict[str, str]:
     """Return the versions of the packages that write every set, and of these."""
     packages = ("alignclip", "mosaicml-streaming", "pillow", *more)
-    return {name: importlib.metadata.version(name) for name in packages}
+    return {name: _version(name) for name in packages}
+
+
+_version = cache(importlib.metadata.version)  # which parses a long file

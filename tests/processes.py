@@ -130,6 +130,7 @@ class Forked(Started):
         output: a file that standard output and standard error are appended to.
         errors: another one for standard error.
         cwd, env: of the process; this one's by default.
+        spawns: whether it may start processes by multiprocessing's "spawn".
     """
 
     def __init__(
@@ -139,6 +140,7 @@ class Forked(Started):
         errors: Path | None = None,
         cwd: Path | None = None,
         env: dict[str, str] | None = None,
+        spawns: bool = True,
     ) -> None:
         self.args = [str(word) for word in command]
         self._connection = _connect()
@@ -146,7 +148,7 @@ class Forked(Started):
         files = str(output.absolute()), str((errors or output).absolute())
         output.touch()
         self._connection.send(
-            Request(self.args, str(cwd or Path.cwd()), environment, list(sys.path), *files)
+            Request(self.args, str(cwd or Path.cwd()), environment, list(sys.path), *files, spawns)
         )
         self.pid = self._connection.recv()
 
@@ -295,7 +297,9 @@ def _call(
                 mine = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if in_group else {}
                 words = (sys.executable, "-c", WORK, folder)
                 output = Path(folder, f"{rank}.output")
-                processes.append(Forked(*words, output=output, env=environment | mine))
+                processes.append(
+                    Forked(*words, output=output, env=environment | mine, spawns=False)
+                )
             _wait(processes, Path(folder), timeout)
             # results travel in files: tensors in a queue would live in the memory of a process that
             # has ended

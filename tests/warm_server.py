@@ -52,6 +52,7 @@ class Request:
             …``, as words.
         cwd, environment, path: of the process; ``path`` is its ``sys.path``.
         stdout, stderr: files that its output is appended to.
+        spawns: whether it may start processes by multiprocessing's "spawn".
     """
 
     command: list[str]
@@ -60,6 +61,7 @@ class Request:
     path: list[str]
     stdout: str
     stderr: str
+    spawns: bool = True
 
 
 def serve(address: str) -> None:
@@ -167,10 +169,10 @@ def become(request: Request) -> NoReturn:
     if Path(request.command[0]).name == "composer":
         sys.argv = request.command
         end(launch)
-    run_python(request.command[1:])
+    run_python(request.command[1:], request.spawns)
 
 
-def run_python(arguments: list[str]) -> NoReturn:
+def run_python(arguments: list[str], spawns: bool = True) -> NoReturn:
     """Run ``python ARGUMENTS`` in this process, which was forked for it."""
     for number in (signal.SIGCHLD, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
@@ -186,7 +188,8 @@ def run_python(arguments: list[str]) -> NoReturn:
     np.random.seed()
     torch.seed()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
-    fork_spawned_processes()
+    if spawns:
+        fork_spawned_processes()
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
     what, *rest = arguments

@@ -55,6 +55,7 @@ STEPS = {
     "regional": Step("gpu_steps", "regional", 100),
     "set": Step("gpu_loading", "draw_set", 90),
     "train": Step("gpu_loading", "train", 100),
+    "train_regional": Step("gpu_loading", "train_regional", 110),
     "loader": Step("gpu_loading", "loader", 100),
     "loss": Step("gpu_ceilings", "loss_alone", 60),
     "beside": Step("gpu_steps", "beside", 60),

@@ -82,7 +82,19 @@ def _loader_rate(work: Work, workers: int) -> float:
 
 
 def train(work: Work) -> str:
-    """Measure the recipe as people run it, from the log of the run."""
+    """Measure the recipe as people run it."""
+    return _train(work, "train")
+
+
+def train_regional(work: Work) -> str:
+    """Measure the same with blocks compiled one by one."""
+    backend = "inductor" if work.is_cuda else "aot_eager"
+    words = ("compile_config.regional=true", f"compile_config.backend={backend}")
+    return _train(work, "train, regional", *words)
+
+
+def _train(work: Work, name: str, *overrides: str) -> str:
+    """Train by the launcher, and read the rates in the log of the run."""
     total, interval = work.sizes.trained
     size, workers = work.sizes.loaded, max(work.sizes.workers)
     words = work.words(
@@ -94,6 +106,7 @@ def train(work: Work) -> str:
         "scheduler.t_warmup=1ba",
         f"console_log_interval={interval}ba",
         "run_name=benchmark",
+        *overrides,
     )
     recipe = CHECKOUT / "yamls" / f"{work.sizes.recipe}.yaml"
     script = str(CHECKOUT / "pretrain.py")
@@ -113,6 +126,6 @@ def train(work: Work) -> str:
         raise Failed(f"the run's log has no rates; it ends: {done.stderr.splitlines()[-1]}")
     rates = [float(rate.replace(",", "")) for _, rate, _ in late]
     waited = [float(share) for *_, share in late]
-    rate = work.figures.add("train/rate", rates, "pairs/s", "higher")
-    wait = work.figures.add("train/data wait", waited, "%", "lower")
+    rate = work.figures.add(f"{name}/rate", rates, "pairs/s", "higher")
+    wait = work.figures.add(f"{name}/data wait", waited, "%", "lower")
     return f"{rate:,.0f} pairs/s, data wait {wait:.0f} %, the whole command {seconds:.0f} s"

@@ -197,3 +197,46 @@ class TextTower(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.model._encode_trimmed_text(tokens)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (37, 50)])
+def test_patches_by_a_product_are_those_of_the_convolution(size: tuple[int, int]) -> None:
+    """Values and gradients, in fp64; pixels that fill no patch are left out."""
+    torch.manual_seed(0)
+    patches = models("none")[0].visual.conv1
+    assert type(patches) is blocks.PatchEmbedding
+    pixels = torch.rand(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    outcomes = []
+    for compute in (patches.forward, patches.by_product):
+        found = compute(pixels)
+        weights = torch.linspace(-1, 1, found.numel(), dtype=torch.float64).view(found.shape)
+        gradients = torch.autograd.grad((found * weights).sum(), [pixels, patches.weight])
+        outcomes.append([found, *gradients])
+    for ours, theirs in zip(*outcomes, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_norm_in_bf16_is_the_norm_of_its_tokens(device: str) -> None:
+    """Values and gradients are those in fp32, rounded to bf16."""
+    torch.manual_seed(0)
+    norm = models("none", torch.float32)[0].ln_final.to(device)
+    assert type(norm) is blocks.Norm
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.bias.normal_()
+    x = torch.randn(4, 7, norm.weight.numel(), device=device).bfloat16().requires_grad_()
+
+    def outcome(autocast: bool) -> list[Tensor]:
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            found = norm(x if autocast else x.float())
+        gradients = torch.autograd.grad((found * weights).sum(), [x, norm.weight, norm.bias])
+        return [found, *gradients]
+
+    weights = torch.randn(x.shape, device=device)
+    found, expected = outcome(True), outcome(False)
+    assert found[0].dtype == torch.bfloat16
+    for ours, exact in zip(found, expected, strict=True):
+        error = (ours.float() - exact.float()).norm() / exact.float().norm()
+        assert error < 1e-2  # bf16 has 8 bits
+    assert norm(x.float()).dtype == torch.float32

@@ -27,6 +27,7 @@ FIGURES = {
     "loss": {"loss/time"},
     "waits": {"host/waits"},
     "train": {"train/rate", "train/data wait"},
+    "train_regional": {"train, regional/rate", "train, regional/data wait"},
 }
 
 

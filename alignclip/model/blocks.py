@@ -1,4 +1,4 @@
-"""Transformer blocks: open_clip's, without copies of their tokens, and the last one for one token.
+"""Parts of a tower: open_clip's, without copies of their tokens, the last block for one token.
 
 CLIP pools one token of each sample: the class token of an image, the end-of-text token of a
 caption. What the last block computes for the other tokens, behind its attention, is never used.
@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import ResidualAttentionBlock, Transformer, VisionTransformer
+from open_clip.transformer import (
+    LayerNorm,
+    ResidualAttentionBlock,
+    Transformer,
+    VisionTransformer,
+)
 from torch import Tensor, nn
 
 # Numbers in a batch of tokens. Below, blocks run as open_clip's own: there is nothing to gain on a
@@ -60,8 +65,11 @@ class Block(ResidualAttentionBlock):
         """
         n, length, width = x.shape
         projected = F.linear(x, self.attn.in_proj_weight, self.attn.in_proj_bias)
-        heads = projected.view(n, length, 3, self.attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-        q, k, v = heads.unbind()
+        # Cut by columns: the gradients of the three are then put together by one plain copy.
+        q, k, v = (
+            part.view(n, length, self.attn.num_heads, -1).transpose(1, 2)
+            for part in projected.chunk(3, dim=-1)
+        )
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
         return attended.transpose(1, 2).reshape(n, length, width)
 
@@ -105,6 +113,48 @@ class VisionTower(VisionTransformer):
         if not early or self.output_tokens or self.final_ln_after_pool:
             return super().forward(x)
         return pooled_tokens(self.transformer, self.ln_post, self._embeds(x), 0) @ self.proj
+
+
+class PatchEmbedding(nn.Conv2d):
+    """A convolution that takes each pixel once, as one product of matrices on a GPU.
+
+    cuDNN's convolution of three channels takes four times as long. On a CPU it is the faster way.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``[n, width, rows, columns]`` of pixels, ``[n, 3, height, width]``."""
+        is_cut = self.kernel_size == self.stride and self.padding == (0, 0) and self.groups == 1
+        if x.device.type == "cpu" or not is_cut:
+            return super().forward(x)
+        return self.by_product(x)
+
+    def by_product(self, x: Tensor) -> Tensor:
+        """Compute the convolution as a product: each patch is a row, each filter a column."""
+        (high, wide), (n, channels, height, width) = self.stride, x.shape
+        rows, columns = height // high, width // wide
+        cut = x[:, :, : rows * high, : columns * wide]
+        patches = cut.reshape(n, channels, rows, high, columns, wide).permute(0, 2, 4, 1, 3, 5)
+        tokens = F.linear(patches.reshape(n, rows * columns, -1), self.weight.flatten(1), self.bias)
+        return tokens.transpose(1, 2).unflatten(2, (rows, columns))
+
+
+class Norm(LayerNorm):
+    """open_clip's layer norm, which a GPU computes without copies in fp32 under bf16 autocast.
+
+    The kernel's sums are in fp32 all the same. It takes the weights in the type of the tokens, as
+    products of matrices do. On a CPU it sums the weights' gradients in bf16: there they are copied.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise tokens, ``[…, width]``."""
+        is_bf16 = x.device.type == "cuda" and x.dtype is torch.bfloat16
+        # a compiled graph makes no copies anyway
+        if not is_bf16 or not torch.is_autocast_enabled("cuda") or torch.compiler.is_compiling():
+            result: Tensor = super().forward(x)
+            return result
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        with torch.autocast("cuda", enabled=False):
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 def compile_blocks(model: nn.Module, **options: Any) -> None:
@@ -161,10 +211,13 @@ OURS: dict[type[nn.Module], type[nn.Module]] = {
     ResidualAttentionBlock: Block,
     Transformer: BlocksOfATower,
     VisionTransformer: VisionTower,
+    LayerNorm: Norm,
 }
 
 
-def pool_early(model: nn.Module) -> None:
+def replace_classes(model: nn.Module) -> None:
     """Have a CLIP of open_clip's compute by the classes of this module; nothing else changes."""
     for module in model.modules():
         module.__class__ = OURS.get(type(module), type(module))
+        if isinstance(module, VisionTower):
+            module.conv1.__class__ = PatchEmbedding

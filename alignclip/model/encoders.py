@@ -30,7 +30,7 @@ from alignclip.config.schema import ModelConfig
 from alignclip.data.batch import longest_text
 from alignclip.data.tokenizer import SimpleTokenizer
 from alignclip.errors import UserError, nearest
-from alignclip.model.blocks import pool_early, pooled_tokens
+from alignclip.model.blocks import pooled_tokens, replace_classes
 from alignclip.ranks import local_part
 
 MAX_LOGIT_SCALE = math.log(100)
@@ -287,7 +287,7 @@ def build_encoders(config: ModelConfig) -> CLIP:
         ) from None
     if timm_name is not None:
         _check_timm_tower(config, model)
-    pool_early(model)
+    replace_classes(model)
 
     shared = config.shared
     blocks = config.text_cfg.layers if shared.blocks == -1 else shared.blocks

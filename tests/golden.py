@@ -112,9 +112,14 @@ def platform() -> dict[str, str]:
     return {"torch": torch.__version__, "cpu": f"{cpu} {capability}"}
 
 
+def written_on() -> dict[str, str]:
+    """The platform of the golden run."""
+    return dict(json.loads(STEPS.read_text(encoding="utf-8"))["platform"])
+
+
 def is_the_platform() -> bool:
     """Whether the last bits can be compared with those of the golden run."""
-    return bool(json.loads(STEPS.read_text(encoding="utf-8"))["platform"] == platform())
+    return written_on() == platform()
 
 
 def write() -> None:

@@ -34,22 +34,24 @@ def test_the_texts_are_the_same(run: golden.Recorder, stored: list[golden.Step])
     assert [step.texts for step in run.steps] == [step.texts for step in stored]
 
 
-def test_the_crops_are_the_same(run: golden.Recorder, stored: list[golden.Step]) -> None:
-    """To the last bit on the same platform; elsewhere JPEGs may be decoded by other arithmetic."""
+def test_the_crops_are_the_same(run: golden.Recorder) -> None:
+    """JPEGs may be decoded by other arithmetic than where the golden run was written."""
     assert run.first_crops is not None
     expected = np.load(golden.CROPS)
     difference = np.abs(run.first_crops.astype(int) - expected.astype(int))
     assert difference.mean() <= 0.5  # of 255
     assert difference.max() <= 8
-    if golden.is_the_platform():
-        assert [step.crops for step in run.steps] == [step.crops for step in stored]
 
 
 def test_losses_gradients_and_rates_are_the_same(
     run: golden.Recorder, stored: list[golden.Step]
 ) -> None:
-    """To the last bit on the same platform, to 1e-3 elsewhere: crops may differ there, too."""
+    """To 1e-4 on another processor or with another torch, and to 1e-3 where crops differ, too.
+
+    torch 2.15 is 7e-7 off in the losses and 3e-6 in the gradients.
+    """
     assert [step.lr for step in run.steps] == [step.lr for step in stored]
+    same_crops = [step.crops for step in run.steps] == [step.crops for step in stored]
     for ours, theirs in zip(run.steps, stored, strict=True):
         assert (
             ours.losses.keys()
@@ -59,10 +61,18 @@ def test_losses_gradients_and_rates_are_the_same(
         values = {name: (value, theirs.losses[name]) for name, value in ours.losses.items()}
         values["gradient"] = ours.gradient, theirs.gradient
         for name, (mine, golden_value) in values.items():
-            assert float.fromhex(mine) == pytest.approx(float.fromhex(golden_value), rel=1e-3), name
-            if golden.is_the_platform():
-                assert mine == golden_value, name
+            expected = pytest.approx(float.fromhex(golden_value), rel=1e-4 if same_crops else 1e-3)
+            assert float.fromhex(mine) == expected, name
         assert ours.logit_scale == pytest.approx(theirs.logit_scale, rel=1e-5)
+
+
+def test_to_the_last_bit_on_its_platform(run: golden.Recorder, stored: list[golden.Step]) -> None:
+    """Skipped elsewhere, and not passed: elsewhere nobody has compared the bits."""
+    if not golden.is_the_platform():
+        pytest.skip(f"written on {golden.written_on()}, and this is {golden.platform()}")
+    for name in ("crops", "losses", "gradient"):
+        ours, theirs = ([getattr(step, name) for step in steps] for steps in (run.steps, stored))
+        assert ours == theirs, name
 
 
 def test_the_platform_is_told(tmp_path: Path) -> None:

@@ -2,15 +2,31 @@
 # (Bytecode is compiled at once: importing the stack takes 10 s with it, 23 s without, and every process does. A plain
 # path to the checkout, because an import hook would lose to a folder of that name: the clone itself, seen from above.)
 SHELL := bash
+comma := ,
+# Two stacks (docs/install.md): pinned, as mosaicml and mosaicml-streaming ask for it, and newest.
+STACK ?= pinned
+ifeq ($(STACK),newest)
+VENV ?= .venv-newest
+CONSTRAINTS := constraints-newest.txt
+OVERRIDES := overrides-newest.txt
+PYTHONS := python3.12 python3.11 python3
+OLDEST := 3.11
+else
 VENV ?= .venv
-# the first interpreter that the stack supports (3.10 to 3.12)
-PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
-	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
+CONSTRAINTS := constraints.txt
+OVERRIDES :=
+PYTHONS := python3.11 python3.12 python3.10 python3
+OLDEST := 3.10
+endif
+OVERRIDE := $(addprefix --override ,$(OVERRIDES))
+# the first interpreter that the stack supports
+PYTHON ?= $(shell for p in $(PYTHONS); do \
+	$$p -c 'import sys; sys.exit(not ($(subst .,$(comma) ,$(OLDEST))) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
 WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install quickstart profile test test-fast test-all bench lint constraints clean
+.PHONY: help install install-newest quickstart profile test test-fast test-all test-newest bench lint constraints clean
 
 help:
 	@echo "make quickstart   draw a data set, convert it, train a tiny AlignCLIP, show what it learnt (minutes, CPU)"
@@ -21,16 +37,20 @@ help:
 	@echo "make lint         ruff and mypy"
 	@echo "make bench        every benchmark at a quick size, beside the figures of this hardware before"
 	@echo "make install      only install, into $(VENV)"
+	@echo "make install-newest, make test-newest   the newest PyTorch, into .venv-newest (docs/install.md)"
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "alignclip needs Python 3.10, 3.11 or 3.12; none is on PATH (set PYTHON=/path/to/python)"; exit 1; }
+$(STAMP): pyproject.toml $(CONSTRAINTS) $(OVERRIDES)
+	@test -n "$(PYTHON)" || { echo "alignclip needs Python $(OLDEST) to 3.12; none is on PATH (set PYTHON=/path/to/python)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode --constraint constraints.txt \
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode $(OVERRIDE) --constraint $(CONSTRAINTS) \
 		--config-settings editable_mode=compat --editable '.[dev]'
 	@touch $@
+
+install-newest:
+	$(MAKE) install STACK=newest
 
 quickstart: install
 	$(BIN)/python -m alignclip.quickstart
@@ -54,6 +74,16 @@ test: install
 test-all:
 	$(MAKE) test ARGS='--full $(ARGS)'
 
+# what the newest PyTorch, NumPy, transformers and huggingface_hub can break
+NEWEST := contracts stand_ins losses tiles cyclip encoders blocks optimization data transforms mds training ranks golden_run \
+	resume earlier_runs checkpoints whole_checkpoints safe_read loading pretrained exports sentence_encoders runs
+test-newest:
+	$(MAKE) install STACK=newest
+	$(MAKE) test-listed STACK=newest LISTED='$(NEWEST:%=tests/test_%.py)'
+
+test-listed: install
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu' $(LISTED) $(ARGS)
+
 # ARGS=--save makes its figures those to compare with
 bench: install
 	$(BIN)/python benchmarks/run_all.py $(ARGS)
@@ -63,9 +93,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# names and versions only, for every supported Python and platform
+# names and versions only, for every supported Python and platform; STACK=newest for the newest
 constraints: install
-	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.10 --no-header --no-annotate --quiet --upgrade -o constraints.txt
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version $(OLDEST) $(OVERRIDE) --no-header --no-annotate --quiet --upgrade -o $(CONSTRAINTS)
 
 clean:
 	rm -rf $(VENV) runs quickstart-run

@@ -113,6 +113,8 @@ def read_checkpoints(
         if rank() == 0:
             compared[name].digest = weights_digest(found.model)
             compared[name].history = history_beside(place)
+        # Python 3.12 may keep this function's frame for a while: an error in history_beside has it
+        del found
     return models, compared
 
 

@@ -171,6 +171,7 @@ WITHOUT_COMMANDS = {
     "configuration.md",
     "resume.md",
     "architecture.md",
+    "install.md",
 }  # of docs
 SECTIONS = (
     "model|loss|data|optimizer|scheduler|evaluators|keep_best|parallelism_config|compile_config"

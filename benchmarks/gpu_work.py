@@ -191,7 +191,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def batch_of(work: Work, batch: int, side: int, context_length: int) -> Batch:
     """Draw a batch as the loader gives it, on the device."""
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8, generator=generator)
+    pixels = torch.randint(0, 256, (batch, side, side, 3), dtype=torch.uint8, generator=generator)
+    pixels = pixels.permute(0, 3, 1, 2)
     embeddings = torch.randn(batch, SEMANTIC, generator=generator).half()
     text = captions_of(batch, context_length)
     return {

@@ -7,7 +7,7 @@ import torch
 from models import EVERYTHING, small_batch, small_config
 from torch._dynamo.testing import CompileCounter
 
-from alignclip.data.batch import Batch, collate, count_samples
+from alignclip.data.batch import Batch, count_samples, longest_text
 from alignclip.losses import AlignCLIPLoss
 from alignclip.model.composer_model import AlignCLIPModel
 from alignclip.model.encoders import build_encoders
@@ -20,9 +20,8 @@ def batches() -> tuple[Batch, Batch]:
     _, text = small_batch()
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (len(text), 3, 32, 32), dtype=torch.uint8, generator=generator)
-    pairs = zip(image, text, strict=True)
-    batch = collate([{"image": pixels, "text": tokens} for pixels, tokens in pairs])
-    return batch, Batch(image=batch["image"], text=batch["text"])
+    batch = Batch(image=image, text=text, text_length=longest_text(text))
+    return batch, Batch(image=image, text=text)
 
 
 def model_of(chunk_size: int = 0) -> AlignCLIPModel:

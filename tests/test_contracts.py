@@ -101,8 +101,13 @@ alignclip/data/streaming_epoch.py
     streaming.base.dataset.StreamingDataset._ready_thread(self it)
     streaming.base.dataset.StreamingDataset._each_sample_id(self it)
     streaming.base.dataset.StreamingDataset.prepare_shard(self shard_id blocking)
+    streaming.base.dataset.StreamingDataset._get_work(self epoch sample_in_epoch)
+    streaming.base.dataset.StreamingDataset._resume_incr_epoch(self)
+    streaming.base.dataset.StreamingDataset.on_exception(self future)
     streaming.base.dataset.StreamingDataset.__iter__: _prepare_thread _ready_thread
-        _each_sample_id on_exception _event
+        _each_sample_id on_exception _event _executor _iterator _unique_worker_world
+        _parallel_worker_world _unique_rank_world _parallel_rank_world detect_workers
+    streaming.base.dataset._Iterator.exit(self)
     streaming.base.dataset.StreamingDataset: _shard_states _shard_access_times predownload spanner
     streaming.base.dataset._Iterator.on_exit(self)
     streaming.base.dataset._Iterator.should_exit(self)
@@ -123,6 +128,8 @@ alignclip/data/shard_cache.py
     streaming.base.format.mds.encodings._get_coder(encoding)
     streaming.base.stream.Stream: _downloader safe_keep_zip validate_hash
     streaming.base.format.base.reader.JointReader: raw_data zip_data
+alignclip/data/batch.py
+    torch.storage._StorageBase._new_shared(size device)
 alignclip/conversion/mds_writer.py
     streaming.MDSWriter.encode_joint_shard(self)
     streaming.base.format.base.writer.Writer._process_file(self raw_data raw_basename

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from mds_sets import PAIR, edit, pair_rows, shards_of, write_rows
+from PIL import Image
 from runs import write_set
 from s3 import S3Server
 from streaming import StreamingDataLoader
@@ -110,6 +111,33 @@ def test_several_captions_draw_one_with_its_embedding(tmp_path: Path) -> None:
         assert torch.equal(sample["text"], dataset.tokenizer(captions[row])[0])
         drawn.add(row)
     assert drawn == {0, 1, 2, 3}
+
+
+def test_a_batch_is_its_samples(tmp_path: Path) -> None:
+    """Several captions, embeddings of zeros, images that can't be read or are no JPEGs."""
+    rows = pair_rows(12)
+    for i in (0, 3, 11):
+        picture = Image.fromarray(np.full((40 + i, 50, 3), 20 * i, dtype=np.uint8))
+        picture.save(tmp_path / "one.png")
+        rows[i]["image"] = (tmp_path / "one.png").read_bytes()
+    rows[4]["image"] = rows[5]["image"] = b"\xff\xd8\xff broken"
+    captions = [f"caption number {i}!" for i in range(4)]
+    semantic = np.arange(4, dtype=np.float16)[:, None].repeat(3, axis=1)
+    rows = [{**row, "caption": captions, "semantic": semantic} for row in rows]
+    columns = {**PAIR, "caption": "json", "semantic": "ndarray:float16"}
+    dataset = build(config_for(write_rows(tmp_path / "m", rows, columns), scale=[0.2, 1.0]))
+    ids = [7, 4, 0, 11, 5, 3]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        batch, samples = dataset.batch_of(ids), [dataset[i] for i in ids]
+    assert batch["sample"].tolist() == [7, 6, 0, 11, 6, 3]
+    assert batch.pop("text_length") == max(int(one["text"].argmax()) + 1 for one in samples)
+    assert {name: one.tolist() for name, one in batch.items()} == {
+        name: [sample[name].tolist() for sample in samples] for name in samples[0]
+    }
+    # rows of the same replacement are cropped by the draws of the samples that were asked for
+    assert not torch.equal(batch["image"][1], batch["image"][4])
+    assert batch["image"].permute(0, 2, 3, 1).is_contiguous()  # as decoders and crops have it
 
 
 def test_an_unreadable_image_is_replaced_and_said(tmp_path: Path) -> None:

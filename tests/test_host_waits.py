@@ -17,10 +17,10 @@ from composer.devices import Device
 from composer.loggers import Logger
 from models import EVERYTHING, small_batch, small_config
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from alignclip.config.schema import OptimizerConfig
-from alignclip.data.batch import collate, count_samples
+from alignclip.data.batch import count_samples, longest_text
 from alignclip.data.dataset import ImageTextDataset
 from alignclip.losses import AlignCLIPLoss
 from alignclip.model.composer_model import AlignCLIPModel
@@ -107,6 +107,11 @@ def train(
         }
         for i in range(16)
     ]
+
+    def collate(samples: list[dict[str, Tensor]]) -> dict[str, Any]:
+        batch: dict[str, Any] = default_collate(samples)
+        return batch | {"text_length": longest_text(batch["text"])}
+
     loader: DataLoader[Any] = DataLoader(cast(Any, pairs), batch_size=4, collate_fn=collate)
     device = Numberless()
     check = FiniteCheck(cast(ImageTextDataset, None), later=True)

@@ -155,11 +155,11 @@ def test_an_evicted_shard_is_fetched_again(
 ) -> None:
     dataset = opened(shuffle=False, predownload=40)
     samples = iter(dataset)
-    seen = [int(next(samples)["sample"]) for _ in range(3)]
+    seen = [int(dataset[next(samples)]["sample"]) for _ in range(3)]
     wait_until(lambda: shards_in(dataset) == 9)
     for shard_id in range(2, 8):
         dataset.evict_shard(shard_id)
-    seen += [int(sample["sample"]) for sample in samples]
+    seen += [int(dataset[sample_id]["sample"]) for sample_id in samples]
     assert seen == list(range(SAMPLES))
     assert all(prepared[shard_id] >= 2 for shard_id in range(2, 8))
 

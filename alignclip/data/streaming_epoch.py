@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 from streaming import StreamingDataset
@@ -34,10 +34,31 @@ class EpochDataset(StreamingDataset):
 
     _reads: threading.Condition  # in the process that reads; tells the threads of some more reads
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield this worker's samples of the epoch."""
+    def __iter__(self) -> Iterator[int]:  # type: ignore[override]  # no samples
+        """Yield the ids of this worker's samples of the epoch, once their shards are there.
+
+        Streaming yields the samples. Who has ids reads many samples together.
+        """
+        if hasattr(self, "_iterator"):
+            self._iterator.exit()  # an epoch that was given up
+        if not hasattr(self, "_event"):
+            self._event = threading.Event()
+            self._executor = ThreadPoolExecutor()
+        elif self._event.is_set():
+            raise RuntimeError("a thread has failed in an earlier epoch")
         self._reads = threading.Condition()
-        yield from super().__iter__()
+        self._unique_worker_world = self._unique_rank_world.detect_workers()
+        self._parallel_worker_world = self._parallel_rank_world.detect_workers()
+        sample_ids = self._get_work(*self._resume_incr_epoch())
+        if not len(sample_ids):  # the run goes on from the epoch's end
+            return
+        self._iterator = it = _Iterator(sample_ids)
+        threads = [self._executor.submit(f, it) for f in (self._prepare_thread, self._ready_thread)]
+        for thread in threads:
+            thread.add_done_callback(self.on_exception)
+        yield from self._each_sample_id(it)
+        wait(threads, return_when="FIRST_EXCEPTION")
+        it.exit()
 
     def _prepare_thread(self, it: _Iterator) -> None:
         """Download the shards of the coming samples, up to ``predownload`` samples ahead."""

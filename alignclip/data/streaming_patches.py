@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import wraps
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -289,10 +290,15 @@ class CachedDataset(EpochDataset):
             self._event.set()
             self._iterator.on_exit()  # a thread that raises doesn't say that it has exited
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield this worker's samples of the epoch."""
+    @contextmanager
+    def naming_failures(self) -> Iterator[None]:
+        """Raise what a download thread failed at, instead of what came of it.
+
+        Raises:
+            RuntimeError: a download thread has failed.
+        """
         try:
-            yield from super().__iter__()
+            yield
         except RuntimeError:
             if self._failure is None:
                 raise
@@ -300,6 +306,11 @@ class CachedDataset(EpochDataset):
             where = ", ".join(stream.remote or stream.local for stream in self.streams)
             text = f"reading {where} failed: {type(cause).__name__}: {cause}"
             raise RuntimeError(text) from cause
+
+    def __iter__(self) -> Iterator[int]:  # type: ignore[override]  # no samples
+        """Yield the ids of this worker's samples of the epoch."""
+        with self.naming_failures():
+            yield from super().__iter__()
 
     def _resume_incr_epoch(self) -> tuple[int, int]:
         """Note the epoch that begins, from which the draws of its samples come."""

@@ -63,7 +63,7 @@ def _loader_rate(work: Work, workers: int) -> float:
     """Return the samples a second of a loader, once its workers have no head start."""
     size = work.sizes.loaded
     head_start = IN_HAND * workers
-    batches = 4 * head_start
+    batches = 3 * head_start
     config = work.config(
         f"global_train_batch_size={size}",
         f"data.num_workers={workers}",

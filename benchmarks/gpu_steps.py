@@ -37,7 +37,7 @@ def eager(work: Work) -> str:
 
 def compiled(work: Work) -> str:
     """Measure steps of a model that is compiled as a whole."""
-    return _series(work, "compiled", work.sizes.compiled[:1])
+    return _series(work, "compiled", work.sizes.compiled)
 
 
 def regional(work: Work) -> str:

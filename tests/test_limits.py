@@ -14,7 +14,7 @@ RECIPE = "yamls/alignclip.yaml"
 COCO = ("evaluators.coco.task=retrieval", "evaluators.coco.local=x", "evaluators.coco.interval=5ba")
 FLICKR = ("evaluators.flickr.task=retrieval", "evaluators.flickr.local=y")
 FSDP = "parallelism_config.fsdp2.activation_checkpointing=true"
-FAST = ("compile_config.backend=inductor",)
+FAST = ("compile_config.regional=true",)
 GPU = {"device": "gpu", "cores": 16, "devices": 1, "fast_bf16": True}
 CPU = {"device": "cpu", "cores": 16, "threads": 16}
 WAITS, TRAINS = {"waiting": 0.41}, {"waiting": 0.02}
@@ -53,9 +53,9 @@ CASES: list[tuple[dict[str, Any], tuple[str, ...], dict[str, Any], str]] = [
      "the loader limits: raise data.num_workers (2 of 16 cores used)"),
     # the device
     (TRAINS, FAST, GPU, NOTHING),
-    (TRAINS, (), GPU, "the device limits: compile_config.backend=inductor"),
+    (TRAINS, (), GPU, "the device limits: compile_config.regional=true"),
     (TRAINS, ("precision=fp32",), GPU,
-     "the device limits: precision=amp_bf16, or compile_config.backend=inductor"),
+     "the device limits: precision=amp_bf16, or compile_config.regional=true"),
     (TRAINS, ("precision=fp32", *FAST), GPU | {"fast_bf16": False}, NOTHING),
     (TRAINS, FAST, GPU | {"devices": 8}, "the device limits: use all 8 GPUs (composer -n 8)"),
     (TRAINS, (*FAST, "model.encode_chunk_size=64"), GPU,

@@ -138,7 +138,7 @@ def _on_gpu(here: Circumstances) -> list[str]:
     if config.precision == "fp32" and here.fast_bf16:
         advice.append("precision=amp_bf16")
     if config.compile_config is None:
-        advice.append("compile_config.backend=inductor")
+        advice.append("compile_config.regional=true")
     fsdp2 = config.parallelism_config.fsdp2
     if fsdp2 is not None and fsdp2.activation_checkpointing:
         advice.append("parallelism_config.fsdp2.activation_checkpointing=false if memory allows")

@@ -15,6 +15,7 @@ from alignclip.config.reading import load
 from alignclip.config.schema import RunConfig
 from alignclip.training import composer_patches
 from alignclip.training.build import build_trainer
+from alignclip.training.history import History
 from alignclip.training.run_record import check_config, record_config
 from alignclip.training.save_folder import SaveFolder
 
@@ -31,11 +32,18 @@ class SmallRuns:
         dataset: the set to train on.
         save_folder: path or URL, which may hold ``{run_name}``; None saves nothing.
         settings: overrides of every run, besides :data:`SMALL`.
+        draws: whether a run draws its learning curves, which takes as long as everything else.
     """
 
     def __init__(
-        self, folder: Path, dataset: Path, save_folder: str | Path | None, *settings: str
+        self,
+        folder: Path,
+        dataset: Path,
+        save_folder: str | Path | None,
+        *settings: str,
+        draws: bool = False,
     ) -> None:
+        self.draws = draws
         self.uri = str(save_folder or "")
         self.yaml = write_config(folder, str(dataset), self.uri or None)
         self.settings = (*SMALL, *settings)
@@ -54,7 +62,10 @@ class SmallRuns:
             folder.open()
             check_config(folder)
             record_config(folder)
-        return build_trainer(config, get_device(config.device), folder, callbacks)
+        trainer = build_trainer(config, get_device(config.device), folder, callbacks)
+        if not self.draws:
+            draw_nothing(trainer)
+        return trainer
 
     def train(self, *overrides: str, callbacks: Sequence[Callback] = ()) -> Trainer:
         """Train to the end."""
@@ -64,6 +75,13 @@ class SmallRuns:
         finally:
             composer_patches.close(trainer)
         return trainer
+
+
+def draw_nothing(trainer: Trainer) -> None:
+    """Have a run leave out its learning curves."""
+    for logger in trainer.logger.destinations:
+        if isinstance(logger, History):
+            logger._draw = lambda *_: None  # type: ignore[method-assign]
 
 
 def logged(trainer: Trainer, name: str = "loss/train/total") -> list[float]:

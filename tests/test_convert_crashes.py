@@ -149,11 +149,14 @@ def test_twenty_kills_of_a_conversion(s3: Any, tmp_path: Path, fuzz: Any, to: st
     kill_and_finish(s3, tmp_path, to, victims, fuzz.seed)
 
 
-def go_away(s3: Any, seconds: float, command: Command) -> None:
-    """Stop the server for a while, which a command waits for."""
+def go_away(s3: Any, command: Command) -> None:
+    """Stop the server until a command has said that it waits, and long enough for all its
+    processes to say so, too.
+    """
     s3.stop()
     try:
-        time.sleep(seconds)
+        command.wait_for(lambda: "can't be reached" in command.errors)
+        time.sleep(5)
         assert command.driver.poll() is None
     finally:
         s3.start()
@@ -165,7 +168,7 @@ def test_storage_that_is_away_for_a_while(s3: Any, tmp_path: Path) -> None:
     out = f"{s3.bucket()}/pairs"
     with Command(tmp_path / "run", undisturbed.tars, out) as command:
         command.wait_for_changes(lambda: set(s3.keys(out)), 30)
-        go_away(s3, 20, command)
+        go_away(s3, command)
         errors = command.finish()
     # said once, not by each process
     waits, back = said(errors)
@@ -183,7 +186,7 @@ def test_inputs_that_are_away_for_a_while(s3: Any, tmp_path: Path) -> None:
     upload(s3, undisturbed.tars, raw)
     with Command(tmp_path / "run", raw, out) as command:
         command.wait_for_changes(lambda: relative(out) if out.exists() else set(), 20)
-        go_away(s3, 8, command)
+        go_away(s3, command)
         waits, back = said(command.finish())
     assert waits.startswith(f"{raw}/")
     assert waits.endswith("); waiting, up to 10 minutes")

@@ -51,7 +51,7 @@ def runs(dataset: Path, tmp_path: Path) -> SmallRuns:
 
 
 def test_a_run_that_was_stopped_and_went_on(runs: SmallRuns, dataset: Path) -> None:
-    store = open_store(runs.uri)
+    store, runs.draws = open_store(runs.uri), True
     start(runs, 4, 8, STOPPED_EARLY)
     first = card_in(store)
     assert (first["status"], first["batch"], first["of_batches"]) == (STOPPED_EARLY, 4, 8)
@@ -102,7 +102,7 @@ def test_a_run_that_was_stopped_and_went_on(runs: SmallRuns, dataset: Path) -> N
 
 def test_into_a_bucket(s3: S3Server, dataset: Path, tmp_path: Path) -> None:
     uri = f"{s3.bucket()}/runs/r"
-    start(SmallRuns(tmp_path, dataset, uri), 2, 2, FINISHED)
+    start(SmallRuns(tmp_path, dataset, uri, draws=True), 2, 2, FINISHED)
     store = open_store(uri)
     assert card_in(store)["status"] == FINISHED
     assert {"run.md", "curves.png", "curves.html"} <= store.names()

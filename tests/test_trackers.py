@@ -46,7 +46,8 @@ def train(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any
     folder = tmp_path / "runs"
     runs = SmallRuns(tmp_path, dataset, folder, *FIXED, f"evaluators.e.local={dataset}")
 
-    def train(*overrides: str) -> None:
+    def train(*overrides: str, draws: bool = False) -> None:
+        runs.draws = draws
         for length in (7, 9):
             # of files of one second TensorBoard reads number 10 before number 9; each start is a
             # process of its own
@@ -166,7 +167,7 @@ def test_all_ranks_hear_that_the_id_cannot_be_kept(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_history_of_all_starts(train: Any, tmp_path: Path) -> None:
-    train()
+    train(draws=True)
     text = (tmp_path / "runs" / HISTORY).read_text(encoding="utf-8")
     lines = lines_in(text)
     assert [line["batch"] for line in lines if "losses" in line] == list(range(1, 10))

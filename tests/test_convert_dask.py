@@ -45,11 +45,22 @@ class Cluster:
             self._wait_for(about.exists)
             self.address = json.loads(about.read_text())["address"]
             own = ["--nthreads", "1", "--no-nanny", "--local-directory", str(folder)]
-            self.workers = [self._start("dask_worker", *shared, *own) for _ in range(WORKERS)]
-            self._wait_for(lambda: self.log().count("Register worker") == WORKERS)
+            self._worker = ("dask_worker", *shared, *own)
+            self.mend()
         except BaseException:
             self.__exit__()
             raise
+
+    def mend(self) -> None:
+        """Start the workers that are missing."""
+        alive, known = [one for one in self.workers if one.poll() is None], self._registered()
+        missing = WORKERS - len(alive)
+        self.workers = alive + [self._start(*self._worker) for _ in range(missing)]
+        self._wait_for(lambda: self._registered() == known + missing)
+
+    def _registered(self) -> int:
+        """How many workers the scheduler has ever known."""
+        return self.log().count("Register worker")
 
     def _start(self, what: str, *arguments: str) -> psutil.Popen:
         with (self.folder / "log.txt").open("ab") as log:
@@ -83,14 +94,31 @@ class Cluster:
             process.wait()
 
 
-@pytest.fixture
-def cluster(s3: Any, tmp_path: Path) -> Iterator[Cluster]:
-    with Cluster(tmp_path / "cluster") as cluster:  # its workers write to the server of ``s3``
+@pytest.fixture(scope="module")
+def lasting_cluster(s3: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("dask") / "cluster"
+    with Cluster(folder) as cluster:  # its workers write to the server of ``s3``
         yield cluster
 
 
-def test_a_worker_that_is_killed_is_made_up_for(s3: Any, tmp_path: Path, cluster: Cluster) -> None:
-    undisturbed = Undisturbed(tmp_path, tars=32, samples=12)
+@pytest.fixture
+def cluster(lasting_cluster: Cluster) -> Cluster:
+    """A cluster of all its workers, whichever of them a test before has killed.
+
+    Its scheduler is killed by the last test that asks for it.
+    """
+    lasting_cluster.mend()
+    return lasting_cluster
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return Undisturbed(tmp_path_factory.mktemp("undisturbed"), tars=32, samples=12)
+
+
+def test_a_worker_that_is_killed_is_made_up_for(
+    s3: Any, tmp_path: Path, cluster: Cluster, undisturbed: Undisturbed
+) -> None:
     out = f"{s3.bucket()}/pairs"
     with Command(tmp_path / "run", undisturbed.tars, out, scheduler=cluster.address) as command:
         command.wait_for_changes(lambda: set(s3.keys(out)), 30)
@@ -110,8 +138,9 @@ def test_a_bad_input_is_one_line(s3: Any, tmp_path: Path, cluster: Cluster) -> N
     assert line == f"error: cannot fetch {url}: access denied; check the credentials"
 
 
-def test_a_scheduler_that_is_killed_is_one_line(s3: Any, tmp_path: Path, cluster: Cluster) -> None:
-    undisturbed = Undisturbed(tmp_path, tars=32, samples=12)
+def test_a_scheduler_that_is_killed_is_one_line(
+    s3: Any, tmp_path: Path, cluster: Cluster, undisturbed: Undisturbed
+) -> None:
     out = f"{s3.bucket()}/pairs"
     with Command(tmp_path / "run", undisturbed.tars, out, scheduler=cluster.address) as command:
         command.wait_for_changes(lambda: set(s3.keys(out)), 30)

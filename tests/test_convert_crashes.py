@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import boto3
+import psutil
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
 from conversions import Command, Undisturbed, download, picture, relative, said
@@ -56,7 +57,8 @@ def kill(command: Command, victim: str, rng: random.Random) -> None:
         assert line.startswith("error: a worker process was killed")
     else:
         for process in [command.driver, *(workers if victim == "all" else [])]:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):  # a worker ends when it sees the driver's end
+                process.kill()
         assert command.driver.wait(10) == -signal.SIGKILL
     command.assert_workers_end()
 

@@ -76,7 +76,7 @@ test-all:
 
 # what the newest PyTorch, NumPy, transformers and huggingface_hub can break
 NEWEST := contracts stand_ins losses tiles cyclip encoders blocks optimization data transforms mds training ranks golden_run \
-	resume earlier_runs checkpoints whole_checkpoints safe_read loading pretrained exports sentence_encoders runs
+	resume earlier_runs checkpoints whole_checkpoints safe_read loading pretrained exports sentence_encoders runs evaluate_runs
 test-newest:
 	$(MAKE) install STACK=newest
 	$(MAKE) test-listed STACK=newest LISTED='$(NEWEST:%=tests/test_%.py)'

@@ -118,7 +118,9 @@ class CLIP(open_clip.CLIP):
         """
         # trimmed once for the batch, and not a chunk at a time
         return (
-            _normalize(_in_chunks(_named(IMAGE_ENCODER, self.encode_image), images, chunk_size)),
+            # An evaluation makes self.encode_image a forward pass of its own under FSDP2, whose end
+            # frees parameters that the texts need. So the class's method is called.
+            _normalize(_in_chunks(_named(IMAGE_ENCODER, super().encode_image), images, chunk_size)),
             _normalize(
                 _in_chunks(
                     _named(TEXT_ENCODER, self._encode_trimmed_text),

@@ -172,6 +172,7 @@ WITHOUT_COMMANDS = {
     "resume.md",
     "architecture.md",
     "install.md",
+    "clusters.md",
 }  # of docs
 SECTIONS = (
     "model|loss|data|optimizer|scheduler|evaluators|keep_best|parallelism_config|compile_config"

@@ -88,6 +88,29 @@ def test_a_sample_depends_on_seed_epoch_and_id_alone(local_set: Path) -> None:
     assert not torch.equal(other[5]["image"], first)
 
 
+def test_embeddings_of_two_lengths_name_their_samples(local_set: Path, tmp_path: Path) -> None:
+    write_set(str(tmp_path / "b"), 64, dimension=8, seed=1)
+    dataset = build(config_for(local_set, tmp_path / "b"))
+    says = r"sample '00001' has the shape \[8\], the one of sample '00005' \[16\]"
+    with pytest.raises(ValueError, match=says):
+        dataset.batch_of([5, 65])
+
+
+def test_a_batch_holds_the_bytes_of_one_image_at_a_time(
+    local_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, rows = build(config_for(local_set)), []
+    get_item = dataset.get_item
+
+    def remember(at: int) -> dict[str, Any]:
+        assert not any("image" in row for row in rows), "bytes of an image before"
+        rows.append(get_item(at))
+        return rows[-1]
+
+    monkeypatch.setattr(dataset, "get_item", remember)
+    assert len(dataset.batch_of([3, 1, 2])["image"]) == len(rows) == 3
+
+
 def test_two_streams_with_proportions(local_set: Path, tmp_path: Path) -> None:
     write_set(str(tmp_path / "b"), 64, seed=1)
     config = config_for(local_set, tmp_path / "b", epoch_size="80")

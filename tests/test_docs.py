@@ -171,7 +171,6 @@ WITHOUT_COMMANDS = {
     "configuration.md",
     "resume.md",
     "architecture.md",
-    "install.md",
     "clusters.md",
 }  # of docs
 SECTIONS = (

@@ -15,6 +15,9 @@ from composer.loggers import Logger
 from runs import PRETRAIN, RECORDING, launch, run, steps, wait_for, write_config
 from small_runs import SmallRuns, logged
 
+from alignclip.model import blocks
+from alignclip.training import device_memory
+
 DEVICES = ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)]
 BF16 = "precision=amp_bf16"
 FSDP = "parallelism_config.fsdp2={}"
@@ -83,11 +86,18 @@ def test_bf16_is_near_fp32(
 @pytest.mark.parametrize("chunk", [0, 5])
 @pytest.mark.parametrize("regional", ["true", "false"])
 def test_a_compiled_model_trains_as_the_plain_one(
-    device: str, chunk: int, regional: str, dataset: Path, tmp_path: Path, expected: list[float]
+    device: str,
+    chunk: int,
+    regional: str,
+    dataset: Path,
+    tmp_path: Path,
+    expected: list[float],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Kernels are compiled for a GPU alone: for a CPU they take a minute."""
     backend = "inductor" if device == "gpu" else "aot_eager"
     compiled = (f"compile_config.backend={backend}", f"compile_config.regional={regional}")
+    monkeypatch.setattr(blocks, "SMALL", 0)  # the last block pools on a CPU, too
     torch._dynamo.reset()
     graphs = torch._dynamo.utils.counters["stats"]
     graphs.clear()
@@ -183,6 +193,14 @@ def test_a_batch_that_memory_has_no_room_for(
     assert ("12 at a time" in line) == bool(chunk)
     assert (f"model.encode_chunk_size={advice} " in line) == bool(advice)
     assert "global_train_batch_size=8 (" in line
+
+
+def test_a_smaller_batch_is_one_that_all_ranks_share(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_memory, "world_size", lambda: 4)
+    runs_here = SmallRuns(tmp_path, dataset, None, "global_train_batch_size=12")
+    assert "global_train_batch_size=4 (" in device_memory.advice(runs_here.config())
 
 
 @pytest.fixture

@@ -443,6 +443,25 @@ def test_kinds_of_store_that_streaming_reaches(
         open_store("ftp://host/x").read_text("a")
 
 
+@pytest.mark.parametrize("durable", [True, False])
+def test_bytes_are_on_the_disk_before_the_name_and_the_name_after(
+    durable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut leaves the old file or the new one."""
+    path, seen = tmp_path / "file", []
+
+    def fsync(descriptor: int) -> None:
+        place = Path(f"/proc/self/fd/{descriptor}").readlink()
+        seen.append((place == tmp_path, path.exists()))
+        raise OSError(errno.EINVAL, "this file system has none")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with write_whole(path, durable=durable) as partial:
+        partial.write_text("new")
+    assert seen == ([(False, False), (True, True)] if durable else [])
+    assert path.read_text() == "new"
+
+
 @pytest.mark.parametrize("writer", ["python", "torch"])
 def test_a_disk_that_fills_in_the_middle(
     tmp_path: Path, small_files: Callable[[int], None], writer: str

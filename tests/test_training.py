@@ -251,6 +251,8 @@ def test_an_evaluator_on_training_data_is_told_at_the_start(dataset: Path, tmp_p
         ("precision=amp_fp16", "precision=amp_fp16 needs a GPU"),
         ("precision=bf17", "precision=bf17: valid: "),
         ("compile_config.backend=inducter", "did you mean 'inductor'"),
+        ("compile_config={mode: default, options: {x: 1}}", "options exclude each other"),
+        ("compile_config={regional: true, dynamic: false}", "every length of texts anew"),
     ],
 )
 def test_what_does_not_fit_the_machine(

@@ -119,19 +119,20 @@ class ImageTextDataset(CachedDataset):
     def batch_of(self, ids: Sequence[int]) -> Batch:
         """Read samples, or for each whose image can't be decoded the next one that can.
 
-        All rows are read, then all images decoded, then all captions tokenised: a caption after a
-        caption takes a sixth of the time of a caption after an image, which has filled the
-        processor's caches.
+        All images are read and decoded, then all captions tokenised: a caption after a caption
+        takes a sixth of the time of a caption after an image, which has filled the processor's
+        caches. An image's bytes are let go once they are decoded.
 
         Raises:
             RuntimeError: as by iteration.
         """
         with self.naming_failures():
-            rows = [Row(at, self.get_item(at)) for at in ids]
-            seeds = [self._seeds(at) for at in ids]
+            rows, seeds = [], [self._seeds(at) for at in ids]
             images = empty_images(len(ids), self.image_size)
-            for i, row in enumerate(rows):
-                rows[i], image = self._readable(row)
+            for i, at in enumerate(ids):
+                row, image = self._readable(Row(at, self.get_item(at)))
+                del row.columns["image"]
+                rows.append(row)
                 images[i] = random_resized_crop(
                     image, self.image_size, self.scale, self.ratio, seeds[i][0]
                 )
@@ -143,9 +144,7 @@ class ImageTextDataset(CachedDataset):
             "sample": torch.tensor([row.sample_id for row in rows]),
         }
         if self.semantic:
-            # a number out of float16's range becomes infinite, and the run says so
-            with np.errstate(over="ignore"):
-                embeddings = np.array([one for _, one in drawn]).astype(np.float16, copy=False)
+            embeddings = _stacked([one for _, one in drawn], rows)
             self._warn_of_zeros(embeddings, rows)
             batch["semantic"] = torch.from_numpy(embeddings)
         batch["text_length"] = longest_text(text)
@@ -213,6 +212,25 @@ class ImageTextDataset(CachedDataset):
                 return min(picture.size)
         except Exception:  # of storage, or of PIL's decoders
             return None
+
+
+def _stacked(embeddings: Sequence[Any], rows: Sequence[Row]) -> np.ndarray:
+    """Stack caption embeddings to float16 ``[n, dimension]``.
+
+    A number out of float16's range becomes infinite, and the run says so.
+
+    Raises:
+        ValueError: two samples have embeddings of different shapes, or one has none.
+    """
+    shapes = [np.shape(one) for one in embeddings]
+    for row, shape in zip(rows, shapes, strict=True):
+        if shape != shapes[0]:
+            raise ValueError(
+                f"the caption embedding of sample '{row.key}' has the shape {list(shape)}, the one "
+                f"of sample '{rows[0].key}' {list(shapes[0])}: convert both with one encoder"
+            )
+    with np.errstate(over="ignore"):
+        return np.array(embeddings).astype(np.float16, copy=False)
 
 
 def build_dataloader(

@@ -39,6 +39,7 @@ from alignclip.ranks import (
 from alignclip.training import composer_patches, plugins
 from alignclip.training.batch_check import FiniteCheck
 from alignclip.training.callbacks import TrainingMonitor
+from alignclip.training.device_memory import out_of_memory_explained
 from alignclip.training.display import Console
 from alignclip.training.evaluation_callback import EvaluationCallback
 from alignclip.training.history import History
@@ -94,6 +95,7 @@ def build_trainer_from(
     logged = logged_batches(config, device, total_batches(config, loader))
     trainer = Trainer(
         logged,
+        lambda: out_of_memory_explained(config),
         model=model,
         train_dataloader=DataSpec(loader, get_num_samples_in_batch=count_samples),
         optimizers=optimizer,

@@ -28,7 +28,7 @@ from alignclip.device import processor_name
 from alignclip.ranks import world_size
 from alignclip.storage import expect_plain_s3
 
-GRAPHS = 32  # of a piece of code, before torch.compile leaves further ones as they are
+GRAPHS = 64  # of a piece of code, before torch.compile leaves further ones as they are
 given: list[dict[str, Any]] = []  # the content of the checkpoint that Composer loads next
 _cpu_model_by_composer = collect_env.get_cpu_model
 

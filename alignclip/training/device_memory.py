@@ -16,7 +16,7 @@ SMALLEST_CHUNK = 8  # samples; chunks below leave a GPU idle, and save next to n
 
 @contextmanager
 def out_of_memory_explained(config: RunConfig) -> Iterator[None]:
-    """Tell in one line what makes a batch smaller, where the device's memory ends in the block.
+    """Tell in one line what makes a batch smaller, where memory ends while a batch is trained.
 
     Raises:
         UserError: instead of torch.OutOfMemoryError.
@@ -49,8 +49,7 @@ def advice(config: RunConfig) -> str:
     if config.precision == "fp32":
         settings.append("precision=amp_bf16")
     settings.append("more devices (composer -n N)")
-    smaller = config.global_train_batch_size // 2
-    if smaller:
+    if smaller := size // 2 * world_size():
         settings.append(f"global_train_batch_size={smaller} (another recipe)")
     return "try " + ", or ".join(settings)
 

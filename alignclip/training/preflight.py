@@ -46,17 +46,37 @@ def check_parallelism(config: RunConfig, device: Device) -> None:
             f"global_train_batch_size={batch} can't be divided among {world} processes; "
             f"{batch // world * world or world} or {(batch // world + 1) * world} can"
         )
-    if (compiled := config.compile_config) is not None and compiled.backend not in (
-        known := list_backends(())
-    ):
-        raise UserError(
-            f"compile_config.backend={compiled.backend}: {nearest(compiled.backend, known)}"
-        )
+    check_compiling(config)
     if device.name == "cpu" and config.precision not in (
         Precision.FP32.value,
         Precision.AMP_BF16.value,
     ):
         raise UserError(f"precision={config.precision} needs a GPU; on a CPU use fp32 or amp_bf16")
+
+
+def check_compiling(config: RunConfig) -> None:
+    """Look at the arguments of torch.compile.
+
+    Raises:
+        UserError: an unknown backend, or settings that exclude one another.
+    """
+    compiled = config.compile_config
+    if compiled is None:
+        return
+    if compiled.backend not in (known := list_backends(())):
+        raise UserError(
+            f"compile_config.backend={compiled.backend}: {nearest(compiled.backend, known)}"
+        )
+    if compiled.mode is not None and compiled.options is not None:
+        raise UserError(
+            f"compile_config.mode={compiled.mode} and compile_config.options exclude each other: "
+            "take one of them out"
+        )
+    if compiled.regional and compiled.dynamic is False:
+        raise UserError(
+            "compile_config.dynamic=false with compile_config.regional=true would compile every "
+            "length of texts anew; leave dynamic out"
+        )
 
 
 def check_inputs(config: RunConfig, folder: SaveFolder | None) -> None:

@@ -17,7 +17,6 @@ from alignclip.runtime.environment import Start
 from alignclip.training import composer_patches, plugins
 from alignclip.training.build import build_trainer, total_batches
 from alignclip.training.callbacks import StopOnSignal
-from alignclip.training.device_memory import out_of_memory_explained
 from alignclip.training.display import print_once
 from alignclip.training.preflight import check_inputs, check_parallelism, training_device
 from alignclip.training.run_card import FINISHED, STOPPED_EARLY, write_run_card
@@ -59,7 +58,7 @@ def run(config: RunConfig) -> int:
         run_on_rank_zero(lambda: record_start(folder, trainer))
     print_once(introduction(config, trainer, folder))
     try:
-        with shared_memory_room.bus_errors_explained(), out_of_memory_explained(config):
+        with shared_memory_room.bus_errors_explained():
             trainer.fit()
     finally:
         composer_patches.close(trainer)  # what was saved before an error is still on its way

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from composer.core import Event
 from composer.trainer.trainer import TrainerMode
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from alignclip.ranks import rank, sum_over_ranks, true_on_any_rank, world_size
 
@@ -52,12 +53,19 @@ class Trainer(composer.Trainer):
 
     Args:
         logged: the batches whose losses are logged.
+        explained: makes a context in which a batch is trained, which explains its errors.
         **arguments: of Composer's Trainer.
     """
 
-    def __init__(self, logged: LoggedBatches, **arguments: Any) -> None:
+    def __init__(
+        self,
+        logged: LoggedBatches,
+        explained: Callable[[], AbstractContextManager[None]] = nullcontext,
+        **arguments: Any,
+    ) -> None:
         super().__init__(**arguments)
         self._logged = logged
+        self._explained = explained
 
     def _iter_dataloader(self, trainer_mode: TrainerMode) -> Iterator[Any]:
         """Yield batches until one rank has no more; the hosts ask one another."""
@@ -88,20 +96,26 @@ class Trainer(composer.Trainer):
             the losses of this rank, which Composer reads and logs; None where they are not logged.
         """
         (optimizer,) = self.state.optimizers
-        if isinstance(optimizer, SAMOptimizer):
-            losses: dict[str, Tensor] = super()._train_batch(use_grad_scaling)
-        else:
-            losses = {}
-            self._train_microbatches([self.state.batch], losses)
-            if use_grad_scaling:
-                assert self.state.scaler is not None
-                self.state.scaler.step(optimizer)
+        with self._explained():
+            if isinstance(optimizer, SAMOptimizer):
+                losses: dict[str, Tensor] = super()._train_batch(use_grad_scaling)
             else:
-                optimizer.step()
-            size = self.state.device_train_microbatch_size
-            self.logger.log_metrics({"trainer/device_train_microbatch_size": size or 0})
-            self.first_train_batch_complete = True
+                losses = self._step(optimizer, use_grad_scaling)
         return losses if self._logged.has(self.state.timestamp.batch.value + 1) else None
+
+    def _step(self, optimizer: Optimizer, use_grad_scaling: bool) -> dict[str, Tensor]:
+        """Compute the gradients of a batch, and have the optimizer step once."""
+        losses: dict[str, Tensor] = {}
+        self._train_microbatches([self.state.batch], losses)
+        if use_grad_scaling:
+            assert self.state.scaler is not None
+            self.state.scaler.step(optimizer)
+        else:
+            optimizer.step()
+        size = self.state.device_train_microbatch_size
+        self.logger.log_metrics({"trainer/device_train_microbatch_size": size or 0})
+        self.first_train_batch_complete = True
+        return losses
 
     def _train_microbatches(
         self, microbatches: Sequence[Any], total_loss_dict: dict[str, Tensor], ddp_sync: bool = True

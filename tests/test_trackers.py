@@ -48,11 +48,12 @@ def train(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any
 
     def train(*overrides: str, draws: bool = False) -> None:
         runs.draws = draws
-        for length in (7, 9):
-            # of files of one second TensorBoard reads number 10 before number 9; each start is a
-            # process of its own
+        for first_number, length in ((10, 7), (20, 9)):
+            # Files of one second and one process differ by a number, and TensorBoard reads number
+            # 10 before number 9. Real starts are processes of their own.
             monkeypatch.setattr(
-                "tensorboard.summary.writer.event_file_writer._global_uid", AtomicCounter(0)
+                "tensorboard.summary.writer.event_file_writer._global_uid",
+                AtomicCounter(first_number),
             )
             trainer = runs.train(f"max_duration={length}ba", *overrides)
             assert trainer.state.timestamp.batch == length

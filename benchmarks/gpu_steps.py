@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import open_clip
@@ -20,7 +21,7 @@ from torch.autograd import DeviceType
 
 from alignclip.data.transforms import normalize
 from alignclip.model.blocks import compile_blocks
-from alignclip.model.encoders import MAX_LOGIT_SCALE, clamp_logit_scale_
+from alignclip.model.encoders import clamp_logit_scale_
 from alignclip.model.optimization import build_optimizer
 from alignclip.training import composer_patches
 from alignclip.training.build import build_model, build_trainer
@@ -153,13 +154,14 @@ def training_step(
     inputs = batch_of(
         work, batch, config.model.vision_cfg.image_size, config.model.text_cfg.context_length
     )
-    # on a CPU only to see that it runs: kernels for one take minutes to compile
-    backend = "inductor" if work.is_cuda else "aot_eager"
-    composer_patches.compile_whole_graphs()
-    if how == "compiled":
-        model.compile(backend=backend)
-    elif how == "regional":
-        compile_blocks(model, backend=backend)
+    ways: dict[str, Callable[..., None]] = {
+        "compiled": model.compile,
+        "regional": partial(compile_blocks, model),
+    }
+    if how in ways:
+        composer_patches.compile_whole_graphs()
+        # on a CPU only to see that it runs: kernels for one take minutes to compile
+        ways[how](backend="inductor" if work.is_cuda else "aot_eager")
 
     def step() -> None:
         with autocast(work):
@@ -192,8 +194,7 @@ def open_clip_step(work: Work, batch: int) -> Callable[[], None]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        with torch.no_grad():
-            model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        clamp_logit_scale_(model)
 
     return step
 

@@ -12,7 +12,8 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,16 @@ def test_a_job_that_was_cancelled_does_not_come_back(tmp_path: Path) -> None:
     assert not cluster.requeued()
 
 
+@contextmanager
+def ending(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    """End a job and all that it has started, where it doesn't end by itself."""
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 def script_with(folder: Path, *settings: str) -> Path:
     """The SLURM script with another run than the recipe's."""
     script = folder / "slurm.sh"
@@ -263,13 +274,8 @@ def script_with(folder: Path, *settings: str) -> Path:
 @pytest.mark.parametrize("name", ["composer", pytest.param("torchrun", marks=pytest.mark.full)])
 def test_the_script_trains_on_two_nodes(name: str, tmp_path: Path) -> None:
     cluster = Cluster(tmp_path)
-    process = cluster.start(script_with(tmp_path, "max_duration=2ba"), LAUNCHER=name)
-    try:
+    with ending(cluster.start(script_with(tmp_path, "max_duration=2ba"), LAUNCHER=name)) as process:
         output, _ = process.communicate(timeout=240)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-
     assert process.returncode == 0, output[-6000:]
     assert "2 × cpu" in output
     assert "run 'debug' is done: 2 batches" in output
@@ -283,8 +289,7 @@ def test_a_run_whose_time_is_nearly_up_saves_and_is_requeued(tmp_path: Path) -> 
     """SLURM signals all processes of the step, and not the script's shell."""
     cluster, records = Cluster(tmp_path), tmp_path / "saved" / "config.yaml"
     script = script_with(tmp_path, "max_duration=100000ba", "save_interval=90000ba")
-    process = cluster.start(script)
-    try:
+    with ending(cluster.start(script)) as process:
         deadline = time.monotonic() + 240
         while not records.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -293,10 +298,6 @@ def test_a_run_whose_time_is_nearly_up_saves_and_is_requeued(tmp_path: Path) -> 
             with suppress(psutil.NoSuchProcess):
                 one.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=240)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-
     assert process.returncode == 143, output[-6000:]
     assert "stopped by a signal after batch" in output
     assert (tmp_path / "saved" / "latest-rank0.pt").exists()

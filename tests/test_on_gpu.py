@@ -46,7 +46,6 @@ class Seen(Callback):
     def __init__(self) -> None:
         self.is_pinned = self.is_fused = False
         self.device = ""
-        self.metrics: dict[str, float] = {}
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
         self.is_pinned = state.batch["image"].is_pinned()

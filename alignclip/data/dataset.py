@@ -11,7 +11,7 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -106,10 +106,6 @@ class ImageTextDataset(CachedDataset):
         self.semantic = semantic
         self.tokenizer = SimpleTokenizer(context_length=context_length)
         self._zeros = 0
-
-    def __iter__(self) -> Iterator[int]:  # type: ignore[override]  # no samples
-        """Yield the ids of this worker's samples of the epoch, once their shards are there."""
-        return super().__iter__()
 
     def __getitem__(self, at: int) -> dict[str, Tensor]:  # type: ignore[override]  # one sample
         """Return the sample with id ``at``, or the next one whose image can be decoded."""

@@ -29,7 +29,7 @@ def out_of_memory_explained(config: RunConfig) -> Iterator[None]:
 
 def said(config: RunConfig) -> str:
     """Say what didn't fit, and how large the device's memory is."""
-    size = config.global_train_batch_size // world_size()
+    size = pairs_of_a_rank(config)
     encoded = f", encoded {config.model.encode_chunk_size} at a time" if in_chunks(config) else ""
     memory = ""
     if torch.cuda.is_available():
@@ -41,7 +41,7 @@ def said(config: RunConfig) -> str:
 
 def advice(config: RunConfig) -> str:
     """Name the settings that need less memory, the ones that change no number first."""
-    size = config.global_train_batch_size // world_size()
+    size = pairs_of_a_rank(config)
     chunk = (config.model.encode_chunk_size if in_chunks(config) else size) // 2
     settings = []
     if chunk >= SMALLEST_CHUNK:
@@ -56,5 +56,9 @@ def advice(config: RunConfig) -> str:
 
 def in_chunks(config: RunConfig) -> bool:
     """Say whether a rank's batch is encoded in several chunks."""
-    size = config.global_train_batch_size // world_size()
-    return 0 < config.model.encode_chunk_size < size
+    return 0 < config.model.encode_chunk_size < pairs_of_a_rank(config)
+
+
+def pairs_of_a_rank(config: RunConfig) -> int:
+    """Return a rank's share of the global batch."""
+    return config.global_train_batch_size // world_size()

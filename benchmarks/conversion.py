@@ -49,6 +49,7 @@ from alignclip.conversion.loading_rate import decode_all
 from alignclip.conversion.options import ConvertOptions
 from alignclip.conversion.shards import convert_shard
 from alignclip.quickstart.scenes import add_sample
+from alignclip.storage.staging import OutputFolder
 
 MDS_COLUMNS = {"key": "str", "image": "bytes", "caption": "str"}
 SIDE, QUALITY = 256, 90  # of re-encoding
@@ -174,7 +175,8 @@ def ours(tar_path: Path, folder: Path, kind: str = DECODE) -> None:
     options = ConvertOptions(
         [str(tar_path)], str(folder), semantic=False, images=KINDS[kind][0], progress=False
     )
-    convert_shard(str(tar_path), tar_path.stem, MDS_COLUMNS, options, lambda written, skipped: None)
+    show, store = (lambda written, skipped: None), OutputFolder(options.out)
+    convert_shard(str(tar_path), tar_path.stem, MDS_COLUMNS, options, show, store)
 
 
 CONVERTERS = {"bare": bare, "ours": ours, "naive": naive}

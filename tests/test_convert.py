@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from streaming import MDSWriter
@@ -393,20 +396,43 @@ class Elsewhere(ThreadPoolExecutor):
     """Workers that see another folder of the name, as those of other machines do."""
 
     def submit(self, work: Any, *arguments: Any) -> Any:  # type: ignore[override]
-        *rest, options, witness = arguments
-        assert witness.startswith(options.out)
-        return super().submit(work, *rest, options, witness + "-elsewhere")
+        *rest, options, mark = arguments
+        return super().submit(work, *rest, replace(options, out=f"{options.out}-other"), mark)
 
 
 def test_workers_that_do_not_see_the_output(source: Path, out: Path) -> None:
     """Found out by the first of them, not when all is written somewhere else."""
     message = (
-        "^the worker on .* does not see .*/out, where this command writes: "
+        "^the worker on .* does not see .*/out-other, where this command writes: "
         "a local --out has to be a folder that"
     )
     with Elsewhere(1) as executor:
         refused(message, source, out, executor=executor)
     assert [path.name for path in out.iterdir()] == ["convert.json"]
+
+
+class Late(ThreadPoolExecutor):
+    """A cluster that loses a run, and comes to the run's tasks when another run is done."""
+
+    tasks: ClassVar[list[Callable[[], Any]]] = []
+
+    def submit(self, work: Any, *arguments: Any) -> Any:  # type: ignore[override]
+        self.tasks.append(partial(work, *arguments))
+        lost: Future[Any] = Future()
+        lost.set_exception(UserError("the connection is lost"))
+        return lost
+
+
+def test_a_task_of_an_earlier_run_writes_nothing(source: Path, out: Path) -> None:
+    with Late(1) as executor:
+        refused("^the connection is lost", source, out, executor=executor)
+    quick(source, out)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    for task in executor.tasks:
+        with pytest.raises(UserError, match="that asked for this is over: nothing is written"):
+            task()
+    assert len(executor.tasks) == 3
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
 @pytest.mark.slow

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from faults import OVER, every_point, forked, prepare_for_forks
 from processes import call
+from s3 import S3Server
 from tarballs import cut, pairs, quick, write_tar
 
+from alignclip.errors import UserError
 from alignclip.storage.staging import PARTIAL, OutputFolder, shown
 
 OPTIONS = {"size_limit": "2kb", "held_out": 0.3}
@@ -104,3 +106,23 @@ def test_a_conversion_is_interrupted_at_every_operation(
 ) -> None:
     uri = f"{s3.bucket()}/out" if to == "bucket" else str(tmp_path / "out")
     assert call(interrupt_everywhere, tmp_path, uri, case, kind, timeout=500) > 40
+
+
+@pytest.mark.parametrize("is_bucket", [False, True])
+def test_what_was_begun_for_an_earlier_run_does_not_appear(
+    s3: S3Server, tmp_path: Path, is_bucket: bool
+) -> None:
+    out = f"{s3.bucket()}/out" if is_bucket else str(tmp_path / "out")
+
+    def write_beside_the_next_run(folder: Path) -> None:
+        (folder / "index.json").write_text("{}")
+        with OutputFolder(out).marked():
+            pass
+
+    with (
+        OutputFolder(out).marked() as mark,
+        pytest.raises(UserError, match="that asked for this is over"),
+        OutputFolder(out, mark).staged("a") as folder,
+    ):
+        write_beside_the_next_run(folder)
+    assert OutputFolder(out).listing() == set()

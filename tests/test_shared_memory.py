@@ -21,7 +21,6 @@ import streaming.base.shared.memory
 from composer.utils import get_device
 from processes import Forked, python
 from runs import write_config, write_set
-from streaming.base.constant import SHM_TO_CLEAN
 from streaming.base.shared import SharedMemory
 from streaming.base.shared.prefix import _pack_locals as pack_locals
 
@@ -176,18 +175,17 @@ def test_a_dataset_without_our_lock_may_take_the_prefix(
 ) -> None:
     write_set(str(tmp_path / "set"), 8)
     taken: list[BuiltinSharedMemory] = []
-    find = streaming_patches.prefix._check_and_find_retrying
+    claim = shared_memory.claim
 
-    def too_late(*arguments: Any) -> int:
-        number = find(*arguments)
-        if not taken and arguments[2] == SHM_TO_CLEAN[-1]:
+    def too_late(number: int) -> Path:
+        note = claim(number)
+        if not taken:
             data = pack_locals([str(tmp_path / "other")], number)
-            with suppress(FileExistsError):  # a test beside this one took it: the next one, then
-                taken.append(BuiltinSharedMemory(f"{number:06}_locals", True, len(data)))
-                taken[0].buf[: len(data)] = data
-        return number
+            taken.append(BuiltinSharedMemory(f"{number:06}_locals", True, len(data)))
+            taken[0].buf[: len(data)] = data
+        return note
 
-    monkeypatch.setattr(streaming_patches.prefix, "_check_and_find_retrying", too_late)
+    monkeypatch.setattr(shared_memory, "claim", too_late)
     try:
         dataset = open_set(tmp_path / "set", tmp_path / "cache")
         other = int(taken[0].name.partition("_")[0])

@@ -18,7 +18,8 @@ was stopped, by Ctrl-C, a kill or a power cut.
 4. ``report.md`` follows the last sub-folder, then ``dataset.json``, and at last the ``index.json``
    over all sub-folders. A set without ``index.json`` isn't finished.
 5. Whatever a killed process leaves in the making has names of its own. The next run removes it.
-6. One run at a time: a local output is locked. Another run into a bucket can't be seen.
+6. One run at a time: a local output is locked. Another run into a bucket can't be seen. A task on
+   a cluster writes nothing once another run has marked the output.
 
 Runs of earlier versions are taken up: their records may lack entries that came later.
 """
@@ -98,8 +99,13 @@ def convert_pairs(options: ConvertOptions, executor: Executor | None = None) -> 
     _try_options(options)
     columns = _output_columns(options, names.values())
     elsewhere = executor is not None or bool(options.scheduler)  # somebody may still be writing
-    with leaving_nothing(store.out), store.locked(), _left_as_it_was(store, names, elsewhere):
-        return _convert_rest(options, store, names, columns, executor)
+    with (
+        leaving_nothing(store.out),
+        store.locked(),
+        store.marked() as mark,
+        _left_as_it_was(store, names, elsewhere),
+    ):
+        return _convert_rest(options, store, names, columns, mark, executor)
 
 
 @contextmanager
@@ -125,6 +131,7 @@ def _convert_rest(
     store: OutputFolder,
     names: dict[str, str],
     columns: dict[str, str],
+    mark: str,
     executor: Executor | None,
 ) -> Counts:
     """Convert what is left to do, and write the index over all there is."""
@@ -152,9 +159,8 @@ def _convert_rest(
         whole.publish()
     start = time.monotonic()
     try:
-        convert_all(
-            todo, done, columns, options, partial(whole.check_bad, ENOUGH_SAMPLES), executor
-        )
+        check = partial(whole.check_bad, ENOUGH_SAMPLES)
+        convert_all(todo, done, columns, options, mark, check, executor)
     except KeyboardInterrupt:
         store.remove_partial()
         raise

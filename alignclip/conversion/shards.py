@@ -48,9 +48,14 @@ PairRow = dict[str, Any]  # column -> value
 
 
 def convert_shard(
-    source: str, name: str, columns: dict[str, str], options: ConvertOptions, show: ShowProgress
+    source: str,
+    name: str,
+    columns: dict[str, str],
+    options: ConvertOptions,
+    show: ShowProgress,
+    store: OutputFolder,
 ) -> Counts:
-    """Convert an input shard to the sub-folder ``options.out/name``, which appears once complete.
+    """Convert an input shard to the sub-folder ``name`` of ``store``, which appears once complete.
 
     Its held-out samples are in ``val/name``, which is there before.
 
@@ -58,7 +63,7 @@ def convert_shard(
         UserError: the input cannot be fetched or ``out`` not be written.
     """
     try:
-        return _convert_input(source, name, columns, options, show)
+        return _convert_input(source, name, columns, options, show, store)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
@@ -68,12 +73,16 @@ def convert_shard(
 
 
 def _convert_input(
-    source: str, name: str, columns: dict[str, str], options: ConvertOptions, show: ShowProgress
+    source: str,
+    name: str,
+    columns: dict[str, str],
+    options: ConvertOptions,
+    show: ShowProgress,
+    store: OutputFolder,
 ) -> Counts:
     from alignclip.conversion.mds_writer import JoinedShardWriter
 
     counts = Counts()
-    store = OutputFolder(options.out)
     encoder = load_encoder(options.encoder) if options.semantic else None
     limit = _size_limit(source, columns, options, encoder)
     with ExitStack() as stack:

@@ -20,6 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from alignclip.conversion.options import ConvertOptions
+from alignclip.conversion.plan import PLAN
 from alignclip.conversion.progress import Progress
 from alignclip.conversion.records import Counts
 from alignclip.conversion.shards import convert_shard
@@ -41,6 +42,7 @@ def convert_all(
     done: dict[str, Counts],
     columns: dict[str, str],
     options: ConvertOptions,
+    mark: str,
     check: Callable[[], None],
     executor: Executor | None = None,
 ) -> None:
@@ -51,6 +53,7 @@ def convert_all(
         done: what earlier runs have converted; what this run finishes is added, up to an error.
         columns: of the MDS shards.
         options: of the run.
+        mark: of the run, in ``options.out``; tasks elsewhere look at it.
         executor: instead of ``options.processes`` or ``options.scheduler``.
         check: is called each time that something was finished, and raises where that is enough.
 
@@ -64,7 +67,7 @@ def convert_all(
     try:
         with (
             progress.bar(now, len(todo), options.progress),
-            _converting(todo, columns, options, progress, executor) as results,
+            _converting(todo, columns, options, mark, progress, executor) as results,
         ):
             for name, counts in results:
                 now[name] = done[name] = counts
@@ -88,6 +91,7 @@ def _converting(
     todo: dict[str, str],
     columns: dict[str, str],
     options: ConvertOptions,
+    mark: str,
     progress: Progress,
     given: Executor | None,
 ) -> Iterator[Iterator[tuple[str, Counts]]]:
@@ -103,11 +107,12 @@ def _converting(
         at_work: AbstractContextManager[Executor] = nullcontext(given)
     else:
         at_work = _dask(options.scheduler) if options.scheduler else _pool(processes, progress)
-    seen = OutputFolder(options.out).witness() if elsewhere else nullcontext()
-    with at_work as executor, seen as witness:
+    with at_work as executor:
         with _no_interrupts():
             running = {
-                executor.submit(_work, source, name, columns, options, witness): name
+                executor.submit(
+                    _work, source, name, columns, options, mark if elsewhere else None
+                ): name
                 for name, source in todo.items()
             }
         yield ((running[future], future.result()) for future in as_completed(running))
@@ -118,19 +123,21 @@ def _work(
     name: str,
     columns: dict[str, str],
     options: ConvertOptions,
-    witness: str | None = None,
+    mark: str | None = None,
 ) -> Counts:
-    """Convert an input shard in this process."""
-    if witness and not Path(witness).is_file():
+    """Convert an input shard in this process; ``mark`` is the run's, where this is elsewhere."""
+    store = OutputFolder(options.out, mark)
+    if mark is not None and not store.is_remote and not Path(store.out, PLAN).is_file():
         raise UserError(
             f"the worker on {socket.gethostname()} does not see {options.out}, where this command "
             "writes: a local --out has to be a folder that all workers share; or write to a bucket"
         )
+    store.check_mark()
     if _progress is None:
         _tidy_once()
     show = _progress.add if _progress else lambda written, skipped: None
     try:
-        return convert_shard(source, name, columns, options, show)
+        return convert_shard(source, name, columns, options, show, store)
     except UserError as error:
         message = str(error)
     # Alone: Dask sends the cause of an error along, which must pickle then; an HTTP error doesn't.

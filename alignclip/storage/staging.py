@@ -9,6 +9,9 @@ The protocol, by which a run that was killed goes on and nobody reads half a set
 - A local sub-folder is made in a hidden folder beside its place, on the same file system. A rename
   is all that is left to do then. What killed runs have left there goes with the next run.
 - One command at a time writes to a local folder: it holds a lock.
+- A run marks the folder as its own. A task that works for the run elsewhere looks at the mark
+  before its files appear: a cluster goes on with the tasks of a run that was killed, beside the
+  run that the user has started since.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import fcntl
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -41,6 +44,7 @@ COUNTS = "counts.json"  # in each sub-folder, beside its index
 PARTIAL = ".partial-"  # a local sub-folder in the making
 VAL = "val"  # the held-out split: a sub-folder of its own, with an index
 LOCK = ".lock"  # of a local folder that is being written
+MARK = ".run"  # has the mark of the run that writes to the folder
 
 
 def list_remote(url: str) -> set[str]:
@@ -62,12 +66,18 @@ def shown(listing: Iterable[str]) -> set[str]:
 
 
 class OutputFolder:
-    """The folder ``out``: a local path, or a URL that Streaming can write to."""
+    """The folder ``out``: a local path, or a URL that Streaming can write to.
 
-    def __init__(self, out: str) -> None:
+    Args:
+        out: the path or URL.
+        mark: of the run that this process works for elsewhere; see :meth:`marked`.
+    """
+
+    def __init__(self, out: str, mark: str | None = None) -> None:
         self.is_remote = "://" in out
         self.files = open_store(out if self.is_remote else str(Path(out).expanduser().resolve()))
         self.out = self.files.place
+        self._mark = mark
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -137,13 +147,35 @@ class OutputFolder:
                     shutil.rmtree(path, ignore_errors=True)
 
     @contextmanager
-    def witness(self) -> Iterator[str | None]:
-        """Name a file in a local ``out``, by which a process elsewhere knows the same folder."""
-        if self.is_remote:
-            yield None
+    def marked(self) -> Iterator[str]:
+        """Mark ``out`` as this run's while the block runs, and give the mark.
+
+        Raises:
+            UserError: ``out`` can't be written.
+        """
+        mark = uuid.uuid4().hex
+        with cannot(f"write to {self.out}"):
+            patiently(lambda: self.files.write_text(MARK, mark), self.out)
+        try:
+            yield mark
+        finally:
+            with suppress(UserError):  # a key may have no right to delete: the file is tiny
+                self.files.delete(MARK)
+
+    def check_mark(self) -> None:
+        """Make sure that ``out`` is still the run's that this process works for.
+
+        Raises:
+            UserError: the run is over, or another one has begun; or ``out`` cannot be reached.
+        """
+        if self._mark is None:
             return
-        with tempfile.NamedTemporaryFile(prefix=f"{PARTIAL}witness-", dir=self.out) as file:
-            yield file.name
+        with cannot(f"reach {self.out}"):
+            found = patiently(lambda: self.files.read_text_optional(MARK), self.out)
+        if found != self._mark:
+            raise UserError(
+                f"the conversion into {self.out} that asked for this is over: nothing is written"
+            )
 
     def listing(self) -> set[str]:
         """List the files in ``out`` and two folders below, relative to ``out``.
@@ -181,13 +213,14 @@ class OutputFolder:
             replace: whether a sub-folder that is there loses its files first.
 
         Raises:
-            UserError: ``out`` cannot be reached or written.
+            UserError: ``out`` cannot be reached or written; see also :meth:`check_mark`.
         """
         below, prefix = None, TEMPORARY
         if not self.is_remote:
             below, prefix = Path(self.out), f"{PARTIAL}{name.replace('/', '-')}-"
         with temporary_folder(below, prefix) as folder:
             yield folder
+            self.check_mark()
             publish = self._upload if self.is_remote else self._move
             publish(folder, open_store(f"{self.out}/{name}"), replace=bool(name) and replace)
 

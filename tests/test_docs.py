@@ -24,6 +24,7 @@ from alignclip.config.reading import load, load_evaluation
 from alignclip.config.schema import EvaluatorConfig, RunConfig
 from alignclip.config.typed import SettingError, UnknownKeyError, convert_section
 from alignclip.errors import UserError
+from alignclip.runtime.arguments import read_arguments
 from alignclip.training import plugins
 
 ROOT = Path(__file__).parent.parent
@@ -202,7 +203,10 @@ def check_whole_command(command: str) -> None:
     if script is None or words[-1] == script:
         check_command(command)
         return
-    yaml, *overrides = words[words.index(script) + 1 :]
+    asked = read_arguments(
+        words[words.index(script) + 1 :], script, "", "", has_dry_run=script == "pretrain.py"
+    )
+    yaml, overrides = asked.config, asked.overrides
     if "://" in yaml:  # what a run has left
         yaml = "yamls/alignclip.yaml"
     yaml = yaml if yaml != "my.yaml" else "yamls/evaluate.yaml"

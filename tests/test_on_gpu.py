@@ -17,6 +17,7 @@ from small_runs import SmallRuns, logged
 
 from alignclip.model import blocks
 from alignclip.training import device_memory
+from alignclip.training.dry_run import dry_run
 
 DEVICES = ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)]
 BF16 = "precision=amp_bf16"
@@ -256,3 +257,15 @@ def test_a_run_that_was_ended_goes_on(
     for step in steps(tmp_path / "records"):
         assert seen.setdefault(int(step["step"]), step) == step
     assert sorted(seen) == list(range(20))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_dry_run_measures_the_device(
+    device: str, dataset: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    runs_here = SmallRuns(tmp_path, dataset, None, *SHORT, f"device={device}")
+    assert dry_run(runs_here.config(), 3) == 0
+    report = capfd.readouterr().out.partition("dry run of")[2]
+    assert "measured, median of 3 batches" in report
+    name = torch.cuda.get_device_name() if device == "gpu" else "cpu"
+    assert f"({name}, fp32)" in report

@@ -74,10 +74,6 @@ def test_a_model_that_cannot_be_counted_has_no_flops(model: AlignCLIPModel) -> N
     assert last["throughput/samples_per_sec"] == 4.0
 
 
-def state_of(precision: Precision) -> Any:
-    return SimpleNamespace(precision=precision)
-
-
 @pytest.mark.parametrize(
     ("name", "precision", "tf32", "peak"),
     [
@@ -97,7 +93,7 @@ def test_the_peak_of_a_gpu(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert peak_flops(state_of(precision)) == peak
+            assert peak_flops(precision) == peak
     finally:
         matmul.allow_tf32 = before
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import os
 import sys
 import warnings
@@ -70,6 +71,14 @@ class Row(NamedTuple):
             return caption, semantic
         drawn = seed % len(caption)
         return caption[drawn], None if semantic is None else semantic[drawn]
+
+
+class StreamSize(NamedTuple):
+    """The size of a stream's set: samples, shards, and bytes of the shards on a disk."""
+
+    samples: int
+    shards: int
+    stored: int
 
 
 class ImageTextDataset(CachedDataset):
@@ -179,6 +188,16 @@ class ImageTextDataset(CachedDataset):
         assert isinstance(first, CachedShard)
         columns = dict(zip(first.column_names, first.column_encodings, strict=True))
         return dimension_of(columns) or USUAL_DIMENSION
+
+    def stream_sizes(self) -> list[StreamSize]:
+        """Return the size of each stream, in the configuration's order."""
+        sizes, shards = [], iter(self.shards)
+        counts = zip(self.streams, self.samples_per_stream, self.shards_per_stream, strict=True)
+        for stream, samples, count in counts:
+            own = itertools.islice(shards, int(count))
+            stored = sum(shard.get_persistent_size(stream.keep_zip) for shard in own)
+            sizes.append(StreamSize(int(samples), int(count), stored))
+        return sizes
 
     def _warn_of_zeros(self, embeddings: np.ndarray, rows: Sequence[Row]) -> None:
         """Name the first samples whose caption embedding is all zeros.

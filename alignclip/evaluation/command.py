@@ -32,10 +32,10 @@ def main(arguments: Sequence[str]) -> int:
     """
     console.prepare_output()
     said = (DESCRIPTION, EVALUATE_EXAMPLES)
-    config, overrides = read_arguments(arguments, "composer evaluate.py", *said)
+    asked = read_arguments(arguments, "composer evaluate.py", *said)
     with one_line_errors():
         launcher.settle()
-        settings = load_evaluation(config, overrides)
+        settings = load_evaluation(asked.config, asked.overrides)
         with stand_ins():
             known = early.check_evaluation(settings)
             console.loading("PyTorch and Streaming")

@@ -6,11 +6,13 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from alignclip.errors import BAD_INPUT, nearest
 from alignclip.runtime.threads import set_thread_defaults
 
+DRY_RUN = "--dry-run"
 _KINDS = {"int": "whole number", "float": "number"}
 
 
@@ -62,10 +64,36 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(BAD_INPUT)
 
 
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of a command that reads a YAML file.
+
+    Attributes:
+        config: path or URL of the YAML file.
+        overrides: ``key.sub=value``, also those that began with dashes.
+        dry_run: steps to measure in a dry run; None where the command shall do its work.
+    """
+
+    config: str
+    overrides: list[str]
+    dry_run: int | None = None
+
+
 def read_arguments(
-    arguments: Sequence[str], prog: str, description: str, examples: str
-) -> tuple[str, list[str]]:
-    """Return the YAML file and the overrides, also overrides that begin with dashes."""
+    arguments: Sequence[str], prog: str, description: str, examples: str, has_dry_run: bool = False
+) -> Arguments:
+    """Read the arguments of a command.
+
+    Args:
+        arguments: of the command line.
+        prog: how the command is called.
+        description: what the command does.
+        examples: shown below the flags.
+        has_dry_run: whether the command takes ``--dry-run``.
+
+    Raises:
+        SystemExit: with status 2, the arguments are wrong; or with 0, ``--help`` was shown.
+    """
     set_thread_defaults()  # before torch is imported
     parser = Parser(prog, description, examples)
     parser.add_argument(
@@ -78,5 +106,28 @@ def read_arguments(
         metavar="key.sub=value",
         help="settings that replace the file's",
     )
+    if has_dry_run:
+        parser.add_argument(
+            DRY_RUN,
+            type=_steps,
+            metavar="STEPS",
+            help="check everything, print the resolved configuration, sizes, memory and FLOPs, and "
+            "train nothing; --dry-run=3 measures 3 steps besides, and says how long the run will "
+            "take",
+        )
+        # argparse would take the word behind the flag for its value
+        arguments = [f"{DRY_RUN}=0" if one == DRY_RUN else one for one in arguments]
     options, dashed = parser.parse_known_args(arguments)
-    return options.config, [*options.overrides, *dashed]
+    overrides = [*options.overrides, *dashed]
+    return Arguments(options.config, overrides, options.dry_run if has_dry_run else None)
+
+
+def _steps(text: str) -> int:
+    """Read the number of steps that a dry run measures.
+
+    Raises:
+        argparse.ArgumentTypeError: this is no such number.
+    """
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of steps; write {DRY_RUN}=3")
+    return int(text)

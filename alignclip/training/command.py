@@ -22,6 +22,7 @@ PRETRAIN_EXAMPLES = """examples:
   composer pretrain.py yamls/alignclip.yaml \\
     data.streams.cc12m=null data.streams.mine.local=/data/mine
   composer pretrain.py s3://my-bucket/runs/first/config.yaml run_name=again  # another run's
+  composer pretrain.py yamls/alignclip.yaml run_name=first --dry-run=3  # what will it take?
 the same command goes on with a run that was stopped or killed"""
 
 
@@ -33,20 +34,22 @@ def main(arguments: Sequence[str]) -> int:
         could not be saved, 143 stopped by a signal with everything saved.
     """
     console.prepare_output()
-    config, overrides = read_arguments(
+    asked = read_arguments(
         arguments,
         "composer pretrain.py",
         "Pretrain CLIP, SharedCLIP or AlignCLIP.",
         PRETRAIN_EXAMPLES,
+        has_dry_run=True,
     )
     with one_line_errors():
         launcher.settle()
-        settings = load(config, overrides)
+        settings = load(asked.config, asked.overrides)
         with stand_ins():
             # Composer's import takes seconds, and a wrong place should be told at once
             early.check_run(settings)
             console.loading("PyTorch and Composer")
+            from alignclip.training.dry_run import dry_run
             from alignclip.training.run import run
 
         with leaving_nothing(early.save_folder(settings)):
-            return run(settings)
+            return run(settings) if asked.dry_run is None else dry_run(settings, asked.dry_run)

@@ -90,7 +90,6 @@ def check_inputs(config: RunConfig, folder: SaveFolder | None) -> None:
     if folder is not None:
         folder.open()
         check_config(folder)
-        folder.remove_partial()
 
 
 def check_start(place: str) -> None:

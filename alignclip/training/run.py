@@ -42,7 +42,7 @@ def run(config: RunConfig) -> int:
     join_ranks(device.dist_backend, config.dist_timeout)
     check_parallelism(config, device)
     folder = SaveFolder(config) if config.save_folder else None
-    run_on_rank_zero(lambda: check_inputs(config, folder))
+    run_on_rank_zero(lambda: prepare(config, folder))
     # From here on SIGTERM and Ctrl-C mean: save, then stop.
     stop = StopOnSignal() if folder is not None else None
     trainer = build_trainer(config, device, folder, [stop] if stop else [])
@@ -75,6 +75,13 @@ def run(config: RunConfig) -> int:
         return STOPPED
     print_once(f"run '{trainer.state.run_name}' is done: {batch} {batches(batch)}{where}")
     return 0
+
+
+def prepare(config: RunConfig, folder: SaveFolder | None) -> None:
+    """Look at what the run needs, and tidy its save folder up; for rank 0."""
+    check_inputs(config, folder)
+    if folder is not None:
+        folder.remove_partial()
 
 
 def batches(number: int) -> str:

@@ -52,7 +52,7 @@ class SpeedMonitor(callbacks.SpeedMonitor):
     def init(self, state: State, logger: Logger) -> None:
         """Look up the device's peak where the YAML doesn't say it."""
         if self.gpu_flops_available is None:
-            self.gpu_flops_available = peak_flops(state)
+            self.gpu_flops_available = peak_flops(state.precision)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Log the rates of the last batches, and the hours."""
@@ -93,15 +93,15 @@ def model_of(state: State) -> AlignCLIPModel:
     return model
 
 
-def peak_flops(state: State) -> float:
+def peak_flops(precision: Precision) -> float:
     """Return Composer's figure of operations a second of this GPU; 0 where there is none.
 
     Composer's table of fp32 is without TF32, which matrix products in fp32 use where it is allowed.
     """
-    precision = state.precision.value
-    if state.precision == Precision.FP32 and torch.backends.cuda.matmul.allow_tf32:
-        precision = "tf32"
+    name = precision.value
+    if precision == Precision.FP32 and torch.backends.cuda.matmul.allow_tf32:
+        name = "tf32"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no figure: then there is no MFU
-        asked: Any = SimpleNamespace(precision=SimpleNamespace(value=precision))
+        asked: Any = SimpleNamespace(precision=SimpleNamespace(value=name))
         return float(get_gpu_flops_available(asked) or 0)

@@ -346,9 +346,12 @@ def test_a_lock_that_was_removed_is_none(tmp_path: Path) -> None:
 def test_broken_files_of_a_conversion(source: Path, out: Path) -> None:
     """A part is converted again; a set whose plan nobody knows is refused."""
     quick(source, out)
-    for broken in ("", '{"written": 5', '{"written": 5}', "[]"):
+    record = load_json(out / "00001" / "counts.json")
+    nulls = [json.dumps(record | {name: None}) for name in record]
+    odd = [json.dumps(record | {name: [None]}) for name in ("sides", "skipped", "examples")]
+    for broken in ("", '{"written": 5', '{"written": 5}', "[]", *nulls, *odd):
         (out / "00001" / "counts.json").write_text(broken)
-        assert quick(source, out).resumed == 10
+        assert quick(source, out).resumed == 10, broken
     assert_three_tars(out)
     for broken in ("", "[]"):
         (out / "convert.json").write_text(broken)

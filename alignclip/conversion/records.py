@@ -16,9 +16,18 @@ from alignclip.conversion.wording import MAX_NAMES
 CARD_FILE = "dataset.json"  # at a set's root, written last but for the index
 KEPT_EXAMPLES = 5  # of each reason, kept of an input shard for the report
 LONGEST_EXAMPLE = 200  # characters of a key or detail
-# entries of an input's record: about the input, and what was counted
-SOURCE = ("source", "source_bytes", "source_modified")
-COUNTED = ("written", "held_out", "skipped", "noted", "ignored", "sides", "bytes", "examples")
+# entries of an input's record, about the input and what was counted: the type of each in JSON
+SOURCE: dict[str, type] = {"source": str, "source_bytes": int, "source_modified": int}
+COUNTED: dict[str, type] = {
+    "written": int,
+    "held_out": int,
+    "skipped": dict,
+    "noted": dict,
+    "ignored": dict,
+    "sides": list,
+    "bytes": int,
+    "examples": dict,
+}
 MISSING_IN_EARLY_RECORDS = {"source_bytes": 0, "source_modified": 0, "ignored": {}, "sides": []}
 
 Example = list[str]  # a key, and a detail about it
@@ -127,14 +136,19 @@ class InputRecord:
         if not isinstance(content, dict):
             return None
         entries: dict[str, Any] = MISSING_IN_EARLY_RECORDS | content
-        try:
-            counts = Counts(**{name: entries[name] for name in COUNTED})
-            for name in ("skipped", "noted", "ignored"):
-                setattr(counts, name, Counter(entries[name]))
-            counts.written += counts.held_out
-            return cls(**{name: entries[name] for name in SOURCE}, counts=counts)
-        except (KeyError, TypeError):
+        kinds = (SOURCE | COUNTED).items()
+        if not all(isinstance(entries.get(name), kind) for name, kind in kinds):
             return None
+        counts = Counts(**{name: entries[name] for name in COUNTED})
+        for name in ("skipped", "noted", "ignored"):
+            numbers = entries[name].values()
+            if not all(isinstance(number, int) for number in numbers):
+                return None
+            setattr(counts, name, Counter(entries[name]))
+        if not all(isinstance(side, int) for side in counts.sides):
+            return None
+        counts.written += counts.held_out
+        return cls(**{name: entries[name] for name in SOURCE}, counts=counts)
 
     def text(self) -> str:
         """Return the file's text."""

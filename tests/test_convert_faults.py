@@ -16,7 +16,9 @@ from s3 import S3Server
 from tarballs import cut, pairs, quick, write_tar
 
 from alignclip.errors import UserError
+from alignclip.storage import staging
 from alignclip.storage.staging import PARTIAL, OutputFolder, shown
+from alignclip.storage.store import Store
 
 OPTIONS = {"size_limit": "2kb", "held_out": 0.3}
 START = (
@@ -126,3 +128,40 @@ def test_what_was_begun_for_an_earlier_run_does_not_appear(
     ):
         write_beside_the_next_run(folder)
     assert OutputFolder(out).listing() == set()
+
+
+@pytest.mark.parametrize("is_bucket", [False, True])
+def test_a_part_that_is_replaced_has_its_counts_last(
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_bucket: bool
+) -> None:
+    """The old counts.json goes first. The new one follows the index, and that the shards."""
+    store = OutputFolder(f"{s3.bucket()}/out" if is_bucket else str(tmp_path / "out"))
+    done: list[str] = []
+
+    def spy(owner: Any, name: str, at: int) -> None:
+        real = getattr(owner, name)
+
+        def act(*arguments: Any, **named: Any) -> Any:
+            done.append(f"{name} {Path(arguments[at]).name}")
+            return real(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, act)
+
+    def write() -> None:
+        with store.staged("a") as folder:
+            for name in ("counts.json", "index.json", "shard.00000.mds"):
+                (folder / name).write_text("{}")
+
+    write()
+    remove, put = ("delete", "put") if is_bucket else ("unlink", "replace")
+    spy(Store if is_bucket else Path, remove, int(is_bucket))
+    spy(Store if is_bucket else Path, put, 1 + is_bucket)
+    spy(staging, "to_disk", 0)
+    write()
+    removed = [one for one in done if one.startswith(remove)]
+    assert removed[0] == f"{remove} counts.json"
+    assert len(removed) == 3
+    on_disk = [] if is_bucket else ["to_disk a"]
+    last = [f"{put} shard.00000.mds", f"{put} index.json", *on_disk, f"{put} counts.json", *on_disk]
+    assert done[-len(last) :] == last
+    assert done.index(removed[-1]) < done.index(last[0])

@@ -17,7 +17,7 @@ from streaming.base.format.mds import MDSReader
 from alignclip.config.schema import DataConfig, SetConfig, StreamConfig
 from alignclip.data.dataset import ImageTextDataset, build_dataloader
 from alignclip.data.mds_reader import decompress_to
-from alignclip.data.shard_cache import NOTE, CachedShard
+from alignclip.data.shard_cache import NOTE, CachedShard, ShardCache
 from alignclip.data.streaming_patches import CachedDataset
 from alignclip.data.streams import cached_stream, check_streams
 from alignclip.errors import UserError
@@ -213,6 +213,18 @@ def test_what_was_copied_over_the_cache_stays(
         f"and data.cache_limit"
     )
     assert said in capsys.readouterr().err
+
+
+def test_what_is_copied_over_the_cache_of_a_run_at_work_stays(tmp_path: Path) -> None:
+    """A start alone shortens the note: until then it has a line about the file that was there."""
+    for folder in ("remote", "cache"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "shard.mds").write_bytes(b"a shard")
+    cache = ShardCache(tmp_path / "cache", str(tmp_path / "remote"), is_own=False)
+    cache.add("shard.mds")
+    assert cache.may_delete("shard.mds")
+    os.utime(tmp_path / "cache" / "shard.mds", ns=(1, 1))
+    assert not cache.may_delete("shard.mds")
 
 
 def test_a_cache_whose_remote_was_taken_out_is_the_only_copy(tmp_path: Path, limit: str) -> None:

@@ -133,6 +133,7 @@ def test_the_newest_whole_checkpoint_is_used(
         ({6: "flipped in a tensor"}, None, 4, ""),
         ({6: "empty"}, "ep9-ba99-rank0.pt", 4, "passed over ep9-ba99-rank0.pt (it is not there)"),
         ({}, name_of(2), 2, ""),  # latest was turned back
+        ({}, None, 6, f"there was no {LATEST}; the newest whole checkpoint is {name_of(6)}"),
     ],
 )
 def test_the_newest_whole_one_wherever_latest_points(

@@ -26,13 +26,14 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install install-newest quickstart profile test test-fast test-all test-newest bench lint constraints clean
+.PHONY: help install install-newest quickstart profile test test-fast test-all test-newest test-readers bench lint constraints clean
 
 help:
 	@echo "make quickstart   draw a data set, convert it, train a tiny AlignCLIP, show what it learnt (minutes, CPU)"
 	@echo "make test-fast    every unit, in minutes"
 	@echo "make test         what every change has to pass: end-to-end tests, too; no GPU"
 	@echo "make test-all     all fuzz and many random kills besides, from a new seed, which is printed"
+	@echo "make test-readers what other libraries read of our sets (docs/data.md)"
 	@echo "make profile      where a step's time goes: a table, and a trace (ARGS='yamls/… key=value' for another run)"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench        every benchmark at a quick size, beside the figures of this hardware before"
@@ -83,6 +84,16 @@ test-newest:
 
 test-listed: install
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu' $(LISTED) $(ARGS)
+
+# what other libraries read of our sets (docs/data.md); they can't be installed beside mosaicml-streaming
+READERS := .venv-readers
+test-readers: install $(READERS)/.installed
+	READERS_PYTHON=$(CURDIR)/$(READERS)/bin/python $(BIN)/python -m pytest tests/test_other_readers.py $(ARGS)
+
+$(READERS)/.installed: requirements-readers.txt constraints-newest.txt | install
+	$(BIN)/uv venv --quiet --clear --python '>=3.11,<3.13' $(READERS)
+	$(BIN)/uv pip install --python $(READERS)/bin/python --compile-bytecode --constraint constraints-newest.txt --requirement requirements-readers.txt
+	@touch $@
 
 # ARGS=--save makes its figures those to compare with
 bench: install

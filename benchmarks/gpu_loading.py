@@ -13,6 +13,7 @@ from conversion import picture
 from gpu_work import SEMANTIC, Failed, Work
 from measuring import CHECKOUT
 
+from alignclip.conversion.mds_writer import JoinedShardWriter
 from alignclip.training.build import build_data
 from alignclip.training.preflight import training_device
 
@@ -29,15 +30,11 @@ IN_HAND = 3  # batches of a worker: one that it works on, and those that it has 
 
 def draw_set(work: Work) -> str:
     """Draw pictures as noisy as photographs, and write a set of pairs of them."""
-    from streaming import MDSWriter
-
     count, side = work.sizes.samples
     rng, words = np.random.default_rng(0), CAPTION_WORDS.split()
     pictures = [picture(rng, side, side * 4 // 3) for _ in range(min(DIFFERENT, count))]
     start = time.perf_counter()
-    with MDSWriter(
-        out=str(work.set_folder), columns=COLUMNS, hashes=["xxh64"], size_limit="32mb"
-    ) as writer:
+    with JoinedShardWriter(COLUMNS, work.set_folder, size_limit="32mb") as writer:
         for number in range(count):
             caption = " ".join(rng.choice(words, int(rng.integers(4, 70))))
             semantic = rng.standard_normal(SEMANTIC, dtype=np.float32).astype(np.float16)

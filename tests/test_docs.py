@@ -167,7 +167,6 @@ DOCUMENTS = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 WITHOUT_COMMANDS = {
-    "data.md",
     "python.md",
     "configuration.md",
     "resume.md",

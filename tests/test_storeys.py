@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -27,8 +27,12 @@ STOREYS["search"] = STOREYS["quickstart"] = {*STOREYS} | {"search"}
 STOREYS["alignclip"] = {*STOREYS}  # its public names, imported when they are asked for
 
 COMPOSER = ("alignclip/training/", "alignclip/model/composer_model.py")
-# clouds.py reaches by Streaming's own clients what training reads by them
-STREAMING = ("alignclip/data/", "alignclip/conversion/mds_writer.py", "alignclip/storage/clouds.py")
+# The seam for Streaming: data/ reads, mds_writer.py writes, and clouds.py reaches by Streaming's
+# own clients what training reads by them. A benchmark measures the writer beside Streaming's.
+STREAMING = (
+    "alignclip/data/", "alignclip/conversion/mds_writer.py", "alignclip/storage/clouds.py",
+    "benchmarks/conversion.py",
+)  # fmt: skip
 
 # what the moves have left; each mend takes its line out
 NOT_YET: set[tuple[str, str]] = set()
@@ -63,6 +67,11 @@ def module_of(path: Path) -> str:
 
 
 FILES = sorted((ROOT / "alignclip").rglob("*.py"))
+# beside the package: scripts, examples, benchmarks
+SCRIPTS = sorted(
+    {*ROOT.glob("*.py"), *(path for name in ("convert", "examples", "benchmarks")
+                           for path in (ROOT / name).rglob("*.py"))}
+)  # fmt: skip
 
 
 def upward() -> set[tuple[str, str]]:
@@ -80,11 +89,13 @@ def upward() -> set[tuple[str, str]]:
     return found
 
 
-def foreign(package: str, places: tuple[str, ...]) -> set[tuple[str, str]]:
-    """Every file that imports a package outside of its places."""
+def foreign(
+    package: str, places: tuple[str, ...], files: Iterable[Path] = FILES
+) -> set[tuple[str, str]]:
+    """Every one of the files that imports a package outside of its places."""
     return {
         (module_of(path), package)
-        for path in FILES
+        for path in files
         if not str(path.relative_to(ROOT)).startswith(places)
         and any(name.split(".")[0] == package for name in imports(path))
     }
@@ -96,7 +107,8 @@ def test_every_module_has_a_storey() -> None:
 
 def test_imports_go_down_and_foreign_packages_stay_in_their_places() -> None:
     """New ones are told; one that has gone has to leave the list, too."""
-    found = upward() | foreign("composer", COMPOSER) | foreign("streaming", STREAMING)
+    found = upward() | foreign("composer", COMPOSER)
+    found |= foreign("streaming", STREAMING, [*FILES, *SCRIPTS])
     assert found - NOT_YET == set()
     assert NOT_YET - found == set()
 

@@ -17,7 +17,7 @@ from tarballs import cut, pairs, quick, write_tar
 
 from alignclip.errors import UserError
 from alignclip.storage import staging
-from alignclip.storage.staging import PARTIAL, OutputFolder, shown
+from alignclip.storage.staging import MARK, PARTIAL, OutputFolder, shown
 from alignclip.storage.store import Store
 
 OPTIONS = {"size_limit": "2kb", "held_out": 0.3}
@@ -123,11 +123,27 @@ def test_what_was_begun_for_an_earlier_run_does_not_appear(
 
     with (
         OutputFolder(out).marked() as mark,
-        pytest.raises(UserError, match="that asked for this is over"),
+        pytest.raises(UserError, match=r"(that asked for this|or the command) is over"),
         OutputFolder(out, mark).staged("a") as folder,
     ):
         write_beside_the_next_run(folder)
     assert OutputFolder(out).listing() == set()
+
+
+def test_a_run_that_ends_or_is_refused_leaves_the_mark_of_another(tmp_path: Path) -> None:
+    out, tar = str(tmp_path / "out"), tmp_path / "in" / "0.tar"
+    write_tar(tar, pairs(0, 4))
+    quick(tar.parent, out)
+    store = OutputFolder(out)
+    first = store.marked()
+    first.__enter__()
+    with store.marked() as mark:
+        first.__exit__(None, None, None)
+        assert store.files.read_text(MARK) == mark
+        with pytest.raises(UserError, match="was begun with"):
+            quick(tar.parent, out, held_out=0.3)
+        assert store.files.read_text(MARK) == mark
+    assert MARK not in store.listing()
 
 
 @pytest.mark.parametrize("is_bucket", [False, True])

@@ -99,13 +99,8 @@ def convert_pairs(options: ConvertOptions, executor: Executor | None = None) -> 
     _try_options(options)
     columns = _output_columns(options, names.values())
     elsewhere = executor is not None or bool(options.scheduler)  # somebody may still be writing
-    with (
-        leaving_nothing(store.out),
-        store.locked(),
-        store.marked() as mark,
-        _left_as_it_was(store, names, elsewhere),
-    ):
-        return _convert_rest(options, store, names, columns, mark, executor)
+    with leaving_nothing(store.out), store.locked(), _left_as_it_was(store, names, elsewhere):
+        return _convert_rest(options, store, names, columns, executor)
 
 
 @contextmanager
@@ -131,7 +126,6 @@ def _convert_rest(
     store: OutputFolder,
     names: dict[str, str],
     columns: dict[str, str],
-    mark: str,
     executor: Executor | None,
 ) -> Counts:
     """Convert what is left to do, and write the index over all there is."""
@@ -160,7 +154,8 @@ def _convert_rest(
     start = time.monotonic()
     try:
         check = partial(whole.check_bad, ENOUGH_SAMPLES)
-        convert_all(todo, done, columns, options, mark, check, executor)
+        with store.marked() as mark:
+            convert_all(todo, done, columns, options, mark, check, executor)
     except KeyboardInterrupt:
         store.remove_partial()
         raise

@@ -6,7 +6,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -15,12 +14,10 @@ from concurrent.futures import CancelledError, Executor, ProcessPoolExecutor, as
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from pathlib import Path
 
 from tqdm import tqdm
 
 from alignclip.conversion.options import ConvertOptions
-from alignclip.conversion.plan import PLAN
 from alignclip.conversion.progress import Progress
 from alignclip.conversion.records import Counts
 from alignclip.conversion.shards import convert_shard
@@ -127,11 +124,6 @@ def _work(
 ) -> Counts:
     """Convert an input shard in this process; ``mark`` is the run's, where this is elsewhere."""
     store = OutputFolder(options.out, mark)
-    if mark is not None and not store.is_remote and not Path(store.out, PLAN).is_file():
-        raise UserError(
-            f"the worker on {socket.gethostname()} does not see {options.out}, where this command "
-            "writes: a local --out has to be a folder that all workers share; or write to a bucket"
-        )
     store.check_mark()
     if _progress is None:
         _tidy_once()

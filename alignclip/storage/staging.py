@@ -20,6 +20,7 @@ import fcntl
 import json
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,7 @@ from alignclip.storage.clouds import open_store
 from alignclip.storage.copies import TEMPORARY, temporary_folder
 from alignclip.storage.patience import patiently
 from alignclip.storage.store import Store
-from alignclip.storage.trouble import is_passing
+from alignclip.storage.trouble import is_absent, is_passing
 from alignclip.storage.whole import to_disk
 from alignclip.storage.words import StorageError, cannot
 
@@ -150,6 +151,8 @@ class OutputFolder:
     def marked(self) -> Iterator[str]:
         """Mark ``out`` as this run's while the block runs, and give the mark.
 
+        Call this once nothing can refuse the run any more: a run at work would lose its mark.
+
         Raises:
             UserError: ``out`` can't be written.
         """
@@ -159,23 +162,38 @@ class OutputFolder:
         try:
             yield mark
         finally:
-            with suppress(UserError):  # a key may have no right to delete: the file is tiny
-                self.files.delete(MARK)
+            # a key may have no right to delete: the file is tiny
+            with suppress(UserError):
+                if self.files.read_text_optional(MARK) == mark:  # and not the next run's
+                    self.files.delete(MARK)
 
     def check_mark(self) -> None:
         """Make sure that ``out`` is still the run's that this process works for.
 
         Raises:
-            UserError: the run is over, or another one has begun; or ``out`` cannot be reached.
+            UserError: the run is over, or another one has begun; this machine's folder is another
+                one; or ``out`` cannot be reached.
         """
         if self._mark is None:
             return
+        found = ""
         with cannot(f"reach {self.out}"):
-            found = patiently(lambda: self.files.read_text_optional(MARK), self.out)
-        if found != self._mark:
+            try:
+                found = patiently(lambda: self.files.read_text(MARK), self.out)
+            except StorageError as error:
+                if not is_absent(error):
+                    raise
+        if found == self._mark:
+            return
+        if self.is_remote:
             raise UserError(
                 f"the conversion into {self.out} that asked for this is over: nothing is written"
             )
+        raise UserError(
+            f"the worker on {socket.gethostname()} does not see {self.out}, where the command "
+            "writes, or the command is over: a local --out has to be a folder that all workers "
+            "share; or write to a bucket"
+        )
 
     def listing(self) -> set[str]:
         """List the files in ``out`` and two folders below, relative to ``out``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from s3 import S3Server
 from small_runs import EMA, SmallRuns
 
 from alignclip.config.reading import load
-from alignclip.config.schema import OptimizerConfig
+from alignclip.config.schema import DataConfig, OptimizerConfig
 from alignclip.errors import UserError
 from alignclip.losses import AlignCLIPLoss
 from alignclip.model.composer_model import AlignCLIPModel
@@ -33,6 +34,7 @@ from alignclip.training.footprint import (
 )
 
 CPU = torch.device("cpu")
+WRITE = "write --dry-run or --dry-run=3; composer pretrain.py takes it"
 
 
 def files_below(folder: Path) -> dict[Path, bytes]:
@@ -71,9 +73,8 @@ def test_steps_are_measured_and_the_hours_follow(
     assert dry_run(config, 3) == 0
     report = capfd.readouterr().out.partition("measured, median of 3 batches")[2]
     step = float(re.search(r"a step +(\S+) s,", report)[1])  # type: ignore[index]
-    loader = float(re.search(r"the loader alone +(\S+) s a batch", report)[1])  # type: ignore[index]
-    minutes = 20000 * max(step, loader) / 60
-    said = re.search(r"the whole run +(?:(\d+) h )?(\d+) (min|s) for 20,000 batches", report)
+    minutes = 20000 * step / 60
+    said = re.search(r"the run +(?:(\d+) h )?(\d+) (min|s) for the 20,000 batches left", report)
     assert said is not None
     told = int(said[1] or 0) * 60 + int(said[2]) / (60 if said[3] == "s" else 1)
     assert told == pytest.approx(minutes, rel=0.05, abs=1)
@@ -88,8 +89,19 @@ def test_a_run_that_has_begun_is_left_as_it_is(
     (folder / ".ep0-ba3-rank0.pt.partial").write_bytes(b"of a run that is at work")
     before = files_below(folder)
     assert dry_run(runs.config(), 2) == 0
-    assert re.search(r"go on from ep\d-ba4-rank0\.pt", capfd.readouterr().out)
+    text = capfd.readouterr().out
+    assert re.search(r"go on from ep\d-ba4-rank0\.pt: 4 of 6 batches are trained", text)
+    assert re.search(r"the run +\d+ s for the 2 batches left", text)
     assert files_below(folder) == before
+
+
+def test_a_run_that_has_begun_needs_no_starting_weights(runs: SmallRuns, tmp_path: Path) -> None:
+    runs.train("max_duration=2ba", "run_name=first")
+    start = tmp_path / "start.pt"
+    start.write_bytes(Path(runs.folder("run_name=first").uri, "latest-rank0.pt").read_bytes())
+    runs.train("max_duration=4ba", f"pretrained={start}")
+    start.unlink()
+    assert dry_run(runs.config(f"pretrained={start}"), 1) == 0
 
 
 def test_what_a_run_would_refuse_is_refused(runs: SmallRuns, tmp_path: Path) -> None:
@@ -130,12 +142,23 @@ def test_the_flag_stands_anywhere(words: list[str], steps: int | None) -> None:
     assert (asked.config, asked.overrides, asked.dry_run) == ("a.yaml", ["lr=1"], steps)
 
 
-def test_a_number_of_steps_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["a.yaml", "--dry-run=few"], "--dry-run: 'few' is no number of steps; write --dry-run=3"),
+        (["a.yaml", "--dry-run", "3"], "--dry-run 3: write --dry-run=3"),
+        (["--dry-run", "3", "a.yaml"], "--dry-run 3: write --dry-run=3"),
+        (["a.yaml", "--dry_run=3"], WRITE),
+        (["a.yaml", "--dry"], WRITE),
+    ],
+)
+def test_a_flag_that_is_not_quite_that(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
-        read_arguments(["a.yaml", "--dry-run=few"], "x", "", "", has_dry_run=True)
+        read_arguments(words, "x", "", "", has_dry_run=True)
     assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert said == "error: --dry-run: 'few' is no number of steps; write --dry-run=3\n"
+    assert capsys.readouterr().err == f"error: {says}\n"
 
 
 def model_of(runs: SmallRuns, *overrides: str) -> AlignCLIPModel:
@@ -170,7 +193,7 @@ def test_the_parts_of_a_rank(runs: SmallRuns) -> None:
     weights = sum(one.numel() for one in [*model.parameters(), *model.buffers()]) * 4
     trained = sum(one.numel() for one in model.parameters()) * 4
     found = footprint(config, model, CPU, dimension=16)
-    assert (found.weights, found.gradients, found.averages) == (weights, trained, weights)
+    assert (found.weights, found.gradients, found.algorithms) == (weights, trained, weights)
     assert found.optimizer == 2 * trained
     image, text = 3 * 32**2, 77 * 8
     assert found.batch == 16 * (image + text + 8 + 16 * 2)
@@ -186,8 +209,17 @@ def test_the_state_of_an_optimizer(opt: str, ratio: float) -> None:
 
 
 def test_an_epoch_too_short_for_the_loader_is_not_known() -> None:
-    def batches(count: int) -> Iterator[int]:
-        yield from range(count)
+    config = DataConfig(num_workers=4, prefetch_factor=2)
+    assert seconds_of_loader(range(15), config) == 0.0
+    assert seconds_of_loader(range(16), config) > 0.0
+    assert seconds_of_loader(range(99), DataConfig(num_workers=0)) == 0.0
 
-    assert seconds_of_loader(batches(4), workers=4) == 0.0
-    assert seconds_of_loader(batches(5), workers=4) > 0.0
+
+def test_what_is_prepared_ahead_does_not_count_for_the_loader() -> None:
+    def batches() -> Iterator[int]:
+        for i in range(60):
+            time.sleep(0 if i < 12 else 0.05)
+            yield i
+
+    config = DataConfig(num_workers=4, prefetch_factor=2)
+    assert seconds_of_loader(batches(), config) == pytest.approx(0.05, rel=0.3)

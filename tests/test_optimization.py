@@ -78,6 +78,7 @@ def test_optimizers_of_timm_take_a_step(opt: str) -> None:
 @pytest.mark.parametrize(
     ("config", "mentions"),
     [
+        (OptimizerConfig(opt="adahessian"), ["optimizer.opt: adahessian needs gradients of grad"]),
         (OptimizerConfig(opt="adamv"), ["optimizer.opt", "'adamv'", "did you mean 'adam"]),
         (OptimizerConfig(opt="lookahead_adamw"), ["'lookahead_adamw'"]),
         (OptimizerConfig(opt="lion", eps=1e-8), ["optimizer.eps", "lion"]),

@@ -20,6 +20,7 @@ from alignclip.model.encoders import CLIP
 # Of torch's optimizers, those with a kernel that steps all parameters at once. SGD has one, too.
 # But where its first step is skipped, the momentum is whatever lay in the memory.
 FUSED = (torch.optim.Adam, torch.optim.AdamW)
+SECOND_ORDER = {"adahessian"}  # these differentiate the gradients
 # of a parameter group; the rest are an optimizer's own counters, which belong to its state
 SETTINGS = ("initial_lr", "betas", "eps", "weight_decay", "fused")
 
@@ -136,6 +137,12 @@ def build_optimizer(
         raise UserError(
             f"optimizer.opt: unknown '{config.opt}'; {nearest(config.opt, names)}"
         ) from None
+
+    if config.opt.lower() in SECOND_ORDER:
+        raise UserError(
+            f"optimizer.opt: {config.opt} needs gradients of gradients, which training doesn't "
+            "compute"
+        )
 
     default = OptimizerConfig()
     kwargs: dict[str, Any] = {}

@@ -95,7 +95,8 @@ def read_arguments(
         SystemExit: with status 2, the arguments are wrong; or with 0, ``--help`` was shown.
     """
     set_thread_defaults()  # before torch is imported
-    parser = Parser(prog, description, examples)
+    parser, words = Parser(prog, description, examples), list(arguments)
+    parser.allow_abbrev = False  # what begins with dashes may be an override
     parser.add_argument(
         "config", help="YAML file, or its URL; docs/configuration.md says what it holds"
     )
@@ -116,9 +117,14 @@ def read_arguments(
             "take",
         )
         # argparse would take the word behind the flag for its value
-        arguments = [f"{DRY_RUN}=0" if one == DRY_RUN else one for one in arguments]
-    options, dashed = parser.parse_known_args(arguments)
+        words = [f"{DRY_RUN}=0" if one == DRY_RUN else one for one in arguments]
+    options, dashed = parser.parse_known_args(words)
     overrides = [*options.overrides, *dashed]
+    if any(re.match(r"-+dry", one) for one in dashed):
+        parser.error(f"write {DRY_RUN} or {DRY_RUN}=3; composer pretrain.py takes it")
+    alone = filter(str.isdecimal, (options.config, *overrides))
+    if DRY_RUN in arguments and (steps := next(alone, "")):
+        parser.error(f"{DRY_RUN} {steps}: write {DRY_RUN}={steps}")
     return Arguments(options.config, overrides, options.dry_run if has_dry_run else None)
 
 

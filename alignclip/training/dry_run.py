@@ -11,7 +11,6 @@ import dataclasses
 import os
 import shutil
 import tempfile
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,11 @@ from alignclip.ranks import (
     local_rank,
     local_world_size,
     run_on_rank_zero,
+    run_once_per_machine,
     wait_for_all_ranks,
 )
 from alignclip.runtime.distributed import join_ranks
+from alignclip.storage.copies import TEMPORARY
 from alignclip.training import plugins
 from alignclip.training.build import (
     batches_an_epoch,
@@ -45,6 +46,7 @@ from alignclip.training.build import (
 )
 from alignclip.training.display import print_once
 from alignclip.training.dry_run_page import (
+    Disk,
     ExpectedData,
     ExpectedRun,
     Parameters,
@@ -84,8 +86,8 @@ def dry_run(config: RunConfig, steps: int) -> int:
         expected = expect(config, cached, device, folder, checkpoint)
         print_once(f"{to_yaml(config)}\n{expected_text(config, expected)}")
         if steps:
-            total = expected.data.batches
-            print_once(measured_text(config, measure(cached, device, steps), total))
+            left = max(0, expected.data.batches - expected.trained)
+            print_once(measured_text(config, measure(cached, device, steps), left))
     return 0
 
 
@@ -96,8 +98,11 @@ def newest_checkpoint(config: RunConfig, folder: SaveFolder | None) -> str | Non
     """
     if folder is None or not config.autoresume:
         return None
-    names = folder.checkpoints()
-    return folder.latest_target() or max(names, key=lambda name: names[name], default=None)
+    names, target = folder.checkpoints(), folder.latest_target()
+    # a key that may not list a bucket sees no names
+    if target and (target in names or (folder.remote and not names)):
+        return target
+    return max(names, key=lambda name: names[name], default=None)
 
 
 @contextlib.contextmanager
@@ -106,8 +111,7 @@ def caches_removed(config: RunConfig) -> Iterator[RunConfig]:
 
     Call this on every rank.
     """
-    name = run_on_rank_zero(lambda: f"alignclip-dry-run-{uuid.uuid4().hex[:12]}")
-    folder = Path(tempfile.gettempdir(), name)
+    folder = Path(run_once_per_machine(lambda: tempfile.mkdtemp(prefix=TEMPORARY)))
     streams = dict(config.data.streams)
     for stream, one in config.data.streams.items():
         if one.remote and not Path(local_folder(stream, one)).exists():
@@ -159,6 +163,7 @@ def expect(
         save_folder=folder.uri if folder is not None else None,
         save_room=_free_bytes(folder.uri) if folder is not None else None,
         checkpoint=checkpoint,
+        trained=(folder.batch_of(checkpoint) or 0) if folder and checkpoint else 0,
         checkpoint_size=Whole.of(config, model).checkpoint(config.save_weights_only),
     )
 
@@ -169,13 +174,18 @@ def describe_data(
     """Describe the sets of a run."""
     streams = config.data.streams
     sizes = dict(zip(streams, dataset.stream_sizes(), strict=True))
-    caches = [local_folder(name, one) for name, one in streams.items() if one.remote]
+    disks: dict[int, Disk] = {}
+    for name, stream in streams.items():
+        if stream.remote:
+            cache = Path(local_folder(name, stream))
+            there = _nearest_folder(cache)
+            disk = disks.setdefault(there.stat().st_dev, Disk(shutil.disk_usage(there).free))
+            disk.needed += max(0, sizes[name].stored - _bytes_in(cache))
     return ExpectedData(
         sets=sizes,
         an_epoch=batches_an_epoch(config, loader),
         batches=total_batches(config, loader),
-        downloaded=sum(size.stored for name, size in sizes.items() if streams[name].remote),
-        room=_free_bytes(caches[0]) if caches else None,
+        cache=min(disks.values(), key=lambda disk: disk.free - disk.needed, default=None),
     )
 
 
@@ -210,6 +220,14 @@ def _free_bytes(place: str) -> int | None:
     """Return the bytes that are free where a folder is or will be; None of an object store."""
     if "://" in place:
         return None
-    path = Path(place).absolute()
-    there = next(one for one in (path, *path.parents) if one.exists())
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(_nearest_folder(Path(place))).free
+
+
+def _nearest_folder(path: Path) -> Path:
+    """Return a path, or the nearest folder above it that is there."""
+    whole = path.absolute()
+    return next(one for one in (whole, *whole.parents) if one.exists())
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*.mds*") if path.is_file())

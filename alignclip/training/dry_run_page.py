@@ -15,7 +15,17 @@ from alignclip.training.footprint import Footprint
 from alignclip.training.pace import duration
 
 Row = tuple[str, str]
+COUNTED = ("EMA", "SAM")  # algorithms whose memory is a part
+WITHOUT_MEMORY = ("GradientClipping", "LayerFreezing")
 TIGHT = 0.95  # share of a device's memory; the allocator needs the rest
+
+
+@dataclass
+class Disk:
+    """A disk of this machine: free bytes, and bytes of the shards that are not there so far."""
+
+    free: int
+    needed: int = 0
 
 
 @dataclass(frozen=True)
@@ -26,15 +36,13 @@ class ExpectedData:
         sets: the size of each stream.
         an_epoch: batches of an epoch.
         batches: of the whole run.
-        downloaded: bytes of the shards of all remote sets.
-        room: bytes that are free where remote shards are kept; None where all sets are local.
+        cache: the disk with the least room for remote shards; None where all sets are local.
     """
 
     sets: dict[str, StreamSize]
     an_epoch: int
     batches: int
-    downloaded: int
-    room: int | None
+    cache: Disk | None
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,7 @@ class ExpectedRun:
         save_folder: path or URL; None where nothing is saved.
         save_room: bytes that are free there; None of an object store.
         checkpoint: that the run would go on from, by its name; None where it would begin.
+        trained: batches, by the name of the checkpoint.
         checkpoint_size: bytes of one.
     """
 
@@ -75,6 +84,7 @@ class ExpectedRun:
     save_folder: str | None
     save_room: int | None
     checkpoint: str | None
+    trained: int
     checkpoint_size: int
 
 
@@ -91,24 +101,24 @@ def expected_text(config: RunConfig, run: ExpectedRun) -> str:
     return "\n\n".join([title, *tables, *(f"beware: {one}" for one in _warnings(config, run))])
 
 
-def measured_text(config: RunConfig, steps: MeasuredSteps, batches: int) -> str:
+def measured_text(config: RunConfig, steps: MeasuredSteps, left: int) -> str:
     """Return the table of measured steps, and the hours that follow.
 
     Args:
         config: of the run.
         steps: measured.
-        batches: of the whole run.
+        left: batches that are not trained so far.
     """
     seconds, size = max(steps.step, steps.loader), config.global_train_batch_size
-    slower = "the loader" if steps.loader > steps.step else "the step"
+    slower = "the workers" if steps.loader > steps.step else "the step"
     rows = [
         ("a step", f"{steps.step:.3g} s, {size / steps.step:,.0f} samples/s"),
-        ("the loader alone", _rate(steps.loader, size)),
+        ("the workers alone", _rate(steps.loader, size)),
         ("most memory", f"{in_memory(steps.memory)} of this rank"),
         (
-            "the whole run",
-            f"{duration(batches * seconds)} for {_counted(batches)}, by {slower}; evaluation and "
-            "checkpoints come on top",
+            "the run",
+            f"{duration(left * seconds)} for the {_counted(left)} left, by {slower}; evaluation "
+            "and checkpoints come on top",
         ),
     ]
     return f"\nmeasured, median of {_counted(steps.count)}\n{_aligned(rows)}"
@@ -157,9 +167,10 @@ def _data_rows(config: RunConfig, data: ExpectedData) -> list[Row]:
             f"{data.batches * config.global_train_batch_size:,} samples",
         ),
     ]
-    if data.room is not None:
+    if data.cache is not None:
         limit = f", at most {config.data.cache_limit} kept" if config.data.cache_limit else ""
-        rows.append(("cache", f"{on_disk(data.room)} free on this machine{limit}"))
+        free, needed = on_disk(data.cache.free), on_disk(data.cache.needed)
+        rows.append(("cache", f"{free} free on this machine, {needed} not there so far{limit}"))
     rows += [
         (f"evaluator {name}", f"{one.task}, every {one.interval}: its set is there")
         for name, one in config.evaluators.items()
@@ -195,15 +206,18 @@ def _memory_rows(config: RunConfig, run: ExpectedRun) -> list[Row]:
     at_once = f"{pairs:,} pairs"
     if in_chunks(config):
         at_once = f"{config.model.encode_chunk_size:,} of {pairs:,} pairs at a time"
+    counted = " and ".join(name for name in COUNTED if name in config.algorithms)
     parts = {
         "weights": needed.weights,
         "gradients": needed.gradients,
         f"optimizer {config.optimizer.opt}": needed.optimizer,
-        "EMA": needed.averages,
+        counted: needed.algorithms,
         "batch": needed.batch,
         "features and loss": needed.loss,
     }
     rows = [(name, in_memory(number)) for name, number in parts.items() if number]
+    others = [name for name in config.algorithms if name not in (*COUNTED, *WITHOUT_MEMORY)]
+    rows += [(name, "not counted") for name in others]
     kept = needed.activations
     settings = "not known before: parallelism_config.fsdp2 decides what is kept"
     rows.append((f"activations, {at_once}", settings if kept is None else in_memory(kept)))
@@ -215,15 +229,19 @@ def _memory_rows(config: RunConfig, run: ExpectedRun) -> list[Row]:
 def _saving_rows(config: RunConfig, run: ExpectedRun) -> list[Row]:
     if run.save_folder is None:
         return [("none", "save_folder is not set: nothing is saved")]
-    begins = "the run would begin: no checkpoint is there"
-    goes_on = f"the run would go on from {run.checkpoint}"
+    start = "the run would begin: no checkpoint is there"
+    if config.load_path:
+        start = f"the run would start from {config.load_path}, whose content isn't looked at here"
+    if run.checkpoint is not None:
+        of_all = f"{run.trained:,} of {_counted(run.data.batches)} are trained"
+        start = f"the run would go on from {run.checkpoint}: {of_all}"
     keep = config.save_num_checkpoints_to_keep
     kept = {-1: "all are kept", 1: "the last one is kept"}.get(keep, f"the last {keep} are kept")
     free = "" if run.save_room is None else f", {on_disk(run.save_room)} free"
     return [
         (run.save_folder, f"can be written{free}"),
         ("a checkpoint", f"{on_disk(run.checkpoint_size)}, every {config.save_interval}; {kept}"),
-        ("start", goes_on if run.checkpoint else begins),
+        ("start", start),
     ]
 
 
@@ -237,10 +255,11 @@ def _warnings(config: RunConfig, run: ExpectedRun) -> list[str]:
         said.append(
             f"{run.save_folder} has room for less than two checkpoints: {on_disk(room)} are free"
         )
-    if data.room is not None and data.downloaded > data.room and config.data.cache_limit is None:
+    disk = data.cache
+    if disk is not None and disk.needed > disk.free and config.data.cache_limit is None:
         said.append(
-            f"the shards have {on_disk(data.downloaded)}, and {on_disk(data.room)} are free; a "
-            "machine alone keeps all of them: set data.cache_limit"
+            f"{on_disk(disk.needed)} of shards are not in the cache so far, and "
+            f"{on_disk(disk.free)} are free; a machine alone keeps all shards: set data.cache_limit"
         )
     return said
 
@@ -251,7 +270,7 @@ def _counted(number: int) -> str:
 
 def _rate(seconds: float, size: int) -> str:
     if not seconds:
-        return "not known: the epoch is too short"
+        return "not known: no workers, or too short an epoch"
     return f"{seconds:.3g} s a batch, {size / seconds:,.0f} samples/s"
 
 

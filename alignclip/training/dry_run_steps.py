@@ -16,14 +16,15 @@ from composer.core import Callback, State
 from composer.devices import Device
 from composer.loggers import Logger
 
-from alignclip.config.schema import RunConfig, SchedulerConfig
+from alignclip.config.schema import DataConfig, RunConfig, SchedulerConfig
 from alignclip.ranks import largest_of_all_ranks
 from alignclip.training import composer_patches
 from alignclip.training.build import build_trainer
 from alignclip.training.display import print_once
 from alignclip.training.pace import UNMEASURED_BATCHES
 
-ROUNDS = 2  # batches of each data worker, from which the loader's rate is measured
+# from which the loader's rate is measured: batches of each worker, and their time
+ROUNDS, ENOUGH_SECONDS = 2, 2.0
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class MeasuredSteps:
     Attributes:
         count: batches measured.
         step: seconds of a batch.
-        loader: seconds that the loader alone takes for a batch; 0 where that isn't known.
+        loader: seconds that the workers alone take for a batch; 0 where that isn't known.
         memory: the most bytes that rank 0 has held, on its GPU or else in its process.
     """
 
@@ -49,7 +50,7 @@ def measure(config: RunConfig, device: Device, steps: int) -> MeasuredSteps:
     trainer = build_trainer(shortened(config, UNMEASURED_BATCHES + steps), device, None, [clock])
     try:
         print_once("\nmeasuring the loader, then the steps …")
-        loading = seconds_of_loader(trainer.state.train_dataloader, config.data.num_workers)
+        loading = seconds_of_loader(trainer.state.train_dataloader, config.data)
         trainer.fit()
     finally:
         composer_patches.close(trainer)
@@ -60,7 +61,10 @@ def measure(config: RunConfig, device: Device, steps: int) -> MeasuredSteps:
 
 
 def shortened(config: RunConfig, batches: int) -> RunConfig:
-    """Return a run of a few batches that leaves nothing: no checkpoints, no logs, no evaluation."""
+    """Return a run of a few batches that leaves nothing: no checkpoints, no logs, no evaluation.
+
+    The run loads no weights: its times are the same without.
+    """
     return dataclasses.replace(
         config,
         max_duration=f"{batches}ba",
@@ -69,6 +73,7 @@ def shortened(config: RunConfig, batches: int) -> RunConfig:
         save_folder=None,
         autoresume=False,
         load_path=None,
+        pretrained=None,
         keep_best=None,
         profiler=None,
         evaluators={},
@@ -77,21 +82,25 @@ def shortened(config: RunConfig, batches: int) -> RunConfig:
     )
 
 
-def seconds_of_loader(loader: Any, workers: int) -> float:
-    """Return the seconds that the loader alone takes for a batch.
+def seconds_of_loader(loader: Any, config: DataConfig) -> float:
+    """Return the seconds that the loader's workers take for a batch, all of them together.
 
-    The first batch of each worker isn't counted: the workers start, and shards are downloaded.
+    What the workers have prepared ahead isn't counted, nor the time in which they start and the
+    first shards are downloaded.
 
     Returns:
-        0 where the epoch is too short to tell.
+        0 where there are no workers, or the epoch is too short to tell.
     """
-    first = max(workers, 1)
-    batches = iter(loader)
-    for _ in itertools.islice(batches, first):
-        pass
-    began = time.perf_counter()
-    count = sum(1 for _ in itertools.islice(batches, ROUNDS * first))
-    return (time.perf_counter() - began) / count if count else 0.0
+    workers, batches = config.num_workers, iter(loader)
+    ahead = workers * (config.prefetch_factor + 1)
+    if not workers or sum(1 for _ in itertools.islice(batches, ahead)) < ahead:
+        return 0.0
+    began, counted, seconds = time.perf_counter(), 0, 0.0
+    while counted < ROUNDS * workers or seconds < ENOUGH_SECONDS:
+        if sum(1 for _ in itertools.islice(batches, workers)) < workers:
+            break
+        counted, seconds = counted + workers, time.perf_counter() - began
+    return seconds / counted if counted else 0.0
 
 
 class StepClock(Callback):

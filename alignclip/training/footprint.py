@@ -8,6 +8,7 @@ counted.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -18,11 +19,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from alignclip.config.schema import OptimizerConfig, RunConfig
 from alignclip.data.batch import Batch
 from alignclip.device import autocast_dtype
+from alignclip.errors import one_line
 from alignclip.losses.tiles import CPU_TILE, GPU_TILE
 from alignclip.model.composer_model import AlignCLIPModel, is_block
 from alignclip.model.optimization import build_optimizer
 from alignclip.ranks import world_size
 from alignclip.training.device_memory import in_chunks, pairs_of_a_rank
+
+log = logging.getLogger(__name__)
 
 FP32 = 4  # bytes
 FEW, MORE = 2, 4  # pairs of the two batches: a BatchNorm refuses one
@@ -38,7 +42,7 @@ class Footprint:
         weights: parameters and buffers.
         gradients: with DDP's second copy for the exchange.
         optimizer: its state.
-        averages: weights that EMA keeps.
+        algorithms: what EMA and SAM keep; others' memory is not counted.
         batch: images, texts and embeddings.
         activations: kept for the backward pass; None where that can't be known before.
         loss: features of all ranks with their gradients, and a few tiles of logits.
@@ -47,7 +51,7 @@ class Footprint:
     weights: int
     gradients: int
     optimizer: int
-    averages: int
+    algorithms: int
     batch: int
     activations: int | None
     loss: int
@@ -65,19 +69,21 @@ class Whole:
     weights: int
     gradients: int
     optimizer: int
-    averages: int
+    algorithms: int
 
     @classmethod
     def of(cls, config: RunConfig, model: AlignCLIPModel) -> Whole:
         """Count the bytes of a model that is not wrapped so far."""
         weights = sum(map(_bytes, [*model.parameters(), *model.buffers()]))
         trained = sum(_bytes(one) for one in model.parameters() if one.requires_grad)
-        averages = weights if "EMA" in config.algorithms else 0
-        return cls(weights, trained, round(trained * state_ratio(config.optimizer)), averages)
+        buffers = sum(map(_bytes, model.buffers()))
+        algorithms = trained + buffers if "EMA" in config.algorithms else 0
+        algorithms += trained if "SAM" in config.algorithms else 0  # the way to its second point
+        return cls(weights, trained, round(trained * state_ratio(config.optimizer)), algorithms)
 
     def checkpoint(self, weights_only: bool) -> int:
         """Return the bytes of a checkpoint."""
-        return self.weights + (0 if weights_only else self.optimizer + self.averages)
+        return self.weights + (0 if weights_only else self.optimizer + self.algorithms)
 
 
 @dataclass(frozen=True)
@@ -105,11 +111,11 @@ def footprint(
     """
     model.to(device)
     whole, ranks = Whole.of(config, model), world_size()
-    weights, gradients, state, averages = dataclasses.astuple(whole)
+    weights, gradients, state, algorithms = dataclasses.astuple(whole)
     if config.parallelism_config.fsdp2 is not None and ranks > 1:
         gathered = _gathered_by_fsdp(model)
-        weights, gradients, state, averages = (
-            part // ranks for part in (weights, gradients, state, averages)
+        weights, gradients, state, algorithms = (
+            part // ranks for part in (weights, gradients, state, algorithms)
         )
         weights += gathered
     elif ranks > 1:
@@ -119,7 +125,7 @@ def footprint(
         weights=weights,
         gradients=gradients,
         optimizer=state,
-        averages=averages,
+        algorithms=algorithms,
         batch=sum(map(_bytes, _tensors(drawn_batch(config, 1, device, dimension)))) * pairs,
         activations=activations(config, model, device),
         loss=_loss_bytes(config, device, dimension),
@@ -202,13 +208,20 @@ def drawn_batch(config: RunConfig, pairs: int, device: torch.device, dimension: 
 def state_ratio(config: OptimizerConfig) -> float:
     """Return the bytes of an optimizer's state by a byte of its parameters: 2 for AdamW.
 
-    A step on a small matrix says it, for all of timm's optimizers.
+    A step on a square matrix says it. Some optimizers keep less of such a matrix than of others.
+
+    Returns:
+        0 where the optimizer can't step on a CPU.
     """
     model = nn.Linear(128, 128, bias=False)
     one_rate = dataclasses.replace(config, layer_decay=None, fused=None)
     optimizer = build_optimizer(one_rate, model)
     model.weight.grad = torch.zeros_like(model.weight)
-    optimizer.step()
+    try:
+        optimizer.step()
+    except Exception as error:  # of a kernel for GPUs alone, in another package
+        log.warning(f"the memory of {config.opt} is not counted: {one_line(error)}")
+        return 0.0
     held = (value for values in optimizer.state.values() for value in values.values())
     # a counter of steps is no matrix
     matrices = (one for one in held if isinstance(one, Tensor) and one.ndim)

@@ -16,7 +16,7 @@ from measuring import CHECKOUT, Direction, Figure, Figures, Record, parser_of
 from processes import python
 
 FOLDER = Path(run_all.__file__).parent
-NOT_RUN = {"measuring", "comparison", "run_all", "small_set"}
+NOT_RUN = {"measuring", "comparison", "run_all", "small_set", "scaling", "network_counter"}
 
 
 def written(folder: Path, *, batch: int = 64, **runs: list[float]) -> Record:

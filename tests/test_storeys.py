@@ -28,10 +28,11 @@ STOREYS["alignclip"] = {*STOREYS}  # its public names, imported when they are as
 
 COMPOSER = ("alignclip/training/", "alignclip/model/composer_model.py")
 # The seam for Streaming: data/ reads, mds_writer.py writes, and clouds.py reaches by Streaming's
-# own clients what training reads by them. A benchmark measures the writer beside Streaming's.
+# own clients what training reads by them. One benchmark measures the writer beside Streaming's,
+# another one simulates Streaming's order on many nodes.
 STREAMING = (
     "alignclip/data/", "alignclip/conversion/mds_writer.py", "alignclip/storage/clouds.py",
-    "benchmarks/conversion.py",
+    "benchmarks/conversion.py", "benchmarks/scaling.py",
 )  # fmt: skip
 
 # what the moves have left; each mend takes its line out

@@ -33,6 +33,7 @@ from alignclip.ranks import (
     run_on_rank_zero,
     run_once_per_machine,
     wait_for_all_ranks,
+    world_size,
 )
 from alignclip.runtime.distributed import join_ranks
 from alignclip.storage.copies import TEMPORARY
@@ -44,6 +45,7 @@ from alignclip.training.build import (
     build_scheduler,
     total_batches,
 )
+from alignclip.training.device_memory import pairs_of_a_rank
 from alignclip.training.display import print_once
 from alignclip.training.dry_run_page import (
     Disk,
@@ -55,6 +57,7 @@ from alignclip.training.dry_run_page import (
 )
 from alignclip.training.dry_run_steps import measure
 from alignclip.training.footprint import Whole, drawn_batch, footprint
+from alignclip.training.network import step_bytes
 from alignclip.training.preflight import check_inputs, check_parallelism, training_device
 from alignclip.training.resume import StartingPoint
 from alignclip.training.save_folder import SaveFolder
@@ -158,6 +161,14 @@ def expect(
         footprint=footprint(config, model, chosen, dimension),
         flops=model.flops_per_batch(batch),
         peak=peak_flops(Precision(config.precision)),
+        network=step_bytes(
+            sum(one.numel() for one in model.parameters() if one.requires_grad),
+            ranks=world_size(),
+            pairs=pairs_of_a_rank(config),
+            width=config.model.embed_dim,
+            semantic=dimension,
+            fsdp=config.parallelism_config.fsdp2 is not None,
+        ),
         device=device.name if chosen.type != "cuda" else torch.cuda.get_device_name(chosen),
         memory=_memory(chosen),
         save_folder=folder.uri if folder is not None else None,

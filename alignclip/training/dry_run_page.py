@@ -12,6 +12,7 @@ from alignclip.ranks import world_size
 from alignclip.training.device_memory import advice, in_chunks, pairs_of_a_rank
 from alignclip.training.dry_run_steps import MeasuredSteps
 from alignclip.training.footprint import Footprint
+from alignclip.training.network import StepBytes
 from alignclip.training.pace import duration
 
 Row = tuple[str, str]
@@ -65,6 +66,7 @@ class ExpectedRun:
         footprint: memory of a rank.
         flops: operations of a rank's batch, with texts of full length; 0 where they aren't known.
         peak: operations a second of the device; 0 where they aren't known.
+        network: bytes that a rank gets in a step.
         device: of rank 0, by name.
         memory: bytes of the device, or a rank's share of a machine's; None where it isn't known.
         save_folder: path or URL; None where nothing is saved.
@@ -79,6 +81,7 @@ class ExpectedRun:
     footprint: Footprint
     flops: float
     peak: float
+    network: StepBytes
     device: str
     memory: int | None
     save_folder: str | None
@@ -137,7 +140,7 @@ def in_words(number: float, unit: str = "") -> str:
     return f"{number:,.0f} {unit}".rstrip()
 
 
-def on_disk(number: int) -> str:
+def on_disk(number: float) -> str:
     """Return bytes on a disk in the unit that suits them."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if number >= size:
@@ -196,6 +199,16 @@ def _model_rows(config: RunConfig, run: ExpectedRun) -> list[Row]:
             (
                 "a step of a rank",
                 f"{in_words(run.flops, 'FLOP')}, where a text has {length} tokens{least}",
+            )
+        )
+    sent = run.network
+    if sent.all:
+        rows.append(
+            (
+                "network",
+                f"{on_disk(sent.all)} to each rank and step: parameters and gradients "
+                f"{on_disk(sent.parameters)}, features {on_disk(sent.features)}, captions "
+                f"{on_disk(sent.captions)}",
             )
         )
     return rows

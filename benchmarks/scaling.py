@@ -1,0 +1,266 @@
+"""What a run on many nodes reads, keeps and sends, by Streaming's own partition and shuffle.
+
+- ``nodes``: the shards that a node downloads, how many of them it needs at one time (the least
+  ``cache_limit`` with which nothing is downloaded twice), how many it waits for before its first
+  batch, and from how many shards a batch comes.
+- ``order``: the time and the memory in which each node makes an epoch's order.
+- ``network``: bytes that a rank gets in a step, counted on this machine's loopback, beside what
+  :mod:`alignclip.training.network` says.
+
+A canonical node's samples are shuffled among themselves. So a node of a run with as many canonical
+nodes as nodes reads what one node reads that is alone with its share of the shards. Sets that don't
+fit into this machine's memory are simulated so; ``tests/test_scaling.py`` compares both ways.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from measuring import CHECKOUT, MEBIBYTE, Figures, Timing, in_a_process, parser_of, this_machine
+from streaming.base.partition import get_partitions
+from streaming.base.shuffle import get_shuffle
+
+PARTS = ("nodes", "order", "network")
+RANKS = 8  # of a node
+WORKERS = 8  # of a rank
+SEED, EPOCH = 17, 0
+SMALLEST_BLOCK, BLOCKS = 2**18, 4_000_000  # Streaming's default: BLOCKS / canonical nodes, at least
+ORDER_SIZES = (1_000_000, 3_000_000, 10_000_000)
+NETWORK_BATCH, NETWORK_WIDTH = 512, 512
+SCALING_FLAGS = {"batch": (64, "pairs of a rank")}
+SCALING_EXAMPLES = """examples:
+  python benchmarks/scaling.py
+  python benchmarks/scaling.py --only nodes --batch 128"""
+
+
+@dataclass(frozen=True)
+class Set:
+    """A set of pairs.
+
+    Attributes:
+        name: as people call it.
+        samples: in all.
+        shard: samples of a shard.
+        shard_bytes: of a shard.
+    """
+
+    name: str
+    samples: int
+    shard: int
+    shard_bytes: int
+
+
+# pictures of 256 pixels with their captions and embeddings: 33 kB a pair, 67 MB a shard
+SETS = (
+    Set("CC12M", 10_030_127, 2000, 66_000_000),
+    Set("LAION-400M", 400_000_000, 2000, 66_000_000),
+    Set("LAION-2B", 2_000_000_000, 2000, 66_000_000),
+)
+NODES = (1, 8, 128)
+LARGEST = 64_000_000  # samples that are simulated: 8 bytes each, several times
+
+
+@dataclass(frozen=True)
+class NodeReads:
+    """What a node reads in an epoch.
+
+    Attributes:
+        shards: that the node downloads.
+        open_at_once: the most shards that have been read from and will be read from again.
+        before_first: shards of the first batch of all ranks.
+        of_a_batch: the median number of shards that a batch of the node comes from.
+        samples: of such a batch.
+    """
+
+    shards: int
+    open_at_once: int
+    before_first: int
+    of_a_batch: float
+    samples: int
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the tables."""
+    parser = parser_of("scaling.py", str(__doc__), SCALING_EXAMPLES, SCALING_FLAGS)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="of the parts")
+    options = parser.parse_args(arguments)
+    figures = Figures("scaling", options)
+    print(this_machine())
+    if "nodes" in options.only:
+        show_nodes(options.batch)
+    if "order" in options.only:
+        show_order(figures)
+    if "network" in options.only:
+        show_network()
+    figures.write()
+    return 0
+
+
+def show_nodes(batch: int) -> None:
+    """Print what a node reads, by set, nodes and canonical nodes."""
+    print(f"\n{RANKS} ranks a node, {WORKERS} workers a rank, {batch} pairs a rank and step")
+    print(
+        "| set | nodes | canonical nodes | a node downloads | of the set | least cache_limit "
+        "| shards before the first batch | shards of a node's batch |"
+    )
+    print("|---|--:|--:|--:|--:|--:|--:|--:|")
+    for one in SETS:
+        for nodes in NODES:
+            for canonical in sorted({64, nodes} if nodes > 64 else {64}):
+                reads = reads_of_a_node(one, nodes, canonical, batch)
+                if reads is None:
+                    continue
+                whole = math.ceil(one.samples / one.shard)
+                print(
+                    f"| {one.name} | {nodes} | {canonical} | {gb(reads.shards * one.shard_bytes)} "
+                    f"| {100 * reads.shards / whole:.3g} % "
+                    f"| {gb(reads.open_at_once * one.shard_bytes)} | {reads.before_first} "
+                    f"| {reads.of_a_batch:.0f} of {reads.samples} pairs |"
+                )
+
+
+def reads_of_a_node(one: Set, nodes: int, canonical: int, batch: int) -> NodeReads | None:
+    """Simulate an epoch of the first node; None where a node's share is too large for that."""
+    block = max(BLOCKS // canonical, SMALLEST_BLOCK)
+    # groups of nodes that have no shard in common
+    parts = 1 if one.samples <= LARGEST else min(nodes, canonical)
+    if one.samples // parts > LARGEST:
+        return None
+    return simulate(
+        one.samples // parts, one.shard, nodes // parts, canonical // parts, block, batch
+    )
+
+
+def simulate(
+    samples: int, shard: int, nodes: int, canonical: int, block: int, batch: int
+) -> NodeReads:
+    """Make the order of an epoch as Streaming does, and count what the first node reads.
+
+    Args:
+        samples: of the set.
+        shard: samples of a shard.
+        nodes: of the run.
+        canonical: nodes by which the order is made.
+        block: samples among which a shard is spread.
+        batch: pairs of a rank.
+    """
+    sizes = np.full(math.ceil(samples / shard), shard, np.int64)
+    sizes[-1] = samples - shard * (len(sizes) - 1)
+    order = get_shuffle("py1e", sizes, canonical, SEED, EPOCH, block)
+    ids = get_partitions("relaxed", samples, canonical, nodes, RANKS, WORKERS, batch)[0]
+    # [ranks, workers, batches, pairs] -> a row a step
+    steps = ids.transpose(2, 1, 0, 3).reshape(-1, RANKS * batch)
+    steps = steps[(steps >= 0).all(axis=1)]
+    shards = order[steps] // shard
+    first = np.full(len(sizes), -1)
+    last = np.full(len(sizes), -1)
+    numbers = np.broadcast_to(np.arange(len(shards))[:, None], shards.shape)
+    last[shards.ravel()] = numbers.ravel()  # of several the last counts
+    first[shards.ravel()[::-1]] = numbers.ravel()[::-1]
+    read = first >= 0
+    opened = np.bincount(first[read], minlength=len(shards))
+    closed = np.bincount(last[read] + 1, minlength=len(shards) + 1)[: len(shards)]
+    some = shards[:: max(1, len(shards) // 100)]
+    return NodeReads(
+        shards=int(read.sum()),
+        open_at_once=int((opened - closed).cumsum().max()),
+        before_first=len(np.unique(shards[0])),
+        of_a_batch=statistics.median(len(np.unique(row)) for row in some),
+        samples=RANKS * batch,
+    )
+
+
+def show_order(figures: Figures) -> None:
+    """Print what making an epoch's order takes; what the machine can't hold follows by size."""
+    print("\n| samples | seconds | memory | bytes a sample |\n|--:|--:|--:|--:|")
+    seconds = memory = 0.0
+    for samples in ORDER_SIZES:
+        done = in_a_process(time_order, samples)
+        seconds, memory = done.seconds / samples, done.peak / samples
+        print(
+            f"| {samples:,} | {done.seconds:.1f} | {done.peak / MEBIBYTE:,.0f} MiB | {memory:.0f} |"
+        )
+    figures.add("order/time", [seconds * 1e6], "µs/sample", "lower")
+    for one in SETS[1:]:
+        print(
+            f"| {one.samples:,} (by size) | {seconds * one.samples:,.0f} "
+            f"| {gb(memory * one.samples)} | |"
+        )
+
+
+def time_order(samples: int) -> Timing:
+    """Make the order of an epoch for 8 nodes, and measure it."""
+    from measuring import timed
+
+    def make() -> None:
+        sizes = np.full(math.ceil(samples / 2000), 2000, np.int64)
+        sizes[-1] = samples - 2000 * (len(sizes) - 1)
+        ids = get_partitions("relaxed", samples, 64, 8, RANKS, WORKERS, 64)
+        order = get_shuffle("py1e", sizes, 64, SEED, EPOCH, SMALLEST_BLOCK)
+        np.where(ids != -1, order[ids], -1)
+
+    return timed(make)
+
+
+def show_network() -> None:
+    """Print the bytes of a step, counted and by the formula."""
+    print("\n| ranks | strategy | MB a rank and step, counted | by the formula | ratio |")
+    print("|--:|---|--:|--:|--:|")
+    for ranks in (2, 4):
+        for fsdp in (False, True):
+            counted, formula = network_of(ranks, fsdp)
+            print(
+                f"| {ranks} | {'FSDP2' if fsdp else 'DDP'} | {counted / 1e6:.2f} "
+                f"| {formula / 1e6:.2f} | {counted / formula:.2f} |"
+            )
+
+
+def network_of(ranks: int, fsdp: bool) -> tuple[float, float]:
+    """Train the debug recipe on several ranks, and count a step's bytes of a rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder, "bytes")
+        settings = [
+            "max_duration=8ba",
+            "scheduler.t_warmup=1ba",
+            "save_folder=null",
+            "autoresume=false",
+            "data.streams.scenes.repeat=40",
+            f"global_train_batch_size={NETWORK_BATCH}",
+            f"model.embed_dim={NETWORK_WIDTH}",
+        ]
+        if fsdp:
+            settings.append("parallelism_config.fsdp2.reshard_after_forward=true")
+        scenes = f"data.streams.scenes.local={CHECKOUT / 'tests/fixtures/debug/mds'}"
+        composer = Path(sys.executable).with_name("composer")
+        words = [composer, "-n", str(ranks), CHECKOUT / "pretrain.py"]
+        counter = f"callbacks: {{network_counter.LoopbackBytes: {{path: {found}}}}}"
+        debug = (CHECKOUT / "yamls/debug.yaml").read_text(encoding="utf-8")
+        yaml = Path(folder, "debug.yaml")
+        yaml.write_text(debug.replace("callbacks: {}", counter), encoding="utf-8")
+        subprocess.run(
+            [*map(str, words), str(yaml), scenes, *settings],
+            cwd=Path(__file__).parent,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        counted, formula = map(float, found.read_text(encoding="utf-8").split())
+    return counted, formula
+
+
+def gb(number: float) -> str:
+    """Return bytes in GB."""
+    return f"{number / 1e9:,.1f} GB" if number < 1e12 else f"{number / 1e12:,.2f} TB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -206,7 +206,9 @@ def time_order(samples: int) -> Timing:
         sizes[-1] = samples - 2000 * (len(sizes) - 1)
         ids = get_partitions("relaxed", samples, 64, 8, RANKS, WORKERS, 64)
         order = get_shuffle("py1e", sizes, 64, SEED, EPOCH, SMALLEST_BLOCK)
-        np.where(ids != -1, order[ids], -1)
+        ids = np.where(ids != -1, order[ids], -1)
+        resampled = np.arange(samples)  # Streaming's list of what an epoch draws from the streams
+        np.where(ids != -1, resampled[ids], -1)
 
     return timed(make)
 

@@ -26,7 +26,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install install-newest quickstart profile test test-fast test-all test-newest test-readers bench lint constraints clean
+.PHONY: help install install-newest quickstart profile test test-fast test-all soak test-newest test-readers bench lint constraints clean
 
 help:
 	@echo "make quickstart   draw a data set, convert it, train a tiny AlignCLIP, show what it learnt (minutes, CPU)"
@@ -34,6 +34,7 @@ help:
 	@echo "make test         what every change has to pass: end-to-end tests, too; no GPU"
 	@echo "make test-all     all fuzz and many random kills besides, from a new seed, which is printed"
 	@echo "make test-readers what other libraries read of our sets (docs/data.md)"
+	@echo "make soak         kill runs and conversions at random for two hours: nothing may be lost"
 	@echo "make profile      where a step's time goes: a table, and a trace (ARGS='yamls/… key=value' for another run)"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench        every benchmark at a quick size, beside the figures of this hardware before"
@@ -71,6 +72,10 @@ test-fast: install
 test: install
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu and not alone' $(ARGS)
 	$(BIN)/python -m pytest -m 'alone and not gpu' $(ARGS)
+
+# hours: kills, signals and outages at random; ARGS='--hours 8 --seed 7'
+soak: install
+	$(BIN)/python tests/soak.py $(ARGS)
 
 test-all:
 	$(MAKE) test ARGS='--full $(ARGS)'

@@ -1,4 +1,4 @@
-"""What a run on many nodes reads, keeps and sends, by Streaming's own partition and shuffle.
+"""Simulate what a run on many nodes reads, keeps and sends, by Streaming's own code.
 
 - ``nodes``: the shards that a node downloads, how many of them it needs at one time (the least
   ``cache_limit`` with which nothing is downloaded twice), how many it waits for before its first
@@ -29,7 +29,7 @@ from measuring import CHECKOUT, MEBIBYTE, Figures, Timing, in_a_process, parser_
 from streaming.base.partition import get_partitions
 from streaming.base.shuffle import get_shuffle
 
-PARTS = ("nodes", "order", "network")
+SCALING_PARTS = ("nodes", "order", "network")
 RANKS = 8  # of a node
 WORKERS = 8  # of a rank
 SEED, EPOCH = 17, 0
@@ -71,7 +71,7 @@ LARGEST = 64_000_000  # samples that are simulated: 8 bytes each, several times
 
 @dataclass(frozen=True)
 class NodeReads:
-    """What a node reads in an epoch.
+    """The reads of a node in an epoch.
 
     Attributes:
         shards: that the node downloads.
@@ -91,7 +91,9 @@ class NodeReads:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the tables."""
     parser = parser_of("scaling.py", str(__doc__), SCALING_EXAMPLES, SCALING_FLAGS)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="of the parts")
+    parser.add_argument(
+        "--only", nargs="+", choices=SCALING_PARTS, default=SCALING_PARTS, help="of the parts"
+    )
     options = parser.parse_args(arguments)
     figures = Figures("scaling", options)
     print(this_machine())

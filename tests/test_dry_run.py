@@ -27,7 +27,7 @@ from alignclip.training.dry_run_steps import seconds_of_loader
 from alignclip.training.footprint import (
     Footprint,
     activations,
-    drawn_batch,
+    empty_batch,
     footprint,
     kept_bytes,
     state_ratio,
@@ -172,7 +172,7 @@ def test_activations_are_those_of_the_whole_batch(runs: SmallRuns, precision: st
     settings = ("global_train_batch_size=16", f"precision={precision}")
     config, model = runs.config(*settings), model_of(runs, *settings)
     known = {one.untyped_storage().data_ptr() for one in model.parameters()}
-    batch = drawn_batch(config, 16, CPU, 0)
+    batch = empty_batch(config, 16, CPU, 0)
     direct = kept_bytes(lambda: model(batch), known, config, CPU)
     assert activations(config, model, CPU) == direct
 

@@ -65,7 +65,7 @@ class Parser(argparse.ArgumentParser):
 
 
 @dataclass(frozen=True)
-class Arguments:
+class CommandArguments:
     """The arguments of a command that reads a YAML file.
 
     Attributes:
@@ -81,7 +81,7 @@ class Arguments:
 
 def read_arguments(
     arguments: Sequence[str], prog: str, description: str, examples: str, has_dry_run: bool = False
-) -> Arguments:
+) -> CommandArguments:
     """Read the arguments of a command.
 
     Args:
@@ -125,7 +125,7 @@ def read_arguments(
     alone = filter(str.isdecimal, (options.config, *overrides))
     if DRY_RUN in arguments and (steps := next(alone, "")):
         parser.error(f"{DRY_RUN} {steps}: write {DRY_RUN}={steps}")
-    return Arguments(options.config, overrides, options.dry_run if has_dry_run else None)
+    return CommandArguments(options.config, overrides, options.dry_run if has_dry_run else None)
 
 
 def _steps(text: str) -> int:

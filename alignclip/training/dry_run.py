@@ -55,8 +55,8 @@ from alignclip.training.dry_run_page import (
     expected_text,
     measured_text,
 )
-from alignclip.training.dry_run_steps import measure
-from alignclip.training.footprint import Whole, drawn_batch, footprint
+from alignclip.training.dry_run_steps import measure_steps
+from alignclip.training.footprint import Whole, empty_batch, footprint
 from alignclip.training.network import step_bytes
 from alignclip.training.preflight import check_inputs, check_parallelism, training_device
 from alignclip.training.resume import StartingPoint
@@ -90,7 +90,7 @@ def dry_run(config: RunConfig, steps: int) -> int:
         print_once(f"{to_yaml(config)}\n{expected_text(config, expected)}")
         if steps:
             left = max(0, expected.data.batches - expected.trained)
-            print_once(measured_text(config, measure(cached, device, steps), left))
+            print_once(measured_text(config, measure_steps(cached, device, steps), left))
     return 0
 
 
@@ -154,7 +154,7 @@ def expect(
     optimizer = build_optimizer(config.optimizer, model.encoders, device.name == "gpu")
     build_scheduler(config, optimizer, batches_an_epoch(config, loader))
     dimension, chosen = dataset.dimension, choose_device(config.device)
-    batch = drawn_batch(config, int(dataset.batch_size or 0), torch.device("cpu"), dimension)
+    batch = empty_batch(config, int(dataset.batch_size or 0), torch.device("cpu"), dimension)
     return ExpectedRun(
         data=describe_data(config, loader, dataset),
         parameters=count_parameters(model),
@@ -172,7 +172,7 @@ def expect(
         device=device.name if chosen.type != "cuda" else torch.cuda.get_device_name(chosen),
         memory=_memory(chosen),
         save_folder=folder.uri if folder is not None else None,
-        save_room=_free_bytes(folder.uri) if folder is not None else None,
+        save_room=_room_for(folder.uri) if folder is not None else None,
         checkpoint=checkpoint,
         trained=(folder.batch_of(checkpoint) or 0) if folder and checkpoint else 0,
         checkpoint_size=Whole.of(config, model).checkpoint(config.save_weights_only),
@@ -227,7 +227,7 @@ def _memory(device: torch.device) -> int | None:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local_world_size()
 
 
-def _free_bytes(place: str) -> int | None:
+def _room_for(place: str) -> int | None:
     """Return the bytes that are free where a folder is or will be; None of an object store."""
     if "://" in place:
         return None

@@ -15,7 +15,7 @@ from alignclip.training.footprint import Footprint
 from alignclip.training.network import StepBytes
 from alignclip.training.pace import duration
 
-Row = tuple[str, str]
+TableRow = tuple[str, str]
 COUNTED = ("EMA", "SAM")  # algorithms whose memory is a part
 WITHOUT_MEMORY = ("GradientClipping", "LayerFreezing")
 TIGHT = 0.95  # share of a device's memory; the allocator needs the rest
@@ -120,11 +120,11 @@ def measured_text(config: RunConfig, steps: MeasuredSteps, left: int) -> str:
         ("most memory", f"{in_memory(steps.memory)} of this rank"),
         (
             "the run",
-            f"{duration(left * seconds)} for the {_counted(left)} left, by {slower}; evaluation "
-            "and checkpoints come on top",
+            f"{duration(left * seconds)} for the {_batches_in_words(left)} left, by {slower}; "
+            "evaluation and checkpoints come on top",
         ),
     ]
-    return f"\nmeasured, median of {_counted(steps.count)}\n{_aligned(rows)}"
+    return f"\nmeasured, median of {_batches_in_words(steps.count)}\n{_aligned(rows)}"
 
 
 def in_memory(number: float) -> str:
@@ -132,7 +132,7 @@ def in_memory(number: float) -> str:
     return f"{number / 2**30:,.2f} GiB" if number >= 2**30 else f"{number / 2**20:,.1f} MiB"
 
 
-def in_words(number: float, unit: str = "") -> str:
+def with_prefix(number: float, unit: str = "") -> str:
     """Return a number of parameters or operations with the prefix that suits it: 31.2 M."""
     for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
         if number >= size and (unit or prefix == "M"):
@@ -148,7 +148,7 @@ def on_disk(number: float) -> str:
     return f"{number / 1e3:,.1f} kB"
 
 
-def _data_rows(config: RunConfig, data: ExpectedData) -> list[Row]:
+def _data_rows(config: RunConfig, data: ExpectedData) -> list[TableRow]:
     rows = [
         (
             name,
@@ -162,11 +162,11 @@ def _data_rows(config: RunConfig, data: ExpectedData) -> list[Row]:
     rows += [
         (
             "an epoch",
-            f"{_counted(data.an_epoch)} of {config.global_train_batch_size:,}{spread}",
+            f"{_batches_in_words(data.an_epoch)} of {config.global_train_batch_size:,}{spread}",
         ),
         (
             "the whole run",
-            f"{_counted(data.batches)} ({config.max_duration}), "
+            f"{_batches_in_words(data.batches)} ({config.max_duration}), "
             f"{data.batches * config.global_train_batch_size:,} samples",
         ),
     ]
@@ -181,7 +181,7 @@ def _data_rows(config: RunConfig, data: ExpectedData) -> list[Row]:
     return rows
 
 
-def _model_rows(config: RunConfig, run: ExpectedRun) -> list[Row]:
+def _model_rows(config: RunConfig, run: ExpectedRun) -> list[TableRow]:
     sizes = run.parameters
     parts = {
         "of both encoders": sizes.shared,
@@ -190,15 +190,15 @@ def _model_rows(config: RunConfig, run: ExpectedRun) -> list[Row]:
         "of these locked": sizes.locked,
     }
     whole = sizes.image + sizes.text + sizes.shared
-    rows = [("parameters", in_words(whole))]
-    rows += [(f"  {name}", in_words(number)) for name, number in parts.items() if number]
+    rows = [("parameters", with_prefix(whole))]
+    rows += [(f"  {name}", with_prefix(number)) for name, number in parts.items() if number]
     length = config.model.text_cfg.context_length
     if run.flops:
         least = f"; {run.flops / run.peak:.3g} s at the device's peak" if run.peak else ""
         rows.append(
             (
                 "a step of a rank",
-                f"{in_words(run.flops, 'FLOP')}, where a text has {length} tokens{least}",
+                f"{with_prefix(run.flops, 'FLOP')}, where a text has {length} tokens{least}",
             )
         )
     sent = run.network
@@ -214,7 +214,7 @@ def _model_rows(config: RunConfig, run: ExpectedRun) -> list[Row]:
     return rows
 
 
-def _memory_rows(config: RunConfig, run: ExpectedRun) -> list[Row]:
+def _memory_rows(config: RunConfig, run: ExpectedRun) -> list[TableRow]:
     needed, pairs = run.footprint, pairs_of_a_rank(config)
     at_once = f"{pairs:,} pairs"
     if in_chunks(config):
@@ -239,14 +239,14 @@ def _memory_rows(config: RunConfig, run: ExpectedRun) -> list[Row]:
     return rows
 
 
-def _saving_rows(config: RunConfig, run: ExpectedRun) -> list[Row]:
+def _saving_rows(config: RunConfig, run: ExpectedRun) -> list[TableRow]:
     if run.save_folder is None:
         return [("none", "save_folder is not set: nothing is saved")]
     start = "the run would begin: no checkpoint is there"
     if config.load_path:
         start = f"the run would start from {config.load_path}, whose content isn't looked at here"
     if run.checkpoint is not None:
-        of_all = f"{run.trained:,} of {_counted(run.data.batches)} are trained"
+        of_all = f"{run.trained:,} of {_batches_in_words(run.data.batches)} are trained"
         start = f"the run would go on from {run.checkpoint}: {of_all}"
     keep = config.save_num_checkpoints_to_keep
     kept = {-1: "all are kept", 1: "the last one is kept"}.get(keep, f"the last {keep} are kept")
@@ -277,7 +277,7 @@ def _warnings(config: RunConfig, run: ExpectedRun) -> list[str]:
     return said
 
 
-def _counted(number: int) -> str:
+def _batches_in_words(number: int) -> str:
     return "1 batch" if number == 1 else f"{number:,} batches"
 
 
@@ -287,6 +287,6 @@ def _rate(seconds: float, size: int) -> str:
     return f"{seconds:.3g} s a batch, {size / seconds:,.0f} samples/s"
 
 
-def _aligned(rows: Sequence[Row]) -> str:
+def _aligned(rows: Sequence[TableRow]) -> str:
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:{width}}  {text}" for name, text in rows)

@@ -44,7 +44,7 @@ class MeasuredSteps:
     memory: int
 
 
-def measure(config: RunConfig, device: Device, steps: int) -> MeasuredSteps:
+def measure_steps(config: RunConfig, device: Device, steps: int) -> MeasuredSteps:
     """Train a few steps as the run would; time them, and time the loader alone."""
     clock = StepClock()
     trainer = build_trainer(shortened(config, UNMEASURED_BATCHES + steps), device, None, [clock])

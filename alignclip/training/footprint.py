@@ -25,10 +25,10 @@ from alignclip.model.composer_model import AlignCLIPModel, is_block
 from alignclip.model.optimization import build_optimizer
 from alignclip.ranks import world_size
 from alignclip.training.device_memory import in_chunks, pairs_of_a_rank
+from alignclip.training.network import FP32
 
 log = logging.getLogger(__name__)
 
-FP32 = 4  # bytes
 FEW, MORE = 2, 4  # pairs of the two batches: a BatchNorm refuses one
 LOGITS_AT_ONCE = 6  # tiles, or small matrices, that the loss holds at a time
 GATHERED_BLOCKS = 2  # of FSDP: the one that is computed, and the next one
@@ -74,9 +74,9 @@ class Whole:
     @classmethod
     def of(cls, config: RunConfig, model: AlignCLIPModel) -> Whole:
         """Count the bytes of a model that is not wrapped so far."""
-        weights = sum(map(_bytes, [*model.parameters(), *model.buffers()]))
-        trained = sum(_bytes(one) for one in model.parameters() if one.requires_grad)
-        buffers = sum(map(_bytes, model.buffers()))
+        weights = sum(map(tensor_bytes, [*model.parameters(), *model.buffers()]))
+        trained = sum(tensor_bytes(one) for one in model.parameters() if one.requires_grad)
+        buffers = sum(map(tensor_bytes, model.buffers()))
         algorithms = trained + buffers if "EMA" in config.algorithms else 0
         algorithms += trained if "SAM" in config.algorithms else 0  # the way to its second point
         return cls(weights, trained, round(trained * state_ratio(config.optimizer)), algorithms)
@@ -126,7 +126,7 @@ def footprint(
         gradients=gradients,
         optimizer=state,
         algorithms=algorithms,
-        batch=sum(map(_bytes, _tensors(drawn_batch(config, 1, device, dimension)))) * pairs,
+        batch=sum(map(tensor_bytes, _tensors(empty_batch(config, 1, device, dimension)))) * pairs,
         activations=activations(config, model, device),
         loss=_loss_bytes(config, device, dimension),
     )
@@ -145,10 +145,11 @@ def activations(config: RunConfig, model: AlignCLIPModel, device: torch.device) 
     encoders, chunk = model.encoders, model.encode_chunk_size
 
     def measured(encode: Callable[[Batch], object]) -> Linear:
-        few, more = (
-            kept_bytes(lambda: encode(drawn_batch(config, pairs, device, 0)), known, config, device)  # noqa: B023
-            for pairs in (FEW, MORE)
-        )
+        def kept(pairs: int) -> int:
+            batch = empty_batch(config, pairs, device, 0)
+            return kept_bytes(lambda: encode(batch), known, config, device)
+
+        few, more = kept(FEW), kept(MORE)
         pair = (more - few) // (MORE - FEW)
         return Linear(few - pair * FEW, pair)
 
@@ -189,7 +190,7 @@ def kept_bytes(
     return sum(one.nbytes() for address, one in kept.items() if address not in known)
 
 
-def drawn_batch(config: RunConfig, pairs: int, device: torch.device, dimension: int) -> Batch:
+def empty_batch(config: RunConfig, pairs: int, device: torch.device, dimension: int) -> Batch:
     """Make a batch of empty images, and of texts that end at their last token."""
     size, length = config.model.vision_cfg.image_size, config.model.text_cfg.context_length
     text = torch.zeros(pairs, length, dtype=torch.int64, device=device)
@@ -225,7 +226,7 @@ def state_ratio(config: OptimizerConfig) -> float:
     held = (value for values in optimizer.state.values() for value in values.values())
     # a counter of steps is no matrix
     matrices = (one for one in held if isinstance(one, Tensor) and one.ndim)
-    return sum(map(_bytes, matrices)) / _bytes(model.weight)
+    return sum(map(tensor_bytes, matrices)) / tensor_bytes(model.weight)
 
 
 def _loss_bytes(config: RunConfig, device: torch.device, dimension: int) -> int:
@@ -241,8 +242,8 @@ def _gathered_by_fsdp(model: AlignCLIPModel) -> int:
     """Return the bytes of parameters that a rank has whole: two blocks, and what is in no block."""
     blocks = {module for module in model.modules() if is_block(module)}
     inside = {id(one) for block in blocks for one in block.parameters()}
-    largest = max((sum(map(_bytes, block.parameters())) for block in blocks), default=0)
-    outside = sum(_bytes(one) for one in model.parameters() if id(one) not in inside)
+    largest = max((sum(map(tensor_bytes, block.parameters())) for block in blocks), default=0)
+    outside = sum(tensor_bytes(one) for one in model.parameters() if id(one) not in inside)
     return GATHERED_BLOCKS * largest + outside
 
 
@@ -250,7 +251,8 @@ def _tensors(batch: Batch) -> Iterable[Tensor]:
     return (one for one in batch.values() if isinstance(one, Tensor))
 
 
-def _bytes(tensor: Tensor) -> int:
+def tensor_bytes(tensor: Tensor) -> int:
+    """Return the bytes of a tensor's numbers."""
     return tensor.numel() * tensor.element_size()
 
 

@@ -25,7 +25,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from measuring import CHECKOUT, MEBIBYTE, Figures, Timing, in_a_process, parser_of, this_machine
+from measuring import (
+    CHECKOUT,
+    MEBIBYTE,
+    Figures,
+    Timing,
+    in_a_process,
+    parser_of,
+    this_machine,
+    timed,
+)
 from streaming.base.partition import get_partitions
 from streaming.base.shuffle import get_shuffle
 
@@ -42,30 +51,18 @@ SCALING_EXAMPLES = """examples:
   python benchmarks/scaling.py --only nodes --batch 128"""
 
 
-@dataclass(frozen=True)
-class Set:
-    """A set of pairs.
-
-    Attributes:
-        name: as people call it.
-        samples: in all.
-        shard: samples of a shard.
-        shard_bytes: of a shard.
-    """
-
-    name: str
-    samples: int
-    shard: int
-    shard_bytes: int
-
-
-# pictures of 256 pixels with their captions and embeddings: 33 kB a pair, 67 MB a shard
-SETS = (
-    Set("CC12M", 10_030_127, 2000, 66_000_000),
-    Set("LAION-400M", 400_000_000, 2000, 66_000_000),
-    Set("LAION-2B", 2_000_000_000, 2000, 66_000_000),
+SETS = {"CC12M": 10_030_127, "LAION-400M": 400_000_000, "LAION-2B": 2_000_000_000}  # samples
+# pictures of 256 pixels with their captions and embeddings: 33 kB a pair
+SHARD, SHARD_BYTES = 2000, 66_000_000
+# nodes, canonical nodes, samples of a block; None: as Streaming chooses
+RUNS: tuple[tuple[int, int, int | None], ...] = (
+    (1, 64, None),
+    (1, 8, None),
+    (1, 1, SMALLEST_BLOCK),
+    (8, 64, None),
+    (128, 64, None),
+    (128, 128, None),
 )
-NODES = (1, 8, 128)
 LARGEST = 64_000_000  # samples that are simulated: 8 bytes each, several times
 
 
@@ -111,35 +108,40 @@ def show_nodes(batch: int) -> None:
     """Print what a node reads, by set, nodes and canonical nodes."""
     print(f"\n{RANKS} ranks a node, {WORKERS} workers a rank, {batch} pairs a rank and step")
     print(
-        "| set | nodes | canonical nodes | a node downloads | of the set | least cache_limit "
-        "| shards before the first batch | shards of a node's batch |"
+        "| set | nodes | canonical nodes | block | a node downloads | of the set "
+        "| least cache_limit | shards before the first batch | shards of a node's batch |"
     )
-    print("|---|--:|--:|--:|--:|--:|--:|--:|")
-    for one in SETS:
-        for nodes in NODES:
-            for canonical in sorted({64, nodes} if nodes > 64 else {64}):
-                reads = reads_of_a_node(one, nodes, canonical, batch)
-                if reads is None:
-                    continue
-                whole = math.ceil(one.samples / one.shard)
+    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
+    for name, samples in SETS.items():
+        for nodes, canonical, given in RUNS:
+            block = given or max(BLOCKS // canonical, SMALLEST_BLOCK)
+            reads = reads_of_a_node(samples, nodes, canonical, block, batch)
+            if reads is not None:
                 print(
-                    f"| {one.name} | {nodes} | {canonical} | {gb(reads.shards * one.shard_bytes)} "
-                    f"| {100 * reads.shards / whole:.3g} % "
-                    f"| {gb(reads.open_at_once * one.shard_bytes)} | {reads.before_first} "
+                    f"| {name} | {nodes} | {canonical} | {block:,} "
+                    f"| {gb(reads.shards * SHARD_BYTES)} "
+                    f"| {100 * reads.shards / math.ceil(samples / SHARD):.3g} % "
+                    f"| {gb(reads.open_at_once * SHARD_BYTES)} | {reads.before_first} "
                     f"| {reads.of_a_batch:.0f} of {reads.samples} pairs |"
                 )
 
 
-def reads_of_a_node(one: Set, nodes: int, canonical: int, batch: int) -> NodeReads | None:
+def reads_of_a_node(
+    samples: int, nodes: int, canonical: int, block: int, batch: int
+) -> NodeReads | None:
     """Simulate an epoch of the first node; None where a node's share is too large for that."""
-    block = max(BLOCKS // canonical, SMALLEST_BLOCK)
     # groups of nodes that have no shard in common
-    parts = 1 if one.samples <= LARGEST else min(nodes, canonical)
-    if one.samples // parts > LARGEST:
+    parts = 1 if samples <= LARGEST else min(nodes, canonical)
+    if samples // parts > LARGEST:
         return None
-    return simulate(
-        one.samples // parts, one.shard, nodes // parts, canonical // parts, block, batch
-    )
+    return simulate(samples // parts, SHARD, nodes // parts, canonical // parts, block, batch)
+
+
+def shard_sizes(samples: int, shard: int) -> np.ndarray:
+    """Return the samples of each shard; the last one has the rest."""
+    sizes = np.full(math.ceil(samples / shard), shard, np.int64)
+    sizes[-1] = samples - shard * (len(sizes) - 1)
+    return sizes
 
 
 def simulate(
@@ -155,8 +157,7 @@ def simulate(
         block: samples among which a shard is spread.
         batch: pairs of a rank.
     """
-    sizes = np.full(math.ceil(samples / shard), shard, np.int64)
-    sizes[-1] = samples - shard * (len(sizes) - 1)
+    sizes = shard_sizes(samples, shard)
     order = get_shuffle("py1e", sizes, canonical, SEED, EPOCH, block)
     ids = get_partitions("relaxed", samples, canonical, nodes, RANKS, WORKERS, batch)[0]
     # [ranks, workers, batches, pairs] -> a row a step
@@ -192,20 +193,18 @@ def show_order(figures: Figures) -> None:
             f"| {samples:,} | {done.seconds:.1f} | {done.peak / MEBIBYTE:,.0f} MiB | {memory:.0f} |"
         )
     figures.add("order/time", [seconds * 1e6], "µs/sample", "lower")
-    for one in SETS[1:]:
-        print(
-            f"| {one.samples:,} (by size) | {seconds * one.samples:,.0f} "
-            f"| {gb(memory * one.samples)} | |"
-        )
+    for samples in SETS.values():
+        if samples > 10 * ORDER_SIZES[-1]:
+            print(
+                f"| {samples:,} (by size) | {seconds * samples:,.0f} | {gb(memory * samples)} | |"
+            )
 
 
 def time_order(samples: int) -> Timing:
     """Make the order of an epoch for 8 nodes, and measure it."""
-    from measuring import timed
 
     def make() -> None:
-        sizes = np.full(math.ceil(samples / 2000), 2000, np.int64)
-        sizes[-1] = samples - 2000 * (len(sizes) - 1)
+        sizes = shard_sizes(samples, SHARD)
         ids = get_partitions("relaxed", samples, 64, 8, RANKS, WORKERS, 64)
         order = get_shuffle("py1e", sizes, 64, SEED, EPOCH, SMALLEST_BLOCK)
         ids = np.where(ids != -1, order[ids], -1)

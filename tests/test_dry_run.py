@@ -26,6 +26,7 @@ from alignclip.training.dry_run import dry_run
 from alignclip.training.dry_run_steps import seconds_of_loader
 from alignclip.training.footprint import (
     Footprint,
+    Whole,
     activations,
     empty_batch,
     footprint,
@@ -192,7 +193,7 @@ def test_the_parts_of_a_rank(runs: SmallRuns) -> None:
     config, model = runs.config(*EMA), model_of(runs)
     weights = sum(one.numel() for one in [*model.parameters(), *model.buffers()]) * 4
     trained = sum(one.numel() for one in model.parameters()) * 4
-    found = footprint(config, model, CPU, dimension=16)
+    found = footprint(config, model, Whole.of(config, model), CPU, dimension=16)
     assert (found.weights, found.gradients, found.algorithms) == (weights, trained, weights)
     assert found.optimizer == 2 * trained
     image, text = 3 * 32**2, 77 * 8

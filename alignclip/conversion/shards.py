@@ -9,7 +9,7 @@ import errno
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import compress
 from pathlib import Path
@@ -62,30 +62,12 @@ def convert_shard(
     Raises:
         UserError: the input cannot be fetched or ``out`` not be written.
     """
-    try:
-        return _convert_input(source, name, columns, options, show, store)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"no space left on the device, for {name} or its temporary copy (TMPDIR)"
-            ) from None
-        raise UserError(f"{source}: {error}") from error
-
-
-def _convert_input(
-    source: str,
-    name: str,
-    columns: dict[str, str],
-    options: ConvertOptions,
-    show: ShowProgress,
-    store: OutputFolder,
-) -> Counts:
     from alignclip.conversion.mds_writer import JoinedShardWriter
 
     counts = Counts()
-    encoder = load_encoder(options.encoder) if options.semantic else None
-    limit = _size_limit(source, columns, options, encoder)
-    with ExitStack() as stack:
+    with _errors_in_words(source, name), ExitStack() as stack:
+        encoder = load_encoder(options.encoder) if options.semantic else None
+        limit = _size_limit(source, columns, options, encoder)
         folders = {"": stack.enter_context(store.staged(name))}
         if options.held_out:
             folders[VAL] = stack.enter_context(store.staged(f"{VAL}/{name}"))
@@ -114,6 +96,23 @@ def _convert_input(
             short = {"source": source, "written": counts.held_out, "skipped": {}}
             (folders[VAL] / COUNTS).write_text(json.dumps(short))
     return counts
+
+
+@contextmanager
+def _errors_in_words(source: str, name: str) -> Iterator[None]:
+    """Say in one line what the system refuses.
+
+    Raises:
+        UserError: instead of OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"no space left on the device, for {name} or its temporary copy (TMPDIR)"
+            ) from None
+        raise UserError(f"{source}: {error}") from error
 
 
 def position(key: str) -> float:

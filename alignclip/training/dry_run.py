@@ -35,9 +35,7 @@ from alignclip.ranks import (
     wait_for_all_ranks,
     world_size,
 )
-from alignclip.runtime.distributed import join_ranks
 from alignclip.storage.copies import TEMPORARY
-from alignclip.training import plugins
 from alignclip.training.build import (
     batches_an_epoch,
     build_data,
@@ -58,7 +56,7 @@ from alignclip.training.dry_run_page import (
 from alignclip.training.dry_run_steps import measure_steps
 from alignclip.training.footprint import Whole, empty_batch, footprint
 from alignclip.training.network import step_bytes
-from alignclip.training.preflight import check_inputs, check_parallelism, training_device
+from alignclip.training.preflight import check_inputs, join
 from alignclip.training.resume import StartingPoint
 from alignclip.training.save_folder import SaveFolder
 from alignclip.training.speed import peak_flops
@@ -78,10 +76,7 @@ def dry_run(config: RunConfig, steps: int) -> int:
     Raises:
         UserError: whatever a person would have to change before the run.
     """
-    config = plugins.check(config)
-    device = training_device(config.device)
-    join_ranks(device.dist_backend, config.dist_timeout)
-    check_parallelism(config, device)
+    config, device = join(config)
     folder = SaveFolder(config) if config.save_folder else None
     run_on_rank_zero(lambda: check_inputs(config, folder))
     checkpoint = run_on_rank_zero(lambda: newest_checkpoint(config, folder))
@@ -154,15 +149,16 @@ def expect(
     optimizer = build_optimizer(config.optimizer, model.encoders, device.name == "gpu")
     build_scheduler(config, optimizer, batches_an_epoch(config, loader))
     dimension, chosen = dataset.dimension, choose_device(config.device)
+    parameters, whole = count_parameters(model), Whole.of(config, model)
     batch = empty_batch(config, int(dataset.batch_size or 0), torch.device("cpu"), dimension)
     return ExpectedRun(
         data=describe_data(config, loader, dataset),
-        parameters=count_parameters(model),
-        footprint=footprint(config, model, chosen, dimension),
+        parameters=parameters,
+        footprint=footprint(config, model, whole, chosen, dimension),
         flops=model.flops_per_batch(batch),
         peak=peak_flops(Precision(config.precision)),
         network=step_bytes(
-            sum(one.numel() for one in model.parameters() if one.requires_grad),
+            parameters.trained,
             ranks=world_size(),
             pairs=pairs_of_a_rank(config),
             width=config.model.embed_dim,
@@ -175,7 +171,7 @@ def expect(
         save_room=_room_for(folder.uri) if folder is not None else None,
         checkpoint=checkpoint,
         trained=(folder.batch_of(checkpoint) or 0) if folder and checkpoint else 0,
-        checkpoint_size=Whole.of(config, model).checkpoint(config.save_weights_only),
+        checkpoint_size=whole.checkpoint(config.save_weights_only),
     )
 
 

@@ -55,6 +55,16 @@ class Parameters:
     shared: int
     locked: int
 
+    @property
+    def all(self) -> int:
+        """Add the parts up; locked ones are among them."""
+        return self.image + self.text + self.shared
+
+    @property
+    def trained(self) -> int:
+        """The numbers that aren't locked."""
+        return self.all - self.locked
+
 
 @dataclass(frozen=True)
 class ExpectedRun:
@@ -189,8 +199,7 @@ def _model_rows(config: RunConfig, run: ExpectedRun) -> list[TableRow]:
         "of texts alone": sizes.text,
         "of these locked": sizes.locked,
     }
-    whole = sizes.image + sizes.text + sizes.shared
-    rows = [("parameters", with_prefix(whole))]
+    rows = [("parameters", with_prefix(sizes.all))]
     rows += [(f"  {name}", with_prefix(number)) for name, number in parts.items() if number]
     length = config.model.text_cfg.context_length
     if run.flops:

@@ -99,18 +99,19 @@ class Linear:
 
 
 def footprint(
-    config: RunConfig, model: AlignCLIPModel, device: torch.device, dimension: int
+    config: RunConfig, model: AlignCLIPModel, whole: Whole, device: torch.device, dimension: int
 ) -> Footprint:
     """Estimate the memory of a rank.
 
     Args:
         config: of the run.
         model: not wrapped so far, with its locked parts locked; it is moved to the device.
+        whole: the bytes of all ranks together.
         device: of this rank.
         dimension: numbers of a caption embedding; 0 without such.
     """
     model.to(device)
-    whole, ranks = Whole.of(config, model), world_size()
+    ranks = world_size()
     weights, gradients, state, algorithms = dataclasses.astuple(whole)
     if config.parallelism_config.fsdp2 is not None and ranks > 1:
         gathered = _gathered_by_fsdp(model)

@@ -12,7 +12,9 @@ from torch.compiler import list_backends
 from alignclip.config.schema import RunConfig
 from alignclip.data.streams import check_streams
 from alignclip.errors import UserError, nearest, one_line
+from alignclip.runtime.distributed import join_ranks
 from alignclip.storage import StorageError, open_file
+from alignclip.training import plugins
 from alignclip.training.run_record import check_config
 from alignclip.training.save_folder import SaveFolder
 from alignclip.training.trackers import check_login
@@ -32,6 +34,22 @@ def training_device(name: str | None) -> Device:
         raise UserError(
             f"device={name}: there is none on this machine ({one_line(error)}); device=cpu?"
         ) from None
+
+
+def join(config: RunConfig) -> tuple[RunConfig, Device]:
+    """Check a configuration against its classes and this machine, and meet the other ranks.
+
+    Returns:
+        the configuration with the classes' arguments converted, and the device of this rank.
+
+    Raises:
+        UserError: what doesn't fit; or the other ranks haven't come.
+    """
+    config = plugins.check(config)
+    device = training_device(config.device)
+    join_ranks(device.dist_backend, config.dist_timeout)
+    check_parallelism(config, device)
+    return config, device
 
 
 def check_parallelism(config: RunConfig, device: Device) -> None:

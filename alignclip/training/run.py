@@ -12,13 +12,12 @@ from alignclip.data import shared_memory_room
 from alignclip.data.dataset import ImageTextDataset
 from alignclip.data.streams import evaluated_on_training_data
 from alignclip.ranks import rank, run_on_rank_zero, wait_for_all_ranks, world_size
-from alignclip.runtime.distributed import join_ranks
 from alignclip.runtime.environment import Start
-from alignclip.training import composer_patches, plugins
+from alignclip.training import composer_patches
 from alignclip.training.build import build_trainer, total_batches
 from alignclip.training.callbacks import StopOnSignal
 from alignclip.training.display import print_once
-from alignclip.training.preflight import check_inputs, check_parallelism, training_device
+from alignclip.training.preflight import check_inputs, join
 from alignclip.training.run_card import FINISHED, STOPPED_EARLY, write_run_card
 from alignclip.training.run_record import add_start, record_config
 from alignclip.training.save_folder import SaveFolder
@@ -37,10 +36,7 @@ def run(config: RunConfig) -> int:
         NotFiniteError: a batch whose loss, gradients or weights are not finite; the batch is not
             saved.
     """
-    config = plugins.check(config)
-    device = training_device(config.device)
-    join_ranks(device.dist_backend, config.dist_timeout)
-    check_parallelism(config, device)
+    config, device = join(config)
     folder = SaveFolder(config) if config.save_folder else None
     run_on_rank_zero(lambda: prepare(config, folder))
     # From here on SIGTERM and Ctrl-C mean: save, then stop.

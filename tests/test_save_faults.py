@@ -25,6 +25,7 @@ from alignclip.storage import open_store
 from alignclip.training import run as training
 from alignclip.training.build import build_trainer
 from alignclip.training.history import HISTORY, History
+from alignclip.training.preflight import training_device
 from alignclip.training.run_record import record_config
 from alignclip.training.save_folder import SaveFolder
 from alignclip.training.saver import CheckpointSaver
@@ -65,7 +66,7 @@ def train(config: RunConfig, act: Any) -> None:
     """Train in this process."""
     folder = SaveFolder(config)
     record_config(folder)
-    trainer = build_trainer(config, training.training_device("cpu"), folder, [BeforeTheSave(act)])
+    trainer = build_trainer(config, training_device("cpu"), folder, [BeforeTheSave(act)])
     trainer.fit()
     trainer.close()
 

@@ -2,6 +2,8 @@
 # (Bytecode is compiled at once: importing the stack takes 10 s with it, 23 s without, and every process does. A plain
 # path to the checkout, because an import hook would lose to a folder of that name: the clone itself, seen from above.)
 SHELL := bash
+# Containers often set this: each of the tests' hundreds of processes would compile our own files anew.
+unexport PYTHONDONTWRITEBYTECODE
 comma := ,
 # Two stacks (docs/install.md): pinned, as mosaicml and mosaicml-streaming ask for it, and newest.
 STACK ?= pinned

@@ -198,7 +198,7 @@ def shared_memory_goes_with_the_test(monkeypatch: pytest.MonkeyPatch) -> Iterato
         return
     from streaming.base.shared import SharedMemory
 
-    from alignclip.data.streaming_patches import install_patches
+    from alignclip.data.streaming_memory import install_patches
 
     install_patches()  # which wraps the same method
     opened: list[SharedMemory] = []

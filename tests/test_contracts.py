@@ -79,6 +79,10 @@ alignclip/data/streaming_patches.py
     streaming.base.dataset.StreamingDataset._resume_incr_epoch(self)
     streaming.base.dataset.StreamingDataset.on_exception(self future)
     streaming.base.dataset.StreamingDataset.state_dict(self num_samples from_beginning)
+    streaming.base.dataset.StreamingDataset: _cache_filelock _cache_filelock_path _shard_states
+        _shard_access_times _event _iterator _unique_rank_world _locals_shm cache_usage
+        shard_offset_per_stream shards_per_stream
+alignclip/data/streaming_memory.py
     streaming.base.shared.prefix.get_shm_prefix(streams_local streams_remote world retry)
     streaming.base.shared.memory.SharedMemory.fix_register(self name rtype)
     streaming.base.shared.memory.SharedMemory.fix_unregister(self name rtype)
@@ -91,9 +95,6 @@ alignclip/data/streaming_patches.py
     streaming.base.shared.prefix._pack_locals(dirnames prefix_int)
     streaming.base.shared.prefix._get_path(prefix_int name)
     streaming.base.shared.SharedMemory.__init__(self name create size auto_cleanup)
-    streaming.base.dataset.StreamingDataset: _cache_filelock _cache_filelock_path _shard_states
-        _shard_access_times _event _iterator _unique_rank_world _locals_shm cache_usage
-        shard_offset_per_stream shards_per_stream
     streaming.base.dataset.get_shm_prefix
     streaming.base.shared.prefix.SharedMemory
 alignclip/data/streaming_epoch.py

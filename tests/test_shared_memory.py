@@ -26,7 +26,7 @@ from streaming.base.shared.prefix import _pack_locals as pack_locals
 
 from alignclip.config.reading import load
 from alignclip.config.schema import DataConfig, StreamConfig
-from alignclip.data import shared_memory, streaming_patches
+from alignclip.data import shared_memory, streaming_memory
 from alignclip.data.dataset import ImageTextDataset
 from alignclip.data.shared_memory import OWNER_NOTE, SHM
 from alignclip.training.build import build_data
@@ -114,13 +114,13 @@ def test_the_dead_are_buried_and_the_living_left_alone(tmp_path: Path) -> None:
 KILLED_EARLY = """
 import os, signal, sys
 from alignclip.config.schema import DataConfig, StreamConfig
-from alignclip.data import streaming_patches
+from alignclip.data import streaming_memory
 from alignclip.data.dataset import ImageTextDataset
-register = streaming_patches.take_prefix
+register = streaming_memory.take_prefix
 def killed(*arguments, **more):
     print(register(*arguments, **more)[0], flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
-streaming_patches.take_prefix = killed
+streaming_memory.take_prefix = killed
 stream = StreamConfig(remote=sys.argv[1], local=sys.argv[2])
 config = DataConfig(streams={"a": stream}, num_canonical_nodes=1)
 ImageTextDataset(config, batch_size=4, image_size=32, context_length=20, semantic=False)
@@ -196,6 +196,24 @@ def test_a_dataset_without_our_lock_may_take_the_prefix(
         taken[0].unlink()
 
 
+def test_segments_with_a_hole_below_them_are_passed_over(tmp_path: Path) -> None:
+    """Of a killed dataset without our note, some kinds of segments may be left, and some not."""
+    write_set(str(tmp_path / "set"), 8)
+    first = open_set(tmp_path / "set", tmp_path / "first")
+    above = first._shm_prefix_int + 1
+    while segments(above):
+        above += 1
+    left = SHM / f"{above:06}_locals"
+    left.write_bytes(pack_locals([str(tmp_path / "other")], above))
+    hole = SHM / f"{first._shm_prefix_int:06}_locals"
+    moved = hole.rename(hole.with_name("moved"))
+    try:
+        assert open_set(tmp_path / "set", tmp_path / "second")._shm_prefix_int != above
+    finally:
+        moved.rename(hole)
+        left.unlink()
+
+
 IDENTITY = shared_memory._identity(os.getpid()) or {}
 NOT_OURS = {"pid": 2**22 + 1, "started": 1, "namespace": "pid:[1]"}
 
@@ -262,7 +280,7 @@ def test_threads_that_open_memory_leave_the_resource_tracker_as_it_was(
     note: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Streaming swaps a function of the tracker while it opens memory, in each thread."""
-    streaming_patches.install_patches()
+    streaming_memory.install_patches()
     (SHM / "999997_a").write_bytes(b"memory")
     register = resource_tracker.register
     monkeypatch.setattr(resource_tracker, "register", register)  # puts it back after a failure

@@ -2,7 +2,7 @@
 
 Streaming keeps its state in ``/dev/shm/NNNNNN_…``, NNNNNN being a dataset's prefix, and can't tell
 whose state it is. So a note beside the segments names the process that owns the prefix. The note is
-there before the first segment: see :func:`alignclip.data.streaming_patches.take_prefix`.
+there before the first segment: see :func:`alignclip.data.streaming_memory.take_prefix`.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,9 @@ def test_a_run_that_was_stopped_and_went_on(runs: SmallRuns, dataset: Path) -> N
     parts = ("training", "evaluation", "checkpoints")
     assert hours["total"] == pytest.approx(sum(hours[part] for part in parts))
     assert 0 < hours["data_wait"] < hours["training"]
+    time.sleep(0.1)
+    write_run_card(runs.folder(), trainer.state, 8, FINISHED)
+    assert card_in(store)["hours"] == hours, "the time that closes a run is no training"
     assert card["speed"]["samples_seen"] == 8 * batch
     assert card["speed"]["samples_per_second"] > 0
     assert card["speed"]["mfu"] is None

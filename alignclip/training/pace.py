@@ -56,6 +56,7 @@ class Pace(Callback):
         self.mfus: list[float] = []
         self._earlier = Spent()  # by earlier starts
         self._began = 0.0  # when the first batch was asked for
+        self._ended: float | None = None  # when training was over: what closes the run is no part
         self._first_batch = 0
         self._first: Spent | None = None  # the first measured batch
         self._since: Spent | None = None  # the beginning of the window
@@ -67,7 +68,8 @@ class Pace(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Find the callbacks that know where the time goes."""
-        self._began, self._first_batch = time.perf_counter(), state.timestamp.batch.value
+        self._began, self._ended = time.perf_counter(), None
+        self._first_batch = state.timestamp.batch.value
         self._first_epoch = state.timestamp.epoch.value
         self._monitor, self._speed = one_of(state, TrainingMonitor), one_of(state, SpeedMonitor)
         self._evaluation = one_of(state, EvaluationCallback)
@@ -91,6 +93,7 @@ class Pace(Callback):
         """Say once what limits a short run."""
         if not self._has_told:
             self._end_window(state)
+        self._ended = time.perf_counter()
 
     def spent(self) -> Spent:
         """Return what all starts have spent."""
@@ -120,7 +123,7 @@ class Pace(Callback):
             return Spent()
         return Spent(
             batches=self._monitor.batches if self._monitor else 0,
-            seconds=time.perf_counter() - self._began,
+            seconds=(self._ended or time.perf_counter()) - self._began,
             waiting=self._monitor.waited if self._monitor else 0.0,
             evaluation=self._evaluation.watch.seconds if self._evaluation else 0.0,
             checkpoints=self._saver.watch.seconds if self._saver else 0.0,

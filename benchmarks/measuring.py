@@ -212,17 +212,17 @@ def timed(work: Callable[[], Any], device: str = "cpu") -> Timing:
         torch.cuda.reset_peak_memory_stats()
     else:  # the highest so far is now what is resident
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    before = torch.cuda.memory_allocated() if cuda else _highest_resident()
+    before = torch.cuda.memory_allocated() if cuda else highest_resident()
     start, cpu = time.perf_counter(), time.process_time()
     result = work()
     if cuda:
         torch.cuda.synchronize()
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    peak = torch.cuda.max_memory_allocated() if cuda else _highest_resident()
+    peak = torch.cuda.max_memory_allocated() if cuda else highest_resident()
     return Timing(seconds, cpu, peak - before, result)
 
 
-def _highest_resident() -> int:
+def highest_resident() -> int:
     """Bytes of resident memory, the highest so far; a new process inherits its ``ru_maxrss``."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))

@@ -35,16 +35,28 @@ from measuring import (
     this_machine,
     timed,
 )
+from memory_counter import RankMemory
 from streaming.base.partition import get_partitions
 from streaming.base.shuffle import get_shuffle
 
-SCALING_PARTS = ("nodes", "order", "network")
+SCALING_PARTS = ("nodes", "order", "network", "memory")
 RANKS = 8  # of a node
 WORKERS = 8  # of a rank
 SEED, EPOCH = 17, 0
 SMALLEST_BLOCK, BLOCKS = 2**18, 4_000_000  # Streaming's default: BLOCKS / canonical nodes, at least
 ORDER_SIZES = (1_000_000, 3_000_000, 10_000_000)
 NETWORK_BATCH, NETWORK_WIDTH = 512, 512
+MEMORY_PAIRS = 32  # of a rank
+# 40 M parameters: a model that is larger than what a process takes besides
+MEMORY_MODEL = (
+    "model.embed_dim=512",
+    "model.vision_cfg.width=512",
+    "model.vision_cfg.layers=4",
+    "model.vision_cfg.head_width=64",
+    "model.text_cfg.width=512",
+    "model.text_cfg.layers=4",
+    "model.text_cfg.heads=8",
+)
 SCALING_FLAGS = {"batch": (64, "pairs of a rank")}
 SCALING_EXAMPLES = """examples:
   python benchmarks/scaling.py
@@ -100,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show_order(figures)
     if "network" in options.only:
         show_network()
+    if "memory" in options.only:
+        show_memory()
     figures.write()
     return 0
 
@@ -227,37 +241,68 @@ def show_network() -> None:
             )
 
 
+def show_memory() -> None:
+    """Print what a rank holds, counted and by the formulas."""
+    print(
+        "\n| ranks | strategy | weights | gradients | AdamW | sum ÷ the table's "
+        "| peak | the dry run's | peak ÷ dry run's |"
+    )
+    print("|--:|---|--:|--:|--:|--:|--:|--:|--:|")
+    for ranks, fsdp in ((1, False), (2, False), (2, True), (4, False), (4, True)):
+        found = memory_of(ranks, fsdp)
+        table = 4 * found.parameters / (ranks if fsdp else 1)
+        said = found.estimated.total
+        parts = (found.weights, found.gradients, found.optimizer)
+        print(
+            f"| {ranks} | {'FSDP2' if fsdp else 'DDP' if ranks > 1 else 'none'} | "
+            + " | ".join(f"{part / MEBIBYTE:,.0f} MiB" for part in parts)
+            + f" | {found.held / table:.2f} | {found.peak / MEBIBYTE:,.0f} MiB "
+            f"| {said / MEBIBYTE:,.0f} MiB | {found.peak / said:.2f} |"
+        )
+
+
+def memory_of(ranks: int, fsdp: bool) -> RankMemory:
+    """Train a larger debug recipe, and count a rank's memory."""
+    settings = [f"global_train_batch_size={ranks * MEMORY_PAIRS}", *MEMORY_MODEL]
+    return RankMemory.parse(debug_run("memory_counter.MemoryCounter", ranks, fsdp, *settings))
+
+
 def network_of(ranks: int, fsdp: bool) -> tuple[float, float]:
     """Train the debug recipe on several ranks, and count a step's bytes of a rank."""
+    settings = [f"global_train_batch_size={NETWORK_BATCH}", f"model.embed_dim={NETWORK_WIDTH}"]
+    found = debug_run("network_counter.LoopbackBytes", ranks, fsdp, *settings)
+    counted, formula = map(float, found.split())
+    return counted, formula
+
+
+def debug_run(callback: str, ranks: int, fsdp: bool, *settings: str) -> str:
+    """Train the debug recipe on several ranks; return what a callback of this folder writes."""
     with tempfile.TemporaryDirectory() as folder:
-        found = Path(folder, "bytes")
-        settings = [
+        found = Path(folder, "found")
+        more = [
             "max_duration=8ba",
             "scheduler.t_warmup=1ba",
             "save_folder=null",
             "autoresume=false",
             "data.streams.scenes.repeat=40",
-            f"global_train_batch_size={NETWORK_BATCH}",
-            f"model.embed_dim={NETWORK_WIDTH}",
+            f"data.streams.scenes.local={CHECKOUT / 'tests/fixtures/debug/mds'}",
         ]
         if fsdp:
-            settings.append("parallelism_config.fsdp2.reshard_after_forward=true")
-        scenes = f"data.streams.scenes.local={CHECKOUT / 'tests/fixtures/debug/mds'}"
+            more.append("parallelism_config.fsdp2.reshard_after_forward=true")
         composer = Path(sys.executable).with_name("composer")
-        words = [composer, "-n", str(ranks), CHECKOUT / "pretrain.py"]
-        counter = f"callbacks: {{network_counter.LoopbackBytes: {{path: {found}}}}}"
         debug = (CHECKOUT / "yamls/debug.yaml").read_text(encoding="utf-8")
         yaml = Path(folder, "debug.yaml")
+        counter = f"callbacks: {{{callback}: {{path: {found}}}}}"
         yaml.write_text(debug.replace("callbacks: {}", counter), encoding="utf-8")
+        words = [composer, "-n", ranks, CHECKOUT / "pretrain.py", yaml, *more, *settings]
         subprocess.run(
-            [*map(str, words), str(yaml), scenes, *settings],
+            list(map(str, words)),
             cwd=Path(__file__).parent,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             check=True,
             stdout=subprocess.DEVNULL,
         )
-        counted, formula = map(float, found.read_text(encoding="utf-8").split())
-    return counted, formula
+        return found.read_text(encoding="utf-8")
 
 
 def gb(number: float) -> str:

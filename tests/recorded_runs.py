@@ -34,8 +34,8 @@ class RecordedRun:
     def run(self, *more: str, **options: Any) -> str:
         return run(*self.arguments, *more, cwd=self.folder, **(self.options | options))
 
-    def launch(self, **options: Any) -> Started:
-        return launch(*self.arguments, cwd=self.folder, **(self.options | options))
+    def launch(self, *more: str, **options: Any) -> Started:
+        return launch(*self.arguments, *more, cwd=self.folder, **(self.options | options))
 
     def wait_for(self, condition: Callable[[], bool], process: Started) -> None:
         wait_for(condition, process, self.folder)

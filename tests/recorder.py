@@ -41,7 +41,16 @@ class Recorder(Callback):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         time.sleep(self.step_seconds)
-        if dist.get_global_rank() != 0:
+        rank = dist.get_global_rank()
+        samples = {
+            "step": int(state.timestamp.batch) - 1,
+            "ranks": dist.get_world_size(),
+            "rank": rank,
+            "samples": state.batch["sample"].tolist(),
+        }
+        with (self.folder / f"samples-{rank}.jsonl").open("a") as file:
+            file.write(json.dumps(samples) + "\n")
+        if rank != 0:
             return
         scale = state.outputs[2]
         record = {

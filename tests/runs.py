@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -89,20 +91,50 @@ def write_config(
 def launch(
     *arguments: str | Path,
     processes: int = 1,
+    nodes: int = 1,
     cwd: Path,
     env: dict[str, str] | None = None,
     really: bool = False,
 ) -> Started:
     """Start ``composer -n N …`` in a session of its own; its output goes to ``cwd/output.txt``.
 
+    Several ``nodes`` are as many launchers of ``processes`` ranks each, on this machine.
     ``really`` starts Composer's launcher as a shell would, for tests that are about it; all others
     fork it and its ranks from a process that has imported the stack.
     """
     cwd.mkdir(parents=True, exist_ok=True)
     start = Real if really else Forked
-    words = (COMPOSER, "-n", str(processes), *arguments)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    return start(*words, output=cwd / "output.txt", cwd=cwd, env=environment)
+    begun, size = [], str(nodes * processes)
+    meeting = ["--world_size", size, "--master_addr", "127.0.0.1", "--master_port", free_port()]
+    for node in range(nodes):
+        place = ["--node_rank", str(node), "--base_rank", str(node * processes), *meeting]
+        words = (COMPOSER, "-n", str(processes), *(place if nodes > 1 else []), *arguments)
+        begun.append(start(*words, output=cwd / "output.txt", cwd=cwd, env=environment))
+    return Nodes(begun) if nodes > 1 else begun[0]
+
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+class Nodes(Started):
+    """The launchers of a run, one a node: as one command that ends as the worst of them."""
+
+    def __init__(self, nodes: list[Started]) -> None:
+        self.nodes, self.args, self.pid = nodes, nodes[0].args, nodes[0].pid
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.returncode = max((node.wait(timeout) for node in self.nodes), key=abs)
+        return self.returncode
+
+    def end(self) -> None:
+        for node in self.nodes:
+            node.signal_group(signal.SIGKILL)
+        for node in self.nodes:
+            node.wait(30)
 
 
 def run(*arguments: str | Path, cwd: Path, status: int = 0, **options: Any) -> str:

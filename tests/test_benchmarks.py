@@ -17,6 +17,7 @@ from processes import python
 
 FOLDER = Path(run_all.__file__).parent
 NOT_RUN = {"measuring", "comparison", "run_all", "small_set", "scaling", "network_counter"}
+NOT_RUN |= {"memory_counter"}
 
 
 def written(folder: Path, *, batch: int = 64, **runs: list[float]) -> Record:

@@ -1,5 +1,5 @@
 """The examples for clusters: what can be said of them without a cluster, and the SLURM script on
-two nodes that are this machine.
+nodes that are this machine.
 """
 
 from __future__ import annotations
@@ -181,9 +181,9 @@ def test_the_image_has_the_extras_of_the_project_and_another_user_than_root() ->
 
 
 class Cluster:
-    """Stand-ins of srun and scontrol on PATH, and the variables of a job on two nodes."""
+    """Stand-ins of srun and scontrol on PATH, and the variables of a job on several nodes."""
 
-    def __init__(self, folder: Path, srun: str = SRUN) -> None:
+    def __init__(self, folder: Path, srun: str = SRUN, nodes: int = 2, ranks: int = 1) -> None:
         self.folder, self.asked = folder, folder / "asked"
         (folder / "bin").mkdir()
         for name, text in (("srun", srun), ("scontrol", SCONTROL)):
@@ -206,10 +206,10 @@ class Cluster:
             "ASKED": str(self.asked),
             "OMP_NUM_THREADS": "1",
             "SLURM_JOB_ID": str(job),
-            "SLURM_JOB_NODELIST": "node[0-1]",
-            "SLURM_NNODES": "2",
-            "SLURM_GPUS_ON_NODE": "1",
-            "SLURM_STEP_NUM_TASKS": "2",
+            "SLURM_JOB_NODELIST": f"node[0-{nodes - 1}]",
+            "SLURM_NNODES": str(nodes),
+            "SLURM_GPUS_ON_NODE": str(ranks),
+            "SLURM_STEP_NUM_TASKS": str(nodes),
             "SLURM_LOCALID": "0",
         }
 
@@ -271,13 +271,21 @@ def script_with(folder: Path, *settings: str) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["composer", pytest.param("torchrun", marks=pytest.mark.full)])
-def test_the_script_trains_on_two_nodes(name: str, tmp_path: Path) -> None:
-    cluster = Cluster(tmp_path)
-    with ending(cluster.start(script_with(tmp_path, "max_duration=2ba"), LAUNCHER=name)) as process:
-        output, _ = process.communicate(timeout=240)
+@pytest.mark.parametrize(
+    ("name", "nodes", "ranks"),
+    [
+        ("composer", 2, 1),
+        pytest.param("composer", 3, 2, marks=pytest.mark.full),
+        pytest.param("torchrun", 3, 1, marks=pytest.mark.full),
+    ],
+)
+def test_the_script_trains_on_nodes(name: str, nodes: int, ranks: int, tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path, nodes=nodes, ranks=ranks)
+    script = script_with(tmp_path, "max_duration=2ba", "global_train_batch_size=12")
+    with ending(cluster.start(script, LAUNCHER=name)) as process:
+        output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output[-6000:]
-    assert "2 × cpu" in output
+    assert f"{nodes * ranks} × cpu" in output
     assert "run 'debug' is done: 2 batches" in output
     assert (tmp_path / "saved" / "latest-rank0.pt").exists()
     assert not cluster.requeued()

@@ -39,6 +39,8 @@ alignclip/training/composer_patches.py
         torch.distributed.fsdp._fully_shard._fsdp_collectives._get_gradient_divide_factors(reduce_scatter_group
         all_reduce_group reduce_dtype device_type)
     composer.Trainer: _rng_state
+    composer.algorithms.EMA: ema_model
+    composer.algorithms.ema.ema.EMAParameters: named_parameters_dict named_buffers_dict
     composer.loggers.FileLogger: _is_newline _run_name _flush_queue file filename buffer_size
     torch._dynamo.config.optimize_ddp
     torch.optim.Adam.step(self closure)
@@ -65,6 +67,11 @@ alignclip/training/saver.py
 alignclip/training/speed.py
     composer.callbacks.speed_monitor.get_gpu_flops_available(state)
     composer.callbacks.speed_monitor.SpeedMonitor: divider total_eval_wct gpu_flops_available
+alignclip/training/wandb_files.py
+    wandb.sdk.internal.datastore.DataStore.open_for_scan(self fname)
+    wandb.sdk.internal.datastore.DataStore.scan_data(self)
+    wandb.sdk.internal.datastore.DataStore.close(self)
+    wandb.proto.wandb_internal_pb2.Record
 alignclip/training/evaluation_callback.py
     composer.algorithms.EMA.apply(self event state logger)
     composer.algorithms.EMA: ema_started

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +9,8 @@ import processes
 import pytest
 from runs import write_config
 from small_runs import SmallRuns, turn_back
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.event_file_writer import AtomicCounter
+from tracked import in_file, in_tensorboard, in_wandb, steps_of
 
 from alignclip.config.reading import load
 from alignclip.errors import UserError
@@ -70,55 +68,18 @@ def test_tensorboard_has_each_step_once(train: Any, tmp_path: Path) -> None:
         f"loggers.TensorboardLogger.log_dir={tmp_path / 'board'}",
         "loggers.TensorboardLogger.flush_interval=3",
     )
-    found = EventAccumulator(str(tmp_path / "board" / "r"))
-    found.Reload()
-    steps = {
-        tag: sorted(scalar.step for scalar in found.Scalars(tag)) for tag in found.Tags()["scalars"]
-    }
-    assert {name: steps[name] for name in STEPS} == STEPS
-    assert steps.keys() >= MORE
-    rates = [scalar.value for scalar in sorted(found.Scalars("lr"), key=lambda one: one.step)]
-    assert rates[:4] == sorted(rates[:4], reverse=True)
+    found = in_tensorboard(tmp_path / "board" / "r")
+    assert {name: steps_of(found, name) for name in STEPS} == STEPS
+    assert {name for name, _ in found} >= MORE
+    rates = [found["lr", step][0] for step in range(4)]
+    assert rates == sorted(rates[:4], reverse=True)
 
 
 @pytest.mark.slow
 def test_a_file_has_each_step_once(train: Any, tmp_path: Path) -> None:
     train(f"loggers.FileLogger.filename={tmp_path / 'log.txt'}")
-    lines = [
-        trackers.METRIC_LINE.match(line)
-        for line in (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines()
-    ]
-    steps = Counter((found[2], int(found[1])) for found in lines if found)
-    found = {name: sorted(step for one, step in steps.elements() if one == name) for name in STEPS}
-    assert found == STEPS
-
-
-def rows_of(folder: Path) -> tuple[Counter[tuple[str, int]], set[tuple[str, str]]]:
-    """How often each (metric, step) stands in W&B's offline files, and project and id of their
-    runs.
-    """
-    import wandb
-    from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
-
-    # as at the end of a process: a run that has finished may be in its file a moment later
-    wandb.teardown()
-    found: Counter[tuple[str, int]] = Counter()
-    ids = set()
-    for file in folder.rglob("run-*.wandb"):
-        store = DataStore()
-        store.open_for_scan(str(file))
-        while (data := store.scan_data()) is not None:
-            record = Record()
-            record.ParseFromString(data)
-            if record.run.run_id:
-                ids.add((record.run.project, record.run.run_id))
-            row = {
-                item.key or "/".join(item.nested_key): json.loads(item.value_json)
-                for item in record.history.item
-            }
-            found.update((key, row["_step"]) for key in row if key != "_step")
-    return found, ids
+    found = in_file(tmp_path / "log.txt")
+    assert {name: steps_of(found, name) for name in STEPS} == STEPS
 
 
 @pytest.mark.slow
@@ -126,13 +87,13 @@ def test_weights_and_biases_has_one_run_and_each_step_once(
     train: Any, tmp_path: Path, fresh_wandb: None
 ) -> None:
     train("loggers.WandBLogger.project=x")
-    found, ids = rows_of(tmp_path / "wandb")
+    found, ids = in_wandb(tmp_path / "wandb")
     kept = (tmp_path / "runs" / trackers.WANDB_ID).read_text(encoding="utf-8").strip()
     assert ids == {("x", kept)}
     names = {name for name, _ in found}
     assert names >= STEPS.keys() | MORE
     for name in ("loss/train/total", "lr"):
-        assert sorted(step for one, step in found.elements() if one == name) == STEPS[name]
+        assert steps_of(found, name) == STEPS[name]
 
 
 def test_nobody_is_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,6 +124,7 @@ def build_trainer_from(
         if not start.goes_on:
             trainer.state.load_path = config.load_path  # rather than its copy on this machine
         composer_patches.restore_random_state(trainer)
+        composer_patches.name_averages(trainer)
         check_loaded(trainer, start)
         before, now = restore_settings(optimizer, scheduler, settings)
         if trainer.state.timestamp.batch < total_batches(config, loader):

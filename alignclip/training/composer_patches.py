@@ -9,12 +9,14 @@ patches Composer's CheckpointSaver; all other modules use public names only.
 from __future__ import annotations
 
 import atexit
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from composer import Trainer, loggers
+from composer.algorithms import EMA
 from composer.core import Callback, State
 from composer.core.engine import Engine
 from composer.loggers import Logger
@@ -28,6 +30,7 @@ from alignclip.device import processor_name
 from alignclip.ranks import world_size
 from alignclip.storage import expect_plain_s3
 
+WRAPPED = "module."  # what DDP puts before a parameter's name
 GRAPHS = 64  # of a piece of code, before torch.compile leaves further ones as they are
 given: list[dict[str, Any]] = []  # the content of the checkpoint that Composer loads next
 _cpu_model_by_composer = collect_env.get_cpu_model
@@ -74,6 +77,27 @@ def restore_random_state(trainer: Trainer) -> None:
     """
     if trainer._rng_state is not None:
         reproducibility.load_rng_state(trainer._rng_state)
+
+
+def name_averages(trainer: Trainer) -> None:
+    """Give EMA's averages of the loaded checkpoint the names of this start's parameters.
+
+    DDP puts ``module.`` before each name. EMA goes by names, and passes over what it doesn't know:
+    with a checkpoint of one process, several would train the averages.
+    """
+    model = trainer.state.model
+    for algorithm in trainer.state.algorithms:
+        if isinstance(algorithm, EMA) and algorithm.ema_model is not None:
+            parts = algorithm.ema_model
+            _rename(parts.named_parameters_dict, (name for name, _ in model.named_parameters()))
+            _rename(parts.named_buffers_dict, (name for name, _ in model.named_buffers()))
+
+
+def _rename(tensors: dict[str, Tensor], names: Iterable[str]) -> None:
+    known = {name.removeprefix(WRAPPED): name for name in names}
+    renamed = {known.get(name.removeprefix(WRAPPED), name): one for name, one in tensors.items()}
+    tensors.clear()
+    tensors.update(renamed)
 
 
 def close(trainer: Trainer) -> None:

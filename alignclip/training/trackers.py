@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import re
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from alignclip.ranks import errors_on_all_ranks, rank, run_on_rank_zero
 from alignclip.storage import write_whole
 from alignclip.training.composer_patches import open_for_appending
 from alignclip.training.save_folder import SaveFolder
+from alignclip.training.wandb_files import BLOCK, NOTHING, LoggedStep, newest_step
 
 WANDB_ID = "wandb-id.txt"  # in the save folder
 OFFLINE = ("offline", "disabled", "dryrun")  # modes of W&B that need no login
@@ -85,19 +86,54 @@ def _read_or_make_id(config: RunConfig, folder: SaveFolder) -> str:
     return made
 
 
-class WandBLogger(loggers.WandBLogger):
-    """Logs to W&B; metrics that an earlier start has logged are not logged again.
+class RecentSteps:
+    """The numbers of the newest steps: at least as many bytes as W&B may keep unwritten.
 
-    W&B's history can only grow: the steps between a checkpoint and a kill are in it already when
-    they are trained again. Online the server says how far the history goes; offline a small file
-    beside W&B's own says it.
+    Attributes:
+        steps: number of the step, and its metrics.
     """
 
-    _mark: Path | None = None  # the small file
-    _logged_step = -1  # by earlier starts: all steps below, and these metrics of the step itself
-    _logged_names: frozenset[str] = frozenset()
-    _step = -1  # the newest one of this start
-    _names: frozenset[str] = frozenset()
+    MOST = 2 * BLOCK
+
+    def __init__(self) -> None:
+        self.steps: deque[tuple[int, dict[str, float]]] = deque()
+        self._bytes = 0
+
+    def add(self, step: int, metrics: dict[str, Any]) -> None:
+        """Add metrics of the newest step, and forget old steps."""
+        numbers = numbers_of(metrics)
+        if not self.steps or self.steps[-1][0] != step:
+            self.steps.append((step, {}))
+        newest = self.steps[-1][1]
+        self._bytes += sum(len(name) for name in numbers.keys() - newest.keys())
+        newest |= numbers
+        while self._bytes - (oldest := sum(map(len, self.steps[0][1]))) > self.MOST:
+            self._bytes -= oldest
+            self.steps.popleft()
+
+
+def numbers_of(metrics: dict[str, Any]) -> dict[str, float]:
+    """Return the metrics that are numbers."""
+    return {name: float(one) for name, one in metrics.items() if isinstance(one, (int, float))}
+
+
+class WandBLogger(loggers.WandBLogger):
+    """Logs to W&B: metrics that an earlier start has logged are not logged again, and those that
+    W&B has lost are.
+
+    W&B's history can only grow: the steps between a checkpoint and a kill may be in it already when
+    they are trained again. And W&B may have lost steps before the checkpoint, because W&B writes
+    late. Online the server says how far the history goes, offline W&B's files say it. The newest
+    steps are in the checkpoint.
+    """
+
+    _known: LoggedStep = NOTHING  # by earlier starts: all steps below, and these metrics of it
+    _id = ""  # of the W&B run
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._recent = RecentSteps()
+        self._loaded: dict[str, Any] = {}
 
     def init(self, state: State, logger: Logger) -> None:
         """Begin the W&B run, or go on with it; on every rank, of which often the first alone logs.
@@ -115,44 +151,37 @@ class WandBLogger(loggers.WandBLogger):
                 raise UserError(f"loggers.WandBLogger: {one_line(error)}; {way_out}") from error
         if wandb.run is None or not (place := getattr(wandb.run, "dir", None)):
             return
-        self._mark = Path(place).parents[1] / f"{wandb.run.id}.logged.json"
-        try:
-            mark = json.loads(self._mark.read_text(encoding="utf-8"))
-            self._logged_step, self._logged_names = int(mark["step"]), frozenset(mark["names"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # the first start on this machine
-        on_server = int(getattr(wandb.run, "starting_step", 0) or 0)
-        self._logged_step = max(self._logged_step, on_server)
+        self._id = wandb.run.id
+        if wandb.run.offline:
+            self._known = newest_step(Path(place).parents[1], self._id)
+        else:
+            self._known = (int(wandb.run.starting_step or 0), frozenset())
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         """Log the metrics that no earlier start has logged."""
-        if step is not None and step < self._logged_step:
-            return
-        if step is not None and step == self._logged_step:
-            metrics = {k: v for k, v in metrics.items() if k not in self._logged_names}
-        if not metrics:
-            return
-        if step is not None and step > self._step:
-            self._step, self._names = step, frozenset()
-            if step > self._logged_step:
-                self._write_mark()
-        self._names |= metrics.keys()
-        super().log_metrics(metrics, step)
-
-    def post_close(self) -> None:
-        """End the W&B run."""
-        if self._step >= self._logged_step:
-            self._write_mark()
-        super().post_close()
-
-    def _write_mark(self) -> None:
-        """Note what W&B has written: of a step that has just begun, nothing."""
-        if self._mark is not None:
-            mark = {"step": self._step, "names": sorted(self._names)}
-            try:
-                self._mark.write_text(json.dumps(mark), encoding="utf-8")
-            except OSError:  # a disk that is full will end the run elsewhere
+        if step is not None:
+            self._recent.add(step, metrics)
+            logged_step, logged_names = self._known
+            if step < logged_step:
                 return
+            if step == logged_step:
+                metrics = {k: v for k, v in metrics.items() if k not in logged_names}
+        if metrics:
+            super().log_metrics(metrics, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the steps that W&B may still lose."""
+        return {"id": self._id, "steps": list(self._recent.steps)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See :meth:`state_dict`."""
+        self._loaded = state
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Log what W&B has lost of the steps before the checkpoint."""
+        if rank() == 0 and self._loaded.get("id") == self._id:
+            for step, metrics in self._loaded["steps"]:
+                self.log_metrics(metrics, step)
 
 
 class TensorboardLogger(loggers.TensorboardLogger):
@@ -167,7 +196,7 @@ class TensorboardLogger(loggers.TensorboardLogger):
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         """Log, and remember the newest step."""
         if step is not None:
-            numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float))}
+            numbers = numbers_of(metrics)
             is_new = step != self._step
             self._metrics_of_step = numbers if is_new else self._metrics_of_step | numbers
             self._step = step

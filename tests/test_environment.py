@@ -258,6 +258,7 @@ def test_what_a_run_may_change_stands_in_the_documents() -> None:
     named = {
         "`max_duration`": {"max_duration"},
         "`precision`": {"precision", "precision_config"},
+        "`non_finite`": {"non_finite"},
         "evaluators": {"evaluators", "keep_best"},
         "callbacks and loggers": {
             "callbacks", "loggers", "auto_log_hparams", "log_traces", "profiler", "save_metrics",

@@ -12,23 +12,29 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import numpy as np
 import processes
 import pytest
 import torch
 from composer import Trainer
 from composer.core import Callback, State
-from composer.loggers import Logger
 from composer.utils import get_device
 from models import refused
-from runs import PRETRAIN, jpeg, run, write_config
+from runs import PRETRAIN, run, write_config
 from small_runs import SMALL, SmallRuns, logged
-from streaming import MDSWriter
+from spoiled_runs import (
+    FIXED,
+    NORM,
+    At,
+    bad,
+    look_later,
+    runs_on,
+    sound,
+    write_embeddings,
+)
 
 import alignclip
 from alignclip import ranks
 from alignclip.errors import NOT_FINITE, NotFiniteError, UserError
-from alignclip.model.optimization import build_optimizer
 from alignclip.training import build, composer_patches
 from alignclip.training.command import main
 from alignclip.training.resume import StartingPoint, check_loaded
@@ -36,59 +42,15 @@ from alignclip.training.save_folder import SaveFolder
 
 pytestmark = pytest.mark.slow  # runs in process
 
-COUNT, DIMENSION = 64, 16
-FIXED = (
-    "max_duration=12ba",
-    "save_interval=1ba",
-    "data.num_canonical_nodes=1",
-    "data.shuffle=false",
-)
-NORM = "algorithms.GradientClipping={clipping_type: norm, clipping_threshold: 1.0}"
 
-
-def write_embeddings(out: Path, change: Callable[[int, np.ndarray], None]) -> None:
-    """A set of 64 pairs; ``change`` edits the caption embedding of a sample."""
-    rng = np.random.default_rng(0)
-    columns = {"key": "str", "image": "bytes", "caption": "str"}
-    columns["semantic"] = f"ndarray:float16:{DIMENSION}"
-    with MDSWriter(out=str(out), columns=columns) as writer:
-        for i in range(COUNT):
-            semantic = rng.normal(size=DIMENSION).astype(np.float16)
-            change(i, semantic)
-            pair = {"key": f"k{i}", "image": jpeg(rng), "caption": f"{i} dots"}
-            writer.write(pair | {"semantic": semantic})
-
-
-def sound(i: int, semantic: np.ndarray) -> None:
-    """All embeddings are finite."""
-
-
-def bad(value: float, *samples: int) -> Callable[[int, np.ndarray], None]:
-    def change(i: int, semantic: np.ndarray) -> None:
-        if i in samples:
-            semantic[3] = value
-
-    return change
-
-
-class At(Callback):
-    """Does something to a run in the middle of a batch."""
-
-    def __init__(self, event: str, batch: int, action: Callable[[State], None]) -> None:
-        self.batch, self.action = batch, action
-        setattr(self, event, self._run)
-
-    def _run(self, state: State, logger: Logger) -> None:
-        if state.timestamp.batch.value == self.batch:
-            self.action(state)
-
-
-def runs_on(
-    tmp_path: Path, change: Callable[[int, np.ndarray], None] = sound, *settings: str
-) -> SmallRuns:
-    """Runs on a set whose embeddings are changed."""
-    write_embeddings(tmp_path / "set", change)
-    return SmallRuns(tmp_path, tmp_path / "set", tmp_path / "runs", *FIXED, *settings)
+@pytest.fixture(params=["at once", "later"])
+def looked_at(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """When the host looks at a batch: at its end, or while the device trains the next one, as with
+    a GPU.
+    """
+    if request.param == "later":
+        look_later(monkeypatch.setattr)
+    return str(request.param)
 
 
 def end_of(runs: SmallRuns, *overrides: str, callbacks: tuple[Callback, ...] = ()) -> str:
@@ -110,19 +72,6 @@ def saved(tmp_path: Path) -> list[int]:
     if files:
         assert (tmp_path / "runs" / "latest-rank0.pt").resolve() == files[max(files)].resolve()
     return sorted(files)
-
-
-@pytest.fixture(params=["at once", "later"])
-def looked_at(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """When the host looks at a batch: at its end, or while the device trains the next one, as with
-    a GPU.
-    """
-    if request.param == "later":
-        monkeypatch.setattr(build, "can_check_later", lambda *_: True)
-        monkeypatch.setattr(
-            build, "build_optimizer", lambda config, model, _: build_optimizer(config, model, True)
-        )
-    return str(request.param)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -200,7 +149,10 @@ def spoil_features(state: State) -> None:
 
 
 C_FC = r"\((visual\.)?transformer\.resblocks\.0\.mlp\.c_fc\.weight\)"  # is one and the same
-GRADIENT = rf"not finite are the gradients of 1 of .*{C_FC}.*A lower optimizer\.lr"
+GRADIENT = (
+    rf"not finite are the gradients of 1 of .*{C_FC}; the batch begins with sample 'k32'\. "
+    r".*A lower optimizer\.lr"
+)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +160,7 @@ GRADIENT = rf"not finite are the gradients of 1 of .*{C_FC}.*A lower optimizer\.
     [
         (spoil_gradient, FIXED[0], GRADIENT),
         (spoil_gradient, NORM, GRADIENT),  # clipping by the norm would spread it to all others
-        (spoil_step, FIXED[0], "after the step not finite are the weights .*ln_"),
+        (spoil_step, "non_finite=skip", "after the step not finite are the weights .*ln_"),
         (spoil_features, FIXED[0], "(?!.*text features).*sample 'k37' has image features not fin"),
     ],
 )
@@ -269,7 +221,7 @@ def test_two_ranks_end_at_the_same_batch(tmp_path: Path) -> None:
 
     The launcher ends with the same status, and the line stands there once.
     """
-    write_embeddings(tmp_path / "set", bad(math.nan, 30))
+    write_embeddings(tmp_path / "set", bad(math.nan, 31))
     config = write_config(tmp_path, str(tmp_path / "set"), str(tmp_path / "runs"))
     text = run(
         PRETRAIN, config, *SMALL, *FIXED, processes=2, cwd=tmp_path / "work", status=NOT_FINITE
@@ -277,14 +229,13 @@ def test_two_ranks_end_at_the_same_batch(tmp_path: Path) -> None:
     lines = [line for line in text.splitlines() if line.startswith("error: batch ")]
     assert lines
     assert len(set(lines)) == 1
-    assert "sample 'k30' has a caption embedding" in lines[0]
+    assert "sample 'k31' (rank 1) has a caption embedding" in lines[0]
     assert len(saved(tmp_path)) < 12
 
 
 def _looks_later(folder: Path, *overrides: str) -> str:
     """What a run on several ranks ends with; the second rank's samples of batch 2 are bad."""
-    build.can_check_later = lambda *_: True
-    build.build_optimizer = lambda config, model, _: build_optimizer(config, model, True)
+    look_later()
     runs = SmallRuns(folder / str(ranks.rank()), folder / "set", folder / "runs", *FIXED)
     config = runs.config(*overrides)
     save_folder = SaveFolder(config)
@@ -305,7 +256,7 @@ def test_two_ranks_look_later(tmp_path: Path, parallelism: str) -> None:
     write_embeddings(tmp_path / "set", bad(math.nan, 28))
     said = processes.run(2, _looks_later, tmp_path, parallelism)
     assert said[0] == said[1]
-    assert "sample 'k28' has a caption embedding" in said[0]
+    assert "sample 'k28' (rank 0) has a caption embedding" in said[0]
     trained = int(said[0].partition(": ")[0].removeprefix("batch ")) - 1
     assert f"The run is saved up to batch {trained}" in said[0]
     assert saved(tmp_path) == list(range(1, trained + 1))

@@ -51,6 +51,9 @@ def validate(config: RunConfig) -> None:
             "would hold the first rank's alone; use one or the other": (
                 config.parallelism_config.fsdp2 is not None and "EMA" in config.algorithms
             ),
+            "non_finite=skip skips no step of algorithms.SAM, which is two; use one or the other": (
+                config.non_finite == "skip" and "SAM" in config.algorithms
+            ),
             f"run_name={config.run_name} must not hold a '/'": "/" in config.run_name,
             f"run_name={config.run_name!r} can't be the name of a folder": (
                 config.run_name in (".", "..") or not config.run_name.isprintable()

@@ -305,6 +305,8 @@ class RunConfig(StartConfig, TrainerConfig):
     # batches between two whose losses are read from the device and logged; the first and the last
     # batch are, too. null: 10 on a GPU, which the host waits for, and 1 on a CPU
     batch_log_interval: Optional[int] = setting(None, above=0)
+    # what a batch does whose loss or gradients are not finite: end the run, or take no step
+    non_finite: str = setting("stop", choices=("stop", "skip"))
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=DataConfig)

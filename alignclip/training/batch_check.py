@@ -1,20 +1,24 @@
-"""The callback that ends a run at numbers that are not finite, before they are saved."""
+"""The callback that looks for numbers that are not finite, before a step is taken or saved."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import warnings
 from typing import Any
 
 import torch
-from composer.core import Precision, State, Timestamp
+from composer.core import Precision, State
 from composer.loggers import Logger
 from torch import Tensor
 
 from alignclip.data.dataset import ImageTextDataset
-from alignclip.errors import NotFiniteError, few
-from alignclip.ranks import gather, gather_objects, largest_of_all_ranks, local_part
-from alignclip.training import composer_patches
+from alignclip.errors import NotFiniteError
+from alignclip.ranks import gather, largest_of_all_ranks, local_part
+from alignclip.training import composer_patches, not_finite_words
+from alignclip.training.alarms import Alarms
 from alignclip.training.callbacks import SettlingCallback
+from alignclip.training.checked_batch import Arriving, Buffers, CheckedBatch
+from alignclip.training.display import print_once
+from alignclip.training.not_finite_words import FIRST, OF_SAMPLES, Names
 from alignclip.training.saver import CheckpointSaver
 from alignclip.weights.finite import not_finite, short_name
 
@@ -22,16 +26,8 @@ from alignclip.weights.finite import not_finite, short_name
 # never recovers; fairseq ends at the same number (fairseq/optim/dynamic_loss_scaler.py,
 # min_loss_scale).
 HOPELESS_SCALE = 1e-4
-# what a sample may have that is not finite, and its words
-OF_SAMPLES = {
-    "semantic": "a caption embedding ('semantic')",
-    "image": "image features",
-    "text": "text features",
-}
-
-
-# Names by what is not finite: parameters of "gradients" and "weights", else keys of samples
-Names = dict[str, list[str]]
+IN_A_ROW = 10  # batches that are not finite, with which a run ends that skips them
+SKIPPED = "trainer/skipped_batches"  # the name in the logs
 
 
 class FiniteCheck(SettlingCallback):
@@ -42,25 +38,55 @@ class FiniteCheck(SettlingCallback):
     checked after the step. This must be the first callback: no checkpoint, no evaluation and no
     rotation then sees the batch.
 
+    With ``skips`` the run goes on without the step of a batch whose loss or gradients are not
+    finite. Weights, buffers, the optimizer's state and averages of weights stay as they were; the
+    batch counts, and the learning rate goes on. :data:`IN_A_ROW` such batches in a row end the
+    run, and so do weights that are not finite: their step was taken.
+
     With ``later`` the host doesn't wait for the device. The device itself skips the step of a batch
     that is not finite, so that the weights stay those of the batch before. The host looks at the
-    batch while the device trains the next one, and before anything is saved or evaluated. Then the
-    host turns the run's clock back to before the batch, saves, and ends the run.
+    batch while the device trains the next one, and before anything is saved or evaluated. A run
+    that goes on has nothing to take back then. For a run that ends the host turns the clock back to
+    before the batch, and saves.
 
     Gradients are checked before they are clipped, because clipping by the norm spreads one NaN to
-    all of them. Under fp16 the Trainer's scaler skips a batch whose gradients overflow; such a
-    batch ends the run only when the scale has fallen below :data:`HOPELESS_SCALE`.
+    all of them. Under fp16 the Trainer's scaler skips a batch whose gradients overflow, and that is
+    no trouble until the scale has fallen below :data:`HOPELESS_SCALE`.
+
+    A loss that jumps and features that are all equal are said (:class:`Alarms`).
 
     Args:
         dataset: that the run trains on.
         later: whether the host looks at a batch while the device trains the next one. The optimizer
             must be one of torch's fused ones, and no algorithm may act between two batches.
+        skips: whether the run goes on without the step.
+
+    Attributes:
+        skipped: batches whose step was skipped, of all starts.
+        skips_step: whether the host has to leave out the step of the batch that is trained.
     """
 
-    def __init__(self, dataset: ImageTextDataset, later: bool = False) -> None:
-        self._dataset, self._later = dataset, later
+    def __init__(self, dataset: ImageTextDataset, later: bool = False, skips: bool = False) -> None:
+        if skips:  # the schedule counts batches, and has counted one before the first step
+            said = r"Detected call of `lr_scheduler.step\(\)` before"
+            warnings.filterwarnings("ignore", said, UserWarning)
+        self._dataset, self._later, self._skips = dataset, later, skips
+        self.skipped, self.skips_step = 0, False
+        self._in_row = 0
         self._largest: dict[str, Tensor] = {}
-        self._batch: _Batch | None = None  # the last one, unless it was looked at
+        self._trained_buffers: list[Tensor] = []  # of batch norms
+        self._buffers: Buffers = []
+        self._batch: CheckedBatch | None = None  # the last one, unless it was looked at
+        self._alarms = Alarms()
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Find the buffers that training changes: those that a checkpoint has."""
+        kept = state.model.state_dict(keep_vars=True)
+        self._trained_buffers = [b for name, b in state.model.named_buffers() if name in kept]
+
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        """Keep the buffers as they are before the forward pass."""
+        self._buffers = [(buffer, buffer.clone()) for buffer in self._trained_buffers]
 
     def after_backward(self, state: State, logger: Logger) -> None:
         """Keep the largest magnitude of each gradient, on the device."""
@@ -82,14 +108,15 @@ class FiniteCheck(SettlingCallback):
             NotFiniteError: on every rank; the batches before are saved.
         """
         self.settle(state, logger)  # the batch before
-        batch = _Batch.of(state, self._largest)
-        gradients = torch.stack(list(batch.gradients.values()) or [torch.zeros(())])
-        bad = [~batch.losses.isfinite().all(), ~gradients.isfinite().all()]
-        flags = largest_of_all_ranks(torch.stack([_on_device(state, one) for one in bad]))
-        batch.before_step = Arriving(flags)
+        self.skips_step = False
+        batch = CheckedBatch.of(state, self._largest, self._buffers)
+        figures = largest_of_all_ranks(batch.figures(state))
+        batch.before_step = Arriving(figures)
         if self._later:
             (optimizer,) = state.optimizers
-            composer_patches.skip_step(optimizer, flags.amax())
+            is_bad = figures[:2].amax()
+            composer_patches.skip_step(optimizer, is_bad)
+            batch.restore_buffers(is_bad)
         else:
             self._look_before_step(batch, state, logger)
         self._batch = batch
@@ -104,7 +131,7 @@ class FiniteCheck(SettlingCallback):
         weights = [local_part(p.detach()) for p in state.model.parameters() if p.requires_grad]
         weights = [weight for weight in weights if weight.numel()]
         largest = torch.nn.utils.get_total_norm(weights, torch.inf) if weights else torch.zeros(())
-        flag = _on_device(state, ~largest.isfinite())[None]
+        flag = state.device.tensor_to_device((~largest.isfinite()).float())[None]
         self._batch.after_step = Arriving(largest_of_all_ranks(flag))
         # the next epoch moves the loader on, and the clock isn't turned back over that
         is_last = state.timestamp.batch_in_epoch == state.dataloader_len
@@ -130,29 +157,52 @@ class FiniteCheck(SettlingCallback):
             return
         if self._later:
             self._look_before_step(batch, state, logger)
-        if batch.after_step is not None and batch.after_step.values()[0]:
-            names = [short_name(name) for name in not_finite(dict(state.model.named_parameters()))]
-            found = _of_all_ranks({"weights": names})
-            raise NotFiniteError(_describe(state, {}, found, None))
+        if batch.after_step is not None and batch.after_step.values()[0] > 0:
+            weights = [
+                short_name(name) for name in not_finite(dict(state.model.named_parameters()))
+            ]
+            names = not_finite_words.of_all_ranks({"weights": weights})
+            line = _line(batch, state, {}, names)
+            raise NotFiniteError(f"{line}. {not_finite_words.way_out(names, None)}")
 
-    def _look_before_step(self, batch: _Batch, state: State, logger: Logger) -> None:
-        """End the run where the loss or the gradients are not finite.
+    def _look_before_step(self, batch: CheckedBatch, state: State, logger: Logger) -> None:
+        """Go on, or end the run, where the loss or the gradients are not finite.
 
         Raises:
             NotFiniteError: on every rank.
         """
-        assert batch.before_step is not None
-        bad_loss, bad_gradients = batch.before_step.values()
-        if bad_gradients and not bad_loss and state.precision == Precision.AMP_FP16:
+        figures = batch.arrived()
+        bad_gradients = figures.bad_gradients
+        if bad_gradients and not figures.bad_loss and state.precision == Precision.AMP_FP16:
             assert state.scaler is not None
             bad_gradients = state.scaler.get_scale() < HOPELESS_SCALE
-        if bad_loss or bad_gradients:
-            means = gather(batch.losses).mean(dim=0).tolist()
-            terms = dict(zip(batch.terms, means, strict=True)) if bad_loss else {}
-            names = _of_all_ranks(self._names_before_step(batch))
-            batch.turn_back(state)
-            saved = self._save(state, logger)
-            raise NotFiniteError(_describe(state, terms, names, saved))
+        if not (figures.bad_loss or bad_gradients):
+            self._in_row = 0
+            for line in self._alarms.look(batch.number, figures.loss, figures.spreads):
+                print_once(line)
+            return
+        self._in_row += 1
+        if not self._later:
+            batch.restore_buffers()
+        means = gather(batch.losses).mean(dim=0).tolist()
+        terms = dict(zip(batch.terms, means, strict=True)) if figures.bad_loss else {}
+        names = not_finite_words.of_all_ranks(self._names_before_step(batch, figures.bad_loss))
+        line = _line(batch, state, terms, names)
+        if self._skips and self._in_row < IN_A_ROW:
+            self._skip(line, logger)
+            return
+        batch.turn_back(state)
+        saved = self._save(state, logger)
+        if self._skips:
+            line = f"{IN_A_ROW} batches in a row are not finite; {line}"
+        raise NotFiniteError(f"{line}. {not_finite_words.way_out(names, saved)}")
+
+    def _skip(self, line: str, logger: Logger) -> None:
+        """Go on without the batch's step."""
+        self.skipped += 1
+        self.skips_step = not self._later
+        print_once(f"{line}. Its step is skipped ({self.skipped} of this run so far)")
+        logger.log_metrics({SKIPPED: self.skipped})
 
     def _save(self, state: State, logger: Logger) -> int | None:
         """Save what was trained before this batch; on every rank.
@@ -171,8 +221,11 @@ class FiniteCheck(SettlingCallback):
             return batch.value
         return None
 
-    def _names_before_step(self, batch: _Batch) -> Names:
-        """Name the gradients and samples of this rank's batch that are not finite."""
+    def _names_before_step(self, batch: CheckedBatch, bad_loss: bool) -> Names:
+        """Name the gradients and samples of this rank's batch that are not finite.
+
+        Where no sample is at fault, name the first one: it says which batch this is.
+        """
         largest = batch.gradients.items()
         found = {"gradients": [short_name(name) for name, x in largest if not x.isfinite()]}
         for kind, rows in batch.rows.items():
@@ -181,130 +234,21 @@ class FiniteCheck(SettlingCallback):
             if kind == "semantic" or not bad.all():
                 samples = batch.samples[bad.to(batch.samples.device)].tolist()
                 found[kind] = [self._dataset.key_of(i) for i in samples]
+        is_this_rank = not bad_loss or not bool(batch.losses.isfinite().all())
+        if is_this_rank and not any(found.get(kind) for kind in OF_SAMPLES):
+            found[FIRST] = [self._dataset.key_of(int(batch.samples[0]))]
         return found
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many steps were skipped; how many in a row is forgotten by a new start."""
+        return {"skipped": self.skipped}
 
-@dataclass
-class _Batch:
-    """A batch whose gradients are computed, with what is needed to name what is not finite.
-
-    Attributes:
-        time: the run's clock before the batch; the schedulers and the rates likewise.
-        losses: of this rank, by ``terms``.
-        gradients: the largest magnitude of each.
-        rows: by the keys of :data:`OF_SAMPLES`, of this rank.
-        samples: ids of this rank's samples.
-        before_step: whether the loss, and whether a gradient, is not finite on any rank.
-        after_step: whether a weight is not finite on any rank.
-    """
-
-    time: Timestamp
-    schedulers: list[dict[str, Any]]
-    rates: list[float]
-    terms: list[str]
-    losses: Tensor
-    gradients: dict[str, Tensor]
-    rows: dict[str, Tensor]
-    samples: Tensor
-    before_step: Arriving | None = field(default=None)
-    after_step: Arriving | None = field(default=None)
-
-    @staticmethod
-    def of(state: State, gradients: dict[str, Tensor]) -> _Batch:
-        """Note the batch that the Trainer is at."""
-        assert isinstance(state.loss, dict)
-        image, text, _ = state.outputs
-        rows = {"semantic": state.batch.get("semantic"), "image": image, "text": text}
-        return _Batch(
-            time=state.timestamp,
-            schedulers=[scheduler.state_dict() for scheduler in state.schedulers],
-            rates=[group["lr"] for group in state.optimizers[0].param_groups],
-            terms=list(state.loss),
-            losses=torch.stack([loss.detach().float().mean() for loss in state.loss.values()]),
-            gradients=gradients,
-            rows={kind: one.detach() for kind, one in rows.items() if one is not None},
-            samples=state.batch["sample"],
-        )
-
-    def turn_back(self, state: State) -> None:
-        """Have the run be where it was before the batch, whose step was skipped."""
-        state.timestamp = self.time
-        for scheduler, before in zip(state.schedulers, self.schedulers, strict=True):
-            scheduler.load_state_dict(before)
-        (optimizer,) = state.optimizers
-        for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate
-        composer_patches.skip_step(optimizer, None)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See :meth:`state_dict`."""
+        self.skipped = state.get("skipped", 0)  # earlier versions skipped none
 
 
-class Arriving:
-    """Flags on their way from the device; the host waits for them only when it asks.
-
-    Args:
-        flags: on the device; more than 0 is true.
-    """
-
-    def __init__(self, flags: Tensor) -> None:
-        self._flags = flags.to("cpu", non_blocking=True)  # from a GPU into pinned memory
-        self._arrival: torch.cuda.Event | None = None
-        if flags.device.type == "cuda":
-            self._arrival = torch.cuda.Event()
-            self._arrival.record()
-
-    def values(self) -> list[bool]:
-        """Return the flags."""
-        if self._arrival is not None:
-            self._arrival.synchronize()
-        return [flag > 0 for flag in self._flags.tolist()]
-
-
-def _on_device(state: State, flag: Tensor) -> Tensor:
-    """Return a flag as 0 or 1, where the ranks compare flags."""
-    return state.device.tensor_to_device(flag.float())
-
-
-def _of_all_ranks(mine: Names) -> Names:
-    """Join the names of all ranks, each name once."""
-    joined: dict[str, dict[str, None]] = {}
-    for one in gather_objects([mine]):
-        for kind, names in one.items():
-            joined.setdefault(kind, {}).update(dict.fromkeys(names))
-    return {kind: list(names) for kind, names in joined.items()}
-
-
-def _describe(state: State, losses: dict[str, float], names: Names, saved: int | None) -> str:
-    """Say in one line what is not finite in which batch, what is saved, and what to do."""
-    parts = []
-    gradients, weights = names.get("gradients"), names.get("weights")
-    of_samples = {kind: keys for kind in OF_SAMPLES if (keys := names.get(kind))}
-    if losses:
-        terms = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-        parts.append(f"the loss is not finite: {terms}")
-    for kind, keys in of_samples.items():
-        whose = f"samples {few(map(repr, keys))} have"
-        if len(keys) == 1:
-            whose = f"sample '{keys[0]}' has"
-        parts.append(f"{whose} {OF_SAMPLES[kind]} not finite")
-    if gradients:
-        total = sum(1 for p in state.model.parameters() if p.requires_grad)
-        which = f"{len(gradients)} of {total} parameters ({few(gradients)})"
-        parts.append(f"not finite are the gradients of {which}")
-    batch = state.timestamp.batch.value + (not weights)  # after a step it is counted
-    way_out = ""
-    if saved is not None:
-        way_out = f"The run is saved up to batch {saved}; the same command goes on from there"
-    if weights:
-        parts.append(f"after the step not finite are the weights {few(weights)}")
-        way_out = (
-            "Nothing of this batch is saved; the same command goes on from the last checkpoint"
-        )
-    if "semantic" in of_samples:
-        way_out += ", once these samples are out of the set (convert/verify.py finds all of them)"
-    elif of_samples:
-        way_out += ", once these samples are out of the set, or fit"
-    else:
-        way_out += (
-            ". A lower optimizer.lr, a longer warm-up or precision=fp32, in a run of another name, "
-            "may help"
-        )
-    return f"batch {batch}: {'; '.join(parts)}. {way_out.strip(', .')}"
+def _line(batch: CheckedBatch, state: State, losses: dict[str, float], names: Names) -> str:
+    """Say in which batch what is not finite."""
+    parameters = sum(1 for p in state.model.parameters() if p.requires_grad)
+    return f"batch {batch.number}: {not_finite_words.what(losses, names, parameters)}"

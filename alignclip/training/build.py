@@ -93,9 +93,15 @@ def build_trainer_from(
     scheduler = build_scheduler(config, optimizer, batches_an_epoch(config, loader))
     settings = group_settings(optimizer)
     logged = logged_batches(config, device, total_batches(config, loader))
+    check = FiniteCheck(
+        loader.dataset,
+        later=can_check_later(config, device, optimizer),
+        skips=config.non_finite == "skip",
+    )
     trainer = Trainer(
         logged,
         lambda: out_of_memory_explained(config),
+        lambda: check.skips_step,
         model=model,
         train_dataloader=DataSpec(loader, get_num_samples_in_batch=count_samples),
         optimizers=optimizer,
@@ -103,8 +109,7 @@ def build_trainer_from(
         step_schedulers_every_batch=True,
         algorithms=plugins.instances(config, "algorithms"),
         callbacks=[
-            # first: the others see finite numbers only
-            FiniteCheck(loader.dataset, later=can_check_later(config, device, optimizer)),
+            check,  # first: the others see finite numbers only
             *callbacks,
             TrainingMonitor(logged),
             *build_callbacks(config),

@@ -19,7 +19,7 @@ from typing import Any
 import composer
 import torch
 from composer.algorithms.sam.sam import SAMOptimizer
-from composer.core import Event
+from composer.core import Algorithm, Event
 from composer.trainer.trainer import TrainerMode
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -54,6 +54,7 @@ class Trainer(composer.Trainer):
     Args:
         logged: the batches whose losses are logged.
         explained: makes a context in which a batch is trained, which explains its errors.
+        skips_step: says whether the batch's step is to be left out, once gradients are computed.
         **arguments: of Composer's Trainer.
     """
 
@@ -61,11 +62,14 @@ class Trainer(composer.Trainer):
         self,
         logged: LoggedBatches,
         explained: Callable[[], AbstractContextManager[None]] = nullcontext,
+        skips_step: Callable[[], bool] = lambda: False,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
         self._logged = logged
         self._explained = explained
+        self._skips_step = skips_step
+        self.engine.register_pass(self._without_averages)
 
     def _iter_dataloader(self, trainer_mode: TrainerMode) -> Iterator[Any]:
         """Yield batches until one rank has no more; the hosts ask one another."""
@@ -107,7 +111,9 @@ class Trainer(composer.Trainer):
         """Compute the gradients of a batch, and have the optimizer step once."""
         losses: dict[str, Tensor] = {}
         self._train_microbatches([self.state.batch], losses)
-        if use_grad_scaling:
+        if self._skips_step():
+            pass
+        elif use_grad_scaling:
             assert self.state.scaler is not None
             self.state.scaler.step(optimizer)
         else:
@@ -152,6 +158,11 @@ class Trainer(composer.Trainer):
                 state.scaler.unscale_(optimizer)
             self.engine.run_event(Event.AFTER_TRAIN_BATCH)
         return total_loss_dict["loss/train/total"]
+
+    def _without_averages(self, algorithms: Sequence[Algorithm], event: Event) -> list[Algorithm]:
+        """Return the algorithms of an event: none average weights where no step was taken."""
+        has_no_step = event == Event.BATCH_END and self._skips_step()
+        return [] if has_no_step else list(algorithms)
 
     def _accumulate_time_across_ranks(
         self, num_samples: float, num_tokens: int, batch_time: datetime.timedelta

@@ -40,17 +40,21 @@ class Alarms:
         Returns:
             the lines to say.
         """
-        lines = [f"batch {batch}: {line}" for line in self._jump(loss)]
+        lines = [*self._jump(loss), *self._collapse(spreads)]
+        return [f"batch {batch}: {line}" for line in lines]
+
+    def _collapse(self, spreads: dict[str, float | None]) -> list[str]:
         for kind, spread in spreads.items():
             is_equal = spread is not None and spread < EQUAL
             self._equal[kind] = self._equal.get(kind, 0) + 1 if is_equal else 0
-            if self._equal[kind] == LASTING:
-                lines.append(
-                    f"batch {batch}: COLLAPSED: for {LASTING} batches the {kind} features of all "
-                    f"samples have been equal (variance {spread:.1e}). A lower optimizer.lr, a "
-                    "longer warm-up or a lower loss.beta, in a run of another name, may help"
-                )
-        return lines
+        kinds = [kind for kind, batches in self._equal.items() if batches == LASTING]
+        if not kinds:
+            return []
+        return [
+            f"COLLAPSED: for {LASTING} batches the {' and '.join(kinds)} features of all samples "
+            "have been equal. A lower optimizer.lr, a longer warm-up or a lower loss.beta, in a "
+            "run of another name, may help"
+        ]
 
     def _jump(self, loss: float) -> list[str]:
         usual, was_high = list(self._losses), self._is_high

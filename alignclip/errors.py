@@ -12,6 +12,7 @@ from contextlib import contextmanager
 BAD_INPUT = 2  # exit status of a command that a person has to change
 NOT_FINITE = 3  # exit status of a run that met numbers which are not finite
 NOT_SAVED = 4  # exit status of a run that couldn't save a checkpoint; it goes on once there is room
+NOT_READ = 5  # exit status of a run that can't read its data any more; it goes on once it can
 
 
 class UserError(Exception):
@@ -27,6 +28,20 @@ class NotFiniteError(UserError):
     """A batch whose loss, gradients or weights are NaN or infinite."""
 
     status = NOT_FINITE
+
+
+class NotReadError(UserError):
+    """Data that can't be read any more: a store that refuses or is away, a damaged shard.
+
+    Args:
+        text: one line; or what PyTorch makes of the line in a data worker, which begins with a
+            stack trace and ends with the line.
+    """
+
+    status = NOT_READ
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text.strip().rpartition("\n")[2].rpartition("NotReadError: ")[2])
 
 
 # What other programs call a thing, and what it is called here

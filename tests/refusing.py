@@ -123,6 +123,9 @@ class Request(BaseHTTPRequestHandler):
         elif self.command == "PUT":
             parts[query["uploadId"][0]][int(query["partNumber"][0])] = self.content
             self._answer(200, headers={"ETag": '"x"'})
+        elif self.command == "DELETE":  # the client gives up
+            parts.pop(query["uploadId"][0])
+            self._answer(204)
         else:
             done = parts.pop(query["uploadId"][0])
             self.server.objects[self.bucket, self.key] = b"".join(done[n] for n in sorted(done))

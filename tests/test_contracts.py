@@ -134,7 +134,7 @@ alignclip/data/shard_cache.py
     streaming.base.format.mds.reader.MDSReader.get_sample_data(self idx)
     streaming.base.format.mds.reader.MDSReader.decode_sample(self data)
     streaming.base.format.mds.encodings._get_coder(encoding)
-    streaming.base.stream.Stream: _downloader safe_keep_zip validate_hash
+    streaming.base.stream.Stream: safe_keep_zip validate_hash
     streaming.base.format.base.reader.JointReader: raw_data zip_data
 alignclip/data/batch.py
     torch.storage._StorageBase._new_shared(size device)

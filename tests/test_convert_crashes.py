@@ -38,7 +38,7 @@ from tarballs import (
 )
 
 from alignclip.errors import UserError
-from alignclip.storage import patience, patiently
+from alignclip.storage import StorageError, open_store, patience, patiently
 from alignclip.storage.staging import OutputFolder
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -313,14 +313,50 @@ def test_time_in_which_bytes_came_is_no_outage(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
     monkeypatch.setattr(patience, "_outage", patience._Outage())
+    monkeypatch.setattr(patience, "_silences", patience._Silences())
     patiently(lambda: transfer(500.0, succeeds=5), "the bucket")
     assert tries == 5
-    for seconds, most in ((0.1, 700), (500.0, 5_000), (5_000.0, 40_000)):
-        now, tries = 0.0, 0
+    # a server that never answers is no transfer: boto3 gives it up after three minutes
+    for seconds, most in ((0.1, 700), (180.0, 900), (500.0, 5_000), (5_000.0, 40_000)):
+        now, tries = now + 3600, 0
+        begun = now
         with pytest.raises(ConnectionResetError):
             patiently(lambda seconds=seconds: transfer(seconds), "the bucket")
-        assert patience.PATIENCE <= now < most
-        assert tries > 5
+        assert patience.PATIENCE <= now - begun < most
+        assert tries > (3 if seconds == 180 else 5)
+    begun = now
+    with pytest.raises(ConnectionResetError):  # the next one of a queue
+        patiently(lambda: transfer(1.0), "the bucket")
+    assert now == begun + 1
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_a_host_without_an_address_is_a_typo_unless_it_has_answered(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], is_known: bool
+) -> None:
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def nothing(*_: Any) -> Any:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    monkeypatch.setattr(patience, "_outage", patience._Outage())
+    monkeypatch.setattr(patience, "_silences", patience._Silences())
+    monkeypatch.setattr(socket, "getaddrinfo", nothing)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("S3_ENDPOINT_URL", "http://s3.eu-cental-1.example")
+    store = open_store("s3://b/raw")
+    if is_known:
+        patience.answered(store.place)
+    with pytest.raises(StorageError, match=r"can't connect: .*S3_ENDPOINT_URL"):
+        patiently(lambda: store.read_bytes("a"), store.place)
+    limit = patience.PATIENCE if is_known else patience.UNKNOWN_HOST_PATIENCE
+    assert limit < now < limit + patience.LONGEST_PAUSE + 2
+    assert ("10 minutes" if is_known else "30 seconds") in capsys.readouterr().err
 
 
 class HandsOn(socketserver.StreamRequestHandler):

@@ -15,6 +15,7 @@ import ssl
 import time
 import urllib.error
 from collections.abc import Callable
+from functools import lru_cache
 from http.client import IncompleteRead, RemoteDisconnected
 from pathlib import Path
 from typing import Any
@@ -301,6 +302,8 @@ def test_stores_share_a_client_that_no_forked_process_inherits(
     child.join(60)
     assert child.exitcode == 0
     assert one._client is client
+    monkeypatch.setenv("WANDB_MODE", "offline")  # a variable that is no setting of a client
+    assert one._client is client
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")  # a notebook's user mends the key
     assert one._client is not client
 
@@ -419,11 +422,13 @@ def test_kinds_of_store_that_streaming_reaches(
             files = (path for path in Path(self.remote).rglob("*") if path.is_file())
             return [f"deep/{path.relative_to(self.remote)}" for path in files]
 
-    def download(remote: str, local: str, timeout: float) -> None:
-        shutil.copyfile(tmp_path / remote.partition("://")[2], local)
+    class Downloader:
+        def download(self, remote: str, local: str, timeout: float) -> None:
+            shutil.copyfile(tmp_path / remote.partition("://")[2], local)
 
     monkeypatch.setattr("streaming.base.storage.upload.OCIUploader", Uploader)
-    monkeypatch.setattr("streaming.base.storage.CloudDownloader.direct_download", download)
+    made = lru_cache(lambda place: Downloader())
+    monkeypatch.setattr("alignclip.storage.clouds._downloader", made)
     store = open_store("oci://bucket/deep/")
     store.check_writable()
     store.write_text("a.txt", "x")

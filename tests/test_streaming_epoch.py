@@ -35,7 +35,7 @@ def opened(remote: Path, tmp_path: Path) -> Callable[..., ImageTextDataset]:
         cache = tmp_path / f"cache{len(list(tmp_path.iterdir()))}"
         streams = {"s": StreamConfig(remote=str(remote), local=str(cache))}
         nodes = settings.pop("num_canonical_nodes", 1)
-        config = DataConfig(streams, num_canonical_nodes=nodes, download_retry=1, **settings)
+        config = DataConfig(streams, num_canonical_nodes=nodes, **settings)
         sizes = {"image_size": 8, "context_length": 8}
         dataset = ImageTextDataset(config, batch_size=batch_size, semantic=False, **sizes)
         dataset.config = config  # type: ignore[attr-defined]

@@ -9,10 +9,13 @@ from __future__ import annotations
 import dataclasses
 import io
 import itertools
+import multiprocessing
 import os
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
+from multiprocessing.sharedctypes import Synchronized
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +31,7 @@ from alignclip.data.streams import cached_stream
 from alignclip.errors import UserError
 from alignclip.ranks import world_size
 from alignclip.runtime.stand_ins import stand_ins
+from alignclip.storage import patience
 
 with stand_ins():  # also in a data worker that is spawned: there this module is the first one
     from streaming import StreamingDataLoader
@@ -91,7 +95,7 @@ class ImageTextDataset(CachedDataset):
     By iteration the samples' ids come, which a loader makes batches of by :meth:`batch_of`.
 
     Raises:
-        RuntimeError: a shard could not be downloaded; the message names the shard and the cause.
+        NotReadError: a shard could not be had; the message names the shard and the cause.
     """
 
     def __init__(
@@ -129,7 +133,7 @@ class ImageTextDataset(CachedDataset):
         caches. An image's bytes are let go once they are decoded.
 
         Raises:
-            RuntimeError: as by iteration.
+            NotReadError: as by iteration.
         """
         with self.naming_failures():
             rows, seeds = [], [self._seeds(at) for at in ids]
@@ -257,6 +261,8 @@ def build_dataloader(
         UserError: the dataset has fewer samples than one batch.
     """
     _tell_too_many_workers(config.num_workers)
+    context = multiprocessing.get_context(config.multiprocessing_context)
+    said = partial(_share_what_is_said, context.Value("i", 0)) if config.num_workers else None
     loader = StreamingDataLoader(
         dataset,
         batch_size=dataset.batch_size,
@@ -267,6 +273,7 @@ def build_dataloader(
         pin_memory=pin_memory,
         drop_last=True,
         collate_fn=dataset.batch_of,
+        worker_init_fn=said,
         # a loader that starts draws once: from torch's generator a resumed run would draw again
         generator=torch.Generator().manual_seed(config.shuffle_seed),
     )
@@ -279,6 +286,11 @@ def build_dataloader(
             f"(it is {int(dataset.batch_size or 0) * world})"
         )
     return loader
+
+
+def _share_what_is_said(outage: Synchronized[int], worker: int) -> None:
+    """Have the workers of a rank say once together that storage is away; runs in each worker."""
+    patience.share(outage)
 
 
 def _tell_too_many_workers(count: int) -> None:

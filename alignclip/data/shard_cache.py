@@ -29,6 +29,8 @@ from streaming.base.world import World
 
 from alignclip.data.mds_index import INDEX, read_shards
 from alignclip.data.mds_reader import decompress_to
+from alignclip.errors import UserError
+from alignclip.storage import open_store, patiently, slowness_said
 
 NOTE = ".alignclip-cache"  # a line of JSON for each file: name, time of change in ns, bytes
 _reading = threading.Lock()  # of notes: Streaming's threads ask at the same time
@@ -226,7 +228,7 @@ class CachedStream(Stream):
         """
         super().get_shards(world, allow_unsafe_types)
         path = Path(self.local, self.split, INDEX)
-        source = None if self.remote is None else f"{self.remote}/{self.split}"
+        source = None if self.remote is None else f"{self.remote}/{self.split}".rstrip("/")
         self.cache = ShardCache(path.parent, source, self.is_own)
         if world.is_local_leader:
             self.cache.forget_what_is_gone()
@@ -250,8 +252,8 @@ class CachedStream(Stream):
             bytes by which the cache has grown.
 
         Raises:
-            ValueError: a file isn't what the index says; one that was fetched is gone again.
-            Exception: of the storage's client.
+            UserError: a file isn't what the index says, and one that was fetched is gone again; or
+                as :meth:`_download_file`.
         """
         assert isinstance(shard, CachedShard)
         grown = 0
@@ -270,7 +272,7 @@ class CachedStream(Stream):
         """Return whether a file is there; remove one of the cache that was cut off.
 
         Raises:
-            ValueError: the file has another size than the index says, and can't be fetched again.
+            UserError: the file has another size than the index says, and can't be fetched again.
         """
         path = self.cache.folder / info.basename
         try:
@@ -280,66 +282,91 @@ class CachedStream(Stream):
         if size == info.bytes:
             return True
         if not self.cache.may_delete(info.basename):
-            raise ValueError(f"{_wrong_size(path, size, info)}; remove the file")
+            raise UserError(f"{path} {_wrong_size(size, info)}; remove the file")
         path.unlink(missing_ok=True)
         return False
 
     def _fetch(self, info: FileInfo) -> int:
-        """Download a file; return its bytes."""
-        path = self._place_for(info)
-        self._download_file(info.basename)
-        try:
-            self._check(info, path)
-        except ValueError:
+        """Download a file, once more where it arrives damaged; return its bytes."""
+        path, where = self._place_for(info), f"{self.cache.source}/{info.basename}"
+        for is_last in (False, True):
+            self._download_file(info.basename)
+            if (why := self._damage(info, path)) is None:
+                break
             path.unlink(missing_ok=True)  # or the next run would take it for whole
-            raise
+            if is_last:
+                raise UserError(f"{where} is damaged, fetched twice: {why}")
         self.cache.add(info.basename)
         return info.bytes
+
+    def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
+        """Download a file of the set, and wait where its store is away.
+
+        Streaming asks so many times, whatever is wrong: minutes for a shard that isn't there, and
+        two minutes only for a store that is away.
+
+        Raises:
+            UserError: the file isn't there or may not be read; or the store is away for too long.
+        """
+        path = Path(self.local, self.split, to_basename or from_basename)
+        if path.exists():
+            return str(path)
+        if self.remote is None:
+            raise UserError(f"{path} is not there, and the set has no remote")
+        store = open_store(f"{self.remote}/{self.split}")
+
+        def download() -> None:
+            with slowness_said(store.place):
+                store.download(from_basename, path)
+
+        patiently(download, store.place)
+        return str(path)
 
     def _decompress(self, raw: FileInfo, compressed: FileInfo, algorithm: str) -> int:
         """Decompress a shard beside its compressed file; return the bytes written."""
         source, target = self.cache.folder / compressed.basename, self._place_for(raw)
-        self._check(compressed, source)
+        if why := self._damage(compressed, source):
+            raise UserError(f"{source} is damaged: {why}")
         try:
             data = decompress_to(raw.bytes, algorithm, source.read_bytes())
         except ValueError as error:
-            raise ValueError(f"{source} {error}") from None
+            raise UserError(f"{source} {error}") from None
         partial = Path(f"{target}.tmp")
         partial.write_bytes(data)
         partial.replace(target)
         self.cache.add(raw.basename)
         return raw.bytes
 
-    def _check(self, info: FileInfo, path: Path) -> None:
-        """Compare a file with the index.
+    def _damage(self, info: FileInfo, path: Path) -> str | None:
+        """Say how a file differs from what the index says, or None.
 
         Raises:
-            ValueError: size or hash differ, or the index has no such hash.
+            UserError: the index has no such hash.
         """
         if (size := path.stat().st_size) != info.bytes:
-            raise ValueError(_wrong_size(path, size, info))
+            return _wrong_size(size, info)
         if not self.validate_hash:
-            return
+            return None
         if (expected := info.hashes.get(self.validate_hash)) is None:
-            raise ValueError(
+            raise UserError(
                 f"the set has no hashes {self.validate_hash} (data.validate_hash) "
                 f"but {sorted(info.hashes)}"
             )
-        if get_hash(self.validate_hash, path.read_bytes()) != expected:
-            raise ValueError(f"Checksum failure: {path}")
+        is_whole = get_hash(self.validate_hash, path.read_bytes()) == expected
+        return None if is_whole else f"its {self.validate_hash} is not the index's"
 
     def _place_for(self, info: FileInfo) -> Path:
         """Return the path of a file to write, through no link that leads out of the folder.
 
         Raises:
-            ValueError: the folder of the file is a link to another folder.
+            UserError: the folder of the file is a link to another folder.
         """
         path = self.cache.folder / info.basename
         if not path.parent.resolve().is_relative_to(self.cache.folder.resolve()):
-            raise ValueError(f"{path.parent} is a link to another folder; nothing is written there")
+            raise UserError(f"{path.parent} is a link to another folder; nothing is written there")
         Path(f"{path}.tmp").unlink(missing_ok=True)
         return path
 
 
-def _wrong_size(path: Path, size: int, info: FileInfo) -> str:
-    return f"{path} has {size:,} bytes, and the set's index says {info.bytes:,}"
+def _wrong_size(size: int, info: FileInfo) -> str:
+    return f"has {size:,} bytes, and the set's index says {info.bytes:,}"

@@ -27,6 +27,7 @@ from streaming.base.dataset import _ShardState
 from alignclip.data.shard_cache import CachedShard
 from alignclip.data.streaming_epoch import EpochDataset
 from alignclip.data.streaming_memory import install_patches
+from alignclip.errors import NotReadError, UserError, one_line
 
 LONGEST_STARVATION = 60.0  # seconds that a shard waits for room in the cache
 
@@ -38,8 +39,8 @@ class CachedDataset(EpochDataset):
         arguments: of StreamingDataset.
 
     Raises:
-        RuntimeError: by iteration, a shard could not be downloaded; the message names the shard and
-            the cause. Streaming itself ends the epoch early.
+        NotReadError: by iteration, a shard could not be had; the message names the shard and the
+            cause. Streaming itself ends the epoch early.
     """
 
     _starved_since: float | None = None  # since when there is nothing to evict
@@ -50,9 +51,6 @@ class CachedDataset(EpochDataset):
         install_patches()
         self._locks: dict[int, FileLock] = {}  # by the process, because a lock can't be inherited
         super().__init__(**arguments)
-        for stream in self.streams:  # forked workers must not share a connection to the bucket
-            if stream._downloader is not None:
-                stream._downloader.clean_up()
         if self.cache_limit and self._unique_rank_world.is_local_leader:
             self._tell_foreign_shards()
 
@@ -116,7 +114,7 @@ class CachedDataset(EpochDataset):
         """Delete the shard that nobody has read for the longest time, of those that may be deleted.
 
         Raises:
-            RuntimeError: there is none.
+            UserError: there is none.
         """
         states = self._shard_states.numpy()
         local = np.flatnonzero(states == _ShardState.LOCAL)
@@ -130,7 +128,7 @@ class CachedDataset(EpochDataset):
         # one of the shards in preparation is the one that wants the room
         others = np.count_nonzero(states == _ShardState.PREPARING) > 1
         if not others or time.monotonic() - since > LONGEST_STARVATION:
-            raise RuntimeError(
+            raise UserError(
                 f"a cache limit of {self.cache_limit:,} bytes is too small to read from; raise it"
             )
         # the others need the lock to finish; what they have then can be evicted
@@ -148,17 +146,25 @@ class CachedDataset(EpochDataset):
 
     @contextmanager
     def naming_failures(self) -> Iterator[None]:
-        """Raise what a download thread failed at, instead of what came of it.
+        """Raise what a download thread or this one failed at, instead of what came of it.
 
         Raises:
-            RuntimeError: a download thread has failed.
+            NotReadError: storage refuses or is away, or a shard is damaged.
+            RuntimeError: a download thread has failed of anything else.
         """
+        cause: BaseException | None = None
         try:
             yield
+        except NotReadError:  # of an iterator within
+            raise
+        except UserError as error:
+            cause = error
         except RuntimeError:
             if self._failure is None:
                 raise
-        if (cause := self._failure) is not None:
+        if (cause := cause or self._failure) is not None:
+            if isinstance(cause, UserError):
+                raise NotReadError(one_line(cause)) from None
             where = ", ".join(stream.remote or stream.local for stream in self.streams)
             text = f"reading {where} failed: {type(cause).__name__}: {cause}"
             raise RuntimeError(text) from cause

@@ -25,7 +25,7 @@ The libraries of object stores take seconds to import. So they are imported wher
 
 from alignclip.storage.clouds import open_file, open_store, read_text
 from alignclip.storage.endpoint import expect_plain_s3
-from alignclip.storage.patience import PATIENCE, TRAINING_PATIENCE, patiently
+from alignclip.storage.patience import PATIENCE, patiently, slowness_said
 from alignclip.storage.store import Store
 from alignclip.storage.trouble import (
     is_about_name,
@@ -45,7 +45,6 @@ from alignclip.storage.words import StorageError, cannot, describe_storage_error
 
 __all__ = [
     "PATIENCE",
-    "TRAINING_PATIENCE",
     "StorageError",
     "Store",
     "cannot",
@@ -62,6 +61,7 @@ __all__ = [
     "open_store",
     "patiently",
     "read_text",
+    "slowness_said",
     "to_disk",
     "why_not_written",
     "write_text_whole",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -23,7 +24,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from alignclip.errors import UserError, nearest
-from alignclip.storage.endpoint import expect_plain_s3
+from alignclip.storage.endpoint import expect_plain_s3, in_profile
 from alignclip.storage.store import Folder, Store
 from alignclip.storage.trouble import is_absent, is_denied
 from alignclip.storage.words import StorageError
@@ -32,6 +33,13 @@ from alignclip.storage.words import StorageError
 # should not.
 
 READ_TIMEOUT = 60.0  # seconds without a byte
+CONNECT_TIMEOUT = 10.0  # seconds
+TRIES = 3  # of a request by boto3 itself, unless AWS_MAX_ATTEMPTS says otherwise
+# Files from this size on come in parts side by side. A shard comes in one piece: the threads of
+# its parts would take Python's interpreter from a worker that decodes.
+IN_PARTS = 256 * 2**20  # bytes
+# Variables that a client is made from
+SETTINGS = re.compile(r"AWS_|S3_|GCS_|BOTO|HOME$|.*_PROXY$|.*_CA_BUNDLE$", re.IGNORECASE)
 MACHINE = hashlib.blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
 BUCKET_PROBE = f".alignclip-probe-{MACHINE}"
 
@@ -116,14 +124,18 @@ class S3(Bucket):
         expect_plain_s3()
 
     def _get(self, name: str, path: Path) -> None:
+        from boto3.s3.transfer import TransferConfig
         from botocore.exceptions import ClientError
 
+        whole = TransferConfig(multipart_threshold=IN_PARTS, num_download_attempts=2)
         # as Streaming reads it
         payers = os.environ.get("MOSAICML_STREAMING_AWS_REQUESTER_PAYS", "").split(",")
         pays = self.bucket in [payer.strip() for payer in payers]
         more = {"RequestPayer": "requester"} if pays else {}
         try:
-            self._client.download_file(self.bucket, self.prefix + name, str(path), ExtraArgs=more)
+            self._client.download_file(
+                self.bucket, self.prefix + name, str(path), ExtraArgs=more, Config=whole
+            )
         except ClientError as error:
             raise self._in_its_words(error, name) from error
 
@@ -151,7 +163,10 @@ class S3(Bucket):
 
     @property
     def _client(self) -> Any:
-        return _s3_client(self.is_google, frozenset(os.environ.items()), _state_of_settings())
+        # by names, because other threads change the environment while an upload goes on beside them
+        names = [name for name in os.environ if SETTINGS.match(name)]
+        settings = frozenset((name, os.environ.get(name, "")) for name in names)
+        return _s3_client(self.is_google, settings, _state_of_settings())
 
     def _in_its_words(self, error: Any, name: str) -> Exception:
         """Ask for the store's own word: HEAD, with which downloads begin, is answered without."""
@@ -179,7 +194,7 @@ def _s3_client(
 
     Args:
         is_google: whether it is for Google's S3 interface.
-        environment: of the process. Endpoint, keys and proxies come from there.
+        environment: of the process. Endpoint, keys, proxies and number of tries come from there.
         files: the state of AWS's own files. A client would keep keys that are replaced there.
 
     Raises:
@@ -201,7 +216,10 @@ def _s3_client(
     session = boto3.Session()
     if not is_google and session.get_credentials() is None:
         raise NoCredentialsError
-    return session.client("s3", config=Config(read_timeout=READ_TIMEOUT), **where)
+    patience: dict[str, Any] = {"connect_timeout": CONNECT_TIMEOUT, "read_timeout": READ_TIMEOUT}
+    if "AWS_MAX_ATTEMPTS" not in settings and not in_profile("max_attempts"):
+        patience["retries"] = {"total_max_attempts": TRIES}
+    return session.client("s3", config=Config(**patience), **where)
 
 
 def _state_of_settings() -> tuple[tuple[int, int] | None, ...]:
@@ -220,8 +238,21 @@ def _state_of_settings() -> tuple[tuple[int, int] | None, ...]:
     return tuple(states)
 
 
-# a forked process must not use its parent's connections
-os.register_at_fork(after_in_child=_s3_client.cache_clear)
+@lru_cache(4)
+def _downloader(place: str) -> Any:
+    """Make Streaming's downloader that all stores of a place in this process share."""
+    from streaming.base.storage import CloudDownloader
+
+    return CloudDownloader.get(place)
+
+
+def _forget_clients() -> None:
+    """Leave the parent's connections to the parent."""
+    _s3_client.cache_clear()
+    _downloader.cache_clear()
+
+
+os.register_at_fork(after_in_child=_forget_clients)
 
 
 class Streamed(Bucket):
@@ -236,10 +267,12 @@ class Streamed(Bucket):
             return type(self._uploader).list_objects is not CloudUploader.list_objects
 
     def _get(self, name: str, path: Path) -> None:
-        from streaming.base.storage import CloudDownloader
-
         check_scheme(self.place)
-        CloudDownloader.direct_download(self.at(name), str(path), READ_TIMEOUT)
+        try:
+            _downloader(self.place).download(self.at(name), str(path), READ_TIMEOUT)
+        except BaseException:
+            _downloader.cache_clear()  # a new one may have new keys, or another connection
+            raise
 
     def _put(self, path: Path, name: str) -> None:
         uploader = self._uploader

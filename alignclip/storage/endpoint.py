@@ -21,7 +21,7 @@ def expect_plain_s3() -> None:
     if not is_foreign():
         return
     for setting in CHECKSUM_SETTINGS:
-        if f"AWS_{setting.upper()}" not in os.environ and not _in_profile(setting):
+        if f"AWS_{setting.upper()}" not in os.environ and not in_profile(setting):
             os.environ[f"AWS_{setting.upper()}"] = "when_required"
 
 
@@ -40,7 +40,7 @@ def _host(url: str) -> str:
     return ""
 
 
-def _in_profile(setting: str) -> bool:
+def in_profile(setting: str) -> bool:
     """Return whether ``~/.aws/config`` has the setting."""
     # no botocore, or a profile that isn't there: told where a client is made
     with suppress(Exception):

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from alignclip.errors import UserError
+from alignclip.storage.patience import answered
 from alignclip.storage.trouble import Right, is_absent, is_denied
 from alignclip.storage.whole import check_folder_writable, write_whole
 from alignclip.storage.words import StorageError, describe_storage_error
@@ -125,6 +126,7 @@ class Store(ABC):
         where = self.at(name) if name else self.place
         try:
             yield
+            answered(self.place)
         except StorageError as error:
             raise StorageError(right, where, error.why) from (error.__cause__ or error)
         except UserError:

@@ -31,7 +31,8 @@ def main(arguments: Sequence[str]) -> int:
 
     Returns:
         the exit status: 0 finished, 2 bad input, 3 numbers that are not finite, 4 a checkpoint that
-        could not be saved, 143 stopped by a signal with everything saved.
+        could not be saved, 5 data that can't be read any more, 143 stopped by a signal with
+        everything saved.
     """
     console.prepare_output()
     asked = read_arguments(

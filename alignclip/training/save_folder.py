@@ -9,13 +9,13 @@ import os
 import re
 import tempfile
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlparse
 
 from alignclip.config.schema import RunConfig
 from alignclip.errors import UserError
 from alignclip.storage import (
-    TRAINING_PATIENCE,
     StorageError,
     is_absent,
     is_denied,
@@ -155,9 +155,9 @@ class SaveFolder:
                 ``overwrite`` is off.
         """
         place = self.files.at(name)
-        if not overwrite and patiently(lambda: self._is_in_bucket(name), place, TRAINING_PATIENCE):
+        if not overwrite and patiently(lambda: self._is_in_bucket(name), place):
             raise StorageError("write", place, "it is there already; set save_overwrite=true")
-        patiently(lambda: self.files.put(path, name), place, TRAINING_PATIENCE)
+        patiently(lambda: self.files.put(path, name), place)
         self._whole_sizes[name] = path.stat().st_size
 
     def _is_in_bucket(self, name: str) -> bool:
@@ -197,7 +197,7 @@ class SaveFolder:
         return why
 
     def _damage_in_bucket(self, name: str, download: Path | None) -> str | None:
-        try:
+        def look() -> str | None:
             size = self._whole_sizes.get(name) if download is None else None
             if size is not None and self.files.size(name) in (None, size):
                 return None
@@ -208,6 +208,9 @@ class SaveFolder:
                 if why is None:
                     self._whole_sizes[name] = path.stat().st_size
                 return why
+
+        try:
+            return patiently(look, self.uri)
         except StorageError as error:
             if not is_absent(error):
                 raise
@@ -241,7 +244,7 @@ class SaveFolder:
             for name in (*kept, ""):
                 to_disk(Path(self.uri, name))
         for name in deleted:
-            self.files.delete(name)
+            patiently(partial(self.files.delete, name), self.uri)
         return deleted
 
 

@@ -17,7 +17,6 @@ from composer.utils.checkpoint import glob_filter
 from alignclip.errors import UserError, one_line
 from alignclip.ranks import errors_on_all_ranks, rank
 from alignclip.storage import (
-    TRAINING_PATIENCE,
     StorageError,
     describe_storage_error,
     patiently,
@@ -119,7 +118,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         if not folder.remote:  # WandBLogger's log_artifacts and Composer's uploader keep copies
             path = str(self._delivery.place / name)
             logger.upload_file(path.lstrip("/"), path, overwrite=self.overwrite)
-        patiently(lambda: folder.point_latest(name), folder.uri, TRAINING_PATIENCE)
+        patiently(lambda: folder.point_latest(name), folder.uri)
         self._delivery.then(self._rotate)
 
     def _rotate(self) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from alignclip.ranks import rank, sum_over_ranks, true_on_any_rank, world_size
+from alignclip.ranks import raise_on_all_ranks, rank, sum_over_ranks, true_on_any_rank, world_size
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,12 @@ class Trainer(composer.Trainer):
         self.engine.register_pass(self._without_averages)
 
     def _iter_dataloader(self, trainer_mode: TrainerMode) -> Iterator[Any]:
-        """Yield batches until one rank has no more; the hosts ask one another."""
+        """Yield batches until one rank has no more; the hosts ask one another.
+
+        Raises:
+            Exception: of one rank's loader; on every rank, see
+                :func:`alignclip.ranks.raise_on_all_ranks`.
+        """
         loader, trains = self.state.dataloader, trainer_mode == TrainerMode.TRAIN
         assert loader is not None
         length = self.state.dataloader_len
@@ -81,10 +86,18 @@ class Trainer(composer.Trainer):
         while not is_over:
             if trains:
                 self.engine.run_event(Event.BEFORE_DATALOADER)
-            batch = next(batches, None)
+            batch, failure = None, None
+            try:
+                batch = next(batches, None)
+            except Exception as error:
+                failure = error
             if batch is None and trains:
                 self.engine.run_marker_only_event(Event.AFTER_DATALOADER)
-            (is_over,) = true_on_any_rank(torch.tensor([batch is None]))
+            is_over, has_failed = true_on_any_rank(
+                torch.tensor([batch is None, failure is not None])
+            )
+            if has_failed:
+                raise_on_all_ranks(failure)
             if not is_over:
                 yield batch
 

@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -22,6 +23,9 @@ class UserError(Exception):
     """
 
     status = BAD_INPUT
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class NotFiniteError(UserError):
@@ -72,9 +76,46 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, or its name where it has none."""
+    """Return the first line of an exception's message as :func:`printable` has it, or its name."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return printable(lines[0]) if lines else type(error).__name__
+
+
+# What a line can't show, or shows as if it were another one: control characters, halves of
+# surrogate pairs, ends of lines and paragraphs; and marks that turn the direction of writing
+_UNPRINTABLE = {"Cc", "Cs", "Zl", "Zp"}
+_TURNING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+_PASSWORD = re.compile(r"(://[^/\s@:'\"]*):[^/\s@'\"]+@")
+_SECRET_NAME = (
+    r"(?:password|passwd|secret|token|api_?key|signature|credential|sig|(?:secret_)?access_?key"
+    r"(?:_?id)?)"
+)
+_SIGNED = re.compile(rf"(https?://[^\s?'\"]+)\?[^\s'\"]*{_SECRET_NAME}=[^\s'\"]*", re.IGNORECASE)
+_SETTING = re.compile(rf"({_SECRET_NAME}=)[^&\s'\",;}}]+", re.IGNORECASE)
+
+
+def without_secrets(text: str) -> str:
+    """Return a text without passwords in URLs, signed queries, and values such as ``token=…``."""
+    text = _PASSWORD.sub(r"\1:…@", text)
+    return _SETTING.sub(r"\1…", _SIGNED.sub(r"\1?…", text))
+
+
+def printable(text: str) -> str:
+    """Return a text as one line that a terminal or a log can show to anybody.
+
+    Texts of files that somebody else has written come into errors. They could begin a line of their
+    own, or tell a terminal what to do. See also :func:`without_secrets`.
+    """
+    if not text.isprintable():
+        text = "".join(map(_shown, " ".join(text.splitlines())))
+    return without_secrets(text) if "=" in text or "@" in text else text
+
+
+def _shown(character: str) -> str:
+    turns = unicodedata.bidirectional(character) in _TURNING
+    if turns or unicodedata.category(character) in _UNPRINTABLE:
+        return " " if character == "\t" else ascii(character)[1:-1]
+    return character
 
 
 def few(names: Iterable[str]) -> str:

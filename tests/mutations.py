@@ -5,13 +5,16 @@ seeded generator.
 from __future__ import annotations
 
 import bz2
+import copy
 import csv
 import gzip
 import io
+import json
 import lzma
 import random
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -276,3 +279,55 @@ def csv_file(rng: random.Random, folder: str, delimiter: str) -> bytes:
     csv.writer(file, delimiter=delimiter).writerows(lines)
     data = file.getvalue().encode(rng.choice(["utf-8", "utf-8", "utf-8-sig", "latin-1"]))
     return data if rng.random() < 0.5 else damage(data, rng)
+
+
+# JSON and YAML
+
+ODD_NUMBERS = (-1, 0, 1, 2**31, 2**63, 10**30, -(10**18), 0.5, 1e308, float("inf"), float("nan"))
+ODD_TEXTS = (
+    *("", " ", "x", "0", "../../x", "/etc/passwd", "a\0b", "a\nb", "\x1b[2J", "\ud800", "x" * 300),
+    *("${oc.env:HOME}", "${x}", "{c:>99}", "{0.__class__}", "{}", "%s", "null", "\u202e", "[", "~"),
+)
+ODD_VALUES = (None, True, False, [], {}, [None], {"": None}, [[]], *ODD_NUMBERS, *ODD_TEXTS)
+
+
+def damage_value(value: Any, rng: random.Random) -> Any:
+    """A copy of plain data in which some entries are other ones, gone, doubled or elsewhere."""
+    changed = [copy.deepcopy(value)]
+    for _ in range(rng.choice([1, 1, 1, 2, 4])):
+        places = list(places_in(changed))
+        parent, key = rng.choice(places)
+        other_parent, other_key = rng.choice(places)
+        match rng.randrange(8):
+            case 0:
+                if parent is not changed:
+                    del parent[key]
+            case 1 | 2 | 3:
+                parent[key] = copy.deepcopy(rng.choice(ODD_VALUES))
+            case 4:
+                parent[key] = copy.deepcopy(other_parent[other_key])
+            case 5:
+                parent[key] = rng.choice([[parent[key]], {"x": parent[key]}, str(parent[key])])
+            case 6:
+                if isinstance(parent, dict):
+                    parent[rng.choice(ODD_TEXTS)] = parent.pop(key)
+            case 7:
+                if isinstance(parent, list) and parent is not changed:
+                    parent.insert(key, copy.deepcopy(parent[key]))
+    return changed[0]
+
+
+def places_in(value: Any) -> Iterator[tuple[Any, Any]]:
+    """The container and the key of every value inside of a value."""
+    for key, inner in [*(value.items() if isinstance(value, dict) else enumerate(value))]:
+        yield value, key
+        if isinstance(inner, (dict, list)):
+            yield from places_in(inner)
+
+
+def damage_json(data: bytes, rng: random.Random) -> bytes:
+    """Damage a JSON text's values, or else its bytes; or nest it deeply."""
+    kind = rng.random()
+    if kind < 0.75:
+        return json.dumps(damage_value(json.loads(data), rng)).encode()
+    return rng.choice([b"[", b'{"a":']) * 100_000 if kind < 0.77 else damage(data, rng)

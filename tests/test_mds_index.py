@@ -91,6 +91,7 @@ BROKEN: list[tuple[Entry, str]] = [
     *(({"zip_data": {"hashes": h}}, f"{NO_SIZE}.zstd") for h in (["xxh64"], {"xxh64": 5})),
     ({"raw_data": {"extra": 1}}, NO_FILE),
     ({"raw_data": None}, NO_FILE),
+    ({"raw_data": {"bytes": 2**32}}, "would unpack 4,294,967,296 bytes in"),
     ({"raw_data": RAW}, NO_FILE),
     ({"zip_data": None}, "is compressed and has no zip_data"),
     ({"compression": None}, "is compressed and has no zip_data"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-GROUND = {"errors", "near", "paths", "ranks", "device", "runtime"}
+GROUND = {"checked_json", "errors", "near", "paths", "ranks", "device", "runtime"}
 # each storey, and the storeys that it may import besides its own
 STOREYS: dict[str, set[str]] = dict.fromkeys(GROUND, GROUND)
 STOREYS["storage"] = GROUND

@@ -50,9 +50,12 @@ def test_templates_of_clip_benchmark_and_callables_of_open_clip_are_the_same():
     ("template", "message"),
     [
         ("a photo.", "'a photo.' has no place for the class name: write {c}"),
-        ("a photo of a {classname}.", "KeyError('classname')"),
-        ("a photo of a {c} and a {}, {}.", "IndexError"),
-        ("a photo of a {c.", "ValueError"),
+        ("a photo of a {classname}.", "a place for 'classname'; the class name's place is {c}"),
+        ("a photo of a {c.", "expected '}' before end of string"),
+        ("{c:>3000000000}", "a place for 'c'"),
+        ("{c.__class__}", "a place for 'c.__class__'"),
+        ("{c!r}", "a place for 'c'"),
+        ("{0[0]}", "a place for '0[0]'"),
     ],
 )
 def test_a_bad_template_is_one_line(template, message):

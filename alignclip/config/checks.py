@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from alignclip.config.metrics import KEEP_BEST_MODES, better, metrics_of, sets_of
 from alignclip.config.model_checks import check_model, unused_sizes
@@ -18,7 +20,7 @@ from alignclip.config.schema import (
     RunConfig,
 )
 from alignclip.config.setting import check_settings
-from alignclip.errors import UserError, nearest
+from alignclip.errors import UserError, nearest, without_secrets
 
 FILENAME_PARTS = (
     "run_name", "rank", "local_rank", "world_size", "local_world_size", "node_rank",
@@ -35,6 +37,7 @@ def validate(config: RunConfig) -> None:
         UserError: the first contradiction found.
     """
     check_settings(config, unused=unused_sizes(config.model.vision_cfg))
+    _check_secrets(dataclasses.asdict(config))
     _check_warmup(config)
     check_evaluators(config.evaluators)
     _check_keep_best(config)
@@ -83,7 +86,22 @@ def validate_evaluation(config: EvaluateConfig) -> None:
         }
     )
     check_settings(config, unused=intervals(config))
+    _check_secrets(dataclasses.asdict(config))
     check_evaluators(config.evaluators)
+
+
+def _check_secrets(section: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuse passwords, keys and signed URLs: a configuration is written down and logged."""
+    for name, value in section.items():
+        if isinstance(value, Mapping):
+            _check_secrets(value, f"{prefix}{name}.")
+        elif isinstance(value, str) and value:
+            assigned = f"{name}={value}"
+            if without_secrets(assigned) != assigned:
+                raise UserError(
+                    f"{prefix}{name} holds a password, a key or a signed URL, which would stand in "
+                    "config.yaml and in logs; clients take these from the environment"
+                )
 
 
 def intervals(config: EvaluateConfig) -> set[str]:

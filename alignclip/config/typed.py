@@ -21,7 +21,7 @@ from alignclip.config.yaml_text import (
     parse_line,
     unquoted,
 )
-from alignclip.errors import UserError, nearest
+from alignclip.errors import UserError, nearest, printable
 from alignclip.paths import expand
 
 _WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false"}
@@ -43,7 +43,7 @@ class SettingError(UserError):
         self.key, self.message = key, message
 
     def __str__(self) -> str:
-        return self.message
+        return printable(self.message)
 
 
 class UnknownKeyError(SettingError):

@@ -16,6 +16,7 @@ from yaml.constructor import BaseConstructor
 
 Tree = dict[str, Any]  # a section: texts, lists and sections by their keys
 NULLS = ("", "~", "null", "Null", "NULL")
+MOST_VALUES = 100_000  # of a text, whose aliases may repeat lists of aliases
 _TAG = "tag:yaml.org,2002:"
 _PLAIN = "plain"
 _INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]*)")
@@ -39,11 +40,24 @@ def parse(text: str) -> Any:
             holds itself.
     """
     try:
-        return yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=_Loader)
+        if isinstance(value, (dict, list)) and _count(value) > MOST_VALUES:
+            raise ValueError("its aliases repeat lists or mappings too often")
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
     except RecursionError:
         raise ValueError("lists or mappings lie too deep in one another") from None
+    return value
+
+
+def _count(value: Any, left: int = MOST_VALUES) -> int:
+    """Count values with all that they hold, an alias each time, up to some more than ``left``."""
+    count = 1
+    for inner in value.values() if isinstance(value, dict) else value:
+        count += _count(inner, left - count) if isinstance(inner, (dict, list)) else 1
+        if count > left:
+            break
+    return count
 
 
 def parse_line(text: str) -> Any:

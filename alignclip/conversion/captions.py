@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from alignclip.conversion.encoder_files import check_encoder_folder, check_encoder_weights
 from alignclip.errors import UserError, nearest, one_line
 from alignclip.storage import hub
 
@@ -45,8 +46,8 @@ class SentenceEncoder:
         length: the greatest length that it takes; longer captions are cut there.
 
     Raises:
-        UserError: sentence-transformers is not installed, there is no such model, or it embeds
-            nothing.
+        UserError: sentence-transformers is not installed, there is no such model, it would run code
+            of its own, or it embeds nothing.
     """
 
     def __init__(self, name: str) -> None:
@@ -55,6 +56,8 @@ class SentenceEncoder:
                 "caption embeddings need sentence-transformers: pip install 'alignclip[convert]'"
             )
         place = find_encoder(name)
+        if Path(place).is_dir():
+            check_encoder_folder(Path(place))
         import torch
         from sentence_transformers import SentenceTransformer
 
@@ -158,8 +161,11 @@ def find_encoder(name: str) -> str:
     why = "the Hugging Face hub has no such model"
     for repository in repositories:
         try:
-            HfApi().model_info(repository, timeout=HUB_TIMEOUT)
+            listed = HfApi().model_info(repository, timeout=HUB_TIMEOUT).siblings or []
+            check_encoder_weights(repository, (one.rfilename for one in listed))
             return repository
+        except UserError:
+            raise
         except HFValidationError:
             raise UserError(
                 f"no sentence encoder '{name}': there is no such folder, and it is no hub name"

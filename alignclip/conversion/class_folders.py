@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,8 @@ IMAGENET_FOLDERS = {
     "train": ("train", "ILSVRC2012_img_train"),
 }
 SOLUTION = "LOC_val_solution.csv"  # Kaggle's labels of the flat folder of validation images
+# torchvision's
+IMAGE_ENDINGS = (*(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),)
 MATCHED = "matched-frequency"  # the variant of ImageNetV2 that papers report
 
 
@@ -62,19 +65,34 @@ def images_in(
     Raises:
         UserError: a folder has no images, where ``all_filled`` asks for some.
     """
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-
     samples: list[EvaluationSample] = []
     folders = sorted(labels.items(), key=lambda item: item[1])
     for folder, label in tqdm(folders, "listing", unit=" classes", delay=2):
-        found = make_dataset(root, {folder: label}, extensions=IMG_EXTENSIONS, allow_empty=True)
+        found = _images_below(root / folder)
         if all_filled and not found:
             raise UserError(f"the class folder {root / folder} has no images; {README}")
         samples += [
-            EvaluationSample(Path(file).relative_to(root).as_posix(), Path(file), label)
-            for file, _ in found
+            EvaluationSample(file.relative_to(root).as_posix(), file, label) for file in found
         ]
     return samples
+
+
+def _images_below(folder: Path) -> list[Path]:
+    """List the images of a folder and of the folders below, in order.
+
+    A link to a folder is followed where that lies elsewhere. A link to a folder around it would
+    bring the other classes' images, and itself again.
+    """
+    found, seen = list[Path](), {*folder.resolve().parents}
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        place = Path(parent)
+        if (here := place.resolve()) in seen:
+            folders.clear()
+            continue
+        seen.add(here)
+        folders.sort()
+        found += [place / name for name in names if name.lower().endswith(IMAGE_ENDINGS)]
+    return sorted(found)
 
 
 def read_imagenet(

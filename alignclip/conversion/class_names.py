@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
 
+from alignclip.checked_json import has_type
 from alignclip.conversion.evaluation_sets import INSTALL, read_option_file
 from alignclip.conversion.wording import did_you_mean_one
+from alignclip.data.templates import fill_template
 from alignclip.errors import UserError
 
 GENERIC = "imagenet1k"  # whose templates clip_benchmark takes for sets that have none
@@ -52,15 +53,15 @@ def choose_templates(name: str, path: str | None) -> list[str]:
         lists = benchmark_lists("en_zeroshot_classification_templates.json")
         return lists.get(name, lists[GENERIC])
     templates = read_option_file("--templates", Path(path))
-    if not _is_text_list(templates) or not templates:
+    if not has_type(templates, list[str]) or not templates:
         raise UserError(
             f'--templates {path} must be a JSON list of strings such as "a photo of a {{c}}."'
         )
     for text in templates:
-        if "{c}" not in text and "{}" not in text:
-            raise UserError(
-                f"--templates {path}: '{text}' has no place for the class name: write {{c}}"
-            )
+        try:
+            fill_template(text, "")
+        except UserError as error:
+            raise UserError(f"--templates {path}: {error}") from None
     return list(templates)
 
 
@@ -79,7 +80,7 @@ def choose_classnames(names: list[str], path: str | None) -> list[str]:
             lacks = f"lacks {len(missing):,} of {len(names):,} classes"
             raise UserError(f"--classnames {path} {lacks}, the first is '{missing[0]}'{hint}")
         given = [given[name] for name in names]
-    if not _is_text_list(given) or not all(name.strip() for name in given):
+    if not has_type(given, list[str]) or not all(name.strip() for name in given):
         raise UserError(
             f"--classnames {path} must be a JSON list of names, or an object from classes to names"
         )
@@ -88,7 +89,3 @@ def choose_classnames(names: list[str], path: str | None) -> list[str]:
             f"--classnames {path} has {len(given):,} names, the set has {len(names):,} classes"
         )
     return list(given)
-
-
-def _is_text_list(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(one, str) for one in value)

@@ -32,6 +32,8 @@ from alignclip.conversion.layouts import (
 from alignclip.conversion.published import PublishedSet
 from alignclip.errors import UserError, one_line
 
+LARGEST_IDX = 2**26  # bytes: 60,000 images of 28 × 28, and some more
+
 # torchvision is imported where it is used: the import takes seconds, and a mistake in the command
 # line should be told before.
 
@@ -207,8 +209,10 @@ def _read_idx(file: Path, axes: int) -> np.ndarray:
     Raises:
         ValueError: the file is none, or has not so many axes.
     """
-    data = file.read_bytes()
-    data = gzip.decompress(data) if file.suffix == ".gz" else data
+    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as opened:
+        data = opened.read(LARGEST_IDX + 1)
+    if len(data) > LARGEST_IDX:
+        raise ValueError(f"{file.name} is larger than any IDX file of the set")
     if data[:4] != bytes((0, 0, 8, axes)):
         raise ValueError(f"{file.name} is no IDX file of {axes} axes")
     lengths = np.frombuffer(data, ">u4", count=axes, offset=4)

@@ -27,23 +27,24 @@ Runs of earlier versions are taken up: their records may lack entries that came 
 from __future__ import annotations
 
 import fnmatch
-import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from alignclip.checked_json import has_type
 from alignclip.config.setting import check_settings
 from alignclip.conversion import inputs
 from alignclip.conversion.captions import find_encoder, load_encoder
 from alignclip.conversion.formats.declaration import CAPTION_LISTS, PAIR_COLUMNS
 from alignclip.conversion.options import ConvertOptions
-from alignclip.conversion.plan import PLAN, begin, check_free
+from alignclip.conversion.plan import PLAN, begin, check_free, index_over
 from alignclip.conversion.records import (
     CARD_FILE,
     Counts,
@@ -61,7 +62,7 @@ from alignclip.conversion.report import (
 from alignclip.conversion.shards import is_current
 from alignclip.conversion.wording import are_them, counted, first_few, inputs_in_words
 from alignclip.conversion.workers import convert_all
-from alignclip.errors import UserError
+from alignclip.errors import UserError, without_secrets
 from alignclip.storage import leaving_nothing
 from alignclip.storage.copies import remove_stale_copies
 from alignclip.storage.staging import INDEX, VAL, OutputFolder, shown
@@ -130,7 +131,9 @@ def _convert_rest(
 ) -> Counts:
     """Convert what is left to do, and write the index over all there is."""
     there = store.listing()
-    complete, planned = begin(store, there, options, names, columns)
+    # what is written down and said: a URL may be signed, each day anew
+    said = {name: without_secrets(source) for name, source in names.items()}
+    complete, planned = begin(store, there, options, said, columns)
     remove_stale_copies()
     store.remove_partial()
     done = {
@@ -139,12 +142,15 @@ def _convert_rest(
         if name not in names or is_current(record, names[name])
     }
     todo = {name: source for name, source in names.items() if name not in done}
-    sources = {name: record.source for name, record in complete.items()} | names
+    sources = {name: record.source for name, record in complete.items()} | said
     whole = _WholeSet(options, store, _all_patterns(store, there, options), sources, done)
     resumed = total_of(done.values()).written
     if options.progress and resumed and todo:
         holds = f"{store.out} holds {resumed:,} samples from {inputs_in_words(len(done))}"
-        print(f"{holds}; {_what_is_added(todo, planned)}", file=sys.stderr)
+        print(
+            f"{holds}; {_what_is_added({name: said[name] for name in todo}, planned)}",
+            file=sys.stderr,
+        )
     # where shards are replaced that the index may name, the index is written without them first
     replaced = {
         f"{name}/{INDEX}" for name in todo if name not in complete or complete[name].counts.written
@@ -190,9 +196,10 @@ def _what_is_added(todo: dict[str, str], planned: dict[str, str]) -> str:
 
 def _all_patterns(store: OutputFolder, there: set[str], options: ConvertOptions) -> list[str]:
     """Return what was named as inputs, of this run and of finished runs before."""
-    before = store.read_json([CARD_FILE], broken=True)[0] if CARD_FILE in there else None
-    earlier = before.get("source") if isinstance(before, dict) else None
-    return list(dict.fromkeys([*(earlier if isinstance(earlier, list) else []), *options.inputs]))
+    before = store.read_json([CARD_FILE])[0] if CARD_FILE in there else None
+    earlier: Any = before.get("source") if isinstance(before, dict) else None
+    known = earlier if has_type(earlier, list[str]) else []
+    return list(dict.fromkeys([*known, *map(without_secrets, options.inputs)]))
 
 
 @dataclass(frozen=True)
@@ -276,12 +283,12 @@ class _WholeSet:
             "versions": package_versions(*(encoding if options.semantic else ())),
         }
         if options.held_out:
-            index = _index(store, VAL, [name for name in names if self.done[name].held_out])
+            index = index_over(store, VAL, [name for name in names if self.done[name].held_out])
             with store.staged(VAL, replace=False) as folder:
                 (folder / INDEX).write_text(index)
         with store.staged() as folder:
             (folder / CARD_FILE).write_text(to_json(card))
-            (folder / INDEX).write_text(_index(store, "", names))
+            (folder / INDEX).write_text(index_over(store, "", names))
 
 
 def _try_options(options: ConvertOptions) -> None:
@@ -313,7 +320,9 @@ def _output_columns(options: ConvertOptions, shards: Iterable[str]) -> dict[str,
         columns["caption"] = there["caption"]
         if options.progress and (rest := [name for name in there if name not in PAIR_COLUMNS]):
             made = " (made anew)" if options.semantic and "semantic" in rest else ""
-            print(f"not taken from {place}: {', '.join(rest)}{made}", file=sys.stderr)
+            print(
+                f"not taken from {without_secrets(place)}: {', '.join(rest)}{made}", file=sys.stderr
+            )
     if len(captions) > 1:
         raise UserError(
             f"{captions[CAPTION_LISTS]} has lists of captions, other inputs have one an image; "
@@ -328,20 +337,3 @@ def _output_columns(options: ConvertOptions, shards: Iterable[str]) -> dict[str,
         shape = "" if CAPTION_LISTS in captions else f":{encoder.dimension}"
         columns["semantic"] = f"ndarray:float16{shape}"
     return columns
-
-
-def _index(store: OutputFolder, split: str, names: Sequence[str]) -> str:
-    """Return the index over these sub-folders of a split.
-
-    Streaming's merge_index opens a connection for each of them and takes every .json for an index.
-    """
-    shards = []
-    paths = [f"{split}/{name}/{INDEX}".lstrip("/") for name in names]
-    for name, index in zip(names, store.read_json(paths), strict=True):
-        for shard in index["shards"]:
-            if not shard["samples"]:  # MDSWriter's first, where the first sample exceeds the limit
-                continue
-            for file in filter(None, (shard["raw_data"], shard["zip_data"])):
-                file["basename"] = f"{name}/{file['basename']}"
-            shards.append(shard)
-    return json.dumps({"version": 2, "shards": shards})

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 from PIL import Image
 
+from alignclip.checked_json import has_type, parse_json
 from alignclip.config.differences import differences
 from alignclip.config.setting import setting
 from alignclip.conversion.formats.remote import read_ahead
@@ -128,7 +128,7 @@ def read_option_file(flag: str, path: Path) -> Any:
         UserError: the file cannot be read or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))  # an editor's mark
+        return parse_json(path.read_text(encoding="utf-8-sig"))  # an editor's mark
     except OSError as error:
         raise UserError(f"cannot read {flag} {path}: {error.strerror}") from None
     except ValueError as error:
@@ -192,6 +192,14 @@ def image_bytes(sample: EvaluationSample) -> bytes | None:
     return data if is_whole(data, EVALUATION_FORMATS) else None
 
 
+class _Card(TypedDict):
+    """What a set's ``dataset.json`` has to hold."""
+
+    dataset: str
+    split: str
+    samples: int
+
+
 def _complete(store: OutputFolder, identity: dict[str, Any]) -> dict[str, Any] | None:
     """Return the ``dataset.json`` of a complete set; None where there is none.
 
@@ -202,8 +210,8 @@ def _complete(store: OutputFolder, identity: dict[str, Any]) -> dict[str, Any] |
     if INDEX not in listing:  # written last
         store.check_writable()
         return None
-    there: dict[str, Any] = store.read_json([CARD_FILE])[0] if CARD_FILE in listing else {}
-    if not there.keys() >= identity.keys():
+    there: Any = store.read_json([CARD_FILE])[0] if CARD_FILE in listing else None
+    if not has_type(there, _Card) or not there.keys() >= identity.keys():
         raise UserError(f"{store.out} already holds another kind of data set; choose another --out")
     for key, (other, _) in differences(there, identity).items():
         shown = f", {key} {'all' if other is None else other}"
@@ -212,7 +220,8 @@ def _complete(store: OutputFolder, identity: dict[str, Any]) -> dict[str, Any] |
             f"{store.out} already holds {there['dataset']} ({there['split']}{shown}): choose "
             "another --out, or delete it first"
         )
-    return there
+    card: dict[str, Any] = there
+    return card
 
 
 def _write_set(

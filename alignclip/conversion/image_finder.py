@@ -6,6 +6,7 @@ import re
 from functools import cached_property
 from pathlib import Path
 
+from alignclip.data.mds_index import LONGEST_NAME
 from alignclip.errors import UserError
 
 SEARCHED_DEPTH = 2  # folders below --images that are searched
@@ -35,6 +36,8 @@ class ImageFinder:
             UserError: the name leads out of the folder: somebody else's annotations could name any
                 file of this machine.
         """
+        if "\0" in image or any(len(part.encode()) > LONGEST_NAME for part in image.split("/")):
+            raise UserError(f"the annotations name an image that no file can be called: {image!a}")
         expected = self.root / image
         is_elsewhere = self.published and not expected.is_relative_to(self.root)
         if ".." in expected.parts or is_elsewhere:

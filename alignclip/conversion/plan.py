@@ -5,13 +5,15 @@ See :mod:`alignclip.conversion.dataset` for the protocol.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from alignclip.config.differences import differences
 from alignclip.conversion.options import ConvertOptions
 from alignclip.conversion.records import InputRecord, Plan
 from alignclip.conversion.wording import are_them, first_few, listing
+from alignclip.data.mds_index import usable_shards
 from alignclip.errors import UserError
 from alignclip.storage.staging import COUNTS, INDEX, VAL, OutputFolder, shown
 
@@ -100,6 +102,32 @@ def begin(
     return complete, before.inputs
 
 
+def index_over(store: OutputFolder, split: str, names: Sequence[str]) -> str:
+    """Return the index over these sub-folders of a split.
+
+    Streaming's merge_index opens a connection for each of them and takes every .json for an index.
+
+    Raises:
+        UserError: the index of a sub-folder is none, or can't be read safely.
+    """
+    shards = []
+    paths = [f"{split}/{name}/{INDEX}".lstrip("/") for name in names]
+    for name, path, index in zip(names, paths, store.read_json(paths), strict=True):
+        try:
+            entries = usable_shards(index)
+        except ValueError as error:
+            folder = store.files.at(path).removesuffix(f"/{INDEX}")
+            way = f"delete {folder} to convert its input again"
+            raise UserError(f"{store.files.at(path)} {error}; {way}") from None
+        for shard in entries:
+            if not shard["samples"]:  # MDSWriter's first, where the first sample exceeds the limit
+                continue
+            for file in filter(None, (shard["raw_data"], shard["zip_data"])):
+                file["basename"] = f"{name}/{file['basename']}"
+            shards.append(shard)
+    return json.dumps({"version": 2, "shards": shards})
+
+
 def _read_plan(store: OutputFolder, there: set[str]) -> tuple[Plan, dict[str, InputRecord]]:
     """Read the plan and the records of complete sub-folders; a damaged record is none."""
     names = sorted(
@@ -108,7 +136,7 @@ def _read_plan(store: OutputFolder, there: set[str]) -> tuple[Plan, dict[str, In
         if file == INDEX and folder and "/" not in folder and f"{folder}/{COUNTS}" in there
     )
     files = [PLAN, *(f"{name}/{COUNTS}" for name in names)]
-    plan, *contents = store.read_json(files, broken=True)
+    plan, *contents = store.read_json(files)
     if (before := Plan.parse(plan)) is None:
         raise UserError(f"{store.out}/{PLAN} is broken; delete {store.out} to start again")
     complete = {}

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from alignclip.checked_json import has_type
 from alignclip.conversion.samples import BROKEN_INPUT, Ignored, Skipped
 from alignclip.conversion.wording import MAX_NAMES
 
@@ -17,16 +18,16 @@ CARD_FILE = "dataset.json"  # at a set's root, written last but for the index
 KEPT_EXAMPLES = 5  # of each reason, kept of an input shard for the report
 LONGEST_EXAMPLE = 200  # characters of a key or detail
 # entries of an input's record, about the input and what was counted: the type of each in JSON
-SOURCE: dict[str, type] = {"source": str, "source_bytes": int, "source_modified": int}
-COUNTED: dict[str, type] = {
+SOURCE: dict[str, Any] = {"source": str, "source_bytes": int, "source_modified": int}
+COUNTED: dict[str, Any] = {
     "written": int,
     "held_out": int,
-    "skipped": dict,
-    "noted": dict,
-    "ignored": dict,
-    "sides": list,
+    "skipped": dict[str, int],
+    "noted": dict[str, int],
+    "ignored": dict[str, int],
+    "sides": list[int],
     "bytes": int,
-    "examples": dict,
+    "examples": dict[str, list[tuple[str, str]]],  # a key, and a detail about it
 }
 MISSING_IN_EARLY_RECORDS = {"source_bytes": 0, "source_modified": 0, "ignored": {}, "sides": []}
 
@@ -137,16 +138,11 @@ class InputRecord:
             return None
         entries: dict[str, Any] = MISSING_IN_EARLY_RECORDS | content
         kinds = (SOURCE | COUNTED).items()
-        if not all(isinstance(entries.get(name), kind) for name, kind in kinds):
+        if not all(has_type(entries.get(name), kind) for name, kind in kinds):
             return None
         counts = Counts(**{name: entries[name] for name in COUNTED})
         for name in ("skipped", "noted", "ignored"):
-            numbers = entries[name].values()
-            if not all(isinstance(number, int) for number in numbers):
-                return None
             setattr(counts, name, Counter(entries[name]))
-        if not all(isinstance(side, int) for side in counts.sides):
-            return None
         counts.written += counts.held_out
         return cls(**{name: entries[name] for name in SOURCE}, counts=counts)
 
@@ -179,7 +175,10 @@ class Plan:
             return None
         settings = dict(content)
         columns, inputs = settings.pop("columns", None), settings.pop("inputs", None)
-        return cls(settings, columns, inputs if isinstance(inputs, dict) else {})
+        texts = dict[str, str] | None
+        if not has_type(columns, texts) or not has_type(inputs, texts):
+            return None
+        return cls(settings, columns, inputs or {})
 
     def text(self) -> str:
         """Return the file's text."""

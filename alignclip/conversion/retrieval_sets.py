@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from alignclip.checked_json import parse_json
 from alignclip.conversion import flickr_lines, text_tables
 from alignclip.conversion.evaluation_sets import local_path, read_option_file
 from alignclip.conversion.published import PublishedSet
+from alignclip.conversion.samples import as_utf8
 from alignclip.conversion.text_tables import Table
 from alignclip.conversion.wording import listing
 from alignclip.errors import UserError, nearest, one_line
@@ -131,18 +132,29 @@ def read_coco(wanted: Wanted) -> Annotations:
 
     def read(image: dict[str, Any]) -> tuple[str, list[str]]:
         name = "/".join(filter(None, (image.get("filepath"), image["filename"])))
-        return name, [text["raw"] for text in image["sentences"]]
+        return _text(name), [_text(text["raw"]) for text in image["sentences"]]
 
     return wanted.take(((image["split"], image) for image in content["images"]), read)
 
 
 def _read_coco_api(content: dict[str, Any]) -> Captions:
     """Read ``captions_val2017.json``, or clip_benchmark's ``coco_test_karpathy.json``, by ids."""
-    names = {image["id"]: image["file_name"] for image in content["images"]}
+    names = {image["id"]: _text(image["file_name"]) for image in content["images"]}
     captions: Captions = {names[number]: [] for number in sorted(names)}
     for annotation in content["annotations"]:
-        captions[names[annotation["image_id"]]].append(annotation["caption"])
+        captions[names[annotation["image_id"]]].append(_text(annotation["caption"]))
     return captions
+
+
+def _text(value: Any) -> str:
+    """Return a text that can be written as UTF-8.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.80} is no text")
+    return as_utf8(value)
 
 
 def read_flickr(wanted: Wanted) -> Annotations:
@@ -162,7 +174,7 @@ def read_flickr(wanted: Wanted) -> Annotations:
         rows = (dict(zip(table.columns, row, strict=True)) for row in values)
         annotations = wanted.take(
             ((row["split"], row) for row in rows),
-            lambda row: (row["filename"], [*map(str, json.loads(row["raw"]))]),
+            lambda row: (row["filename"], [*map(str, parse_json(row["raw"]))]),
         )
     if wanted.split_file:
         raise UserError(f"{wanted} has splits of its own: give --split instead of --split-file")

@@ -33,7 +33,7 @@ from alignclip.conversion.samples import (
     Sample,
     Skipped,
 )
-from alignclip.errors import UserError
+from alignclip.errors import UserError, without_secrets
 from alignclip.storage.staging import COUNTS, VAL, OutputFolder
 
 SIDES = 20  # images of an input whose sizes are looked at, for the model that is proposed
@@ -90,10 +90,11 @@ def convert_shard(
                 show(len(rows), len(batch) - len(rows))
         files = (file for folder in folders.values() for file in folder.glob("*.mds*"))
         counts.bytes = sum(file.stat().st_size for file in files)
-        record = InputRecord(source, opened.size, opened.modified, counts)
+        said = without_secrets(source)
+        record = InputRecord(said, opened.size, opened.modified, counts)
         (folders[""] / COUNTS).write_text(record.text())
         if options.held_out:
-            short = {"source": source, "written": counts.held_out, "skipped": {}}
+            short = {"source": said, "written": counts.held_out, "skipped": {}}
             (folders[VAL] / COUNTS).write_text(json.dumps(short))
     return counts
 

@@ -7,12 +7,12 @@ executes code (``pkl``).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 from typing import Any, TypedDict, cast
 
+from alignclip.checked_json import parse_json
 from alignclip.runtime.stand_ins import stand_ins
 from alignclip.storage.staging import INDEX as INDEX
 
@@ -21,6 +21,9 @@ DATASET, CLASSES = "dataset.json", "classes.json"
 BROKEN_INPUT = "truncated file"  # in a sub-folder's counts: its source was not read to the end
 VERSION = 2  # of the format; Streaming reads no other
 LARGEST_SHARD = 2**32  # bytes: offsets in a shard are 32-bit
+# Images are compressed already, and texts by ten; what unpacks into a thousand times as much is no
+# data of anybody's
+MOST_TIMES, SMALL = 1000, 2**26
 LONGEST_NAME = 255  # bytes of a part of a path, on every common file system
 # A sample takes at least this many bytes of its shard: its offset, and a byte of data.
 LEAST_BYTES = 5
@@ -89,9 +92,14 @@ def parse_index(content: bytes) -> list[ShardEntry]:
             not safely. The message continues a sentence that names the file: "is …", "names …".
     """
     try:
-        index = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError):
+        index = parse_json(content)
+    except ValueError:
         raise ValueError("is not a streaming index") from None
+    return usable_shards(index)
+
+
+def usable_shards(index: Any) -> list[ShardEntry]:
+    """Return the shards of an index that is parsed JSON; see :func:`parse_index`."""
     entries = listed_shards(index)
     for number, entry in enumerate(entries):
         if why := why_unusable(entry):
@@ -165,6 +173,9 @@ def _why_not_files(entry: Mapping[str, Any]) -> str | None:
             return f"has no size or no hashes of {name}"
     if bool(entry["compression"]) != bool(compressed):
         return "is compressed and has no zip_data, or the other way round"
+    if compressed and raw["bytes"] > MOST_TIMES * compressed["bytes"] + SMALL:
+        size = f"{raw['bytes']:,} bytes in {compressed['bytes']:,}"
+        return f"would unpack {size}: {_printable(raw['basename'])}"
     if compressed and compressed["basename"] == raw["basename"]:
         return f"has one name for two files: {_printable(raw['basename'])}"
     if not _is_count(samples):

@@ -6,7 +6,7 @@ Streaming's own reader checks none of this, and decompresses whatever a file ann
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from alignclip.data.mds_index import IndexedFile, ShardEntry, stored_file
 from alignclip.runtime.stand_ins import stand_ins
@@ -56,7 +56,7 @@ def open_shard(entry: ShardEntry, path: Path, folder: Path) -> MDSReader:
     return MDSReader.from_json(str(path.parent), None, plain)
 
 
-def _uncompressed(entry: ShardEntry, data: bytes) -> bytes:
+def _uncompressed(entry: ShardEntry, data: bytes) -> bytes | bytearray:
     """Check the content of a stored file, decompress it, and check the result."""
     check_content(data, stored_file(entry))
     if not entry["zip_data"]:
@@ -72,7 +72,7 @@ def _uncompressed(entry: ShardEntry, data: bytes) -> bytes:
     return content
 
 
-def check_content(data: bytes, file: IndexedFile) -> None:
+def check_content(data: bytes | bytearray, file: IndexedFile) -> None:
     """Compare a file's content with the size and the hashes in the index.
 
     Raises:
@@ -85,11 +85,13 @@ def check_content(data: bytes, file: IndexedFile) -> None:
         text = f"{len(data):,} bytes, the index says {file['bytes']:,}"
         raise DamagedShard("size differs", text)
     known = {name: value for name, value in file["hashes"].items() if is_hash(name)}
-    if different := [name for name, value in known.items() if get_hash(name, data) != value]:
+    if different := [
+        name for name, value in known.items() if get_hash(name, cast("bytes", data)) != value
+    ]:
         raise DamagedShard("hash differs", f"hash {', '.join(different)} differs")
 
 
-def decompress_to(size: int, algorithm: str, data: bytes) -> bytes:
+def decompress_to(size: int, algorithm: str, data: bytes) -> bytes | bytearray:
     """Decompress what Streaming has compressed into a buffer of ``size`` bytes and no more.
 
     So a small file can't fill the memory.
@@ -120,4 +122,4 @@ def decompress_to(size: int, algorithm: str, data: bytes) -> bytes:
         raise ValueError(f"can't be decompressed: {error}") from None
     if written < size:
         raise ValueError(f"holds less than {size:,} bytes")
-    return bytes(result)
+    return result

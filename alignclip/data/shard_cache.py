@@ -27,6 +27,7 @@ from streaming.base.format.mds.encodings import _get_coder
 from streaming.base.hashing import get_hash
 from streaming.base.world import World
 
+from alignclip.checked_json import parse_json
 from alignclip.data.mds_index import INDEX, read_shards
 from alignclip.data.mds_reader import decompress_to
 from alignclip.errors import UserError
@@ -108,7 +109,7 @@ class ShardCache:
             self._read += len(lines)
             for line in lines.splitlines():
                 with suppress(ValueError, TypeError):  # half a line of a machine that went down
-                    known, changed, size = json.loads(line)
+                    known, changed, size = parse_json(line)
                     self._seals[known] = changed, size
         return self._seals.get(name)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Collection, Iterable
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
+from alignclip.checked_json import has_type, parse_json
 from alignclip.config.schema import DataConfig, RunConfig, SetConfig
 from alignclip.data.mds_index import (
     DATASET,
@@ -47,6 +47,13 @@ OTHER_KIND = {
         "the set has classes and no captions: zero_shot and linear_probe read classes",
     ),
 }
+
+
+class _Card(TypedDict, total=False):
+    """What ``dataset.json`` says of caption embeddings."""
+
+    encoder: str | None
+    dimension: int | None
 
 
 def local_folder(name: str, stream: SetConfig) -> str:
@@ -211,11 +218,11 @@ def _reads_from(stream: SetConfig) -> list[str]:
 def _encoder(stream: SetConfig, columns: dict[str, str]) -> tuple[str | None, int | None]:
     """Return the name and the dimension of a set's sentence encoder, None where nobody says."""
     try:
-        said = json.loads(read_text(place_of(stream, DATASET)))
-        name, dimension = said.get("encoder"), said.get("dimension")
-    except Exception:  # a set of another converter's
-        name = dimension = None
-    return name, dimension_of(columns) or dimension
+        said = parse_json(read_text(place_of(stream, DATASET)))
+    except (UserError, ValueError):
+        said = {}
+    said = said if has_type(said, _Card) else {}  # of another converter's set
+    return said.get("encoder"), dimension_of(columns) or said.get("dimension")
 
 
 def _check_encoders(encoders: dict[str, tuple[str | None, int | None]]) -> None:

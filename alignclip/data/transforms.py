@@ -21,7 +21,11 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from alignclip.data.image_files import EVALUATION_FORMATS, TRAINING_FORMATS
+from alignclip.data.image_files import (
+    EVALUATION_FORMATS,
+    TRAINING_FORMATS,
+    check_jpeg_pixels,
+)
 
 JPEG_MAGIC = b"\xff\xd8\xff"
 BOX_ATTEMPTS = 10  # of a training crop, as many as torchvision's
@@ -37,9 +41,10 @@ def decode_image(data: bytes) -> Tensor:
         uint8 ``[3, height, width]``, RGB.
 
     Raises:
-        OSError: neither decoder can read it.
+        OSError: neither decoder can read it, or it has too many pixels.
     """
     if data.startswith(JPEG_MAGIC):
+        check_jpeg_pixels(data)
         with suppress(RuntimeError):
             content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             image = decode_jpeg(content, mode=ImageReadMode.UNCHANGED)

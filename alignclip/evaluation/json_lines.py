@@ -7,11 +7,28 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypedDict
 
+from alignclip.checked_json import has_type, parse_json
 from alignclip.storage import Store, describe_storage_error
 
 RecordLine = Mapping[str, Any]
+_Figures = dict[str, float | None]
+
+
+class _OfBatch(TypedDict):
+    batch: int
+
+
+class _Line(_OfBatch, total=False):
+    """A line of a record; each kind of record has some of the entries."""
+
+    losses: _Figures
+    lr: float | None
+    logit_scale: float | None
+    metrics: _Figures
+    chance: _Figures
+    verdict: str | None
 
 
 class RecordFile:
@@ -57,17 +74,17 @@ def text_of(lines: Iterable[RecordLine]) -> str:
 
 
 def lines_in(text: str) -> list[dict[str, Any]]:
-    """Return the lines of a text that name a batch; one that a kill has cut off is left out.
+    """Return the lines of a text that name a batch; what is none, as after a kill, is left out.
 
     NaN and Infinity, which are no JSON, are read as None.
     """
     lines = []
     for line in text.splitlines():
         try:
-            read = json.loads(line, parse_constant=lambda _: None)
+            read = parse_json(line, constant=lambda _: None)
         except ValueError:
             continue
-        if isinstance(read, dict) and isinstance(read.get("batch"), int):
+        if has_type(read, _Line):
             lines.append(read)
     return lines
 

@@ -8,8 +8,9 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from alignclip.checked_json import has_type, parse_json
 from alignclip.config.metrics import arrow, better, metric_named, sets_of
 from alignclip.config.schema import EvaluateConfig, EvaluatorConfig
 from alignclip.evaluation.history import EvaluationRecord, judge_since
@@ -143,7 +144,7 @@ class ComparisonReport:
         again = [name for name in known if name in mine]
         self._evaluators = known | mine
         self.chance = dict(earlier["chance"])
-        notes = earlier.get("notes") or {}
+        notes = earlier["notes"]
         self.notes = {name: notes[name] for name in kept if name in notes}
         for checkpoint, found in earlier["results"].items():
             self.results[checkpoint] = {name: with_nan(figures) for name, figures in found.items()}
@@ -153,9 +154,9 @@ class ComparisonReport:
 
     def _difference(self, earlier: dict[str, Any]) -> str:
         """Say why a folder's results are of another comparison; empty: they are of this one."""
-        weights, known, chance = (earlier.get(key) for key in ("weights", "evaluators", "chance"))
-        if not (isinstance(weights, dict) and isinstance(known, dict) and isinstance(chance, dict)):
+        if not has_type(earlier, _Results):
             return "of an earlier version"
+        weights, known = earlier["weights"], earlier["evaluators"]
         if weights.keys() != self._weights.keys():
             return f"of {', '.join(weights)}"
         if weights != self._weights:
@@ -238,10 +239,20 @@ def _sets_in(about: Mapping[str, Any]) -> dict[str, Any]:
     return {key: one for key, one in about.items() if key in own or isinstance(one, dict)}
 
 
+class _Results(TypedDict):
+    """What a ``results.json`` has to hold that a comparison goes on with."""
+
+    weights: dict[str, str]
+    evaluators: dict[str, dict[str, Any]]
+    results: dict[str, dict[str, dict[str, float | None]]]
+    chance: dict[str, dict[str, float]]
+    notes: dict[str, str]
+
+
 def _earlier_results(path: Path) -> dict[str, Any] | None:
     """Read a ``results.json``: empty where the file is none, None where there is no file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValueError):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from alignclip.checked_json import has_type, parse_json
 from alignclip.config.schema import SetConfig
 from alignclip.data.mds_index import CLASSES
 from alignclip.data.streaming_patches import CachedDataset
@@ -23,6 +23,18 @@ from alignclip.data.transforms import center_crop
 from alignclip.errors import UserError, one_line
 from alignclip.ranks import errors_on_all_ranks, raise_on_all_ranks
 from alignclip.storage import StorageError, describe_storage_error, read_text
+
+
+class _Texts(TypedDict):
+    classnames: list[str]
+    templates: list[str]
+
+
+class _Classes(_Texts, total=False):
+    """What ``classes.json`` has to hold."""
+
+    classes: int
+
 
 HASH = "xxh64"  # our converters'
 
@@ -127,28 +139,23 @@ def read_classes(stream: SetConfig) -> tuple[list[str], list[str]]:
     """
     where = place_of(stream, CLASSES)
     try:
-        values = json.loads(read_text(where))
-        names, templates = _list_of_texts(values["classnames"]), _list_of_texts(values["templates"])
-        classes = values.get("classes", len(names))
+        values = parse_json(read_text(where))
     except StorageError:
         raise
-    except (UserError, ValueError, KeyError, TypeError):
+    except (UserError, ValueError):
+        values = None
+    if not has_type(values, _Classes) or not all(map(str.strip, _texts_of(values))):
         raise UserError(
             f"{where} holds no classnames and templates; "
             "write the set with convert/classification.py"
-        ) from None
+        )
+    names, templates = values["classnames"], values["templates"]
+    classes = values.get("classes", len(names))
     if classes != len(names):
         raise UserError(f"{where} has {len(names)} classnames, and the set has {classes} classes")
     return names, templates
 
 
-def _list_of_texts(values: Any) -> list[str]:
-    """Return the values where these are a list of texts.
-
-    Raises:
-        ValueError: they are something else.
-    """
-    texts = isinstance(values, list) and [isinstance(one, str) and one.strip() for one in values]
-    if not texts or not all(texts):
-        raise ValueError("no list of texts")
-    return list(values)
+def _texts_of(values: _Classes) -> list[str]:
+    """Return names and templates; an empty text where one of the lists is empty."""
+    return [one for name in ("classnames", "templates") for one in values[name] or [""]]

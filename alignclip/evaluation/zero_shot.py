@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alignclip.errors import UserError
+from alignclip.data.templates import fill_template
 from alignclip.evaluation.ranking import best_ranks, score_blocks
 
 Template = str | Callable[[str], str]
@@ -43,17 +43,7 @@ def build_classifier(
 
 
 def _fill(template: Template, name: str) -> str:
-    if not isinstance(template, str):
-        return template(name)
-    try:
-        prompt, other = (template.format(text, c=text) for text in (name, f"{name}x"))
-    except (KeyError, IndexError, ValueError) as error:
-        raise UserError(
-            f"template '{template}': {error!r}; the class name's place is {{c}}"
-        ) from None
-    if prompt == other:
-        raise UserError(f"template '{template}' has no place for the class name: write {{c}}")
-    return prompt
+    return fill_template(template, name) if isinstance(template, str) else template(name)
 
 
 @torch.no_grad()

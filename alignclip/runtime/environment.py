@@ -12,6 +12,8 @@ from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 
+from alignclip.errors import without_secrets
+
 PACKAGE = Path(__file__).parents[1]
 GIT_TIMEOUT = 20.0  # seconds
 # what losses to the last bit depend on, or the format of checkpoints and sets
@@ -38,7 +40,7 @@ class Start:
         world_size: processes on all machines.
         device: of rank 0, e.g. ``cpu`` or ``NVIDIA H200``.
         time: UTC.
-        command: after the launcher's own arguments.
+        command: after the launcher's own arguments, without passwords and keys.
         git: None where the code is installed rather than a checkout, or there is no git.
         versions: of Python, CUDA and :data:`PACKAGES`.
         changed: settings, ranks, machine and versions that differ from the start before, as
@@ -51,7 +53,7 @@ class Start:
     time: str = field(
         default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds")
     )
-    command: str = field(default_factory=lambda: shlex.join(sys.argv))
+    command: str = field(default_factory=lambda: without_secrets(shlex.join(sys.argv)))
     git: Git | None = field(default_factory=lambda: checkout(PACKAGE))
     versions: dict[str, str] = field(default_factory=lambda: versions())
     changed: list[str] = field(default_factory=list)

@@ -6,6 +6,8 @@ import os
 from contextlib import suppress
 from urllib.parse import urlparse
 
+from alignclip.errors import UserError, without_secrets
+
 ENDPOINTS = ("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 CHECKSUM_SETTINGS = ("request_checksum_calculation", "response_checksum_validation")
 
@@ -17,7 +19,16 @@ def expect_plain_s3() -> None:
     400 or 403. Where another endpoint is set, this makes boto3 send them only where S3 requires
     them. A person's own setting stays. Ranks, data workers and uploaders inherit the environment;
     call this before any of them makes a client.
+
+    Raises:
+        UserError: the endpoint's URL holds a password: clients show the URL in their errors.
     """
+    for name in ENDPOINTS:
+        if without_secrets(url := os.environ.get(name, "")) != url:
+            raise UserError(
+                f"{name} holds a password, which S3 has no use for; put the keys into "
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
     if not is_foreign():
         return
     for setting in CHECKSUM_SETTINGS:

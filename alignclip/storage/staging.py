@@ -17,7 +17,6 @@ The protocol, by which a run that was killed goes on and nobody reads half a set
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import socket
@@ -31,6 +30,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
+from alignclip.checked_json import parse_json
 from alignclip.errors import UserError
 from alignclip.storage.clouds import open_store
 from alignclip.storage.copies import TEMPORARY, temporary_folder
@@ -265,29 +265,26 @@ class OutputFolder:
             (folder / file).replace(place / file)
         to_disk(place)
 
-    def read_json(self, names: Sequence[str], broken: bool = False) -> list[Any]:
-        """Read these JSON files, in this order; with ``broken``, None stands for what is no JSON.
+    def read_json(self, names: Sequence[str]) -> list[Any]:
+        """Read these JSON files, in this order; None stands for what is no JSON.
 
         Raises:
             UserError: one of them cannot be fetched.
-            ValueError: one is no JSON.
         """
 
         def read(name: str) -> Any:
             with cannot(f"read {self.files.at(name)}"):
                 content = patiently(lambda: self.files.read_bytes(name), self.out)
-            return _parsed_json(content, broken)
+            return _parsed_json(content)
 
         with ThreadPoolExecutor(16) as pool:
             return list(pool.map(read, names))
 
 
-def _parsed_json(content: bytes, broken: bool) -> Any:
+def _parsed_json(content: bytes) -> Any:
     try:
-        return json.loads(content.decode("utf-8"))
+        return parse_json(content)
     except ValueError:
-        if not broken:
-            raise
         return None
 
 
@@ -298,7 +295,7 @@ def _check_whole(folder: Path) -> None:
         UserError: names a file that another process has removed.
     """
     path = folder / INDEX
-    index = _parsed_json(path.read_bytes(), broken=True) if path.exists() else None
+    index = _parsed_json(path.read_bytes()) if path.exists() else None
     for shard in (index or {}).get("shards", []):
         name = (shard.get("zip_data") or shard["raw_data"])["basename"]
         if "/" not in name and not (folder / name).exists():

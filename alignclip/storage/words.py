@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import HTTPError
 
-from alignclip.errors import UserError, one_line
+from alignclip.errors import UserError, one_line, printable
 from alignclip.storage import trouble
 from alignclip.storage.trouble import Right
 
@@ -64,7 +64,7 @@ class StorageError(UserError):
         self.right, self.place, self.why = right, place, why
 
     def __str__(self) -> str:
-        return f"can't {self.right} {self.place}: {self.why}"
+        return printable(f"can't {self.right} {self.place}: {self.why}")
 
 
 @contextmanager

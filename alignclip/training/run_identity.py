@@ -60,9 +60,14 @@ def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def nested(text: str) -> dict[str, Any]:
-    """Read YAML text as nested dicts."""
+    """Read YAML text as nested dicts.
+
+    Raises:
+        ValueError: it is no YAML, or has no keys and values.
+    """
     values = natural(parse(text))
-    assert isinstance(values, dict)
+    if not isinstance(values, dict):
+        raise ValueError("it does not hold keys and values")
     return values
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
+from alignclip.checked_json import has_type, parse_json
 from alignclip.config.reading import to_yaml
-from alignclip.errors import UserError
+from alignclip.errors import UserError, one_line
 from alignclip.runtime.environment import Git, Start
 from alignclip.storage import StorageError
 from alignclip.training.run_identity import changes, identity_changes, nested, with_defaults
@@ -37,9 +39,9 @@ def check_config(folder: SaveFolder) -> None:
             f"{folder.uri} holds checkpoints of run '{config.run_name}' already; "
             "set autoresume=true to go on with it, or choose another run_name"
         )
-    if (before := folder.files.read_text_optional(CONFIG_FILE)) is None:
+    if (old := _last_config(folder)) is None:
         return
-    old, now = nested(before), nested(to_yaml(config))
+    now = nested(to_yaml(config))
     if old.get("run_name") != now["run_name"]:
         raise UserError(
             f"{folder.uri} is the folder of run '{old.get('run_name')}', not of "
@@ -83,17 +85,12 @@ def add_start(folder: SaveFolder, start: Start) -> None:
     """
     now = dataclasses.asdict(start)
     new_versions: list[str] = []
-    try:
-        starts = json.loads(folder.files.read_text_optional(STARTS_FILE) or "[]")
-        if starts:
-            last = starts[-1]
-            new_versions = changes(last["versions"], now["versions"])
-            machines = ({key: one[key] for key in ENTRIES_OF_MACHINE} for one in (last, now))
-            now["changed"] = [*_changed_settings(folder), *changes(*machines), *new_versions]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{folder.uri}/{STARTS_FILE} is no list of this run's starts; move it away"
-        ) from None
+    starts = _entries(folder)
+    if starts:
+        last = starts[-1]
+        new_versions = changes(last["versions"], now["versions"])
+        machines = ({key: one[key] for key in ENTRIES_OF_MACHINE} for one in (last, now))
+        now["changed"] = [*_changed_settings(folder), *changes(*machines), *new_versions]
     if new_versions and start.batch:
         listed = "; ".join(new_versions)
         print(f"since the last start other versions were installed: {listed}", flush=True)
@@ -101,9 +98,13 @@ def add_start(folder: SaveFolder, start: Start) -> None:
 
 
 def starts_of(folder: SaveFolder) -> list[Start]:
-    """Read the record of the run's starts, the first one first."""
+    """Read the record of the run's starts, the first one first.
+
+    Raises:
+        UserError: the record is not as :func:`add_start` has written it.
+    """
     known = {one.name for one in dataclasses.fields(Start)}
-    starts = json.loads(folder.files.read_text_optional(STARTS_FILE) or "[]")
+    starts = _entries(folder)
     return [
         Start(**{key: value for key, value in one.items() if key in known} | {"git": git})
         for one in starts
@@ -111,11 +112,42 @@ def starts_of(folder: SaveFolder) -> list[Start]:
     ]
 
 
+def _entries(folder: SaveFolder) -> list[dict[str, Any]]:
+    """Read the entries of all starts."""
+    place = folder.files.at(STARTS_FILE)
+    try:
+        starts = parse_json(folder.files.read_text_optional(STARTS_FILE) or "[]")
+    except ValueError:
+        starts = None
+    if not has_type(starts, list[Start]):
+        raise UserError(f"{place} is no list of this run's starts; move it away")
+    entries: list[dict[str, Any]] = starts
+    return entries
+
+
+def _last_config(folder: SaveFolder) -> dict[str, Any] | None:
+    """Read the configuration of the last start; None where there is none.
+
+    Raises:
+        UserError: it is not as :func:`record_config` has written it.
+    """
+    if (text := folder.files.read_text_optional(CONFIG_FILE)) is None:
+        return None
+    try:
+        return nested(text)
+    except ValueError as error:
+        place = folder.files.at(CONFIG_FILE)
+        raise UserError(
+            f"{place} is not what a run has written: {one_line(error)}; put the run's own back, or "
+            "move it away"
+        ) from None
+
+
 def _changed_settings(folder: SaveFolder) -> list[str]:
-    before = folder.files.read_text_optional(CONFIG_FILE)
+    before = _last_config(folder)
     if before is None:
         return []
-    return changes(with_defaults(nested(before)), with_defaults(nested(to_yaml(folder.config))))
+    return changes(with_defaults(before), with_defaults(nested(to_yaml(folder.config))))
 
 
 def _write(folder: SaveFolder, name: str, text: str) -> None:

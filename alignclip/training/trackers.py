@@ -78,6 +78,9 @@ def with_wandb_id(config: RunConfig, folder: SaveFolder | None) -> RunConfig:
 
 def _read_or_make_id(config: RunConfig, folder: SaveFolder) -> str:
     if found := (folder.files.read_text_optional(WANDB_ID) or "").strip():
+        if not re.fullmatch(r"[\w-]{1,64}", found, re.ASCII):  # it becomes a part of files' names
+            place = folder.files.at(WANDB_ID)
+            raise UserError(f"{place} holds no id of Weights & Biases; move it away")
         return found
     # the time: a run that is begun anew is another one
     text = f"{config.run_name} {folder.uri} {time.time_ns()}"

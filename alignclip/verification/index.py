@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from alignclip.checked_json import has_type, parse_json
 from alignclip.conversion.formats import INPUT_FORMATS
 from alignclip.data.mds_index import (
     BROKEN_INPUT,
@@ -79,7 +80,7 @@ def _list(found: SetSummary) -> bool:
 def _read_entries(store: Store) -> list[Any]:
     """Read the ``shards`` of the index, which may be anything."""
     try:
-        index = _parsed(patiently(lambda: store.read_bytes(INDEX), store.place))
+        index = parse_json(patiently(lambda: store.read_bytes(INDEX), store.place))
         return listed_shards(index)
     except StorageError as error:
         why = f"cannot read {store.at(INDEX)}: {error.why}"
@@ -88,13 +89,8 @@ def _read_entries(store: Store) -> list[Any]:
         raise UserError(f"no MDS set at {store.place} ({why}){_instead(store)}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{store.at(INDEX)} is not JSON: {one_line(error)}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{store.at(INDEX)} {one_line(error)}") from None
-
-
-def _parsed(data: bytes) -> Any:
-    """Parse JSON as training does: UTF-8 without a mark, where json.loads also takes UTF-16."""
-    return json.loads(data.decode("utf-8"))
 
 
 def _instead(store: Store) -> str:
@@ -187,8 +183,8 @@ def _read_objects(
 
     def read(name: str) -> Any:
         try:
-            return _parsed(patiently(lambda: store.read_bytes(name), store.place))
-        except (UserError, ValueError, RecursionError) as error:
+            return parse_json(patiently(lambda: store.read_bytes(name), store.place))
+        except (UserError, ValueError) as error:
             return error
 
     names = list(names)
@@ -268,7 +264,7 @@ def _add_counts(name: str, counts: dict[str, Any], found: SetSummary) -> None:
 
 
 def _are_counts(numbers: Any) -> TypeGuard[dict[str, int]]:
-    return isinstance(numbers, dict) and all(isinstance(one, int) for one in numbers.values())
+    return has_type(numbers, dict[str, int])
 
 
 def _check_held_out(found: SetSummary) -> None:
@@ -301,7 +297,8 @@ def _note_orphans(named: set[str], found: SetSummary) -> None:
     orphans = {name for name in found.names - named if name.rpartition("/")[2] not in OURS}
     indexes = {f"{folder_of(name)}/{INDEX}" for name in orphans} & found.names
     for index, content in _read_objects(found.store, sorted(indexes)).items():
-        for entry in content.get("shards", ()):
+        shards = content.get("shards")
+        for entry in shards if isinstance(shards, list) else ():
             if not why_unusable(entry):
                 orphans -= {f"{folder_of(index)}/{file}" for file in _file_names(entry)}
     if orphans:

@@ -6,13 +6,13 @@ Everything imported here is light. What needs PyTorch or Composer is looked at i
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from alignclip.checked_json import parse_json
 from alignclip.config.metrics import column_of, sets_of
 from alignclip.config.schema import EvaluateConfig, EvaluatorConfig, RunConfig, SetConfig
 from alignclip.data.mds_index import CLASSES, INDEX, columns_of, listed_shards
@@ -143,8 +143,8 @@ def _set_columns(stream: SetConfig) -> list[dict[str, str]]:
     """Return the columns in a set's index, shard by shard; none of one that can't be read yet."""
     try:
         text = read_text(place_of(stream, INDEX))
-        found = [columns_of(entry) for entry in listed_shards(json.loads(text))]
-    except (UserError, ValueError, KeyError, TypeError, RecursionError):
+        found = [columns_of(entry) for entry in listed_shards(parse_json(text))]
+    except (UserError, ValueError, KeyError, TypeError):
         return []
     texts = (text for one in found for pair in one.items() for text in pair)
     return found if all(isinstance(text, str) for text in texts) else []

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from alignclip.checked_json import has_type, parse_json
 from alignclip.errors import UserError, one_line
 
 # checkpoint → evaluator → metric → value; None is none that is finite
@@ -87,26 +86,13 @@ def read_figures(file: str) -> ResultsFile:
     """
     wrong = f"--metrics {file} is no results.json of evaluate.py: "
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        content = parse_json(Path(file).read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{wrong}{one_line(error)}") from None
-    if not isinstance(content, dict) or not _is_results(content.get("results")):
+    if not isinstance(content, dict) or not has_type(content.get("results"), Measured):
         raise UserError(f"{wrong}it has no results by checkpoints, evaluators and metrics")
     weights, places = (_only_texts(content.get(key)) for key in ("weights", "checkpoints"))
     return ResultsFile(file, content["results"], weights, places)
-
-
-def _is_results(found: Any) -> bool:
-    """Tell whether it is checkpoint → evaluator → metric → number or null."""
-    try:
-        return all(
-            isinstance(value, int | float | None)
-            for evaluators in found.values()
-            for metrics in evaluators.values()
-            for value in metrics.values()
-        )
-    except AttributeError:  # a part of it is no mapping
-        return False
 
 
 def _only_texts(found: object) -> dict[str, str]:

@@ -7,20 +7,20 @@ downloads end as web pages.
 
 from __future__ import annotations
 
-import json
 import tarfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from alignclip.checked_json import has_type, parse_json
 from alignclip.errors import UserError, few, one_line
 from alignclip.weights.checkpoint_file import has_right_checksum
 from alignclip.weights.locate import find_beside
@@ -60,6 +60,10 @@ ANCHORS = (
     "text_model.embeddings.token_embedding.weight",
     "token_embedding.weight",
 )
+
+
+class _PartsIndex(TypedDict):
+    weight_map: dict[str, str]
 
 
 @dataclass
@@ -102,8 +106,8 @@ class Content:
         if path is None:
             return {}
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
+            content = parse_json(path.read_bytes())
+        except ValueError as error:
             raise UserError(
                 f"{self.place}: the {name} beside it is not JSON: {one_line(error)}"
             ) from None
@@ -180,17 +184,17 @@ def _read_parts(index: Path, place: str) -> dict[str, Any]:
             no weights.
     """
     try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted({*listed.values()}, key=str)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        listed = parse_json(index.read_bytes())
+        if not has_type(listed, _PartsIndex):
+            raise ValueError("it has no weight_map from names to files")
+    except ValueError as error:
         raise UserError(f"{place} is no index of a model's files: {one_line(error)}") from None
+    names = sorted({*listed["weight_map"].values()})
     whole: dict[str, Any] = {}
     for name in names:
-        plain = isinstance(name, str) and name == Path(name).name
-        if not plain or not name.endswith((".safetensors", ".bin")):
+        if name != Path(name).name or not name.endswith((".safetensors", ".bin")):
             raise UserError(
-                f"{place} is refused: it lists '{str(name)[:80]}', "
-                "which is no file of weights beside it"
+                f"{place} is refused: it lists '{name[:80]}', which is no file of weights beside it"
             )
         if not (index.parent / name).is_file():
             raise UserError(f"{place} lists {name}, which isn't there")

@@ -18,6 +18,7 @@ from alignclip.conversion.formats.declaration import (
     path_of,
 )
 from alignclip.conversion.formats.lines import (
+    LONGEST_LINE,
     fetched_once,
     items_of_lines,
     lines_not_blank,
@@ -135,11 +136,14 @@ def _entry_names(path: Path, place: str, reading: Reading) -> _Names:
             missing.
     """
     with refuse_damage(place), open_unpacked(path) as file:
-        start = list(islice(lines_not_blank(file), LINES_LOOKED_AT))
-    row = next((row for row in map(parse_json, start) if isinstance(row, Mapping)), None)
-    if not start:
+        lines, is_empty, row = islice(lines_not_blank(file), LINES_LOOKED_AT), True, None
+        for line in lines:
+            is_empty, row = False, parse_json(line)
+            if isinstance(row, Mapping) or len(line) == LONGEST_LINE:
+                break
+    if is_empty:
         return _Names()
-    if row is None:
+    if not isinstance(row, Mapping):
         raise UserError(f"{place} is no JSON lines: none of its first lines is an object")
     known = list(map(str, row))
     url = next((name for name, value in row.items() if text_tables.is_web_address(value)), None)

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 from alignclip.conversion.formats.declaration import InputFormat
 from alignclip.conversion.formats.pairing import Pairing, kind_of_name, name_in_utf8
@@ -26,12 +27,33 @@ from alignclip.conversion.samples import (
 )
 from alignclip.errors import one_line
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 # What tarfile raises where a header, the numbers in a header or the compression are damaged.
 DAMAGE: tuple[type[Exception], ...] = (
     *(tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError),
     *(OverflowError, RecursionError, MemoryError, OSError),
 )
 BUFFER = 2**20  # bytes read at once: several samples, and all their headers
+
+
+LONGEST_HEADER = 2**20  # bytes of a member that describes the next one: its name, its attributes
+DESCRIBING = (
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE),
+    tarfile.SOLARIS_XHDTYPE,
+)
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose description is short: tarfile reads it at once, and a packed one is small."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        found = super().frombuf(buf, encoding, errors)
+        if found.type in DESCRIBING and found.size > LONGEST_HEADER:
+            raise tarfile.ReadError(f"a name or attributes of {found.size:,} bytes")
+        return found
 
 
 class Tars(InputFormat):
@@ -69,7 +91,7 @@ def read_tar(path: Path, reading: Reading = DEFAULT_READING) -> Iterator[Item]:
     """
     pairing = Pairing(reading, str(path))
     try:
-        with path.open("rb", buffering=BUFFER) as file, tarfile.open(fileobj=file) as tar:
+        with path.open("rb", buffering=BUFFER) as file, _opened(file) as tar:
             pairing.source = file if tar.fileobj is file else None
             yield from _members(tar, pairing)
             whole, broken_key = _ends_properly(tar), pairing.key
@@ -83,6 +105,10 @@ def read_tar(path: Path, reading: Reading = DEFAULT_READING) -> Iterator[Item]:
     yield from pairing.halves()
     if not whole:
         yield Skipped(broken_key, BROKEN_INPUT, why)
+
+
+def _opened(file: BinaryIO) -> tarfile.TarFile:
+    return tarfile.open(fileobj=file, tarinfo=_Member)
 
 
 def _members(tar: tarfile.TarFile, pairing: Pairing) -> Iterator[Item]:

@@ -195,6 +195,8 @@ def model_config(values: Mapping[str, Any], what: str) -> ModelConfig:
     Raises:
         UserError: they are none; ``what`` begins the sentence.
     """
+    if "${" in str(values):  # OmegaConf would look into this machine's environment
+        raise UserError(f"{what}: a setting refers to another place (${{…}})")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), dict(values))
         config = OmegaConf.to_object(merged)

@@ -47,7 +47,7 @@ SMALLEST_BLOCK, BLOCKS = 2**18, 4_000_000  # Streaming's default: BLOCKS / canon
 ORDER_SIZES = (1_000_000, 3_000_000, 10_000_000)
 NETWORK_BATCH, NETWORK_WIDTH = 512, 512
 MEMORY_PAIRS = 32  # of a rank
-# 40 M parameters: a model that is larger than what a process takes besides
+# 38 M parameters: a model that is larger than what a process takes besides
 MEMORY_MODEL = (
     "model.embed_dim=512",
     "model.vision_cfg.width=512",
@@ -263,7 +263,8 @@ def show_memory() -> None:
 
 def memory_of(ranks: int, fsdp: bool) -> RankMemory:
     """Train a larger debug recipe, and count a rank's memory."""
-    settings = [f"global_train_batch_size={ranks * MEMORY_PAIRS}", *MEMORY_MODEL]
+    batch = f"global_train_batch_size={ranks * MEMORY_PAIRS}"
+    settings = ["max_duration=4ba", batch, *MEMORY_MODEL]
     return RankMemory.parse(debug_run("memory_counter.MemoryCounter", ranks, fsdp, *settings))
 
 

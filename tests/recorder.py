@@ -45,6 +45,7 @@ class Recorder(Callback):
         samples = {
             "step": int(state.timestamp.batch) - 1,
             "ranks": dist.get_world_size(),
+            "ranks_of_node": dist.get_local_world_size(),
             "rank": rank,
             "samples": state.batch["sample"].tolist(),
         }

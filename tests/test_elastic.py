@@ -116,15 +116,15 @@ class ElasticRun(RecordedRun):
         process.end()
 
     def samples(self) -> dict[int, list[list[int]]]:
-        """Step → the samples of all ranks, for each number of ranks that trained the step."""
-        found: dict[tuple[int, int], dict[int, list[int]]] = defaultdict(dict)
+        """Step → the samples of all ranks, for each number of ranks and nodes that trained it."""
+        found: dict[tuple[int, int, int], dict[int, list[int]]] = defaultdict(dict)
         for file in self.records.glob("samples-*.jsonl"):
             for line in file.read_text().splitlines():
                 one = json.loads(line)
-                of_rank = found[one["step"], one["ranks"]]
+                of_rank = found[one["step"], one["ranks"], one["ranks_of_node"]]
                 assert of_rank.setdefault(one["rank"], one["samples"]) == one["samples"]
         by_step: dict[int, list[list[int]]] = defaultdict(list)
-        for (step, ranks), of_rank in found.items():
+        for (step, ranks, _), of_rank in found.items():
             if len(of_rank) == ranks:  # a kill may have come between two ranks
                 by_step[step].append(sorted(one for part in of_rank.values() for one in part))
         return by_step

@@ -1,4 +1,4 @@
-"""What docs/scaling.md says of many nodes: the shares of nodes, and the bytes of a step."""
+"""What docs/scaling.md says: the shares of nodes, the bytes of a step, the memory of a rank."""
 
 from __future__ import annotations
 
@@ -73,3 +73,13 @@ def test_the_bytes_of_a_step() -> None:
 def test_the_bytes_of_a_step_are_those_that_two_ranks_send(fsdp: bool) -> None:
     counted, formula = scaling.network_of(2, fsdp)
     assert counted == pytest.approx(formula, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.full
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_the_memory_of_a_rank_is_that_of_the_table(fsdp: bool) -> None:
+    found = scaling.memory_of(2, fsdp)
+    parts = (found.weights, found.gradients, found.optimizer / 2)
+    assert parts == pytest.approx([found.parameters / (2 if fsdp else 1)] * 3, rel=0.001)
+    assert 1 < found.peak / found.estimated.total < 1.35

@@ -40,7 +40,7 @@ class Footprint:
 
     Attributes:
         weights: parameters and buffers.
-        gradients: with DDP's second copy for the exchange.
+        gradients: with what the exchange needs, DDP's second copy or FSDP's whole ones.
         optimizer: its state.
         algorithms: what EMA and SAM keep; others' memory is not counted.
         batch: images, texts and embeddings.
@@ -119,6 +119,7 @@ def footprint(
             part // ranks for part in (weights, gradients, state, algorithms)
         )
         weights += gathered
+        gradients += gathered  # whole until the ranks have added them
     elif ranks > 1:
         gradients *= 2  # DDP's buckets
     pairs = pairs_of_a_rank(config)

@@ -215,9 +215,9 @@ class TensorboardLogger(loggers.TensorboardLogger):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Have TensorBoard forget the steps behind the checkpoint, but not those logged with it."""
-        batch = state.timestamp.batch.value
-        if self.writer is None or batch == 0 or (self.rank_zero_only and rank() != 0):
+        if self.writer is None or (self.rank_zero_only and rank() != 0):
             return
+        batch = state.timestamp.batch.value  # 0, too: a start may have died before it saved
         from torch.utils.tensorboard import SummaryWriter
 
         place = self.writer.log_dir

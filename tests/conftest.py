@@ -6,6 +6,7 @@ Where ``gpu`` and ``full`` tests run.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import gc
 import os
 import random
@@ -90,6 +91,21 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     os.fsync = lambda _: None  # no test takes the power from the disk
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _let_go_of_trainers() -> Iterator[None]:
+    """Composer keeps each Trainer that nobody closes, with its model, to the end of the process.
+
+    The C library keeps what was freed: a process of a thousand tests would take several GB.
+    """
+    yield
+    if engine := sys.modules.get("composer.core.engine"):
+        atexit.unregister(engine.Engine._close)
+        gc.collect()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+        if trim is not None:
+            trim(0)
 
 
 @dataclass(frozen=True)

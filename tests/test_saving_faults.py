@@ -1,11 +1,15 @@
-"""A bucket that refuses or goes away in the middle of a run, while checkpoints travel: the run
-ends in one line and with a status of its own, nothing half-written has a checkpoint's name, and the
-same command goes on.
+"""A bucket or folder that refuses or goes away in the middle of a run: the run ends in one line and
+with a status of its own, nothing half-written has a checkpoint's name, and the same command goes
+on.
 """
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +66,12 @@ def assert_goes_on(runs: SmallRuns, whole: list[float], after: int) -> None:
     assert runs.folder().batch_of(runs.folder().latest_target()) == 8
 
 
+def some_of(cases: Iterable[Any], *usual: Any) -> list[Any]:
+    """Mark all but the usual cases for ``make test-all``."""
+    return [one if one in usual else pytest.param(one, marks=pytest.mark.full) for one in cases]
+
+
+BUSY = [(503, "SlowDown"), (500, "InternalError"), (429, "Too")]
 REFUSALS = {
     "the credentials expire": ("", (400, "ExpiredToken"), "the key has expired"),
     "the clock goes wrong": ("", (403, "RequestTimeTooSkewed"), "clock and the store's differ"),
@@ -72,7 +82,9 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("how", REFUSALS)
+@pytest.mark.parametrize(
+    "how", some_of(REFUSALS, "the credentials expire", "latest can't be moved")
+)
 def test_a_bucket_that_refuses_in_the_middle_of_a_run(
     refusing: RefusingS3,
     runs: SmallRuns,
@@ -115,7 +127,79 @@ def test_checkpoints_that_queue_wait_for_a_bucket_together(
     assert_goes_on(runs, whole, 2)
 
 
-@pytest.mark.parametrize("answer", [(503, "SlowDown"), (500, "InternalError"), (429, "Too")])
+@pytest.mark.parametrize("answer", [(503, "SlowDown"), (403, "AccessDenied")])
+def test_deletions_that_are_refused_end_nothing(
+    refusing: RefusingS3,
+    runs: SmallRuns,
+    whole: list[float],
+    answer: tuple[int, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A store in trouble is waited for; without the right, old checkpoints stay."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(patience, "_outage", patience._Outage())
+    answers = iter([answer] * (2 if answer[0] == 503 else 100))
+    refusing.refuse = lambda request: (
+        next(answers, None) if request.command == "DELETE" and request.key.endswith(".pt") else None
+    )
+    assert logged(runs.train("save_num_checkpoints_to_keep=1")) == whole
+    left = {runs.folder().batch_of(name) for name in runs.folder().checkpoints()}
+    assert left == ({8} if answer[0] == 503 else {2, 4, 6, 8})
+    assert capsys.readouterr().err.count("can't be reached") == (answer[0] == 503)
+    assert ("could not remove old checkpoints" in caplog.text) == (answer[0] == 403)
+
+
+LOCAL = {
+    "read-only": (errno.EROFS, "Read-only file system"),
+    "no right": (errno.EACCES, "Permission denied"),
+    "quota": (errno.EDQUOT, "the quota of the file system of .* is used up"),
+    "latest": (errno.ENOSPC, "no space left in"),
+}
+
+
+@pytest.mark.parametrize("how", some_of(LOCAL, "read-only", "latest"))
+def test_a_folder_that_refuses_in_the_middle_of_a_run(
+    dataset: Path,
+    tmp_path: Path,
+    whole: list[float],
+    how: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The fourth batch's checkpoint, or ``latest`` that shall point at it."""
+    runs, (number, words) = SmallRuns(tmp_path, dataset, tmp_path / "runs", *SHORT), LOCAL[how]
+    trainer, path_open = runs.build(), Path.open
+    refused = "latest" if how == "latest" else "ba4"
+
+    def refuse(path: Path, mode: str = "r", *arguments: Any, **named: Any) -> Any:
+        if refused in path.name and "w" in mode and len(runs.folder().checkpoints()) > 0:
+            raise OSError(number, os.strerror(number), str(path))
+        return path_open(path, mode, *arguments, **named)
+
+    def no_link(source: object, target: object, *more: object, **named: object) -> None:
+        if "ba4" in str(source):
+            raise OSError(number, os.strerror(number), str(target))
+        link(source, target, *more, **named)  # type: ignore[call-overload]
+
+    link = os.symlink
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        patch.setattr(os, "symlink", no_link)
+        with pytest.raises(SystemExit) as ended, one_line_errors():
+            trainer.fit()
+        composer_patches.close(trainer)
+    assert ended.value.code == NOT_SAVED
+    said = capsys.readouterr().err
+    assert said.count("error: can't save ") == 1
+    assert re.search(words, said)
+    assert "the same command goes on from there" in said
+    assert_goes_on(runs, whole, 2)
+
+
+@pytest.mark.parametrize("answer", some_of(BUSY, BUSY[0]))
 def test_a_start_waits_for_its_checkpoint(
     refusing: RefusingS3,
     runs: SmallRuns,

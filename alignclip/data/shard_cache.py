@@ -31,7 +31,7 @@ from alignclip.checked_json import parse_json
 from alignclip.data.mds_index import INDEX, read_shards
 from alignclip.data.mds_reader import decompress_to
 from alignclip.errors import UserError
-from alignclip.storage import open_store, patiently, slowness_said
+from alignclip.storage import PATIENCE, open_store, patiently, slowness_said
 
 NOTE = ".alignclip-cache"  # a line of JSON for each file: name, time of change in ns, bytes
 _reading = threading.Lock()  # of notes: Streaming's threads ask at the same time
@@ -218,7 +218,8 @@ class CachedStream(Stream):
     """
 
     def __init__(self, *, is_own: bool = False, **arguments: Any) -> None:
-        super().__init__(**arguments)
+        # the other ranks of a machine wait for the index, which the first one waits for
+        super().__init__(**arguments, download_timeout=2 * PATIENCE)
         self.is_own = is_own
 
     def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:

@@ -13,13 +13,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
+from composer.utils import get_device
 from refusing import Refusal, RefusingS3, Request
 from small_runs import SmallRuns, logged
 
-from alignclip.errors import NOT_SAVED, one_line_errors
+from alignclip.errors import NOT_SAVED, UserError, one_line_errors
 from alignclip.storage import patience
 from alignclip.training import composer_patches
+from alignclip.training.build import build_trainer
 
 pytestmark = pytest.mark.slow  # runs in process
 
@@ -105,6 +108,31 @@ def test_a_bucket_that_refuses_in_the_middle_of_a_run(
     assert words in line
     assert "the same command goes on from there" in line
     assert_goes_on(runs, whole, 2)
+
+
+def _ending(runs: SmallRuns) -> str:
+    """Train on this rank; return the error that ends it."""
+    trainer = build_trainer(runs.config(), get_device("cpu"), runs.folder())
+    try:
+        trainer.fit()
+    except UserError as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        composer_patches.close(trainer)
+    return "it was saved"
+
+
+@pytest.mark.parametrize("after", [2, 8], ids=["in the middle", "at the end"])
+def test_all_ranks_hear_of_an_upload_that_is_refused(
+    refusing: RefusingS3, runs: SmallRuns, after: int
+) -> None:
+    refusing.refuse = lambda request: (
+        (403, "AccessDenied") if request.key.endswith(f"ba{after}-rank0.pt") else None
+    )
+    found = processes.run(2, _ending, runs)
+    assert found[0] == found[1]
+    assert found[0].startswith("NotSavedError: can't write s3://b/runs/ep")
+    assert f"ba{after}-rank0.pt: access denied" in found[0]
 
 
 def test_checkpoints_that_queue_wait_for_a_bucket_together(

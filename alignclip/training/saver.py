@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from concurrent.futures import Future, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +131,8 @@ class CheckpointSaver(callbacks.CheckpointSaver):
             why = describe_storage_error(error)
             log.warning(f"could not remove old checkpoints of {self.save_folder.uri}: {why}")
 
-    def batch_end(self, state: State, logger: Logger) -> None:
-        """Hear of uploads.
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        """Hear of uploads. The Trainer raises on all ranks what this raises on rank 0.
 
         Raises:
             NotSavedError: one has failed for good.
@@ -146,14 +146,15 @@ class CheckpointSaver(callbacks.CheckpointSaver):
             one.result()
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        """Wait for the uploads.
+        """Wait for the uploads, on every rank.
 
         Raises:
-            NotSavedError: see :meth:`batch_end`.
+            NotSavedError: one has failed for good; on every rank.
         """
-        with self.watch:
-            wait(self._on_their_way)
-        self.batch_end(state, logger)
+        with errors_on_all_ranks():
+            with self.watch:
+                wait(self._on_their_way, return_when=FIRST_EXCEPTION)
+            self.before_dataloader(state, logger)
 
     def post_close(self) -> None:
         """Wait for uploads that an error has overtaken. Composer calls this twice."""

@@ -75,8 +75,8 @@ class Trainer(composer.Trainer):
         """Yield batches until one rank has no more; the hosts ask one another.
 
         Raises:
-            Exception: of one rank's loader; on every rank, see
-                :func:`alignclip.ranks.raise_on_all_ranks`.
+            Exception: of one rank's loader, or of its saver, which hears of uploads here; on every
+                rank, see :func:`alignclip.ranks.raise_on_all_ranks`.
         """
         loader, trains = self.state.dataloader, trainer_mode == TrainerMode.TRAIN
         assert loader is not None
@@ -84,10 +84,10 @@ class Trainer(composer.Trainer):
         batches = iter(loader) if length is None else itertools.islice(loader, length.value)
         is_over = False
         while not is_over:
-            if trains:
-                self.engine.run_event(Event.BEFORE_DATALOADER)
             batch, failure = None, None
             try:
+                if trains:
+                    self.engine.run_event(Event.BEFORE_DATALOADER)
                 batch = next(batches, None)
             except Exception as error:
                 failure = error

@@ -119,6 +119,7 @@ class ImageTextDataset(CachedDataset):
         self.semantic = semantic
         self.tokenizer = SimpleTokenizer(context_length=context_length)
         self._zeros = 0
+        self._told: set[object] = set()
 
     def __getitem__(self, at: int) -> dict[str, Tensor]:  # type: ignore[override]  # one sample
         """Return the sample with id ``at``, or the next one whose image can be decoded."""
@@ -154,7 +155,7 @@ class ImageTextDataset(CachedDataset):
         }
         if self.semantic:
             embeddings = _stacked([one for _, one in drawn], rows)
-            self._warn_of_zeros(embeddings, rows)
+            self._tell_zeros(embeddings, rows)
             batch["semantic"] = torch.from_numpy(embeddings)
         batch["text_length"] = longest_text(text)
         return batch
@@ -168,14 +169,14 @@ class ImageTextDataset(CachedDataset):
     def _readable(self, row: Row) -> tuple[Row, Tensor]:
         """Return a row with its image, or the next row whose image can be decoded.
 
-        An image that can't be decoded is told with a warning.
+        An image that can't be decoded is told.
         """
         first = row.sample_id
         for step in range(1, MOST_UNREADABLE + 1):
             try:
                 return row, decode_image(row.columns["image"])
             except OSError as error:
-                warnings.warn(f"sample '{row.key}' has no readable image ({error})", stacklevel=4)
+                self._tell_once(row.key, f"has no readable image ({error})")
             if step < MOST_UNREADABLE:
                 sample_id = (first + step) % self.size
                 row = Row(sample_id, self.get_item(sample_id))
@@ -203,7 +204,7 @@ class ImageTextDataset(CachedDataset):
             sizes.append(StreamSize(int(samples), int(count), stored))
         return sizes
 
-    def _warn_of_zeros(self, embeddings: np.ndarray, rows: Sequence[Row]) -> None:
+    def _tell_zeros(self, embeddings: np.ndarray, rows: Sequence[Row]) -> None:
         """Name the first samples whose caption embedding is all zeros.
 
         To the loss such a caption is unlike all others.
@@ -211,10 +212,14 @@ class ImageTextDataset(CachedDataset):
         for at in np.flatnonzero(~embeddings.any(axis=1)):
             if self._zeros < ZEROS_NAMED:
                 self._zeros += 1
-                warnings.warn(
-                    f"sample '{rows[at].key}' has a caption embedding of zeros: convert it again",
-                    stacklevel=3,
-                )
+                what = "has a caption embedding of zeros: convert it again"
+                self._tell_once(rows[at].key, what)
+
+    def _tell_once(self, key: object, what: str) -> None:
+        """Print one line of a sample. Python's warnings have two, the second of PyTorch's code."""
+        if key not in self._told:
+            self._told.add(key)
+            print(f"sample '{key}' {what}", file=sys.stderr, flush=True)
 
     def key_of(self, sample_id: int) -> str:
         """Return the key of a sample; its id where the sample can't be read any more."""

@@ -18,7 +18,10 @@ Names = dict[str, list[str]]
 
 
 def of_all_ranks(mine: Names) -> Names:
-    """Join the names of all ranks, each name once; a sample's says which rank has it."""
+    """Join the names of all ranks, each name once; a sample's says which rank has it.
+
+    The first samples of batches are left out where a sample is at fault.
+    """
     joined: dict[str, dict[str, None]] = {}
     for rank, found in enumerate(gather_objects([mine])):
         for kind, names in found.items():
@@ -26,6 +29,8 @@ def of_all_ranks(mine: Names) -> Names:
                 where = f" (rank {rank})" if world_size() > 1 else ""
                 names = [f"'{name}'{where}" for name in names]
             joined.setdefault(kind, {}).update(dict.fromkeys(names))
+    if any(joined.get(kind) for kind in OF_SAMPLES):
+        joined.pop(FIRST, None)
     return {kind: list(names) for kind, names in joined.items()}
 
 

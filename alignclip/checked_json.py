@@ -44,7 +44,7 @@ def has_type(value: Any, expected: Any) -> bool:
     if origin is list:
         return isinstance(value, list) and all(has_type(one, inner[0]) for one in value)
     if origin is tuple:
-        is_list = isinstance(value, list) and len(value) == len(inner)
+        is_list = isinstance(value, (list, tuple)) and len(value) == len(inner)
         return is_list and all(map(has_type, value, inner))
     if origin is dict:
         return isinstance(value, dict) and all(has_type(one, inner[1]) for one in value.values())

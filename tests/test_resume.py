@@ -145,7 +145,7 @@ def test_an_algorithm_that_changes_the_model_is_still_applied(
     tmp_path: Path, text: str, is_plain: bool
 ) -> None:
     """Composer adds to a run what its ``load_path`` was trained with; a plain call is harmless."""
-    state = {"algorithms": [("BlurPool", {"repr": text})]}
+    state = {"model": {}, "algorithms": [("BlurPool", {"repr": text})]}
     checkpoint_file.write_checkpoint({"state": state}, tmp_path / "a.pt")
     if is_plain:
         assert read_checkpoint(tmp_path / "a.pt", "a.pt")["state"] == state

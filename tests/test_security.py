@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import pytest
+import torch
 from models import drawn, refused, small_config, write_export
 from runs import write_config
 from save_folders import Place
+from small_runs import SmallRuns
 from tarballs import contents, items_of, pairs, quick, serve, write_images, write_tar
 
 import alignclip
@@ -30,6 +32,7 @@ from alignclip.data.transforms import decode_image
 from alignclip.errors import UserError, printable, without_secrets
 from alignclip.runtime.environment import Start
 from alignclip.storage import open_store
+from alignclip.training.resume import read_checkpoint
 from alignclip.training.trackers import with_wandb_id
 
 SECRET = "hunter2SECRET"
@@ -76,6 +79,33 @@ def test_an_export_does_not_ask_for_this_machines_environment(
     with refused("a setting refers to another place") as error:
         alignclip.load(folder)
     assert SECRET not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": 5},
+        {"optimizers": "x"},
+        {"algorithms": "x"},
+        {"algorithms": [1]},
+        {"dataset_state": "x"},
+        {"rank_zero_seed": "x"},
+        None,
+    ],
+)
+def test_a_checkpoint_whose_state_is_none(tmp_path: Path, change: Any) -> None:
+    """Its checksum is right: somebody has written it so."""
+    state = {"optimizers": {}} if change is None else {"model": {}, **change}
+    torch.save({"state": state, "rng": []}, tmp_path / "x.pt")
+    with refused("x.pt is no checkpoint of a run: it has no state of one"):
+        read_checkpoint(tmp_path / "x.pt", "x.pt")
+
+
+def test_a_checkpoint_of_another_model(tmp_path: Path, dataset: Path) -> None:
+    SmallRuns(tmp_path / "a", dataset, tmp_path / "saved").train("max_duration=2ba")
+    other = SmallRuns(tmp_path / "b", dataset, None, "max_duration=3ba")
+    with refused(r"latest-rank0\.pt is no checkpoint of this model: size mismatch for encoders"):
+        other.build(f"load_path={tmp_path / 'saved' / 'latest-rank0.pt'}", "model.embed_dim=16")
 
 
 # --- small files that become large ----------------------------------------------------------------

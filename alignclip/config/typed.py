@@ -40,6 +40,8 @@ class SettingError(UserError):
     def __init__(self, key: str, message: str) -> None:
         # an exception is sent to another process as its arguments
         super().__init__(key, message)
+        if len(message) > 1500:  # the value is a whole section: its middle is left out
+            message = f"{message[:1000]} … {message[-300:]}"
         self.key, self.message = key, message
 
     def __str__(self) -> str:

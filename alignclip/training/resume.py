@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import composer.algorithms
 from composer import Trainer
 
+from alignclip.checked_json import has_type
 from alignclip.config.schema import RunConfig
 from alignclip.errors import UserError, few
 from alignclip.ranks import (
@@ -37,6 +38,27 @@ from alignclip.weights.finite import check_finite
 from alignclip.weights.safe_read import read_pickled
 
 PLAIN_DATA_HINT = "a run's own checkpoints hold plain data alone; go on from another one"
+
+
+class _Model(TypedDict):
+    model: dict[str, Any]
+
+
+class _State(_Model, total=False):
+    """The state of a run, as far as Composer relies on its types."""
+
+    optimizers: dict[str, Any]
+    algorithms: list[tuple[str, Any]] | dict[str, Any]
+    rank_zero_seed: int
+    dataset_state: dict[str, Any] | None
+
+
+class _Content(TypedDict, total=False):
+    rng: list[Any]
+
+
+class _Checkpoint(_Content):
+    state: _State
 
 
 @dataclass
@@ -90,7 +112,14 @@ def starting_point(config: RunConfig, folder: SaveFolder | None) -> Iterator[Sta
         if start.path is not None:
             with errors_on_all_ranks():
                 composer_patches.given[:] = [read_checkpoint(start.path, start.place)]
-        yield start
+        try:
+            yield start
+        except RuntimeError as error:
+            what, *mismatches = str(error).splitlines()
+            if start.path is None or "loading state_dict" not in what:
+                raise
+            told = few(map(str.strip, mismatches))
+            raise UserError(f"{start.place} is no checkpoint of this model: {told}") from None
         wait_for_all_ranks()  # the other ranks of a machine read its first rank's download
 
 
@@ -187,8 +216,8 @@ def read_checkpoint(path: Path, place: str) -> dict[str, Any]:
         UserError: the file holds something else than plain data, or isn't a run's checkpoint.
     """
     content = read_pickled(path, what=place, way_out=PLAIN_DATA_HINT)
-    if not isinstance(content, dict) or not isinstance(content.get("state"), dict):
-        raise UserError(f"{place} is no checkpoint of a run: it has no state")
+    if not has_type(content, _Checkpoint):
+        raise UserError(f"{place} is no checkpoint of a run: it has no state of one")
     algorithms = content["state"].get("algorithms", ())
     pairs = algorithms.items() if isinstance(algorithms, dict) else algorithms
     for name, saved in pairs:

@@ -14,6 +14,7 @@ BAD_INPUT = 2  # exit status of a command that a person has to change
 NOT_FINITE = 3  # exit status of a run that met numbers which are not finite
 NOT_SAVED = 4  # exit status of a run that couldn't save a checkpoint; it goes on once there is room
 NOT_READ = 5  # exit status of a run that can't read its data any more; it goes on once it can
+RANK_LOST = 6  # exit status of a run that lost a rank or a data worker; it goes on
 
 
 class UserError(Exception):
@@ -46,6 +47,18 @@ class NotReadError(UserError):
 
     def __init__(self, text: str) -> None:
         super().__init__(text.strip().rpartition("\n")[2].rpartition("NotReadError: ")[2])
+
+
+class WorkerDiedError(UserError):
+    """A data worker that was killed; the same command goes on."""
+
+    status = RANK_LOST
+
+
+class RankLostError(UserError):
+    """Another rank that has died, or that the ranks no longer wait for."""
+
+    status = RANK_LOST
 
 
 # What other programs call a thing, and what it is called here

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from alignclip.errors import UserError, one_line
 
 T = TypeVar("T")
+_longest_wait: timedelta | None = None  # of the hosts; None: as torch has it
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
@@ -97,6 +99,15 @@ def sum_over_ranks(values: list[float]) -> list[float]:
     return sums.tolist()
 
 
+def wait_at_most(seconds: float) -> None:
+    """Bound the time for which the hosts wait for one another; before they do for the first time.
+
+    The group in which the ranks have met has a bound of its own.
+    """
+    global _longest_wait
+    _longest_wait = timedelta(seconds=seconds)
+
+
 def _group_of(values: Tensor) -> dist.ProcessGroup | None:
     """Return the group that tensors of this device travel in; None: the default group."""
     through_devices = dist.get_backend() != dist.Backend.GLOO
@@ -111,7 +122,7 @@ def _hosts(world: dist.ProcessGroup) -> dist.ProcessGroup:
         UserError: the hosts don't find one another.
     """
     try:
-        group = dist.new_group(backend=dist.Backend.GLOO)
+        group = dist.new_group(backend=dist.Backend.GLOO, timeout=_longest_wait)
     except RuntimeError as error:
         raise UserError(
             f"the machines of this run can't talk to one another: {one_line(error)}; "

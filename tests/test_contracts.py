@@ -79,6 +79,8 @@ alignclip/runtime/stand_ins.py
     torch._disable_dynamo
 alignclip/storage/hub.py
     huggingface_hub.errors.HTTPError
+alignclip/data/workers.py
+    torch.utils.data._utils._set_python_exit_flag()
 alignclip/data/streaming_patches.py
     streaming.base.dataset.StreamingDataset.prepare_shard(self shard_id blocking)
     streaming.base.dataset.StreamingDataset._evict_coldest_shard(self)

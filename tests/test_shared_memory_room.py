@@ -152,31 +152,6 @@ def test_an_evaluation_goes_on_without_workers(
     assert room.affordable_workers(4, 10**12, 100) == 4
 
 
-@pytest.mark.parametrize(
-    ("error", "is_ours"),
-    [
-        (
-            RuntimeError(
-                "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that …"
-            ),
-            True,
-        ),
-        (
-            RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)"),
-            True,
-        ),
-        (RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_3>"), True),
-        (RuntimeError("CUDA out of memory"), False),
-        (OSError(28, "No space left on device", "/runs/x.pt"), False),
-    ],
-)
-def test_a_bus_error_later_on(error: Exception, is_ours: bool) -> None:
-    expected: Any = UserError if is_ours else type(error)
-    with pytest.raises(expected) as caught, room.bus_errors_explained():
-        raise error
-    assert not is_ours or "ran out of shared memory; /dev/shm has" in str(caught.value)
-
-
 def test_training_looks_before_its_first_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

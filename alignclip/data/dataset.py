@@ -28,6 +28,7 @@ from alignclip.data.batch import Batch, empty_images, longest_text
 from alignclip.data.image_files import TRAINING_FORMATS
 from alignclip.data.mds_index import dimension_of
 from alignclip.data.streams import cached_stream
+from alignclip.data.workers import die_with_parent
 from alignclip.errors import UserError
 from alignclip.ranks import world_size
 from alignclip.runtime.stand_ins import stand_ins
@@ -267,7 +268,7 @@ def build_dataloader(
     """
     _tell_too_many_workers(config.num_workers)
     context = multiprocessing.get_context(config.multiprocessing_context)
-    said = partial(_share_what_is_said, context.Value("i", 0)) if config.num_workers else None
+    prepare = partial(_prepare_worker, context.Value("i", 0)) if config.num_workers else None
     loader = StreamingDataLoader(
         dataset,
         batch_size=dataset.batch_size,
@@ -278,7 +279,7 @@ def build_dataloader(
         pin_memory=pin_memory,
         drop_last=True,
         collate_fn=dataset.batch_of,
-        worker_init_fn=said,
+        worker_init_fn=prepare,
         # a loader that starts draws once: from torch's generator a resumed run would draw again
         generator=torch.Generator().manual_seed(config.shuffle_seed),
     )
@@ -293,8 +294,9 @@ def build_dataloader(
     return loader
 
 
-def _share_what_is_said(outage: Synchronized[int], worker: int) -> None:
-    """Have the workers of a rank say once together that storage is away; runs in each worker."""
+def _prepare_worker(outage: Synchronized[int], worker: int) -> None:
+    """Have a worker end with its rank, and say once with the others that storage is away."""
+    die_with_parent()
     patience.share(outage)
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import mmap
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from alignclip.data.shared_memory import SHM
 from alignclip.errors import UserError
@@ -94,26 +92,17 @@ def affordable_workers(num_workers: int, batch: int, batches: int) -> int:
     return 0
 
 
-@contextmanager
-def bus_errors_explained() -> Iterator[None]:
-    """Turn a loader's death for want of shared memory into one line.
-
-    Raises:
-        UserError: a worker was killed by a bus error, or shared memory couldn't be had.
-    """
-    try:
-        yield
-    except (RuntimeError, OSError) as error:
-        said = str(error)
-        wanting = (
-            "Bus error" in said
-            or "shared memory" in said
-            or ("/torch_" in said and "No space left" in said)
-        )
-        free = free_bytes()
-        if not wanting or free is None:
-            raise
-        raise UserError(
-            f"a loader worker ran out of shared memory; {SHM} has {free / MB:,.0f} MB free now; "
-            + WAY_OUT.format(settings=NO_WORKERS)
-        ) from error
+def bus_error_in_words(said: str) -> str | None:
+    """Explain a loader's death for want of shared memory, by what PyTorch has said; else None."""
+    wanting = (
+        "Bus error" in said
+        or "shared memory" in said
+        or ("/torch_" in said and "No space left" in said)
+    )
+    free = free_bytes()
+    if not wanting or free is None:
+        return None
+    return (
+        f"a loader worker ran out of shared memory; {SHM} has {free / MB:,.0f} MB free now; "
+        + WAY_OUT.format(settings=NO_WORKERS)
+    )

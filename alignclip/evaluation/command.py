@@ -28,20 +28,23 @@ def main(arguments: Sequence[str]) -> int:
     """Evaluate as the arguments say.
 
     Returns:
-        the exit status: 0 done, 1 some evaluators could not be run, 2 bad input.
+        the exit status: 0 done, 1 some evaluators could not be run, 2 bad input, 6 a rank was
+        lost.
     """
     console.prepare_output()
     said = (DESCRIPTION, EVALUATE_EXAMPLES)
     asked = read_arguments(arguments, "composer evaluate.py", *said)
     with one_line_errors():
         launcher.settle()
+        launcher.end_with_launcher()
         settings = load_evaluation(asked.config, asked.overrides)
         with stand_ins():
             known = early.check_evaluation(settings)
             console.loading("PyTorch and Streaming")
             from alignclip.evaluation.comparison import run
+            from alignclip.runtime import attendance
 
-        with leaving_nothing(settings.out):
+        with leaving_nothing(settings.out), attendance.failures_told():
             failed = run(settings, known)
     if not failed or os.environ.get("LOCAL_RANK", "0") != "0":
         return 0

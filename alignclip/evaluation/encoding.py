@@ -21,6 +21,7 @@ from tqdm import tqdm
 from alignclip.data.shared_memory_room import affordable_workers, batch_bytes
 from alignclip.data.tokenizer import SimpleTokenizer
 from alignclip.data.transforms import normalize
+from alignclip.data.workers import die_with_parent
 from alignclip.errors import UserError, one_line
 from alignclip.model.encoders import CLIP
 from alignclip.ranks import (
@@ -31,6 +32,7 @@ from alignclip.ranks import (
     whole_tensor,
     world_size,
 )
+from alignclip.runtime import attendance
 
 
 def image_size(model: CLIP) -> int:
@@ -114,6 +116,7 @@ class Encoder:
             batch_size=self.batch_size,
             num_workers=num_workers,
             collate_fn=_collate,
+            worker_init_fn=die_with_parent,
             generator=torch.Generator(),  # its own: in training the global one must not notice
         )
         others: list[Any] = []
@@ -123,7 +126,9 @@ class Encoder:
             batches: Iterator[tuple[Tensor, list[Any]]] = iter(loader)
             for _ in range(len(loader)):
                 try:
+                    attendance.note(f"waits for {name} to encode", "its storage and workers")
                     images, other = next(batches)
+                    attendance.note(f"encodes {name}")
                     others.extend(other)
                 except Exception as error:  # go on as if, and tell the others when they listen
                     # a worker's error has a stack trace in its text, and ends with what it was

@@ -25,6 +25,8 @@ def prepare_output() -> None:
     that are forked inherit it. Composer's and tqdm's output goes through the same streams.
     """
     broken_output.survive()
+    # of torch's C++, which has a stack trace for each rank that is gone; before torch is imported
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     codecs.register_error(_HANDLER, _replace)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

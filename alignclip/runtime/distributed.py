@@ -11,7 +11,8 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from alignclip.errors import UserError, one_line
-from alignclip.runtime import launcher
+from alignclip.ranks import wait_at_most
+from alignclip.runtime import attendance, launcher
 
 SECONDS_UNTIL_TOLD = 30.0
 
@@ -48,6 +49,8 @@ def join_ranks(backend: str, timeout: float) -> None:
         told.cancel()
         for number, handler in handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    wait_at_most(timeout)
+    attendance.begin(timeout)
 
 
 def _tell_waiting(place: str) -> None:

@@ -8,9 +8,11 @@ is told which variables.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import signal
+import sys
 import time
 import zlib
 from collections.abc import Mapping, MutableMapping
@@ -22,6 +24,8 @@ RANK_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RA
 MEETING = ("MASTER_ADDR", "MASTER_PORT")  # where rank 0 waits for the others
 END_TIMEOUT = 5.0  # seconds within which ranks end once one has failed
 SIBLINGS_START = 10.0  # seconds within which a launcher has started all processes of a machine
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
+_LAUNCHERS = re.compile(r"(^|/)(composer|torchrun)$|^(composer\.cli|torch\.distributed\.run)")
 # our names -> the launchers' own: Open MPI's; MPICH's and Intel MPI's
 _MPI = (
     {
@@ -108,6 +112,28 @@ def wait_until_others_end(environ: Mapping[str, str] = os.environ) -> None:
 
     if {*MEETING, "WORLD_SIZE", "LOCAL_RANK"} <= environ.keys():
         psutil.wait_procs([*(_local_processes(environ) or {})], timeout=END_TIMEOUT)
+
+
+def end_with_launcher() -> None:
+    """Have this process get SIGTERM when the launcher that has started it dies, however that dies.
+
+    Ranks without a launcher would train on, beside those of the next start. A process that a shell
+    has started may outlive the shell.
+    """
+    import psutil
+
+    try:
+        words = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return
+    if any(_LAUNCHERS.search(word) for word in words):
+        signal_with_parents_death(signal.SIGTERM)
+
+
+def signal_with_parents_death(number: int) -> None:
+    """Have Linux send this process a signal when the process that has started it dies."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def is_ended_by_launcher() -> bool:

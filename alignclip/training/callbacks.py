@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import multiprocessing
 import os
 import signal
 import time
@@ -15,6 +14,7 @@ import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 
+from alignclip.data import workers
 from alignclip.ranks import true_on_any_rank
 from alignclip.training.trainer import EVERY_BATCH, LoggedBatches
 
@@ -142,7 +142,7 @@ class StopOnSignal(Callback):
             signal.signal(number, self._on_signal)
         resource_tracker.ensure_running()  # its start ends with unblocking both; it starts once
         signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
-        atexit.register(_kill_workers)
+        atexit.register(workers.kill_all)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._received = True
@@ -169,10 +169,3 @@ class StopOnSignal(Callback):
         """Say whether training ends here anyway: then the run is finished, not stopped."""
         elapsed = state.get_elapsed_duration()
         return elapsed is not None and float(elapsed) >= 1
-
-
-def _kill_workers() -> None:
-    """Kill data workers that still work when this process ends: they don't hear SIGTERM."""
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()

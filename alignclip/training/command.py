@@ -31,8 +31,8 @@ def main(arguments: Sequence[str]) -> int:
 
     Returns:
         the exit status: 0 finished, 2 bad input, 3 numbers that are not finite, 4 a checkpoint that
-        could not be saved, 5 data that can't be read any more, 143 stopped by a signal with
-        everything saved.
+        could not be saved, 5 data that can't be read any more, 6 a rank or a data worker was lost,
+        143 stopped by a signal with everything saved.
     """
     console.prepare_output()
     asked = read_arguments(
@@ -44,13 +44,20 @@ def main(arguments: Sequence[str]) -> int:
     )
     with one_line_errors():
         launcher.settle()
+        launcher.end_with_launcher()
         settings = load(asked.config, asked.overrides)
         with stand_ins():
             # Composer's import takes seconds, and a wrong place should be told at once
             early.check_run(settings)
             console.loading("PyTorch and Composer")
+            from alignclip.data import workers
+            from alignclip.runtime import attendance
             from alignclip.training.dry_run import dry_run
             from alignclip.training.run import run
 
-        with leaving_nothing(early.save_folder(settings)):
+        with (
+            leaving_nothing(early.save_folder(settings)),
+            attendance.failures_told(),
+            workers.killed_by_a_failure(),
+        ):
             return run(settings) if asked.dry_run is None else dry_run(settings, asked.dry_run)

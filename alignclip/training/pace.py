@@ -18,8 +18,9 @@ from alignclip.data.dataset import ImageTextDataset
 from alignclip.device import is_faster_in_bf16
 from alignclip.ranks import gather, local_world_size
 from alignclip.runtime.threads import available_cores
+from alignclip.training import memory
 from alignclip.training.callbacks import TrainingMonitor
-from alignclip.training.display import Console
+from alignclip.training.display import Console, print_once
 from alignclip.training.evaluation_callback import EvaluationCallback
 from alignclip.training.limits import WAITING, Circumstances, MeasuredBatches, figures, verdict
 from alignclip.training.saver import CheckpointSaver
@@ -61,6 +62,7 @@ class Pace(Callback):
         self._first: Spent | None = None  # the first measured batch
         self._since: Spent | None = None  # the beginning of the window
         self._has_told = False
+        self._memory = memory.MemoryWatch()
         self._first_epoch = 0
         # looked up where they are needed, once
         self._side: int | None = None
@@ -88,6 +90,8 @@ class Pace(Callback):
             self._plan(state)
         if batch % EVERY == 0:
             self._end_window(state)
+        if batch % memory.EVERY == 0 and (line := self._memory.look(batch)):
+            (print_once if self._console is None else self._console.tell)(line)
 
     def fit_end(self, state: State, logger: Logger) -> None:
         """Say once what limits a short run."""

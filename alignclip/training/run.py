@@ -8,10 +8,11 @@ import torch
 from composer import Trainer
 
 from alignclip.config.schema import RunConfig
-from alignclip.data import shared_memory_room
+from alignclip.data import workers
 from alignclip.data.dataset import ImageTextDataset
 from alignclip.data.streams import evaluated_on_training_data
 from alignclip.ranks import rank, run_on_rank_zero, wait_for_all_ranks, world_size
+from alignclip.runtime import attendance
 from alignclip.runtime.environment import Start
 from alignclip.training import composer_patches
 from alignclip.training.build import build_trainer, total_batches
@@ -54,7 +55,7 @@ def run(config: RunConfig) -> int:
         run_on_rank_zero(lambda: record_start(folder, trainer))
     print_once(introduction(config, trainer, folder))
     try:
-        with shared_memory_room.bus_errors_explained():
+        with attendance.failures_told(), workers.deaths_explained():
             trainer.fit()
     finally:
         composer_patches.close(trainer)  # what was saved before an error is still on its way

@@ -16,6 +16,7 @@ from composer.utils.checkpoint import glob_filter
 
 from alignclip.errors import UserError, one_line
 from alignclip.ranks import errors_on_all_ranks, rank
+from alignclip.runtime import attendance
 from alignclip.storage import (
     StorageError,
     describe_storage_error,
@@ -80,6 +81,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         """
         settle_callbacks(state, logger)
         self.last_checkpoint_batch = state.timestamp.batch
+        attendance.note("saves a checkpoint", "the save folder" if rank() == 0 else "")
         with self.watch:
             # the ranks' messages about a large model need room of their own
             torch.cuda.empty_cache()

@@ -25,7 +25,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from alignclip.data import workers
 from alignclip.ranks import raise_on_all_ranks, rank, sum_over_ranks, true_on_any_rank, world_size
+from alignclip.runtime import attendance
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,17 @@ class Trainer(composer.Trainer):
         batches = iter(loader) if length is None else itertools.islice(loader, length.value)
         is_over = False
         while not is_over:
+            number = self.state.timestamp.batch.value + 1
+            attendance.note(f"waits for the data of batch {number}", "its storage and workers")
             batch, failure = None, None
             try:
                 if trains:
                     self.engine.run_event(Event.BEFORE_DATALOADER)
-                batch = next(batches, None)
+                with workers.deaths_explained():
+                    batch = next(batches, None)
             except Exception as error:
                 failure = error
+            attendance.note(f"trains batch {number}")
             if batch is None and trains:
                 self.engine.run_marker_only_event(Event.AFTER_DATALOADER)
             is_over, has_failed = true_on_any_rank(

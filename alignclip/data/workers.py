@@ -1,0 +1,94 @@
+"""Data workers: their end with the run's end, and what their death means."""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch.utils.data import _utils
+
+from alignclip.data.shared_memory_room import bus_error_in_words
+from alignclip.errors import UserError, WorkerDiedError
+from alignclip.ranks import rank
+from alignclip.runtime import launcher
+
+# what PyTorch says where a worker has died
+KILLED = re.compile(r"DataLoader worker \(pid (\d+)\) is killed by signal: ([^.]+)\.")
+LEFT = re.compile(r"DataLoader worker \(pid\(s\) ([\d, ]+)\) exited unexpectedly")
+MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
+
+
+def die_with_parent(worker: int = 0) -> None:
+    """Have Linux kill this process when the process that started it ends, however that ends.
+
+    A worker that hangs, or was stopped, would stay for ever. A worker holds its rank's connections
+    besides, and the other ranks wait until these are closed.
+
+    Args:
+        worker: its number; a DataLoader calls this in each worker.
+    """
+    launcher.signal_with_parents_death(signal.SIGKILL)
+
+
+def kill_all() -> None:
+    """Kill all data workers, for a process that ends.
+
+    Workers don't hear SIGTERM, and PyTorch waits five seconds for each that doesn't end by itself.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises where a worker dies
+    _utils._set_python_exit_flag()  # PyTorch asks no worker to end any more
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
+@contextmanager
+def killed_by_a_failure() -> Iterator[None]:
+    """Kill the data workers of a command that fails."""
+    try:
+        yield
+    except Exception:
+        kill_all()
+        raise
+
+
+@contextmanager
+def deaths_explained() -> Iterator[None]:
+    """Turn the death of a data worker into one line.
+
+    Raises:
+        UserError: a worker was killed, or shared memory couldn't be had.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        said = str(error)
+        if (why := bus_error_in_words(said)) is not None:
+            raise UserError(why) from error
+        killed, left = KILLED.search(said), LEFT.search(said)
+        if killed is None and left is None:
+            raise
+        number = killed[1] if killed else left[1]  # type: ignore[index]
+        who = f"data worker {number} of rank {rank()} on {socket.gethostname()}"
+        if killed is None or killed[2] == "Killed":
+            raise WorkerDiedError(f"{who} was killed; {_out_of_memory()}") from error
+        raise WorkerDiedError(
+            f"{who} died of a signal ({killed[2]}): data.num_workers=0 shows which sample is read"
+        ) from error
+
+
+def _out_of_memory() -> str:
+    """Say what may have killed a process without a word, and where to look."""
+    advice = "lower data.num_workers or data.prefetch_factor, or give the machine more memory"
+    try:
+        counts = dict(line.split() for line in MEMORY_EVENTS.read_text("utf-8").splitlines())
+    except (OSError, ValueError):
+        counts = {}
+    if int(counts.get("oom_kill", 0)):
+        return f"this container has been out of memory ({MEMORY_EVENTS}: oom_kill): {advice}"
+    return f"the kernel kills where memory is short (dmesg -T | grep -i oom): {advice}"

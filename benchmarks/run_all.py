@@ -25,7 +25,7 @@ from measuring import Record
 from alignclip.runtime.arguments import Parser
 
 FOLDER = Path(__file__).resolve().parent
-SCRIPTS = ("start", "step", "loss", "conversion", "loader", "evaluation", "threads")
+SCRIPTS = ("start", "step", "loss", "conversion", "loader", "evaluation", "threads", "memory")
 SECONDS_OF_A_SCRIPT = 600.0  # at most, on a machine with other work
 PACKAGE_MISSING = "is not installed"
 RUN_ALL_EXAMPLES = """examples:

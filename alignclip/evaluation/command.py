@@ -46,6 +46,7 @@ def main(arguments: Sequence[str]) -> int:
 
         with leaving_nothing(settings.out), attendance.failures_told():
             failed = run(settings, known)
+            attendance.end()
     if not failed or os.environ.get("LOCAL_RANK", "0") != "0":
         return 0
     # the launcher ends all others when one fails: they are done, and say so first

@@ -242,6 +242,14 @@ def note(doing: str, late: str = "") -> None:
         _here.note(doing, late)
 
 
+def end() -> None:
+    """Give no more signs of life, at the end of a command."""
+    global _here
+    if _here is not None:
+        _here.end()
+        _here = None
+
+
 @contextmanager
 def failures_told() -> Iterator[None]:
     """Tell the other ranks why this one fails; and where another one has failed, say which and why.
@@ -249,17 +257,14 @@ def failures_told() -> Iterator[None]:
     Raises:
         RankLostError: another rank has failed, died or doesn't answer.
     """
-    global _here
     try:
         yield
     except Exception as error:
-        if _here is not None and (why := _here.why_lost(error)) is not None:
+        why = None if _here is None else _here.why_lost(error)
+        end()
+        if why is not None:
             raise RankLostError(why) from error
         raise
-    finally:
-        if _here is not None:
-            _here.end()
-            _here = None
 
 
 def _is_of_the_connection(error: BaseException) -> bool:

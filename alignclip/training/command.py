@@ -60,4 +60,6 @@ def main(arguments: Sequence[str]) -> int:
             attendance.failures_told(),
             workers.killed_by_a_failure(),
         ):
-            return run(settings) if asked.dry_run is None else dry_run(settings, asked.dry_run)
+            status = run(settings) if asked.dry_run is None else dry_run(settings, asked.dry_run)
+            attendance.end()
+    return status

@@ -26,6 +26,7 @@ from measuring import CHECKOUT, MEBIBYTE, Figures, parser_of, this_machine
 from PIL import Image
 
 from alignclip.config.reading import load
+from alignclip.conversion.mds_writer import JoinedShardWriter
 from alignclip.training import composer_patches
 from alignclip.training.build import build_trainer
 from alignclip.training.memory import own_bytes
@@ -126,11 +127,9 @@ def train(options: Namespace) -> dict[str, list[list[float]]]:
 
 def write_pairs(out: Path, count: int) -> None:
     """Write a set of small pictures, and of captions whose words nobody has used before."""
-    from streaming import MDSWriter
-
     rng = random.Random(0)
     columns = {"key": "str", "image": "bytes", "caption": "str"}
-    with MDSWriter(out=str(out), columns=columns, hashes=["xxh64"], size_limit="1mb") as writer:
+    with JoinedShardWriter(columns, out, size_limit="1mb") as writer:
         for number in range(count):
             words = ["".join(rng.choices("abcdefghijklmnoprstuvw", k=7)) for _ in range(WORDS)]
             buffer = io.BytesIO()

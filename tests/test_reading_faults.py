@@ -203,6 +203,7 @@ def frozen(server: S3Server, seconds: float) -> Iterator[None]:
         os.killpg(group, signal.SIGCONT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [3.0, pytest.param(40.0, marks=pytest.mark.full)])
 def test_a_server_that_freezes_is_waited_for(
     s3: S3Server, tmp_path: Path, seconds: float, monkeypatch: pytest.MonkeyPatch
@@ -226,6 +227,7 @@ def test_a_server_that_freezes_is_waited_for(
     clouds._s3_client.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.world_size(2)
 def test_a_run_without_a_shard_ends_in_a_line_and_goes_on_when_it_is_back(
     s3: S3Server, tmp_path: Path

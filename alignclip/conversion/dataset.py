@@ -146,11 +146,9 @@ def _convert_rest(
     whole = _WholeSet(options, store, _all_patterns(store, there, options), sources, done)
     resumed = total_of(done.values()).written
     if options.progress and resumed and todo:
+        added = _what_is_added({name: said[name] for name in todo}, planned)
         holds = f"{store.out} holds {resumed:,} samples from {inputs_in_words(len(done))}"
-        print(
-            f"{holds}; {_what_is_added({name: said[name] for name in todo}, planned)}",
-            file=sys.stderr,
-        )
+        print(f"{holds}; {added}", file=sys.stderr)
     # where shards are replaced that the index may name, the index is written without them first
     replaced = {
         f"{name}/{INDEX}" for name in todo if name not in complete or complete[name].counts.written

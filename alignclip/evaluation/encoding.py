@@ -105,20 +105,9 @@ class Encoder:
             UserError: on every rank, where one of them can't read or encode a sample.
         """
         count = len(samples)  # type: ignore[arg-type]
-        # more only wait for one another, and PyTorch warns of them
-        num_workers = min(num_workers, os.cpu_count() or 1)
         share = -(-count // world_size())
         mine = [min(i, count - 1) for i in range(rank() * share, (rank() + 1) * share)]
-        batch = batch_bytes(min(self.batch_size, share), self.image_size)
-        num_workers = affordable_workers(num_workers, batch, -(-share // self.batch_size))
-        loader = DataLoader(
-            Subset(samples, mine),
-            batch_size=self.batch_size,
-            num_workers=num_workers,
-            collate_fn=_collate,
-            worker_init_fn=die_with_parent,
-            generator=torch.Generator(),  # its own: in training the global one must not notice
-        )
+        loader = self._loader(samples, mine, num_workers)
         others: list[Any] = []
         failures: list[str] = []
 
@@ -148,6 +137,21 @@ class Encoder:
         if failures := gather_objects(failures[:1]):
             raise UserError(failures[0])
         return gather(features).flatten(0, 1)[:count], gather_objects(others)[:count]
+
+    def _loader(self, samples: Dataset[Any], mine: list[int], num_workers: int) -> DataLoader[Any]:
+        """Make the loader of this rank's samples, with the workers for which there is room."""
+        # more only wait for one another, and PyTorch warns of them
+        num_workers = min(num_workers, os.cpu_count() or 1)
+        batch = batch_bytes(min(self.batch_size, len(mine)), self.image_size)
+        num_workers = affordable_workers(num_workers, batch, -(-len(mine) // self.batch_size))
+        return DataLoader(
+            Subset(samples, mine),
+            batch_size=self.batch_size,
+            num_workers=num_workers,
+            collate_fn=_collate,
+            worker_init_fn=die_with_parent,
+            generator=torch.Generator(),  # its own: in training the global one must not notice
+        )
 
     def texts(self, texts: Sequence[str], name: str = "texts") -> Tensor:
         """Encode captions, short ones together: a batch is computed up to its longest caption.

@@ -108,19 +108,10 @@ def build_trainer_from(
         schedulers=scheduler,
         step_schedulers_every_batch=True,
         algorithms=plugins.instances(config, "algorithms"),
-        callbacks=[
-            check,  # first: the others see finite numbers only
-            *callbacks,
-            TrainingMonitor(logged),
-            *build_callbacks(config),
-            # behind the callbacks whose work they measure and save
-            *([EvaluationCallback(config, model.encoders, folder)] if config.evaluators else []),
-            *([CheckpointSaver(folder)] if folder is not None else []),
-            Pace(config, total_batches(config, loader)),
-        ],
+        callbacks=_ordered_callbacks(config, model, folder, check, logged, callbacks),
         loggers=[
             *plugins.instances(with_wandb_id(config, folder), "loggers"),
-            *build_displays(config, folder, total_batches(config, loader)),
+            *build_displays(config, folder, logged.total),
         ],
         profiler=build_profiler(config.profiler) if config.profiler is not None else None,
         **(trainer_arguments(config, device) | start.trainer_arguments()),
@@ -132,9 +123,30 @@ def build_trainer_from(
         composer_patches.name_averages(trainer)
         check_loaded(trainer, start)
         before, now = restore_settings(optimizer, scheduler, settings)
-        if trainer.state.timestamp.batch < total_batches(config, loader):
+        if trainer.state.timestamp.batch < logged.total:
             say_jump(trainer, before, now)
     return trainer
+
+
+def _ordered_callbacks(
+    config: RunConfig,
+    model: AlignCLIPModel,
+    folder: SaveFolder | None,
+    check: FiniteCheck,
+    logged: LoggedBatches,
+    callbacks: Sequence[Callback],
+) -> list[Callback]:
+    """Put the callbacks into an order in which each sees the work of those that it measures."""
+    return [
+        check,  # first: the others see finite numbers only
+        *callbacks,
+        TrainingMonitor(logged),
+        *build_callbacks(config),
+        # behind the callbacks whose work they measure and save
+        *([EvaluationCallback(config, model.encoders, folder)] if config.evaluators else []),
+        *([CheckpointSaver(folder)] if folder is not None else []),
+        Pace(config, logged.total),
+    ]
 
 
 def build_data(config: RunConfig, device: Device) -> DataLoader[Any]:

@@ -28,7 +28,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install install-newest quickstart profile test test-fast test-all soak test-newest test-readers bench lint constraints clean
+.PHONY: help install install-newest quickstart profile test test-fast test-all reliability soak test-newest test-readers bench lint constraints clean
 
 help:
 	@echo "make quickstart   draw a data set, convert it, train a tiny AlignCLIP, show what it learnt (minutes, CPU)"
@@ -36,6 +36,7 @@ help:
 	@echo "make test         what every change has to pass: end-to-end tests, too; no GPU"
 	@echo "make test-all     all fuzz and many random kills besides, from a new seed, which is printed"
 	@echo "make test-readers what other libraries read of our sets (docs/data.md)"
+	@echo "make reliability  every test of docs/reliability.md: kills, outages, damaged and hostile files"
 	@echo "make soak         kill runs and conversions at random for two hours: nothing may be lost"
 	@echo "make profile      where a step's time goes: a table, and a trace (ARGS='yamls/… key=value' for another run)"
 	@echo "make lint         ruff and mypy"
@@ -74,6 +75,11 @@ test-fast: install
 test: install
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu and not alone' $(ARGS)
 	$(BIN)/python -m pytest -m 'alone and not gpu' $(ARGS)
+
+# the faults of docs/reliability.md
+reliability:
+	$(MAKE) test-all ARGS="$$(grep -oE '`test_[a-z0-9_]+\.py(::test_[a-z0-9_]+)?`' docs/reliability.md \
+		| tr -d '`' | sort -u | sed 's|^|tests/|' | tr '\n' ' ') $(ARGS)"
 
 # hours: kills, signals and outages at random; ARGS='--hours 8 --seed 7'
 soak: install

@@ -281,3 +281,11 @@ def test_the_document_has_every_loss_term(term: str) -> None:
 def test_a_key_that_is_not_there_would_be_found() -> None:
     with pytest.raises(UserError, match="did you mean 'lr'"):
         check_key("optimizer.lrr")
+
+
+def test_each_fault_names_tests_that_are_there() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", page)
+    assert len(named) > 80
+    for file, name in named:
+        assert not name or f"def {name}(" in (ROOT / "tests" / file).read_text(), f"{file}::{name}"

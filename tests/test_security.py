@@ -66,6 +66,15 @@ def test_an_encoder_whose_weights_are_a_pickle() -> None:
         check_encoder_weights("x", ["model.safetensors", "2_Dense/pytorch_model.bin"])
 
 
+def test_weights_for_openvino_are_no_pickle() -> None:
+    """all-mpnet-base-v2 on the hub has them. An index could have PyTorch read them."""
+    exported = ["openvino/openvino_model.bin", "openvino/openvino_model.xml"]
+    check_encoder_weights("x", ["model.safetensors", *exported])
+    for further in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
+        with refused(r"'x' is refused: openvino/\w+\.bin is a pickle"):
+            check_encoder_weights("x", [*exported, f"openvino/{further}"])
+
+
 def test_an_export_does_not_ask_for_this_machines_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from alignclip.errors import UserError, one_line
 MODULES = "modules.json"
 OWN_CLASSES = "sentence_transformers."  # where the names of its own classes begin
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+PARTS = ".index.json"  # ends the file that names a model's files of weights, whatever these are
 
 
 class _Module(TypedDict):
@@ -61,12 +62,24 @@ def check_encoder_weights(place: str, names: Iterable[str]) -> None:
     files = {Path(name) for name in names}
     safe = {file.parent for file in files if file.suffix == ".safetensors"}
     for file in sorted(files):
+        if _is_for_openvino(file, files):
+            continue
         if file.suffix in PICKLED and file.parent not in safe and len(file.parts) <= 2:
             raise UserError(
                 f"'{place}' is refused: {file} is a pickle, which could run code; if you trust the "
                 "encoder, load it by sentence-transformers and save it again: that writes "
                 "safetensors"
             )
+
+
+def _is_for_openvino(file: Path, files: set[Path]) -> bool:
+    """Say whether weights are numbers alone that OpenVINO reads, as most encoders of the hub have.
+
+    PyTorch's readers take files of fixed names, and those that an index beside them names.
+    """
+    is_named = any(one.parent == file.parent and one.name.endswith(PARTS) for one in files)
+    is_its_own = file.match("openvino/openvino_*.bin") and file.with_suffix(".xml") in files
+    return is_its_own and not is_named
 
 
 def _files(folder: Path) -> Iterable[Path]:

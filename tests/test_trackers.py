@@ -18,6 +18,7 @@ from alignclip.evaluation.json_lines import lines_in
 from alignclip.training import trackers
 from alignclip.training.history import HISTORY, PAGE
 from alignclip.training.save_folder import SaveFolder
+from alignclip.training.wandb_files import newest_step
 
 FIXED = (
     "data.num_canonical_nodes=1", "save_interval=4ba", "loss.beta=0", "evaluators.e.task=retrieval",
@@ -80,6 +81,24 @@ def test_a_file_has_each_step_once(train: Any, tmp_path: Path) -> None:
     train(f"loggers.FileLogger.filename={tmp_path / 'log.txt'}")
     found = in_file(tmp_path / "log.txt")
     assert {name: steps_of(found, name) for name in STEPS} == STEPS
+
+
+def test_weights_and_biases_has_a_step_in_the_files_of_two_starts(tmp_path: Path) -> None:
+    """Whatever order the files are found in."""
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    for start, name in (("1", "loss"), ("2", "metrics")):
+        folder = tmp_path / f"offline-run-{start}-me"
+        folder.mkdir()
+        store = DataStore()
+        store.open_for_write(str(folder / "run-me.wandb"))
+        record = Record()
+        record.history.step.num = 4
+        record.history.item.add().key = name
+        store.write(record)
+        store.close()
+    assert newest_step(tmp_path, "me") == (4, {"loss", "metrics"})
 
 
 @pytest.mark.slow

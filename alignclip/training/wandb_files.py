@@ -17,6 +17,8 @@ NOTHING: LoggedStep = (-1, frozenset())
 def newest_step(folder: Path, run_id: str) -> LoggedStep:
     """Find the newest step of a run in W&B's files of all starts on this machine.
 
+    Several starts may have logged metrics of one step.
+
     Args:
         folder: that W&B keeps its files in.
         run_id: of W&B.
@@ -24,8 +26,10 @@ def newest_step(folder: Path, run_id: str) -> LoggedStep:
     found = NOTHING
     for file in folder.glob(f"*run-*-{run_id}/run-{run_id}.wandb"):
         for step, names in steps_of(file):
-            if step >= found[0]:
+            if step > found[0]:
                 found = step, names
+            elif step == found[0]:
+                found = step, found[1] | names
     return found
 
 

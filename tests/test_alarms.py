@@ -60,6 +60,15 @@ def test_a_collapse_is_said_once() -> None:
     assert found[0].startswith(f"batch {10 + LASTING}: COLLAPSED: for {LASTING} batches the image ")
 
 
+def test_images_that_look_alike_have_not_collapsed() -> None:
+    alarm, alike = Alarms(), EQUAL / 2
+    spreads = [alike] * 300 + [alike / 10] * LASTING
+    found = [
+        line for i, one in enumerate(spreads, 1) for line in alarm.look(i, 1.0, {"image": one})
+    ]
+    assert [line[:20] for line in found] == [f"batch {300 + LASTING}: COLLAPSED"[:20]]
+
+
 def test_a_run_says_both(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,9 @@ HALF, FAR = 0.5, 10.0
 # ViT-B-16, and at least 3e-2 in the quickstart, an AlignCLIP run whose plateau of the beginning is
 # no such collapse. With 50 times its learning rate it collapses to 3e-5.
 EQUAL = 3e-4
+# Images that look all alike may begin below that: faint ones with 1.6e-4. Theirs are equal below
+# this part of what the start began with.
+FALLEN = 0.5
 LASTING = 50  # batches after which equal features are said
 
 
@@ -21,13 +24,15 @@ class Alarms:
     """Says once when the loss jumps, and once when a modality's features are all equal.
 
     A jump is said again when the loss has come back to what is usual. A loss that stays becomes
-    usual. A start knows nothing of the batches of earlier starts.
+    usual. A start knows nothing of the batches of earlier starts, and says
+    nothing of features that were equal from its first batch on.
     """
 
     def __init__(self) -> None:
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._is_high = False
         self._equal: dict[str, int] = {}  # batches in a row
+        self._bounds: dict[str, float] = {}  # below which a modality's features are equal
 
     def look(self, batch: int, loss: float, spreads: dict[str, float | None]) -> list[str]:
         """Look at a batch that is finite.
@@ -45,7 +50,9 @@ class Alarms:
 
     def _collapse(self, spreads: dict[str, float | None]) -> list[str]:
         for kind, spread in spreads.items():
-            is_equal = spread is not None and spread < EQUAL
+            if spread is not None and kind not in self._bounds:
+                self._bounds[kind] = min(EQUAL, FALLEN * spread)
+            is_equal = spread is not None and spread < self._bounds[kind]
             self._equal[kind] = self._equal.get(kind, 0) + 1 if is_equal else 0
         kinds = [kind for kind, batches in self._equal.items() if batches == LASTING]
         if not kinds:

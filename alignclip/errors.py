@@ -104,7 +104,8 @@ _SECRET_NAME = (
     r"(?:_?id)?)"
 )
 _SIGNED = re.compile(rf"(https?://[^\s?'\"]+)\?[^\s'\"]*{_SECRET_NAME}=[^\s'\"]*", re.IGNORECASE)
-_SETTING = re.compile(rf"({_SECRET_NAME}=)[^&\s'\",;}}]+", re.IGNORECASE)
+LEAST_SECRET = 6  # characters after a ``=``: ``max_token=77`` tells no secret
+_SETTING = re.compile(rf"({_SECRET_NAME}=)[^&\s'\",;}}]{{{LEAST_SECRET},}}", re.IGNORECASE)
 
 
 def without_secrets(text: str) -> str:

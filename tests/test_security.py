@@ -215,7 +215,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
         (f"x?sv=1&sig={SECRET}&a=1", "x?sv=1&sig=…&a=1"),
         (f"AWS_SECRET_ACCESS_KEY={SECRET} api_key={SECRET}", "AWS_SECRET_ACCESS_KEY=… api_key=…"),
         ("abfss://container@account/x", "abfss://container@account/x"),
-        ("max_tokens=5 design=2 a@b", "max_tokens=5 design=2 a@b"),
+        ("max_tokens=5 design=2 a@b max_token=77", "max_tokens=5 design=2 a@b max_token=77"),
     ],
 )
 def test_errors_show_no_secrets(text: str, shown: str) -> None:
@@ -244,6 +244,8 @@ def test_an_endpoint_with_a_password(name: str, monkeypatch: pytest.MonkeyPatch)
         (f"data.streams.e.remote=s3://me:{SECRET}@bucket/x", "remote"),
         (f"pretrained={SIGNED}", "pretrained"),
         (f"loggers.CometMLLogger.api_key={SECRET}", "api_key"),
+        ("loggers.CometMLLogger.api_key=short", "api_key"),
+        (f"loggers.WandBLogger.tags=[https://me:{SECRET}@host]", r"tags\.0"),
     ],
 )
 def test_a_configuration_holds_no_secrets(tmp_path: Path, override: str, key: str) -> None:
@@ -251,6 +253,11 @@ def test_a_configuration_holds_no_secrets(tmp_path: Path, override: str, key: st
     with refused(f"{key} holds a password, a key or a signed URL") as error:
         load(yaml, [override])
     assert SECRET not in str(error.value)
+
+
+def test_a_setting_in_a_name_is_no_secret(tmp_path: Path) -> None:
+    yaml = write_config(tmp_path, str(tmp_path / "set"))
+    assert load(yaml, ["run_name=vit_max_token=77"]).run_name == "vit_max_token=77"
 
 
 def test_an_evaluation_holds_no_secrets() -> None:

@@ -20,7 +20,7 @@ from alignclip.config.schema import (
     RunConfig,
 )
 from alignclip.config.setting import check_settings
-from alignclip.errors import UserError, nearest, without_secrets
+from alignclip.errors import LEAST_SECRET, UserError, nearest, without_secrets
 
 FILENAME_PARTS = (
     "run_name", "rank", "local_rank", "world_size", "local_world_size", "node_rank",
@@ -95,8 +95,10 @@ def _check_secrets(section: Mapping[str, Any], prefix: str = "") -> None:
     for name, value in section.items():
         if isinstance(value, Mapping):
             _check_secrets(value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            _check_secrets({str(i): one for i, one in enumerate(value)}, f"{prefix}{name}.")
         elif isinstance(value, str) and value:
-            assigned = f"{name}={value}"
+            assigned = f"{name}={value.ljust(LEAST_SECRET, '*')}"
             if without_secrets(assigned) != assigned:
                 raise UserError(
                     f"{prefix}{name} holds a password, a key or a signed URL, which would stand in "

@@ -61,20 +61,14 @@ class Attendance:
         timeout: seconds after which the others no longer wait for a rank.
 
     Raises:
-        RuntimeError: the store doesn't answer.
+        OSError, RuntimeError: the store doesn't answer.
     """
 
     def __init__(self, timeout: float) -> None:
         self._timeout, self._rank, self._world = timeout, rank(), world_size()
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps its store
         self._prefix = f"alignclip/{start}/"
-        self._store: Any = dist.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=STORE_TIMEOUT),
-        )
+        self._store: Any = _connect()
         self._sign = Sign(self._rank, socket.gethostname(), os.getpid(), 0, "starts", 0.0, "")
         self._since = self._told = time.monotonic()
         self._heard: dict[int, tuple[Sign, float]] = {}  # the last new sign of each, and when
@@ -117,7 +111,7 @@ class Attendance:
         """Tell the others, if nobody has told them anything before."""
 
         def tell() -> None:
-            with suppress(RuntimeError):
+            with suppress(RuntimeError, AttributeError):  # no connection
                 self._store.compare_set(self._prefix + FAILED, "", why)
 
         if time.monotonic() - self._answered < SILENCE:
@@ -129,6 +123,8 @@ class Attendance:
         """Give signs; hear of failures; on rank 0, say who is late."""
         while not self._ends.wait(BEAT):
             try:
+                if self._store is None:
+                    self._store = _connect()
                 self._beat()
                 if not self._failure:
                     self._hear_of_a_failure()
@@ -137,16 +133,23 @@ class Attendance:
                     self._listen()
                 elif self._rank == 0:
                     self._say_who_is_late()
-            except RuntimeError:
-                return  # torch prints a stack trace at each further try
+            except (RuntimeError, OSError):  # the connection is lost, or can't be made yet
+                self._store = None
 
     def _watch(self) -> None:
-        """End a process that the others have left, and whose main thread doesn't hear of that."""
+        """End a process that the others have left, and whose main thread doesn't hear of that.
+
+        What must be finished first is waited for as long as the ranks wait for one another.
+        """
+        before = time.monotonic()
         while not self._ends.wait(BEAT):
             now, why = time.monotonic(), self._failure
+            if now - before > SILENCE:  # this process stood still, as by SIGSTOP or a debugger
+                self._answered = self._failed_at = now
+            before = now
             if not why and now - self._answered > self._timeout + GRACE:
                 why = f"rank 0 has not answered at {_store_place()} for {self._timeout:.0f} s"
-            elif not why or now - self._failed_at < GRACE:
+            elif not why or now - self._failed_at < GRACE + self._timeout * bool(_unfinished):
                 continue
             print(f"error: {self._sign.doing}: {why}; {WAY_OUT}", file=sys.stderr, flush=True)
             os._exit(RANK_LOST)
@@ -221,13 +224,14 @@ class Attendance:
 
 
 _here: Attendance | None = None
+_unfinished: set[object] = set()  # blocks of unhurried()
 
 
 def begin(timeout: float) -> None:
     """Give signs of life from now on, in a run of several ranks that have met at a store."""
     global _here
     if _here is None and world_size() > 1:
-        with suppress(RuntimeError, KeyError):  # without it an error just says less
+        with suppress(RuntimeError, OSError, KeyError):  # without it an error just says less
             _here = Attendance(timeout)
 
 
@@ -240,6 +244,20 @@ def note(doing: str, late: str = "") -> None:
     """
     if _here is not None:
         _here.note(doing, late)
+
+
+@contextmanager
+def unhurried() -> Iterator[None]:
+    """Let a block end, such as a save, before this process is ended because of another rank.
+
+    The block may end in another thread.
+    """
+    this = object()
+    _unfinished.add(this)
+    try:
+        yield
+    finally:
+        _unfinished.discard(this)
 
 
 def end() -> None:
@@ -268,10 +286,24 @@ def failures_told() -> Iterator[None]:
 
 
 def _is_of_the_connection(error: BaseException) -> bool:
-    """Say whether an error, or its cause, is what a lost connection to another rank looks like."""
+    """Say whether an error is what a lost connection to another rank looks like."""
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and LOST.search(str(error)) is not None
+
+
+def _connect() -> Any:
+    """Connect to the store at which the ranks have met.
+
+    Raises:
+        OSError: nobody is there.
+        RuntimeError: no store answers.
+    """
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # torch tries for long where nobody is there, and prints stack traces
+    socket.create_connection(place, timeout=STORE_TIMEOUT).close()
+    timeout = timedelta(seconds=STORE_TIMEOUT)
+    return dist.TCPStore(*place, is_master=False, wait_for_workers=False, timeout=timeout)
 
 
 def _store_place() -> str:

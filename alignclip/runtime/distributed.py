@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 import threading
+from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from alignclip.ranks import wait_at_most
 from alignclip.runtime import attendance, launcher
 
 SECONDS_UNTIL_TOLD = 30.0
+OPEN_FILES = 65536
 
 
 def join_ranks(backend: str, timeout: float) -> None:
@@ -32,6 +35,7 @@ def join_ranks(backend: str, timeout: float) -> None:
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
+    allow_many_connections()
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     told = threading.Timer(SECONDS_UNTIL_TOLD, _tell_waiting, [place])
     told.daemon = True
@@ -51,6 +55,18 @@ def join_ranks(backend: str, timeout: float) -> None:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
     wait_at_most(timeout)
     attendance.begin(timeout)
+
+
+def allow_many_connections() -> None:
+    """Raise the number of files that this process may open, as far as the system allows.
+
+    Rank 0 has three connections to each rank and more with NCCL; the usual number is 1024.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):  # macOS has a bound besides
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _tell_waiting(place: str) -> None:

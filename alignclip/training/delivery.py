@@ -6,10 +6,11 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+from alignclip.runtime import attendance
 from alignclip.storage.copies import TEMPORARY
 from alignclip.training.save_folder import SaveFolder
 from alignclip.weights.checkpoint_file import write_checkpoint
@@ -46,15 +47,20 @@ class Delivery:
         Raises:
             NotSavedError: the checkpoint can't be written to this machine.
         """
-        if self.folder.remote:
-            # a folder for each: the checkpoint before may have this name, and be on its way
-            made = Path(tempfile.mkdtemp(dir=self.place))
-            write_checkpoint(content, made / name)
-            return self._worker.submit(self._upload, made, name, arrived)
-        write_checkpoint(content, self.place / name)
-        arrived()
         done: Future[None] = Future()
-        done.set_result(None)
+        with ExitStack() as unhurried:
+            unhurried.enter_context(attendance.unhurried())
+            if self.folder.remote:
+                # a folder for each: the checkpoint before may have this name, and be on its way
+                made = Path(tempfile.mkdtemp(dir=self.place))
+                write_checkpoint(content, made / name)
+                done = self._worker.submit(self._upload, made, name, arrived)
+                until_uploaded = unhurried.pop_all()
+                done.add_done_callback(lambda _: until_uploaded.close())
+            else:
+                write_checkpoint(content, self.place / name)
+                arrived()
+                done.set_result(None)
         return done
 
     def then(self, action: Callable[[], None]) -> None:

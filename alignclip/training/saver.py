@@ -15,7 +15,7 @@ from composer.utils import reproducibility
 from composer.utils.checkpoint import glob_filter
 
 from alignclip.errors import UserError, one_line
-from alignclip.ranks import errors_on_all_ranks, rank
+from alignclip.ranks import errors_on_all_ranks, rank, true_on_any_rank
 from alignclip.runtime import attendance
 from alignclip.storage import (
     StorageError,
@@ -30,6 +30,7 @@ from alignclip.training.spent import Stopwatch
 from alignclip.weights.checkpoint_file import GOES_ON, NotSavedError
 
 log = logging.getLogger(__name__)
+ASKED_EVERY = 2.0  # seconds between two questions whether the uploads have arrived
 
 
 class CheckpointSaver(callbacks.CheckpointSaver):
@@ -153,9 +154,13 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         Raises:
             NotSavedError: one has failed for good; on every rank.
         """
+        goes_on = True
+        with self.watch:
+            while goes_on:  # an upload may take longer than the ranks wait for one another
+                arrived, others = wait(self._on_their_way, ASKED_EVERY, FIRST_EXCEPTION)
+                has_failed = any(one.exception() for one in arrived)
+                (goes_on,) = true_on_any_rank(torch.tensor([bool(others) and not has_failed]))
         with errors_on_all_ranks():
-            with self.watch:
-                wait(self._on_their_way, return_when=FIRST_EXCEPTION)
             self.before_dataloader(state, logger)
 
     def post_close(self) -> None:

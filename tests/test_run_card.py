@@ -33,7 +33,7 @@ SETTINGS = ("save_interval=4ba", "evaluators.e.task=retrieval", "evaluators.e.nu
 def start(runs: SmallRuns, batches: int, of_batches: int, status: str) -> Trainer:
     """A start of a run, as the command makes it."""
     trainer, folder = runs.build(f"max_duration={batches}ba"), runs.folder()
-    record_start(folder, trainer)
+    record_start(folder, trainer, {})
     trainer.fit()
     composer_patches.close(trainer)
     write_run_card(folder, trainer.state, of_batches, status)

@@ -7,7 +7,9 @@ executes code (``pkl``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 from typing import Any, TypedDict, cast
@@ -73,6 +75,18 @@ def dimension_of(columns: Mapping[str, str]) -> int | None:
     """
     shape = columns.get("semantic", "").split(":")[2:]
     return int(shape[0].split(",")[-1]) if shape else None
+
+
+def fingerprint(entries: Iterable[ShardEntry]) -> str:
+    """Return a short text that another set's samples, or another order of them, would not have.
+
+    It is the same however the shards are compressed, and whatever they are called.
+    """
+    shards = [
+        (entry["samples"], entry["raw_data"]["bytes"], sorted(entry["raw_data"]["hashes"].items()))
+        for entry in entries
+    ]
+    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:16]
 
 
 def read_shards(path: Path) -> list[ShardEntry]:

@@ -16,6 +16,7 @@ from alignclip.data.mds_index import (
     ShardEntry,
     columns_of,
     dimension_of,
+    fingerprint,
     parse_index,
 )
 from alignclip.errors import UserError, few, nearest
@@ -85,8 +86,11 @@ def cached_stream(name: str, stream: SetConfig, **arguments: Any) -> CachedStrea
     return CachedStream(**arguments | {"local": local}, is_own=not stream.local)
 
 
-def check_streams(config: DataConfig, *, semantic: bool) -> None:
+def check_streams(config: DataConfig, *, semantic: bool) -> dict[str, str]:
     """Read each stream's ``index.json`` and check that it holds what training will ask for.
+
+    Returns:
+        the fingerprint of each stream's set, by the stream's name.
 
     Raises:
         UserError: a set that isn't there or can't be reached, one without the columns needed,
@@ -97,12 +101,14 @@ def check_streams(config: DataConfig, *, semantic: bool) -> None:
     _check_folders(config)
     needed = {"image", "caption"} | ({"semantic"} if semantic else set())
     encoders: dict[str, tuple[str | None, int | None]] = {}
+    sets: dict[str, str] = {}
     for name, stream in config.streams.items():
         where = f"data.streams.{name}"
         hint = f"; set {where}.remote or .local, or take it out with {where}=null"
         entries = read_index(where, stream, local_folder(name, stream), hint)
         if not entries:
             raise UserError(f"{where}: the set is empty (no shards in its index.json)")
+        sets[name] = fingerprint(entries)
         shards = [columns_of(entry) for entry in entries]
         if semantic:
             check_embeddings(where, shards)
@@ -110,6 +116,7 @@ def check_streams(config: DataConfig, *, semantic: bool) -> None:
         if semantic:
             encoders[where] = _encoder(stream, shards[0])
     _check_encoders(encoders)
+    return sets
 
 
 def _check_algorithms(config: DataConfig) -> None:

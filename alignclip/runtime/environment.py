@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import shlex
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -45,6 +47,8 @@ class Start:
         versions: of Python, CUDA and :data:`PACKAGES`.
         changed: settings, ranks, machine and versions that differ from the start before, as
             ``key: before → now``.
+        process: of rank 0, and its machine.
+        sets: the fingerprint of each stream's set, by the stream's name.
     """
 
     batch: int
@@ -57,6 +61,8 @@ class Start:
     git: Git | None = field(default_factory=lambda: checkout(PACKAGE))
     versions: dict[str, str] = field(default_factory=lambda: versions())
     changed: list[str] = field(default_factory=list)
+    process: str = field(default_factory=lambda: f"{os.getpid()} on {socket.gethostname()}")
+    sets: dict[str, str] = field(default_factory=dict)
 
 
 def versions() -> dict[str, str]:

@@ -15,7 +15,7 @@ from alignclip.errors import UserError, nearest, one_line
 from alignclip.runtime.distributed import join_ranks
 from alignclip.storage import StorageError, open_file
 from alignclip.training import plugins
-from alignclip.training.run_record import check_config
+from alignclip.training.run_record import check_config, check_sets
 from alignclip.training.save_folder import SaveFolder
 from alignclip.training.trackers import check_login
 from alignclip.weights import early
@@ -97,10 +97,14 @@ def check_compiling(config: RunConfig) -> None:
         )
 
 
-def check_inputs(config: RunConfig, folder: SaveFolder | None) -> None:
-    """Look at what the run needs outside of this process: the sets and the save folder."""
+def check_inputs(config: RunConfig, folder: SaveFolder | None) -> dict[str, str]:
+    """Look at what the run needs outside of this process: the sets and the save folder.
+
+    Returns:
+        the fingerprint of each stream's set.
+    """
     check_login(config)
-    check_streams(config.data, semantic=config.loss.needs_semantic)
+    sets = check_streams(config.data, semantic=config.loss.needs_semantic)
     for name, evaluator in config.evaluators.items():
         early.check_evaluator(name, evaluator, contents=True)
     if config.load_path:
@@ -108,6 +112,8 @@ def check_inputs(config: RunConfig, folder: SaveFolder | None) -> None:
     if folder is not None:
         folder.open()
         check_config(folder)
+        check_sets(folder, sets)
+    return sets
 
 
 def check_start(place: str) -> None:

@@ -39,7 +39,7 @@ def run(config: RunConfig) -> int:
     """
     config, device = join(config)
     folder = SaveFolder(config) if config.save_folder else None
-    run_on_rank_zero(lambda: prepare(config, folder))
+    sets = run_on_rank_zero(lambda: prepare(config, folder))
     # From here on SIGTERM and Ctrl-C mean: save, then stop.
     stop = StopOnSignal() if folder is not None else None
     trainer = build_trainer(config, device, folder, [stop] if stop else [])
@@ -52,7 +52,7 @@ def run(config: RunConfig) -> int:
         print_once(f"run '{config.run_name}' is finished: {trained}")
         return 0
     if folder is not None:
-        run_on_rank_zero(lambda: record_start(folder, trainer))
+        run_on_rank_zero(lambda: record_start(folder, trainer, sets))
     print_once(introduction(config, trainer, folder))
     try:
         with attendance.failures_told(), workers.deaths_explained():
@@ -74,11 +74,16 @@ def run(config: RunConfig) -> int:
     return 0
 
 
-def prepare(config: RunConfig, folder: SaveFolder | None) -> None:
-    """Look at what the run needs, and tidy its save folder up; for rank 0."""
-    check_inputs(config, folder)
+def prepare(config: RunConfig, folder: SaveFolder | None) -> dict[str, str]:
+    """Look at what the run needs, and tidy its save folder up; for rank 0.
+
+    Returns:
+        the fingerprint of each stream's set.
+    """
+    sets = check_inputs(config, folder)
     if folder is not None:
         folder.remove_partial()
+    return sets
 
 
 def batches(number: int) -> str:
@@ -113,10 +118,10 @@ def introduction(config: RunConfig, trainer: Trainer, folder: SaveFolder | None)
     )
 
 
-def record_start(folder: SaveFolder, trainer: Trainer) -> None:
+def record_start(folder: SaveFolder, trainer: Trainer, sets: dict[str, str]) -> None:
     """Leave beside the checkpoints how to run this again, and on which machine it ran."""
     device = trainer.state.device.name
     if device == "gpu":
         device = torch.cuda.get_device_name()
-    add_start(folder, Start(trainer.state.timestamp.batch.value, world_size(), device))
+    add_start(folder, Start(trainer.state.timestamp.batch.value, world_size(), device, sets=sets))
     record_config(folder)

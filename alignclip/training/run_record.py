@@ -24,6 +24,10 @@ STARTS_FILE = "starts.json"
 ENTRIES_OF_MACHINE = ("world_size", "device")  # entries of a start
 
 
+class StartedAgainError(UserError):
+    """The run has a later start than this process."""
+
+
 def check_config(folder: SaveFolder) -> None:
     """Refuse to go on with another run's checkpoints.
 
@@ -55,6 +59,29 @@ def check_config(folder: SaveFolder) -> None:
     duration = old.get("max_duration")
     if duration != now["max_duration"]:
         print(f"max_duration: {duration} → {now['max_duration']}; the learning rate follows it")
+
+
+def check_sets(folder: SaveFolder, sets: dict[str, str]) -> None:
+    """Refuse to go on with other samples: a set that was converted anew at the same place.
+
+    Args:
+        folder: of the run.
+        sets: the fingerprint of each stream's set as it is now.
+
+    Raises:
+        UserError: a set is another one than the run's last start has read.
+    """
+    if not folder.has_checkpoint() or not (starts := _entries(folder)):
+        return
+    before, streams = starts[-1].get("sets", {}), folder.config.data.streams
+    for name in sets.keys() & before.keys():
+        if sets[name] != before[name]:
+            place = streams[name].remote or streams[name].local
+            raise UserError(
+                f"run '{folder.config.run_name}' in {folder.uri} was started with another set: "
+                f"data.streams.{name} ({place}) has other samples now. Put the old set back, or "
+                "choose another run_name"
+            )
 
 
 def record_config(folder: SaveFolder) -> None:
@@ -95,6 +122,26 @@ def add_start(folder: SaveFolder, start: Start) -> None:
         listed = "; ".join(new_versions)
         print(f"since the last start other versions were installed: {listed}", flush=True)
     _write(folder, STARTS_FILE, json.dumps([*starts, now], indent=2) + "\n")
+    folder.start = start
+
+
+def check_last_start(folder: SaveFolder) -> None:
+    """Refuse to save where the run was started once more, and so has another process at work.
+
+    Raises:
+        StartedAgainError: it was, after the :func:`add_start` of this process.
+    """
+    if (own := folder.start) is None:
+        return
+    try:
+        last = starts_of(folder)[-1:]
+    except (UserError, OSError, StorageError):  # a person moved it, or the bucket is away
+        return
+    if last and (last[0].time, last[0].process) != (own.time, own.process):
+        raise StartedAgainError(
+            f"the run in {folder.uri} was started again at {last[0].time}, as process "
+            f"{last[0].process}: this one ends and leaves the folder to it"
+        )
 
 
 def starts_of(folder: SaveFolder) -> list[Start]:

@@ -15,6 +15,7 @@ from urllib.parse import urlparse
 
 from alignclip.config.schema import RunConfig
 from alignclip.errors import UserError
+from alignclip.runtime.environment import Start
 from alignclip.storage import (
     StorageError,
     is_absent,
@@ -46,6 +47,7 @@ class SaveFolder:
         self._name_pattern = _checkpoint_names(config)
         # the damage of local files, by their state when they were read
         self._damages: dict[str, tuple[FileState, str | None]] = {}
+        self.start: Start | None = None  # of the run, once this process has recorded it
         self._whole_sizes: dict[str, int] = {}  # of whole checkpoints in a bucket
 
     def open(self) -> None:

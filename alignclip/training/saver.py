@@ -25,6 +25,7 @@ from alignclip.storage import (
 )
 from alignclip.training.callbacks import settle_callbacks
 from alignclip.training.delivery import Delivery
+from alignclip.training.run_record import StartedAgainError, check_last_start
 from alignclip.training.save_folder import SaveFolder
 from alignclip.training.spent import Stopwatch
 from alignclip.weights.checkpoint_file import GOES_ON, NotSavedError
@@ -114,10 +115,13 @@ class CheckpointSaver(callbacks.CheckpointSaver):
             path = self._delivery.place / name
             why = why_not_written(error, path)
             raise NotSavedError(f"can't save {path}: {why}. {GOES_ON}") from error
+        except StartedAgainError as error:
+            raise NotSavedError(str(error)) from None
         self._on_their_way.append(arrives)
 
     def _arrived(self, name: str, logger: Logger) -> None:
         folder = self.save_folder
+        check_last_start(folder)
         if not folder.remote:  # WandBLogger's log_artifacts and Composer's uploader keep copies
             path = str(self._delivery.place / name)
             logger.upload_file(path.lstrip("/"), path, overwrite=self.overwrite)
@@ -145,6 +149,8 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         for one in arrived:
             if isinstance(error := one.exception(), UserError):
                 self._run_has_ended = True
+                if isinstance(error, StartedAgainError):
+                    raise NotSavedError(str(error)) from None
                 raise NotSavedError(f"{error}. {GOES_ON}") from None
             one.result()
 

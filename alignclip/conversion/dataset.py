@@ -197,7 +197,7 @@ def _all_patterns(store: OutputFolder, there: set[str], options: ConvertOptions)
     before = store.read_json([CARD_FILE])[0] if CARD_FILE in there else None
     earlier: Any = before.get("source") if isinstance(before, dict) else None
     known = earlier if has_type(earlier, list[str]) else []
-    return list(dict.fromkeys([*known, *map(without_secrets, options.inputs)]))
+    return list(dict.fromkeys(map(without_secrets, [*known, *options.inputs])))
 
 
 @dataclass(frozen=True)

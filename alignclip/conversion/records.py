@@ -13,6 +13,7 @@ from typing import Any
 from alignclip.checked_json import has_type
 from alignclip.conversion.samples import BROKEN_INPUT, Ignored, Skipped
 from alignclip.conversion.wording import MAX_NAMES
+from alignclip.errors import without_secrets
 
 CARD_FILE = "dataset.json"  # at a set's root, written last but for the index
 KEPT_EXAMPLES = 5  # of each reason, kept of an input shard for the report
@@ -144,6 +145,8 @@ class InputRecord:
         for name in ("skipped", "noted", "ignored"):
             setattr(counts, name, Counter(entries[name]))
         counts.written += counts.held_out
+        # earlier versions wrote signed URLs down
+        entries["source"] = without_secrets(entries["source"])
         return cls(**{name: entries[name] for name in SOURCE}, counts=counts)
 
     def text(self) -> str:
@@ -178,7 +181,8 @@ class Plan:
         texts = dict[str, str] | None
         if not has_type(columns, texts) or not has_type(inputs, texts):
             return None
-        return cls(settings, columns, inputs or {})
+        said = {name: without_secrets(source) for name, source in (inputs or {}).items()}
+        return cls(settings, columns, said)
 
     def text(self) -> str:
         """Return the file's text."""

@@ -125,10 +125,6 @@ alignclip/data/streaming_epoch.py
     streaming.base.spanner.Spanner: shard_bounds
     streaming.base.shared.array.SharedArray.numpy(self)
 alignclip/data/shard_cache.py
-    streaming.base.stream.Stream.prepare_shard(self shard)
-    streaming.base.stream.Stream.get_shards(self world allow_unsafe_types)
-    streaming.base.stream.Stream.get_index_size(self)
-    streaming.base.stream.Stream._download_file(self from_basename to_basename)
     streaming.base.format.base.reader.Reader.set_up_local(self listing safe_keep_zip)
     streaming.base.format.base.reader.Reader.get_max_size(self)
     streaming.base.format.base.reader.Reader.evict(self)
@@ -136,8 +132,13 @@ alignclip/data/shard_cache.py
     streaming.base.format.mds.reader.MDSReader.get_sample_data(self idx)
     streaming.base.format.mds.reader.MDSReader.decode_sample(self data)
     streaming.base.format.mds.encodings._get_coder(encoding)
-    streaming.base.stream.Stream: safe_keep_zip validate_hash
     streaming.base.format.base.reader.JointReader: raw_data zip_data
+alignclip/data/cached_stream.py
+    streaming.base.stream.Stream.prepare_shard(self shard)
+    streaming.base.stream.Stream.get_shards(self world allow_unsafe_types)
+    streaming.base.stream.Stream.get_index_size(self)
+    streaming.base.stream.Stream._download_file(self from_basename to_basename)
+    streaming.base.stream.Stream: safe_keep_zip validate_hash
 alignclip/data/batch.py
     torch.storage._StorageBase._new_shared(size device)
 alignclip/conversion/mds_writer.py

@@ -29,7 +29,7 @@ from s3 import S3Server
 
 from alignclip.config.metrics import metrics_of
 from alignclip.config.schema import EvaluatorConfig, SetConfig
-from alignclip.data.shard_cache import CachedStream
+from alignclip.data.cached_stream import CachedStream
 from alignclip.errors import UserError
 from alignclip.evaluation.encoding import Encoder, Interrupted
 from alignclip.evaluation.evaluator import evaluate_model

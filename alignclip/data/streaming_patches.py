@@ -4,7 +4,8 @@ A failed download, a cache without room and an evicted shard end in a run that s
 short epoch without a word: :class:`CachedDataset`.
 
 Streaming's insides are used here, in :mod:`alignclip.data.streaming_memory`, in
-:mod:`alignclip.data.streaming_epoch` and in :mod:`alignclip.data.shard_cache` alone.
+:mod:`alignclip.data.streaming_epoch`, in :mod:`alignclip.data.shard_cache` and in
+:mod:`alignclip.data.cached_stream` alone.
 ``tests/test_contracts.py`` says whether an upgrade has changed one of the names.
 """
 

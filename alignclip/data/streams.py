@@ -25,7 +25,7 @@ from alignclip.runtime.stand_ins import stand_ins
 from alignclip.storage import StorageError, open_file, read_text
 
 if TYPE_CHECKING:
-    from alignclip.data.shard_cache import CachedStream
+    from alignclip.data.cached_stream import CachedStream
 
 INTEGERS = (
     "int",
@@ -80,7 +80,7 @@ def cached_stream(name: str, stream: SetConfig, **arguments: Any) -> CachedStrea
         arguments: of :class:`streaming.Stream`; ``local`` is replaced by :func:`local_folder`.
     """
     with stand_ins():  # takes seconds, as PyTorch does
-        from alignclip.data.shard_cache import CachedStream
+        from alignclip.data.cached_stream import CachedStream
 
     local = local_folder(name, stream)
     return CachedStream(**arguments | {"local": local}, is_own=not stream.local)

@@ -4,6 +4,7 @@ run is left, and the same command goes on.
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import time
@@ -13,8 +14,11 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from evaluations import encoder_of, small_model
 from recorded_runs import RecordedRun
 from runs import write_set
+from torch.utils.data import Dataset
 
 from alignclip.data import workers
 from alignclip.errors import RANK_LOST, UserError, WorkerDiedError
@@ -183,3 +187,24 @@ def test_a_container_that_was_out_of_memory_is_named(
     said = "this container has been out of memory"
     with pytest.raises(WorkerDiedError, match=said), workers.deaths_explained():
         raise RuntimeError(KILLED.format("Killed"))
+
+
+class Deadly(Dataset):  # type: ignore[type-arg]
+    """Samples whose worker is killed at the third one."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, at: int) -> tuple[torch.Tensor, int]:
+        if at == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.zeros(3, self.size, self.size, dtype=torch.uint8), at
+
+
+def test_a_worker_that_is_killed_in_an_evaluation_is_named() -> None:
+    encoder = encoder_of(small_model(), batch_size=1)
+    with pytest.raises(UserError, match=r"data worker \d+ of rank 0 on \S+ was killed; "):
+        encoder.images(Deadly(encoder.image_size), num_workers=1)

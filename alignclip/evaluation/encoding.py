@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from alignclip.data import workers
 from alignclip.data.shared_memory_room import affordable_workers, batch_bytes
 from alignclip.data.tokenizer import SimpleTokenizer
 from alignclip.data.transforms import normalize
-from alignclip.data.workers import die_with_parent
 from alignclip.errors import UserError, one_line
 from alignclip.model.encoders import CLIP
 from alignclip.ranks import (
@@ -116,7 +116,8 @@ class Encoder:
             for _ in range(len(loader)):
                 try:
                     attendance.note(f"waits for {name} to encode", "its storage and workers")
-                    images, other = next(batches)
+                    with workers.deaths_explained():
+                        images, other = next(batches)
                     attendance.note(f"encodes {name}")
                     others.extend(other)
                 except Exception as error:  # go on as if, and tell the others when they listen
@@ -149,7 +150,7 @@ class Encoder:
             batch_size=self.batch_size,
             num_workers=num_workers,
             collate_fn=_collate,
-            worker_init_fn=die_with_parent,
+            worker_init_fn=workers.die_with_parent,
             generator=torch.Generator(),  # its own: in training the global one must not notice
         )
 

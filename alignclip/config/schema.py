@@ -157,10 +157,6 @@ class DataConfig:
     num_canonical_nodes: int = _count(64)
     predownload: Optional[int] = _amount(None)
     cache_limit: Optional[str] = None
-    # without effect: alignclip.storage.patience waits for a store that is away. Configurations of
-    # earlier versions have these.
-    download_retry: int = _count(8)
-    download_timeout: float = _amount(60.0)
     validate_hash: Optional[str] = "xxh64"
     keep_zip: bool = False
     epoch_size: Optional[str] = None

@@ -32,6 +32,8 @@ _BOOLEANS = {
     **dict.fromkeys(("false", "no", "off", "n", "0"), False),
 }
 _LARGEST = 2**63  # of an integer in C
+# Keys without effect, which earlier versions wrote into config.yaml
+RETIRED = {"data.download_retry", "data.download_timeout"}
 
 
 class SettingError(UserError):
@@ -105,7 +107,7 @@ def convert_section(values: Any, schema: Any, key: str) -> Any:
         full = _join(key, name)
         if name in keys:
             found[name] = _convert_key(value, keys[name], full)
-        elif name not in keys_of(schema):
+        elif full not in RETIRED and name not in keys_of(schema):
             raise UnknownKeyError(full, keys)
     if schema is LossConfig:
         terms = {name: found.pop(name) for name in [*found] if name in LOSS_TERMS}

@@ -8,6 +8,7 @@ from typing import Any
 from alignclip.config.differences import differences
 from alignclip.config.reading import to_yaml
 from alignclip.config.schema import CLASSES, RunConfig, StartConfig
+from alignclip.config.typed import RETIRED
 from alignclip.config.yaml_text import natural, parse
 
 # sections and settings with which a rerun would be another run
@@ -19,8 +20,7 @@ IDENTITY_SECTIONS = (
 FREE_SETTINGS = {
     "model.encode_chunk_size", "data.num_workers", "data.prefetch_factor", "data.pin_memory",
     "data.persistent_workers", "data.multiprocessing_context", "data.predownload",
-    "data.cache_limit", "data.download_retry", "data.download_timeout", "data.validate_hash",
-    "data.keep_zip",
+    "data.cache_limit", "data.validate_hash", "data.keep_zip",
 }  # fmt: skip
 UNSET = "not set"
 
@@ -56,7 +56,8 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
     """Flatten a configuration to ``section.key: value``, over the defaults of today."""
-    return _flatten(nested(to_yaml(RunConfig()))) | _flatten(values)
+    flat = _flatten(nested(to_yaml(RunConfig()))) | _flatten(values)
+    return {key: value for key, value in flat.items() if key not in RETIRED}
 
 
 def nested(text: str) -> dict[str, Any]:

@@ -121,11 +121,11 @@ def printable(text: str) -> str:
     own, or tell a terminal what to do. See also :func:`without_secrets`.
     """
     if not text.isprintable():
-        text = "".join(map(_shown, " ".join(text.splitlines())))
+        text = "".join(map(_visible, " ".join(text.splitlines())))
     return without_secrets(text) if "=" in text or "@" in text else text
 
 
-def _shown(character: str) -> str:
+def _visible(character: str) -> str:
     turns = unicodedata.bidirectional(character) in _TURNING
     if turns or unicodedata.category(character) in _UNPRINTABLE:
         return " " if character == "\t" else ascii(character)[1:-1]

@@ -32,8 +32,8 @@ from alignclip.training.build import build_trainer
 from alignclip.training.memory import own_bytes
 from alignclip.training.save_folder import SaveFolder
 
-LOOKS = 8  # an epoch
-WORDS = 8  # of a caption
+LOOKS_AN_EPOCH = 8  # an epoch
+NEW_WORDS = 8  # of a caption
 MAIN, WORKERS = "main process", "data workers"
 MEMORY_EXAMPLES = """examples:
   python benchmarks/memory.py                       # 3 epochs of 20,000 pairs
@@ -49,7 +49,7 @@ class Watch(Callback):
 
     def __init__(self, batches: int) -> None:
         self.levels: dict[str, list[list[float]]] = {MAIN: [], WORKERS: []}
-        self._every = max(1, batches // LOOKS)
+        self._every = max(1, batches // LOOKS_AN_EPOCH)
 
     def epoch_start(self, state: State, logger: Logger) -> None:
         """Begin a list."""
@@ -79,7 +79,7 @@ def main() -> None:
     options = parser.parse_args()
     figures = Figures("memory", options)
     print(f"{this_machine()}, torch {torch.__version__}")
-    levels = train(options)
+    levels = train_epochs(options)
     print(f"\n{'MiB':14}" + "".join(f"{f'epoch {i + 1}':>10}" for i in range(options.epochs)))
     for whose, epochs in levels.items():
         medians = [statistics.median(epoch) for epoch in epochs]
@@ -92,7 +92,7 @@ def main() -> None:
     figures.write()
 
 
-def train(options: Namespace) -> dict[str, list[list[float]]]:
+def train_epochs(options: Namespace) -> dict[str, list[list[float]]]:
     """Train as a run does; return MiB by epoch, of each kind of process."""
     torch.set_num_threads(1)
     watch = Watch(options.samples // options.batch)
@@ -131,7 +131,7 @@ def write_pairs(out: Path, count: int) -> None:
     columns = {"key": "str", "image": "bytes", "caption": "str"}
     with JoinedShardWriter(columns, out, size_limit="1mb") as writer:
         for number in range(count):
-            words = ["".join(rng.choices("abcdefghijklmnoprstuvw", k=7)) for _ in range(WORDS)]
+            words = ["".join(rng.choices("abcdefghijklmnoprstuvw", k=7)) for _ in range(NEW_WORDS)]
             buffer = io.BytesIO()
             colour = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
             Image.new("RGB", (40, 40), colour).save(buffer, "JPEG")

@@ -25,9 +25,9 @@ held: list[bytearray] = []
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SmallRuns:
     """Runs that look at each batch, and count little as a growth."""
-    monkeypatch.setattr(memory, "EVERY", 1)
+    monkeypatch.setattr(memory, "LOOK_EVERY", 1)
     monkeypatch.setattr(memory, "LEAST", 20 * MB)
-    monkeypatch.setattr(memory, "SHARE", 0.0)
+    monkeypatch.setattr(memory, "GROWN_SHARE", 0.0)
     write_set(str(tmp_path / "set"), 64)
     return SmallRuns(tmp_path, tmp_path / "set", None, f"max_duration={BATCHES}ba")
 

@@ -41,7 +41,7 @@ def parse(text: str) -> Any:
     """
     try:
         value = yaml.load(text, Loader=_Loader)
-        if isinstance(value, (dict, list)) and _count(value) > MOST_VALUES:
+        if isinstance(value, (dict, list)) and _values_in(value) > MOST_VALUES:
             raise ValueError("its aliases repeat lists or mappings too often")
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
@@ -50,11 +50,11 @@ def parse(text: str) -> Any:
     return value
 
 
-def _count(value: Any, left: int = MOST_VALUES) -> int:
+def _values_in(value: Any, left: int = MOST_VALUES) -> int:
     """Count values with all that they hold, an alias each time, up to some more than ``left``."""
     count = 1
     for inner in value.values() if isinstance(value, dict) else value:
-        count += _count(inner, left - count) if isinstance(inner, (dict, list)) else 1
+        count += _values_in(inner, left - count) if isinstance(inner, (dict, list)) else 1
         if count > left:
             break
     return count

@@ -17,7 +17,9 @@ from alignclip.errors import UserError, one_line
 MODULES = "modules.json"
 OWN_CLASSES = "sentence_transformers."  # where the names of its own classes begin
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-PARTS = ".index.json"  # ends the file that names a model's files of weights, whatever these are
+INDEX_OF_PARTS = (
+    ".index.json"  # ends the file that names a model's files of weights, whatever these are
+)
 
 
 class _Module(TypedDict):
@@ -77,7 +79,7 @@ def _is_for_openvino(file: Path, files: set[Path]) -> bool:
 
     PyTorch's readers take files of fixed names, and those that an index beside them names.
     """
-    is_named = any(one.parent == file.parent and one.name.endswith(PARTS) for one in files)
+    is_named = any(one.parent == file.parent and one.name.endswith(INDEX_OF_PARTS) for one in files)
     is_its_own = file.match("openvino/openvino_*.bin") and file.with_suffix(".xml") in files
     return is_its_own and not is_named
 

@@ -192,8 +192,8 @@ def image_bytes(sample: EvaluationSample) -> bytes | None:
     return data if is_whole(data, EVALUATION_FORMATS) else None
 
 
-class _Card(TypedDict):
-    """What a set's ``dataset.json`` has to hold."""
+class _ConvertedSet(TypedDict):
+    """The entries that the ``dataset.json`` of a set has to hold."""
 
     dataset: str
     split: str
@@ -211,7 +211,7 @@ def _complete(store: OutputFolder, identity: dict[str, Any]) -> dict[str, Any] |
         store.check_writable()
         return None
     there: Any = store.read_json([CARD_FILE])[0] if CARD_FILE in listing else None
-    if not has_type(there, _Card) or not there.keys() >= identity.keys():
+    if not has_type(there, _ConvertedSet) or not there.keys() >= identity.keys():
         raise UserError(f"{store.out} already holds another kind of data set; choose another --out")
     for key, (other, _) in differences(there, identity).items():
         shown = f", {key} {'all' if other is None else other}"

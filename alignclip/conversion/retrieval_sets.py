@@ -132,21 +132,21 @@ def read_coco(wanted: Wanted) -> Annotations:
 
     def read(image: dict[str, Any]) -> tuple[str, list[str]]:
         name = "/".join(filter(None, (image.get("filepath"), image["filename"])))
-        return _text(name), [_text(text["raw"]) for text in image["sentences"]]
+        return _as_text(name), [_as_text(text["raw"]) for text in image["sentences"]]
 
     return wanted.take(((image["split"], image) for image in content["images"]), read)
 
 
 def _read_coco_api(content: dict[str, Any]) -> Captions:
     """Read ``captions_val2017.json``, or clip_benchmark's ``coco_test_karpathy.json``, by ids."""
-    names = {image["id"]: _text(image["file_name"]) for image in content["images"]}
+    names = {image["id"]: _as_text(image["file_name"]) for image in content["images"]}
     captions: Captions = {names[number]: [] for number in sorted(names)}
     for annotation in content["annotations"]:
-        captions[names[annotation["image_id"]]].append(_text(annotation["caption"]))
+        captions[names[annotation["image_id"]]].append(_as_text(annotation["caption"]))
     return captions
 
 
-def _text(value: Any) -> str:
+def _as_text(value: Any) -> str:
     """Return a text that can be written as UTF-8.
 
     Raises:

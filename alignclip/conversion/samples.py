@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from alignclip.checked_json import parse_json
 from alignclip.config.setting import setting
 from alignclip.conversion.wording import listable
 from alignclip.data.mds_index import BROKEN_INPUT as BROKEN_INPUT
@@ -132,11 +132,11 @@ def as_utf8(text: str) -> str:
     return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
-def parse_json(data: bytes | None) -> Any:
+def member_json(data: bytes | None) -> Any:
     """Parse a ``json`` member; None where it is missing or broken."""
     try:
-        return json.loads((data or b"").decode("utf-8-sig", errors="replace"))
-    except (ValueError, RecursionError):
+        return parse_json((data or b"").decode("utf-8-sig", errors="replace"))
+    except ValueError:
         return None
 
 

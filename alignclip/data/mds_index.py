@@ -77,7 +77,7 @@ def dimension_of(columns: Mapping[str, str]) -> int | None:
     return int(shape[0].split(",")[-1]) if shape else None
 
 
-def fingerprint(entries: Iterable[ShardEntry]) -> str:
+def fingerprint_of_shards(entries: Iterable[ShardEntry]) -> str:
     """Return a short text that another set's samples, or another order of them, would not have.
 
     It is the same however the shards are compressed, and whatever they are called.

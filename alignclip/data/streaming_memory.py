@@ -151,12 +151,12 @@ def _find_free(streams_local: list[str], streams_remote: list[str | None], retry
         prefix._check_and_find_retrying(streams_local, streams_remote, name, retry)
         for name in SHM_TO_CLEAN
     )
-    while any(_exists(prefix._get_path(number, name)) for name in SHM_TO_CLEAN):
+    while any(_is_taken(prefix._get_path(number, name)) for name in SHM_TO_CLEAN):
         number += 1
     return number
 
 
-def _exists(segment: str) -> bool:
+def _is_taken(segment: str) -> bool:
     """Return whether a segment exists, another user's or another container's among them."""
     try:
         GlimpsedMemory(segment, False)

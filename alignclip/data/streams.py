@@ -16,7 +16,7 @@ from alignclip.data.mds_index import (
     ShardEntry,
     columns_of,
     dimension_of,
-    fingerprint,
+    fingerprint_of_shards,
     parse_index,
 )
 from alignclip.errors import UserError, few, nearest
@@ -51,7 +51,7 @@ OTHER_KIND = {
 
 
 class _Card(TypedDict, total=False):
-    """What ``dataset.json`` says of caption embeddings."""
+    """The entries of ``dataset.json`` about caption embeddings."""
 
     encoder: str | None
     dimension: int | None
@@ -108,7 +108,7 @@ def check_streams(config: DataConfig, *, semantic: bool) -> dict[str, str]:
         entries = read_index(where, stream, local_folder(name, stream), hint)
         if not entries:
             raise UserError(f"{where}: the set is empty (no shards in its index.json)")
-        sets[name] = fingerprint(entries)
+        sets[name] = fingerprint_of_shards(entries)
         shards = [columns_of(entry) for entry in entries]
         if semantic:
             check_embeddings(where, shards)

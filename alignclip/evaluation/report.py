@@ -240,7 +240,7 @@ def _sets_in(about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Results(TypedDict):
-    """What a ``results.json`` has to hold that a comparison goes on with."""
+    """The entries of a ``results.json`` from which a comparison goes on."""
 
     weights: dict[str, str]
     evaluators: dict[str, dict[str, Any]]

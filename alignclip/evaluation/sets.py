@@ -31,7 +31,7 @@ class _Texts(TypedDict):
 
 
 class _Classes(_Texts, total=False):
-    """What ``classes.json`` has to hold."""
+    """The entries that ``classes.json`` has to hold."""
 
     classes: int
 

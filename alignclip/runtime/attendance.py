@@ -1,4 +1,4 @@
-"""Who of the ranks is there, what each one does, and why one has ended.
+"""Say which ranks are there, what each one does, and why one has ended.
 
 Where a rank dies or hangs, the others wait in a collective operation, whose error names neither the
 rank nor the cause. So a thread of each rank gives a sign of life to the store at which the ranks
@@ -26,14 +26,14 @@ from alignclip.errors import RANK_LOST, RankLostError, few, one_line
 from alignclip.ranks import rank, world_size
 
 BEAT = 2.0  # seconds between two signs of life
-SILENCE = 4 * BEAT  # seconds without a sign, after which a rank is missed
+MISSED_AFTER = 4 * BEAT  # seconds without a sign, after which a rank is missed
 TOLD_AFTER = 60.0  # seconds without a step, after which rank 0 says who is late
 GRACE = 30.0  # seconds within which a rank ends by itself once another one has failed
 STORE_TIMEOUT = 10.0
 FAILED = "failed"
 # what an error of gloo or NCCL names, where another rank is gone or late
 LOST = re.compile(r"\bgloo/|NCCL")
-WAY_OUT = "repeat the command"
+REPEAT = "repeat the command"
 
 
 @dataclass
@@ -99,13 +99,13 @@ class Attendance:
             self._fails(f"{self._sign} has failed: {one_line(error)}")
             return None
         self._asks.set()
-        self._knows.wait(SILENCE + BEAT)
+        self._knows.wait(MISSED_AFTER + BEAT)
         why = self._failure
-        if not why and time.monotonic() - self._answered > SILENCE / 2:
+        if not why and time.monotonic() - self._answered > MISSED_AFTER / 2:
             why = f"rank 0 doesn't answer at {_store_place()}: it has ended or stands still"
         why = why or self._missing()
         self._fails(why)
-        return f"{self._sign.doing}: {why}; {WAY_OUT} ({one_line(error)})"
+        return f"{self._sign.doing}: {why}; {REPEAT} ({one_line(error)})"
 
     def _fails(self, why: str) -> None:
         """Tell the others, if nobody has told them anything before."""
@@ -114,7 +114,7 @@ class Attendance:
             with suppress(RuntimeError, AttributeError):  # no connection
                 self._store.compare_set(self._prefix + FAILED, "", why)
 
-        if time.monotonic() - self._answered < SILENCE:
+        if time.monotonic() - self._answered < MISSED_AFTER:
             teller = threading.Thread(target=tell, daemon=True)
             teller.start()
             teller.join(STORE_TIMEOUT)
@@ -144,14 +144,14 @@ class Attendance:
         before = time.monotonic()
         while not self._ends.wait(BEAT):
             now, why = time.monotonic(), self._failure
-            if now - before > SILENCE:  # this process stood still, as by SIGSTOP or a debugger
+            if now - before > MISSED_AFTER:  # this process stood still, as by SIGSTOP or a debugger
                 self._answered = self._failed_at = now
             before = now
             if not why and now - self._answered > self._timeout + GRACE:
                 why = f"rank 0 has not answered at {_store_place()} for {self._timeout:.0f} s"
             elif not why or now - self._failed_at < GRACE + self._timeout * bool(_unfinished):
                 continue
-            print(f"error: {self._sign.doing}: {why}; {WAY_OUT}", file=sys.stderr, flush=True)
+            print(f"error: {self._sign.doing}: {why}; {REPEAT}", file=sys.stderr, flush=True)
             os._exit(RANK_LOST)
 
     def _beat(self) -> None:
@@ -168,7 +168,7 @@ class Attendance:
     def _say_who_is_late(self) -> None:
         """Name the ranks that the others wait for, once a step."""
         patience = min(TOLD_AFTER, self._timeout / 4)
-        if time.monotonic() - self._since < patience - SILENCE:
+        if time.monotonic() - self._since < patience - MISSED_AFTER:
             return
         self._listen()
         if self._sign.seconds < patience or self._told == self._since:
@@ -201,7 +201,7 @@ class Attendance:
             f"{sign}, which has died or stands still: its last sign of life ('{sign.doing}') is "
             f"{now - heard:.0f} s old; look at that machine"
             for sign, heard in self._heard.values()
-            if now - heard >= SILENCE - BEAT and sign.rank != self._rank
+            if now - heard >= MISSED_AFTER - BEAT and sign.rank != self._rank
         ]
         late = [
             f"{sign}, which {sign.doing} since {sign.seconds:.0f} s: look at {sign.late}"
@@ -227,7 +227,7 @@ _here: Attendance | None = None
 _unfinished: set[object] = set()  # blocks of unhurried()
 
 
-def begin(timeout: float) -> None:
+def take_part(timeout: float) -> None:
     """Give signs of life from now on, in a run of several ranks that have met at a store."""
     global _here
     if _here is None and world_size() > 1:

@@ -54,7 +54,7 @@ def join_ranks(backend: str, timeout: float) -> None:
         for number, handler in handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
     wait_at_most(timeout)
-    attendance.begin(timeout)
+    attendance.take_part(timeout)
 
 
 def allow_many_connections() -> None:

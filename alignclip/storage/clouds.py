@@ -33,13 +33,13 @@ from alignclip.storage.words import StorageError
 # should not.
 
 READ_TIMEOUT = 60.0  # seconds without a byte
-CONNECT_TIMEOUT = 10.0  # seconds
+SECONDS_TO_CONNECT = 10.0  # seconds
 TRIES = 3  # of a request by boto3 itself, unless AWS_MAX_ATTEMPTS says otherwise
 # Files from this size on come in parts side by side. A shard comes in one piece: the threads of
 # its parts would take Python's interpreter from a worker that decodes.
 IN_PARTS = 256 * 2**20  # bytes
 # Variables that a client is made from
-SETTINGS = re.compile(r"AWS_|S3_|GCS_|BOTO|HOME$|.*_PROXY$|.*_CA_BUNDLE$", re.IGNORECASE)
+CLIENT_VARIABLES = re.compile(r"AWS_|S3_|GCS_|BOTO|HOME$|.*_PROXY$|.*_CA_BUNDLE$", re.IGNORECASE)
 MACHINE = hashlib.blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
 BUCKET_PROBE = f".alignclip-probe-{MACHINE}"
 
@@ -164,7 +164,7 @@ class S3(Bucket):
     @property
     def _client(self) -> Any:
         # by names, because other threads change the environment while an upload goes on beside them
-        names = [name for name in os.environ if SETTINGS.match(name)]
+        names = [name for name in os.environ if CLIENT_VARIABLES.match(name)]
         settings = frozenset((name, os.environ.get(name, "")) for name in names)
         return _s3_client(self.is_google, settings, _state_of_settings())
 
@@ -216,7 +216,7 @@ def _s3_client(
     session = boto3.Session()
     if not is_google and session.get_credentials() is None:
         raise NoCredentialsError
-    patience: dict[str, Any] = {"connect_timeout": CONNECT_TIMEOUT, "read_timeout": READ_TIMEOUT}
+    patience: dict[str, Any] = {"connect_timeout": SECONDS_TO_CONNECT, "read_timeout": READ_TIMEOUT}
     if "AWS_MAX_ATTEMPTS" not in settings and not in_profile("max_attempts"):
         patience["retries"] = {"total_max_attempts": TRIES}
     return session.client("s3", config=Config(**patience), **where)

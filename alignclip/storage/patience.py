@@ -43,7 +43,7 @@ class _Outage:
 
 
 class _Silences:
-    """How long each store has not answered, for all threads of a process that wait for it.
+    """Count how long each store has not answered, for all threads of a process that wait for it.
 
     Without this, a queue of uploads would wait for the whole patience one after the other.
     """
@@ -117,7 +117,7 @@ def patiently(work: Callable[[], Result], place: str) -> Result:
 
     def say_why(state: RetryCallState) -> None:
         why = describe_storage_error(_error_of(state))
-        _say(f"{place} can't be reached ({why}); waiting, up to {_in_words(limit)}", OUTAGE)
+        _say(f"{place} can't be reached ({why}); waiting, up to {_minutes(limit)}", OUTAGE)
 
     result = Retrying(
         retry=retry_if_exception(is_passing),
@@ -168,7 +168,7 @@ def _is_unknown_host(error: BaseException) -> bool:
     return any(isinstance(one, socket.gaierror) for one in chain(error))
 
 
-def _in_words(seconds: float) -> str:
+def _minutes(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds > 60 else f"{seconds:.0f} seconds"
 
 

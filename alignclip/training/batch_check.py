@@ -18,7 +18,7 @@ from alignclip.training.alarms import Alarms
 from alignclip.training.callbacks import SettlingCallback
 from alignclip.training.checked_batch import Arriving, Buffers, CheckedBatch
 from alignclip.training.display import print_once
-from alignclip.training.not_finite_words import FIRST, OF_SAMPLES, Names
+from alignclip.training.not_finite_words import FIRST_SAMPLE, OF_SAMPLES, Names
 from alignclip.training.saver import CheckpointSaver
 from alignclip.weights.finite import not_finite, short_name
 
@@ -236,7 +236,7 @@ class FiniteCheck(SettlingCallback):
                 found[kind] = [self._dataset.key_of(i) for i in samples]
         is_this_rank = not bad_loss or not bool(batch.losses.isfinite().all())
         if is_this_rank and not any(found.get(kind) for kind in OF_SAMPLES):
-            found[FIRST] = [self._dataset.key_of(int(batch.samples[0]))]
+            found[FIRST_SAMPLE] = [self._dataset.key_of(int(batch.samples[0]))]
         return found
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,8 +17,8 @@ Buffers = list[tuple[Tensor, Tensor]]  # each with its values from before the ba
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What the host hears of a batch, from the ranks where it is worst.
+class BatchFigures:
+    """The figures of a batch that the host hears, from the ranks where they are worst.
 
     Attributes:
         bad_loss: whether a loss term is not finite on any rank.
@@ -85,7 +85,7 @@ class CheckedBatch:
         return self.time.batch.value + 1
 
     def figures(self, state: State) -> Tensor:
-        """Compute this rank's :class:`Figures`; the largest ones of all ranks count.
+        """Compute this rank's :class:`BatchFigures`; the largest ones of all ranks count.
 
         The device computes them, and nothing is read.
         """
@@ -98,12 +98,12 @@ class CheckedBatch:
         ]
         return torch.stack([state.device.tensor_to_device(one.float()) for one in numbers])
 
-    def arrived(self) -> Figures:
+    def arrived(self) -> BatchFigures:
         """Return the figures of all ranks, once the device has come so far."""
         assert self.before_step is not None
         bad_loss, bad_gradients, loss, *spreads = self.before_step.values()
         says_nothing = len(self.samples) == 1
-        return Figures(
+        return BatchFigures(
             bad_loss=bad_loss > 0,
             bad_gradients=bad_gradients > 0,
             loss=loss,

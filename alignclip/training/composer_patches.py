@@ -89,11 +89,13 @@ def name_averages(trainer: Trainer) -> None:
     for algorithm in trainer.state.algorithms:
         if isinstance(algorithm, EMA) and algorithm.ema_model is not None:
             parts = algorithm.ema_model
-            _rename(parts.named_parameters_dict, (name for name, _ in model.named_parameters()))
-            _rename(parts.named_buffers_dict, (name for name, _ in model.named_buffers()))
+            _rename_averages(
+                parts.named_parameters_dict, (name for name, _ in model.named_parameters())
+            )
+            _rename_averages(parts.named_buffers_dict, (name for name, _ in model.named_buffers()))
 
 
-def _rename(tensors: dict[str, Tensor], names: Iterable[str]) -> None:
+def _rename_averages(tensors: dict[str, Tensor], names: Iterable[str]) -> None:
     known = {name.removeprefix(WRAPPED): name for name in names}
     renamed = {known.get(name.removeprefix(WRAPPED), name): one for name, one in tensors.items()}
     tensors.clear()

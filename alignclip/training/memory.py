@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-EVERY = 100  # batches between two looks
-FIRST = 12  # looks, after which the growth is judged; then after twice as many, and so on
+LOOK_EVERY = 100  # batches between two looks
+FIRST_LOOKS = 12  # looks, after which the growth is judged; then after twice as many, and so on
 LEAST = 256e6  # bytes that are a growth,
-SHARE = 0.05  # and this share of what there was
-PARTS = 4  # of the looks behind the warm-up
+GROWN_SHARE = 0.05  # and this share of what there was
+PARTS_OF_GROWTH = 4  # of the looks behind the warm-up
 GB = 1e9
 MAIN, WORKERS = "the main process", "the data workers"
 ADVICE = {
@@ -23,12 +23,12 @@ ADVICE = {
 
 
 class MemoryWatch:
-    """Looks at this rank's memory every :data:`EVERY` batches, and says once that it grows."""
+    """Looks at this rank's memory every :data:`LOOK_EVERY` batches, and says once that it grows."""
 
     def __init__(self) -> None:
         self._levels: dict[str, list[int]] = {MAIN: [], WORKERS: []}
         self._batches: list[int] = []
-        self._judged_at = FIRST
+        self._judged_at = FIRST_LOOKS
 
     def look(self, batch: int) -> str | None:
         """Note the memory after a batch.
@@ -53,7 +53,7 @@ class MemoryWatch:
 
     def _describe(self, whose: str, levels: Sequence[int]) -> str | None:
         before, now = steady_growth(levels)
-        if now - before < max(LEAST, SHARE * before):
+        if now - before < max(LEAST, GROWN_SHARE * before):
             return None
         looks = len(self._batches)
         batches = self._batches[-1] - self._batches[looks // 3]
@@ -66,16 +66,16 @@ class MemoryWatch:
 def steady_growth(levels: Sequence[float]) -> tuple[float, float]:
     """Return the levels between which a memory has grown steadily; 0, 0 where it has not.
 
-    The first third is the warm-up. Behind it, each of :data:`PARTS` parts must lie above the one
-    before, by two thirds of its share of the growth at least: a memory that jumps, or comes to
-    rest, does not.
+    The first third is the warm-up. Behind it, each of :data:`PARTS_OF_GROWTH` parts must lie above
+    the one before, by two thirds of its share of the growth at least: a memory that jumps, or comes
+    to rest, does not.
     """
     rest = levels[len(levels) // 3 :]
-    size = len(rest) // PARTS
-    medians = [statistics.median(rest[i * size : (i + 1) * size]) for i in range(PARTS)]
+    size = len(rest) // PARTS_OF_GROWTH
+    medians = [statistics.median(rest[i * size : (i + 1) * size]) for i in range(PARTS_OF_GROWTH)]
     growth = medians[-1] - medians[0]
     least = min(after - before for before, after in pairwise(medians))
-    is_steady = growth > 0 and least >= growth / (PARTS - 1) * 2 / 3
+    is_steady = growth > 0 and least >= growth / (PARTS_OF_GROWTH - 1) * 2 / 3
     return (medians[0], medians[-1]) if is_steady else (0.0, 0.0)
 
 

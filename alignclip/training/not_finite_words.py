@@ -1,4 +1,4 @@
-"""What a run says of a batch that is not finite: the terms, the samples, the parameters."""
+"""Say what is known of a batch that is not finite: the terms, the samples, the parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ OF_SAMPLES = {
     "image": "image features",
     "text": "text features",
 }
-FIRST = "first"  # the first sample of a rank's batch, in Names
+FIRST_SAMPLE = "first"  # the first sample of a rank's batch, in Names
 
 # Names by what is not finite: parameters of "gradients" and "weights", else keys of samples
 Names = dict[str, list[str]]
@@ -25,12 +25,12 @@ def of_all_ranks(mine: Names) -> Names:
     joined: dict[str, dict[str, None]] = {}
     for rank, found in enumerate(gather_objects([mine])):
         for kind, names in found.items():
-            if kind in OF_SAMPLES or kind == FIRST:
+            if kind in OF_SAMPLES or kind == FIRST_SAMPLE:
                 where = f" (rank {rank})" if world_size() > 1 else ""
                 names = [f"'{name}'{where}" for name in names]
             joined.setdefault(kind, {}).update(dict.fromkeys(names))
     if any(joined.get(kind) for kind in OF_SAMPLES):
-        joined.pop(FIRST, None)
+        joined.pop(FIRST_SAMPLE, None)
     return {kind: list(names) for kind, names in joined.items()}
 
 
@@ -55,7 +55,7 @@ def what(losses: dict[str, float], names: Names, parameters: int) -> str:
         parts.append(f"not finite are the gradients of {which}")
     if weights := names.get("weights"):
         parts.append(f"after the step not finite are the weights {few(weights)}")
-    if first := names.get(FIRST):
+    if first := names.get(FIRST_SAMPLE):
         begins = "samples" if len(first) > 1 else "sample"
         parts.append(f"the batch begins with {begins} {few(first)}")
     return "; ".join(parts)

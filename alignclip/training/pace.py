@@ -90,7 +90,7 @@ class Pace(Callback):
             self._plan(state)
         if batch % EVERY == 0:
             self._end_window(state)
-        if batch % memory.EVERY == 0 and (line := self._memory.look(batch)):
+        if batch % memory.LOOK_EVERY == 0 and (line := self._memory.look(batch)):
             (print_once if self._console is None else self._console.tell)(line)
 
     def fit_end(self, state: State, logger: Logger) -> None:

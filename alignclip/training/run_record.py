@@ -71,7 +71,7 @@ def check_sets(folder: SaveFolder, sets: dict[str, str]) -> None:
     Raises:
         UserError: a set is another one than the run's last start has read.
     """
-    if not folder.has_checkpoint() or not (starts := _entries(folder)):
+    if not folder.has_checkpoint() or not (starts := _starts_of(folder)):
         return
     before, streams = starts[-1].get("sets", {}), folder.config.data.streams
     for name in sets.keys() & before.keys():
@@ -112,7 +112,7 @@ def add_start(folder: SaveFolder, start: Start) -> None:
     """
     now = dataclasses.asdict(start)
     new_versions: list[str] = []
-    starts = _entries(folder)
+    starts = _starts_of(folder)
     if starts:
         last = starts[-1]
         new_versions = changes(last["versions"], now["versions"])
@@ -151,7 +151,7 @@ def starts_of(folder: SaveFolder) -> list[Start]:
         UserError: the record is not as :func:`add_start` has written it.
     """
     known = {one.name for one in dataclasses.fields(Start)}
-    starts = _entries(folder)
+    starts = _starts_of(folder)
     return [
         Start(**{key: value for key, value in one.items() if key in known} | {"git": git})
         for one in starts
@@ -159,7 +159,7 @@ def starts_of(folder: SaveFolder) -> list[Start]:
     ]
 
 
-def _entries(folder: SaveFolder) -> list[dict[str, Any]]:
+def _starts_of(folder: SaveFolder) -> list[dict[str, Any]]:
     """Read the entries of all starts."""
     place = folder.files.at(STARTS_FILE)
     try:

@@ -1,4 +1,4 @@
-"""What W&B's files on this machine hold of a run, read by private names of W&B.
+"""Read what W&B's files on this machine hold of a run, by private names of W&B.
 
 W&B keeps a run's records in its own process, and writes them in blocks of 32 kB. A node that dies
 leaves a file without the last of them, or an empty one.
@@ -25,7 +25,7 @@ def newest_step(folder: Path, run_id: str) -> LoggedStep:
     """
     found = NOTHING
     for file in folder.glob(f"*run-*-{run_id}/run-{run_id}.wandb"):
-        for step, names in steps_of(file):
+        for step, names in logged_steps(file):
             if step > found[0]:
                 found = step, names
             elif step == found[0]:
@@ -33,7 +33,7 @@ def newest_step(folder: Path, run_id: str) -> LoggedStep:
     return found
 
 
-def steps_of(file: Path) -> Iterator[LoggedStep]:
+def logged_steps(file: Path) -> Iterator[LoggedStep]:
     """Yield the steps of a file of W&B, as far as the file is whole."""
     from wandb.proto.wandb_internal_pb2 import Record
 

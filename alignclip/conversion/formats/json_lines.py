@@ -35,9 +35,9 @@ from alignclip.conversion.samples import (
     Skipped,
     as_utf8,
     caption_of,
+    member_json,
     pair,
     pair_with_captions,
-    parse_json,
 )
 from alignclip.data.mds_index import INDEX
 from alignclip.errors import UserError
@@ -110,7 +110,7 @@ class _Names:
 
 
 def _item(line: bytes, key: str, names: _Names, folder: str) -> Item:
-    row = parse_json(line)
+    row = member_json(line)
     if not isinstance(row, Mapping):
         return Skipped(key, NO_OBJECT, line[:100].decode("utf-8", "replace").strip())
     name, own = row.get(names.image), row.get("key")
@@ -138,7 +138,7 @@ def _entry_names(path: Path, place: str, reading: Reading) -> _Names:
     with refuse_damage(place), open_unpacked(path) as file:
         lines, is_empty, row = islice(lines_not_blank(file), LINES_LOOKED_AT), True, None
         for line in lines:
-            is_empty, row = False, parse_json(line)
+            is_empty, row = False, member_json(line)
             if isinstance(row, Mapping) or len(line) == LONGEST_LINE:
                 break
     if is_empty:

@@ -28,8 +28,8 @@ from alignclip.conversion.samples import (
     Sample,
     Skipped,
     caption_of,
+    member_json,
     pair,
-    parse_json,
 )
 from alignclip.conversion.wording import listable
 from alignclip.errors import UserError
@@ -167,14 +167,14 @@ class Pairing:
         if text in members and text == self._text:
             encoding = self._reading.encoding or "utf-8"
             return pair(key, image, members[text].decode(encoding, errors="replace"))
-        entries = parse_json(members.get("json"))
+        entries = member_json(members.get("json"))
         return pair(key, image, self._entry(entries), entries)
 
     def _entry(self, entries: object) -> str | None:
         return caption_of(entries, self._reading.caption_key or "caption")
 
     def _has_caption(self, members: dict[str, bytes]) -> bool:
-        return self._text in members or self._entry(parse_json(members.get("json"))) is not None
+        return self._text in members or self._entry(member_json(members.get("json"))) is not None
 
     def _incomplete(self, group: Group, item: Skipped) -> Iterator[Item]:
         """Yield a group without an image or a caption: half a pair, several pairs, or no pair."""

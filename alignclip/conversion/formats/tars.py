@@ -91,7 +91,7 @@ def read_tar(path: Path, reading: Reading = DEFAULT_READING) -> Iterator[Item]:
     """
     pairing = Pairing(reading, str(path))
     try:
-        with path.open("rb", buffering=BUFFER) as file, _opened(file) as tar:
+        with path.open("rb", buffering=BUFFER) as file, _opened_tar(file) as tar:
             pairing.source = file if tar.fileobj is file else None
             yield from _members(tar, pairing)
             whole, broken_key = _ends_properly(tar), pairing.key
@@ -107,7 +107,7 @@ def read_tar(path: Path, reading: Reading = DEFAULT_READING) -> Iterator[Item]:
         yield Skipped(broken_key, BROKEN_INPUT, why)
 
 
-def _opened(file: BinaryIO) -> tarfile.TarFile:
+def _opened_tar(file: BinaryIO) -> tarfile.TarFile:
     return tarfile.open(fileobj=file, tarinfo=_Member)
 
 

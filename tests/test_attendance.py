@@ -31,7 +31,7 @@ class Roll:
         self.slept = 0.0
         self.serve(0)
         clock = SimpleNamespace(monotonic=lambda: time.monotonic() + self.slept)
-        short = {"BEAT": 0.05, "SILENCE": 0.5, "GRACE": 0.5, "time": clock}
+        short = {"BEAT": 0.05, "MISSED_AFTER": 0.5, "GRACE": 0.5, "time": clock}
         for name, value in short.items():
             monkeypatch.setattr(attendance, name, value)
         monkeypatch.setattr(attendance.os, "_exit", self._exit)

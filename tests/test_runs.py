@@ -156,7 +156,9 @@ def test_fsdp_stopped_by_sigterm_goes_on(
     assert torch.equal(weights["encoders.visual.proj"], weights["encoders.text_projection"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=["SIGTERM", "Ctrl-C", "SIGHUP"]
+)
 def test_a_signal_to_the_whole_group(
     s3: S3Server, dataset: str, reference: RecordedRun, tmp_path: Path, number: signal.Signals
 ) -> None:

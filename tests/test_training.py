@@ -322,6 +322,19 @@ def test_a_logger_whose_package_is_missing(
 
 
 @pytest.mark.slow
+def test_nohup_lets_a_run_outlive_its_terminal() -> None:
+    code = (
+        "import os, signal\n"
+        "from alignclip.training.callbacks import StopOnSignal\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "StopOnSignal()\n"
+        "os.kill(os.getpid(), signal.SIGHUP)\n"
+        "raise SystemExit(len(signal.sigpending()))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+@pytest.mark.slow
 def test_a_worker_that_hangs_does_not_outlive_a_run_that_fails(tmp_path: Path) -> None:
     """Data workers don't hear SIGTERM, so that a signal to all spares them until the checkpoint
     is saved.

@@ -27,6 +27,7 @@ FILENAME_PARTS = (
     "epoch", "batch", "batch_in_epoch", "sample", "sample_in_epoch", "token", "token_in_epoch",
     "total_wct", "epoch_wct", "batch_wct", "iteration", "epoch_in_iteration", "token_in_iteration",
 )  # fmt: skip
+LONGEST_RUN_NAME = 255  # bytes, on every common file system
 _NO_BRACES = "may hold {run_name}, and no other braces"
 
 
@@ -60,6 +61,12 @@ def validate(config: RunConfig) -> None:
             f"run_name={config.run_name} must not hold a '/'": "/" in config.run_name,
             f"run_name={config.run_name!r} can't be the name of a folder": (
                 config.run_name in (".", "..") or not config.run_name.isprintable()
+            ),
+            f"run_name={config.run_name} must not hold braces: Composer fills them in": (
+                not {"{", "}"}.isdisjoint(config.run_name)
+            ),
+            f"run_name={config.run_name[:20]}… is too long for the name of a folder": (
+                len(config.run_name.encode()) > LONGEST_RUN_NAME
             ),
             f"precision={config.precision} needs a GPU; with device=cpu use fp32 or amp_bf16": (
                 config.device == "cpu" and config.precision not in ("fp32", "amp_bf16")

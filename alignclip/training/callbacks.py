@@ -123,6 +123,9 @@ class DeviceGap:
 class StopOnSignal(Callback):
     """Makes all ranks save and stop at the same batch end, on SIGTERM to any of them or on Ctrl-C.
 
+    SIGHUP, which a terminal sends when it is closed, counts as SIGTERM, unless ``nohup`` has it
+    ignored.
+
     SIGTERM is blocked in this thread, so that the processes which this thread starts from now on
     (data workers) inherit the block and outlive a signal to the whole process group until the
     checkpoint is in the bucket. A handler is there as well: threads that were running
@@ -138,6 +141,8 @@ class StopOnSignal(Callback):
         self._received = False
         launched = "LOCAL_RANK" in os.environ
         self._signals = {signal.SIGTERM, signal.SIGINT} if launched else {signal.SIGTERM}
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            self._signals.add(signal.SIGHUP)
         for number in self._signals:
             signal.signal(number, self._on_signal)
         resource_tracker.ensure_running()  # its start ends with unblocking both; it starts once

@@ -9,17 +9,23 @@ from composer.devices import Device
 from composer.utils import dist, get_device
 from torch.compiler import list_backends
 
+from alignclip.config.reading import to_yaml
 from alignclip.config.schema import RunConfig
 from alignclip.data.streams import check_streams
-from alignclip.errors import UserError, nearest, one_line
+from alignclip.errors import UserError, few, nearest, one_line
+from alignclip.ranks import errors_on_all_ranks, rank, run_on_rank_zero
 from alignclip.runtime.distributed import join_ranks
 from alignclip.storage import StorageError, open_file
 from alignclip.training import plugins
+from alignclip.training.run_identity import changes, identity_changes, nested
 from alignclip.training.run_record import check_config, check_sets
 from alignclip.training.save_folder import SaveFolder
 from alignclip.training.trackers import check_login
 from alignclip.weights import early
 from alignclip.weights.locate import BY_NAME, LATEST, WEIGHT_FILES
+
+# what another run may have, but not another rank: beside what makes the run
+OF_ALL_RANKS = ("run_name", "max_duration", "save_folder", "save_interval", "precision")
 
 
 def training_device(name: str | None) -> Device:
@@ -48,8 +54,26 @@ def join(config: RunConfig) -> tuple[RunConfig, Device]:
     config = plugins.check(config)
     device = training_device(config.device)
     join_ranks(device.dist_backend, config.dist_timeout)
+    check_same_settings(config)
     check_parallelism(config, device)
     return config, device
+
+
+def check_same_settings(config: RunConfig) -> None:
+    """Compare the settings that make the run with those of rank 0; on every rank.
+
+    Raises:
+        UserError: they differ: a machine has an older YAML, or another command.
+    """
+    own = nested(to_yaml(config))
+    first = run_on_rank_zero(lambda: own)
+    with errors_on_all_ranks():
+        theirs, ours = ({key: one.get(key) for key in OF_ALL_RANKS} for one in (first, own))
+        if changed := identity_changes(first, own) + changes(theirs, ours):
+            raise UserError(
+                f"rank {rank()} has other settings than rank 0: {few(changed)}; give all machines "
+                "the same YAML and command"
+            )
 
 
 def check_parallelism(config: RunConfig, device: Device) -> None:

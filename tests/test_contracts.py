@@ -81,6 +81,7 @@ alignclip/storage/hub.py
     huggingface_hub.errors.HTTPError
 alignclip/data/workers.py
     torch.utils.data._utils._set_python_exit_flag()
+    torch.utils.data._utils.signal_handling._error_if_any_worker_fails
 alignclip/data/streaming_patches.py
     streaming.base.dataset.StreamingDataset.prepare_shard(self shard_id blocking)
     streaming.base.dataset.StreamingDataset._evict_coldest_shard(self)

@@ -178,6 +178,23 @@ def test_the_death_of_a_data_worker_in_words(error: Exception, expected: Any, sa
         raise error
 
 
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()], ids=type
+)
+def test_a_death_that_is_first_seen_as_a_broken_connection(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(type(error)), workers.deaths_explained():
+        raise error  # of something else: no worker is dead
+
+    def fail() -> None:
+        raise RuntimeError(KILLED.format("Killed"))
+
+    monkeypatch.setattr(workers._utils.signal_handling, "_error_if_any_worker_fails", fail)
+    with pytest.raises(WorkerDiedError, match="was killed; "), workers.deaths_explained():
+        raise error
+
+
 def test_a_container_that_was_out_of_memory_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

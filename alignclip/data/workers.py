@@ -66,8 +66,8 @@ def deaths_explained() -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, OSError) as error:
-        said = str(error)
+    except (RuntimeError, OSError, EOFError) as error:
+        said = f"{error} {_death()}"
         if (why := bus_error_in_words(said)) is not None:
             raise UserError(why) from error
         killed, left = KILLED.search(said), LEFT.search(said)
@@ -80,6 +80,15 @@ def deaths_explained() -> Iterator[None]:
         raise WorkerDiedError(
             f"{who} died of a signal ({killed[2]}): data.num_workers=0 shows which sample is read"
         ) from error
+
+
+def _death() -> str:
+    """Return what PyTorch knows of a dead worker: its connection may break before that is said."""
+    try:
+        _utils.signal_handling._error_if_any_worker_fails()
+    except RuntimeError as death:
+        return str(death)
+    return ""
 
 
 def _out_of_memory() -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from alignclip.config.plugged import TASKS
 from alignclip.config.reading import load_evaluation
+from alignclip.data import workers
 from alignclip.errors import one_line_errors
 from alignclip.runtime import console, launcher
 from alignclip.runtime.arguments import read_arguments
@@ -44,7 +45,11 @@ def main(arguments: Sequence[str]) -> int:
             from alignclip.evaluation.comparison import run
             from alignclip.runtime import attendance
 
-        with leaving_nothing(settings.out), attendance.failures_told():
+        with (
+            leaving_nothing(settings.out),
+            attendance.failures_told(),
+            workers.deaths_explained(),
+        ):
             failed = run(settings, known)
             attendance.end()
     if not failed or os.environ.get("LOCAL_RANK", "0") != "0":

@@ -196,7 +196,7 @@ class Encoder:
         was_training = self.model.training
         self.model.eval()
         parts: list[Tensor] = []
-        failure = None
+        failure: UserError | None = None
         try:
             with torch.no_grad(), autocast:
                 for batch in bar:
@@ -204,10 +204,13 @@ class Encoder:
                         raise Interrupted
                     try:
                         if failure is None:
-                            parts.append(F.normalize(encode(batch).float(), dim=-1))
-                    except (
-                        Exception
-                    ) as error:  # out of memory? keep step with the others, then tell
+                            with workers.deaths_explained():  # PyTorch tells it at any moment
+                                parts.append(F.normalize(encode(batch).float(), dim=-1))
+                    except UserError as error:
+                        failure = error
+                        parts.clear()
+                    except Exception as error:
+                        # out of memory? keep step with the others, then tell
                         failure = UserError(f"{name}: {type(error).__name__}: {one_line(error)}")
                         parts.clear()
         finally:

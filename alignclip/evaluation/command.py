@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from alignclip.config.plugged import TASKS
 from alignclip.config.reading import load_evaluation
-from alignclip.data import workers
 from alignclip.errors import one_line_errors
 from alignclip.runtime import console, launcher
 from alignclip.runtime.arguments import read_arguments
@@ -42,6 +41,7 @@ def main(arguments: Sequence[str]) -> int:
         with stand_ins():
             known = early.check_evaluation(settings)
             console.loading("PyTorch and Streaming")
+            from alignclip.data import workers
             from alignclip.evaluation.comparison import run
             from alignclip.runtime import attendance
 

@@ -6,6 +6,7 @@ import multiprocessing
 import re
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,7 +68,8 @@ def deaths_explained() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, OSError, EOFError) as error:
-        said = f"{error} {_death()}"
+        is_cut = isinstance(error, (ConnectionError, EOFError))
+        said = f"{error} {_death(2.0 if is_cut else 0.0)}"
         if (why := bus_error_in_words(said)) is not None:
             raise UserError(why) from error
         killed, left = KILLED.search(said), LEFT.search(said)
@@ -82,11 +84,18 @@ def deaths_explained() -> Iterator[None]:
         ) from error
 
 
-def _death() -> str:
-    """Return what PyTorch knows of a dead worker: its connection may break before that is said."""
+def _death(seconds: float) -> str:
+    """Return what PyTorch knows of a dead worker, after so many seconds at most.
+
+    The connection of a worker that is killed breaks before its death can be seen.
+    """
+    until = time.monotonic() + seconds
     try:
         _utils.signal_handling._error_if_any_worker_fails()
-    except RuntimeError as death:
+        while time.monotonic() < until:
+            time.sleep(0.05)
+            _utils.signal_handling._error_if_any_worker_fails()
+    except RuntimeError as death:  # PyTorch's handler of SIGCHLD raises, too
         return str(death)
     return ""
 

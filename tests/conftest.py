@@ -23,6 +23,8 @@ from own_hub import own_hub
 from refusing import RefusingS3, refusing_s3
 from s3 import S3Server, point_at, share_descriptions
 
+from alignclip.storage import patience
+
 # The models are tiny: threads of several processes would only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests reach nothing outside this machine: a model that isn't there is an error at once, not a
@@ -202,6 +204,14 @@ def fresh_wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     wandb.teardown()
     yield
     wandb.teardown()
+
+
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a store that is away asked again soon; nothing is said of it so far."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # boto3 doesn't wait
+    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(patience, "_outage", patience._Outage())
 
 
 @pytest.fixture(autouse=True)

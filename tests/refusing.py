@@ -8,7 +8,7 @@ import hashlib
 import re
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -174,6 +174,13 @@ class RefusingS3(ThreadingHTTPServer):
         self.refuse = lambda request: (
             (status, code) if not rights or request.right in rights else None
         )
+
+    def answer_in_turn(
+        self, answers: Iterable[Refusal], applies: Callable[[Request], bool] = lambda _: True
+    ) -> None:
+        """Give one answer after the other to the requests that it applies to, and then serve."""
+        left = iter(answers)
+        self.refuse = lambda request: next(left, None) if applies(request) else None
 
     def refuse_checksums(self) -> None:
         """Answer as a store that doesn't know the checksums of newer boto3."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 from composer import Trainer
 from composer.core import Callback
 from composer.loggers import InMemoryLogger
@@ -13,6 +14,7 @@ from runs import write_config, write_set
 
 from alignclip.config.reading import load
 from alignclip.config.schema import RunConfig
+from alignclip.errors import UserError, one_line_errors
 from alignclip.training import composer_patches
 from alignclip.training.build import build_trainer
 from alignclip.training.history import History
@@ -75,6 +77,28 @@ class SmallRuns:
         finally:
             composer_patches.close(trainer)
         return trainer
+
+
+def exit_status(trainer: Trainer) -> int:
+    """Train as the command does, until one line ends the run; return the exit status."""
+    try:
+        with pytest.raises(SystemExit) as ended, one_line_errors():
+            trainer.fit()
+    finally:
+        composer_patches.close(trainer)
+    return int(ended.value.code or 0)
+
+
+def ending(runs: SmallRuns) -> str:
+    """Train on this rank of several; return the error that ends the run."""
+    trainer = build_trainer(runs.config(), get_device("cpu"), runs.folder())
+    try:
+        trainer.fit()
+    except UserError as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        composer_patches.close(trainer)
+    return "it was saved"
 
 
 def draw_nothing(trainer: Trainer) -> None:

@@ -15,16 +15,14 @@ from typing import Any
 import processes
 import pytest
 import torch
-from composer.utils import get_device
 from runs import write_config
 from s3 import S3Server
-from small_runs import SmallRuns, logged
+from small_runs import SmallRuns, ending, exit_status, logged
 
 import alignclip
 from alignclip.config.reading import load
-from alignclip.errors import NOT_SAVED, UserError, one_line_errors
+from alignclip.errors import NOT_SAVED
 from alignclip.training import composer_patches
-from alignclip.training.build import build_trainer
 from alignclip.training.resume import choose_checkpoint
 from alignclip.training.save_folder import SaveFolder
 from alignclip.weights import checkpoint_file
@@ -188,10 +186,7 @@ def test_a_run_whose_disk_is_full_ends_and_goes_on(
     trainer = runs.build()
     with monkeypatch.context() as patch:
         full(patch, errno.ENOSPC, 20_000, "ba4")
-        with pytest.raises(SystemExit) as ended, one_line_errors():
-            trainer.fit()
-        composer_patches.close(trainer)
-    assert ended.value.code == NOT_SAVED
+        assert exit_status(trainer) == NOT_SAVED
     said = capsys.readouterr().err
     assert said.count("error: can't save ") == 1
     assert "ep0-ba4-rank0.pt: no space left in" in said
@@ -206,14 +201,7 @@ def test_a_run_whose_disk_is_full_ends_and_goes_on(
 def _train_on_a_full_disk(runs: SmallRuns) -> str:
     with pytest.MonkeyPatch.context() as patch:
         full(patch, errno.ENOSPC, 20_000)
-        trainer = build_trainer(runs.config(), get_device("cpu"), runs.folder())
-        try:
-            trainer.fit()
-        except UserError as error:
-            return f"{type(error).__name__}: {error}"
-        finally:
-            composer_patches.close(trainer)
-    return "it was saved"
+        return ending(runs)
 
 
 def test_all_ranks_hear_that_one_cannot_save(dataset: Path, tmp_path: Path) -> None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from recorded_runs import RecordedRun
-from refusing import Refusal, RefusingS3, Request
+from refusing import RefusingS3, Request
 from runs import TIMEOUT, write_set
 from s3 import S3Server
 
@@ -27,11 +28,8 @@ SAMPLES, BATCH, BOUND = 64, 8, 30.0
 
 
 @pytest.fixture
-def shard(refusing: RefusingS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A set in ``s3://b/pairs``; the name of a shard in its middle. Pauses are short."""
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.05)
-    monkeypatch.setattr(patience, "_outage", patience._Outage())
+def shard(refusing: RefusingS3, tmp_path: Path, short_pauses: None) -> str:
+    """A set in ``s3://b/pairs``; the name of a shard in its middle."""
     write_set(str(tmp_path / "made"), SAMPLES)
     for path in (tmp_path / "made").iterdir():
         refusing.objects["b", f"pairs/{path.name}"] = path.read_bytes()
@@ -39,9 +37,9 @@ def shard(refusing: RefusingS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     return shards[len(shards) // 2]
 
 
-def read(cache: Path, **settings: Any) -> None:
+def read(cache: Path, remote: str | None = "s3://b/pairs", **settings: Any) -> None:
     """Read the whole set."""
-    stream = StreamConfig(remote="s3://b/pairs", local=str(cache))
+    stream = StreamConfig(remote=remote, local=str(cache))
     config = DataConfig(
         {"s": stream}, num_canonical_nodes=1, shuffle=False, **{"num_workers": 0} | settings
     )
@@ -53,15 +51,6 @@ def read(cache: Path, **settings: Any) -> None:
         assert len(batches) == SAMPLES // BATCH
     finally:
         dataset._locals_shm.cleanup()  # or the next one has "another's" cache
-
-
-def only_for(key: str, refusals: Iterator[Refusal]) -> Callable[[Request], Refusal]:
-    return lambda request: next(refusals, None) if request.key == key else None
-
-
-def always(*refusal: Any) -> Iterator[Refusal]:
-    while True:
-        yield refusal
 
 
 FOR_GOOD = {
@@ -78,7 +67,7 @@ FOR_GOOD = {
 def test_what_a_person_has_to_mend_is_told_at_once(
     refusing: RefusingS3, shard: str, tmp_path: Path, answer: tuple[int, str]
 ) -> None:
-    refusing.refuse = only_for(shard, always(*answer))
+    refusing.answer_in_turn(itertools.repeat(answer), lambda request: request.key == shard)
     began = time.monotonic()
     with pytest.raises(NotReadError, match=f"^can't read s3://b/{shard}: .*{FOR_GOOD[answer]}"):
         read(tmp_path / "cache")
@@ -94,7 +83,7 @@ def test_a_store_in_trouble_is_waited_for(
     answer: tuple[int, str],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    refusing.refuse = only_for(shard, iter([answer] * 3))
+    refusing.answer_in_turn([answer] * 3, lambda request: request.key == shard)
     read(tmp_path / "cache")
     assert [re.sub(r"\(.*\)", "", line) for line in capsys.readouterr().err.splitlines()] == [
         "s3://b/pairs can't be reached ; waiting, up to 10 minutes",
@@ -154,14 +143,8 @@ def test_a_shard_of_a_set_without_a_remote_is_named_at_once(tmp_path: Path) -> N
     write_set(str(tmp_path / "cache"), SAMPLES)
     (tmp_path / "cache" / "shard.00001.mds").unlink()
     began = time.monotonic()
-    config = DataConfig(
-        {"s": StreamConfig(local=str(tmp_path / "cache"))}, num_canonical_nodes=1, num_workers=0
-    )
-    dataset = ImageTextDataset(
-        config, batch_size=BATCH, image_size=16, context_length=12, semantic=False
-    )
     with pytest.raises(NotReadError, match=r"shard\.00001\.mds is not there, and the set has no "):
-        list(build_dataloader(dataset, config, pin_memory=False))
+        read(tmp_path / "cache", None)
     assert time.monotonic() - began < BOUND
 
 
@@ -213,16 +196,10 @@ def test_a_server_that_freezes_is_waited_for(
     monkeypatch.setattr(patience, "_outage", patience._Outage())
     remote = f"{s3.bucket()}/pairs"
     write_set(remote, SAMPLES)
-    stream = StreamConfig(remote=remote, local=str(tmp_path / "cache"))
-    config = DataConfig({"s": stream}, num_canonical_nodes=1, num_workers=0)
-    dataset = ImageTextDataset(
-        config, batch_size=BATCH, image_size=16, context_length=12, semantic=False
-    )
     clouds._s3_client.cache_clear()
     began = time.monotonic()
     with frozen(s3, seconds):
-        batches = list(build_dataloader(dataset, config, pin_memory=False))
-    assert len(batches) == SAMPLES // BATCH
+        read(tmp_path / "cache", remote)
     assert seconds < time.monotonic() - began < seconds + BOUND
     clouds._s3_client.cache_clear()
 

@@ -15,14 +15,11 @@ from typing import Any
 
 import processes
 import pytest
-from composer.utils import get_device
 from refusing import Refusal, RefusingS3, Request
-from small_runs import SmallRuns, logged
+from small_runs import SmallRuns, ending, exit_status, logged
 
-from alignclip.errors import NOT_SAVED, UserError, one_line_errors
+from alignclip.errors import NOT_SAVED
 from alignclip.storage import patience
-from alignclip.training import composer_patches
-from alignclip.training.build import build_trainer
 
 pytestmark = pytest.mark.slow  # runs in process
 
@@ -52,12 +49,9 @@ def ended(runs: SmallRuns, refusing: RefusingS3, refuse: Any, after: int) -> int
 
     refusing.refuse = later
     try:
-        with pytest.raises(SystemExit) as status, one_line_errors():
-            trainer.fit()
+        return exit_status(trainer)
     finally:
-        composer_patches.close(trainer)
         refusing.refuse = lambda request: None
-    return int(status.value.code or 0)
 
 
 def assert_goes_on(runs: SmallRuns, whole: list[float], after: int) -> None:
@@ -110,18 +104,6 @@ def test_a_bucket_that_refuses_in_the_middle_of_a_run(
     assert_goes_on(runs, whole, 2)
 
 
-def _ending(runs: SmallRuns) -> str:
-    """Train on this rank; return the error that ends it."""
-    trainer = build_trainer(runs.config(), get_device("cpu"), runs.folder())
-    try:
-        trainer.fit()
-    except UserError as error:
-        return f"{type(error).__name__}: {error}"
-    finally:
-        composer_patches.close(trainer)
-    return "it was saved"
-
-
 @pytest.mark.parametrize("after", [2, 8], ids=["in the middle", "at the end"])
 def test_all_ranks_hear_of_an_upload_that_is_refused(
     refusing: RefusingS3, runs: SmallRuns, after: int
@@ -129,7 +111,7 @@ def test_all_ranks_hear_of_an_upload_that_is_refused(
     refusing.refuse = lambda request: (
         (403, "AccessDenied") if request.key.endswith(f"ba{after}-rank0.pt") else None
     )
-    found = processes.run(2, _ending, runs)
+    found = processes.run(2, ending, runs)
     assert found[0] == found[1]
     assert found[0].startswith("NotSavedError: can't write s3://b/runs/ep")
     assert f"ba{after}-rank0.pt: access denied" in found[0]
@@ -161,17 +143,14 @@ def test_deletions_that_are_refused_end_nothing(
     runs: SmallRuns,
     whole: list[float],
     answer: tuple[int, str],
-    monkeypatch: pytest.MonkeyPatch,
+    short_pauses: None,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A store in trouble is waited for; without the right, old checkpoints stay."""
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(patience, "_outage", patience._Outage())
-    answers = iter([answer] * (2 if answer[0] == 503 else 100))
-    refusing.refuse = lambda request: (
-        next(answers, None) if request.command == "DELETE" and request.key.endswith(".pt") else None
+    refusing.answer_in_turn(
+        [answer] * (2 if answer[0] == 503 else 100),
+        lambda request: request.command == "DELETE" and request.key.endswith(".pt"),
     )
     assert logged(runs.train("save_num_checkpoints_to_keep=1")) == whole
     left = {runs.folder().batch_of(name) for name in runs.folder().checkpoints()}
@@ -216,10 +195,7 @@ def test_a_folder_that_refuses_in_the_middle_of_a_run(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", refuse)
         patch.setattr(os, "symlink", no_link)
-        with pytest.raises(SystemExit) as ended, one_line_errors():
-            trainer.fit()
-        composer_patches.close(trainer)
-    assert ended.value.code == NOT_SAVED
+        assert exit_status(trainer) == NOT_SAVED
     said = capsys.readouterr().err
     assert said.count("error: can't save ") == 1
     assert re.search(words, said)
@@ -233,18 +209,13 @@ def test_a_start_waits_for_its_checkpoint(
     runs: SmallRuns,
     whole: list[float],
     answer: tuple[int, str],
-    monkeypatch: pytest.MonkeyPatch,
+    short_pauses: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.01)
     runs.train()
     for name in ("ep0-ba6", "ep1-ba8", "ep0-ba8"):
         refusing.objects.pop(("b", f"runs/{name}-rank0.pt"), None)
     refusing.objects["b", LATEST] = b"runs/ep0-ba4-rank0.pt"
-    answers = iter([answer] * 2)
-    refusing.refuse = lambda request: (
-        next(answers, None) if request.key.endswith("ba4-rank0.pt") else None
-    )
+    refusing.answer_in_turn([answer] * 2, lambda request: request.key.endswith("ba4-rank0.pt"))
     assert logged(runs.train()) == whole[4:]
     assert "s3://b/runs is back" in capsys.readouterr().err

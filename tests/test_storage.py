@@ -351,8 +351,7 @@ def test_only_a_passing_refusal_is_tried_again(
     with pytest.raises(StorageError, match="quota"):
         patiently(lambda: store.write_text("a", "x"), store.place)
     assert refusing.requests.count(("PUT", "runs/a")) == 1
-    answers = iter([(503, "SlowDown"), (500, "InternalError")])
-    refusing.refuse = lambda request: next(answers, None)
+    refusing.answer_in_turn([(503, "SlowDown"), (500, "InternalError")])
     patiently(lambda: store.write_text("a", "x"), store.place)
     assert refusing.keys() == ["runs/a"]
 

@@ -250,12 +250,9 @@ def test_a_checkpoint_waits_for_a_store_in_trouble(
     status: int,
     code: str,
     overwrite: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    short_pauses: None,
 ) -> None:
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # boto3 doesn't wait
-    monkeypatch.setattr("alignclip.storage.patience.FIRST_PAUSE", 0.01)
-    answers = iter([(status, code)] * 2)
-    refusing.refuse = lambda request: next(answers, None)
+    refusing.answer_in_turn([(status, code)] * 2)
     upload(tmp_path / "a", overwrite)
     assert refusing.keys() == ["runs/r/ep1-ba2.pt"]
 

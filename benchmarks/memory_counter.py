@@ -14,11 +14,10 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from measuring import highest_resident
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from alignclip.config.reading import load
 from alignclip.model.composer_model import AlignCLIPModel
-from alignclip.ranks import rank
+from alignclip.ranks import local_part, rank
 from alignclip.training.footprint import Footprint, Whole, footprint, tensor_bytes
 
 DIMENSION = 384  # of the debug set's caption embeddings
@@ -101,5 +100,4 @@ class MemoryCounter(Callback):
 
 def held_bytes(tensors: Iterable[Tensor]) -> int:
     """Return the bytes of a rank's parts of tensors."""
-    local = (one.to_local() if isinstance(one, DTensor) else one for one in tensors)
-    return sum(map(tensor_bytes, local))
+    return sum(map(tensor_bytes, map(local_part, tensors)))

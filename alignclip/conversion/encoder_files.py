@@ -17,9 +17,7 @@ from alignclip.errors import UserError, one_line
 MODULES = "modules.json"
 OWN_CLASSES = "sentence_transformers."  # where the names of its own classes begin
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-INDEX_OF_PARTS = (
-    ".index.json"  # ends the file that names a model's files of weights, whatever these are
-)
+INDEX_OF_PARTS = ".index.json"  # ends the file that names a model's files of weights
 
 
 class _Module(TypedDict):

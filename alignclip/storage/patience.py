@@ -117,7 +117,7 @@ def patiently(work: Callable[[], Result], place: str) -> Result:
 
     def say_why(state: RetryCallState) -> None:
         why = describe_storage_error(_error_of(state))
-        _say(f"{place} can't be reached ({why}); waiting, up to {_minutes(limit)}", OUTAGE)
+        _say(f"{place} can't be reached ({why}); waiting, up to {_duration(limit)}", OUTAGE)
 
     result = Retrying(
         retry=retry_if_exception(is_passing),
@@ -168,7 +168,7 @@ def _is_unknown_host(error: BaseException) -> bool:
     return any(isinstance(one, socket.gaierror) for one in chain(error))
 
 
-def _minutes(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds > 60 else f"{seconds:.0f} seconds"
 
 

@@ -17,6 +17,7 @@ from alignclip.runtime.environment import Git, Start
 from alignclip.storage import StorageError
 from alignclip.training.run_identity import changes, identity_changes, nested, with_defaults
 from alignclip.training.save_folder import SaveFolder
+from alignclip.weights.checkpoint_file import NotSavedError
 from alignclip.weights.locate import CARD
 
 CONFIG_FILE = "config.yaml"
@@ -24,7 +25,7 @@ STARTS_FILE = "starts.json"
 ENTRIES_OF_MACHINE = ("world_size", "device")  # entries of a start
 
 
-class StartedAgainError(UserError):
+class StartedAgainError(NotSavedError):
     """The run has a later start than this process."""
 
 
@@ -71,7 +72,7 @@ def check_sets(folder: SaveFolder, sets: dict[str, str]) -> None:
     Raises:
         UserError: a set is another one than the run's last start has read.
     """
-    if not folder.has_checkpoint() or not (starts := _starts_of(folder)):
+    if not folder.has_checkpoint() or not (starts := _entries_of_starts(folder)):
         return
     before, streams = starts[-1].get("sets", {}), folder.config.data.streams
     for name in sets.keys() & before.keys():
@@ -112,7 +113,7 @@ def add_start(folder: SaveFolder, start: Start) -> None:
     """
     now = dataclasses.asdict(start)
     new_versions: list[str] = []
-    starts = _starts_of(folder)
+    starts = _entries_of_starts(folder)
     if starts:
         last = starts[-1]
         new_versions = changes(last["versions"], now["versions"])
@@ -151,7 +152,7 @@ def starts_of(folder: SaveFolder) -> list[Start]:
         UserError: the record is not as :func:`add_start` has written it.
     """
     known = {one.name for one in dataclasses.fields(Start)}
-    starts = _starts_of(folder)
+    starts = _entries_of_starts(folder)
     return [
         Start(**{key: value for key, value in one.items() if key in known} | {"git": git})
         for one in starts
@@ -159,7 +160,7 @@ def starts_of(folder: SaveFolder) -> list[Start]:
     ]
 
 
-def _starts_of(folder: SaveFolder) -> list[dict[str, Any]]:
+def _entries_of_starts(folder: SaveFolder) -> list[dict[str, Any]]:
     """Read the entries of all starts."""
     place = folder.files.at(STARTS_FILE)
     try:

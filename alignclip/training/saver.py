@@ -115,8 +115,6 @@ class CheckpointSaver(callbacks.CheckpointSaver):
             path = self._delivery.place / name
             why = why_not_written(error, path)
             raise NotSavedError(f"can't save {path}: {why}. {GOES_ON}") from error
-        except StartedAgainError as error:
-            raise NotSavedError(str(error)) from None
         self._on_their_way.append(arrives)
 
     def _arrived(self, name: str, logger: Logger) -> None:
@@ -150,7 +148,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
             if isinstance(error := one.exception(), UserError):
                 self._run_has_ended = True
                 if isinstance(error, StartedAgainError):
-                    raise NotSavedError(str(error)) from None
+                    raise error
                 raise NotSavedError(f"{error}. {GOES_ON}") from None
             one.result()
 

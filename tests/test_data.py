@@ -92,7 +92,7 @@ def test_embeddings_of_two_lengths_name_their_samples(local_set: Path, tmp_path:
     write_set(str(tmp_path / "b"), 64, dimension=8, seed=1)
     dataset = build(config_for(local_set, tmp_path / "b"))
     says = r"sample '00001' has the shape \[8\], the one of sample '00005' \[16\]"
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(NotReadError, match=says):
         dataset.batch_of([5, 65])
 
 
@@ -173,6 +173,46 @@ def test_an_unreadable_image_is_replaced_and_said(
     (line,) = capsys.readouterr().err.splitlines()  # once
     assert line.startswith("sample '1' has no readable image (")
     assert torch.equal(sample["text"], dataset.tokenizer("number 2")[0])
+
+
+@pytest.mark.parametrize("caption", [None, [], 7, {"en": "a dog"}, ["a dog", None]], ids=repr)
+def test_a_sample_without_a_caption_is_replaced_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caption: Any
+) -> None:
+    """A run would meet the sample again at each start."""
+    rows = pair_rows(3)
+    rows[1]["caption"] = caption
+    place = write_rows(tmp_path / "m", rows, {**PAIR, "caption": "json"})
+    dataset = build(config_for(place), semantic=False)
+    sample = [dataset[1], dataset[1]][1]
+    assert capsys.readouterr().err == f"sample '1' has no caption but {caption}\n"
+    assert torch.equal(sample["text"], dataset.tokenizer("number 2")[0])
+
+
+def test_captions_and_embeddings_that_do_not_fit_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def row(i: int, count: int, dimension: int = 3) -> dict[str, Any]:
+        semantic = np.ones((count, dimension), dtype=np.float16)
+        return {**pair_rows(4)[i], "caption": ["a", "b"], "semantic": semantic}
+
+    rows = [row(0, 2), row(1, 1), row(2, 2), row(3, 2, dimension=4)]
+    columns = {**PAIR, "caption": "json", "semantic": "ndarray:float16"}
+    config = config_for(write_rows(tmp_path / "m", rows, columns))
+    assert build(config).batch_of([0, 1])["sample"].tolist() == [0, 2]
+    assert capsys.readouterr().err == "sample '1' has 2 captions, but 1 caption embeddings\n"
+    # a set that is read without its embeddings needs none
+    assert build(config, semantic=False).batch_of([0, 1, 3])["sample"].tolist() == [0, 1, 3]
+    with pytest.raises(NotReadError, match=r"^the caption embedding of sample '3' has the shape "):
+        build(config).batch_of([0, 3])
+
+
+def test_a_set_of_samples_that_can_not_be_trained_on(tmp_path: Path) -> None:
+    rows = [{**row, "image": b"broken"} for row in pair_rows(3)]
+    config = config_for(write_rows(tmp_path / "m", rows), num_workers=1)
+    says = r"^none of 100 samples in a row, from sample \d on, can be trained on: .* no readable"
+    with pytest.raises(NotReadError, match=says):
+        list(loader_of(config, batch_size=2, semantic=False))
 
 
 @pytest.mark.parametrize(

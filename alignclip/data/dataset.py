@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from multiprocessing.sharedctypes import Synchronized
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from alignclip.config.schema import DataConfig
 from alignclip.data.batch import Batch, empty_images, longest_text
 from alignclip.data.image_files import TRAINING_FORMATS
 from alignclip.data.mds_index import dimension_of
+from alignclip.data.row import Row, stack_embeddings
 from alignclip.data.streams import cached_stream
 from alignclip.data.workers import die_with_parent
 from alignclip.errors import UserError
@@ -54,28 +55,8 @@ NOT_STREAMING = {
     "pin_memory",
 }
 ZEROS_NAMED = 5  # samples with a caption embedding of zeros that a worker names
-MOST_UNREADABLE = 100  # samples in a row
+MOST_PASSED_OVER = 100  # samples in a row
 USUAL_DIMENSION = 1024  # of a caption embedding, at most
-
-
-class Row(NamedTuple):
-    """A sample as it is stored."""
-
-    sample_id: int
-    columns: dict[str, Any]
-
-    @property
-    def key(self) -> object:
-        """The sample's key; its id in a set without keys."""
-        return self.columns.get("key", self.sample_id)
-
-    def draw(self, seed: int) -> tuple[str, Any]:
-        """Return the caption with its embedding, one of several as ``seed`` draws it."""
-        caption, semantic = self.columns["caption"], self.columns.get("semantic")
-        if not isinstance(caption, list):
-            return caption, semantic
-        drawn = seed % len(caption)
-        return caption[drawn], None if semantic is None else semantic[drawn]
 
 
 class StreamSize(NamedTuple):
@@ -123,12 +104,12 @@ class ImageTextDataset(CachedDataset):
         self._told: set[object] = set()
 
     def __getitem__(self, at: int) -> dict[str, Tensor]:  # type: ignore[override]  # one sample
-        """Return the sample with id ``at``, or the next one whose image can be decoded."""
+        """Return the sample with id ``at``, or the next one that can be trained on."""
         batch = self.batch_of([int(at)])
         return {name: one[0] for name, one in batch.items() if isinstance(one, Tensor)}
 
     def batch_of(self, ids: Sequence[int]) -> Batch:
-        """Read samples, or for each whose image can't be decoded the next one that can.
+        """Read samples, or for each that can't be trained on the next one that can.
 
         All images are read and decoded, then all captions tokenised: a caption after a caption
         takes a sixth of the time of a caption after an image, which has filled the processor's
@@ -141,21 +122,23 @@ class ImageTextDataset(CachedDataset):
             rows, seeds = [], [self._seeds(at) for at in ids]
             images = empty_images(len(ids), self.image_size)
             for i, at in enumerate(ids):
-                row, image = self._readable(Row(at, self.get_item(at)))
+                row, image = self._readable(at)
                 del row.columns["image"]
                 rows.append(row)
                 images[i] = random_resized_crop(
                     image, self.image_size, self.scale, self.ratio, seeds[i][0]
                 )
-        drawn = [row.draw(seed) for row, (_, seed) in zip(rows, seeds, strict=True)]
+            drawn = [row.draw(seed) for row, (_, seed) in zip(rows, seeds, strict=True)]
+            embeddings = (
+                stack_embeddings([one for _, one in drawn], rows) if self.semantic else None
+            )
         text = self.tokenizer([caption for caption, _ in drawn])
         batch: Batch = {
             "image": images,
             "text": text,
             "sample": torch.tensor([row.sample_id for row in rows]),
         }
-        if self.semantic:
-            embeddings = _stacked([one for _, one in drawn], rows)
+        if embeddings is not None:
             self._tell_zeros(embeddings, rows)
             batch["semantic"] = torch.from_numpy(embeddings)
         batch["text_length"] = longest_text(text)
@@ -167,23 +150,32 @@ class ImageTextDataset(CachedDataset):
         seeds: list[int] = sequence.generate_state(2).tolist()
         return seeds
 
-    def _readable(self, row: Row) -> tuple[Row, Tensor]:
-        """Return a row with its image, or the next row whose image can be decoded.
+    def _readable(self, first: int) -> tuple[Row, Tensor]:
+        """Return a sample and its image, or the next one that can be trained on.
 
-        An image that can't be decoded is told.
+        A sample that is passed over is told.
+
+        Raises:
+            UserError: too many samples in a row are passed over.
         """
-        first = row.sample_id
-        for step in range(1, MOST_UNREADABLE + 1):
-            try:
-                return row, decode_image(row.columns["image"])
-            except OSError as error:
-                self._tell_once(row.key, f"has no readable image ({error})")
-            if step < MOST_UNREADABLE:
-                sample_id = (first + step) % self.size
-                row = Row(sample_id, self.get_item(sample_id))
-        raise RuntimeError(
-            f"{MOST_UNREADABLE} samples in a row from sample {first} have no readable image"
+        for step in range(MOST_PASSED_OVER):
+            row = self._row((first + step) % self.size if step else first)
+            if (flaw := row.flaw()) is None:
+                try:
+                    return row, decode_image(row.columns["image"])
+                except OSError as error:
+                    flaw = f"has no readable image ({error})"
+            self._tell_once(row.key, flaw)
+        raise UserError(
+            f"none of {MOST_PASSED_OVER} samples in a row, from sample {first} on, can be trained "
+            f"on: the last one {flaw}"
         )
+
+    def _row(self, at: int) -> Row:
+        columns = self.get_item(at)
+        if not self.semantic:
+            columns.pop("semantic", None)
+        return Row(at, columns)
 
     @property
     def dimension(self) -> int:
@@ -237,25 +229,6 @@ class ImageTextDataset(CachedDataset):
                 return min(picture.size)
         except Exception:  # of storage, or of PIL's decoders
             return None
-
-
-def _stacked(embeddings: Sequence[Any], rows: Sequence[Row]) -> np.ndarray:
-    """Stack caption embeddings to float16 ``[n, dimension]``.
-
-    A number out of float16's range becomes infinite, and the run says so.
-
-    Raises:
-        ValueError: two samples have embeddings of different shapes, or one has none.
-    """
-    shapes = [np.shape(one) for one in embeddings]
-    for row, shape in zip(rows, shapes, strict=True):
-        if shape != shapes[0]:
-            raise ValueError(
-                f"the caption embedding of sample '{row.key}' has the shape {list(shape)}, the one "
-                f"of sample '{rows[0].key}' {list(shapes[0])}: convert both with one encoder"
-            )
-    with np.errstate(over="ignore"):
-        return np.array(embeddings).astype(np.float16, copy=False)
 
 
 def build_dataloader(

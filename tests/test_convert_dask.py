@@ -22,6 +22,8 @@ from tarballs import three_tars
 
 pytestmark = pytest.mark.slow
 WORKERS = 3
+# before Python 3.12 the profiler can stop a worker: github.com/dask/distributed/issues/8616
+NO_PROFILER = {"DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "false"}
 
 
 class Cluster:
@@ -66,7 +68,7 @@ class Cluster:
         with (self.folder / "log.txt").open("ab") as log:
             return psutil.Popen(
                 [*WITH_US, sys.executable, "-m", f"distributed.cli.{what}", *arguments],
-                env={**os.environ, "TMPDIR": str(self.folder)},
+                env={**os.environ, **NO_PROFILER, "TMPDIR": str(self.folder)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

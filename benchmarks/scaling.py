@@ -39,6 +39,7 @@ from memory_counter import RankMemory
 from streaming.base.partition import get_partitions
 from streaming.base.shuffle import get_shuffle
 
+SHUFFLES = ("py1e", "py1br")  # data.shuffle_algo: the default, and the fastest by blocks
 SCALING_PARTS = ("nodes", "order", "network", "memory")
 RANKS = 8  # of a node
 WORKERS = 8  # of a rank
@@ -172,7 +173,7 @@ def simulate(
         batch: pairs of a rank.
     """
     sizes = shard_sizes(samples, shard)
-    order = get_shuffle("py1e", sizes, canonical, SEED, EPOCH, block)
+    order = get_shuffle(SHUFFLES[0], sizes, canonical, SEED, EPOCH, block)
     ids = get_partitions("relaxed", samples, canonical, nodes, RANKS, WORKERS, batch)[0]
     # [ranks, workers, batches, pairs] -> a row a step
     steps = ids.transpose(2, 1, 0, 3).reshape(-1, RANKS * batch)
@@ -198,29 +199,36 @@ def simulate(
 
 def show_order(figures: Figures) -> None:
     """Print what making an epoch's order takes; what the machine can't hold follows by size."""
-    print("\n| samples | seconds | memory | bytes a sample |\n|--:|--:|--:|--:|")
-    seconds = memory = 0.0
+    head = "".join(f" {algorithm}, s |" for algorithm in SHUFFLES)
+    print(f"\n| samples |{head} memory | bytes a sample |\n|--:|{'--:|' * len(SHUFFLES)}--:|--:|")
+    sizes = [size for size in SETS.values() if size > 10 * ORDER_SIZES[-1]]
+    done: list[Timing] = []
     for samples in ORDER_SIZES:
-        done = in_a_process(time_order, samples)
-        seconds, memory = done.seconds / samples, done.peak / samples
+        done = [in_a_process(time_order, samples, algorithm) for algorithm in SHUFFLES]
+        memory = max(one.peak for one in done)
         print(
-            f"| {samples:,} | {done.seconds:.1f} | {done.peak / MEBIBYTE:,.0f} MiB | {memory:.0f} |"
+            f"| {samples:,} |{''.join(f' {one.seconds:.1f} |' for one in done)} "
+            f"{memory / MEBIBYTE:,.0f} MiB | {memory / samples:.0f} |"
         )
-    figures.add("order/time", [seconds * 1e6], "µs/sample", "lower")
-    for samples in SETS.values():
-        if samples > 10 * ORDER_SIZES[-1]:
-            print(
-                f"| {samples:,} (by size) | {seconds * samples:,.0f} | {gb(memory * samples)} | |"
-            )
+    rates = [one.seconds / ORDER_SIZES[-1] for one in done]
+    for algorithm, rate in zip(SHUFFLES, rates, strict=True):
+        name = "order/time" if algorithm == SHUFFLES[0] else f"order/time/{algorithm}"
+        figures.add(name, [rate * 1e6], "µs/sample", "lower")
+    of_a_sample = max(one.peak for one in done) / ORDER_SIZES[-1]
+    for samples in sizes:
+        print(
+            f"| {samples:,} (by size) |{''.join(f' {rate * samples:,.0f} |' for rate in rates)} "
+            f"{gb(of_a_sample * samples)} | |"
+        )
 
 
-def time_order(samples: int) -> Timing:
+def time_order(samples: int, algorithm: str) -> Timing:
     """Make the order of an epoch for 8 nodes, and measure it."""
 
     def make() -> None:
         sizes = shard_sizes(samples, SHARD)
         ids = get_partitions("relaxed", samples, 64, 8, RANKS, WORKERS, 64)
-        order = get_shuffle("py1e", sizes, 64, SEED, EPOCH, SMALLEST_BLOCK)
+        order = get_shuffle(algorithm, sizes, 64, SEED, EPOCH, SMALLEST_BLOCK)
         ids = np.where(ids != -1, order[ids], -1)
         resampled = np.arange(samples)  # Streaming's list of what an epoch draws from the streams
         np.where(ids != -1, resampled[ids], -1)

@@ -11,6 +11,7 @@ import gc
 import os
 import random
 import resource
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 processes.fork_what_this_process_would_spawn()
+
+BLOCKED = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -212,6 +216,15 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # boto3 doesn't wait
     monkeypatch.setattr(patience, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(patience, "_outage", patience._Outage())
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before() -> Iterator[None]:
+    """A Trainer blocks SIGTERM, and what a later test starts would inherit that."""
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, BLOCKED)
+    for number, handler in HANDLERS.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

@@ -165,6 +165,8 @@ def test_a_signal_to_the_whole_group(
     """As a scheduler ends a job, or a terminal: launcher, ranks and data workers all get the
     signal.
     """
+    if number == signal.SIGHUP:  # under nohup the tests ignore it, and so would the run
+        signal.signal(number, signal.SIG_DFL)
     stopped = RecordedRun(tmp_path, dataset, f"{s3.bucket()}/runs/{number.name}")
     process = stopped.launch(env={"ALIGNCLIP_TEST_HOLD_AT": "6"}, really=True)
     stopped.wait_for(lambda: 6 in stopped.numbers(), process)

@@ -108,7 +108,8 @@ def test_a_shard_is_looked_at_once(
     assert prepared.keys() == set(range(SAMPLES // EACH))
     prepared.clear()  # some shards twice: a thread may come while the other one downloads
     assert len(list(dataset)) == SAMPLES
-    assert prepared == dict.fromkeys(range(SAMPLES // EACH), 1)
+    # some never: the thread ends once the other one has found that all shards are there
+    assert set(prepared.values()) <= {1}
 
 
 def test_nobody_looks_further_than_predownload(opened: Callable[..., ImageTextDataset]) -> None:

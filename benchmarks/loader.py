@@ -7,14 +7,15 @@ Rows, each in a process of its own and in turn with the others:
 - ``dataset[i]``: one sample after the other.
 - ``batches``: what a worker does for a batch, without handing the batch over.
 - ``workers=N``: an epoch of the loader, after a first one.
+- ``workers=N, resized``: the same on the pictures as ``convert --resize PIXELS`` stores them.
 - ``open_clip, workers=N``: an epoch of open_clip's webdataset loader on the same images and
   captions, after a first one. Needs webdataset 0.2: open_clip 3.3 doesn't read tars with 1.0.
 
 CPU ms are those of the process that reads, or of all workers. Milliseconds by the clock depend on
 how many cores are free. Then: where a worker's time goes, part by part.
 
-The pictures are drawn, 480 × 360 pixels, unless ``--tars`` names a folder of tars as img2dataset
-writes them.
+The pictures are drawn, ``--width`` pixels wide and 3/4 as high, unless ``--tars`` names a folder of
+tars as img2dataset writes them.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from conversion import draw_tar
@@ -47,20 +49,26 @@ TICKS = os.sysconf("SC_CLK_TCK")
 BARE, ITEM, BATCHES = "bare", "dataset[i]", "batches"
 LOADER_EXAMPLES = """examples:
   python benchmarks/loader.py
-  python benchmarks/loader.py --tars FOLDER --resize 256 --workers 0 1 2
+  python benchmarks/loader.py --tars FOLDER --workers 0 1 2
+  python benchmarks/loader.py --width 800 --resize 256
   pip install --target wds --no-deps webdataset==0.2.86 "pandas<3" pytz tzdata python-dateutil six
   python benchmarks/loader.py --webdataset wds"""
 
 
 def main() -> None:
     """Measure and print the tables."""
-    numbers = {"repeats": (3, "of each row"), "samples": (2000, "drawn"), "batch": (64, "samples")}
+    numbers = {
+        "repeats": (3, "of each row"),
+        "samples": (2000, "drawn"),
+        "batch": (64, "samples"),
+        "width": (480, "pixels of a drawn picture"),
+    }
     quick = {"repeats": 2, "samples": 600, "workers": [1]}
     parser = parser_of("loader.py", str(__doc__), LOADER_EXAMPLES, numbers, quick)
     text = "of the loader (default: %(default)s)"
     parser.add_argument("--workers", type=int, nargs="+", metavar="N", default=[0, 1, 2], help=text)
-    text = "convert the pictures with --resize PIXELS"
-    parser.add_argument("--resize", type=int, default=0, metavar="PIXELS", help=text)
+    text = "load the pictures as convert's --resize PIXELS stores them, too"
+    parser.add_argument("--resize", type=int, metavar="PIXELS", help=text)
     text = "folder of tars to read instead of drawn pictures"
     parser.add_argument("--tars", type=Path, metavar="FOLDER", help=text)
     text = "folder where pip has installed webdataset 0.2"
@@ -69,25 +77,32 @@ def main() -> None:
     figures = Figures("loader", options)
     print(f"{this_machine()}, torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as folder:
-        place = make_set(Path(folder), options)
-        print_rows(place, options, figures)
-        print_parts(place, options, figures)
+        places = make_sets(Path(folder), options)
+        print_rows(places, options, figures)
+        print_parts(places.stored, options, figures)
     figures.write()
 
 
-def make_set(folder: Path, options: Namespace) -> Path:
-    """Convert the pictures to an MDS set, and write tars of the same images beside it."""
-    tars = options.tars
-    if tars is None:
-        tars = folder / "drawn"
-        tars.mkdir()
-        draw_tar(tars / "00000.tar", options.samples, (480, 360), different=200)
-    out, command = folder / "mds", [sys.executable, str(CHECKOUT / "convert" / "cc12m.py")]
-    names = sorted(map(str, tars.glob("*.tar")))
-    flags = ["--out", str(out), "--no-semantic", "--no-next"]
-    flags += ["--resize", str(options.resize)] if options.resize else []
-    subprocess.run([*command, "--inputs", *names, *flags], check=True, stdout=subprocess.DEVNULL)
-    dataset = open_set(out, options.batch, 0)
+class Places(NamedTuple):
+    """Folders of the same samples: an MDS set, tars, and an MDS set of smaller pictures."""
+
+    stored: Path
+    tars: Path
+    resized: Path | None
+
+
+def make_sets(folder: Path, options: Namespace) -> Places:
+    """Convert the pictures, and write tars of the images that the set has."""
+    drawn = options.tars or folder / "drawn"
+    if options.tars is None:
+        drawn.mkdir()
+        size = options.width, options.width * 3 // 4
+        draw_tar(drawn / "00000.tar", options.samples, size, different=200)
+    stored = convert(drawn, folder / "mds")
+    resized = None
+    if options.resize:
+        resized = convert(drawn, folder / "resized", "--resize", str(options.resize))
+    dataset = open_set(stored, options.batch, 0)
     (folder / "tars").mkdir()
     for number in range(TARS):
         with tarfile.open(folder / "tars" / f"{number:05}.tar", "w") as tar:
@@ -95,6 +110,15 @@ def make_set(folder: Path, options: Namespace) -> Path:
                 row = dataset.get_item(at)
                 content = {"jpg": row["image"], "txt": row["caption"].encode()}
                 add_sample(tar, f"{at:09}", content)
+    return Places(stored, folder / "tars", resized)
+
+
+def convert(tars: Path, out: Path, *flags: str) -> Path:
+    """Convert a folder's tars, and return the set's folder."""
+    command = [sys.executable, str(CHECKOUT / "convert" / "cc12m.py"), "--inputs"]
+    command += [*sorted(map(str, tars.glob("*.tar"))), "--out", str(out)]
+    command += ["--no-semantic", "--no-next", *flags]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return out
 
 
@@ -114,29 +138,45 @@ def open_set(folder: Path, batch: int, workers: int) -> ImageTextDataset:
 # rows
 
 
-def print_rows(place: Path, options: Namespace, figures: Figures) -> None:
+class Row(NamedTuple):
+    """A row of the table: how many processes read, and how an epoch of them is measured."""
+
+    processes: int
+    measure: Callable[[], Timing]
+
+
+def rows_of(places: Places, options: Namespace) -> dict[str, Row]:
+    """Return the rows by name, in the table's order."""
+    batch = options.batch
+    rows = {
+        name: Row(1, partial(in_a_process, loop, places.stored, batch, name))
+        for name in (BARE, ITEM, BATCHES)
+    }
+    for count in options.workers:
+        measure = partial(in_a_process, our_epoch, places.stored, batch, count)
+        rows[f"workers={count}"] = Row(max(1, count), measure)
+    for count in options.workers if places.resized else ():
+        measure = partial(in_a_process, our_epoch, places.resized, batch, count)
+        rows[f"workers={count}, resized"] = Row(max(1, count), measure)
+    for count in options.workers if options.webdataset else ():
+        if count:
+            arguments = places.tars, batch, count, options.webdataset
+            measure = partial(in_a_process, their_epoch, *arguments)
+            rows[f"open_clip, workers={count}"] = Row(count, measure)
+    return rows
+
+
+def print_rows(places: Places, options: Namespace, figures: Figures) -> None:
     """Measure the rows and print a table."""
-    workers = [f"workers={count}" for count in options.workers]
-    theirs = [f"open_clip, {name}" for name in workers if options.webdataset and name[-1] != "0"]
-
-    def measure(row: str) -> Timing:
-        count = int(row.partition("=")[2] or 0)
-        if row in theirs:
-            arguments = place.parent / "tars", options.batch, count, options.webdataset
-            return in_a_process(their_epoch, *arguments)
-        if row in workers:
-            return in_a_process(our_epoch, place, options.batch, count)
-        return in_a_process(loop, place, options.batch, row)
-
-    found = in_turn([BARE, ITEM, BATCHES, *workers, *theirs], options.repeats, measure)
+    rows = rows_of(places, options)
+    found = in_turn(rows, options.repeats, lambda name: rows[name].measure())
     print(f"\n{'a sample':22}{'CPU ms':>9}{'÷ bare':>9}{'ms':>9}{'samples/s':>11}{'of bare':>9}")
-    for row, runs in found.items():
-        cpu = figures.add(f"{row}/cpu", [one.cpu for one in runs], "ms", "lower")
-        clock = figures.add(f"{row}/time", [one.seconds for one in runs], "ms", "lower", False)
-        count = max(1, int(row.partition("=")[2] or 0))
-        line = f"{row:22}{cpu:9.3f}"
-        line += f"{figures.add_ratio(f'{row}/cpu', f'{BARE}/cpu') if row != BARE else 1:9.2f}"
-        share = figures.figures[f"{BARE}/time"].median / clock / count
+    for name, runs in found.items():
+        cpu = figures.add(f"{name}/cpu", [one.cpu for one in runs], "ms", "lower")
+        clock = figures.add(f"{name}/time", [one.seconds for one in runs], "ms", "lower", False)
+        line = f"{name:22}{cpu:9.3f}"
+        line += f"{figures.add_ratio(f'{name}/cpu', f'{BARE}/cpu') if name != BARE else 1:9.2f}"
+        share = figures.figures[f"{BARE}/time"].median / clock / rows[name].processes
         print(f"{line}{clock:9.3f}{1000 / clock:11,.0f}{share:9.2f}")
 
 

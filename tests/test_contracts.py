@@ -100,13 +100,11 @@ alignclip/data/streaming_memory.py
     multiprocessing.resource_tracker.ResourceTracker.register(self name rtype)
     multiprocessing.resource_tracker.ResourceTracker.unregister(self name rtype)
     streaming.base.shared.prefix._check_self(streams_local)
-    streaming.base.shared.prefix._check_and_find_retrying(streams_local streams_remote shm_name
-        retry)
     streaming.base.shared.prefix._pack_locals(dirnames prefix_int)
+    streaming.base.shared.prefix._unpack_locals(data)
     streaming.base.shared.prefix._get_path(prefix_int name)
     streaming.base.shared.SharedMemory.__init__(self name create size auto_cleanup)
     streaming.base.dataset.get_shm_prefix
-    streaming.base.shared.prefix.SharedMemory
 alignclip/data/streaming_epoch.py
     streaming.base.dataset.StreamingDataset._prepare_thread(self it)
     streaming.base.dataset.StreamingDataset._ready_thread(self it)

@@ -102,7 +102,7 @@ def test_the_dead_are_buried_and_the_living_left_alone(tmp_path: Path) -> None:
         (tmp_path / "go-on").touch()
         assert alive.wait(60) == 0
         assert len(owned) == len(used)
-        assert not locks_of(alive_prefix), "Streaming passes over a prefix that has lock files"
+        assert not locks_of(alive_prefix)
         assert not owned & identities(alive_prefix), (
             "one that ends leaves nothing, not even its note"
         )
@@ -131,6 +131,11 @@ def open_set(remote: Path, local: Path) -> ImageTextDataset:
     config = DataConfig(
         streams={"a": StreamConfig(remote=str(remote), local=str(local))}, num_canonical_nodes=1
     )
+    return ImageTextDataset(config, batch_size=4, image_size=32, context_length=20, semantic=False)
+
+
+def open_local(folder: Path) -> ImageTextDataset:
+    config = DataConfig(streams={"a": StreamConfig(local=str(folder))}, num_canonical_nodes=1)
     return ImageTextDataset(config, batch_size=4, image_size=32, context_length=20, semantic=False)
 
 
@@ -170,48 +175,74 @@ def test_another_containers_memory_is_passed_over(tmp_path: Path) -> None:
         note.write_text(json.dumps(owner), encoding="utf-8")
 
 
-def test_a_dataset_without_our_lock_may_take_the_prefix(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+SURVIVED = """
+import os, signal, sys, time
+from pathlib import Path
+from alignclip.config.schema import DataConfig, StreamConfig
+from alignclip.data.dataset import ImageTextDataset
+stream, folder = StreamConfig(local=sys.argv[1]), Path(sys.argv[2])
+config = DataConfig(streams={"a": stream}, num_canonical_nodes=1)
+dataset = ImageTextDataset(config, batch_size=4, image_size=32, context_length=20, semantic=False)
+if os.fork():
+    os.kill(os.getpid(), signal.SIGKILL)
+def wait(said, until):
+    (folder / said).touch()
+    while not (folder / until).exists():
+        time.sleep(0.05)
+wait("survives", until="go-on")
+dataset.load_state_dict(dataset.state_dict(4, False) | {"epoch": 0})
+wait("loaded", until="end")
+"""
+
+
+def test_what_outlives_a_killed_run_leaves_the_next_one_alone(tmp_path: Path) -> None:
+    """A rank that still starts while the first one is dead goes on in the middle of its epoch.
+
+    When the last process ends, Python's cleaner removes what they have made, by name.
+    """
     write_set(str(tmp_path / "set"), 8)
-    taken: list[BuiltinSharedMemory] = []
-    claim = shared_memory.claim
-
-    def too_late(number: int) -> Path:
-        note = claim(number)
-        if not taken:
-            data = pack_locals([str(tmp_path / "other")], number)
-            taken.append(BuiltinSharedMemory(f"{number:06}_locals", True, len(data)))
-            taken[0].buf[: len(data)] = data
-        return note
-
-    monkeypatch.setattr(shared_memory, "claim", too_late)
+    words = (sys.executable, "-c", SURVIVED, tmp_path / "set", tmp_path)
+    killed = Forked(*words, output=tmp_path / "output.txt")
     try:
+        assert killed.wait(60) == -9
+        wait_until(tmp_path / "survives")
+        shared_memory.remove_stale()
         dataset = open_set(tmp_path / "set", tmp_path / "cache")
-        other = int(taken[0].name.partition("_")[0])
-        assert dataset._shm_prefix_int > other
-        assert not (SHM / f"{other:06}_{OWNER_NOTE}").exists(), "the prefix isn't ours"
+        (tmp_path / "go-on").touch()
+        wait_until(tmp_path / "loaded")
+        assert sorted(dataset) == list(range(8)), "the next run begins its epoch in the middle"
+        owned = segments(dataset._shm_prefix_int)
+        (tmp_path / "end").touch()
+        wait_until_ended(killed.pid)
+        assert segments(dataset._shm_prefix_int) == owned
     finally:
-        taken[0].close()
-        taken[0].unlink()
+        killed.end()
 
 
-def test_segments_with_a_hole_below_them_are_passed_over(tmp_path: Path) -> None:
-    """Of a killed dataset without our note, some kinds of segments may be left, and some not."""
+def wait_until(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def wait_until_ended(group: int) -> None:
+    deadline = time.monotonic() + 60
+    with suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(group, 0)
+            time.sleep(0.05)
+        pytest.fail("the group is still there")
+
+
+def test_two_runs_with_one_cache(tmp_path: Path) -> None:
     write_set(str(tmp_path / "set"), 8)
-    first = open_set(tmp_path / "set", tmp_path / "first")
-    above = first._shm_prefix_int + 1
-    while segments(above):
-        above += 1
-    left = SHM / f"{above:06}_locals"
-    left.write_bytes(pack_locals([str(tmp_path / "other")], above))
-    hole = SHM / f"{first._shm_prefix_int:06}_locals"
-    moved = hole.rename(hole.with_name("moved"))
-    try:
-        assert open_set(tmp_path / "set", tmp_path / "second")._shm_prefix_int != above
-    finally:
-        moved.rename(hole)
-        left.unlink()
+    first = open_set(tmp_path / "set", tmp_path / "cache")
+    with pytest.raises(ValueError, match=f"reads a set through {tmp_path / 'cache'}; give this"):
+        open_set(tmp_path / "set", tmp_path / "cache")
+    assert open_set(tmp_path / "set", tmp_path / "other").size == first.size
+    # a set without a remote may be read by anybody
+    assert len([open_local(tmp_path / "set") for _ in range(2)]) == 2
 
 
 IDENTITY = shared_memory._identity(os.getpid()) or {}
@@ -347,27 +378,12 @@ def build_on_a_rank(folder: str) -> int:
         write_config(Path(folder) / f"rank{os.environ['RANK']}", f"{folder}/set"),
         ["data.num_workers=0"],
     )
-    remove = shared_memory.remove_stale
-
-    def slowly() -> list[int]:
-        time.sleep(2)
-        return remove()
-
-    shared_memory.remove_stale = slowly
     return build_data(config, get_device("cpu")).dataset._shm_prefix_int
 
 
 @pytest.mark.slow
 @pytest.mark.world_size(2)
-def test_ranks_wait_for_the_burial(tmp_path: Path) -> None:
-    """A run that was killed left the first prefixes.
-
-    All ranks of the next have to see the same ones free.
-    """
+def test_the_ranks_of_a_machine_have_one_prefix(tmp_path: Path) -> None:
     write_set(str(tmp_path / "set"), 32)
-    dead, prefix = hold(tmp_path / "set")
-    with shared_memory.lock():  # other tests beside this one clean up, too
-        dead.end()
-        assert len(segments(prefix)) > 4
     first, second = processes.run(2, build_on_a_rank, str(tmp_path))
     assert first == second

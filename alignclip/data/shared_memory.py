@@ -70,8 +70,7 @@ def lock() -> Iterator[None]:
 def claim(prefix: int) -> Path:
     """Note this process as the owner of a prefix until it exits; return where the note lies.
 
-    Streaming leaves its lock files, and takes no prefix that has some: each dataset looked at the
-    prefixes of all datasets before. So the lock files go with the note.
+    Streaming leaves its lock files, which go with the note.
     """
     note = SHM / f"{prefix:06}_{OWNER_NOTE}"
     if SHM.is_dir():

@@ -1,7 +1,7 @@
 """Mend how Streaming 0.13's datasets find, open and close their shared memory.
 
-Two runs can take the same shared memory, and nobody knows whose memory it is. Two threads that open
-shared memory can break the process's record of semaphores.
+Two runs can take the same shared memory, one after the other or together, and nobody knows whose
+memory it is. Two threads that open shared memory can break the process's record of semaphores.
 
 ``tests/test_contracts.py`` says whether an upgrade has changed one of the names.
 """
@@ -10,20 +10,24 @@ from __future__ import annotations
 
 import copyreg
 import os
+import random
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from multiprocessing import resource_tracker
 from typing import Any
 
 import streaming.base.dataset
-from streaming.base.constant import LOCALS, SHM_TO_CLEAN
+from streaming.base.constant import LOCALS, TICK
 from streaming.base.shared import SharedMemory, prefix
 from streaming.base.world import World
 
 from alignclip.data import shared_memory
 from alignclip.ranks import gather_objects
 
+DRAWN = 10**6, 10**9  # prefixes; Streaming's own search begins with 0
 _swapping = threading.RLock()  # while Streaming's functions stand in the resource tracker's place
 os.register_at_fork(
     before=_swapping.acquire, after_in_parent=_swapping.release, after_in_child=_swapping.release
@@ -32,7 +36,6 @@ os.register_at_fork(
 
 def install_patches() -> None:
     """Replace how a dataset finds and opens its shared memory; a second call changes nothing."""
-    prefix.SharedMemory = GlimpsedMemory  # type: ignore[misc]
     streaming.base.dataset.get_shm_prefix = take_prefix
     copyreg.pickle(SharedMemory, _attached)
     if SharedMemory.fix_register is not _register_all_but_memory:
@@ -78,55 +81,31 @@ def _unregister_all_but_memory(self: SharedMemory, name: str, rtype: str) -> Non
         resource_tracker._resource_tracker.unregister(name, rtype)
 
 
-class GlimpsedMemory(SharedMemory):
-    """Shared memory that is only looked at: closed with the last reference.
-
-    On its way to a free prefix a dataset opens the memory of all others. Streaming's own class
-    keeps it open to the end of the process: a thousand files with some fifteen sets, as many as
-    most shells allow.
-
-    Raises:
-        PermissionError: the memory is another container's, alive or not. Streaming then takes the
-            next prefix; looking at the memory, it would fail where the two have the same cache.
-    """
-
-    def __init__(
-        self,
-        name: str | None = None,
-        create: bool | None = None,
-        size: int = 0,
-        auto_cleanup: bool = True,
-    ) -> None:
-        if shared_memory.is_another_containers(str(name)):
-            raise PermissionError(f"{name} is another container's")
-        super().__init__(name, create, size, auto_cleanup and create is not False)
-
-
 def take_prefix(
     streams_local: list[str], streams_remote: list[str | None], world: World, retry: int = 100
 ) -> tuple[int, SharedMemory]:
-    """Find shared memory for a dataset, in place of Streaming's ``get_shm_prefix``.
+    """Draw a number for a dataset's shared memory, in place of Streaming's ``get_shm_prefix``.
 
-    Streaming's own search lets two runs find the same prefix. Here one process of this user
-    searches at a time, and the first rank of a machine does so for all of its ranks.
+    Streaming takes the first number that is free: as a rule the one of a run that has just been
+    killed. What outlives that run's first rank (another rank, Python's cleaner of shared memory)
+    makes and removes segments by name. The next run lost segments while it started, and stood
+    still; or it took the killed run's place in the epoch for its own. A number of a thousand
+    million doesn't come twice.
+
+    One process of this user at a time looks whether a cache is in use, and the first rank of a
+    machine does so for all of its ranks.
 
     Raises:
         ValueError: another dataset, of a live run, has the same cache; on every rank.
-        FileExistsError: datasets without this patch took every prefix that was found free.
     """
     prefix._check_self(streams_local)
     number, memory, error = None, None, None
     if world.is_local_leader:
         try:
             with shared_memory.lock():
-                for left in reversed(range(1 + retry)):
-                    number = _find_free(streams_local, streams_remote, retry)
-                    try:
-                        memory = _create_locals(streams_local, number)
-                        break
-                    except FileExistsError:
-                        if not left:
-                            raise
+                _check_caches(streams_local, streams_remote, retry)
+                number = random.SystemRandom().randrange(*DRAWN)
+                memory = _create_locals(streams_local, number)
         except (ValueError, FileExistsError) as raised:
             error = raised
     everybody = gather_objects([(world.node, number, error)])
@@ -138,47 +117,41 @@ def take_prefix(
     return number, memory
 
 
-def _find_free(streams_local: list[str], streams_remote: list[str | None], retry: int) -> int:
-    """Find a prefix of which no segment exists.
-
-    Streaming looks for the first number that each kind of segment has free, and takes the largest
-    of these. Another kind may be taken there: a killed dataset's segments have holes.
+def _check_caches(streams_local: list[str], streams_remote: list[str | None], retry: int) -> None:
+    """Check that no live dataset has one of these caches; nobody can on macOS.
 
     Raises:
-        ValueError: another dataset, of a live run, has the same cache.
+        ValueError: one has, and still has after ``retry`` looks more: a dataset of this process may
+            be about to go.
     """
-    number = max(
-        prefix._check_and_find_retrying(streams_local, streams_remote, name, retry)
-        for name in SHM_TO_CLEAN
+    pairs = zip(streams_local, streams_remote, strict=True)
+    caches = {local for local, remote in pairs if remote is not None}
+    used = set[str]()
+    for _ in range(1 + retry):
+        if not (used := caches & _locals_in_use()):
+            return
+        time.sleep(TICK)
+    raise ValueError(
+        f"another process reads a set through {', '.join(sorted(used))}; give this one another "
+        "local folder"
     )
-    while any(_is_taken(prefix._get_path(number, name)) for name in SHM_TO_CLEAN):
-        number += 1
-    return number
 
 
-def _is_taken(segment: str) -> bool:
-    """Return whether a segment exists, another user's or another container's among them."""
-    try:
-        GlimpsedMemory(segment, False)
-    except FileNotFoundError:
-        return False
-    except PermissionError:
-        pass
-    return True
+def _locals_in_use() -> set[str]:
+    """Return the local folders of all datasets on this machine that this container can judge."""
+    found = set[str]()
+    for path in shared_memory.SHM.glob(f"*_{LOCALS}"):
+        if shared_memory.is_another_containers(path.name):
+            continue
+        with suppress(OSError, ValueError, IndexError):  # gone again, another user's, half-written
+            found.update(prefix._unpack_locals(path.read_bytes())[0])
+    return found
 
 
 def _create_locals(streams_local: list[str], number: int) -> SharedMemory:
-    """Create the first segment of a prefix, with the owner's note before the segment.
-
-    Raises:
-        FileExistsError: a dataset without this patch, and so without the lock, was faster.
-    """
+    """Create the first segment of a prefix, with the owner's note before the segment."""
     data = prefix._pack_locals(streams_local, number)
-    note = shared_memory.claim(number)
-    try:
-        memory = SharedMemory(prefix._get_path(number, LOCALS), True, len(data))
-    except FileExistsError:
-        note.unlink(missing_ok=True)
-        raise
+    shared_memory.claim(number)
+    memory = SharedMemory(prefix._get_path(number, LOCALS), True, len(data))
     memory.buf[: len(data)] = data
     return memory

@@ -33,7 +33,6 @@ from alignclip.ranks import (
     local_rank_zero_first,
     local_world_size,
     rank,
-    wait_for_all_ranks,
     world_size,
 )
 from alignclip.training import composer_patches, plugins
@@ -157,8 +156,6 @@ def build_data(config: RunConfig, device: Device) -> DataLoader[Any]:
     """
     if local_rank() == 0:
         shared_memory.remove_stale()
-    # the ranks of a machine look for the first free prefix, and have to find the same
-    wait_for_all_ranks()
     try:
         dataset = ImageTextDataset(
             config.data,

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
 from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import Any
 
 import streaming.base.dataset
@@ -124,27 +125,30 @@ def _check_caches(streams_local: list[str], streams_remote: list[str | None], re
         ValueError: one has, and still has after ``retry`` looks more: a dataset of this process may
             be about to go.
     """
-    pairs = zip(streams_local, streams_remote, strict=True)
-    caches = {local for local, remote in pairs if remote is not None}
-    used = set[str]()
-    for _ in range(1 + retry):
-        if not (used := caches & _locals_in_use()):
+    caches = {local for local, remote in zip(streams_local, streams_remote, strict=True) if remote}
+    for left in reversed(range(1 + retry)):
+        used = _locals_in_use()
+        if not (both := sorted(caches & used.keys())):
             return
-        time.sleep(TICK)
+        if left:
+            time.sleep(TICK)
     raise ValueError(
-        f"another process reads a set through {', '.join(sorted(used))}; give this one another "
-        "local folder"
+        f"another process reads a set through {both[0]} ({used[both[0]]} says so); give this one "
+        "another local folder"
     )
 
 
-def _locals_in_use() -> set[str]:
-    """Return the local folders of all datasets on this machine that this container can judge."""
-    found = set[str]()
+def _locals_in_use() -> dict[str, Path]:
+    """Return the local folders of all datasets on this machine, and what says so.
+
+    Those of other containers are left out: whether they are alive can't be seen from here.
+    """
+    found: dict[str, Path] = {}
     for path in shared_memory.SHM.glob(f"*_{LOCALS}"):
         if shared_memory.is_another_containers(path.name):
             continue
         with suppress(OSError, ValueError, IndexError):  # gone again, another user's, half-written
-            found.update(prefix._unpack_locals(path.read_bytes())[0])
+            found |= dict.fromkeys(prefix._unpack_locals(path.read_bytes())[0], path)
     return found
 
 

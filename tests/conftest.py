@@ -20,6 +20,7 @@ from typing import Any
 
 import processes
 import pytest
+from closed_memory import memory_let_go
 from own_hub import own_hub
 from refusing import RefusingS3, refusing_s3
 from s3 import S3Server, point_at, share_descriptions
@@ -228,27 +229,6 @@ def _signals_as_before() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def shared_memory_goes_with_the_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a test's datasets open is closed with them: Streaming keeps it to the end of the
-    process.
-    """
-    if "streaming" not in sys.modules:
+def _shared_memory_goes_with_the_test() -> Iterator[None]:
+    with memory_let_go():
         yield
-        return
-    from streaming.base.shared import SharedMemory
-
-    from alignclip.data.streaming_memory import install_patches
-
-    install_patches()  # which wraps the same method
-    opened: list[SharedMemory] = []
-    initialise = SharedMemory.__init__
-
-    def remember(self: Any, *args: object, **options: object) -> None:
-        initialise(self, *args, **options)
-        opened.append(self)
-
-    monkeypatch.setattr(SharedMemory, "__init__", remember)
-    yield
-    for memory in opened:
-        memory.cleanup()
-        atexit.unregister(memory.cleanup)

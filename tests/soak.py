@@ -25,6 +25,7 @@ from typing import Any
 
 import processes
 import pytest
+from closed_memory import memory_let_go
 from s3 import S3Server, point_at
 from soak_conversion import convert_round
 from soak_training import train_round
@@ -105,7 +106,8 @@ def _rounds(folder: Path, server: S3Server, seed: int, options: Any) -> Tally:
         here = Round(folder / f"round-{number}", rng, server, shared)
         began = time.monotonic()
         try:
-            KINDS[kind](here)
+            with memory_let_go():
+                KINDS[kind](here)
             outcome = "as undisturbed"
         except Exception as error:  # whatever a round meets is what is looked for
             outcome = f"FAILED: {' '.join(str(error).split())[:300]}"

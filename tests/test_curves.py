@@ -8,12 +8,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from composer.core import Callback, State
+from composer.loggers import Logger
 from evaluations import figures, legend
+from runs import write_set
+from small_runs import SmallRuns
 
 from alignclip.evaluation.frame import DASHED, DOTTED, OKABE_ITO
 from alignclip.evaluation.history import EVALUATIONS, EvaluationRecord
-from alignclip.evaluation.json_lines import text_of
+from alignclip.evaluation.json_lines import lines_in, text_of
 from alignclip.storage import open_store
+from alignclip.training import history
 from alignclip.training.curve_page import page
 from alignclip.training.history import History
 
@@ -142,3 +147,33 @@ def test_the_page_of_a_run_has_the_chance_of_its_record(tmp_path: Path) -> None:
     )
     (line,) = History(folder, 10)._evaluations(state)
     assert line == {"batch": 4, "metrics": {"c/recall@5": 0.5}, "chance": {"c/recall@5": 0.1}}
+
+
+class DiesIn(Callback):
+    """Fails in the batch after so many."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def after_backward(self, state: State, logger: Logger) -> None:
+        logger.log_metrics({"lr": 7.0})
+        if state.timestamp.batch == self.batches:
+            raise RuntimeError("a rank is lost")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_batch_that_failed_is_not_in_the_history(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    """The batch before is there once, with its own values."""
+    monkeypatch.setattr(history, "POINTS", 4 // every)
+    write_set(str(tmp_path / "set"), 64)
+    runs = SmallRuns(tmp_path, tmp_path / "set", tmp_path / "saved", "max_duration=4ba")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="a rank is lost"):
+            runs.train("save_interval=2ba", callbacks=[DiesIn(2)])
+    text = (tmp_path / "saved" / history.HISTORY).read_text()
+    lines = [line for line in lines_in(text) if "losses" in line]
+    assert [line["batch"] for line in lines] == [1, 2]
+    assert all(line["losses"] for line in lines)

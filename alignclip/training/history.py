@@ -50,7 +50,8 @@ class History(LoggerDestination):
         complaint = f"could not keep the learning curves in {folder.uri}"
         self._file = RecordFile(self._store, HISTORY, complaint)
         self._every = max(1, total // POINTS)
-        self._values: dict[str, float] = {}
+        self._values: dict[str, float] = {}  # of the batch that is trained
+        self._due: RecordLine | None = None  # of the last batch that has ended
         self._kept = 0  # the last batch that was written down, or trained by earlier starts
         self._lines: list[RecordLine] | None = None  # as long as the training goes on
         self._uploaded: Time | None = None
@@ -67,10 +68,15 @@ class History(LoggerDestination):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Write the batch down where one is due; it is the next one whose losses are logged."""
+        if not any(name.startswith(LOSS) for name in self._values):
+            return
         batch = state.timestamp.batch.value
-        is_due = batch == 1 or batch // self._every > self._kept // self._every
-        if is_due and any(name.startswith(LOSS) for name in self._values):
-            self._keep(batch)
+        values, self._values = self._values, {}
+        losses = {k.removeprefix(LOSS): v for k, v in values.items() if k.startswith(LOSS)}
+        kept = {k: values[k] for k in KEPT if k in values}
+        self._due = without_nan({"batch": batch, "losses": losses, **kept})
+        if batch == 1 or batch // self._every > self._kept // self._every:
+            self._keep()
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         """Upload the history to a bucket: a run that goes on from this checkpoint finds it."""
@@ -90,7 +96,7 @@ class History(LoggerDestination):
         """Draw the page and the picture."""
         if self._lines is None:
             return
-        self._keep(state.timestamp.batch.value)
+        self._keep()
         lines, self._lines = self._lines, None
         if self._store.is_remote:
             self._file.write(lines)
@@ -106,14 +112,11 @@ class History(LoggerDestination):
             self._store.write_text(HISTORY, text_of(lines))
         self._lines = lines
 
-    def _keep(self, batch: int) -> None:
-        if not self._values or self._lines is None:
+    def _keep(self) -> None:
+        if self._due is None or self._lines is None:
             return
-        values, self._values = self._values, {}
-        self._kept = batch
-        losses = {k.removeprefix(LOSS): v for k, v in values.items() if k.startswith(LOSS)}
-        kept = {k: values[k] for k in KEPT if k in values}
-        line = without_nan({"batch": batch, "losses": losses, **kept})
+        line, self._due = self._due, None
+        self._kept = line["batch"]
         self._lines.append(line)
         if not self._store.is_remote:
             self._file.reported(lambda: self._append(text_of([line])))

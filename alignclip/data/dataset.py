@@ -158,7 +158,8 @@ class ImageTextDataset(CachedDataset):
         Raises:
             UserError: too many samples in a row are passed over.
         """
-        for step in range(MOST_PASSED_OVER):
+        most = min(MOST_PASSED_OVER, self.size)
+        for step in range(most):
             row = self._row((first + step) % self.size if step else first)
             if (flaw := row.flaw()) is None:
                 try:
@@ -167,8 +168,8 @@ class ImageTextDataset(CachedDataset):
                     flaw = f"has no readable image ({error})"
             self._tell_once(row.key, flaw)
         raise UserError(
-            f"none of {MOST_PASSED_OVER} samples in a row, from sample {first} on, can be trained "
-            f"on: the last one {flaw}"
+            f"none of {most} samples in a row, from sample {first} on, can be trained on: the last "
+            f"one {flaw}"
         )
 
     def _row(self, at: int) -> Row:

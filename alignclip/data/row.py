@@ -56,7 +56,7 @@ def stack_embeddings(embeddings: Sequence[Any], rows: Sequence[Row]) -> np.ndarr
     A number out of float16's range becomes infinite, and the run says so.
 
     Raises:
-        UserError: two samples have embeddings of different shapes, or one has none.
+        UserError: two samples have embeddings of different shapes.
     """
     shapes = [np.shape(one) for one in embeddings]
     for row, shape in zip(rows, shapes, strict=True):

@@ -1,7 +1,7 @@
 """Say which process owns Streaming's shared memory, and remove what killed runs have left.
 
-Streaming keeps its state in ``/dev/shm/NNNNNN_…``, NNNNNN being a dataset's prefix, and can't tell
-whose state it is. So a note beside the segments names the process that owns the prefix. The note is
+Streaming keeps its state in ``/dev/shm/N_…``, N being a dataset's prefix, and can't tell whose
+state it is. So a note beside the segments names the process that owns the prefix. The note is
 there before the first segment: see :func:`alignclip.data.streaming_memory.take_prefix`.
 """
 
@@ -67,8 +67,8 @@ def lock() -> Iterator[None]:
         yield
 
 
-def claim(prefix: int) -> Path:
-    """Note this process as the owner of a prefix until it exits; return where the note lies.
+def claim(prefix: int) -> None:
+    """Note this process as the owner of a prefix until it exits.
 
     Streaming leaves its lock files, which go with the note.
     """
@@ -76,7 +76,6 @@ def claim(prefix: int) -> Path:
     if SHM.is_dir():
         note.write_text(json.dumps(_identity(os.getpid())), encoding="utf-8")
         atexit.register(_disclaim, note)
-    return note
 
 
 def is_another_containers(segment: str) -> bool:

@@ -85,19 +85,21 @@ def _unregister_all_but_memory(self: SharedMemory, name: str, rtype: str) -> Non
 def take_prefix(
     streams_local: list[str], streams_remote: list[str | None], world: World, retry: int = 100
 ) -> tuple[int, SharedMemory]:
-    """Draw a number for a dataset's shared memory, in place of Streaming's ``get_shm_prefix``.
+    """Draw a prefix for a dataset's shared memory, in place of Streaming's ``get_shm_prefix``.
 
-    Streaming takes the first number that is free: as a rule the one of a run that has just been
+    Streaming takes the first prefix that is free: as a rule the one of a run that has just been
     killed. What outlives that run's first rank (another rank, Python's cleaner of shared memory)
     makes and removes segments by name. The next run lost segments while it started, and stood
-    still; or it took the killed run's place in the epoch for its own. A number of a thousand
-    million doesn't come twice.
+    still; or it took the killed run's place in the epoch for its own. One of a thousand million
+    prefixes doesn't come twice. Programs without this patch don't look so far: they don't see that
+    a run has their cache.
 
     One process of this user at a time looks whether a cache is in use, and the first rank of a
     machine does so for all of its ranks.
 
     Raises:
         ValueError: another dataset, of a live run, has the same cache; on every rank.
+        OSError: the first segment can't be made; on every rank.
     """
     prefix._check_self(streams_local)
     number, memory, error = None, None, None
@@ -107,7 +109,7 @@ def take_prefix(
                 _check_caches(streams_local, streams_remote, retry)
                 number = random.SystemRandom().randrange(*DRAWN)
                 memory = _create_locals(streams_local, number)
-        except (ValueError, FileExistsError) as raised:
+        except (ValueError, OSError) as raised:
             error = raised
     everybody = gather_objects([(world.node, number, error)])
     if first := next((error for _, _, error in everybody if error is not None), None):
@@ -133,8 +135,8 @@ def _check_caches(streams_local: list[str], streams_remote: list[str | None], re
         if left:
             time.sleep(TICK)
     raise ValueError(
-        f"another process reads a set through {both[0]} ({used[both[0]]} says so); give this one "
-        "another local folder"
+        f"another dataset is read through {both[0]} ({used[both[0]]} says so; remove that file if "
+        "no program reads there); give this one another local folder"
     )
 
 
@@ -153,7 +155,11 @@ def _locals_in_use() -> dict[str, Path]:
 
 
 def _create_locals(streams_local: list[str], number: int) -> SharedMemory:
-    """Create the first segment of a prefix, with the owner's note before the segment."""
+    """Create the first segment of a prefix, with the owner's note before the segment.
+
+    Raises:
+        OSError: there is no room.
+    """
     data = prefix._pack_locals(streams_local, number)
     shared_memory.claim(number)
     memory = SharedMemory(prefix._get_path(number, LOCALS), True, len(data))

@@ -77,13 +77,13 @@ def main() -> None:
     figures = Figures("loader", options)
     print(f"{this_machine()}, torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as folder:
-        places = make_sets(Path(folder), options)
-        print_rows(places, options, figures)
-        print_parts(places.stored, options, figures)
+        sources = make_sets(Path(folder), options)
+        print_rows(sources, options, figures)
+        print_parts(sources.stored, options, figures)
     figures.write()
 
 
-class Places(NamedTuple):
+class Sources(NamedTuple):
     """Folders of the same samples: an MDS set, tars, and an MDS set of smaller pictures."""
 
     stored: Path
@@ -91,17 +91,17 @@ class Places(NamedTuple):
     resized: Path | None
 
 
-def make_sets(folder: Path, options: Namespace) -> Places:
+def make_sets(folder: Path, options: Namespace) -> Sources:
     """Convert the pictures, and write tars of the images that the set has."""
     drawn = options.tars or folder / "drawn"
     if options.tars is None:
         drawn.mkdir()
         size = options.width, options.width * 3 // 4
         draw_tar(drawn / "00000.tar", options.samples, size, different=200)
-    stored = convert(drawn, folder / "mds")
+    stored = converted(drawn, folder / "mds")
     resized = None
     if options.resize:
-        resized = convert(drawn, folder / "resized", "--resize", str(options.resize))
+        resized = converted(drawn, folder / "resized", "--resize", str(options.resize))
     dataset = open_set(stored, options.batch, 0)
     (folder / "tars").mkdir()
     for number in range(TARS):
@@ -110,10 +110,10 @@ def make_sets(folder: Path, options: Namespace) -> Places:
                 row = dataset.get_item(at)
                 content = {"jpg": row["image"], "txt": row["caption"].encode()}
                 add_sample(tar, f"{at:09}", content)
-    return Places(stored, folder / "tars", resized)
+    return Sources(stored, folder / "tars", resized)
 
 
-def convert(tars: Path, out: Path, *flags: str) -> Path:
+def converted(tars: Path, out: Path, *flags: str) -> Path:
     """Convert a folder's tars, and return the set's folder."""
     command = [sys.executable, str(CHECKOUT / "convert" / "cc12m.py"), "--inputs"]
     command += [*sorted(map(str, tars.glob("*.tar"))), "--out", str(out)]
@@ -138,37 +138,37 @@ def open_set(folder: Path, batch: int, workers: int) -> ImageTextDataset:
 # rows
 
 
-class Row(NamedTuple):
+class LoaderRow(NamedTuple):
     """A row of the table: how many processes read, and how an epoch of them is measured."""
 
     processes: int
     measure: Callable[[], Timing]
 
 
-def rows_of(places: Places, options: Namespace) -> dict[str, Row]:
+def loader_rows(sources: Sources, options: Namespace) -> dict[str, LoaderRow]:
     """Return the rows by name, in the table's order."""
     batch = options.batch
     rows = {
-        name: Row(1, partial(in_a_process, loop, places.stored, batch, name))
+        name: LoaderRow(1, partial(in_a_process, loop, sources.stored, batch, name))
         for name in (BARE, ITEM, BATCHES)
     }
     for count in options.workers:
-        measure = partial(in_a_process, our_epoch, places.stored, batch, count)
-        rows[f"workers={count}"] = Row(max(1, count), measure)
-    for count in options.workers if places.resized else ():
-        measure = partial(in_a_process, our_epoch, places.resized, batch, count)
-        rows[f"workers={count}, resized"] = Row(max(1, count), measure)
+        measure = partial(in_a_process, our_epoch, sources.stored, batch, count)
+        rows[f"workers={count}"] = LoaderRow(max(1, count), measure)
+    for count in options.workers if sources.resized else ():
+        measure = partial(in_a_process, our_epoch, sources.resized, batch, count)
+        rows[f"workers={count}, resized"] = LoaderRow(max(1, count), measure)
     for count in options.workers if options.webdataset else ():
         if count:
-            arguments = places.tars, batch, count, options.webdataset
+            arguments = sources.tars, batch, count, options.webdataset
             measure = partial(in_a_process, their_epoch, *arguments)
-            rows[f"open_clip, workers={count}"] = Row(count, measure)
+            rows[f"open_clip, workers={count}"] = LoaderRow(count, measure)
     return rows
 
 
-def print_rows(places: Places, options: Namespace, figures: Figures) -> None:
+def print_rows(sources: Sources, options: Namespace, figures: Figures) -> None:
     """Measure the rows and print a table."""
-    rows = rows_of(places, options)
+    rows = loader_rows(sources, options)
     found = in_turn(rows, options.repeats, lambda name: rows[name].measure())
     print(f"\n{'a sample':22}{'CPU ms':>9}{'÷ bare':>9}{'ms':>9}{'samples/s':>11}{'of bare':>9}")
     for name, runs in found.items():

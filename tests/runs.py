@@ -152,6 +152,13 @@ def run(*arguments: str | Path, cwd: Path, status: int = 0, **options: Any) -> s
     return text
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.005)
+
+
 def wait_for(condition: Callable[[], bool], process: Started, cwd: Path) -> None:
     """Until the condition holds; a run that ends before is an error."""
     deadline = time.monotonic() + TIMEOUT

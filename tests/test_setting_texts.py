@@ -27,8 +27,8 @@ TEXTS = (
     "12.50", "0x1F", "0o17", "no", "yes", "on", "off", "y", "N", "True", ".inf", "-.inf", ".nan",
     "inf", "nan", "+1", ".5", "5.", "1e5", "1E-3", "16", "-0", "=", "<<", "é ü 你好", "0b11",
 )  # fmt: skip
-# what only a command line can hold without quotation marks
 BRACES = "{run_name}x"  # which a run's own name can't hold
+# what only a command line can hold without quotation marks
 LINE_TEXTS = (
     "a #b", "a: b", "a, b", "[a", BRACES, "&a", "*a", "!x", "- a", "a=b", "'a' b", " a ",
     "%a", "@a", "`a", "|",

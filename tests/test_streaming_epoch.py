@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from mds_sets import pair_rows, write_rows
+from runs import wait_until
 from streaming import StreamingDataset
 
 from alignclip.config.schema import DataConfig, StreamConfig
@@ -121,13 +122,6 @@ def test_nobody_looks_further_than_predownload(opened: Callable[..., ImageTextDa
         assert (shards_in(dataset) - 1) * EACH < ahead
         if count == 30:
             break
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not is_so():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def test_nobody_looks_while_nobody_reads(

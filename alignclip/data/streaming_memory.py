@@ -28,7 +28,7 @@ from streaming.base.world import World
 from alignclip.data import shared_memory
 from alignclip.ranks import gather_objects
 
-DRAWN = 10**6, 10**9  # prefixes; Streaming's own search begins with 0
+PREFIXES = 10**6, 10**9  # that are drawn; Streaming's own search begins with 0
 _swapping = threading.RLock()  # while Streaming's functions stand in the resource tracker's place
 os.register_at_fork(
     before=_swapping.acquire, after_in_parent=_swapping.release, after_in_child=_swapping.release
@@ -107,7 +107,7 @@ def take_prefix(
         try:
             with shared_memory.lock():
                 _check_caches(streams_local, streams_remote, retry)
-                number = random.SystemRandom().randrange(*DRAWN)
+                number = random.SystemRandom().randrange(*PREFIXES)
                 memory = _create_locals(streams_local, number)
         except (ValueError, OSError) as raised:
             error = raised

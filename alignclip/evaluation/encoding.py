@@ -206,12 +206,10 @@ class Encoder:
                         if failure is None:
                             with workers.deaths_explained():  # PyTorch tells it at any moment
                                 parts.append(F.normalize(encode(batch).float(), dim=-1))
-                    except UserError as error:
-                        failure = error
-                        parts.clear()
                     except Exception as error:
                         # out of memory? keep step with the others, then tell
-                        failure = UserError(f"{name}: {type(error).__name__}: {one_line(error)}")
+                        why = UserError(f"{name}: {type(error).__name__}: {one_line(error)}")
+                        failure = error if isinstance(error, UserError) else why
                         parts.clear()
         finally:
             self.model.train(was_training)

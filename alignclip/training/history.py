@@ -51,7 +51,7 @@ class History(LoggerDestination):
         self._file = RecordFile(self._store, HISTORY, complaint)
         self._every = max(1, total // POINTS)
         self._values: dict[str, float] = {}  # of the batch that is trained
-        self._due: RecordLine | None = None  # of the last batch that has ended
+        self._pending: RecordLine | None = None  # of the last batch that has ended
         self._kept = 0  # the last batch that was written down, or trained by earlier starts
         self._lines: list[RecordLine] | None = None  # as long as the training goes on
         self._uploaded: Time | None = None
@@ -74,7 +74,7 @@ class History(LoggerDestination):
         values, self._values = self._values, {}
         losses = {k.removeprefix(LOSS): v for k, v in values.items() if k.startswith(LOSS)}
         kept = {k: values[k] for k in KEPT if k in values}
-        self._due = without_nan({"batch": batch, "losses": losses, **kept})
+        self._pending = without_nan({"batch": batch, "losses": losses, **kept})
         if batch == 1 or batch // self._every > self._kept // self._every:
             self._keep()
 
@@ -113,9 +113,9 @@ class History(LoggerDestination):
         self._lines = lines
 
     def _keep(self) -> None:
-        if self._due is None or self._lines is None:
+        if self._pending is None or self._lines is None:
             return
-        line, self._due = self._due, None
+        line, self._pending = self._pending, None
         self._kept = line["batch"]
         self._lines.append(line)
         if not self._store.is_remote:

@@ -82,6 +82,8 @@ alignclip/storage/hub.py
 alignclip/data/workers.py
     torch.utils.data._utils._set_python_exit_flag()
     torch.utils.data._utils.signal_handling._error_if_any_worker_fails
+    torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data(self timeout)
+    torch.utils.data.dataloader._MultiProcessingDataLoaderIter: _workers
 alignclip/data/streaming_patches.py
     streaming.base.dataset.StreamingDataset.prepare_shard(self shard_id blocking)
     streaming.base.dataset.StreamingDataset._evict_coldest_shard(self)

@@ -18,7 +18,7 @@ import torch
 from evaluations import encoder_of, small_model
 from recorded_runs import RecordedRun
 from runs import write_set
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from alignclip.data import workers
 from alignclip.errors import RANK_LOST, UserError, WorkerDiedError
@@ -209,15 +209,16 @@ def test_a_container_that_was_out_of_memory_is_named(
 class Deadly(Dataset):  # type: ignore[type-arg]
     """Samples whose worker is killed at the third one."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, number: int = signal.SIGKILL) -> None:
+        self.size, self.signal = size, number
 
     def __len__(self) -> int:
         return 4
 
     def __getitem__(self, at: int) -> tuple[torch.Tensor, int]:
         if at == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.3)  # the others have been sent
+            os.kill(os.getpid(), self.signal)
         return torch.zeros(3, self.size, self.size, dtype=torch.uint8), at
 
 
@@ -225,3 +226,27 @@ def test_a_worker_that_is_killed_in_an_evaluation_is_named() -> None:
     encoder = encoder_of(small_model(), batch_size=1)
     with pytest.raises(UserError, match=r"data worker \d+ of rank 0 on \S+ was killed; "):
         encoder.images(Deadly(encoder.image_size), num_workers=1)
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (signal.SIGKILL, "was killed; "),
+        (signal.SIGSEGV, r"died of a signal \(Segmentation fault\): "),
+    ],
+    ids=["SIGKILL", "SIGSEGV"],
+)
+def test_a_death_that_goes_unheard_is_named(
+    number: int, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent = "_error_if_any_worker_fails"
+    monkeypatch.setattr(workers._utils.signal_handling, silent, lambda: None)
+    batches: Any = iter(DataLoader(Deadly(8, number), num_workers=1, prefetch_factor=3))
+    (worker,) = batches._workers
+    worker.join()
+    monkeypatch.setattr(worker, "is_alive", lambda: True)  # as it was a moment before
+    with (
+        pytest.raises(WorkerDiedError, match=f"data worker {worker.pid} of rank 0 on .* {says}"),
+        workers.deaths_explained(),
+    ):
+        list(batches)

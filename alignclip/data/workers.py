@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,8 +69,7 @@ def deaths_explained() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, OSError, EOFError) as error:
-        is_cut = isinstance(error, (ConnectionError, EOFError))
-        said = f"{error} {_death(2.0 if is_cut else 0.0)}"
+        said = f"{error} {_death(error)}"
         if (why := bus_error_in_words(said)) is not None:
             raise UserError(why) from error
         killed, left = KILLED.search(said), LEFT.search(said)
@@ -84,20 +84,33 @@ def deaths_explained() -> Iterator[None]:
         ) from error
 
 
-def _death(seconds: float) -> str:
-    """Return what PyTorch knows of a dead worker, after so many seconds at most.
+def _death(error: Exception) -> str:
+    """Return what PyTorch says, or would say, of the worker whose death is behind an error.
 
-    The connection of a worker that is killed breaks before its death can be seen.
+    The connection of a worker that is killed breaks before its death can be seen. PyTorch tells a
+    death once, and that goes unheard where an object is just being let go of: the workers of the
+    loader that failed are asked, too.
     """
-    until = time.monotonic() + seconds
+    ours = [
+        worker
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if frame.f_code.co_name == "_try_get_data"
+        for worker in frame.f_locals["self"]._workers
+    ]
+    is_cut = isinstance(error, (ConnectionError, EOFError))
+    until = time.monotonic() + (2.0 if is_cut else 0.0)
     try:
-        _utils.signal_handling._error_if_any_worker_fails()
-        while time.monotonic() < until:
-            time.sleep(0.05)
+        while True:
             _utils.signal_handling._error_if_any_worker_fails()
+            for worker in ours:
+                if worker.exitcode is not None and worker.exitcode < 0:
+                    name = signal.strsignal(-worker.exitcode)
+                    return f"DataLoader worker (pid {worker.pid}) is killed by signal: {name}."
+            if time.monotonic() >= until:
+                return ""
+            time.sleep(0.05)
     except RuntimeError as death:  # PyTorch's handler of SIGCHLD raises, too
         return str(death)
-    return ""
 
 
 def _out_of_memory() -> str:

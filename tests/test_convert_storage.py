@@ -28,7 +28,7 @@ from tarballs import (
 
 from alignclip.conversion.inputs import expand_inputs
 from alignclip.errors import UserError
-from alignclip.storage import copies, patience
+from alignclip.storage import copies, patience, temporary
 from alignclip.storage.staging import LOCK, OutputFolder
 
 
@@ -164,14 +164,14 @@ def test_http_that_fails_for_the_moment(tmp_path: Path, monkeypatch: pytest.Monk
             refused(rf"cannot fetch {url}/b\.tar: {message}", f"{url}/b.tar", tmp_path / "none")
 
 
-def test_copies_that_are_left_are_those_of_dead_processes_here(
+def test_folders_that_go_are_those_of_dead_processes_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TMPDIR may be shared with other machines, whose process ids say nothing here."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     dead = subprocess.Popen(["true"])
     dead.wait()
-    ours, theirs = f"alignclip-{copies.HOST}", "alignclip-0badcafe"
+    ours, theirs = f"alignclip-{temporary.HOST}", "alignclip-0badcafe"
     names = [
         f"{ours}-{dead.pid}-old",
         f"{ours}-{dead.pid}-new",
@@ -182,8 +182,10 @@ def test_copies_that_are_left_are_those_of_dead_processes_here(
         (tmp_path / name).mkdir()
         if name.endswith("old"):
             os.utime(tmp_path / name, (time.time() - 4000,) * 2)
-    copies.remove_stale_copies()
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
+    temporary.remove_stale_folders.cache_clear()
+    with temporary.temporary_folder() as made:
+        there = {path.name for path in tmp_path.iterdir()}
+    assert there == {*names[1:], made.name}
 
 
 def test_a_prefix_of_other_objects_is_no_output_and_a_set_there_is_read_by_its_index(

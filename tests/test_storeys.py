@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -119,6 +120,17 @@ def test_storage_uses_the_clients_of_streaming_alone() -> None:
     assert all(
         name.startswith("streaming.base.storage") for name in names if name.startswith("streaming")
     )
+
+
+def test_temporary_folders_are_made_where_one_thinks_of_a_kill() -> None:
+    """A checkpoint's copy that nobody removes fills the disk, kill by kill."""
+    makes = re.compile(r"tempfile\.(mkdtemp\((?!dir)|TemporaryDirectory\(|mkstemp|NamedTemp)")
+    places = {module_of(path) for path in FILES if makes.search(path.read_text("utf-8"))}
+    assert places == {
+        "alignclip.storage.temporary",
+        "alignclip.storage.whole",  # probes, which it removes itself
+        "alignclip.training.dry_run",  # one folder for all ranks, by the name of those above
+    }
 
 
 def test_the_reading_of_imports_sees_every_form(tmp_path: Path) -> None:

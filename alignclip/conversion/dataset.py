@@ -28,14 +28,12 @@ from __future__ import annotations
 
 import fnmatch
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from alignclip.checked_json import has_type
@@ -64,8 +62,8 @@ from alignclip.conversion.wording import are_them, counted, first_few, inputs_in
 from alignclip.conversion.workers import convert_all
 from alignclip.errors import UserError, without_secrets
 from alignclip.storage import leaving_nothing
-from alignclip.storage.copies import remove_stale_copies
 from alignclip.storage.staging import INDEX, VAL, OutputFolder, shown
+from alignclip.storage.temporary import temporary_folder
 
 ENOUGH_SAMPLES = 1000  # with fewer, a share of bad ones says little
 
@@ -134,7 +132,6 @@ def _convert_rest(
     # what is written down and said: a URL may be signed, each day anew
     said = {name: without_secrets(source) for name, source in names.items()}
     complete, planned = begin(store, there, options, said, columns)
-    remove_stale_copies()
     store.remove_partial()
     done = {
         name: record.counts
@@ -297,10 +294,10 @@ def _try_options(options: ConvertOptions) -> None:
 
     mds_writer.check_compression(options.compression)
     mds_writer.check_hashes(options.hashes)
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         try:
             mds_writer.JoinedShardWriter(
-                PAIR_COLUMNS, Path(folder) / "empty", size_limit=options.size_limit
+                PAIR_COLUMNS, folder / "empty", size_limit=options.size_limit
             ).finish()
         except ValueError as error:
             raise UserError(f"--size-limit {options.size_limit}: {error}") from None

@@ -7,13 +7,13 @@ folder that they belong to.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from alignclip.errors import UserError
+from alignclip.storage.temporary import temporary_folder
 
 DEPTH = 4  # folders below --root that are searched
 IMAGES = (".jpg", ".jpeg", ".png")
@@ -122,9 +122,9 @@ def laid_out(root: Path, parts: Mapping[str, Part], advice: str) -> Iterator[Lay
             where = f"in --root {root} and the {DEPTH} levels of folders below"
             raise UserError(f"there is no {part.shown} {where}; {advice}")
         links[place] = found.absolute()
-    with tempfile.TemporaryDirectory(prefix="alignclip-") as temporary:
+    with temporary_folder() as temporary:
         for place, found in links.items():
-            link = Path(temporary, place)
+            link = temporary / place
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(found)
         yield Layout(Path(temporary), links)

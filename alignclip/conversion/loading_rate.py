@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from alignclip.data.mds_reader import open_shard
 from alignclip.runtime.stand_ins import stand_ins
 from alignclip.runtime.threads import available_cores
 from alignclip.storage.staging import OutputFolder
+from alignclip.storage.temporary import temporary_folder
 
 MEASURED_SAMPLES = 200
 SECONDS = 0.6  # of each measurement
@@ -93,7 +93,7 @@ def _some_images(out: str) -> list[bytes]:
     entries = parse_index(store.files.read_bytes(INDEX))
     entry = entries[len(entries) // 2]
     file = stored_file(entry)
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         path = Path(store.out, file["basename"])
         if store.is_remote:
             if file["bytes"] > MOST_FETCHED:

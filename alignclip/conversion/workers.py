@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
 
 from tqdm import tqdm
 
@@ -24,8 +23,8 @@ from alignclip.conversion.shards import convert_shard
 from alignclip.errors import UserError, one_line
 from alignclip.runtime.threads import set_thread_defaults
 from alignclip.storage import patience
-from alignclip.storage.copies import TEMPORARY, remove_stale_copies
 from alignclip.storage.staging import OutputFolder
+from alignclip.storage.temporary import temporary_folder
 
 CONNECT_TIMEOUT = 30  # seconds
 
@@ -125,8 +124,6 @@ def _work(
     """Convert an input shard in this process; ``mark`` is the run's, where this is elsewhere."""
     store = OutputFolder(options.out, mark)
     store.check_mark()
-    if _progress is None:
-        _tidy_once()
     show = _progress.add if _progress else lambda written, skipped: None
     try:
         return convert_shard(source, name, columns, options, show, store)
@@ -134,12 +131,6 @@ def _work(
         message = str(error)
     # Alone: Dask sends the cause of an error along, which must pickle then; an HTTP error doesn't.
     raise UserError(message)
-
-
-@cache
-def _tidy_once() -> None:
-    """Remove stale copies on a cluster's machine; this machine's driver does it for its own."""
-    remove_stale_copies()
 
 
 def _count_in(progress: Progress) -> None:
@@ -157,8 +148,10 @@ def _pool(processes: int, progress: Progress) -> Iterator[Executor]:
     # spawn: CUDA and the object stores' clients do not survive a fork
     spawn = multiprocessing.get_context("spawn")
     # a worker that is killed leaves its copies behind
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as temporary:
-        pool = ProcessPoolExecutor(processes, spawn, _start_worker, (progress, threads, temporary))
+    with temporary_folder() as temporary:
+        pool = ProcessPoolExecutor(
+            processes, spawn, _start_worker, (progress, threads, str(temporary))
+        )
         try:
             yield pool
         except KeyboardInterrupt:

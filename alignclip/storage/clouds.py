@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import socket
-import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
@@ -26,6 +25,7 @@ from urllib.parse import urlparse
 from alignclip.errors import UserError, nearest
 from alignclip.storage.endpoint import expect_plain_s3, in_profile
 from alignclip.storage.store import Folder, Store
+from alignclip.storage.temporary import temporary_directory
 from alignclip.storage.trouble import is_absent, is_denied
 from alignclip.storage.words import StorageError
 
@@ -317,7 +317,7 @@ class Streamed(Bucket):
             raise UserError(
                 f"cannot write to '{self.place}': Streaming knows {schemes} and local folders"
             )
-        folder = tempfile.mkdtemp(prefix="alignclip-upload-")
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        folder = temporary_directory()
+        weakref.finalize(self, folder.cleanup)
         # patiently waits longer
-        return CloudUploader.get((folder, self.place), keep_local=True, retry=1)
+        return CloudUploader.get((folder.name, self.place), keep_local=True, retry=1)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from alignclip.errors import UserError, few
 from alignclip.storage.clouds import open_store
-from alignclip.storage.copies import temporary_folder
 from alignclip.storage.patience import patiently
 from alignclip.storage.store import Store
+from alignclip.storage.temporary import temporary_folder
 from alignclip.storage.words import StorageError
 
 

@@ -33,9 +33,9 @@ from typing import IO, Any
 from alignclip.checked_json import parse_json
 from alignclip.errors import UserError
 from alignclip.storage.clouds import open_store
-from alignclip.storage.copies import TEMPORARY, temporary_folder
 from alignclip.storage.patience import patiently
 from alignclip.storage.store import Store
+from alignclip.storage.temporary import temporary_folder
 from alignclip.storage.trouble import is_absent, is_passing
 from alignclip.storage.whole import to_disk
 from alignclip.storage.words import StorageError, cannot
@@ -233,7 +233,7 @@ class OutputFolder:
         Raises:
             UserError: ``out`` cannot be reached or written; see also :meth:`check_mark`.
         """
-        below, prefix = None, TEMPORARY
+        below, prefix = None, None
         if not self.is_remote:
             below, prefix = Path(self.out), f"{PARTIAL}{name.replace('/', '-')}-"
         with temporary_folder(below, prefix) as folder:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from alignclip.errors import UserError
 from alignclip.storage.patience import answered
+from alignclip.storage.temporary import temporary_folder
 from alignclip.storage.trouble import Right, is_absent, is_denied
 from alignclip.storage.whole import check_folder_writable, write_whole
 from alignclip.storage.words import StorageError, describe_storage_error
@@ -51,8 +51,8 @@ class Store(ABC):
 
     def read_bytes(self, name: str) -> bytes:
         """Read a file that is needed."""
-        with tempfile.TemporaryDirectory(prefix="alignclip-") as folder:
-            path = Path(folder, "file")
+        with temporary_folder() as folder:
+            path = folder / "file"
             self.download(name, path)
             return path.read_bytes()
 
@@ -80,8 +80,8 @@ class Store(ABC):
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small text file, which appears whole or not at all."""
-        with tempfile.TemporaryDirectory(prefix="alignclip-") as folder:
-            path = Path(folder, "file")
+        with temporary_folder() as folder:
+            path = folder / "file"
             path.write_text(text, encoding="utf-8")
             self.put(path, name)
 

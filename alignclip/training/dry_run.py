@@ -35,7 +35,7 @@ from alignclip.ranks import (
     wait_for_all_ranks,
     world_size,
 )
-from alignclip.storage.copies import TEMPORARY
+from alignclip.storage import temporary
 from alignclip.training.build import (
     batches_an_epoch,
     build_data,
@@ -109,7 +109,7 @@ def caches_removed(config: RunConfig) -> Iterator[RunConfig]:
 
     Call this on every rank.
     """
-    folder = Path(run_once_per_machine(lambda: tempfile.mkdtemp(prefix=TEMPORARY)))
+    folder = Path(run_once_per_machine(lambda: tempfile.mkdtemp(prefix=temporary.prefix())))
     streams = dict(config.data.streams)
     for stream, one in config.data.streams.items():
         if one.remote and not Path(local_folder(stream, one)).exists():

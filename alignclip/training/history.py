@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from composer.utils import dist
 
 from alignclip.evaluation.history import EVALUATIONS, records_in
 from alignclip.evaluation.json_lines import RecordFile, RecordLine, lines_in, text_of, without_nan
+from alignclip.storage.temporary import temporary_folder
 from alignclip.training.curve_page import page, save_picture
 from alignclip.training.display import LOSS
 from alignclip.training.evaluation_callback import EvaluationCallback
@@ -128,8 +128,8 @@ class History(LoggerDestination):
     def _draw(self, state: State, lines: list[RecordLine]) -> None:
         lines = [*lines, *self._evaluations(state)]
         self._store.write_text(PAGE, page(str(state.run_name), lines))
-        with tempfile.TemporaryDirectory(prefix="alignclip-") as temporary:
-            drawn = Path(temporary, PICTURE)
+        with temporary_folder() as temporary:
+            drawn = temporary / PICTURE
             save_picture(drawn, lines)
             self._store.put(drawn, PICTURE)
         self.is_drawn = True

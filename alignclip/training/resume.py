@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import math
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from alignclip.ranks import (
     run_once_per_machine,
     wait_for_all_ranks,
 )
+from alignclip.storage.temporary import temporary_folder
 from alignclip.training import composer_patches
 from alignclip.training.display import print_once
 from alignclip.training.save_folder import SaveFolder
@@ -101,8 +101,8 @@ def starting_point(config: RunConfig, folder: SaveFolder | None) -> Iterator[Sta
     Raises:
         UserError: no checkpoint is whole, or it can't be read; on every rank.
     """
-    with tempfile.TemporaryDirectory(prefix="alignclip-") as downloads:
-        download, start = Path(downloads, "checkpoint.pt"), None
+    with temporary_folder() as downloads:
+        download, start = downloads / "checkpoint.pt", None
         if folder is not None and config.autoresume:
             start = _own_checkpoint(folder, download)
         if start is None and (place := config.load_path):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from alignclip.storage import (
     to_disk,
     write_text_whole,
 )
+from alignclip.storage.temporary import temporary_folder
 from alignclip.weights import checkpoint_file
 
 FileState = tuple[int, int, int]  # size, time of change, inode
@@ -203,8 +203,8 @@ class SaveFolder:
             size = self._whole_sizes.get(name) if download is None else None
             if size is not None and self.files.size(name) in (None, size):
                 return None
-            with tempfile.TemporaryDirectory(prefix="alignclip-") as folder:
-                path = download or Path(folder, "checkpoint.pt")
+            with temporary_folder() as folder:
+                path = download or folder / "checkpoint.pt"
                 self.files.download(name, path)
                 why = checkpoint_file.damage(path)
                 if why is None:

@@ -25,7 +25,7 @@ from alignclip.data.mds_index import ShardEntry, stored_file
 from alignclip.data.mds_reader import DamagedShard, open_shard
 from alignclip.errors import UserError, one_line
 from alignclip.storage import describe_storage_error, is_full, open_store, patiently
-from alignclip.storage.copies import temporary_folder
+from alignclip.storage.temporary import temporary_folder
 from alignclip.verification.findings import LINES_A_KIND, Problems, SetSummary, folder_of
 
 if TYPE_CHECKING:

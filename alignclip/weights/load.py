@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from alignclip.config.schema import ModelConfig
 from alignclip.data.tokenizer import SimpleTokenizer
 from alignclip.errors import UserError, few, one_line
 from alignclip.model.encoders import CLIP, build_encoders
+from alignclip.storage.temporary import temporary_folder
 from alignclip.weights.fetch import fetch
 from alignclip.weights.finite import check_finite
 from alignclip.weights.formats import open_weights
@@ -115,8 +115,8 @@ def open_model(
     device = find_device(device)
     given = named(config) if isinstance(config, str) else config
     # the weights are read where they lie, so a download has to stay until they are in the model
-    with tempfile.TemporaryDirectory(prefix="alignclip-") as downloads:
-        weights = open_weights(fetch(place, Path(downloads)), place)
+    with temporary_folder() as downloads:
+        weights = open_weights(fetch(place, downloads), place)
         file, form = weights.content.file, weights.format
         unused = weights.unused or _kept_apart(file, place)
         pixels = form.pixels(weights.content)

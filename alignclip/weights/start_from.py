@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from torch import Tensor
 from alignclip.config.schema import ModelConfig
 from alignclip.errors import UserError, nearest, one_line
 from alignclip.model.encoders import CLIP
+from alignclip.storage.temporary import temporary_folder
 from alignclip.weights.fetch import fetch
 from alignclip.weights.finite import check_finite
 from alignclip.weights.formats import open_weights
@@ -98,9 +98,9 @@ def load_pretrained(model: CLIP, place: str, shared_from: str, config: ModelConf
             fits.
     """
     # a download stays until its weights, which are mapped into memory, are copied
-    with tempfile.TemporaryDirectory(prefix="alignclip-") as downloads:
+    with temporary_folder() as downloads:
         try:
-            source = _open_checkpoint(place, Path(downloads))
+            source = _open_checkpoint(place, downloads)
             description = source.format.describe(source)
             pixels = _other_pixels(source)
             license = license_of(text_beside(str(source.content.file), CARD), source.format)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +27,8 @@ from alignclip.conversion.wording import first_few
 from alignclip.data.mds_index import INDEX, ShardEntry, columns_of, read_shards, stored_file
 from alignclip.data.mds_reader import open_shard
 from alignclip.errors import UserError, one_line
-from alignclip.storage.copies import TEMPORARY, fetched
+from alignclip.storage.copies import fetched
+from alignclip.storage.temporary import temporary_folder
 
 REMEMBERED_SECONDS = 300.0  # seconds, of an index in a bucket: a worker converts many of its shards
 
@@ -156,8 +156,8 @@ def _shard_pairs(path: Path, entry: ShardEntry) -> Iterator[Item]:
     """Yield a shard's pairs in order; of a broken shard the pairs before the break."""
     as_pair = pair_with_captions if columns_of(entry)["caption"] == CAPTION_LISTS else pair
     try:
-        with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
-            for row in open_shard(entry, path, Path(folder)):
+        with temporary_folder() as folder:
+            for row in open_shard(entry, path, folder):
                 yield as_pair(row["key"], row["image"], row["caption"])
     except Exception as error:  # Streaming raises nearly anything on broken samples
         if isinstance(error, OSError) and error.errno is not None:

@@ -82,7 +82,6 @@ alignclip/storage/hub.py
 alignclip/data/workers.py
     torch.utils.data._utils._set_python_exit_flag()
     torch.utils.data._utils.signal_handling._error_if_any_worker_fails
-    torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data(self timeout)
     torch.utils.data.dataloader._MultiProcessingDataLoaderIter: _workers
 alignclip/data/streaming_patches.py
     streaming.base.dataset.StreamingDataset.prepare_shard(self shard_id blocking)
@@ -147,6 +146,8 @@ alignclip/conversion/mds_writer.py
     streaming.base.format.base.writer.Writer._process_file(self raw_data raw_basename
         zip_basename)
     streaming.base.format.base.writer.Writer._hash(self data basename)
+    streaming.base.format.base.writer.Writer._write_index(self)
+    streaming.base.format.base.writer.Writer: executor
     streaming.base.format.base.writer.JointWriter: new_samples extra_bytes_per_shard
         encode_joint_shard
     streaming.MDSWriter: config_data column_encodings

@@ -184,6 +184,7 @@ def test_the_death_of_a_data_worker_in_words(error: Exception, expected: Any, sa
 def test_a_death_that_is_first_seen_as_a_broken_connection(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(workers, "SEEN_WITHIN", 0.1)
     with pytest.raises(type(error)), workers.deaths_explained():
         raise error  # of something else: no worker is dead
 
@@ -236,14 +237,21 @@ def test_a_worker_that_is_killed_in_an_evaluation_is_named() -> None:
     ],
     ids=["SIGKILL", "SIGSEGV"],
 )
+@pytest.mark.parametrize("pins", [False, True])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_death_that_goes_unheard_is_named(
-    number: int, says: str, monkeypatch: pytest.MonkeyPatch
+    number: int, says: str, pins: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     silent = "_error_if_any_worker_fails"
     monkeypatch.setattr(workers._utils.signal_handling, silent, lambda: None)
-    batches: Any = iter(DataLoader(Deadly(8, number), num_workers=1, prefetch_factor=3))
+    pin = "pin_memory"  # takes long enough for the worker to die before its next batch is fetched
+    monkeypatch.setattr(workers._utils.pin_memory, pin, lambda data, _: time.sleep(1) or data)
+    pinning = {"pin_memory": True, "pin_memory_device": "none"} if pins else {}
+    batches: Any = iter(DataLoader(Deadly(8, number), num_workers=1, prefetch_factor=3, **pinning))
     (worker,) = batches._workers
-    worker.join()
+    worker.join(20)
+    if pins:
+        batches._pin_memory_thread.join(20)
     monkeypatch.setattr(worker, "is_alive", lambda: True)  # as it was a moment before
     with (
         pytest.raises(WorkerDiedError, match=f"data worker {worker.pid} of rank 0 on .* {says}"),

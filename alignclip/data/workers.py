@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from torch.utils.data import _utils
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from alignclip.data.shared_memory_room import bus_error_in_words
 from alignclip.errors import UserError, WorkerDiedError
@@ -22,6 +23,9 @@ from alignclip.runtime import launcher
 # what PyTorch says where a worker has died
 KILLED = re.compile(r"DataLoader worker \(pid (\d+)\) is killed by signal: ([^.]+)\.")
 LEFT = re.compile(r"DataLoader worker \(pid\(s\) ([\d, ]+)\) exited unexpectedly")
+# what PyTorch says where the thread that pins batches has met the broken connection
+PIN_THREAD_ENDED = "Pin memory thread exited unexpectedly"
+SEEN_WITHIN = 2.0  # seconds from the broken connection of a worker to the news of its death
 MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
 
 
@@ -88,21 +92,20 @@ def _death(error: Exception) -> str:
     """Return what PyTorch says, or would say, of the worker whose death is behind an error.
 
     The connection of a worker that is killed breaks before its death can be seen. PyTorch tells a
-    death once, and that goes unheard where an object is just being let go of: the workers of the
-    loader that failed are asked, too.
+    death once, by an exception, and Python swallows an exception that is raised in a ``__del__``.
+    So the workers of the loader that failed are asked, too.
     """
-    ours = [
-        worker
+    loaders = {
+        id(loader): loader
         for frame, _ in traceback.walk_tb(error.__traceback__)
-        if frame.f_code.co_name == "_try_get_data"
-        for worker in frame.f_locals["self"]._workers
-    ]
-    is_cut = isinstance(error, (ConnectionError, EOFError))
-    until = time.monotonic() + (2.0 if is_cut else 0.0)
+        if isinstance(loader := frame.f_locals.get("self"), _MultiProcessingDataLoaderIter)
+    }
+    is_cut = isinstance(error, (ConnectionError, EOFError)) or PIN_THREAD_ENDED in str(error)
+    until = time.monotonic() + (SEEN_WITHIN if is_cut else 0.0)
     try:
         while True:
             _utils.signal_handling._error_if_any_worker_fails()
-            for worker in ours:
+            for worker in (one for loader in loaders.values() for one in loader._workers):
                 if worker.exitcode is not None and worker.exitcode < 0:
                     name = signal.strsignal(-worker.exitcode)
                     return f"DataLoader worker (pid {worker.pid}) is killed by signal: {name}."

@@ -188,6 +188,18 @@ def test_folders_that_go_are_those_of_dead_processes_here(
     assert there == {*names[1:], made.name}
 
 
+def test_a_machine_without_room_for_temporary_files_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def find() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr("tempfile.gettempdir", find)
+    message = "^cannot write to any temporary folder: No usable temporary directory found in"
+    with pytest.raises(UserError, match=message), temporary.temporary_folder():
+        raise AssertionError("there is none")
+
+
 def test_a_prefix_of_other_objects_is_no_output_and_a_set_there_is_read_by_its_index(
     s3: Any, tmp_path: Path
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -122,14 +121,16 @@ def test_storage_uses_the_clients_of_streaming_alone() -> None:
     )
 
 
-def test_temporary_folders_are_made_where_one_thinks_of_a_kill() -> None:
-    """A checkpoint's copy that nobody removes fills the disk, kill by kill."""
-    makes = re.compile(r"tempfile\.(mkdtemp\((?!dir)|TemporaryDirectory\(|mkstemp|NamedTemp)")
-    places = {module_of(path) for path in FILES if makes.search(path.read_text("utf-8"))}
-    assert places == {
+def test_temporary_folders_are_made_in_one_place() -> None:
+    """A folder that another module makes stays after a kill, and may hold a checkpoint."""
+    found = {module_of(path) for path in FILES if "tempfile" in imports(path)}
+    assert found == {
         "alignclip.storage.temporary",
-        "alignclip.storage.whole",  # probes, which it removes itself
-        "alignclip.training.dry_run",  # one folder for all ranks, by the name of those above
+        "alignclip.storage.whole",  # removes its probes itself
+        "alignclip.training.delivery",  # makes folders below one of storage.temporary
+        # the type, and where TMPDIR is
+        *("alignclip.conversion.formats.lines", "alignclip.training.dry_run"),
+        *("alignclip.conversion.workers", "alignclip.data.shared_memory", "alignclip.data.streams"),
     }
 
 

@@ -127,4 +127,4 @@ def laid_out(root: Path, parts: Mapping[str, Part], advice: str) -> Iterator[Lay
             link = temporary / place
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(found)
-        yield Layout(Path(temporary), links)
+        yield Layout(temporary, links)

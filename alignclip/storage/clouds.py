@@ -25,7 +25,7 @@ from urllib.parse import urlparse
 from alignclip.errors import UserError, nearest
 from alignclip.storage.endpoint import expect_plain_s3, in_profile
 from alignclip.storage.store import Folder, Store
-from alignclip.storage.temporary import temporary_directory
+from alignclip.storage.temporary import make_temporary_folder
 from alignclip.storage.trouble import is_absent, is_denied
 from alignclip.storage.words import StorageError
 
@@ -317,7 +317,7 @@ class Streamed(Bucket):
             raise UserError(
                 f"cannot write to '{self.place}': Streaming knows {schemes} and local folders"
             )
-        folder = temporary_directory()
+        folder = make_temporary_folder()
         weakref.finalize(self, folder.cleanup)
         # patiently waits longer
         return CloudUploader.get((folder.name, self.place), keep_local=True, retry=1)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alignclip.runtime import attendance
-from alignclip.storage.temporary import temporary_directory
+from alignclip.storage.temporary import make_temporary_folder
 from alignclip.training.save_folder import SaveFolder
 from alignclip.weights.checkpoint_file import write_checkpoint
 
@@ -34,7 +34,7 @@ class Delivery:
         self.folder, self.overwrite = folder, overwrite
         self.place = Path(folder.uri)
         if folder.remote:
-            self._temporary = temporary_directory()
+            self._temporary = make_temporary_folder()
             self.place = Path(self._temporary.name)
         self._worker = ThreadPoolExecutor(1)
 

@@ -28,14 +28,13 @@ from alignclip.device import choose_device
 from alignclip.model.composer_model import AlignCLIPModel
 from alignclip.model.optimization import build_optimizer
 from alignclip.ranks import (
-    local_rank,
     local_world_size,
     run_on_rank_zero,
     run_once_per_machine,
     wait_for_all_ranks,
     world_size,
 )
-from alignclip.storage import temporary
+from alignclip.storage.temporary import make_temporary_folder
 from alignclip.training.build import (
     batches_an_epoch,
     build_data,
@@ -109,7 +108,13 @@ def caches_removed(config: RunConfig) -> Iterator[RunConfig]:
 
     Call this on every rank.
     """
-    folder = Path(run_once_per_machine(lambda: tempfile.mkdtemp(prefix=temporary.prefix())))
+    made: list[tempfile.TemporaryDirectory[str]] = []
+
+    def make() -> str:
+        made.append(make_temporary_folder())
+        return made[0].name
+
+    folder = Path(run_once_per_machine(make))
     streams = dict(config.data.streams)
     for stream, one in config.data.streams.items():
         if one.remote and not Path(local_folder(stream, one)).exists():
@@ -118,8 +123,8 @@ def caches_removed(config: RunConfig) -> Iterator[RunConfig]:
         yield dataclasses.replace(config, data=dataclasses.replace(config.data, streams=streams))
         wait_for_all_ranks()  # the other ranks of a machine read there
     finally:
-        if local_rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+        for temporary in made:
+            temporary.cleanup()
 
 
 def expect(

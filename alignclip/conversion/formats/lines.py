@@ -17,7 +17,7 @@ from alignclip.conversion.formats.remote import read_ahead
 from alignclip.conversion.samples import BROKEN_INPUT, Item, Skipped
 from alignclip.errors import UserError, one_line
 from alignclip.storage.copies import fetched
-from alignclip.storage.temporary import temporary_directory
+from alignclip.storage.temporary import make_temporary_folder
 
 LONGEST_LINE = 2**24  # bytes; a longer line is no pair's
 _DAMAGE = (OSError, EOFError, zlib.error)  # what gzip raises; its own OSErrors have no number
@@ -114,6 +114,6 @@ def items_of_lines(
 
 @lru_cache(1)
 def _temporary_copy(url: str) -> tuple[tempfile.TemporaryDirectory[str], Path]:
-    folder = temporary_directory()
+    folder = make_temporary_folder()
     with fetched(url) as path:
         return folder, path.rename(Path(folder.name, path.name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -456,6 +457,20 @@ def test_shards_are_streamings_own(tmp_path: Path, compression: str | None) -> N
                 own.write(sample)
                 writer.write(sample)
         assert contents(ours) == contents(theirs), i
+
+
+def test_no_second_is_waited_for_the_writers_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sleep(seconds: float) -> None:
+        raise AssertionError("Streaming looks after the threads again later")
+
+    monkeypatch.setattr("streaming.base.format.base.writer.sleep", sleep)
+    with JoinedShardWriter({"key": "str"}, tmp_path) as writer:
+        writer.write({"key": "a"})
+        for _ in range(64):  # more than there are threads
+            writer.executor.submit(time.sleep, 0.02)
+    assert (tmp_path / "index.json").exists()
 
 
 # what belongs to a set

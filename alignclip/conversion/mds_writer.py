@@ -26,7 +26,7 @@ class JoinedShardWriter(MDSWriter):
     Samples are laid one behind the other as they come, in memory that is used again for the next
     shard. The names that it overrides and reads are Streaming 0.13's: ``new_samples``,
     ``extra_bytes_per_shard``, ``config_data``, ``encode_joint_shard``, ``_process_file``,
-    ``_hash``.
+    ``_hash``, ``_write_index``, ``executor``.
 
     Args:
         columns: name -> MDS encoding.
@@ -97,6 +97,11 @@ class JoinedShardWriter(MDSWriter):
             for start in range(0, len(raw_data), PIECE):
                 file.write(raw_data[start : start + PIECE])
         return self._hash(raw_data, raw_basename), None
+
+    def _write_index(self) -> None:
+        """Wait until the threads have taken up every shard: Streaming looks once a second."""
+        self.executor.submit(int).result()  # threads take up their tasks in turn
+        super()._write_index()
 
 
 def bytes_of(size: int | str) -> int:

@@ -13,7 +13,9 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch.distributed.tensor import DTensor
 
-from alignclip.training import build, command
+from alignclip.training import build, command, history
+
+DRAWS = "ALIGNCLIP_TEST_DRAWS"  # in the environment: a run draws its learning curves
 
 
 class Recorder(Callback):
@@ -76,4 +78,7 @@ def main(arguments: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     build_callbacks = build.build_callbacks
     build.build_callbacks = lambda config: [*build_callbacks(config), Recorder(folder)]
+    if DRAWS not in os.environ:  # drawing the learning curves takes as long as a short run
+        history.page = lambda name, lines: ""
+        history.save_picture = lambda path, lines: path.touch()
     return command.main(arguments[1:])

@@ -134,6 +134,11 @@ class S3Server:
         found = (entry["Key"] for page in pages for entry in page.get("Contents", ()))
         return sorted(key for key in found if not key.endswith("/"))
 
+    def empty(self, uri: str) -> None:
+        """Delete all objects of the bucket at ``s3://bucket``."""
+        for key in self.keys(uri):
+            self.client.delete_object(Bucket=uri.removeprefix("s3://"), Key=key)
+
     def log(self) -> str:
         """What the server has printed."""
         path = self.folder / "gateway.log"

@@ -12,6 +12,7 @@ A round's number and seed say all that was drawn: ``--seed 7 --round 12`` repeat
 from __future__ import annotations
 
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -26,6 +27,7 @@ from typing import Any
 import processes
 import pytest
 from closed_memory import memory_let_go
+from recorder import DRAWS
 from s3 import S3Server, point_at
 from soak_conversion import convert_round
 from soak_training import train_round
@@ -86,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         point_at(server, patch)
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv(DRAWS, "1")
         try:
             tally = _rounds(Path(folder), server, seed, options)
         finally:
@@ -134,7 +137,7 @@ def _keep(here: Round, trace: str) -> None:
     """Leave what a failed round has written in the working directory."""
     kept = Path(f"soak-failed-{here.folder.name}")
     with suppress(OSError):
-        here.folder.rename(kept)
+        shutil.move(here.folder, kept)
         here.folder = kept
         here.is_kept = True
         (kept / "trace.txt").write_text(trace, encoding="utf-8")

@@ -33,7 +33,7 @@ def convert_round(here: Round) -> None:
         here.shared["tars"] = Undisturbed(here.folder.parent / "tars", TARS, SAMPLES)
     undisturbed: Undisturbed = here.shared["tars"]
     in_bucket, processes = rng.random() < 0.5, rng.choice((1, 2, 3))
-    out = f"{here.server.bucket()}/set" if in_bucket else str(here.folder / "set")
+    out = f"{here.bucket()}/set" if in_bucket else str(here.folder / "set")
     here.what = f"{'bucket' if in_bucket else 'folder'}, {processes} processes"
     troubles = TROUBLES + ([stop_store, freeze_store] if in_bucket else [])
     while not _is_done(here, undisturbed, out, processes, troubles):

@@ -81,7 +81,7 @@ def train_round(here: Round) -> None:
     words += [*(["EMA"] if ema else []), *(["evaluator"] if evaluates else [])]
     here.what = f"{', '.join(words)}, every {interval}ba, {keep} kept"
     reference = _reference(here, dataset, ranks, numbers)
-    save_folder = f"{here.server.bucket()}/run"
+    save_folder = f"{here.bucket()}/run"
     run = RecordedRun(here.folder / "run", dataset, save_folder, *settings, processes=ranks)
     _train(run, here)
     assert set(run.numbers()) == set(range(STEPS))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from botocore.exceptions import BotoCoreError, ClientError
 from processes import Started
 from s3 import S3Server
 
@@ -34,7 +35,8 @@ class Round:
         what: what was drawn, in words.
         starts: of the command.
         struck: the troubles, in turn.
-        is_kept: the folder stays.
+        buckets: that it has made.
+        is_kept: the folder stays, and the buckets do to the end of the soak.
     """
 
     folder: Path
@@ -44,10 +46,16 @@ class Round:
     what: str = ""
     starts: int = 0
     struck: list[str] = field(default_factory=list)
+    buckets: list[str] = field(default_factory=list)
     is_kept: bool = False
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True)
+
+    def bucket(self) -> str:
+        """Create a bucket of this round, and return its address."""
+        self.buckets.append(self.server.bucket())
+        return self.buckets[-1]
 
     def mend(self) -> None:
         """Have the server run again, whatever has become of it."""
@@ -60,9 +68,15 @@ class Round:
             self.server.start()
 
     def remove(self) -> None:
-        """Remove the folder."""
-        if not self.is_kept:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the folder, and empty the buckets: hours of rounds would fill the disk."""
+        if self.is_kept:
+            return
+        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            for bucket in self.buckets:
+                self.server.empty(bucket)
+        except (BotoCoreError, ClientError) as error:  # costs room, and not the rounds to come
+            print(f"a bucket isn't emptied: {error}", flush=True)
 
 
 def kill_all(process: Started, here: Round) -> None:

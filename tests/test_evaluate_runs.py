@@ -126,6 +126,7 @@ def test_what_is_bad_is_told_and_the_others_are_evaluated(tmp_path: Path) -> Non
     run(
         PRETRAIN, config, "run_name=bad", "max_duration=1ba", "scheduler.t_warmup=0ba", cwd=tmp_path
     )
+    assert (tmp_path / "runs" / "curves.png").read_bytes().startswith(b"\x89PNG")
     yaml = f"""
 precision: fp32
 device: cpu

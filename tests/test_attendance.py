@@ -118,6 +118,7 @@ def wait_for_an_upload(seconds: float, longest_wait: float) -> float:
     return time.monotonic() - began
 
 
+@pytest.mark.slow
 @pytest.mark.world_size(2)
 def test_an_upload_at_the_end_may_take_longer_than_ranks_are_waited_for() -> None:
     assert min(processes.run(2, wait_for_an_upload, 6.0, 4.0)) > 5

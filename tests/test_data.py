@@ -254,11 +254,7 @@ def remote(s3: S3Server, tmp_path: Path) -> Remote:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_shard_that_is_gone_is_an_error_with_its_cause(
-    remote: Remote, workers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # PyTorch waits so many seconds for each worker of a loader that was left
-    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+def test_a_shard_that_is_gone_is_an_error_with_its_cause(remote: Remote, workers: int) -> None:
     remote.remove(remote.shards[1])
     with pytest.raises(
         NotReadError, match=rf"^can't read s3://.*{Path(remote.shards[1]).name}: not "

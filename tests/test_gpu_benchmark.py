@@ -54,7 +54,14 @@ def run(name: str, folder: Path) -> int:
     return gpu.main(words)
 
 
-@pytest.mark.parametrize("name", [name for name in gpu.STEPS if name not in ("ceilings", "set")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.full) if name == "train_regional" else name
+        for name in gpu.STEPS
+        if name not in ("ceilings", "set")
+    ],
+)
 def test_a_step_runs_and_leaves_its_figures(
     folder: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -205,7 +205,7 @@ def test_a_smaller_batch_is_one_that_all_ranks_share(
 
 @pytest.fixture
 def records(dataset: Path, tmp_path: Path) -> Any:
-    """Train by the launcher in a process of its own, as people do; return its losses."""
+    """Train by the launcher, as people do; return the losses."""
     yaml = write_config(tmp_path, str(dataset), str(tmp_path / "saved" / "{run_name}"))
 
     def train(name: str, *overrides: str, really: bool = False) -> list[float]:
@@ -221,7 +221,7 @@ def records(dataset: Path, tmp_path: Path) -> Any:
 def test_fsdp_trains_as_ddp_does(device: str, records: Any) -> None:
     """Under FSDP2's own mixed precision and autocast's."""
     here = (f"device={device}", BF16, *SHORT[:1], "batch_log_interval=1")
-    plain = records("plain", *here, really=True)
+    plain = records("plain", *here, really=device == "gpu")
     sharded = records(
         "sharded", *here, FSDP, "compile_config.backend=aot_eager", "compile_config.regional=true"
     )

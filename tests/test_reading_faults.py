@@ -101,8 +101,6 @@ def test_a_store_that_stays_away_ends_the_reading_with_its_last_word(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(patience, "PATIENCE", 2.0)
-    # PyTorch waits so many seconds for each worker of a loader that was left
-    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
     refusing.refuse = lambda request: (503, "SlowDown") if request.key.endswith(".mds") else None
     began = time.monotonic()
     with pytest.raises(NotReadError, match=r"^can't read s3://b/pairs/shard\..*busy or in trouble"):

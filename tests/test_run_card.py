@@ -51,6 +51,7 @@ def runs(dataset: Path, tmp_path: Path) -> SmallRuns:
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_and_went_on(runs: SmallRuns, dataset: Path) -> None:
     store, runs.draws = open_store(runs.uri), True
     start(runs, 4, 8, STOPPED_EARLY)

@@ -19,6 +19,7 @@ import yaml
 from recorded_runs import RecordedRun
 from runs import TIMEOUT, steps, write_set
 from s3 import S3Server
+from warm_server import OUTLIVES
 
 pytestmark = pytest.mark.slow
 
@@ -165,18 +166,19 @@ def test_a_signal_to_the_whole_group(
     """As a scheduler ends a job, or a terminal: launcher, ranks and data workers all get the
     signal.
     """
-    if number == signal.SIGHUP:  # under nohup the tests ignore it, and so would the run
-        signal.signal(number, signal.SIG_DFL)
     stopped = RecordedRun(tmp_path, dataset, f"{s3.bucket()}/runs/{number.name}")
-    process = stopped.launch(env={"ALIGNCLIP_TEST_HOLD_AT": "6"}, really=True)
-    stopped.wait_for(lambda: 6 in stopped.numbers(), process)
-    stopped.wait_for(lambda: stopped.latest() == 5, process)
-    (rank,) = psutil.Process(process.pid).children()
-    process.signal_group(number)
-    (stopped.records / "go-on").touch()
-    psutil.wait_procs([rank], timeout=60)
-    assert not rank.is_running()
-    process.end()
+    held = {"ALIGNCLIP_TEST_HOLD_AT": "6", OUTLIVES: "1"}
+    process = stopped.launch(env=held, really=number == signal.SIGINT)
+    try:
+        stopped.wait_for(lambda: 6 in stopped.numbers(), process)
+        stopped.wait_for(lambda: stopped.latest() == 5, process)
+        (rank,) = psutil.Process(process.pid).children()
+        process.signal_group(number)
+        (stopped.records / "go-on").touch()
+        psutil.wait_procs([rank], timeout=60)
+        assert not rank.is_running()
+    finally:
+        process.end()
     assert len(stopped.numbers()) == 8, "the batch after the signal is the last"
     assert stopped.latest() == 8
     card = json.loads(stopped.store.read_text("run.json"))

@@ -170,6 +170,7 @@ def test_an_epoch_that_is_given_up(opened: Callable[..., ImageTextDataset]) -> N
         assert list(first) == []
 
 
+@pytest.mark.slow
 def test_a_process_ends_in_the_middle_of_an_epoch(remote: Path, tmp_path: Path) -> None:
     script = f"""
         from alignclip.config.schema import DataConfig, StreamConfig

@@ -318,7 +318,11 @@ def losses_of_ranks() -> dict[Any, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize(
-    "world", [pytest.param(world, marks=pytest.mark.world_size(world)) for world in (2, 3)]
+    "world",
+    [
+        pytest.param(2, marks=pytest.mark.world_size(2)),
+        pytest.param(3, marks=[pytest.mark.world_size(3), pytest.mark.slow]),
+    ],
 )
 def test_ranks(world: int) -> None:
     """Each rank has what it has without tiles; the mean over ranks is the loss of one process."""

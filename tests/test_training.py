@@ -7,12 +7,12 @@ from __future__ import annotations
 import copy
 import math
 import re
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from composer import Trainer
@@ -292,18 +292,6 @@ def test_the_profiler_leaves_its_traces(
     assert list((tmp_path / "r" / "torch_traces").glob("rank0.*.pt.trace.json"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("chunk_size", [0, 5])
-def test_a_compiled_model_trains_the_same(
-    fit: Any, plain: tuple[Trainer, Watch], chunk_size: int
-) -> None:
-    """By the backend that runs the traced graphs as they are; text is at its full length there."""
-    chunks = f"model.encode_chunk_size={chunk_size}"
-    compiled, _ = fit("compile_config.backend=aot_eager", chunks)
-    assert logged(compiled) == pytest.approx(logged(plain[0]), abs=1e-5)
-    assert len(logged(compiled)) == 8
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has one")
 def test_a_device_that_is_not_there() -> None:
     with pytest.raises(UserError, match="there is none on this machine"):
@@ -331,7 +319,7 @@ def test_nohup_lets_a_run_outlive_its_terminal() -> None:
         "os.kill(os.getpid(), signal.SIGHUP)\n"
         "raise SystemExit(signal.SIGHUP in signal.sigpending())\n"
     )
-    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+    assert processes.python("-c", code).returncode == 0
 
 
 @pytest.mark.slow
@@ -350,4 +338,4 @@ def test_a_worker_that_hangs_does_not_outlive_a_run_that_fails(tmp_path: Path) -
         "for batch in torch.utils.data.DataLoader(Hangs(), batch_size=2, num_workers=2):\n"
         "    raise SystemExit(3)\n"
     )
-    assert subprocess.run([sys.executable, script], timeout=120).returncode == 3
+    assert processes.python(script).returncode == 3

@@ -39,6 +39,7 @@ STACK = (
     "composer.cli.launcher", "streaming", "open_clip", "timm", "boto3", "pyarrow.parquet",
     "scipy.stats", "sklearn.linear_model", "matplotlib.pyplot", "sentence_transformers",
 )  # fmt: skip
+OUTLIVES = "ALIGNCLIP_TEST_OUTLIVES"  # set: ranks outlive their launcher, as real ones do
 PR_SET_PDEATHSIG, MADV_COLLAPSE = 1, 25
 HUGE = 2**21  # bytes of a page
 
@@ -174,7 +175,7 @@ def become(request: Request) -> NoReturn:
 
 def run_python(arguments: list[str], spawns: bool = True) -> NoReturn:
     """Run ``python ARGUMENTS`` in this process, which was forked for it."""
-    for number in (signal.SIGCHLD, signal.SIGTERM):
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.set_wakeup_fd(-1)
@@ -257,7 +258,8 @@ class Rank:
         self.returncode: int | None = None
         self.pid = os.fork()
         if not self.pid:
-            die_with_parent()
+            if OUTLIVES not in os.environ:
+                die_with_parent()
             for stream, descriptor in ((stdout, 1), (stderr, 2)):
                 if stream is not None:
                     os.dup2(1 if stream == subprocess.STDOUT else stream.fileno(), descriptor)
@@ -286,7 +288,7 @@ def launch() -> None:
     """Run Composer's launcher, which forks its ranks."""
     from composer.cli import launcher
 
-    for number in (signal.SIGCHLD, signal.SIGTERM):
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.set_wakeup_fd(-1)

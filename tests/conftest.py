@@ -95,14 +95,14 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     The imports have made a million objects, which nobody gives back. Looking through them takes
     the garbage collector half a second each time.
     """
-    import torch
-    from streaming.base.format.base import writer
-
     share_descriptions()
     os.fsync = lambda _: None  # no test takes the power from the disk
-    # seconds that PyTorch waits for each worker of a loader before it ends the worker: five else
-    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 1.0
-    writer.sleep = lambda _: time.sleep(0.001)  # a second, for a thread to begin
+    if torch := sys.modules.get("torch"):
+        # seconds that PyTorch waits for each worker of a loader that ends; five otherwise
+        torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 1.0
+    writer: Any = sys.modules.get("streaming.base.format.base.writer")
+    if writer:
+        writer.sleep = lambda _: time.sleep(0.001)  # a second, for a thread to begin
     gc.collect()
     gc.freeze()
 

@@ -170,8 +170,10 @@ def test_no_scheduler_is_one_line(tmp_path: Path) -> None:
     sys.argv = ["cc12m.py", *{words}, "--no-semantic", "--scheduler", "{address}"]
     runpy.run_path({str(COMMAND)!r}, run_name="__main__")
     """
+    start = time.monotonic()
     done = python("-c", textwrap.dedent(code))
     (line,) = said(done.stderr)
     assert line.startswith(f"error: --scheduler {address}: ")
     assert done.returncode == 2
+    assert time.monotonic() - start < 90
     assert workers.CONNECT_TIMEOUT <= 60

@@ -95,9 +95,8 @@ def interrupt_everywhere(folder: Path, uri: str, case: str, kind: str) -> int:
     for at in every_point(act, kind, folder, lambda at: put(begun, f"{uri}/{at}", folder / "file")):
         try:
             finish(at)
-        except BaseException as error:
-            error.add_note(f"after operation {at}")
-            raise
+        except Exception as error:
+            raise AssertionError(f"after operation {at}") from error
         if "://" not in uri:
             shutil.rmtree(f"{uri}/{at}")
     return at

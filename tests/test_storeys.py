@@ -129,8 +129,8 @@ def test_temporary_folders_are_made_in_one_place() -> None:
         "alignclip.storage.whole",  # removes its probes itself
         "alignclip.training.delivery",  # makes folders below one of storage.temporary
         # the type, and where TMPDIR is
-        *("alignclip.conversion.formats.lines", "alignclip.training.dry_run"),
-        *("alignclip.conversion.workers", "alignclip.data.shared_memory", "alignclip.data.streams"),
+        *("alignclip.conversion.formats.lines", "alignclip.conversion.workers"),
+        *("alignclip.data.shared_memory", "alignclip.data.streams"),
     }
 
 

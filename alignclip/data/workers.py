@@ -95,17 +95,18 @@ def _death(error: Exception) -> str:
     death once, by an exception, and Python swallows an exception that is raised in a ``__del__``.
     So the workers of the loader that failed are asked, too.
     """
-    loaders = {
-        id(loader): loader
+    asked = {
+        worker
         for frame, _ in traceback.walk_tb(error.__traceback__)
         if isinstance(loader := frame.f_locals.get("self"), _MultiProcessingDataLoaderIter)
+        for worker in loader._workers
     }
     is_cut = isinstance(error, (ConnectionError, EOFError)) or PIN_THREAD_ENDED in str(error)
     until = time.monotonic() + (SEEN_WITHIN if is_cut else 0.0)
     try:
         while True:
             _utils.signal_handling._error_if_any_worker_fails()
-            for worker in (one for loader in loaders.values() for one in loader._workers):
+            for worker in asked:
                 if worker.exitcode is not None and worker.exitcode < 0:
                     name = signal.strsignal(-worker.exitcode)
                     return f"DataLoader worker (pid {worker.pid}) is killed by signal: {name}."

@@ -40,43 +40,43 @@ def own_prefix() -> str:
 
 
 def make_temporary_folder(
-    below: Path | None = None, name: str | None = None
+    below: Path | None = None, prefix: str | None = None
 ) -> tempfile.TemporaryDirectory[str]:
     """Make an empty folder that goes with the object that is returned.
 
     Args:
         below: the folder that it is made in, and that is made before; TMPDIR where it isn't given.
             On one file system, a rename is all that is left to do.
-        name: begins the folder's name; :func:`own_prefix` where it isn't given.
+        prefix: begins the folder's name; :func:`own_prefix` where it isn't given.
 
     Raises:
         UserError: the folder can't be made.
     """
     if below is None:
         remove_stale_folders()
-    with cannot(f"write to {below or _place()}"):
+    with cannot(f"write to {below or _tmpdir()}"):
         if below:
             below.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryDirectory(
-            prefix=name or own_prefix(), dir=below, ignore_cleanup_errors=True
+            prefix=prefix or own_prefix(), dir=below, ignore_cleanup_errors=True
         )
 
 
 @contextmanager
-def temporary_folder(below: Path | None = None, name: str | None = None) -> Iterator[Path]:
+def temporary_folder(below: Path | None = None, prefix: str | None = None) -> Iterator[Path]:
     """Give an empty folder that goes when the block ends.
 
     Args:
-        below, name: as of :func:`make_temporary_folder`.
+        below, prefix: as of :func:`make_temporary_folder`.
 
     Raises:
         UserError: the folder can't be made.
     """
-    with make_temporary_folder(below, name) as folder:
+    with make_temporary_folder(below, prefix) as folder:
         yield Path(folder)
 
 
-def _place() -> str:
+def _tmpdir() -> str:
     try:
         return tempfile.gettempdir()
     except OSError:  # the disk of each is full, or read-only

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from alignclip.ranks import (
     wait_for_all_ranks,
     world_size,
 )
-from alignclip.storage.temporary import make_temporary_folder
+from alignclip.storage.temporary import temporary_folder
 from alignclip.training.build import (
     batches_an_epoch,
     build_data,
@@ -108,23 +107,14 @@ def caches_removed(config: RunConfig) -> Iterator[RunConfig]:
 
     Call this on every rank.
     """
-    made: list[tempfile.TemporaryDirectory[str]] = []
-
-    def make() -> str:
-        made.append(make_temporary_folder())
-        return made[0].name
-
-    folder = Path(run_once_per_machine(make))
-    streams = dict(config.data.streams)
-    for stream, one in config.data.streams.items():
-        if one.remote and not Path(local_folder(stream, one)).exists():
-            streams[stream] = dataclasses.replace(one, local=str(folder / stream))
-    try:
+    with contextlib.ExitStack() as stack:
+        folder = run_once_per_machine(lambda: stack.enter_context(temporary_folder()))
+        streams = dict(config.data.streams)
+        for stream, one in config.data.streams.items():
+            if one.remote and not Path(local_folder(stream, one)).exists():
+                streams[stream] = dataclasses.replace(one, local=str(folder / stream))
         yield dataclasses.replace(config, data=dataclasses.replace(config.data, streams=streams))
         wait_for_all_ranks()  # the other ranks of a machine read there
-    finally:
-        for temporary in made:
-            temporary.cleanup()
 
 
 def expect(

@@ -195,7 +195,7 @@ class Command:
             before = now
             return number <= 0
 
-        self.wait_for(enough)
+        self.wait_for(enough, pause=0.01)
 
     def assert_workers_end(self, seconds: float = 10) -> None:
         """All of them, by themselves."""

@@ -87,7 +87,7 @@ def convert_under_fire(
             # files, too
             command.wait_for(lambda command=command: len(command.workers()) == 2)  # type: ignore[misc]
             command.wait_for_changes(listing, rng.randint(1, 12))
-            time.sleep(rng.uniform(0, 0.2))
+            time.sleep(rng.uniform(0, 0.03))  # some 150 inputs a second
             kill(command, victim, rng)
         landed += 1
         left = tars - sum(name.endswith("/counts.json") for name in listing())

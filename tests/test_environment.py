@@ -18,7 +18,7 @@ from alignclip.config.schema import RunConfig
 from alignclip.errors import UserError
 from alignclip.runtime.environment import Git, Start, checkout, versions
 from alignclip.training.run_identity import FREE_SETTINGS, IDENTITY_SECTIONS
-from alignclip.training.run_record import add_start, record_config
+from alignclip.training.run_record import add_start, record_config, starts_of
 from alignclip.training.save_folder import SaveFolder
 
 
@@ -149,6 +149,12 @@ def test_every_start_is_recorded(
     assert datetime.now(timezone.utc) - datetime.fromisoformat(written[0]["time"]) < timedelta(
         minutes=10
     )
+    # an entry that doesn't say what was installed
+    folder.files.write_text("starts.json", '[{"batch": 0, "world_size": 2, "device": "cpu"}]')
+    add_start(folder, Start(15, 2, "cpu"))
+    assert capsys.readouterr().out == ""
+    early, last = starts_of(folder)
+    assert (early.versions, early.command, last.changed) == ({}, "", [])
     for broken in ("[{", '{"a": 1}', "[1]"):
         folder.files.write_text("starts.json", broken)
         with pytest.raises(

@@ -23,6 +23,8 @@ from alignclip.weights.locate import CARD
 CONFIG_FILE = "config.yaml"
 STARTS_FILE = "starts.json"
 ENTRIES_OF_MACHINE = ("world_size", "device")  # entries of a start
+# of a start that an earlier version has recorded; otherwise they would be those of this process
+NOT_RECORDED: dict[str, Any] = {"time": "", "command": "", "versions": {}, "process": ""}
 
 
 class StartedAgainError(NotSavedError):
@@ -116,7 +118,7 @@ def add_start(folder: SaveFolder, start: Start) -> None:
     starts = _entries_of_starts(folder)
     if starts:
         last = starts[-1]
-        new_versions = changes(last["versions"], now["versions"])
+        new_versions = changes(last.get("versions", now["versions"]), now["versions"])
         machines = ({key: one[key] for key in ENTRIES_OF_MACHINE} for one in (last, now))
         now["changed"] = [*_changed_settings(folder), *changes(*machines), *new_versions]
     if new_versions and start.batch:
@@ -154,7 +156,11 @@ def starts_of(folder: SaveFolder) -> list[Start]:
     known = {one.name for one in dataclasses.fields(Start)}
     starts = _entries_of_starts(folder)
     return [
-        Start(**{key: value for key, value in one.items() if key in known} | {"git": git})
+        Start(
+            **NOT_RECORDED
+            | {key: value for key, value in one.items() if key in known}
+            | {"git": git}
+        )
         for one in starts
         for git in [Git(**one["git"]) if one.get("git") else None]
     ]

@@ -156,6 +156,7 @@ BAD = {
     "max_duration=6": "max_duration=6 has no unit",
     "max_duration=1000sp": "write a number and a unit, ep (epochs), ba (batches)",
     "max_duration=3parsecs": "max_duration=3parsecs is no time",
+    "max_duration=1e400ba": "max_duration=1e400ba is no time",
     "max_duration=1.5ep": "the number before ep must be whole",
     "scheduler.t_warmup=-5ba": "scheduler.t_warmup=-5ba is no time",
     "console_log_interval=1.2.3ba": "is no time",

@@ -94,6 +94,11 @@ def test_what_was_begun_otherwise_is_refused(source: Path, out: Path, tmp_path: 
     ):
         end = f"with the same options, choose another --out or delete {out} to start again$"
         refused(f"begun with {message}: finish it {end}", source, out, **changes)
+    plan = load_json(out / "convert.json")
+    for size in ("infmb", "", [2**25], 1.5):  # damaged
+        (out / "convert.json").write_text(json.dumps(plan | {"size_limit": size}))
+        refused("begun with --size-limit ", source, out)
+    (out / "convert.json").write_text(json.dumps(plan))
     other = three_tars(tmp_path / "other")
     refused(r"out/00000 was made from .*/in/00000\.tar, not from .*/other/00000\.tar", other, out)
     refused(r"would both become '00000'", [source, other], tmp_path / "both")
@@ -106,6 +111,7 @@ def test_what_was_begun_otherwise_is_refused(source: Path, out: Path, tmp_path: 
     ("changes", "message"),
     [
         ({"size_limit": "much"}, "^--size-limit much: Unsupported value"),
+        ({"size_limit": "1e400mb"}, "^--size-limit 1e400mb: cannot convert float infinity"),
         ({"size_limit": "0"}, "^--size-limit 0: must be positive"),
         (
             {"compression": "rar"},

@@ -150,7 +150,7 @@ def _check_time(key: str, text: str, rule: Rule) -> None:
     units = _UNITS[rule.time or "interval"]
     found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)([a-z]*)", text.strip().lower())
     number = as_float(found[1]) if found else None
-    if found is None or number is None or found[2] not in ("", *units):
+    if found is None or number is None or number == math.inf or found[2] not in ("", *units):
         names = ", ".join(f"{unit} ({name})" for unit, name in units.items())
         raise UserError(f"{key}={text} is no time: write a number and a unit, {names}")
     if not found[2]:

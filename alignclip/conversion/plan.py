@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from alignclip.config.differences import differences
@@ -186,10 +187,11 @@ def _write_plan(store: OutputFolder, plan: Plan) -> None:
 
 def _same(key: str, before: Any, now: Any) -> bool:
     """Say whether two values of an option are the same: 32mb are 33554432 bytes."""
-    if key == "size_limit" and before is not None:
+    if key == "size_limit" and isinstance(before, (int, str)):
         from alignclip.conversion.mds_writer import bytes_of
 
-        return bytes_of(before) == bytes_of(now)
+        with suppress(ValueError, ArithmeticError):  # a plan that is damaged
+            return bytes_of(before) == bytes_of(now)
     return bool(before == now)
 
 

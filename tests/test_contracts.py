@@ -80,9 +80,10 @@ alignclip/runtime/stand_ins.py
 alignclip/storage/hub.py
     huggingface_hub.errors.HTTPError
 alignclip/data/workers.py
-    torch.utils.data._utils._set_python_exit_flag()
     torch.utils.data._utils.signal_handling._error_if_any_worker_fails
-    torch.utils.data.dataloader._MultiProcessingDataLoaderIter: _workers
+    torch.utils.data._utils.signal_handling._remove_worker_pids
+    torch.utils.data.dataloader._MultiProcessingDataLoaderIter: _workers _shutdown _worker_pids_set
+        _pin_memory_thread_done_event
 alignclip/data/streaming_patches.py
     streaming.base.dataset.StreamingDataset.prepare_shard(self shard_id blocking)
     streaming.base.dataset.StreamingDataset._evict_coldest_shard(self)

@@ -258,3 +258,28 @@ def test_a_death_that_goes_unheard_is_named(
         workers.deaths_explained(),
     ):
         list(batches)
+
+
+@pytest.mark.parametrize("pins", [False, True])
+def test_a_process_whose_command_has_failed_can_load_again(pins: bool) -> None:
+    pinning = {"pin_memory": True, "pin_memory_device": "none"} if pins else {}
+    loader = DataLoader(Deadly(8), num_workers=2, persistent_workers=True, **pinning)
+    batches: Any = iter(loader)
+    with pytest.raises(ValueError, match="of the run"), workers.killed_by_a_failure():
+        raise ValueError("of the run")
+    for worker in batches._workers:
+        worker.join(20)
+        assert worker.exitcode == -signal.SIGKILL
+    if pins:
+        batches._pin_memory_thread.join(20)
+        assert not batches._pin_memory_thread.is_alive()
+    place = id(batches)
+    del batches
+    loader._iterator = None
+    handling = workers._utils.signal_handling
+    handling._set_worker_pids(place, ())  # refused where PyTorch still knows the iterator
+    handling._remove_worker_pids(place)
+    assert len(list(DataLoader(range(4), num_workers=1))) == 4  # type: ignore[arg-type]
+    # a worker that dies is noticed as before
+    with pytest.raises(WorkerDiedError), workers.deaths_explained():
+        list(DataLoader(Deadly(8), num_workers=1))

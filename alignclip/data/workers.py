@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import re
 import signal
@@ -42,12 +43,19 @@ def die_with_parent(worker: int = 0) -> None:
 
 
 def kill_all() -> None:
-    """Kill all data workers, for a process that ends.
+    """Kill all data workers, and have PyTorch forget them.
 
     Workers don't hear SIGTERM, and PyTorch waits five seconds for each that doesn't end by itself.
+    Other loaders of the process work as before: a program may call the command more than once.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises where a worker dies
-    _utils._set_python_exit_flag()  # PyTorch asks no worker to end any more
+    for batches in gc.get_objects():
+        if type(batches) is _MultiProcessingDataLoaderIter and batches.__dict__.get("_workers"):
+            batches._shutdown = True  # PyTorch asks no worker of it to end any more
+            if batches._worker_pids_set:
+                _utils.signal_handling._remove_worker_pids(id(batches))  # no death is an error
+                batches._worker_pids_set = False
+            if pins := batches.__dict__.get("_pin_memory_thread_done_event"):
+                pins.set()
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

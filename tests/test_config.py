@@ -168,6 +168,7 @@ BAD = {
     "run_name=a/b": "must not hold a '/'",
     "run_name={rank}": "must not hold braces",
     f"run_name={'ü' * 128}": "is too long for the name of a folder",
+    "run_name=\udcff": "override 'run_name=\\udcff' is no UTF-8",
     "compile_config.mod=max-autotune": "did you mean 'mode'?",
     "compile_config.mode=max-autotun": "did you mean 'max-autotune'?",
     "ddp_sync_strategy=multi_auto": "did you mean 'multi_auto_sync'?",

@@ -26,6 +26,7 @@ from alignclip.conversion.classification_sets import CLASSIFICATION_SETS
 from alignclip.conversion.image_finder import ImageFinder
 from alignclip.conversion.retrieval import main
 from alignclip.conversion.retrieval_sets import RETRIEVAL_SETS
+from alignclip.errors import UserError
 
 
 def texts(number: int, captions: int = 5) -> list[str]:
@@ -353,6 +354,12 @@ def test_images_are_found_in_the_folders_of_an_archive(
     assert ImageFinder(tmp_path, published=True).find(named) == file
     # a table of one's own says where its images lie
     assert not ImageFinder(tmp_path, published=False).find(named).exists()
+
+
+@pytest.mark.parametrize("name", ["a\0.jpg", "x\ud800.jpg", "a" * 256])
+def test_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="name an image that no file can be called: "):
+        ImageFinder(tmp_path, published=False).find(name)
 
 
 @pytest.mark.parametrize(

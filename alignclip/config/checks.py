@@ -66,7 +66,7 @@ def validate(config: RunConfig) -> None:
                 not {"{", "}"}.isdisjoint(config.run_name)
             ),
             f"run_name={config.run_name[:20]}… is too long for the name of a folder": (
-                len(config.run_name.encode()) > LONGEST_RUN_NAME
+                len(config.run_name.encode(errors="replace")) > LONGEST_RUN_NAME
             ),
             f"precision={config.precision} needs a GPU; with device=cpu use fp32 or amp_bf16": (
                 config.device == "cpu" and config.precision not in ("fp32", "amp_bf16")

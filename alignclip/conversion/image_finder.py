@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +37,7 @@ class ImageFinder:
             UserError: the name leads out of the folder: somebody else's annotations could name any
                 file of this machine.
         """
-        if "\0" in image or any(len(part.encode()) > LONGEST_NAME for part in image.split("/")):
+        if not _may_exist(image):
             raise UserError(f"the annotations name an image that no file can be called: {image!a}")
         expected = self.root / image
         is_elsewhere = self.published and not expected.is_relative_to(self.root)
@@ -64,3 +65,12 @@ class ImageFinder:
             level = sorted(e for folder in level for e in folder.iterdir() if e.is_dir())[:MOST]
             found += level
         return found
+
+
+def _may_exist(path: str) -> bool:
+    """Say whether a file may have such a path."""
+    try:
+        parts = [os.fsencode(part) for part in path.split("/")]
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return "\0" not in path and all(len(part) <= LONGEST_NAME for part in parts)

@@ -157,6 +157,7 @@ BAD = {
     "max_duration=1000sp": "write a number and a unit, ep (epochs), ba (batches)",
     "max_duration=3parsecs": "max_duration=3parsecs is no time",
     "max_duration=1e400ba": "max_duration=1e400ba is no time",
+    "max_duration=1e19ep": "max_duration=1e19ep is no time",
     "max_duration=1.5ep": "the number before ep must be whole",
     "scheduler.t_warmup=-5ba": "scheduler.t_warmup=-5ba is no time",
     "console_log_interval=1.2.3ba": "is no time",
@@ -168,7 +169,10 @@ BAD = {
     "run_name=a/b": "must not hold a '/'",
     "run_name={rank}": "must not hold braces",
     f"run_name={'ü' * 128}": "is too long for the name of a folder",
-    "run_name=\udcff": "override 'run_name=\\udcff' is no UTF-8",
+    "run_name=\udcff": "run_name='\\udcff' is no UTF-8",
+    "data.streams.e.local=/a/\udcff": "data.streams.e.local='/a/\\udcff' is no UTF-8",
+    "data.cache_limit=infgb": "data.cache_limit=infgb is no size: write e.g. 500gb",
+    "data.cache_limit=much": "data.cache_limit=much is no size",
     "compile_config.mod=max-autotune": "did you mean 'mode'?",
     "compile_config.mode=max-autotun": "did you mean 'max-autotune'?",
     "ddp_sync_strategy=multi_auto": "did you mean 'multi_auto_sync'?",
@@ -299,6 +303,17 @@ def test_bad_values_are_one_line(yaml: Path, overrides: str, says: str) -> None:
         plugins.check(load(yaml, overrides.split("; ")))
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", [r'"\ud800"', "${oc.env:NOT_UTF_8}"])
+def test_a_text_that_is_no_utf_8_is_found_where_it_comes_from_elsewhere(
+    yaml: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOT_UTF_8", "\udcff")
+    content = yaml.read_text("utf-8")
+    yaml.write_text(f"save_folder: {text}\n{content}", "utf-8")
+    with pytest.raises(UserError, match=r"^save_folder='\\ud.*' is no UTF-8$"):
+        load(yaml)
 
 
 @pytest.mark.parametrize(("overrides", "says"), BAD_EVALUATIONS.items())

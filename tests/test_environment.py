@@ -150,7 +150,9 @@ def test_every_start_is_recorded(
         minutes=10
     )
     # an entry that doesn't say what was installed
-    folder.files.write_text("starts.json", '[{"batch": 0, "world_size": 2, "device": "cpu"}]')
+    git = {"commit": "c", "dirty": False, "branch": "of a later version"}
+    early_start = {"batch": 0, "world_size": 2, "device": "cpu", "git": git}
+    folder.files.write_text("starts.json", json.dumps([early_start]))
     add_start(folder, Start(15, 2, "cpu"))
     assert capsys.readouterr().out == ""
     early, last = starts_of(folder)

@@ -4,6 +4,7 @@ run is left, and the same command goes on.
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -18,7 +19,7 @@ import torch
 from evaluations import encoder_of, small_model
 from recorded_runs import RecordedRun
 from runs import write_set
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from alignclip.data import workers
 from alignclip.errors import RANK_LOST, UserError, WorkerDiedError
@@ -260,11 +261,16 @@ def test_a_death_that_goes_unheard_is_named(
         list(batches)
 
 
+def read(**settings: Any) -> Any:
+    """The batches of a loader whose workers live on."""
+    return iter(DataLoader(TensorDataset(torch.zeros(8)), persistent_workers=True, **settings))
+
+
 @pytest.mark.parametrize("pins", [False, True])
 def test_a_process_whose_command_has_failed_can_load_again(pins: bool) -> None:
     pinning = {"pin_memory": True, "pin_memory_device": "none"} if pins else {}
-    loader = DataLoader(Deadly(8), num_workers=2, persistent_workers=True, **pinning)
-    batches: Any = iter(loader)
+    batches = read(num_workers=2, **pinning)
+    handler = signal.getsignal(signal.SIGCHLD)
     with pytest.raises(ValueError, match="of the run"), workers.killed_by_a_failure():
         raise ValueError("of the run")
     for worker in batches._workers:
@@ -273,13 +279,30 @@ def test_a_process_whose_command_has_failed_can_load_again(pins: bool) -> None:
     if pins:
         batches._pin_memory_thread.join(20)
         assert not batches._pin_memory_thread.is_alive()
-    place = id(batches)
-    del batches
-    loader._iterator = None
     handling = workers._utils.signal_handling
-    handling._set_worker_pids(place, ())  # refused where PyTorch still knows the iterator
-    handling._remove_worker_pids(place)
+    handling._set_worker_pids(id(batches), ())  # refused where PyTorch still knows the iterator
+    handling._remove_worker_pids(id(batches))
+    assert signal.getsignal(signal.SIGCHLD) is handler
     assert len(list(DataLoader(range(4), num_workers=1))) == 4  # type: ignore[arg-type]
-    # a worker that dies is noticed as before
     with pytest.raises(WorkerDiedError), workers.deaths_explained():
         list(DataLoader(Deadly(8), num_workers=1))
+
+
+def test_a_worker_that_dies_while_all_are_killed_hides_no_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, second = read(num_workers=1), read(num_workers=1)
+    objects = gc.get_objects
+
+    def meanwhile() -> list[Any]:
+        (worker,) = second._workers
+        worker.kill()
+        worker.join(20)
+        return objects()
+
+    monkeypatch.setattr(workers.gc, "get_objects", meanwhile)
+    with pytest.raises(ValueError, match="of the run"), workers.killed_by_a_failure():
+        raise ValueError("of the run")
+    (worker,) = first._workers
+    worker.join(20)
+    assert worker.exitcode == -signal.SIGKILL

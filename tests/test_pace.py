@@ -153,6 +153,7 @@ def test_a_start_that_goes_on_plans_with_what_was_spent(monkeypatch: pytest.Monk
             "100 batches will take 10 h 0 min at 50 samples/s, until Fri 28 Nov 01:30; evaluation "
             "and checkpoints come on top",
         ),
+        (1e13, [], "100 batches will take 115740740 d 17 h at 50 samples/s"),
     ],
 )
 def test_the_words_of_a_plan(seconds: float, others: list[str], words: str) -> None:

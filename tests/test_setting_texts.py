@@ -405,10 +405,3 @@ def test_what_is_dumped_means_the_same_to_every_reader_of_yaml() -> None:
 
     values = {text: text for text in (*TEXTS, *LINE_TEXTS) if text != "<<"}
     assert OmegaConf.to_container(OmegaConf.create(dump(values))) == values
-
-
-def test_halves_of_characters_are_joined_or_refused() -> None:
-    assert parse(r'{"\ud83d\ude00": "\ud83d\ude00 ü"}') == {"😀": "😀 ü"}
-    for text in (r'a: "\ud800"', r'"\ud800": a', r'a: "x\udcff"'):
-        with pytest.raises(ValueError, match=r"\\ud\w+' is no UTF-8$"):
-            parse(text)

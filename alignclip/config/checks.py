@@ -20,6 +20,7 @@ from alignclip.config.schema import (
     RunConfig,
 )
 from alignclip.config.setting import check_settings
+from alignclip.config.yaml_text import as_float
 from alignclip.errors import LEAST_SECRET, UserError, nearest, without_secrets
 
 FILENAME_PARTS = (
@@ -37,8 +38,10 @@ def validate(config: RunConfig) -> None:
     Raises:
         UserError: the first contradiction found.
     """
+    values = dataclasses.asdict(config)
+    _check_texts(values)
     check_settings(config, unused=unused_sizes(config.model.vision_cfg))
-    _check_secrets(dataclasses.asdict(config))
+    _check_secrets(values)
     _check_warmup(config)
     check_evaluators(config.evaluators)
     _check_keep_best(config)
@@ -66,7 +69,7 @@ def validate(config: RunConfig) -> None:
                 not {"{", "}"}.isdisjoint(config.run_name)
             ),
             f"run_name={config.run_name[:20]}… is too long for the name of a folder": (
-                len(config.run_name.encode(errors="replace")) > LONGEST_RUN_NAME
+                len(config.run_name.encode()) > LONGEST_RUN_NAME
             ),
             f"precision={config.precision} needs a GPU; with device=cpu use fp32 or amp_bf16": (
                 config.device == "cpu" and config.precision not in ("fp32", "amp_bf16")
@@ -92,9 +95,30 @@ def validate_evaluation(config: EvaluateConfig) -> None:
             ),
         }
     )
+    values = dataclasses.asdict(config)
+    _check_texts(values)
     check_settings(config, unused=intervals(config))
-    _check_secrets(dataclasses.asdict(config))
+    _check_secrets(values)
     check_evaluators(config.evaluators)
+
+
+def _check_texts(value: Any, key: str = "") -> None:
+    """Refuse bytes of a command line that are no UTF-8, and halves of surrogate pairs in a file.
+
+    No file could hold such a setting, and PyTorch opens no checkpoint in such a folder.
+    """
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            _check_texts(name, key)
+            _check_texts(inner, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            _check_texts(inner, key)
+    elif isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{key}={value!a} is no UTF-8") from None
 
 
 def _check_secrets(section: Mapping[str, Any], prefix: str = "") -> None:
@@ -177,6 +201,8 @@ def _check_data(data: DataConfig) -> None:
     if not data.streams:
         example = "data.streams.cc12m.remote=s3://bucket/cc12m"
         raise UserError(f"data.streams is empty: name at least one set, e.g. {example}")
+    if data.cache_limit is not None and not _is_size(data.cache_limit):
+        raise UserError(f"data.cache_limit={data.cache_limit} is no size: write e.g. 500gb")
     if data.num_workers and data.prefetch_factor < 1:
         raise UserError(f"data.prefetch_factor={data.prefetch_factor} must be at least 1")
     proportions = {name for name, stream in data.streams.items() if stream.proportion is not None}
@@ -191,6 +217,13 @@ def _check_data(data: DataConfig) -> None:
         if proportions and name not in proportions:
             other = f"data.streams.{min(proportions)}"
             raise UserError(f"{where} has no proportion, and {other} has; all or none")
+
+
+def _is_size(text: str) -> bool:
+    """Say whether a text is a number of bytes, or one of kb, mb and so on."""
+    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*(?:[kmgtpezy]?b)?", text.strip().lower())
+    number = as_float(found[1]) if found else None
+    return number is not None and math.isfinite(number)
 
 
 def _check_model(model: ModelConfig) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from alignclip.config.keys import keys_of, named_sections, section_of
 from alignclip.config.setting import Rule
 from alignclip.config.typed import convert_line
-from alignclip.config.yaml_text import Tree, whole_characters
+from alignclip.config.yaml_text import Tree
 from alignclip.errors import UserError
 
 Parts = Sequence[str]  # of a key: data.streams in two
@@ -33,10 +33,7 @@ def read_line(overrides: Sequence[str], schema: type) -> Iterator[tuple[Parts, A
     for item in overrides:
         if "=" not in item:
             raise UserError(f"override '{item}' is not of the form key.sub=value")
-        try:
-            key, _, text = whole_characters(item).partition("=")
-        except ValueError as error:
-            raise UserError(f"override {error}") from None
+        key, _, text = item.partition("=")
         found = re.findall(r"\[[^\]]*\]|[^.\[\]]+", key.strip())
         parts = tuple(part.strip("[]") for part in found)
         if not parts:

@@ -86,19 +86,6 @@ def unquoted(text: str) -> str:
     return text
 
 
-def whole_characters(text: str) -> str:
-    """Return a text with surrogate pairs joined, as JSON writes them.
-
-    Raises:
-        ValueError: half of a pair is alone, as Python reads bytes that are no UTF-8: no file of
-            settings, and no checkpoint below a folder of that name, could be read again.
-    """
-    try:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16")
-    except UnicodeDecodeError:
-        raise ValueError(f"{text!a} is no UTF-8") from None
-
-
 def natural(value: Any) -> Any:
     """Replace plain scalars, at any depth, by the numbers and booleans that they look like."""
     if isinstance(value, dict):
@@ -164,7 +151,7 @@ def _mapping(loader: _Loader, node: yaml.Node) -> dict[str, Any]:
         elif key.value in own:
             raise ValueError(f"{line}: the key '{key.value}' is there twice")
         else:
-            own[whole_characters(str(key.value))] = value
+            own[str(key.value)] = value
     return merged | own
 
 
@@ -174,7 +161,7 @@ def _sequence(loader: _Loader, node: yaml.SequenceNode) -> list[Any]:
 
 def _quoted_scalar(loader: _Loader, node: yaml.ScalarNode) -> str:
     # SafeLoader's own takes a mapping, too, and returns the value of the mapping's key "="
-    return whole_characters(str(BaseConstructor.construct_scalar(loader, node)))
+    return str(BaseConstructor.construct_scalar(loader, node))
 
 
 def _plain_scalar(loader: _Loader, node: yaml.ScalarNode) -> Plain | None:

@@ -43,22 +43,32 @@ def die_with_parent(worker: int = 0) -> None:
 
 
 def kill_all() -> None:
-    """Kill all data workers, and have PyTorch forget them.
+    """Kill all data workers, and have PyTorch forget the loaders that they work for.
 
     Workers don't hear SIGTERM, and PyTorch waits five seconds for each that doesn't end by itself.
-    Other loaders of the process work as before: a program may call the command more than once.
+    Loaders that are made afterwards work: a program may call the command more than once.
     """
-    for batches in gc.get_objects():
-        if type(batches) is _MultiProcessingDataLoaderIter and batches.__dict__.get("_workers"):
-            batches._shutdown = True  # PyTorch asks no worker of it to end any more
-            if batches._worker_pids_set:
-                _utils.signal_handling._remove_worker_pids(id(batches))  # no death is an error
-                batches._worker_pids_set = False
-            if pins := batches.__dict__.get("_pin_memory_thread_done_event"):
-                pins.set()
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
+    # PyTorch's raises where a worker dies
+    before = signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    try:
+        for batches in gc.get_objects():
+            if type(batches) is _MultiProcessingDataLoaderIter:
+                _forget(batches)
+        for process in multiprocessing.active_children():
+            if process.daemon:
+                process.kill()
+    finally:
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+
+
+def _forget(batches: _MultiProcessingDataLoaderIter) -> None:
+    """Have PyTorch ask no worker of a loader to end, and take no worker's death for an error."""
+    batches._shutdown = True
+    if batches.__dict__.get("_worker_pids_set"):
+        _utils.signal_handling._remove_worker_pids(id(batches))
+        batches._worker_pids_set = False
+    if ended := batches.__dict__.get("_pin_memory_thread_done_event"):
+        ended.set()
 
 
 @contextmanager

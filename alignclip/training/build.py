@@ -164,7 +164,7 @@ def build_data(config: RunConfig, device: Device) -> DataLoader[Any]:
             context_length=config.model.text_cfg.context_length,
             semantic=config.loss.needs_semantic,
         )
-    except (ValueError, ArithmeticError, KeyError, TypeError, OSError) as error:  # Streaming's
+    except (ValueError, KeyError, TypeError, OSError) as error:  # StreamingDataset's
         raise UserError(f"data: {one_line(error)}") from error
     local_rank_zero_first(lambda: check_shared_memory(config, dataset))
     pin_memory = config.data.pin_memory and device.name == "gpu"

@@ -243,13 +243,14 @@ def planned(left: int, seconds: float, rate: float, others: list[str], now: date
         others: what takes time besides, and isn't counted.
         now: local time.
     """
-    end = now + timedelta(seconds=seconds)
-    day = "" if end.date() == now.date() else f"{end:%a} {end.day} {end:%b} "
     besides = f"; {' and '.join(others)} come on top" if others else ""
-    return (
-        f"{left:,} batches will take {duration(seconds)} at {rate:,.0f} samples/s, until "
-        f"{day}{end:%H:%M}{besides}"
-    )
+    takes = f"{left:,} batches will take {duration(seconds)} at {rate:,.0f} samples/s"
+    try:
+        end = now + timedelta(seconds=seconds)
+    except OverflowError:  # max_duration=1000000000000ba, for a run that a person will stop
+        return f"{takes}{besides}"
+    day = "" if end.date() == now.date() else f"{end:%a} {end.day} {end:%b} "
+    return f"{takes}, until {day}{end:%H:%M}{besides}"
 
 
 def duration(seconds: float) -> str:

@@ -23,7 +23,7 @@ from alignclip.weights.locate import CARD
 CONFIG_FILE = "config.yaml"
 STARTS_FILE = "starts.json"
 ENTRIES_OF_MACHINE = ("world_size", "device")  # entries of a start
-# of a start that an earlier version has recorded; otherwise they would be those of this process
+# What a record of an earlier version may lack: the defaults are those of this process.
 NOT_RECORDED: dict[str, Any] = {"time": "", "command": "", "versions": {}, "process": ""}
 
 
@@ -153,17 +153,18 @@ def starts_of(folder: SaveFolder) -> list[Start]:
     Raises:
         UserError: the record is not as :func:`add_start` has written it.
     """
-    known = {one.name for one in dataclasses.fields(Start)}
     starts = _entries_of_starts(folder)
     return [
-        Start(
-            **NOT_RECORDED
-            | {key: value for key, value in one.items() if key in known}
-            | {"git": git}
-        )
+        Start(**NOT_RECORDED | _known(Start, one) | {"git": git})
         for one in starts
-        for git in [Git(**one["git"]) if one.get("git") else None]
+        for git in [Git(**_known(Git, one["git"])) if one.get("git") else None]
     ]
+
+
+def _known(kind: type[Start] | type[Git], entries: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what a later version has recorded."""
+    names = {one.name for one in dataclasses.fields(kind)}
+    return {name: value for name, value in entries.items() if name in names}
 
 
 def _entries_of_starts(folder: SaveFolder) -> list[dict[str, Any]]:

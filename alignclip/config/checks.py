@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from alignclip.config.metrics import KEEP_BEST_MODES, better, metrics_of, sets_of
@@ -38,10 +38,7 @@ def validate(config: RunConfig) -> None:
     Raises:
         UserError: the first contradiction found.
     """
-    values = dataclasses.asdict(config)
-    _check_texts(values)
-    check_settings(config, unused=unused_sizes(config.model.vision_cfg))
-    _check_secrets(values)
+    _check_each(config, unused_sizes(config.model.vision_cfg))
     _check_warmup(config)
     check_evaluators(config.evaluators)
     _check_keep_best(config)
@@ -95,46 +92,53 @@ def validate_evaluation(config: EvaluateConfig) -> None:
             ),
         }
     )
-    values = dataclasses.asdict(config)
-    _check_texts(values)
-    check_settings(config, unused=intervals(config))
-    _check_secrets(values)
+    _check_each(config, intervals(config))
     check_evaluators(config.evaluators)
 
 
-def _check_texts(value: Any, key: str = "") -> None:
+def _check_each(config: RunConfig | EvaluateConfig, unused: Collection[str]) -> None:
+    """Check every setting by itself."""
+    texts = [*_texts_in(dataclasses.asdict(config))]
+    _check_utf_8(texts)
+    check_settings(config, unused=unused)
+    _check_secrets(texts)
+
+
+def _texts_in(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yield all texts, at any depth: the keys above with dots, the name, and the text itself.
+
+    The name of a list's item is its number.
+    """
+    for name, value in section.items():
+        if isinstance(value, (list, tuple)):
+            value = {str(i): one for i, one in enumerate(value)}
+        if isinstance(value, Mapping):
+            yield from _texts_in(value, f"{prefix}{name}.")
+        elif isinstance(value, str):
+            yield prefix, name, value
+
+
+def _check_utf_8(texts: Iterable[tuple[str, str, str]]) -> None:
     """Refuse bytes of a command line that are no UTF-8, and halves of surrogate pairs in a file.
 
     No file could hold such a setting, and PyTorch opens no checkpoint in such a folder.
     """
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            _check_texts(name, key)
-            _check_texts(inner, f"{key}.{name}".lstrip("."))
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            _check_texts(inner, key)
-    elif isinstance(value, str) and not value.isascii():
+    for prefix, name, text in texts:
         try:
-            value.encode()
+            f"{prefix}{name}={text}".encode()
         except UnicodeEncodeError:
-            raise UserError(f"{key}={value!a} is no UTF-8") from None
+            raise UserError(f"{prefix}{name}={text!a} is no UTF-8") from None
 
 
-def _check_secrets(section: Mapping[str, Any], prefix: str = "") -> None:
+def _check_secrets(texts: Iterable[tuple[str, str, str]]) -> None:
     """Refuse passwords, keys and signed URLs: a configuration is written down and logged."""
-    for name, value in section.items():
-        if isinstance(value, Mapping):
-            _check_secrets(value, f"{prefix}{name}.")
-        elif isinstance(value, list):
-            _check_secrets({str(i): one for i, one in enumerate(value)}, f"{prefix}{name}.")
-        elif isinstance(value, str) and value:
-            assigned = f"{name}={value.ljust(LEAST_SECRET, '*')}"
-            if without_secrets(assigned) != assigned:
-                raise UserError(
-                    f"{prefix}{name} holds a password, a key or a signed URL, which would stand in "
-                    "config.yaml and in logs; clients take these from the environment"
-                )
+    for prefix, name, text in texts:
+        assigned = f"{name}={text.ljust(LEAST_SECRET, '*')}"
+        if text and without_secrets(assigned) != assigned:
+            raise UserError(
+                f"{prefix}{name} holds a password, a key or a signed URL, which would stand in "
+                "config.yaml and in logs; clients take these from the environment"
+            )
 
 
 def intervals(config: EvaluateConfig) -> set[str]:

@@ -19,7 +19,7 @@ Time = Literal["schedule", "interval"]
 # The schedule counts epochs or batches; Composer's intervals can be more.
 _SCHEDULE = {"ep": "epochs", "ba": "batches"}
 _INTERVAL = _SCHEDULE | {"sp": "samples", "sec": "seconds", "dur": "a share of the run"}
-MOST = 2.0**63  # of batches, epochs and so on: counters have 64 bits
+MOST_COUNTED = 2.0**63  # of batches, epochs and so on: counters have 64 bits
 _UNITS: dict[Time, dict[str, str]] = {"schedule": _SCHEDULE, "interval": _INTERVAL}
 
 
@@ -151,7 +151,7 @@ def _check_time(key: str, text: str, rule: Rule) -> None:
     units = _UNITS[rule.time or "interval"]
     found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)([a-z]*)", text.strip().lower())
     number = as_float(found[1]) if found else None
-    if found is None or number is None or number >= MOST or found[2] not in ("", *units):
+    if found is None or number is None or number >= MOST_COUNTED or found[2] not in ("", *units):
         names = ", ".join(f"{unit} ({name})" for unit, name in units.items())
         raise UserError(f"{key}={text} is no time: write a number and a unit, {names}")
     if not found[2]:

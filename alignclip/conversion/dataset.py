@@ -299,7 +299,7 @@ def _try_options(options: ConvertOptions) -> None:
             mds_writer.JoinedShardWriter(
                 PAIR_COLUMNS, folder / "empty", size_limit=options.size_limit
             ).finish()
-        except (ValueError, OverflowError) as error:
+        except ValueError as error:
             raise UserError(f"--size-limit {options.size_limit}: {error}") from None
 
 

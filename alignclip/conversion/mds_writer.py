@@ -51,7 +51,7 @@ class JoinedShardWriter(MDSWriter):
             columns=columns,
             out=str(folder),
             hashes=sorted(set(hashes)),  # as Streaming wants them
-            size_limit=size_limit,
+            size_limit=bytes_of(size_limit),
             compression=compression,
             progress_bar=False,
         )
@@ -110,7 +110,10 @@ def bytes_of(size: int | str) -> int:
     Raises:
         ValueError: the text is no size.
     """
-    number: int = bytes_to_int(size)
+    try:
+        number: int = bytes_to_int(size)
+    except OverflowError as error:
+        raise ValueError(str(error)) from None
     return number
 
 

@@ -190,7 +190,7 @@ def _same(key: str, before: Any, now: Any) -> bool:
     if key == "size_limit" and isinstance(before, (int, str)):
         from alignclip.conversion.mds_writer import bytes_of
 
-        with suppress(ValueError, OverflowError):  # a plan that is damaged
+        with suppress(ValueError):  # a plan that is damaged
             return bytes_of(before) == bytes_of(now)
     return bool(before == now)
 

@@ -48,7 +48,7 @@ def kill_all() -> None:
     Workers don't hear SIGTERM, and PyTorch waits five seconds for each that doesn't end by itself.
     Loaders that are made afterwards work: a program may call the command more than once.
     """
-    # PyTorch's raises where a worker dies
+    # PyTorch's handler raises where a worker dies.
     before = signal.signal(signal.SIGCHLD, lambda number, frame: None)
     try:
         for batches in gc.get_objects():
